@@ -1,0 +1,76 @@
+"""Files under a storage URI: a local folder, `s3://`, `gs://` or anything else pyarrow opens."""
+
+import hashlib
+import posixpath
+import uuid
+from pathlib import Path
+
+from pyarrow import fs
+
+from ovd_models.errors import InputError
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of `uri` and the path on it; a plain path is a local one, made absolute.
+
+    Raises:
+        InputError: the scheme is unknown or malformed.
+    """
+    if "://" not in uri:
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{uri}: not a storage location pyarrow can open ({error})") from error
+    return filesystem, path
+
+
+def absolute(uri: str) -> str:
+    """`uri` with a local path made absolute, so that it means the same in every process of this machine."""
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri/part/...`; a part that is itself absolute or a URI replaces what stands before it."""
+    for part in parts:
+        uri = part if "://" in part else posixpath.join(uri, part)
+    return uri
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder stands at `uri`."""
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
+    """The file's bytes, or `size` of them from `offset` as one range read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as file:
+        return bytes(file.read_at(size if size is not None else file.size() - offset, offset))
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write a file so that a reader sees all of it or none: beside its name first, then moved there."""
+    filesystem, path = resolve(uri)
+    filesystem.create_dir(posixpath.dirname(path), recursive=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    with filesystem.open_output_stream(temporary) as stream:
+        stream.write(content)
+    filesystem.move(temporary, path)
+
+
+def upload_folder(local: Path, uri: str) -> None:
+    """Copy every file below a local folder to `uri`."""
+    filesystem, path = resolve(uri)
+    filesystem.create_dir(path, recursive=True)
+    fs.copy_files(str(local), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+
+
+def sha256(content: bytes) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(content).hexdigest()

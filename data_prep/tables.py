@@ -1,0 +1,277 @@
+"""Every table on disk: its schema with units, and the one way to publish and to read it.
+
+A table lives in `<storage>/<table>/<name>/`: Parquet files (zstd) and, written last, `manifest.json`. A folder
+without a manifest is not a table, so readers never see half of one. Published files never change.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep import storage
+from ovd_models.errors import InputError
+
+SCHEMA_VERSION = 1
+
+REASONS: dict[str, tuple[str, ...]] = {
+    "fetch": (
+        "bad_url", "forbidden_address", "dns", "connect", "tls", "timeout", "http_status", "too_many_redirects",
+        "too_large", "opt_out",
+    ),
+    "decode": ("not_an_image", "truncated", "too_many_pixels", "animated"),
+    "filter": (
+        "too_small", "aspect", "blank", "caption_length", "caption_characters", "caption_boilerplate", "low_score",
+    ),
+    "dedup": ("duplicate_url", "duplicate_bytes", "near_duplicate", "semantic_duplicate"),
+}  # fmt: skip
+"""Every reason a row can be rejected for, by the stage that rejects it."""
+
+
+def _schema(*columns: tuple[str, pa.DataType, str]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, metadata={"doc": doc}) for name, kind, doc in columns])
+
+
+_BOX = pa.list_(pa.float32())
+_ROW_REFERENCE = pa.struct([("source", pa.string()), ("row", pa.int64())])
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "pairs": _schema(
+        ("image_id", pa.string(), "SHA-256 of the stored image bytes, hexadecimal"),
+        ("source", pa.string(), "digest of the input file"),
+        ("row", pa.int64(), "row in the input file, from 0"),
+        ("url", pa.string(), "where the image was found"),
+        ("caption", pa.string(), "cleaned caption"),
+        ("raw_caption", pa.string(), "caption as it came"),
+        ("shard", pa.string(), "tar file, relative to the table's folder"),
+        ("key", pa.string(), "WebDataset key of the sample"),
+        ("offset", pa.int64(), "first byte of the image in the tar"),
+        ("size", pa.int64(), "bytes of the image in the tar"),
+        ("width", pa.int32(), "stored width in pixels"),
+        ("height", pa.int32(), "stored height in pixels"),
+        ("original_width", pa.int32(), "width as found, in pixels"),
+        ("original_height", pa.int32(), "height as found, in pixels"),
+        ("phash", pa.uint64(), "64-bit perceptual hash"),
+    ),
+    "rejects": _schema(
+        ("source", pa.string(), "digest of the input file"),
+        ("row", pa.int64(), "row in the input file, from 0"),
+        ("url", pa.string(), "where the image was to be found"),
+        ("caption", pa.string(), "caption as it came"),
+        ("stage", pa.string(), "fetch, decode, filter or dedup"),
+        ("reason", pa.string(), "one of tables.REASONS[stage]"),
+        ("detail", pa.string(), "what was seen, for a person"),
+        ("http_status", pa.int32(), "last HTTP status, null if there was none"),
+        ("attempts", pa.int32(), "requests made"),
+        ("duplicate_of", _ROW_REFERENCE, "the surviving row, for stage dedup"),
+    ),
+    "scores": _schema(("image_id", pa.string(), "SHA-256 of the stored image bytes, hexadecimal")),
+    "concepts": _schema(
+        ("concept_id", pa.int32(), "from 0, alphabetical"),
+        ("name", pa.string(), "lemma or vocabulary name"),
+        ("image_count", pa.int64(), "unique images"),
+        ("start", pa.int64(), "first row of this concept in groups"),
+        ("stop", pa.int64(), "row after its last one"),
+    ),
+    "groups": _schema(
+        ("concept_id", pa.int32(), "sorted by this"),
+        ("image_id", pa.string(), "SHA-256 of the stored image bytes, hexadecimal"),
+        ("shard", pa.string(), "tar file, relative to the folder of the pairs table"),
+        ("offset", pa.int64(), "first byte of the image in the tar"),
+        ("size", pa.int64(), "bytes of the image in the tar"),
+        ("width", pa.int32(), "pixels"),
+        ("height", pa.int32(), "pixels"),
+        ("caption", pa.string(), "cleaned caption"),
+        ("concept_ids", pa.list_(pa.int32()), "all concepts of this image"),
+    ),
+    "categories": _schema(
+        ("category_id", pa.int32(), "the annotation file's integer"),
+        ("name", pa.string(), "as people would say it"),
+        ("synonyms", pa.list_(pa.string()), "other names"),
+        ("frequency", pa.string(), "frequent, common, rare, or empty"),
+        ("split", pa.string(), "base or novel"),
+        ("image_count", pa.int64(), "images annotated with it"),
+    ),
+    "boxes": _schema(
+        ("image_id", pa.string(), "SHA-256 of the image bytes, hexadecimal"),
+        ("source_id", pa.int64(), "the annotation file's integer"),
+        ("uri", pa.string(), "image file; relative ones are relative to the storage"),
+        ("width", pa.int32(), "pixels"),
+        ("height", pa.int32(), "pixels"),
+        ("boxes", pa.list_(_BOX), "xyxy, pixels"),
+        ("category_ids", pa.list_(pa.int32()), "one a box"),
+        ("iscrowd", pa.list_(pa.bool_()), "one a box"),
+        ("masks", pa.list_(pa.string()), "COCO RLE counts, one a box; empty without masks"),
+        ("neg_category_ids", pa.list_(pa.int32()), "checked to be absent (LVIS)"),
+        ("not_exhaustive_category_ids", pa.list_(pa.int32()), "not all instances are annotated (LVIS)"),
+    ),
+    "regions": _schema(
+        ("image_id", pa.string(), "SHA-256 of the image bytes, hexadecimal"),
+        ("boxes", pa.list_(_BOX), "xyxy, pixels"),
+        ("scores", pa.list_(pa.float32()), "objectness"),
+        ("file", pa.string(), "flat little-endian float16 array [N, D] of unit rows"),
+        ("start", pa.int64(), "first row in the file"),
+        ("count", pa.int64(), "rows"),
+    ),
+    "texts": _schema(
+        ("name", pa.string(), "what was embedded"),
+        ("prompt_set", pa.string(), "name of the set of templates"),
+        ("embedding", pa.list_(pa.float32()), "unit norm"),
+    ),
+}
+
+PRODUCERS: dict[str, str] = {
+    "pairs": "python workflows/prepare_pairs.py",
+    "rejects": "python workflows/prepare_pairs.py",
+    "concepts": "python workflows/prepare_pairs.py",
+    "groups": "python workflows/prepare_pairs.py",
+    "categories": "python workflows/prepare_boxes.py",
+    "boxes": "python workflows/prepare_boxes.py",
+}
+"""The command that makes a table, for the message that says it is missing."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One published file, its path relative to the table's folder."""
+
+    path: str
+    size: int
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What makes a folder a table."""
+
+    table: str
+    name: str
+    producer: str
+    config_hash: str
+    files: tuple[FileEntry, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Totals, teacher id, prompt set, crop settings: what readers check or show."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def rows(self) -> int:
+        """Rows in all files that hold rows of the table (tar shards count none)."""
+        return sum(entry.rows for entry in self.files)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the content, as a run's data-set tag."""
+        return storage.sha256("".join(entry.sha256 for entry in self.files).encode())[:16]
+
+
+def table_uri(storage_uri: str, table: str, name: str) -> str:
+    """`<storage>/<table>/<name>`."""
+    return storage.join(storage_uri, table, name)
+
+
+def write_part(storage_uri: str, table: str, name: str, path: str, rows: pa.Table) -> FileEntry:
+    """Write one Parquet file of a table (any process may); it is published by `publish` later.
+
+    Columns of the schema come first and in its order; further columns follow as they are.
+    """
+    schema = SCHEMAS[table]
+    extra = [column for column in rows.column_names if column not in schema.names]
+    fields = list(schema) + [rows.schema.field(column) for column in extra]
+    ordered = rows.select([entry.name for entry in fields]).cast(pa.schema(fields))
+    buffer = io.BytesIO()
+    pq.write_table(ordered, buffer, compression="zstd")
+    return write_file(storage_uri, table, name, path, buffer.getvalue(), rows=rows.num_rows)
+
+
+def write_file(storage_uri: str, table: str, name: str, path: str, content: bytes, *, rows: int = 0) -> FileEntry:
+    """Write one file of a table, whole or not at all."""
+    storage.write_bytes(storage.join(table_uri(storage_uri, table, name), path), content)
+    return FileEntry(path, len(content), rows, storage.sha256(content))
+
+
+def publish(
+    storage_uri: str,
+    table: str,
+    name: str,
+    files: Sequence[FileEntry],
+    *,
+    producer: str,
+    config_hash: str,
+    details: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write the manifest, last: from here on the table exists."""
+    manifest = Manifest(
+        table=table,
+        name=name,
+        producer=producer,
+        config_hash=config_hash,
+        files=tuple(sorted(files, key=lambda entry: entry.path)),
+        details=dict(details or {}),
+    )
+    content = json.dumps(asdict(manifest), indent=1).encode()
+    storage.write_bytes(storage.join(table_uri(storage_uri, table, name), "manifest.json"), content)
+    return manifest
+
+
+def find_manifest(storage_uri: str, table: str, name: str) -> Manifest | None:
+    """The manifest of a published table, or None where there is no table.
+
+    Raises:
+        InputError: the manifest is unreadable or of another schema version.
+    """
+    uri = storage.join(table_uri(storage_uri, table, name), "manifest.json")
+    if not storage.exists(uri):
+        return None
+    try:
+        raw = json.loads(storage.read_bytes(uri))
+        files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
+        manifest = Manifest(files=files, **raw)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{uri}: not a table manifest ({error})") from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise InputError(
+            f"{uri}: schema version {manifest.schema_version}, this program reads version {SCHEMA_VERSION}"
+        )
+    return manifest
+
+
+def read_manifest(storage_uri: str, table: str, name: str) -> Manifest:
+    """The manifest of a table that must be there.
+
+    Raises:
+        InputError: it is not; the message says which command makes it.
+    """
+    manifest = find_manifest(storage_uri, table, name)
+    if manifest is None:
+        made_by = PRODUCERS.get(table, "an earlier workflow")
+        raise InputError(f"{table_uri(storage_uri, table, name)}: no such table; `{made_by}` makes it")
+    return manifest
+
+
+def parquet_files(manifest: Manifest) -> list[str]:
+    """Paths of the table's Parquet files, relative to its folder."""
+    return [entry.path for entry in manifest.files if entry.path.endswith(".parquet")]
+
+
+def read_table(storage_uri: str, table: str, name: str, columns: Iterable[str] | None = None) -> pa.Table:
+    """All rows of a table, in published order.
+
+    Raises:
+        InputError: there is no such table.
+    """
+    manifest = read_manifest(storage_uri, table, name)
+    root = table_uri(storage_uri, table, name)
+    names = list(columns) if columns is not None else None
+    parts = []
+    for path in parquet_files(manifest):
+        filesystem, file = storage.resolve(storage.join(root, path))
+        parts.append(pq.read_table(file, columns=names, filesystem=filesystem))
+    if parts:
+        return pa.concat_tables(parts, promote_options="default")
+    schema = SCHEMAS[table]
+    return (schema if names is None else pa.schema([schema.field(entry) for entry in names])).empty_table()

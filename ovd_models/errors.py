@@ -1,0 +1,9 @@
+"""The one exception for bad input."""
+
+
+class InputError(ValueError):
+    """Bad input from a person or a file.
+
+    The message is one line that names the file, row or field and what was expected; command lines print it
+    without a traceback and exit with 2.
+    """

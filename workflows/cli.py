@@ -1,0 +1,83 @@
+"""The one grammar of every script: `--config NAME`, then a flag for every field of its run."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from ovd_models.errors import InputError
+
+
+R = TypeVar("R")
+
+
+def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Sequence[str] | None = None) -> R:
+    """The run that the command line asks for: a named config, with any field changed by its flag.
+
+    Args:
+        configs: name -> function that returns a complete run; the first one is the default.
+        doc: the script's docstring, shown by `--help`.
+        arguments: what to parse, `sys.argv[1:]` unless given.
+
+    Raises:
+        InputError: the config's name is unknown.
+        SystemExit: `--help` (0), or a flag is unknown or malformed (2).
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    default = next(iter(configs))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=default)
+    known, rest = parser.parse_known_args(arguments)
+    if known.config not in configs:
+        raise InputError(f"--config {known.config}: unknown, expected one of {', '.join(configs)}")
+    run = configs[known.config]()
+    description = f"{doc or ''}\n\n--config NAME  one of {', '.join(configs)} (default {default})"
+    return tyro.cli(type(run), args=rest, default=run, description=description)
+
+
+def execute(job: Callable[[], object]) -> NoReturn:
+    """Run a script's `main` and exit: 0 done, 1 the job failed, 2 bad input; one line for a user's error.
+
+    `SIGTERM`, which `ray job stop` sends, ends the script as Ctrl-C does, so that `finally` blocks run.
+    """
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        job()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def to_json(run: Any) -> str:
+    """A run as JSON, as it is saved beside every checkpoint."""
+    return json.dumps(dataclasses.asdict(run), indent=1, default=str)
+
+
+def flatten(run: Any) -> dict[str, Any]:
+    """A run as flat dotted names, as MLflow wants its parameters."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, child in value.items() for k, v in walk(f"{prefix}{key}.", child).items()}
+        return {prefix[:-1]: value}
+
+    return walk("", dataclasses.asdict(run))
+
+
+def config_hash(config: Any) -> str:
+    """16 hexadecimal digits that change with any field of a config dataclass."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
