@@ -1,0 +1,151 @@
+"""Decode fetched bytes: every body ends as an upright RGB JPEG without metadata, or as a reason why not."""
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import imagehash
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, ImageOps
+
+MAGIC: tuple[tuple[int, bytes], ...] = (
+    (0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n\x1a\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"),
+    (0, b"MM\0*"), (4, b"ftypavif"),
+)  # fmt: skip
+"""Offset and first bytes of the formats that are decoded."""
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+HASH_SIDE = 32  # imagehash reduces to this size; doing it here lets the contrast share the work
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How images are decoded and stored."""
+
+    max_pixels: int = 50_000_000
+    """Images that declare more are rejected before any pixel is decoded."""
+    max_side: int | None = None
+    """Longer images are reduced to this longer side, in pixels; None keeps every size."""
+    jpeg_quality: int = 95
+    """For images that have to be encoded anew; upright RGB JPEG files of an allowed size keep their pixel data."""
+
+
+class Rejection(NamedTuple):
+    """Why a row is not kept."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """An image as it will be stored, and what the filters need to know of it."""
+
+    content: bytes
+    """JPEG, RGB, upright, without metadata."""
+    width: int
+    height: int
+    original_width: int
+    """As found, upright, in pixels."""
+    original_height: int
+    phash: int
+    """64-bit perceptual hash of `imagehash.phash`."""
+    contrast: float
+    """Standard deviation of the image reduced to 32 x 32, in grey levels of 255."""
+
+
+def decode(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
+    """Decode one body; never raises for its sake."""
+    if not any(content[offset : offset + len(magic)] == magic for offset, magic in MAGIC):
+        return Rejection("not_an_image", f"starts with {content[:16]!r}")
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Image.DecompressionBombError as error:
+        return Rejection("too_many_pixels", str(error))
+    except Exception as error:
+        return Rejection("not_an_image", f"{type(error).__name__}: {error}")
+    if image.width * image.height > config.max_pixels:
+        return Rejection("too_many_pixels", f"{image.width} x {image.height}, at most {config.max_pixels} pixels")
+    if frames > 1:
+        return Rejection("animated", f"{frames} frames")
+    try:
+        return _store(image, content, config)
+    except Exception as error:
+        return Rejection("truncated", f"{type(error).__name__}: {error}")
+
+
+def _store(image: ImageFile.ImageFile, content: bytes, config: DecodeConfig) -> Decoded:
+    turned = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    size = image.size[::-1] if turned in (5, 6, 7, 8) else image.size
+    scale = min(1.0, (config.max_side or max(size)) / max(size))
+    stored_size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    keep = image.format == "JPEG" and image.mode == "RGB" and turned in (0, 1) and stored_size == size
+    if scale < 1 and image.format == "JPEG":  # decode at a half, quarter or eighth where that leaves detail enough
+        width, height = stored_size if size == image.size else stored_size[::-1]
+        image.draft(None, (2 * width, 2 * height))
+    image.load()
+    upright = ImageOps.exif_transpose(image) if turned not in (0, 1) else image
+    pixels = to_rgb(upright)
+    if pixels.size != stored_size:
+        pixels = pixels.resize(stored_size, Image.Resampling.LANCZOS)
+    if keep:
+        content = strip_metadata(content)
+    else:
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(pixels)).save(buffer, "JPEG", quality=config.jpeg_quality)
+        content = buffer.getvalue()
+    grey = pixels.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.LANCZOS)
+    return Decoded(
+        content=content,
+        width=stored_size[0],
+        height=stored_size[1],
+        original_width=size[0],
+        original_height=size[1],
+        phash=int(str(imagehash.phash(grey)), 16),
+        contrast=float(np.asarray(grey).std()),
+    )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as 8-bit RGB: transparency over white, 16-bit and float greys scaled to the range of 8 bits."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_scale_deep(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_deep(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """Greys of more than 8 bits as 8 bits: 16-bit integers by their range, floats by their own extremes."""
+    deep = values.astype(np.float64)
+    if np.issubdtype(values.dtype, np.floating):
+        low, high = (float(deep.min()), float(deep.max())) if deep.size else (0.0, 0.0)
+        deep = (deep - low) / (high - low or 1.0) * 65535
+    return np.asarray(np.clip(np.rint(deep / 257), 0, 255), np.uint8)
+
+
+def strip_metadata(jpeg: bytes) -> bytes:
+    """A JPEG file without EXIF, XMP, colour profile and comments; its pixel data stays as it is.
+
+    Only the JFIF header and Adobe's colour transform remain of the application segments.
+    """
+    position, kept = 2, [jpeg[:2]]
+    while position + 4 <= len(jpeg) and jpeg[position] == 0xFF:
+        marker = jpeg[position + 1]
+        if marker == 0xFF:  # padding
+            position += 1
+            continue
+        if marker == 0xDA:  # the scan: pixel data follows
+            break
+        stop = position + 2 + struct.unpack_from(">H", jpeg, position + 2)[0]
+        if not (0xE1 <= marker <= 0xED or marker == 0xEF or marker == 0xFE):
+            kept.append(jpeg[position:stop])
+        position = stop
+    kept.append(jpeg[position:])
+    return b"".join(kept)
