@@ -1,0 +1,314 @@
+"""Experiments in MLflow: the only file that imports it.
+
+The driver opens a run with `run(...)`; rank 0 of a training job writes its losses through a `MetricLogger`, which
+travels to the worker. Local storage needs no server: everything lies in `<storage>/mlflow.db` and
+`<storage>/mlartifacts`.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import ray
+from pyarrow import fs
+
+from data_prep import storage
+from ovd_models.errors import InputError
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it while it is imported
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it names every table of a new database
+
+import mlflow.artifacts
+from mlflow.entities import Metric, Param, RunStatus
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.async_logging.run_operations import RunOperations
+
+MODEL_SCHEME = "models:/"
+CHAMPION = "champion"
+PARAMS_PER_REQUEST, METRICS_PER_REQUEST, PARAM_CHARACTERS = 100, 1000, 6000
+"""MLflow's limits."""
+
+
+def tracking_uri(storage_uri: str) -> str:
+    """Where runs on this storage are tracked: `MLFLOW_TRACKING_URI` if set, else a database in the storage folder.
+
+    Raises:
+        InputError: the storage is remote, where no database file can lie, and the variable is not set.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    folder = _local_folder(storage_uri)
+    if folder is None:
+        raise InputError(f"--storage {storage_uri}: not a local folder, expected MLFLOW_TRACKING_URI to be set")
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+class MetricLogger:
+    """Writes metrics of an open run from another process; pickles to a few bytes.
+
+    Nothing leaves the process until `flush`, which a training loop calls after its checkpoint is committed: steps
+    that a crash undoes are then never logged, and repeated steps are logged once.
+
+    Example:
+        >>> logger.log({"train/loss": 0.7}, step=20)
+        >>> ray.train.report(metrics, checkpoint=checkpoint)
+        >>> logger.flush()
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self._buffer: list[Metric] = []
+        self._pending: list[RunOperations] = []
+        self._client: MlflowClient | None = None
+
+    def __reduce__(self) -> tuple[type["MetricLogger"], tuple[str, str]]:
+        """Unsent metrics and open connections stay in the process that has them."""
+        return MetricLogger, (self.uri, self.run_id)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Note the metrics of a step."""
+        self._buffer.extend(_metrics(metrics, step))
+
+    def flush(self, *, wait: bool = False) -> None:
+        """Send what was noted, in the background unless `wait`; a loop's last flush should wait.
+
+        Raises:
+            MlflowException: on `wait`, the tracking server refused something sent since the last one.
+        """
+        if self._client is None:
+            self._client = MlflowClient(self.uri)
+        for start in range(0, len(self._buffer), METRICS_PER_REQUEST):
+            part = self._buffer[start : start + METRICS_PER_REQUEST]
+            sent = self._client.log_batch(self.run_id, metrics=part, synchronous=False)
+            if sent is not None:
+                self._pending.append(sent)
+        self._buffer.clear()
+        while wait and self._pending:
+            self._pending.pop(0).wait()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """An open run, written to by the driver."""
+
+    uri: str
+    """Tracking URI."""
+    run_id: str
+    artifact_uri: str
+    client: MlflowClient = field(repr=False)
+
+    def logger(self) -> MetricLogger:
+        """What a worker needs to write this run's metrics."""
+        return MetricLogger(self.uri, self.run_id)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Write metrics now."""
+        self.client.log_batch(self.run_id, metrics=_metrics(metrics, step))
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Copy a file, or all files below a folder, to the run's artifacts, into `folder` if given."""
+        if Path(path).is_dir():
+            self.client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+    def log_image(self, image: PIL.Image.Image | np.ndarray, name: str, step: int | None = None) -> None:
+        """A picture: the file `name`.png, or with a step one of a series that MLflow shows with a slider."""
+        if step is None:
+            self.client.log_image(self.run_id, image, artifact_file=f"{name}.png")
+        else:
+            self.client.log_image(self.run_id, image, key=name, step=step)
+
+    def log_table(self, columns: Mapping[str, Sequence[object]], path: str) -> None:
+        """A table that MLflow can compare between runs; `path` ends in `.json`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # pandas', on MLflow's use of it
+            self.client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)
+
+    def log_text(self, text: str, path: str) -> None:
+        """A text file."""
+        self.client.log_text(self.run_id, text, path)
+
+
+@contextlib.contextmanager
+def run(
+    storage_uri: str,
+    *,
+    experiment: str,
+    name: str,
+    params: Mapping[str, object],
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[TrackedRun]:
+    """A run that ends with the block: FINISHED, FAILED on an exception, KILLED on Ctrl-C or `ray job stop`.
+
+    Args:
+        storage_uri: where the job keeps its files; decides where the run is tracked.
+        experiment: the workflow's name.
+        name: the config's name.
+        params: `cli.flatten(run)`.
+        tags: digests of the data sets, and what else a search should find; git commit and Ray job are added.
+
+    Raises:
+        InputError: see `tracking_uri`.
+    """
+    uri = tracking_uri(storage_uri)
+    client, experiment_id = _open(uri, storage_uri, experiment)
+    all_tags = {"mlflow.source.name": sys.argv[0], **_git_tags(), **_ray_tags(), **(tags or {})}
+    created = client.create_run(experiment_id, run_name=name, tags=all_tags)
+    tracked = TrackedRun(uri, created.info.run_id, str(created.info.artifact_uri), client)
+    entries = [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in params.items()]
+    for start in range(0, len(entries), PARAMS_PER_REQUEST):
+        client.log_batch(tracked.run_id, params=entries[start : start + PARAMS_PER_REQUEST])
+    status = RunStatus.FAILED
+    try:
+        yield tracked
+        status = RunStatus.FINISHED
+    except (KeyboardInterrupt, SystemExit):
+        status = RunStatus.KILLED
+        raise
+    finally:
+        client.set_terminated(tracked.run_id, RunStatus.to_string(status))
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered checkpoint."""
+
+    uri: str
+    """`models:/<name>/<version>`, which `model_folder` resolves."""
+    is_champion: bool
+    """Whether the alias `champion` moved to it."""
+
+
+def register(tracked: TrackedRun, folder: Path, *, name: str, metric: str, value: float) -> ModelVersion:
+    """Store a checkpoint folder as a new version of a registered model; the best one bears the alias `champion`.
+
+    Args:
+        tracked: the run that made the checkpoint.
+        folder: the checkpoint.
+        name: the registered model, as `ovd-codet-pictograms`.
+        metric: the data set's headline metric, higher is better.
+        value: this checkpoint's. Versions measured by another metric do not compete with it.
+    """
+    client, path = tracked.client, f"models/{name}/{uuid.uuid4().hex[:8]}"
+    tracked.log_artifact(folder, path)
+    with contextlib.suppress(MlflowException):  # there already
+        client.create_registered_model(name)
+    version = client.create_model_version(
+        name,
+        source=f"{tracked.artifact_uri}/{path}",
+        run_id=tracked.run_id,
+        tags={"metric": metric, "value": repr(float(value))},
+    )
+    best = _champion(client, name)
+    beaten = best is None or best.tags.get("metric") != metric or float(value) > float(best.tags["value"])
+    if beaten and not np.isnan(value):
+        client.set_registered_model_alias(name, CHAMPION, version.version)
+        return ModelVersion(f"{MODEL_SCHEME}{name}/{version.version}", True)
+    return ModelVersion(f"{MODEL_SCHEME}{name}/{version.version}", False)
+
+
+def model_folder(uri: str, storage_uri: str = "runs") -> Path:
+    """The local folder of a registered checkpoint, downloaded if it is not on this machine.
+
+    Args:
+        uri: `models:/<name>@<alias>` or `models:/<name>/<version>`.
+        storage_uri: decides where runs are tracked, see `tracking_uri`.
+
+    Raises:
+        InputError: no such model, version or alias, or the URI is malformed.
+    """
+    tracking = tracking_uri(storage_uri)
+    name, separator, alias = uri.removeprefix(MODEL_SCHEME).partition("@")
+    version = "" if separator else name.rpartition("/")[2]
+    name = name if separator else name.rpartition("/")[0]
+    if not uri.startswith(MODEL_SCHEME) or not name or not (alias or version):
+        raise InputError(f"{uri}: not a model URI, expected models:/<name>@<alias> or models:/<name>/<version>")
+    folder = _local_folder(storage_uri)
+    if tracking.startswith("sqlite") and folder is not None and "MLFLOW_TRACKING_URI" not in os.environ:
+        database = folder / "mlflow.db"
+        if not database.exists():  # opening it would create it
+            raise InputError(f"{uri}: no registered models, {database} does not exist")
+    try:
+        client = MlflowClient(tracking)
+        if alias:
+            version = client.get_model_version_by_alias(name, alias).version
+        source = client.get_model_version_download_uri(name, version)
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking))
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{uri}: not found in {tracking} ({reason})") from error
+
+
+def _local_folder(storage_uri: str) -> Path | None:
+    """The storage's folder on this machine, or None where it is elsewhere."""
+    filesystem, path = storage.resolve(storage_uri)
+    return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
+
+
+def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, str]:
+    """A client, and the experiment's id.
+
+    The first client of a new database creates its tables, and several at once fail: drivers go in turn.
+    """
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    folder = _local_folder(storage_uri)
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / ".mlflow.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            client = MlflowClient(uri)
+            found = client.get_experiment_by_name(experiment)
+        except MlflowException as error:
+            raise InputError(f"{uri}: no MLflow tracking there ({str(error).splitlines()[0]})") from error
+        if found is not None:
+            return client, str(found.experiment_id)
+        location = None  # a server has its own
+        if not uri.startswith(("http", "databricks")):
+            location = (folder / "mlartifacts").as_uri() if folder else storage.join(storage_uri, "mlartifacts")
+            location = f"{location}/{experiment}"
+        return client, client.create_experiment(experiment, artifact_location=location)
+
+
+def _champion(client: MlflowClient, name: str) -> Any:
+    """The model version that bears the alias, or None."""
+    try:
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException:
+        return None
+
+
+def _metrics(metrics: Mapping[str, float], step: int) -> list[Metric]:
+    now = time.time_ns() // 1_000_000
+    return [Metric(name, float(value), now, step) for name, value in metrics.items()]
+
+
+def _git_tags() -> dict[str, str]:
+    """The commit of this code, and whether files differ from it; nothing where there is no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    commit, _, dirty = found.stdout.strip().partition("-")
+    return {"mlflow.source.git.commit": commit, "git_dirty": str(bool(dirty)).lower()} if commit else {}
+
+
+def _ray_tags() -> dict[str, str]:
+    return {"ray_job_id": ray.get_runtime_context().get_job_id()} if ray.is_initialized() else {}
