@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from ovd_models.prompts import with_article
+
 GLYPHS: dict[str, int] = {
     "airplane": 0x2708, "anchor": 0x2693, "arrow": 0x2794, "asterisk": 0x2731, "atom": 0x269B, "benzene": 0x232C,
     "biohazard": 0x2623, "bishop": 0x265D, "bolt": 0x26A1, "caduceus": 0x2624, "cat": 0x1F431, "check mark": 0x2714,
@@ -159,11 +161,6 @@ class World:
         if not phrases:
             return "nothing"
         return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
-
-
-def with_article(name: str) -> str:
-    """`an anchor`, `a red anchor`."""
-    return ("an " if name[:1] in "aeiou" else "a ") + name
 
 
 def draw_scene(

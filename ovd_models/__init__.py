@@ -1,0 +1,23 @@
+"""Open-vocabulary models in PyTorch; needs neither Ray nor MLflow.
+
+detector = ovd_models.load("runs/demo/codet")
+found = detector.detect("street.jpg", ["red umbrella", "anchor"])
+found.draw("found.png")
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ovd_models.checkpoints import Detector
+
+
+def load(folder: str | Path, device: str = "cpu") -> "Detector":
+    """The detector of a checkpoint folder, ready for any names.
+
+    Raises:
+        InputError: the folder holds no detector checkpoint that this program reads.
+    """
+    from ovd_models.checkpoints import load_detector  # torch is imported only when a model is wanted
+
+    return load_detector(folder, device)

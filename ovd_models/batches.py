@@ -1,0 +1,118 @@
+"""Typed records that cross module boundaries: what goes into a model and what comes out.
+
+B images, N boxes of one image, G groups, g images of a group, C concepts, D embedding width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ovd_models.draw import draw_boxes
+
+
+def _move(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """Images with boxes of base categories."""
+
+    images: tuple[Tensor, ...]
+    """B tensors [3, H, W] uint8 RGB; sizes may differ."""
+    boxes: tuple[Tensor, ...]
+    """B tensors [N, 4] float32 xyxy, pixels of the image."""
+    labels: tuple[Tensor, ...]
+    """B tensors [N] int64, rows of the training vocabulary."""
+
+    def to(self, device: torch.device) -> "DetectionBatch":
+        """The same batch on another device."""
+        return DetectionBatch(_move(self.images, device), _move(self.boxes, device), _move(self.labels, device))
+
+    @property
+    def num_images(self) -> int:
+        """Images in the batch, B."""
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class ConceptBatch:
+    """G groups of g captioned images; the images of a group share the group's concept."""
+
+    images: tuple[Tensor, ...]
+    """B = G * g tensors [3, H, W] uint8 RGB, group after group."""
+    concept_ids: Tensor
+    """[G] int64, rows of the concept table."""
+    mentioned: Tensor
+    """[B, C] bool: the concepts that the image's caption mentions."""
+    captions: tuple[str, ...]
+    """B captions."""
+    caption_embeddings: Tensor | None = None
+    """[B, D] unit rows from the frozen text encoder; None where the teacher has no text tower."""
+
+    def to(self, device: torch.device) -> "ConceptBatch":
+        """The same batch on another device."""
+        embeddings = self.caption_embeddings
+        return replace(
+            self,
+            images=_move(self.images, device),
+            concept_ids=self.concept_ids.to(device, non_blocking=True),
+            mentioned=self.mentioned.to(device, non_blocking=True),
+            caption_embeddings=None if embeddings is None else embeddings.to(device, non_blocking=True),
+        )
+
+    @property
+    def num_images(self) -> int:
+        """Images in the batch, B."""
+        return len(self.images)
+
+    @property
+    def group_size(self) -> int:
+        """Images of one group, g."""
+        return len(self.images) // max(1, len(self.concept_ids))
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first."""
+
+    boxes: Tensor
+    """[N, 4] float32 xyxy, pixels of the original image."""
+    scores: Tensor
+    """[N] float32 in [0, 1]."""
+    labels: Tensor
+    """[N] int64, indices into `names`."""
+    names: tuple[str, ...]
+    """The vocabulary that was asked for."""
+    width: int
+    height: int
+    image: Image.Image | None = None
+    """The picture, when `detect` was given one to draw on."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """`[{"box": [x0, y0, x1, y1], "label": name, "score": s}]`, as the HTTP endpoint answers."""
+        rows = zip(self.boxes.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True)
+        return [{"box": box, "label": self.names[label], "score": score} for box, label, score in rows]
+
+    def draw(self, path: str | Path | None = None, *, image: Image.Image | None = None) -> Image.Image:
+        """The picture with its boxes, saved to `path` if given.
+
+        Raises:
+            ValueError: there is no picture to draw on.
+        """
+        picture = image if image is not None else self.image
+        if picture is None:
+            raise ValueError("these detections carry no image: pass image=")
+        texts = [f"{self.names[label]} {score:.2f}" for label, score in zip(self.labels, self.scores, strict=True)]
+        drawn = draw_boxes(picture, self.boxes, texts, self.labels.tolist())
+        if path is not None:
+            drawn.save(path)
+        return drawn

@@ -1,0 +1,244 @@
+"""The checkpoint folder of a detector: complete, so that one folder serves new names anywhere.
+
+model.safetensors     the detector's weights
+config.json           method, model config, resolved run, default vocabulary; written last
+text/                 the teacher's text tower, or a table of embedded names
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ovd_models.batches import Detections
+from ovd_models.clip import ClipTextEncoder, load_text_encoder, save_text_encoder
+from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.errors import InputError
+from ovd_models.preprocess import ImageLike, open_image, to_tensor
+from ovd_models.vocabulary import EmbeddingTable, TextEncoder, build_vocabulary
+
+FORMAT = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself."""
+
+    method: str
+    model: dict[str, Any]
+    """The model's config as JSON."""
+    vocabulary: tuple[str, ...]
+    """Default names."""
+    splits: dict[str, str]
+    """`base` or `novel` by name, as in training."""
+    run: dict[str, Any]
+    """The resolved run that made it."""
+
+
+def save_detector(
+    model: CoDet,
+    encoder: TextEncoder,
+    folder: str | Path,
+    *,
+    splits: dict[str, str],
+    run: dict[str, Any],
+) -> None:
+    """Write a complete checkpoint folder; `config.json` comes last, so a folder that has it is whole."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, target / "model.safetensors")
+    _save_encoder(encoder, target / "text")
+    info = {
+        "format": FORMAT,
+        "method": "codet",
+        "model": asdict(model.config),
+        "vocabulary": list(splits),
+        "splits": splits,
+        "run": run,
+    }
+    (target / "config.json").write_text(json.dumps(info, indent=1, default=str))
+
+
+def _save_encoder(encoder: TextEncoder, folder: Path) -> None:
+    if isinstance(encoder, ClipTextEncoder):
+        save_text_encoder(encoder, folder)
+        return
+    if not isinstance(encoder, EmbeddingTable):
+        raise TypeError(f"no format for {type(encoder).__name__}")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"embeddings": encoder.embeddings.contiguous()}, folder / "table.safetensors")
+    table = {"names": encoder.names, "teacher": encoder.teacher, "prompt_set": encoder.prompt_set}
+    (folder / "table.json").write_text(json.dumps(table, indent=1))
+
+
+def load_encoder(folder: str | Path) -> TextEncoder:
+    """The text encoder of a `text/` folder, or of a CLIP checkpoint.
+
+    Raises:
+        InputError: the folder holds neither, or is broken.
+    """
+    source = Path(folder)
+    if not (source / "table.json").is_file():
+        return load_text_encoder(source)
+    try:
+        table = json.loads((source / "table.json").read_text())
+        rows = load_file(source / "table.safetensors")["embeddings"]
+        return EmbeddingTable(tuple(table["names"]), rows, table["teacher"], table["prompt_set"])
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        raise InputError(f"{source}: not a readable table of embedded names ({error})") from error
+
+
+def read_info(folder: str | Path) -> CheckpointInfo:
+    """What the checkpoint says about itself.
+
+    Raises:
+        InputError: the folder is no checkpoint, or one of another format.
+    """
+    source = Path(folder)
+    path = source / "config.json"
+    if not path.is_file():
+        other = " (it holds a CLIP model, not a detector)" if (source / "clip.json").is_file() else ""
+        raise InputError(f"{source}: no detector checkpoint, expected config.json and model.safetensors{other}")
+    try:
+        raw = json.loads(path.read_text())
+        found = raw.get("format")
+        if found != FORMAT:
+            raise InputError(f"{path}: format {found!r}, this program reads format {FORMAT}")
+        return CheckpointInfo(raw["method"], raw["model"], tuple(raw["vocabulary"]), raw["splits"], raw["run"])
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{path}: not a checkpoint config ({type(error).__name__}: {error})") from error
+
+
+def load_codet(folder: str | Path) -> CoDet:
+    """The CoDet model of a checkpoint folder, in evaluation mode.
+
+    Raises:
+        InputError: it is a checkpoint of another method, or broken.
+    """
+    info = read_info(folder)
+    if info.method != "codet":
+        raise InputError(f"{folder}: checkpoint of method {info.method!r}, expected 'codet'")
+    try:
+        model = CoDet(from_json(CoDetConfig, info.model))
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    except (RuntimeError, TypeError, KeyError, ValueError, OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"{folder}: not a readable codet checkpoint ({reason})") from error
+    return model.eval()
+
+
+def from_json(kind: type[T], raw: dict[str, Any]) -> T:
+    """A config dataclass from its JSON form: lists become tuples and objects nested configs where the type says so.
+
+    Raises:
+        TypeError: a field is unknown or missing.
+    """
+    assert is_dataclass(kind)
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for entry in fields(kind):
+        if entry.name not in raw:
+            continue
+        value, hint = raw[entry.name], hints[entry.name]
+        if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+            value = from_json(hint, value)
+        elif isinstance(value, list) and getattr(hint, "__origin__", None) is tuple:
+            value = tuple(value)
+        values[entry.name] = value
+    unknown = set(raw) - {entry.name for entry in fields(kind)}
+    if unknown:
+        raise TypeError(f"unknown field {sorted(unknown)[0]!r} of {kind.__name__}")
+    return kind(**values)
+
+
+class Detector:
+    """A trained detector with its text encoder: names in, boxes out."""
+
+    def __init__(self, model: CoDet, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
+
+    @property
+    def method(self) -> str:
+        """The method that trained it."""
+        return self.info.method
+
+    @property
+    def teacher(self) -> str:
+        """The text encoder's model and weights."""
+        return self.encoder.teacher
+
+    @property
+    def prompt_set(self) -> str:
+        """The templates that names are put into."""
+        return self.encoder.prompt_set
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Default names."""
+        return self.info.vocabulary
+
+    def detect(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        names: Sequence[str] | None = None,
+        *,
+        score_threshold: float = 0.05,
+        max_detections: int = 100,
+    ) -> Any:
+        """Find named things.
+
+        Args:
+            image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB), or a list of them.
+            names: any names; the default vocabulary if None.
+            score_threshold: only detections above it.
+            max_detections: at most so many an image.
+
+        Returns:
+            One `Detections` for one image, a list of them for a list.
+
+        Raises:
+            InputError: an image cannot be read, or a name not be embedded.
+        """
+        vocabulary = build_vocabulary(self.encoder, names if names is not None else self.vocabulary).to(self.device)
+        several = isinstance(image, list | tuple)
+        images: list[ImageLike] = list(image) if isinstance(image, list | tuple) else [cast(ImageLike, image)]
+        opened = [open_image(entry) if isinstance(entry, str | Path) else entry for entry in images]
+        tensors = [to_tensor(entry).to(self.device) for entry in opened]
+        if not tensors:
+            return []
+        found: list[Detections] = []
+        for entry, tensor, result in zip(
+            opened,
+            tensors,
+            self.model.detect(tensors, vocabulary, score_threshold=score_threshold, max_detections=max_detections),
+            strict=True,
+        ):
+            on_cpu = replace(result, boxes=result.boxes.cpu(), scores=result.scores.cpu(), labels=result.labels.cpu())
+            found.append(replace(on_cpu, image=_as_picture(entry, tensor)))
+        return found if several else found[0]
+
+
+def _as_picture(image: ImageLike, tensor: Tensor) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy())
+
+
+def load_detector(folder: str | Path, device: str = "cpu") -> Detector:
+    """The detector of a checkpoint folder.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is broken.
+    """
+    return Detector(load_codet(folder), load_encoder(Path(folder) / "text"), read_info(folder), device)

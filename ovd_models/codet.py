@@ -1,0 +1,201 @@
+"""CoDet: learn to classify regions from images whose captions share a concept (NeurIPS 2023, arXiv 2310.16667).
+
+G groups, g images of a group, Q = g query images, S = g supports, N proposals of an image, B = G * g images,
+D embedding width, C concepts, K categories with boxes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import resize_boxes
+
+from ovd_models.batches import ConceptBatch, DetectionBatch, Detections
+from ovd_models.losses import caption_loss, concept_loss, cosine_logits
+from ovd_models.rcnn import RCNN, RCNNConfig
+from ovd_models.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoDetConfig:
+    """The detector and the alignment of caption groups."""
+
+    detector: RCNNConfig = field(default_factory=RCNNConfig)
+    num_proposals: int = 16
+    """N: the best proposals of a captioned image that take part."""
+    text_guidance: bool = True
+    attention_temperature: float = 0.1
+    """Divides the similarity before the softmax over a query's proposals."""
+    concept_weight: float = 0.2
+    """Weight of the region-word loss."""
+    caption_weight: float = 0.05
+    """Weight of the image-text loss; it needs a teacher with a text tower."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the proposals of each query image relate to those of its group."""
+
+    attention: Tensor
+    """[G, g, N] weights over an image's proposals; each row with a proposal sums to 1."""
+    prototype: Tensor
+    """[G, g, D] attention-weighted mean of the image's region features."""
+
+
+def guidance_weights(text_GD: Tensor, centre_D: Tensor) -> Tensor:
+    """[G, D] weights of embedding dimensions for each group's concept, averaging 1 (CoDet, text guidance).
+
+    The absolute embedding, after the mean over all concepts is taken away: without that, a few large dimensions that
+    all concepts share decide, and guidance hardly depends on the concept.
+    """
+    magnitude_GD = (text_GD - centre_D).abs()
+    return magnitude_GD * text_GD.shape[1] / magnitude_GD.sum(1, keepdim=True).clamp(min=1e-12)
+
+
+def align(region_GgND: Tensor, valid_GgN: Tensor, guidance_GD: Tensor, temperature: float) -> Alignment:
+    """Find in every image what its group shares (CoDet, section 3.2; all queries at once).
+
+    S[a, b] = sum_k w_k p_a[k] p_b[k] between unit features of a query's proposals a and a support's proposals b;
+    for each a the maximum over a support's proposals, the mean over supports, and a softmax over a. So neither the
+    order of images nor that of proposals matters, and padding takes no part.
+
+    Args:
+        region_GgND: [G, g, N, D] region features of any norm.
+        valid_GgN: [G, g, N] bool, False where padded.
+        guidance_GD: [G, D] weights of the dimensions.
+        temperature: divides the similarity before the softmax.
+    """
+    group_size = region_GgND.shape[1]
+    unit_GgND = F.normalize(region_GgND, dim=-1)
+    guided_GgND = unit_GgND * guidance_GD[:, None, None, :]
+    similarity_GQNSN = torch.einsum("gqad,gsbd->gqasb", guided_GgND, unit_GgND)
+    hidden = torch.finfo(similarity_GQNSN.dtype).min
+    best_GQNS = similarity_GQNSN.masked_fill(~valid_GgN[:, None, None], hidden).amax(-1)
+    itself_QS = torch.eye(group_size, dtype=torch.bool, device=region_GgND.device)
+    usable_GQS = valid_GgN.any(-1)[:, None, :] & ~itself_QS  # supports: the others, if they have a proposal
+    weight_GQS = usable_GQS / usable_GQS.sum(-1, keepdim=True).clamp(min=1)
+    shared_GQN = torch.where(usable_GQS[:, :, None], best_GQNS, 0.0).mul(weight_GQS[:, :, None]).sum(-1)
+    attention_GgN = torch.softmax((shared_GQN / temperature).masked_fill(~valid_GgN, hidden), dim=-1) * valid_GgN
+    return Alignment(attention_GgN, torch.einsum("gqa,gqad->gqd", attention_GgN, region_GgND))
+
+
+class CoDet(nn.Module):
+    """A text-classifier detector that learns from boxes of base categories and from caption groups."""
+
+    def __init__(self, config: CoDetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.detector = RCNN(config.detector)
+
+    def forward(
+        self,
+        detection: DetectionBatch,
+        concepts: ConceptBatch | None,
+        categories_KD: Tensor,
+        concepts_CD: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of one step: both kinds of batch go through the backbone together.
+
+        Args:
+            detection: images with boxes.
+            concepts: caption groups; None for box supervision alone.
+            categories_KD: [K, D] unit rows that `detection.labels` count.
+            concepts_CD: [C, D] unit rows that `concepts.concept_ids` count.
+        """
+        detector = self.detector
+        captioned = concepts.images if concepts is not None else ()
+        batch = detector.preprocess([*detection.images, *captioned])
+        features = detector.features(batch)
+        proposals = detector.propose(batch, features)
+        targets = [
+            {"boxes": resize_boxes(box, list(image.shape[-2:]), list(size)), "labels": label}
+            for image, box, label, size in zip(
+                detection.images, detection.boxes, detection.labels, batch.image_sizes, strict=False
+            )
+        ]
+        losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)
+        if concepts is not None and concepts_CD is not None:
+            start = detection.num_images
+            own = {name: level[start:] for name, level in features.items()}
+            sizes = ImageList(batch.tensors[start:], batch.image_sizes[start:])
+            losses |= self._group_losses(concepts, sizes, own, proposals.boxes[start:], concepts_CD)
+        return losses
+
+    def _group_losses(
+        self,
+        concepts: ConceptBatch,
+        batch: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        concepts_CD: Tensor,
+    ) -> dict[str, Tensor]:
+        """Region-word and image-text losses of a batch of groups."""
+        config, temperature = self.config, self.config.detector.temperature
+        boxes = [entry[: config.num_proposals].detach() for entry in proposals]
+        whole = [
+            entry.new_tensor([[0, 0, width, height]])
+            for entry, (height, width) in zip(proposals, batch.image_sizes, strict=True)
+        ]
+        counts = [len(entry) + 1 for entry in boxes]
+        with_whole = [torch.cat(pair) for pair in zip(boxes, whole, strict=True)]
+        region_RD = self.detector.projection(self.detector.region_features(features, with_whole, batch))
+        rows = torch.split(region_RD, counts)
+        region_BND = pad_sequence([entry[:-1] for entry in rows], batch_first=True)
+        lengths_B = torch.tensor([count - 1 for count in counts], device=region_BND.device)
+        valid_BN = torch.arange(region_BND.shape[1], device=region_BND.device) < lengths_B[:, None]
+
+        shape = (len(concepts.concept_ids), concepts.group_size)
+        own_GD = concepts_CD[concepts.concept_ids]
+        guidance_GD = guidance_weights(own_GD, concepts_CD.mean(0)) if config.text_guidance else torch.ones_like(own_GD)
+        aligned = align(
+            region_BND.view(*shape, *region_BND.shape[1:]),
+            valid_BN.view(*shape, -1),
+            guidance_GD,
+            config.attention_temperature,
+        )
+        prototype_BD, concept_B = aligned.prototype.flatten(0, 1), concepts.concept_ids.repeat_interleave(shape[1])
+        logits_BC = cosine_logits(prototype_BD, concepts_CD, temperature)
+        losses = {"concept": config.concept_weight * concept_loss(logits_BC, concept_B, concepts.mentioned)}
+        if config.caption_weight and concepts.caption_embeddings is not None:
+            caption_MD, own_B, same_rank_M = gather_captions(concepts.caption_embeddings)
+            image_BD = torch.stack([entry[-1] for entry in rows])
+            loss = caption_loss(image_BD, caption_MD, own_B, same_rank_M, temperature)
+            losses["caption"] = config.caption_weight * loss
+        return losses
+
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        vocabulary: Vocabulary,
+        *,
+        score_threshold: float = 0.05,
+        max_detections: int = 100,
+    ) -> list[Detections]:
+        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` an image."""
+        return self.detector.detect(images, vocabulary, score_threshold=score_threshold, max_detections=max_detections)
+
+
+def gather_captions(caption_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Caption embeddings of all ranks.
+
+    Args:
+        caption_BD: [B, D], the same B on every rank.
+
+    Returns:
+        All rows [M, D], the row of each own caption [B], and which rows are this rank's [M].
+    """
+    count, device = len(caption_BD), caption_BD.device
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return caption_BD, torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    gathered = [torch.empty_like(caption_BD) for _ in range(world)]
+    dist.all_gather(gathered, caption_BD.contiguous())
+    own = torch.arange(rank * count, (rank + 1) * count, device=device)
+    same_rank = torch.zeros(world * count, dtype=torch.bool, device=device)
+    same_rank[own] = True
+    return torch.cat(gathered), own, same_rank

@@ -1,0 +1,79 @@
+"""Losses on text-classifier logits: pure functions.
+
+R regions, B images, K classes, C concepts, D embedding width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cosine_logits(feature_RD: Tensor, text_KD: Tensor, temperature: float) -> Tensor:
+    """[R, D] features and [K, D] unit rows -> [R, K] cosines times `temperature`; a zero feature gives 0."""
+    return temperature * F.normalize(feature_RD, dim=-1) @ text_KD.T
+
+
+def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor) -> Tensor:
+    """Binary cross-entropy, summed over classes and averaged over regions.
+
+    Args:
+        logits_RK: [R, K].
+        labels_R: [R] int64; the class, or -1 for background: target 0 everywhere.
+
+    Returns:
+        A scalar; 0 for no region.
+    """
+    target_RK = torch.zeros_like(logits_RK)
+    foreground = torch.nonzero(labels_R >= 0).squeeze(1)
+    target_RK[foreground, labels_R[foreground]] = 1.0
+    return F.binary_cross_entropy_with_logits(logits_RK, target_RK, reduction="sum") / max(1, len(logits_RK))
+
+
+def concept_loss(logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor) -> Tensor:
+    """Region-word loss: binary cross-entropy with target 1 only at the image's concept (CoDet, section 2).
+
+    Args:
+        logits_BC: [B, C] of the prototypes.
+        concept_B: [B] int64, the concept of each image's group.
+        ignored_BC: [B, C] bool; concepts that count neither as positive nor as negative. The image's own is never
+            ignored.
+
+    Returns:
+        A scalar, summed over concepts and averaged over images.
+    """
+    target_BC = F.one_hot(concept_B, logits_BC.shape[1]).to(logits_BC.dtype)
+    weight_BC = (~ignored_BC | target_BC.bool()).to(logits_BC.dtype)
+    loss = F.binary_cross_entropy_with_logits(logits_BC, target_BC, weight_BC, reduction="sum")
+    return loss / max(1, len(logits_BC))
+
+
+def caption_loss(
+    image_BD: Tensor,
+    caption_MD: Tensor,
+    own_B: Tensor,
+    same_rank_M: Tensor,
+    temperature: float,
+    *,
+    same_rank_weight: float = 0.125,
+    other_rank_weight: float = 1.25,
+) -> Tensor:
+    """Image-text loss of whole-image features against frozen caption embeddings of all ranks.
+
+    Args:
+        image_BD: [B, D] features of any norm.
+        caption_MD: [M, D] unit rows of all ranks' captions.
+        own_B: [B] int64, the row of each image's own caption.
+        same_rank_M: [M] bool, the captions of this rank.
+        temperature: multiplies cosines.
+        same_rank_weight: weight of negatives from this rank, whose captions often mention the same things.
+        other_rank_weight: weight of negatives from other ranks.
+
+    Returns:
+        A scalar, summed over captions and averaged over images.
+    """
+    logits_BM = cosine_logits(image_BD, caption_MD, temperature)
+    target_BM = F.one_hot(own_B, len(caption_MD)).to(logits_BM.dtype)
+    negative_M = torch.where(same_rank_M, same_rank_weight, other_rank_weight)
+    weight_BM = torch.where(target_BM.bool(), 1.0, negative_M)
+    loss = F.binary_cross_entropy_with_logits(logits_BM, target_BM, weight_BM, reduction="sum")
+    return loss / max(1, len(image_BD))

@@ -1,0 +1,240 @@
+"""Faster R-CNN with a feature pyramid and a text-embedding classifier, on torchvision's operators.
+
+B images, R regions, N boxes or proposals of one image, K classes, D embedding width, F pyramid channels.
+Boxes are xyxy in pixels of the resized image inside this file, of the original image at its borders.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import timm
+import torch
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops import (
+    FeaturePyramidNetwork,
+    FrozenBatchNorm2d,
+    MultiScaleRoIAlign,
+    batched_nms,
+    clip_boxes_to_image,
+)
+
+from ovd_models.batches import Detections
+from ovd_models.losses import cosine_logits, sigmoid_loss
+from ovd_models.vocabulary import Vocabulary
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RCNNConfig:
+    """The detector; the defaults are a small one for 128 px images, trained from scratch."""
+
+    backbone: str = "resnet10t"
+    """Any timm model that gives feature maps."""
+    backbone_options: dict[str, Any] = field(default_factory=lambda: {"channels": [32, 64, 96, 128], "stem_width": 16})
+    """Passed to timm."""
+    freeze_norm: bool = False
+    """Freeze the backbone's batch norm, as is usual with pretrained weights and small batches."""
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+    """Feature maps that enter the pyramid."""
+    anchor_sizes: tuple[int, ...] = (12, 24, 48, 96)
+    """Anchor side in pixels, one a pyramid level."""
+    pyramid_channels: int = 64
+    head_width: int = 256
+    embed_dim: int = 128
+    min_size: int = 128
+    """Images are resized so that their shorter side has this many pixels ..."""
+    max_size: int = 256
+    """... but the longer one no more than this."""
+    rpn_batch_size: int = 128
+    pre_nms: int = 500
+    """Proposals a level before suppression."""
+    post_nms: int = 200
+    """Proposals an image after it."""
+    rois_per_image: int = 64
+    temperature: float = 50.0
+    box_beta: float = 1 / 9
+    """Where the smooth L1 box loss turns linear."""
+    box_nms: float = 0.5
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What the proposal network says about B images."""
+
+    boxes: list[Tensor]
+    """B tensors [N, 4], best first."""
+    anchors: list[Tensor]
+    objectness: Tensor
+    """[B * anchors, 1] logits."""
+    deltas: Tensor
+    """[B * anchors, 4]."""
+
+
+class RCNN(nn.Module):
+    """A two-stage detector whose classes are whatever text embeddings it is given."""
+
+    def __init__(self, config: RCNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.transform = GeneralizedRCNNTransform(
+            c.min_size, c.max_size, list(IMAGENET_MEAN), list(IMAGENET_STD), size_divisible=max(c.strides)
+        )
+        self.backbone = build_backbone(c)
+        self.pyramid = FeaturePyramidNetwork(feature_info(self.backbone).channels(), c.pyramid_channels)
+        anchors = AnchorGenerator(tuple((size,) for size in c.anchor_sizes), ((0.5, 1.0, 2.0),) * len(c.anchor_sizes))
+        top_n = {"training": c.pre_nms, "testing": c.pre_nms}
+        keep_n = {"training": c.post_nms, "testing": c.post_nms}
+        head = RPNHead(c.pyramid_channels, anchors.num_anchors_per_location()[0])
+        self.rpn = RegionProposalNetwork(anchors, head, 0.7, 0.3, c.rpn_batch_size, 0.5, top_n, keep_n, 0.7)
+        levels = [str(index) for index in range(len(c.strides))]
+        pool = MultiScaleRoIAlign(levels, 7, sampling_ratio=2)
+        # RoIHeads gives the sampling of regions and the box coding; classification is ours, below.
+        self.roi = RoIHeads(
+            pool, TwoMLPHead(c.pyramid_channels * 49, c.head_width), None, 0.5, 0.5, c.rois_per_image, 0.25,
+            None, 0.0, c.box_nms, 100,
+        )  # fmt: skip
+        self.box_deltas = nn.Sequential(nn.Linear(c.head_width, c.head_width), nn.ReLU(), nn.Linear(c.head_width, 4))
+        self.projection = nn.Linear(c.head_width, c.embed_dim)
+
+    def preprocess(self, images: Sequence[Tensor]) -> ImageList:
+        """B uint8 images [3, H, W] -> one padded, normalised batch with the sizes before padding."""
+        batch, _ = self.transform([image.float() / 255 for image in images])
+        return batch
+
+    def features(self, batch: ImageList) -> dict[str, Tensor]:
+        """Pyramid levels `{"0": [B, F, H / stride, W / stride], ...}`."""
+        maps = self.backbone(batch.tensors)
+        pyramid = self.pyramid(OrderedDict((str(index), level) for index, level in enumerate(maps)))
+        return cast(dict[str, Tensor], pyramid)
+
+    def propose(self, batch: ImageList, features: dict[str, Tensor]) -> Proposals:
+        """Class-agnostic proposals of every image."""
+        levels = list(features.values())
+        objectness, deltas = self.rpn.head(levels)
+        anchors = self.rpn.anchor_generator(batch, levels)
+        per_level = [int(level[0].numel()) for level in objectness]
+        objectness_flat, deltas_flat = concat_box_prediction_layers(objectness, deltas)
+        decoded = self.rpn.box_coder.decode(deltas_flat.detach(), anchors).view(len(anchors), -1, 4)
+        boxes, _ = self.rpn.filter_proposals(decoded, objectness_flat, batch.image_sizes, per_level)
+        return Proposals(boxes, anchors, objectness_flat, deltas_flat)
+
+    def region_features(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> Tensor:
+        """[R, head_width] features of boxes of each image, images in order."""
+        pooled = self.roi.box_roi_pool(features, boxes, batch.image_sizes)
+        return cast(Tensor, self.roi.box_head(pooled))
+
+    def detection_losses(
+        self,
+        batch: ImageList,
+        features: dict[str, Tensor],
+        proposals: Proposals,
+        targets: list[dict[str, Tensor]],
+        text_KD: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses of the first `len(targets)` images of the batch, which are those with boxes.
+
+        Args:
+            batch: all images.
+            features: their pyramid.
+            proposals: of all images.
+            targets: `boxes` [N, 4] in resized pixels and `labels` [N], rows of `text_KD`.
+            text_KD: [K, D] unit rows of the categories that boxes are annotated with.
+        """
+        count = len(targets)
+        num_anchors = len(proposals.anchors[0])
+        assigned, matched = self.rpn.assign_targets_to_anchors(proposals.anchors[:count], targets)
+        regression = self.rpn.box_coder.encode(matched, proposals.anchors[:count])
+        loss_objectness, loss_rpn_box = self.rpn.compute_loss(
+            proposals.objectness[: count * num_anchors], proposals.deltas[: count * num_anchors], assigned, regression
+        )
+        # RoIHeads counts background as class 0.
+        shifted = [{"boxes": target["boxes"], "labels": target["labels"] + 1} for target in targets]
+        regions, _, labels, deltas = self.roi.select_training_samples(proposals.boxes[:count], shifted)
+        own = {name: level[:count] for name, level in features.items()}
+        region_RF = self.region_features(own, regions, ImageList(batch.tensors[:count], batch.image_sizes[:count]))
+        label_R, delta_R4 = torch.cat(labels) - 1, torch.cat(deltas)
+        logits_RK = cosine_logits(self.projection(region_RF), text_KD, self.config.temperature)
+        foreground = label_R >= 0
+        loss_box = F.smooth_l1_loss(
+            self.box_deltas(region_RF)[foreground], delta_R4[foreground], beta=self.config.box_beta, reduction="sum"
+        )
+        return {
+            "objectness": loss_objectness,
+            "rpn_box": loss_rpn_box,
+            "classes": sigmoid_loss(logits_RK, label_R),
+            "box": loss_box / max(1, len(label_R)),
+        }
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        vocabulary: Vocabulary,
+        *,
+        score_threshold: float = 0.05,
+        max_detections: int = 100,
+    ) -> list[Detections]:
+        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` an image."""
+        batch = self.preprocess(images)
+        features = self.features(batch)
+        boxes = self.propose(batch, features).boxes
+        counts = [len(entry) for entry in boxes]
+        region_RF = self.region_features(features, boxes, batch)
+        refined = torch.split(self.roi.box_coder.decode(self.box_deltas(region_RF), boxes).view(-1, 4), counts)
+        logits_RK = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
+        found = []
+        for image, size, box_N4, score_NK in zip(
+            images, batch.image_sizes, refined, torch.split(logits_RK.sigmoid(), counts), strict=True
+        ):
+            kept_boxes, scores, labels = select_detections(
+                clip_boxes_to_image(box_N4, size), score_NK, score_threshold, self.config.box_nms, max_detections
+            )
+            original = [int(side) for side in image.shape[-2:]]
+            restored = resize_boxes(kept_boxes, list(size), original) if len(kept_boxes) else kept_boxes
+            found.append(Detections(restored, scores, labels, vocabulary.names, original[1], original[0]))
+        return found
+
+
+def build_backbone(config: RCNNConfig) -> nn.Module:
+    """A timm feature extractor with the config's strides."""
+    options = dict(config.backbone_options)
+    if config.freeze_norm:
+        options["norm_layer"] = FrozenBatchNorm2d
+    everything = timm.create_model(config.backbone, features_only=True, **options)
+    reductions = feature_info(everything).reduction()
+    indices = tuple(reductions.index(stride) for stride in config.strides)
+    return timm.create_model(config.backbone, features_only=True, out_indices=indices, **options)
+
+
+def feature_info(backbone: nn.Module) -> FeatureInfo:
+    """What timm says about a feature extractor's maps."""
+    return cast(FeatureInfo, backbone.feature_info)
+
+
+def select_detections(
+    box_N4: Tensor, score_NK: Tensor, threshold: float, nms: float, limit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best (box, class) pairs after suppression within each class.
+
+    Returns:
+        Boxes [M, 4], scores [M] and classes [M], best first, at most `limit`.
+    """
+    region, label = torch.nonzero(score_NK > threshold, as_tuple=True)
+    score = score_NK[region, label]
+    if len(score) > 20 * limit:  # suppression is quadratic: hopeless candidates are dropped first
+        best = score.topk(20 * limit).indices
+        region, label, score = region[best], label[best], score[best]
+    keep = batched_nms(box_N4[region], score, label, nms)[:limit]
+    return box_N4[region[keep]], score[keep], label[keep]

@@ -1,0 +1,124 @@
+"""Names and their embeddings: a vocabulary is a value, set at run time, never part of a detector's weights.
+
+K names, D embedding width.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ovd_models.errors import InputError
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """K names and their unit embeddings."""
+
+    names: tuple[str, ...]
+    embeddings: Tensor
+    """[K, D] float32, unit rows."""
+    is_base: Tensor | None = None
+    """[K] bool: the names that carried boxes in training; None when nobody knows."""
+
+    def to(self, device: torch.device) -> "Vocabulary":
+        """The same vocabulary on another device."""
+        base = None if self.is_base is None else self.is_base.to(device)
+        return Vocabulary(self.names, self.embeddings.to(device), base)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class TextEncoder(Protocol):
+    """Anything that turns names into embeddings."""
+
+    @property
+    def teacher(self) -> str:
+        """Identifies the model and its weights."""
+        ...
+
+    @property
+    def prompt_set(self) -> str:
+        """The name of the templates."""
+        ...
+
+    def embed_names(self, names: Sequence[str]) -> Tensor:
+        """[K, D] unit rows, one a name, averaged over the prompt set."""
+        ...
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor | None:
+        """[B, D] unit rows of whole sentences; None without a text tower."""
+        ...
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """A fixed table of embedded names, for teachers whose text tower is not at hand."""
+
+    names: tuple[str, ...]
+    embeddings: Tensor
+    """[K, D] float32, unit rows."""
+    teacher: str
+    prompt_set: str = "given"
+
+    @classmethod
+    def from_array(cls, names: Sequence[str], array: np.ndarray, origin: str) -> "EmbeddingTable":
+        """A table from raw rows [K, D] of any norm.
+
+        Raises:
+            InputError: the rows do not match the names, or are not finite.
+        """
+        if array.ndim != 2 or len(array) != len(names):
+            raise InputError(f"{origin}: array of shape {list(array.shape)}, expected one row for each of {len(names)}")
+        rows = torch.from_numpy(np.asarray(array, np.float32))
+        if not bool(torch.isfinite(rows).all()):
+            raise InputError(f"{origin}: holds NaN or infinite values, expected finite embeddings")
+        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+        return cls(tuple(names), F.normalize(rows, dim=1), f"{origin.rsplit('/', 1)[-1]}:{digest}")
+
+    def embed_names(self, names: Sequence[str]) -> Tensor:
+        """[K, D] unit rows.
+
+        Raises:
+            InputError: a name is not in the table.
+        """
+        index = {name: row for row, name in enumerate(self.names)}
+        for name in names:
+            if name not in index:
+                raise InputError(f"name {name!r}: not in the table of {len(self.names)} embedded names")
+        return self.embeddings[[index[name] for name in names]]
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor | None:
+        """None: sentences cannot be embedded by a table."""
+        return None
+
+
+def clean_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names as they are embedded: trimmed, each once, in the order given.
+
+    Raises:
+        InputError: there is none, or one is empty or not text.
+    """
+    if not names:
+        raise InputError("vocabulary: empty, expected at least one name")
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"vocabulary[{index}]: {name!r}, expected a non-empty name")
+    return tuple(dict.fromkeys(name.strip() for name in names))
+
+
+def build_vocabulary(encoder: TextEncoder, names: Sequence[str], splits: Mapping[str, str] | None = None) -> Vocabulary:
+    """Embed names; `splits` tells which are `base`.
+
+    Raises:
+        InputError: a name is empty or cannot be embedded.
+    """
+    cleaned = clean_names(names)
+    is_base = None if splits is None else torch.tensor([splits.get(name) == "base" for name in cleaned])
+    return Vocabulary(cleaned, encoder.embed_names(cleaned), is_base)
