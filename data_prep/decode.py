@@ -2,13 +2,18 @@
 
 import io
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import imagehash
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, ImageFile, ImageOps
+
+from data_prep import storage, tables
 
 MAGIC: tuple[tuple[int, bytes], ...] = (
     (0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n\x1a\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"),
@@ -149,3 +154,40 @@ def strip_metadata(jpeg: bytes) -> bytes:
         position = stop
     kept.append(jpeg[position:])
     return b"".join(kept)
+
+
+def decode_rows(rows: pa.Table, config: DecodeConfig) -> pa.Table:
+    """Table rows with fetched `content` -> the same rows with what is stored, or why there is nothing.
+
+    Adds the columns of `Decoded` and `image_id`; `stage`, `reason` and `detail` tell of failures, earlier ones stay.
+    """
+    results = [
+        Rejection("", "") if content is None else decode(content, config) for content in rows["content"].to_pylist()
+    ]
+    images = [result if isinstance(result, Decoded) else None for result in results]
+    failures = [result if isinstance(result, Rejection) and result.reason else None for result in results]
+    columns = {
+        "content": pa.array([image and image.content for image in images], pa.large_binary()),
+        "image_id": pa.array([image and storage.sha256(image.content) for image in images], pa.string()),
+        "contrast": pa.array([image and image.contrast for image in images], pa.float32()),
+    }
+    for name in ("width", "height", "original_width", "original_height", "phash"):
+        kind = tables.SCHEMAS["pairs"].field(name).type
+        columns[name] = pa.array([image and getattr(image, name) for image in images], kind)
+    rows = rows.drop_columns(["content"])
+    for name, column in columns.items():
+        rows = rows.append_column(name, column)
+    return with_failures(rows, "decode", failures)
+
+
+def with_failures(rows: pa.Table, stage: str, failures: Sequence[Rejection | None]) -> pa.Table:
+    """Enter what a stage rejects into `stage`, `reason` and `detail`; rows without a failure stay as they are."""
+    told = {
+        "stage": [failure and stage for failure in failures],
+        "reason": [failure and failure.reason for failure in failures],
+        "detail": [failure and failure.detail for failure in failures],
+    }
+    for name, values in told.items():
+        position = rows.schema.get_field_index(name)
+        rows = rows.set_column(position, name, pc.coalesce(pa.array(values, pa.string()), rows[name]))
+    return rows

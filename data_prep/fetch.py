@@ -15,11 +15,11 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 import pyarrow as pa
 from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
 from data_prep import storage
 
@@ -136,15 +136,15 @@ class Fetcher:
         attempts = 0 if failure.reason in ("bad_url", "forbidden_address") and progress.status is None else attempt
         return Fetched(reason=failure.reason, detail=failure.detail, http_status=progress.status, attempts=attempts)
 
-    async def _follow(self, url: str, progress: _Progress) -> bytes:
+    async def _follow(self, text: str, progress: _Progress) -> bytes:
         """The body behind a URL and its redirects; each hop is checked like the first."""
+        url = parse_url(text)
         for _ in range(self.config.max_redirects + 1):
-            host, port = check_url(url)
-            async with self._hosts[f"{host}:{port}"], self._slots:
+            async with self._hosts[f"{url.raw_host}:{url.port}"], self._slots:
                 started = time.monotonic()
                 try:
                     async with asyncio.timeout(progress.remaining):
-                        body, location = await self._request(url, host, port, progress)
+                        body, location = await self._request(url, progress)
                 except TimeoutError:
                     reason = "dns" if progress.resolving else "timeout"
                     raise FetchError(reason, f"no answer in {self.config.deadline_seconds:g} s") from None
@@ -152,17 +152,14 @@ class Fetcher:
                     progress.remaining -= time.monotonic() - started
             if location is None:
                 return body
-            try:
-                url = urljoin(url, location)
-            except ValueError as error:
-                raise FetchError("bad_url", f"redirect to {location[:200]!r}: {error}") from error
+            url = parse_url(location, url)
         raise FetchError("too_many_redirects", f"more than {self.config.max_redirects}")
 
-    async def _request(self, url: str, host: str, port: int, progress: _Progress) -> tuple[bytes, str | None]:
+    async def _request(self, url: URL, progress: _Progress) -> tuple[bytes, str | None]:
         """One request: the body, or where it redirects to."""
         assert self._session is not None
         progress.resolving = True
-        await self._resolver.resolve(host, port)
+        await self._resolver.resolve(url.raw_host or "")  # here too: aiohttp does not ask about literal addresses
         progress.resolving = False
         try:
             async with self._session.get(url, allow_redirects=False) as response:
@@ -248,22 +245,24 @@ async def _look_up(host: str) -> list[tuple[int, str]]:
     return [(family, str(address[0])) for family, _, _, _, address in found]
 
 
-def check_url(url: str) -> tuple[str, int]:
-    """Host and port of an absolute http or https URL.
+def parse_url(text: str, base: URL | None = None) -> URL:
+    """An absolute http or https URL, or a redirect's reference relative to `base`.
+
+    The very object is requested later, so that no second parser can see another host in it.
 
     Raises:
         FetchError: `bad_url`, it is none.
     """
+    text = text.strip()
     try:
-        parts = urlsplit(url.strip())
-        host, port = parts.hostname, parts.port
+        url = base.join(URL(text)) if base else URL(text)
     except ValueError as error:
-        raise FetchError("bad_url", f"{url[:200]!r}: {error}") from error
-    if parts.scheme not in ("http", "https"):
-        raise FetchError("bad_url", f"{url[:200]!r}: expected http or https")
-    if not host or re.search(r"[\s\x00-\x1f\x7f]", url.strip()):
-        raise FetchError("bad_url", f"{url[:200]!r}: expected a host name and no spaces")
-    return host, port or (443 if parts.scheme == "https" else 80)
+        raise FetchError("bad_url", f"{text[:200]!r}: {error}") from error
+    if url.scheme not in ("http", "https"):
+        raise FetchError("bad_url", f"{text[:200]!r}: expected http or https")
+    if not url.raw_host or re.search(r"[\s\x00-\x1f\x7f\\]", text.partition("?")[0]):
+        raise FetchError("bad_url", f"{text[:200]!r}: expected a host name and no spaces")
+    return url
 
 
 def may_connect(address: str, allowed: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()) -> bool:

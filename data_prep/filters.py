@@ -6,7 +6,10 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data_prep.decode import Rejection
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.decode import Rejection, with_failures
 
 TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
 JOINERS = "\u200c\u200d"  # invisible, but part of words in several scripts
@@ -110,3 +113,22 @@ def clean_caption(raw: str | None) -> str:
         return text
     text = "".join(letter for letter in text if letter in JOINERS or unicodedata.category(letter)[0] != "C")
     return SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip()
+
+
+def filter_rows(rows: pa.Table, config: FilterConfig) -> pa.Table:
+    """Table rows of decoded images -> the same rows with the cleaned `caption`, or why they are not kept.
+
+    What is not kept loses its `content`; the measure `contrast` has done its work and goes.
+    """
+    captions = [clean_caption(raw) for raw in rows["raw_caption"].to_pylist()]
+    measures = (rows[name].to_pylist() for name in ("reason", "original_width", "original_height", "contrast"))
+    failures = [
+        judge(Candidate(width=width, height=height, contrast=contrast, caption=caption), config)
+        if reason is None
+        else None
+        for reason, width, height, contrast, caption in zip(*measures, captions, strict=True)
+    ]
+    rows = with_failures(rows, "filter", failures)
+    content = pc.if_else(pc.is_null(rows["reason"]), rows["content"], pa.scalar(None, pa.large_binary()))
+    rows = rows.drop_columns(["contrast", "content"]).append_column("content", content)
+    return rows.append_column("caption", pa.array(captions, pa.string()))

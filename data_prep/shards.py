@@ -23,6 +23,7 @@ from data_prep import storage, tables
 from ovd_models.errors import InputError
 
 BLOCK = tarfile.BLOCKSIZE
+GROUP_COLUMNS = ["image_id", "shard", "offset", "size", "width", "height", "caption"]
 STATUS: dict[str, pa.DataType] = {
     "stage": pa.string(),
     "reason": pa.string(),
@@ -167,7 +168,7 @@ class Written:
     """What was written for one partition."""
 
     pairs: pa.Table
-    """The kept rows, as in the index."""
+    """Of the kept rows, the columns that `groups` needs."""
     rejected: dict[str, int]
     """Rows by reason."""
     pairs_files: list[tables.FileEntry]
@@ -187,18 +188,20 @@ def write_shard(storage_uri: str, name: str, staging: str, partition: int, repea
     staged = read_staged(staging, partition=partition)
     repeated = pc.is_in(staged["row"], repeats.images["row"].combine_chunks())
     kept = staged.filter(pc.and_(pc.is_null(staged["reason"]), pc.invert(repeated)))
-    pairs, pairs_files, rejects_files = kept.slice(0, 0), [], []
+    light = pa.schema([tables.SCHEMAS["pairs"].field(column) for column in GROUP_COLUMNS]).empty_table()
+    pairs_files, rejects_files = [], []
     if kept.num_rows:
         shard, stem = f"shards/{partition:05d}.tar", f"{partition:05d}"
         tar, pairs = _pack_rows(kept, shard)
         pairs_files.append(tables.write_file(storage_uri, "pairs", name, shard, tar))
         pairs_files.append(tables.write_part(storage_uri, "pairs", name, f"index/{stem}.parquet", pairs))
+        light = pairs.select(GROUP_COLUMNS)
     rejects = _rejects(staged, repeats)
     if rejects.num_rows:
         path = f"{partition:05d}.parquet"
         rejects_files.append(tables.write_part(storage_uri, "rejects", name, path, rejects))
     return Written(
-        pairs=pairs,
+        pairs=light,
         rejected=dict(Counter(rejects["reason"].to_pylist())),
         pairs_files=pairs_files,
         rejects_files=rejects_files,

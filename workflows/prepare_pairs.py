@@ -34,9 +34,9 @@ import ray
 
 from data_prep import dedup, shards, storage, tables, website
 from data_prep.concepts import Vocabulary, build_groups
-from data_prep.decode import DecodeConfig, Decoded, decode
+from data_prep.decode import DecodeConfig, decode_rows
 from data_prep.fetch import FetchConfig, FetchStage, ReadStage
-from data_prep.filters import Candidate, FilterConfig, clean_caption, judge
+from data_prep.filters import FilterConfig, filter_rows
 from data_prep.pictograms import GLYPHS
 from ovd_models.errors import InputError
 from workflows import cli
@@ -80,7 +80,7 @@ class Run:
 
 def web() -> Run:
     """A crawl of the public internet; name it and give it `--urls` and `--vocabulary`."""
-    return Run(name="web")
+    return Run(name="web", decode=DecodeConfig(max_side=512))
 
 
 def pictograms() -> Run:
@@ -147,9 +147,11 @@ def prepare_local(run: Run, rows: pa.Table) -> Summary:
     Raises:
         InputError: as `prepare`, or a file is missing.
     """
-    for number, uri in enumerate(rows["url"].to_pylist()):
+    uris = [storage.absolute(uri) for uri in rows["url"].to_pylist()]
+    for number, uri in enumerate(uris):
         if not storage.exists(uri):
             raise InputError(f"{uri}: no such file (row {number}), expected an image")
+    rows = rows.set_column(rows.schema.get_field_index("url"), "url", pa.array(uris, pa.string()))
     sink = io.BytesIO()
     pq.write_table(rows, sink)
     digest = storage.sha256(sink.getvalue())[:16]
@@ -236,45 +238,12 @@ def crawl(run: Run, todo: pa.Table, staging: str, get: Get) -> pa.Table:
             ),
             num_cpus=0.25,  # fetching waits more than it works, and decoding needs the cores
         )
-        .map_batches(partial(decode_and_filter, run=run), batch_format="pyarrow", batch_size=None, num_cpus=0.5)
+        .map_batches(partial(decode_rows, config=run.decode), batch_format="pyarrow", batch_size=None, num_cpus=0.5)
+        .map_batches(partial(filter_rows, config=run.filters), batch_format="pyarrow", batch_size=None, num_cpus=0.5)
         .map_batches(save, batch_format="pyarrow", batch_size=None, num_cpus=0.5)
     )
     show_progress(rows, staged, todo.num_rows)
     return shards.read_staged(staging, ["source", "row", "reason", "image_id"])
-
-
-def decode_and_filter(rows: pa.Table, run: Run) -> pa.Table:
-    """Rows with `content` -> rows with the stored image and its measures, or why not; captions are cleaned."""
-    found = {name: rows[name].to_pylist() for name in ("stage", "reason", "detail")}
-    captions = [clean_caption(raw) for raw in rows["raw_caption"].to_pylist()]
-    images: list[Decoded | None] = []
-    for index, content in enumerate(rows["content"].to_pylist()):
-        image, stage, rejection = None, None, None
-        if content is not None:
-            stage, image = "decode", decode(content, run.decode)
-            if isinstance(image, Decoded):
-                candidate = Candidate(
-                    width=image.original_width,
-                    height=image.original_height,
-                    contrast=image.contrast,
-                    caption=captions[index],
-                )
-                stage, rejection = "filter", judge(candidate, run.filters)
-            else:
-                rejection = image
-            if rejection is not None:
-                found["stage"][index] = stage
-                found["reason"][index], found["detail"][index] = rejection
-        images.append(image if isinstance(image, Decoded) and rejection is None else None)
-    result = {name: rows[name] for name in rows.column_names if name not in found and name != "content"}
-    result |= {name: pa.array(values, pa.string()) for name, values in found.items()}
-    result["caption"] = pa.array(captions, pa.string())
-    result["image_id"] = pa.array([image and storage.sha256(image.content) for image in images], pa.string())
-    result["content"] = pa.array([image and image.content for image in images], pa.large_binary())
-    for name in ("width", "height", "original_width", "original_height", "phash"):
-        kind = tables.SCHEMAS["pairs"].field(name).type
-        result[name] = pa.array([image and getattr(image, name) for image in images], kind)
-    return pa.table(result)
 
 
 def show_progress(rows: ray.data.Dataset, staged: pa.Table, total: int) -> None:
@@ -351,6 +320,7 @@ def connect() -> None:
             ray.init(include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says only that the bars are off
 
 
 @contextlib.contextmanager
@@ -359,7 +329,8 @@ def site_of(run: Run) -> Iterator[Run]:
     if not run.site_pictures + run.site_scenes:
         yield run
         return
-    root = Path(storage.absolute(run.storage)) / "sites" / f"{run.name}-{run.site_pictures}-{run.site_scenes}"
+    local = "runs" if "://" in run.storage else run.storage  # images are served from files of this machine
+    root = Path(storage.absolute(local)) / "sites" / f"{run.name}-{run.site_pictures}-{run.site_scenes}"
     if not (root / "expected.parquet").exists():
         print(f"web site: drawing {run.site_pictures + run.site_scenes:,} images in {root}", flush=True)
         website.build_site(root, num_pictures=run.site_pictures, num_scenes=run.site_scenes)
