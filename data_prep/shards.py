@@ -59,13 +59,14 @@ def read_list(uri: str, url_column: str, caption_column: str) -> Listing:
     suffix = uri.rpartition(".")[2].lower()
     text = {url_column: pa.string(), caption_column: pa.string()}
     convert = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
+    ordered = pyarrow.csv.ReadOptions(use_threads=False)  # only then do errors tell the row
     try:
         match suffix:
             case "tsv":
                 plain = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
-                rows = pyarrow.csv.read_csv(io.BytesIO(content), parse_options=plain, convert_options=convert)
+                rows = pyarrow.csv.read_csv(io.BytesIO(content), ordered, plain, convert)
             case "csv":
-                rows = pyarrow.csv.read_csv(io.BytesIO(content), convert_options=convert)
+                rows = pyarrow.csv.read_csv(io.BytesIO(content), ordered, None, convert)
             case "jsonl":
                 rows = pyarrow.json.read_json(io.BytesIO(content))
             case "parquet":

@@ -223,16 +223,17 @@ def crawl(run: Run, todo: pa.Table, staging: str, get: Get) -> pa.Table:
         print(f"pairs: {staged.num_rows:,} of {todo.num_rows:,} rows done by an earlier run", flush=True)
     if not remaining.num_rows:
         return staged
+    parts = [part for _, part in shards.partitions(remaining, run.rows_per_shard)]
     save = partial(shards.stage_part, staging=staging, size=run.rows_per_shard)
     rows = (
-        ray.data.from_arrow([part for _, part in shards.partitions(remaining, run.rows_per_shard)])
+        ray.data.from_arrow(parts)
         .map_batches(
             get,
             fn_constructor_args=(run.fetch,),
             batch_format="pyarrow",
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(
-                size=run.fetchers,
+                size=min(run.fetchers, len(parts)),
                 max_concurrent_calls_per_actor=run.batches_per_fetcher,
                 max_tasks_in_flight_per_actor=run.batches_per_fetcher,
             ),

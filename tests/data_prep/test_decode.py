@@ -1,0 +1,195 @@
+import io
+import time
+
+import imagehash
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from data_prep import storage
+from data_prep.decode import DecodeConfig, Decoded, Rejection, decode, decode_rows, strip_metadata
+from data_prep.website import png_bomb
+
+KEEP = DecodeConfig()
+
+
+def picture(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def good(content: bytes, config: DecodeConfig = KEEP) -> Decoded:
+    found = decode(content, config)
+    assert isinstance(found, Decoded), found
+    return found
+
+
+def pixels(content: bytes) -> npt.NDArray[np.float64]:
+    image = Image.open(io.BytesIO(content))
+    assert (image.format, image.mode) == ("JPEG", "RGB")
+    return np.asarray(image, np.float64)
+
+
+def test_an_upright_rgb_jpeg_keeps_its_bytes() -> None:
+    content = encoded(picture(), "JPEG", quality=95)
+    found = good(content)
+    assert found.content == content
+    assert (found.width, found.height, found.original_width, found.original_height) == (80, 60, 80, 60)
+    assert found.phash == int(str(imagehash.phash(Image.open(io.BytesIO(content)))), 16)
+    assert found.contrast > 10
+
+
+def test_metadata_goes_and_pixel_data_stays() -> None:
+    plain = encoded(picture(), "JPEG", quality=95)
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    told = encoded(
+        picture(), "JPEG", quality=95, exif=exif, comment=b"secret place", icc_profile=b"x" * 100, xmp=b"<x/>"
+    )
+    assert b"a camera" in told
+    assert b"secret place" in told
+    assert good(told).content == plain
+    assert strip_metadata(plain) == plain
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(orientation: int) -> None:
+    upright = np.zeros((60, 80, 3), np.uint8)
+    upright[:20, :20] = (250, 20, 20)  # red top left, green top right, dark below
+    upright[:20, 60:] = (20, 250, 20)
+    turn = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1),
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = good(encoded(Image.fromarray(np.ascontiguousarray(turn[orientation])), "JPEG", quality=95, exif=exif))
+    assert (found.width, found.height, found.original_width) == (80, 60, 80)
+    shown = pixels(found.content)
+    assert np.abs(shown[10, 10] - (250, 20, 20)).max() < 40
+    assert np.abs(shown[10, 70] - (20, 250, 20)).max() < 40
+    assert shown[50, 40].max() < 40
+    assert b"Exif" not in found.content
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    shown = pixels(good(encoded(Image.fromarray(grey), "PNG")).content)
+    assert np.abs(shown[..., 0] - grey / 257).max() < 6
+
+
+def test_transparency_lies_over_white() -> None:
+    layer = np.zeros((40, 40, 4), np.uint8)
+    layer[:20] = (200, 0, 0, 255)
+    for content in (
+        encoded(Image.fromarray(layer), "PNG"),
+        encoded(Image.fromarray(layer), "WEBP", lossless=True),
+        encoded(Image.fromarray(layer).quantize(), "PNG"),
+    ):
+        shown = pixels(good(content).content)
+        assert np.abs(shown[5, 5] - (200, 0, 0)).max() < 8
+        assert shown[35, 35].min() > 247
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    image = picture().convert(mode)
+    found = good(encoded(image, "JPEG" if mode == "CMYK" else "PNG"))
+    wanted = np.asarray(image.convert("RGB"), np.float64)
+    difference = np.abs(pixels(found.content) - wanted)
+    assert difference.mean() < (60 if mode == "1" else 12)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
+def test_other_formats_become_jpeg(kind: str) -> None:
+    found = good(encoded(picture(), kind))
+    assert np.abs(pixels(found.content) - np.asarray(picture(), np.float64)).mean() < 15
+
+
+def test_a_longer_image_is_reduced_to_max_side() -> None:
+    found = good(encoded(picture(1600, 800), "JPEG", quality=95), DecodeConfig(max_side=200))
+    assert (found.width, found.height, found.original_width, found.original_height) == (200, 100, 1600, 800)
+    wanted = np.asarray(picture(1600, 800).resize((200, 100), Image.Resampling.LANCZOS), np.float64)
+    assert np.abs(pixels(found.content) - wanted).mean() < 3
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = good(encoded(picture(1600, 800), "JPEG", exif=exif), DecodeConfig(max_side=200))
+    assert (turned.width, turned.height, turned.original_width) == (100, 200, 800)
+
+
+def test_a_shorter_image_keeps_its_size_and_bytes() -> None:
+    content = encoded(picture(), "JPEG", quality=95)
+    assert good(content, DecodeConfig(max_side=80)).content == content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not_an_image"),
+        (b"<!DOCTYPE html><html></html>", "not_an_image"),
+        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "not_an_image"),
+        (b"\xff\xd8\xff", "not_an_image"),
+        (b"\xff\xd8\xff\xe0" + bytes(range(256)) * 4, "not_an_image"),
+        (b"RIFF\0\0\0\0WEBPVP8 garbage", "not_an_image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not_an_image"),
+    ],
+)
+def test_what_is_no_image_is_said_to_be_none(content: bytes, reason: str) -> None:
+    found = decode(content, KEEP)
+    assert isinstance(found, Rejection)
+    assert found.reason == reason
+    assert found.detail
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_half_a_file_is_truncated(kind: str) -> None:
+    content = encoded(picture(300, 200), kind)
+    found = decode(content[: len(content) // 2], KEEP)
+    assert isinstance(found, Rejection)
+    assert found.reason in ("truncated", "not_an_image") if kind == "WEBP" else found.reason == "truncated"
+
+
+def test_a_bomb_is_rejected_from_its_header() -> None:
+    for side in (8_000, 30_000, 2_000_000):
+        started = time.process_time()
+        found = decode(png_bomb(side, side), KEEP)
+        assert isinstance(found, Rejection)
+        assert found.reason == "too_many_pixels"
+        assert time.process_time() - started < 0.2
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animations_are_rejected(kind: str) -> None:
+    frames = [picture(seed=seed) for seed in range(3)]
+    found = decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50), KEEP)
+    assert found == Rejection("animated", "3 frames")
+
+
+def test_rows_keep_earlier_failures_and_gain_new_ones() -> None:
+    content = encoded(picture(), "JPEG")
+    rows = pa.table(
+        {
+            "row": [3, 4, 5],
+            "content": pa.array([content, None, b"nothing"], pa.large_binary()),
+            "stage": pa.array([None, "fetch", None], pa.string()),
+            "reason": pa.array([None, "dns", None], pa.string()),
+            "detail": pa.array([None, "no such host", None], pa.string()),
+        }
+    )
+    found = decode_rows(rows, KEEP)
+    assert found["row"].to_pylist() == [3, 4, 5]
+    assert found["stage"].to_pylist() == [None, "fetch", "decode"]
+    assert found["reason"].to_pylist() == [None, "dns", "not_an_image"]
+    assert found["detail"].to_pylist()[1] == "no such host"
+    assert found["image_id"].to_pylist() == [storage.sha256(content), None, None]
+    assert found["width"].to_pylist() == [80, None, None]
+    assert found["phash"].type == pa.uint64()
+    assert decode_rows(rows.slice(0, 0), KEEP).num_rows == 0

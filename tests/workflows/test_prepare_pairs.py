@@ -1,0 +1,226 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep import storage, tables, website
+from ovd_models.errors import InputError
+from workflows import prepare_pairs
+from workflows.prepare_pairs import Run, Summary, prepare, prepare_local
+
+SCRIPT = Path(prepare_pairs.__file__)
+TABLES = ("pairs", "rejects", "concepts", "groups")
+
+
+def small_run(root: Path, urls: Path) -> Run:
+    run = dataclasses.replace(prepare_pairs.smoke(), name="t", storage=str(root), urls=str(urls))
+    return dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=16)
+
+
+def rows_of(root: str | Path, name: str = "t") -> dict[str, list[dict[str, object]]]:
+    return {table: tables.read_table(str(root), table, name).to_pylist() for table in TABLES}
+
+
+@pytest.fixture(scope="module")
+def crawled(
+    ray_cluster: None, small_site: Path, served_site: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Run, Summary]]:
+    run = small_run(tmp_path_factory.mktemp("crawled"), small_site / "urls.tsv")
+    yield run, prepare(run)
+
+
+@pytest.mark.ray
+def test_kept_and_rejected_rows_are_what_the_faults_imply(crawled: tuple[Run, Summary], small_site: Path) -> None:
+    run, summary = crawled
+    found = rows_of(run.storage)
+    outcomes = {row["row"]: (None, None, None, row["caption"]) for row in found["pairs"]}
+    for row in found["rejects"]:
+        assert row["row"] not in outcomes
+        survivor = row["duplicate_of"] and row["duplicate_of"]["row"]
+        outcomes[row["row"]] = (row["stage"], row["reason"], survivor, None)
+    expected = pq.read_table(small_site / "expected.parquet").to_pylist()
+    assert outcomes == {
+        row["row"]: (row["stage"], row["reason"], row["duplicate_of"], row["clean_caption"]) for row in expected
+    }
+    assert (summary.input, summary.kept, sum(summary.rejected.values())) == (len(expected), 180, len(expected) - 180)
+
+
+@pytest.mark.ray
+def test_every_pair_is_one_range_read_of_its_shard(crawled: tuple[Run, Summary], small_site: Path) -> None:
+    run, _ = crawled
+    root = tables.table_uri(run.storage, "pairs", run.name)
+    for row in rows_of(run.storage)["pairs"]:
+        image = storage.read_bytes(storage.join(root, row["shard"]), offset=row["offset"], size=row["size"])
+        index = int(row["url"].rpartition("/")[2].removesuffix(".jpg"))
+        assert image == website.image_path(small_site, index).read_bytes()
+        assert storage.sha256(image) == row["image_id"]
+        assert row["width"] == row["original_width"] == (64 if index < 120 else 128)
+    with tarfile.open(Path(root) / "shards/00000.tar") as tar:
+        assert tar.getnames()[0].endswith(".jpg")
+
+
+@pytest.mark.ray
+def test_groups_are_the_images_whose_captions_name_a_concept(crawled: tuple[Run, Summary]) -> None:
+    run, summary = crawled
+    found = rows_of(run.storage)
+    concepts, groups = found["concepts"], found["groups"]
+    assert len(concepts) == summary.concepts > 40
+    assert [concept["concept_id"] for concept in concepts] == list(range(len(concepts)))
+    for concept in concepts:
+        members = groups[concept["start"] : concept["stop"]]
+        assert len(members) == concept["image_count"] >= 2
+        assert {member["concept_id"] for member in members} == {concept["concept_id"]}
+        images = [member["image_id"] for member in members]
+        assert images == sorted(set(images))
+        assert all(concept["name"] in member["caption"] for member in members)
+        assert all(concept["concept_id"] in member["concept_ids"] for member in members)
+
+
+@pytest.mark.ray
+def test_published_tables_are_reused_and_never_overwritten(crawled: tuple[Run, Summary]) -> None:
+    run, summary = crawled
+    before = time.time()
+    again = prepare(run)
+    assert again == dataclasses.replace(summary, reused=True)
+    assert not (Path(run.storage) / "staging/pairs/t").exists() or not any(
+        (Path(run.storage) / "staging/pairs/t").iterdir()
+    )
+    assert all(path.stat().st_mtime < before for path in (Path(run.storage) / "pairs").rglob("*") if path.is_file())
+    with pytest.raises(InputError, match="made from another config or list"):
+        prepare(dataclasses.replace(run, min_images=3))
+
+
+@pytest.mark.ray
+def test_rows_do_not_depend_on_partitions_or_on_the_kind_of_storage(
+    crawled: tuple[Run, Summary], tmp_path: Path
+) -> None:
+    run, _ = crawled
+    uri = tmp_path.as_uri()
+    prepare(dataclasses.replace(run, storage=uri, rows_per_shard=90, fetchers=2))
+    one, other = rows_of(run.storage), rows_of(uri)
+    for table in TABLES:
+        for rows in (one[table], other[table]):
+            for row in rows:
+                for placed in ("shard", "offset", "key"):
+                    row.pop(placed, None)
+                if table == "rejects":
+                    row.pop("detail")  # may tell how long something took
+        assert one[table] == other[table]
+
+
+@pytest.mark.ray
+def test_a_killed_run_continues_and_gives_the_same_bytes(
+    crawled: tuple[Run, Summary], served_site: str, tmp_path: Path
+) -> None:
+    undisturbed, _ = crawled
+    run = dataclasses.replace(undisturbed, storage=str(tmp_path))
+    staged = kill_after_parts(run, 2)
+    before = requests_of(served_site)
+    prepare(run)
+    after = requests_of(served_site)
+    assert 2 <= len(staged) < 13
+    done = [url.removeprefix(served_site) for url in staged_urls(staged)]
+    assert len(done) >= 20
+    assert [path for path in done if after.get(path) != before.get(path)] == []
+    assert rows_of(run.storage)["groups"] == rows_of(undisturbed.storage)["groups"]
+    files = [path.relative_to(tmp_path) for path in Path(run.storage, "pairs").rglob("*.*")]
+    assert len(files) > 20
+    for path in files:
+        if path.name != "manifest.json":  # tells how long it took
+            assert (tmp_path / path).read_bytes() == (Path(undisturbed.storage) / path).read_bytes()
+    assert not any(tmp_path.rglob("*.tmp"))
+
+
+def kill_after_parts(run: Run, count: int) -> dict[str, bytes]:
+    """Start the run in a process of its own, kill it when it has staged `count` parts, and return the parts."""
+    program = (
+        "import dataclasses, sys\nfrom workflows import prepare_pairs\n"
+        "run = dataclasses.replace(prepare_pairs.smoke(), name='t', storage=sys.argv[1], urls=sys.argv[2],\n"
+        "    site_pictures=0, site_scenes=0, rows_per_shard=16)\n"
+        "prepare_pairs.prepare(run)\n"
+    )
+    job = subprocess.Popen(
+        [sys.executable, "-c", program, run.storage, run.urls],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+    folder = Path(run.storage) / "staging/pairs/t"
+    while job.poll() is None and len(list(folder.rglob("*.parquet"))) < count:
+        time.sleep(0.02)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    time.sleep(2)  # its workers may write a last part before they notice
+    assert not (Path(run.storage) / "pairs").exists(), "the run was to be killed before it was done"
+    return {path.name: path.read_bytes() for path in folder.rglob("*.parquet")}
+
+
+def staged_urls(staged: dict[str, bytes]) -> list[str]:
+    return [url for part in staged.values() for url in pq.read_table(pa.BufferReader(part))["url"].to_pylist() if url]
+
+
+def requests_of(base_url: str) -> dict[str, int]:
+    with urllib.request.urlopen(f"{base_url}/_requests") as response:
+        counts: dict[str, int] = json.load(response)
+    return counts
+
+
+@pytest.mark.ray
+def test_local_files_take_the_same_path(ray_cluster: None, small_site: Path, tmp_path: Path) -> None:
+    images = [str(website.image_path(small_site, index)) for index in (0, 1)] + [str(tmp_path / "copy.jpg")]
+    (tmp_path / "copy.jpg").write_bytes(Path(images[0]).read_bytes())
+    (tmp_path / "broken.jpg").write_bytes(b"nothing")
+    rows = pa.table(
+        {
+            "url": [*images, str(tmp_path / "broken.jpg")],
+            "caption": ["a cat and two dogs", "cats", "a cat", "a cat"],
+            "source_id": [7, 8, 9, 10],
+        }
+    )
+    run = Run(name="t", storage=str(tmp_path / "out"), names=("cat", "dog"), rows_per_shard=10)
+    summary = prepare_local(run, rows)
+    found = rows_of(run.storage)
+    assert (summary.kept, summary.rejected) == (2, {"duplicate_bytes": 1, "not_an_image": 1})
+    assert [row["source_id"] for row in found["pairs"]] == [7, 8]
+    assert [row["url"] for row in found["pairs"]] == images[:2]
+    assert [(row["name"], row["image_count"]) for row in found["concepts"]] == [("cat", 2)]
+    with pytest.raises(InputError, match=r"missing\.jpg: no such file \(row 1\)"):
+        prepare_local(run, pa.table({"url": [images[0], "missing.jpg"], "caption": ["a", "b"]}))
+
+
+@pytest.mark.ray
+def test_a_list_of_nothing_but_rejects_gives_empty_tables(ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "list.tsv").write_text("url\tcaption\nfile:///etc/passwd\ta cat\nfile:///etc/passwd\ta cat\n\ta cat\n")
+    run = Run(name="t", storage=str(tmp_path), urls=str(tmp_path / "list.tsv"), names=("cat",), rows_per_shard=1)
+    summary = prepare(run)
+    assert (summary.kept, summary.rejected) == (0, {"bad_url": 2, "duplicate_url": 1})
+    found = rows_of(tmp_path)
+    assert [len(found[table]) for table in TABLES] == [0, 3, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nonsense"], "error: --config nonsense: unknown, expected one of smoke, pictograms, web"),
+        (["--config", "web", "--urls", "none.tsv"], "none.tsv: cannot be read, expected a URL list"),
+        (["--config", "web", "--urls", "list.tsv"], "list.tsv: no column 'url', expected it among: link, caption"),
+        (["--config", "web"], "--urls: missing, expected"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "list.tsv").write_text("link\tcaption\na\tb\n")
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
