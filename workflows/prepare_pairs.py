@@ -226,7 +226,7 @@ def crawl(run: Run, todo: pa.Table, staging: str, get: Get) -> pa.Table:
     parts = [part for _, part in shards.partitions(remaining, run.rows_per_shard)]
     save = partial(shards.stage_part, staging=staging, size=run.rows_per_shard)
     rows = (
-        ray.data.from_arrow(parts)
+        ray.data.from_blocks(parts)  # from_arrow would start a task a block, only to count its rows
         .map_batches(
             get,
             fn_constructor_args=(run.fetch,),
