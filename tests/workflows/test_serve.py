@@ -1,0 +1,372 @@
+import asyncio
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from starlette.testclient import TestClient
+
+from ovd_models.checkpoints import save_detector
+from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.errors import InputError
+from ovd_models.vocabulary import EmbeddingTable
+from workflows import serve
+from workflows.http_input import Limits
+
+NAMES = ("anchor", "umbrella", "snowman")
+LIMITS = Limits(max_queued=3, max_bytes=600_000, max_pixels=4_000_000, max_names=20, body_seconds=3.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    rows = np.random.default_rng(0).normal(size=(len(NAMES), CoDetConfig().detector.embed_dim))
+    table = EmbeddingTable.from_array(NAMES, rows.astype(np.float32), "table")
+    save_detector(CoDet(CoDetConfig()), table, folder, splits=dict.fromkeys(NAMES, "base"), run={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(ray_cluster: None, checkpoint: Path) -> Iterator[httpx.Client]:
+    run = serve.Run(model=str(checkpoint), port=0, limits=LIMITS)
+    with serve.serving(run) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def picture(width: int = 96, height: int = 64) -> bytes:
+    pixels = np.random.default_rng(1).integers(0, 255, (8, 12, 3), np.uint8)
+    return encoded(Image.fromarray(pixels).resize((width, height)))
+
+
+def png_that_declares(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises any number of pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def detect(client: httpx.Client, content: bytes | None = None, **fields: Any) -> httpx.Response:
+    files = {"image": ("picture.jpg", picture() if content is None else content, "image/jpeg")}
+    return client.post("/v1/detect", files=files, data=fields)
+
+
+def problem(response: httpx.Response, status: int) -> str:
+    """The detail of a well-formed problem."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["status"] == status
+    assert body["title"]
+    assert "Traceback" not in response.text
+    return str(body["detail"])
+
+
+@pytest.mark.ray
+def test_detect_answers_boxes_for_the_names_asked(client: httpx.Client) -> None:
+    response = detect(client, vocabulary=json.dumps(["anchor", "snowman"]), score_threshold=0, max_detections=7)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert (found["width"], found["height"]) == (96, 64)
+    assert 0 < len(found["detections"]) <= 7
+    scores = [entry["score"] for entry in found["detections"]]
+    assert scores == sorted(scores, reverse=True)
+    for entry in found["detections"]:
+        x0, y0, x1, y1 = entry["box"]
+        assert 0 <= x0 <= x1 <= 96
+        assert 0 <= y0 <= y1 <= 64
+        assert entry["label"] in ("anchor", "snowman")
+
+
+@pytest.mark.ray
+def test_model_says_what_is_served(client: httpx.Client, checkpoint: Path) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    model = client.get("/v1/model").json()
+    assert model["method"] == "codet"
+    assert model["checkpoint"] == str(checkpoint)
+    assert model["teacher"].startswith("table:")
+    assert model["vocabulary"] == list(NAMES)
+
+
+@pytest.mark.ray
+def test_interface_describes_itself(client: httpx.Client) -> None:
+    assert client.get("/").headers["location"] == "/docs"
+    assert client.get("/docs").status_code == 200
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {"/healthz", "/v1/model", "/v1/detect"}
+    assert {"400", "413", "415", "422", "503"} <= set(paths["/v1/detect"]["post"]["responses"])
+
+
+@pytest.mark.ray
+def test_photographs_are_answered_upright(client: httpx.Client) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 64)).save(buffer, "JPEG", exif=exif)
+    found = detect(client, buffer.getvalue()).json()
+    assert (found["width"], found["height"]) == (64, 96)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "RGBA"])
+def test_common_formats_and_modes_are_read(client: httpx.Client, kind: str, mode: str) -> None:
+    assert detect(client, encoded(Image.new(mode, (40, 30)), kind)).status_code == 200
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("size", [(1, 1), (3000, 20), (20, 3000)])
+def test_extreme_shapes_are_answered(client: httpx.Client, size: tuple[int, int]) -> None:
+    response = detect(client, encoded(Image.new("RGB", size), "PNG"))
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"", 415),
+        (b"<html>not found</html>", 415),
+        (b"%PDF-1.7", 415),
+        (picture()[:300], 400),
+        (b"\xff\xd8\xff", 400),
+        (b"GIF89a" + b"\0" * 50, 400),
+        (png_that_declares(50, 50), 400),
+        (png_that_declares(2_001, 2_000), 413),
+        (png_that_declares(60_000, 60_000), 413),
+    ],
+)
+def test_bad_images_are_refused(client: httpx.Client, content: bytes, status: int) -> None:
+    assert "image" in problem(detect(client, content), status)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("vocabulary", "expected"),
+    [
+        ("anchor", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"a": 1}', "list"),
+        ("[]", "empty"),
+        ('["anchor", 3]', "entry 1"),
+        ('["anchor", "  "]', "entry 1"),
+        ('["anchor", null]', "entry 1"),
+        (json.dumps(["x" * 101]), "101 characters"),
+        (json.dumps(["x"] * 21), "21 names"),
+        ('["\\ud83d"]', "surrogate"),
+        ('["zebra"]', "zebra"),  # the table of this checkpoint has no such name
+    ],
+)
+def test_bad_vocabularies_are_refused(client: httpx.Client, vocabulary: str, expected: str) -> None:
+    assert expected in problem(detect(client, vocabulary=vocabulary), 422)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("score_threshold", "2"),
+        ("score_threshold", "nan"),
+        ("score_threshold", "high"),
+        ("max_detections", "0"),
+        ("max_detections", "1001"),
+        ("masks", "true"),
+    ],
+)
+def test_bad_parameters_are_named(client: httpx.Client, field: str, value: str) -> None:
+    assert field in problem(detect(client, **{field: value}), 422)
+
+
+@pytest.mark.ray
+def test_malformed_requests_are_problems_too(client: httpx.Client) -> None:
+    assert "image" in problem(client.post("/v1/detect", data={"vocabulary": "[]"}), 422)
+    assert "image" in problem(client.post("/v1/detect", data={"image": "text"}), 422)
+    assert "image" in problem(client.post("/v1/detect", json={"image": 1}), 422)
+    headers = {"content-type": "multipart/form-data"}
+    problem(client.post("/v1/detect", content=b"no boundary", headers=headers), 400)
+    problem(client.get("/v1/nothing"), 404)
+    problem(client.get("/v1/detect"), 405)
+
+
+@pytest.mark.ray
+def test_too_many_bytes_are_refused_while_they_arrive(client: httpx.Client) -> None:
+    assert "600,000" in problem(detect(client, picture() + b"\0" * 600_000), 413)
+
+    def endless() -> Iterator[bytes]:  # chunked, so that no header says how long it is
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
+        for _ in range(100):
+            yield b"\xff" * 20_000
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    assert "600,000" in problem(client.post("/v1/detect", content=endless(), headers=headers), 413)
+
+
+@pytest.mark.ray
+def test_slow_bodies_are_refused(client: httpx.Client) -> None:
+    url = client.base_url
+    lines = (
+        "POST /v1/detect HTTP/1.1",
+        "Host: x",
+        "Content-Type: multipart/form-data; boundary=x",
+        "Content-Length: 90",
+    )
+    head = ("\r\n".join(lines) + "\r\n\r\n").encode()
+    with socket.create_connection((url.host, url.port), timeout=30) as connection:
+        connection.sendall(head + b"--x")
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"application/problem+json" in answer
+
+
+@pytest.mark.ray
+def test_full_queue_says_when_to_come_back_and_health_still_answers(client: httpx.Client) -> None:
+    content = picture(2400, 1600)
+    with ThreadPoolExecutor(24) as pool:
+        pending = [pool.submit(detect, client, content) for _ in range(24)]
+        assert client.get("/healthz").status_code == 200
+        responses = [entry.result() for entry in pending]
+    refused = [response for response in responses if response.status_code != 200]
+    assert len(responses) - len(refused) >= 1 + LIMITS.max_queued
+    assert refused
+    for response in refused:
+        problem(response, 503)
+        assert int(response.headers["retry-after"]) >= 1
+    assert detect(client).status_code == 200
+
+
+def test_unexpected_errors_say_nothing_about_the_inside(checkpoint: Path) -> None:
+    endpoint = serve.Endpoint(serve.Run(model=str(checkpoint)))
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("secret")
+
+    endpoint.detector.detect = broken  # type: ignore[method-assign]
+    with TestClient(serve.build_api(endpoint)) as client:
+        response = detect(client)
+        assert "secret" not in problem(response, 500)
+        assert client.get("/healthz").status_code == 200
+
+
+def test_dead_client_frees_its_place(checkpoint: Path) -> None:
+    endpoint = serve.Endpoint(serve.Run(model=str(checkpoint)))
+    api = serve.build_api(endpoint)
+    scope = {"type": "http", "method": "POST", "path": "/v1/detect", "raw_path": b"/v1/detect", "query_string": b""}
+    headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+    messages: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    async def talk() -> None:
+        for _ in range(endpoint.run.limits.max_queued + 5):
+            await api({**scope, "headers": headers}, receive, send)
+
+    asyncio.run(talk())
+    assert not [message for message in messages if message.get("status") == 503]
+
+
+def test_builder_reads_command_line_arguments(checkpoint: Path) -> None:
+    assert serve.app({"model": str(checkpoint), "replicas": "2"})
+    with pytest.raises(InputError, match="modle"):
+        serve.app({"modle": "x"})
+    with pytest.raises(InputError, match="replicas"):
+        serve.app({"model": str(checkpoint), "replicas": "two"})
+    with pytest.raises(InputError, match="--model"):
+        serve.app({})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--model"),
+        (["--model", "nothing"], "nothing"),
+        (["--model", "other"], "format 99"),
+        (["--model", "models:/x@champion"], "models:/x@champion"),
+        (["--config", "cloud"], "cloud"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(
+    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"format": 99}')
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+    with pytest.raises(InputError, match=expected) as caught:
+        serve.main()
+    assert "\n" not in str(caught.value)
+
+
+def test_taken_port_is_bad_input() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="cannot listen"):
+        serve.free_port("127.0.0.1", taken.getsockname()[1])
+
+
+def processes_of_session(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def test_script_serves_until_it_is_stopped_and_leaves_nothing(checkpoint: Path) -> None:
+    command = [sys.executable, serve.__file__, "--model", str(checkpoint), "--port", "0"]
+    script = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    watchdog = threading.Timer(90, script.kill)
+    watchdog.start()
+    try:
+        assert script.stdout is not None
+        url = script.stdout.readline().split(" at ")[1].split(";")[0]
+        with httpx.Client(base_url=url, timeout=60) as client:
+            assert detect(client).status_code == 200
+        script.terminate()
+        output, errors = script.communicate()
+        assert (script.returncode, output) == (0, "stopped\n"), errors
+        deadline = time.monotonic() + 20
+        while processes_of_session(script.pid) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert processes_of_session(script.pid) == []
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/healthz")
+    finally:
+        watchdog.cancel()
+        for pid in processes_of_session(script.pid):
+            os.kill(pid, signal.SIGKILL)
