@@ -163,6 +163,19 @@ class World:
         return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
+def single_objects(
+    world: World, style: Style, count: int, *, seed: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Held-out pictures of one object each, categories in turn: [count, S, S, 3] pixels and [count] labels."""
+    rng = np.random.default_rng([seed, 3])
+    labels = np.arange(count) % len(world.names)
+    pixels = np.zeros((count, style.side, style.side, 3), np.uint8)
+    for row, label in enumerate(labels):
+        colour = str(rng.choice(list(COLOURS)))
+        pixels[row] = draw_scene(rng, style, labels[row : row + 1], [world.names[label]], [colour]).pixels
+    return pixels, labels
+
+
 def draw_scene(
     rng: np.random.Generator,
     style: Style,

@@ -74,3 +74,9 @@ def upload_folder(local: Path, uri: str) -> None:
 def sha256(content: bytes) -> str:
     """Hexadecimal SHA-256."""
     return hashlib.sha256(content).hexdigest()
+
+
+def download_folder(uri: str, local: Path) -> None:
+    """Copy every file below `uri` to a local folder."""
+    filesystem, path = resolve(uri)
+    fs.copy_files(path, str(local), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())

@@ -93,7 +93,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("name", pa.string(), "as people would say it"),
         ("synonyms", pa.list_(pa.string()), "other names"),
         ("frequency", pa.string(), "frequent, common, rare, or empty"),
-        ("split", pa.string(), "base or novel"),
+        ("split", pa.string(), "base, novel, or empty where it takes no part"),
         ("image_count", pa.int64(), "images annotated with it"),
     ),
     "boxes": _schema(

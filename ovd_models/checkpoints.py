@@ -55,7 +55,7 @@ def save_detector(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, target / "model.safetensors")
-    _save_encoder(encoder, target / "text")
+    save_encoder(encoder, target / "text")
     info = {
         "format": FORMAT,
         "method": "codet",
@@ -67,7 +67,8 @@ def save_detector(
     (target / "config.json").write_text(json.dumps(info, indent=1, default=str))
 
 
-def _save_encoder(encoder: TextEncoder, folder: Path) -> None:
+def save_encoder(encoder: TextEncoder, folder: Path) -> None:
+    """Write a text encoder to a folder that `load_encoder` reads."""
     if isinstance(encoder, ClipTextEncoder):
         save_text_encoder(encoder, folder)
         return

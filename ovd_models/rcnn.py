@@ -4,13 +4,16 @@ B images, R regions, N boxes or proposals of one image, K classes, D embedding w
 Boxes are xyxy in pixels of the resized image inside this file, of the original image at its borders.
 """
 
+import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
+import torchvision
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +32,7 @@ from torchvision.ops import (
 )
 
 from ovd_models.batches import Detections
+from ovd_models.errors import InputError
 from ovd_models.losses import cosine_logits, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
 
@@ -216,6 +220,53 @@ def build_backbone(config: RCNNConfig) -> nn.Module:
     reductions = feature_info(everything).reduction()
     indices = tuple(reductions.index(stride) for stride in config.strides)
     return timm.create_model(config.backbone, features_only=True, out_indices=indices, **options)
+
+
+def find_backbone_weights(backbone: str, weights: str) -> dict[str, Tensor] | None:
+    """A pretrained state dict for a backbone.
+
+    Args:
+        backbone: its name.
+        weights: `auto` (torchvision's file, when an earlier download left it on this machine), `none`, or a file.
+
+    Raises:
+        InputError: the given file cannot be read as a state dict.
+    """
+    if weights == "none":
+        return None
+    path = Path(weights)
+    if weights == "auto":
+        if backbone not in torchvision.models.list_models(torchvision.models):
+            return None
+        file = torchvision.models.get_model_weights(backbone).DEFAULT.url.rsplit("/", 1)[-1]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / file
+        if not path.is_file():
+            return None
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({type(error).__name__}), expected a state dict of {backbone}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: expected a state dict of {backbone}: names and tensors")
+    return state
+
+
+def load_backbone(detector: RCNN, state: dict[str, Tensor]) -> None:
+    """Load a classifier's state dict into the backbone, its classifier left out.
+
+    Raises:
+        InputError: a weight of the backbone is missing or of another shape.
+    """
+    wanted = detector.backbone.state_dict()
+    for name, value in wanted.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if name not in state or state[name].shape != value.shape:
+            found = list(state[name].shape) if name in state else "nothing"
+            raise InputError(f"backbone weight {name}: found {found}, expected shape {list(value.shape)}")
+    detector.backbone.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
 
 
 def feature_info(backbone: nn.Module) -> FeatureInfo:

@@ -13,7 +13,6 @@ import tyro
 
 from ovd_models.errors import InputError
 
-
 R = TypeVar("R")
 
 

@@ -18,8 +18,6 @@ python workflows/prepare_pairs.py --config web --name cc3m --urls cc3m.tsv --voc
 import contextlib
 import dataclasses
 import io
-import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,7 +37,7 @@ from data_prep.fetch import FetchConfig, FetchStage, ReadStage
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.pictograms import GLYPHS
 from ovd_models.errors import InputError
-from workflows import cli
+from workflows import cli, cluster
 
 PRODUCER = "workflows/prepare_pairs.py"
 OUTPUTS = ("rejects", "concepts", "groups", "pairs")
@@ -169,7 +167,7 @@ def _prepare(run: Run, listing: shards.Listing, get: Get) -> Summary:
         print(f"pairs: {tables.table_uri(run.storage, 'pairs', run.name)} is there already, from the same config")
         shards.remove_folder(staging)
         return earlier
-    connect()
+    cluster.start_ray()
 
     repeated_urls = dedup.duplicate_of(listing.rows, "url")
     outcomes = crawl(run, listing.rows.filter(pc.is_null(repeated_urls)), staging, get)
@@ -310,18 +308,6 @@ def publish(run: Run, config_hash: str, summary: Summary, files: dict[str, list[
             config_hash=config_hash,
             details=dataclasses.asdict(summary),
         )
-
-
-def connect() -> None:
-    """Join the job's cluster, or start one here, unless that is done."""
-    if not ray.is_initialized():
-        if "RAY_ADDRESS" in os.environ:
-            ray.init()
-        else:
-            ray.init(include_dashboard=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says only that the bars are off
 
 
 @contextlib.contextmanager

@@ -49,6 +49,8 @@ from workflows import cli, tracking
 from workflows.http_input import RETRY_AFTER_SECONDS, Gate, Limits, ProblemError, as_problem, decode, parse_vocabulary
 
 APP_NAME = "ovd"
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Torch's threads sleep while they wait for each other: spinning, they answer 30 times slower on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +227,7 @@ def deployment(run: Run) -> Application:
     deploy = serve.deployment(
         name="Endpoint",
         num_replicas=run.replicas,
-        ray_actor_options={"num_cpus": 1, "num_gpus": run.gpus},
+        ray_actor_options={"num_cpus": 1, "num_gpus": run.gpus, "runtime_env": {"env_vars": THREADS}},
         # The gate counts a replica's requests and answers /healthz whatever waits; Serve's own limits stand behind it.
         max_ongoing_requests=run.limits.max_queued + 64,
         max_queued_requests=run.limits.max_queued + 64,

@@ -1,0 +1,374 @@
+"""Training streams: which rows come in which step, and how they become batches.
+
+A plan is a pure function of (seed, number of rows, position), so a stream can start at any step, on any number of
+workers, and gives the same samples. Ray Data reads and decodes the images on the CPU pool; blocks hold whole steps.
+
+    positions --plan--> rows of a table --range reads, decode--> raw pixels --collate--> DetectionBatch, ConceptBatch
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data.collate_fn import ArrowBatchCollateFn
+from torch import Tensor
+
+from data_prep import storage, tables
+from ovd_models.batches import ConceptBatch, DetectionBatch
+from ovd_models.errors import InputError
+from ovd_models.preprocess import decode_image
+from ovd_models.vocabulary import TextEncoder
+
+Integers = npt.NDArray[np.int64]
+
+
+# ---------------------------------------------------------------------------------------------------- plans
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> Integers:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def plan_epochs(seed: int, count: int, positions: Integers) -> Integers:
+    """Rows of a table of `count` rows at the given positions of an endless stream: a new permutation every epoch."""
+    rows = np.empty_like(positions)
+    for epoch in np.unique(positions // count).tolist():
+        inside = positions // count == epoch
+        rows[inside] = _permutation(seed, epoch, count)[positions[inside] % count]
+    return rows
+
+
+def plan_group(seed: int, starts: Integers, stops: Integers, group_size: int, position: int) -> tuple[int, Integers]:
+    """The concept and the rows of `groups` that make the group at a position.
+
+    Concepts are drawn uniformly, the images of a group without replacement.
+
+    Args:
+        seed: of the run.
+        starts: [C] first row of each concept.
+        stops: [C] row after its last one; every concept has at least `group_size` rows.
+        group_size: g.
+        position: of the group in the stream.
+
+    Returns:
+        An index into `starts`, and [g] row numbers.
+    """
+    rng = np.random.default_rng([seed, position])
+    concept = int(rng.integers(len(starts)))
+    size = int(stops[concept] - starts[concept])
+    chosen = rng.choice(size, size=group_size, replace=False)
+    return concept, np.asarray(starts[concept] + chosen, np.int64)
+
+
+# -------------------------------------------------------------------------------------------------- streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamShape:
+    """How a stream is cut into steps."""
+
+    rows_per_step: int
+    """Rows that all workers together take in one step."""
+    workers: int
+    """Workers among which the stream is split; `rows_per_step` is a multiple of it."""
+    steps_per_block: int = 5
+    """Steps of one worker in a block; checkpoints come at multiples of it, so that a resumed stream is exact."""
+
+    def positions(self, start_step: int, stop_step: int) -> tuple[int, int, int]:
+        """First position, number of positions and number of blocks of a range of steps."""
+        steps = stop_step - start_step
+        blocks = max(1, -(-steps // self.steps_per_block)) * self.workers
+        return start_step * self.rows_per_step, steps * self.rows_per_step, blocks
+
+
+def stream(
+    load: Callable[[Integers], pa.Table], shape: StreamShape, start_step: int, stop_step: int
+) -> ray.data.Dataset:
+    """The rows that `load` makes of each position, in order, from one step to another."""
+    first, count, blocks = shape.positions(start_step, stop_step)
+
+    def rows(batch: pa.Table) -> pa.Table:
+        return load(np.asarray(batch["id"], np.int64) + first)
+
+    return ray.data.range(count, override_num_blocks=blocks).map_batches(rows, batch_format="pyarrow", batch_size=None)
+
+
+@dataclass(frozen=True)
+class PairLoader:
+    """Image-text pairs at positions of a shuffled stream, resized to a square.
+
+    Columns `image` (raw uint8 [S, S, 3]) and `caption`.
+    """
+
+    index: ray.ObjectRef[pa.Table]
+    """`shard` (absolute URI), `offset`, `size`, `caption` of every pair."""
+    count: int
+    seed: int
+    image_size: int
+
+    def __call__(self, positions: Integers) -> pa.Table:
+        """The rows at `positions`."""
+        index: pa.Table = ray.get(self.index)
+        chosen = index.take(plan_epochs(self.seed, self.count, positions))
+        side = self.image_size
+        images = [decode_image(content, name).resize((side, side)).tobytes() for content, name in read_images(chosen)]
+        return pa.table({"image": pa.array(images, pa.binary()), "caption": chosen["caption"]})
+
+
+@dataclass(frozen=True)
+class DetectionLoader:
+    """Annotated images at positions of a shuffled stream.
+
+    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `boxes` (flat xyxy) and `labels`.
+    """
+
+    index: ray.ObjectRef[pa.Table]
+    """`uri`, `boxes`, `labels` (rows of the training vocabulary) of every image."""
+    count: int
+    seed: int
+    flip_probability: float = 0.0
+
+    def __call__(self, positions: Integers) -> pa.Table:
+        """The rows at `positions`."""
+        index: pa.Table = ray.get(self.index)
+        chosen = index.take(plan_epochs(self.seed, self.count, positions))
+        pixels, boxes = [], []
+        for uri, box, position in zip(chosen["uri"].to_pylist(), chosen["boxes"].to_pylist(), positions, strict=True):
+            array = np.asarray(decode_image(storage.read_bytes(uri), uri))
+            corners = np.asarray(box, np.float32).reshape(-1, 4)
+            if np.random.default_rng([self.seed, int(position), 1]).random() < self.flip_probability:
+                array, corners = array[:, ::-1], flip_boxes(corners, array.shape[1])
+            pixels.append(array)
+            boxes.append(corners.ravel())
+        return pa.table(
+            {
+                "image": pa.array([entry.tobytes() for entry in pixels], pa.binary()),
+                "height": [entry.shape[0] for entry in pixels],
+                "width": [entry.shape[1] for entry in pixels],
+                "boxes": pa.array(boxes, pa.list_(pa.float32())),
+                "labels": chosen["labels"],
+            }
+        )
+
+
+def flip_boxes(boxes: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
+    """[N, 4] xyxy boxes of an image mirrored left to right."""
+    return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+
+
+@dataclass(frozen=True)
+class GroupLoader:
+    """Caption groups at positions of the stream; a row is a whole group, so its images stay together.
+
+    Columns `images` (raw uint8, one an image), `heights`, `widths`, `captions`, `concept_id` and `mentioned`.
+    """
+
+    groups: ray.ObjectRef[pa.Table]
+    """`shard` (absolute URI), `offset`, `size`, `caption`, `concept_ids` of every membership."""
+    concept_ids: Integers
+    """[C] concepts with enough images."""
+    starts: Integers
+    stops: Integers
+    seed: int
+    group_size: int
+
+    def __call__(self, positions: Integers) -> pa.Table:
+        """The groups at `positions`."""
+        groups: pa.Table = ray.get(self.groups)
+        rows: list[dict[str, object]] = []
+        for position in positions.tolist():
+            concept, members = plan_group(self.seed, self.starts, self.stops, self.group_size, position)
+            chosen = groups.take(members)
+            images = [np.asarray(decode_image(content, name)) for content, name in read_images(chosen)]
+            rows.append(
+                {
+                    "images": [image.tobytes() for image in images],
+                    "heights": [image.shape[0] for image in images],
+                    "widths": [image.shape[1] for image in images],
+                    "captions": chosen["caption"].to_pylist(),
+                    "concept_id": int(self.concept_ids[concept]),
+                    "mentioned": chosen["concept_ids"].to_pylist(),
+                }
+            )
+        return pa.Table.from_pylist(rows, schema=GROUP_ROWS)
+
+
+GROUP_ROWS = pa.schema(
+    {
+        "images": pa.list_(pa.binary()),
+        "heights": pa.list_(pa.int64()),
+        "widths": pa.list_(pa.int64()),
+        "captions": pa.list_(pa.string()),
+        "concept_id": pa.int64(),
+        "mentioned": pa.list_(pa.list_(pa.int64())),
+    }
+)
+
+
+def read_images(rows: pa.Table) -> list[tuple[bytes, str]]:
+    """The image bytes of rows with `shard`, `offset` and `size`, one range read each, with a name for messages."""
+    shards, offsets, sizes = (rows[name].to_pylist() for name in ("shard", "offset", "size"))
+    return [
+        (storage.read_bytes(shard, offset=offset, size=size), f"{shard}@{offset}")
+        for shard, offset, size in zip(shards, offsets, sizes, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- indexes
+
+
+def pair_loader(storage_uri: str, name: str, *, seed: int, image_size: int, max_side: int | None) -> PairLoader:
+    """All pairs of a table whose longer side is at most `max_side` (of any size if None).
+
+    Raises:
+        InputError: the table is missing, or no pair fits.
+    """
+    columns = ["shard", "offset", "size", "width", "height", "caption"]
+    pairs = _absolute_shards(tables.read_table(storage_uri, "pairs", name, columns), storage_uri, name)
+    if max_side is not None:
+        longer = np.maximum(pairs["width"].to_numpy(), pairs["height"].to_numpy())
+        pairs = pairs.filter(pa.array(longer <= max_side))
+    if not pairs.num_rows:
+        raise InputError(f"pairs/{name}: no pair with sides up to {max_side} px")
+    return PairLoader(ray.put(pairs), pairs.num_rows, seed, image_size)
+
+
+def detection_loader(
+    storage_uri: str, name: str, category_ids: Sequence[int], *, seed: int, flip_probability: float
+) -> DetectionLoader:
+    """All images with a box of the given categories; other boxes and crowds are left out.
+
+    Args:
+        storage_uri: the storage.
+        name: of the `boxes` table.
+        category_ids: categories in the order of the training vocabulary.
+        seed: of the order.
+        flip_probability: how often an image is mirrored.
+
+    Raises:
+        InputError: the table is missing, or no box is left.
+    """
+    boxes = tables.read_table(storage_uri, "boxes", name, ["uri", "boxes", "category_ids", "iscrowd"])
+    row_of = {category: row for row, category in enumerate(category_ids)}
+    index = []
+    for row in boxes.to_pylist():
+        kept = [
+            (box, row_of[category])
+            for box, category, crowd in zip(row["boxes"], row["category_ids"], row["iscrowd"], strict=True)
+            if category in row_of and not crowd
+        ]
+        if kept:
+            flat = [corner for box, _ in kept for corner in box]
+            uri = storage.absolute(storage.join(storage_uri, row["uri"]))
+            index.append({"uri": uri, "boxes": flat, "labels": [label for _, label in kept]})
+    if not index:
+        raise InputError(f"boxes/{name}: no image has a box of the {len(row_of)} training categories")
+    schema = pa.schema({"uri": pa.string(), "boxes": pa.list_(pa.float32()), "labels": pa.list_(pa.int64())})
+    return DetectionLoader(ray.put(pa.Table.from_pylist(index, schema=schema)), len(index), seed, flip_probability)
+
+
+def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, min_side: int) -> GroupLoader:
+    """All concepts with enough images for a group.
+
+    Args:
+        storage_uri: the storage.
+        name: of the `groups` and `concepts` tables.
+        seed: of the sampling.
+        group_size: g.
+        min_side: memberships of images with a shorter side below this, in pixels, are left out.
+
+    Raises:
+        InputError: a table is missing, or no concept has enough images.
+    """
+    columns = ["concept_id", "shard", "offset", "size", "width", "height", "caption", "concept_ids"]
+    groups = _absolute_shards(tables.read_table(storage_uri, "groups", name, columns), storage_uri, name)
+    shorter = np.minimum(groups["width"].to_numpy(), groups["height"].to_numpy())
+    groups = groups.filter(pa.array(shorter >= min_side))
+    ids, starts, counts = np.unique(groups["concept_id"].to_numpy(), return_index=True, return_counts=True)
+    enough = counts >= group_size
+    if not enough.any():
+        raise InputError(f"groups/{name}: no concept has {group_size} images with sides of {min_side} px or more")
+    starts, stops = starts[enough].astype(np.int64), (starts + counts)[enough].astype(np.int64)
+    return GroupLoader(ray.put(groups), ids[enough].astype(np.int64), starts, stops, seed, group_size)
+
+
+def _absolute_shards(rows: pa.Table, storage_uri: str, name: str) -> pa.Table:
+    """`shard` as a URI that any process can open."""
+    root = storage.absolute(tables.table_uri(storage_uri, "pairs", name))
+    encoded = rows["shard"].combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    absolute = pa.DictionaryArray.from_arrays(
+        encoded.indices, pa.array([storage.join(root, shard) for shard in encoded.dictionary.to_pylist()], pa.string())
+    )
+    return rows.set_column(rows.schema.get_field_index("shard"), "shard", absolute)
+
+
+# -------------------------------------------------------------------------------------------------- collate
+
+
+def _pixels(raw: bytes, height: int, width: int) -> Tensor:
+    """[3, H, W] uint8 from raw rows of RGB."""
+    array = np.frombuffer(raw, np.uint8).reshape(height, width, 3)
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
+
+
+class PairCollate(ArrowBatchCollateFn):
+    """Pairs -> images [B, 3, S, S] uint8 and their captions."""
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    def __call__(self, batch: pa.Table) -> Any:
+        """One step of one worker, a `tuple[Tensor, list[str]]`; Ray's base class knows only tensors."""
+        side = self.image_size
+        joined = b"".join(batch["image"].to_pylist())
+        images = np.frombuffer(bytearray(joined), np.uint8).reshape(-1, side, side, 3)
+        return torch.from_numpy(images).permute(0, 3, 1, 2), batch["caption"].to_pylist()
+
+
+class DetectionCollate(ArrowBatchCollateFn):
+    """Rows of `DetectionLoader` -> `DetectionBatch`."""
+
+    def __call__(self, batch: pa.Table) -> Any:
+        """One step of one worker, a `DetectionBatch`."""
+        raw, heights, widths, boxes, labels = (
+            batch[name].to_pylist() for name in ("image", "height", "width", "boxes", "labels")
+        )
+        return DetectionBatch(
+            tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True)),
+            tuple(torch.tensor(entry, dtype=torch.float32).view(-1, 4) for entry in boxes),
+            tuple(torch.tensor(entry, dtype=torch.int64) for entry in labels),
+        )
+
+
+class GroupCollate(ArrowBatchCollateFn):
+    """Rows of `GroupLoader` -> `ConceptBatch`, captions embedded by the frozen text encoder."""
+
+    def __init__(self, num_concepts: int, encoder: TextEncoder | None) -> None:
+        self.num_concepts, self.encoder = num_concepts, encoder
+
+    def __call__(self, batch: pa.Table) -> Any:
+        """One step of one worker, a `ConceptBatch`."""
+        columns = ("images", "heights", "widths", "captions", "mentioned")
+        raw, heights, widths, captions, mentioned = (
+            [entry for group in batch[name].to_pylist() for entry in group] for name in columns
+        )
+        hot = torch.zeros(len(raw), self.num_concepts, dtype=torch.bool)
+        for row, concepts in enumerate(mentioned):
+            hot[row, concepts] = True
+        return ConceptBatch(
+            tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True)),
+            torch.tensor(batch["concept_id"].to_pylist(), dtype=torch.int64),
+            hot,
+            tuple(captions),
+            None if self.encoder is None else self.encoder.embed_captions(captions),
+        )

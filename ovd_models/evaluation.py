@@ -1,0 +1,126 @@
+"""Average precision of detections, by base, novel and all categories, with faster-coco-eval."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+
+from ovd_models.batches import Detections
+
+
+@dataclass(frozen=True)
+class CategoryResult:
+    """Average precision of one category."""
+
+    name: str
+    split: str
+    ap: float
+    """Mean over IoU 0.50 to 0.95; NaN if the category has no box."""
+    ap50: float
+    """At IoU 0.50."""
+
+
+@dataclass(frozen=True)
+class DetectionMetrics:
+    """Average precision by category and its means."""
+
+    categories: tuple[CategoryResult, ...]
+
+    def mean(self, value: str, split: str | None = None) -> float:
+        """Mean of `ap` or `ap50` over the categories of a split that have boxes (all splits if None); NaN if none."""
+        chosen = [getattr(entry, value) for entry in self.categories if split in (None, entry.split)]
+        return float(np.nanmean(chosen)) if np.isfinite(chosen).any() else float("nan")
+
+    def summary(self) -> dict[str, float]:
+        """`ap50_base`, `ap50_novel`, `ap50_all`, `ap_base`, `ap_novel`, `ap_all`."""
+        splits = {"base": "base", "novel": "novel", "all": None}
+        return {
+            f"{value}_{name}": self.mean(value, split) for value in ("ap50", "ap") for name, split in splits.items()
+        }
+
+
+def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> dict[str, Any]:
+    """Rows of a `boxes` table as COCO json; boxes of categories outside `names` are left out.
+
+    Args:
+        rows: of a `boxes` table.
+        names: category id -> name.
+    """
+    annotations: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        for box, category, crowd in zip(row["boxes"], row["category_ids"], row["iscrowd"], strict=True):
+            if category in names:
+                x0, y0, x1, y1 = box
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": category,
+                        "bbox": [x0, y0, x1 - x0, y1 - y0],
+                        "area": (x1 - x0) * (y1 - y0),
+                        "iscrowd": int(crowd),
+                    }
+                )
+    return {
+        "images": [{"id": n, "width": row["width"], "height": row["height"]} for n, row in enumerate(rows)],
+        "categories": [{"id": key, "name": name} for key, name in names.items()],
+        "annotations": annotations,
+    }
+
+
+def evaluate_detections(
+    rows: Sequence[Mapping[str, Any]],
+    found: Sequence[Detections],
+    names: Mapping[int, str],
+    splits: Mapping[str, str],
+) -> DetectionMetrics:
+    """COCO's box AP, up to 100 detections an image.
+
+    Args:
+        rows: of a `boxes` table.
+        found: detections of the same images, in the same order; their `names` are those of `names`.
+        names: category id -> name.
+        splits: `base` or `novel` by name.
+    """
+    ids = {name: key for key, name in names.items()}
+    results = [
+        {
+            "image_id": number,
+            "category_id": ids[detections.names[label]],
+            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+            "score": score,
+        }
+        for number, detections in enumerate(found)
+        for box, label, score in zip(
+            detections.boxes.tolist(), detections.labels.tolist(), detections.scores.tolist(), strict=True
+        )
+    ]
+    truth = COCO(coco_truth(rows, names), print_function=_silent)
+    if not results:
+        empty = [
+            CategoryResult(name, splits[name], 0.0 if truth.getAnnIds(catIds=[key]) else np.nan, 0.0)
+            for key, name in names.items()
+        ]
+        return DetectionMetrics(tuple(empty))
+    evaluator = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=_silent)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    # [IoU thresholds, recalls, categories, areas, maximal detections]; all areas, 100 detections. -1: no box.
+    precision_TRK = np.asarray(evaluator.eval["precision"])[:, :, :, 0, -1]
+    precision_TRK = np.where(precision_TRK < 0, np.nan, precision_TRK)
+    order = [int(key) for key in evaluator.params.catIds]
+    by_category = {
+        key: CategoryResult(names[key], splits[names[key]], _mean(precision_TRK[..., k]), _mean(precision_TRK[0, :, k]))
+        for k, key in enumerate(order)
+    }
+    return DetectionMetrics(tuple(by_category[key] for key in names))
+
+
+def _mean(values: Any) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
+def _silent(*words: object) -> None:
+    """The library reports to this instead of the console."""

@@ -1,0 +1,31 @@
+"""Joining Ray: the cluster this job runs on, or a small one on this machine."""
+
+import logging
+import os
+
+import ray
+import ray.data
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for about one interval
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each line is printed twice
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # progress is one line of ours
+}
+
+
+def start_ray() -> None:
+    """Connect to the cluster this job runs on, or start one on this machine; nothing if that was done."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says only that the bars are off
+    if ray.is_initialized():
+        return
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+        return
+    # More CPUs on paper than the machine has: training, data tasks and serving wait on each other most of the time,
+    # and a pool of exactly the machine's size can deadlock them.
+    ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)

@@ -1,0 +1,160 @@
+"""Boxes: an annotated set with a base/novel split, for training (base boxes only) and for evaluation (all).
+
+COCO json, or the pictogram world --read or draw--> boxes, categories --strip novel boxes--> boxes for training
+
+python workflows/prepare_boxes.py --config pictograms
+python workflows/prepare_boxes.py --config coco --data photos/    # photos/instances.json, photos/images/
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from data_prep import annotations, storage, tables
+from data_prep.annotations import BoxSet
+from data_prep.pictograms import World
+from ovd_models.errors import InputError
+from workflows import cli, cluster, prepare_pairs
+
+PRODUCER = "workflows/prepare_boxes.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One box set: `<name>-train` with base boxes only, `<name>-eval` with all."""
+
+    storage: str = "runs"
+    """Folder or URI that holds all tables."""
+    name: str
+    """Name of the tables, before `-train` and `-eval`."""
+    data: str = ""
+    """A folder with `instances.json` and `images/`; the pictogram world if empty."""
+    train_images: int = 2400
+    """Drawn scenes for training."""
+    eval_images: int = 300
+    """Drawn scenes for evaluation; of a COCO folder, this many of its images are held out."""
+    seed: int = 0
+
+
+def smoke() -> Run:
+    """A handful of scenes."""
+    return Run(name="smoke", train_images=48, eval_images=16)
+
+
+def pictograms() -> Run:
+    """2,400 scenes with base boxes along a long tail, 300 with all categories for evaluation."""
+    return Run(name="pictograms")
+
+
+def coco() -> Run:
+    """A folder of COCO's form; give it `--data`."""
+    return Run(name="photos", eval_images=20)
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "coco": coco}
+
+
+def prepare(run: Run) -> None:
+    """Publish `categories`, `boxes` for training and `boxes` for evaluation.
+
+    Raises:
+        InputError: the annotation file is unreadable, or the names hold tables of another config.
+    """
+    config_hash = cli.config_hash(dataclasses.replace(run, storage=""))
+    done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
+    if done is not None:
+        if done.config_hash != config_hash:
+            uri = tables.table_uri(run.storage, "boxes", f"{run.name}-eval")
+            raise InputError(f"{uri}: made from another config, expected a new --name or an empty place")
+        return
+    train, evaluation = read_folder(run) if run.data else draw(run)
+    parts = {
+        ("categories", run.name): train.categories,
+        ("boxes", f"{run.name}-train"): annotations.strip_novel(train.boxes, train.categories),
+        ("boxes", f"{run.name}-eval"): evaluation.boxes,
+    }
+    for (table, name), rows in parts.items():
+        entry = tables.write_part(run.storage, table, name, "part-00000.parquet", rows)
+        tables.publish(run.storage, table, name, [entry], producer=PRODUCER, config_hash=config_hash)
+    print(f"boxes: {train.boxes.num_rows:,} images for training, {evaluation.boxes.num_rows:,} for evaluation")
+
+
+def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
+    """A COCO folder, the last images in a seeded order held out."""
+    folder = Path(run.data)
+    whole = annotations.read_coco(folder / "instances.json", folder / "images")
+    count = whole.boxes.num_rows
+    if not 0 < run.eval_images < count:
+        raise InputError(f"eval_images: {run.eval_images}, expected 1 to {count - 1} of the {count} images")
+    order = np.random.default_rng(run.seed).permutation(count)
+    kept, held_out = order[: -run.eval_images], order[-run.eval_images :]
+    return (
+        BoxSet(whole.categories, whole.boxes.take(np.sort(kept))),
+        BoxSet(whole.categories, whole.boxes.take(np.sort(held_out))),
+    )
+
+
+def draw(run: Run) -> tuple[BoxSet, BoxSet]:
+    """Scenes of the pictogram world: base categories along the long tail, and all of them uniformly."""
+    cluster.start_ray()
+    world = World.create(run.seed)
+    train = draw_scenes(run, f"{run.name}-train", world, run.train_images, seed=run.seed + 1, base_only=True)
+    evaluation = draw_scenes(run, f"{run.name}-eval", world, run.eval_images, seed=run.seed + 2, base_only=False)
+    counts = annotations.count_images(train.to_pylist())
+    rows = annotations.pictogram_categories(world, counts)
+    categories = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["categories"])
+    return BoxSet(categories, train), BoxSet(categories, evaluation)
+
+
+def draw_scenes(run: Run, name: str, world: World, count: int, *, seed: int, base_only: bool) -> pa.Table:
+    """Draw in parallel; rows in the order of their numbers."""
+    uri = storage.absolute(run.storage)
+
+    def draw_block(block: pa.Table) -> pa.Table:
+        numbers = block["id"].to_pylist()
+        rows = list(annotations.draw_boxes(uri, name, world, numbers, seed=seed, base_only=base_only))
+        return pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
+
+    drawn = ray.data.range(count, override_num_blocks=min(8, count)).map_batches(
+        draw_block, batch_format="pyarrow", batch_size=None
+    )
+    blocks: Iterator[pa.Table] = iter(drawn.iter_batches(batch_size=None, batch_format="pyarrow"))
+    return pa.concat_tables(list(blocks)).cast(tables.SCHEMAS["boxes"]).sort_by("source_id")
+
+
+def prepare_captions(run: Run, name: str) -> None:
+    """Publish the training images of a COCO folder as pairs and concept groups.
+
+    Captions come from `captions.tsv` in the folder (`file_name` and `caption` columns), else from category names.
+
+    Raises:
+        InputError: the captions are malformed, or the name holds tables of another config.
+    """
+    boxes = tables.read_table(run.storage, "boxes", f"{run.name}-train")
+    categories = tables.read_table(run.storage, "categories", run.name)
+    given = Path(run.data) / "captions.tsv"
+    if given.is_file():
+        captions = annotations.read_captions(given, boxes["uri"].to_pylist())
+    else:
+        captions = annotations.category_captions(boxes, categories)
+    crawl = prepare_pairs.Run(
+        storage=run.storage, name=name, names=tuple(categories["name"].to_pylist()), rows_per_shard=500
+    )
+    prepare_pairs.prepare_local(crawl, pa.table({"url": boxes["uri"], "caption": captions}))
+
+
+def main() -> None:
+    """The script."""
+    run = cli.parse(CONFIGS, __doc__)
+    prepare(run)
+    print(f"next: python workflows/codet.py --storage {run.storage}")
+
+
+if __name__ == "__main__":
+    cli.execute(main)

@@ -1,0 +1,290 @@
+"""What every training loop shares: optimiser, schedule, checkpoint, resume, precision, and the Ray Train call.
+
+The loop itself stays visible in each workflow.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data_prep import storage
+from ovd_models.errors import InputError
+
+Batch = TypeVar("Batch")
+DRIVER_CHECKPOINT = "driver_checkpoint"
+MIN_SCHEDULE_STEPS = 10
+"""One cycle has no shorter form."""
+REQUIRED_DIVISOR = 5
+"""Steps in a block of a stream; `checkpoint_every` is a multiple of it, so that a resumed stream is exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How a model is optimised: AdamW, one cycle, and on how many workers."""
+
+    steps: int
+    learning_rate: float
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    """Part of the steps in which the learning rate rises."""
+    clip_norm: float = 5.0
+    """Largest norm of the gradient."""
+    checkpoint_every: int = 100
+    """Steps; a multiple of 5."""
+    log_every: int = 10
+    """Steps."""
+    seed: int = 0
+    workers: int = 1
+    """Processes that train together; 0 trains inside the driver, for debugging."""
+    use_gpu: bool = False
+    max_failures: int = 2
+    """How often a lost worker is replaced before the run fails."""
+
+    def __post_init__(self) -> None:
+        """Check what the streams rely on."""
+        if self.steps < 1:
+            raise InputError(f"steps: {self.steps}, expected at least 1")
+        if self.checkpoint_every < 1 or self.checkpoint_every % REQUIRED_DIVISOR:
+            raise InputError(f"checkpoint_every: {self.checkpoint_every}, expected a multiple of {REQUIRED_DIVISOR}")
+
+
+def committed_step(run_dir: str) -> int:
+    """The step of the last whole checkpoint below a Ray Train run's folder, 0 if there is none."""
+    checkpoint = last_checkpoint(run_dir)
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        return int(torch.load(Path(folder) / "progress.pt", weights_only=True)["step"])
+
+
+def last_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
+    """The last checkpoint that Ray Train committed, or that a loop inside the driver left."""
+    filesystem, path = storage.resolve(run_dir)
+    if storage.exists(storage.join(run_dir, DRIVER_CHECKPOINT)):
+        return ray.train.Checkpoint(f"{path}/{DRIVER_CHECKPOINT}", filesystem)
+    if not storage.exists(storage.join(run_dir, "checkpoint_manager_snapshot.json")):
+        return None
+    return ray.train.Result.from_path(path, storage_filesystem=filesystem).checkpoint
+
+
+def fit(
+    worker: Callable[[], None],
+    settings: Optimisation,
+    run_dir: str,
+    streams: Mapping[str, Callable[[int], ray.data.Dataset]],
+) -> None:
+    """Run a training loop on Ray Train until its last step is checkpointed; continues what `run_dir` holds.
+
+    Args:
+        worker: the loop, run by every worker.
+        settings: steps and workers.
+        run_dir: folder or URI of this run.
+        streams: for each data set, a function from the step to start at to its stream.
+    """
+    if committed_step(run_dir) >= settings.steps:
+        return
+    parent, name = run_dir.rsplit("/", 1)
+    filesystem, path = storage.resolve(parent)
+    filesystem.create_dir(path, recursive=True)
+
+    def from_committed(make: Callable[[int], ray.data.Dataset]) -> Callable[[], ray.data.Dataset]:
+        # Called whenever a group of workers starts, so that a replaced group gets the rest of the stream.
+        return lambda: make(committed_step(run_dir))
+
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    TorchTrainer(
+        worker,
+        # Half a CPU each leaves room for the data tasks that feed them; threads are set by `prepare_worker`.
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker={"CPU": 0.5, **({"GPU": 1} if settings.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+        datasets={key: from_committed(make) for key, make in streams.items()},
+        dataset_config=ray.train.DataConfig(enable_shard_locality=False, execution_options=options),
+    ).fit()
+
+
+def prepare_worker(settings: Optimisation) -> torch.device:
+    """Seeds, threads and device of this worker: its share of the node's cores, where Ray would leave it one."""
+    context = ray.train.get_context()
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // max(1, context.get_local_world_size())))
+    torch.manual_seed(settings.seed)
+    return torch.device(ray.train.torch.get_device()) if settings.use_gpu else torch.device("cpu")
+
+
+class Session:
+    """A model in training: its optimiser, schedule and position, saved and restored together."""
+
+    def __init__(self, model: nn.Module, settings: Optimisation, device: torch.device, run_dir: str) -> None:
+        self.settings, self.device, self.run_dir, self.step = settings, device, run_dir, 0
+        self.module = model.to(device)
+        self.optimiser = torch.optim.AdamW(
+            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser,
+            settings.learning_rate,
+            total_steps=max(settings.steps, MIN_SCHEDULE_STEPS),
+            pct_start=max(settings.warmup, 2 / settings.steps if settings.steps > MIN_SCHEDULE_STEPS else 0.5),
+        )
+        self._restore()
+        world = ray.train.get_context().get_world_size()
+        self.model = DistributedDataParallel(self.module) if world > 1 else self.module
+        self.model.train()
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint() if self.settings.workers else last_checkpoint(self.run_dir)
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            self.module.load_state_dict(load_weights(folder))
+            progress = torch.load(Path(folder) / "progress.pt", weights_only=True, map_location=self.device)
+        self.optimiser.load_state_dict(progress["optimiser"])
+        self.schedule.load_state_dict(progress["schedule"])
+        self.step = int(progress["step"])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The bfloat16 context on a GPU, where it pays; nothing on CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def update(self, loss: Tensor) -> float:
+        """One optimiser step; returns the gradient's norm before clipping.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(f"loss is {loss.item()} at step {self.step}")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        self.optimiser.step()
+        self.schedule.step()
+        self.step += 1
+        return float(norm)
+
+    @property
+    def due(self) -> bool:
+        """Whether the step just done ends with a checkpoint."""
+        return self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps
+
+    def checkpoint(self, metrics: Mapping[str, float]) -> None:
+        """Save from rank 0 and report from all ranks; returns when the checkpoint is committed."""
+        report = {"step": self.step, **metrics}
+        if ray.train.get_context().get_world_rank() != 0:
+            ray.train.report(report)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(self.module.state_dict(), Path(folder) / "model.pt")
+            progress = {
+                "optimiser": self.optimiser.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "step": self.step,
+            }
+            torch.save(progress, Path(folder) / "progress.pt")
+            if not self.settings.workers:  # Ray Train keeps no checkpoints of a loop inside the driver
+                storage.upload_folder(Path(folder), storage.join(self.run_dir, DRIVER_CHECKPOINT))
+                return
+            ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def load_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The model's state dict in a training checkpoint's folder."""
+    weights: dict[str, Tensor] = torch.load(Path(folder) / "model.pt", weights_only=True, map_location="cpu")
+    return weights
+
+
+def final_weights(run_dir: str) -> dict[str, Tensor]:
+    """The state dict of a finished run.
+
+    Raises:
+        InputError: the run has no checkpoint.
+    """
+    checkpoint = last_checkpoint(run_dir)
+    if checkpoint is None:
+        raise InputError(f"{run_dir}: no checkpoint, expected a finished training run")
+    with checkpoint.as_directory() as folder:
+        return load_weights(folder)
+
+
+class Meter:
+    """Averages of what a loop reports, and the share of time it waited for data."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._steps, self._images, self._waited = 0, 0, 0.0
+        self._since = time.perf_counter()
+
+    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, timing how long each was waited for."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - asked
+            yield batch
+
+    def add(self, losses: Mapping[str, Tensor], images: int) -> None:
+        """One step's losses and images."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+        self._steps += 1
+        self._images += images
+
+    def collect(self) -> dict[str, float]:
+        """The averages since the last call, under MLflow's names."""
+        seconds = max(1e-9, time.perf_counter() - self._since)
+        result = {f"train/loss_{name}": total / max(1, self._steps) for name, total in self._sums.items()}
+        result["train/images_per_second"] = self._images / seconds
+        result["train/data_wait_fraction"] = min(1.0, self._waited / seconds)
+        self._sums, self._steps, self._images, self._waited = {}, 0, 0, 0.0
+        self._since = time.perf_counter()
+        return result
+
+
+def local_copy(uri: str) -> Path:
+    """A folder as a local path: itself when it is one, else a copy in a temporary folder."""
+    if "://" not in uri:
+        return Path(uri)
+    target = Path(tempfile.mkdtemp(prefix="ovd-"))
+    storage.download_folder(uri, target)
+    return target
+
+
+def new_name(config: str) -> str:
+    """A run's name: its config and when it began."""
+    return f"{config}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def print_progress(job: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+    """One line of progress."""
+    losses = " ".join(
+        f"{name.removeprefix('train/loss_')} {value:.3f}" for name, value in metrics.items() if "/loss_" in name
+    )
+    rate, wait = metrics["train/images_per_second"], metrics["train/data_wait_fraction"]
+    print(f"{job} {step}/{steps}  {losses}  {rate:.0f} images/s  data wait {wait:.1%}", flush=True)
