@@ -45,7 +45,7 @@ from data_prep import storage
 from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
 from ovd_models.preprocess import to_tensor
-from workflows import cli, tracking
+from workflows import cli, cluster, tracking
 from workflows.http_input import RETRY_AFTER_SECONDS, Gate, Limits, ProblemError, as_problem, decode, parse_vocabulary
 
 APP_NAME = "ovd"
@@ -214,12 +214,12 @@ def local_folder(run: Run) -> Path:
     filesystem, path = storage.resolve(run.model)
     if isinstance(filesystem, fs.LocalFileSystem):
         return Path(path)
-    folder = tempfile.mkdtemp(prefix="ovd-model-")
+    folder = Path(tempfile.mkdtemp(prefix="ovd-model-"))
     try:
-        fs.copy_files(path, folder, source_filesystem=filesystem)
+        storage.download_folder(run.model, folder)
     except OSError as error:
         raise InputError(f"{run.model}: cannot be read ({error}), expected a checkpoint folder") from error
-    return Path(folder)
+    return folder
 
 
 def deployment(run: Run) -> Application:
@@ -298,10 +298,7 @@ def main() -> None:
     read_info(local_folder(run))
     free_port(run.host, run.port)
     with contextlib.suppress(KeyboardInterrupt):  # the normal end of an endpoint
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(logging_level=logging.WARNING)
-        else:
-            ray.init(include_dashboard=False, logging_level=logging.WARNING)
+        cluster.start_ray()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own, which aborts
         try:
             with serving(run) as url:

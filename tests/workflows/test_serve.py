@@ -26,7 +26,7 @@ from ovd_models.checkpoints import save_detector
 from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable
-from workflows import serve
+from workflows import serve, tracking
 from workflows.http_input import Limits
 
 NAMES = ("anchor", "umbrella", "snowman")
@@ -292,6 +292,17 @@ def test_dead_client_frees_its_place(checkpoint: Path) -> None:
 
     asyncio.run(talk())
     assert not [message for message in messages if message.get("status") == 503]
+
+
+def test_checkpoint_is_found_by_folder_uri_or_registered_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with tracking.run(str(tmp_path), experiment="codet", name="smoke", params={}) as tracked:
+        tracking.register(tracked, checkpoint, name="ovd-codet-x", metric="ap50_novel", value=0.5)
+    for model in (str(checkpoint), checkpoint.as_uri(), "models:/ovd-codet-x@champion"):
+        folder = serve.local_folder(serve.Run(model=model, storage=str(tmp_path)))
+        assert (folder / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
 
 
 def test_builder_reads_command_line_arguments(checkpoint: Path) -> None:
