@@ -41,7 +41,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 NUM_NOVEL = 17
 NUM_RARE, NUM_COMMON = 12, 17  # of the 51 base categories; the other 22 are frequent
-RELATIVE_FREQUENCY = {"rare": 0.03, "common": 0.3, "frequent": 1.0}
+RELATIVE_FREQUENCY = {"rare": 0.1, "common": 0.4, "frequent": 1.0}
 DISTRACTORS = (
     "on a sunny weekend", "from our last holiday", "best of the week", "seen downtown", "in great detail",
     "with a lot of colour", "my favourite view", "at the old market", "for the new season", "in the morning",

@@ -28,6 +28,8 @@ from ovd_models.prompts import prompts_of
 
 MAX_LOGIT_SCALE = 50.0
 """Upper bound of the contrastive temperature's inverse during training."""
+MAX_KNOWN_NAMES = 100_000
+"""Embedded names that a text encoder keeps."""
 TOKENIZER = "ViT-B-32"
 """The open_clip model whose byte-pair tokenizer is used: all CLIP models of OpenAI's kind share it."""
 
@@ -175,7 +177,9 @@ class ClipTextEncoder:
         self._known: dict[str, Tensor] = {}
 
     def embed_names(self, names: Sequence[str]) -> Tensor:
-        """[K, D] unit rows: the prompts' unit embeddings averaged and normalised; each name is embedded once."""
+        """[K, D] unit rows: the prompts' unit embeddings averaged and normalised; recent names are remembered."""
+        if len(self._known) + len(names) > MAX_KNOWN_NAMES:
+            self._known.clear()
         new = [name for name in dict.fromkeys(names) if name not in self._known]
         if new:
             prompts_KP = [prompts_of(name, self.prompt_set) for name in new]

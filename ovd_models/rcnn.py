@@ -4,6 +4,7 @@ B images, R regions, N boxes or proposals of one image, K classes, D embedding w
 Boxes are xyxy in pixels of the resized image inside this file, of the original image at its borders.
 """
 
+import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -49,9 +50,9 @@ class RCNNConfig:
     """Passed to timm."""
     freeze_norm: bool = False
     """Freeze the backbone's batch norm, as is usual with pretrained weights and small batches."""
-    strides: tuple[int, ...] = (4, 8, 16, 32)
+    strides: tuple[int, ...] = (4, 8, 16)
     """Feature maps that enter the pyramid."""
-    anchor_sizes: tuple[int, ...] = (12, 24, 48, 96)
+    anchor_sizes: tuple[int, ...] = (16, 32, 64)
     """Anchor side in pixels, one a pyramid level."""
     pyramid_channels: int = 64
     head_width: int = 256
@@ -191,7 +192,8 @@ class RCNN(nn.Module):
         max_detections: int = 100,
     ) -> list[Detections]:
         """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` an image."""
-        batch = self.preprocess(images)
+        padded = [widen(image, self.config.max_size) for image in images]
+        batch = self.preprocess(padded)
         features = self.features(batch)
         boxes = self.propose(batch, features).boxes
         counts = [len(entry) for entry in boxes]
@@ -199,16 +201,25 @@ class RCNN(nn.Module):
         refined = torch.split(self.roi.box_coder.decode(self.box_deltas(region_RF), boxes).view(-1, 4), counts)
         logits_RK = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
         found = []
-        for image, size, box_N4, score_NK in zip(
-            images, batch.image_sizes, refined, torch.split(logits_RK.sigmoid(), counts), strict=True
+        for image, wide, size, box_N4, score_NK in zip(
+            images, padded, batch.image_sizes, refined, torch.split(logits_RK.sigmoid(), counts), strict=True
         ):
             kept_boxes, scores, labels = select_detections(
                 clip_boxes_to_image(box_N4, size), score_NK, score_threshold, self.config.box_nms, max_detections
             )
-            original = [int(side) for side in image.shape[-2:]]
-            restored = resize_boxes(kept_boxes, list(size), original) if len(kept_boxes) else kept_boxes
-            found.append(Detections(restored, scores, labels, vocabulary.names, original[1], original[0]))
+            height, width = (int(side) for side in image.shape[-2:])
+            if len(kept_boxes):
+                kept_boxes = resize_boxes(kept_boxes, list(size), list(wide.shape[-2:]))
+            restored = clip_boxes_to_image(kept_boxes, (height, width))
+            found.append(Detections(restored, scores, labels, vocabulary.names, width, height))
         return found
+
+
+def widen(image: Tensor, max_size: int) -> Tensor:
+    """Pad the shorter side of an extremely long image at its end, so that resizing leaves it at least one pixel."""
+    height, width = image.shape[-2:]
+    least = math.ceil(2 * max(height, width) / max_size)
+    return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
 
 
 def build_backbone(config: RCNNConfig) -> nn.Module:

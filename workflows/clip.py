@@ -92,6 +92,7 @@ class Trained:
     top1_base: float
     top1_novel: float
     seconds: float
+    run_id: str
 
 
 def train_worker(run: Run, run_dir: str, logger: MetricLogger) -> None:
@@ -122,6 +123,7 @@ def train_worker(run: Run, run_dir: str, logger: MetricLogger) -> None:
             training.print_progress("clip", session.step, run.optimisation.steps, metrics)
         if session.due:
             session.checkpoint({})
+            logger.flush()
     logger.flush(wait=True)
 
 
@@ -185,7 +187,8 @@ def train(run: Run) -> Trained:
                 metric="eval/pictograms/top1_novel",
                 value=top1_novel,
             )
-    return Trained(model=model, top1_base=top1_base, top1_novel=top1_novel, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Trained(model=model, top1_base=top1_base, top1_novel=top1_novel, seconds=seconds, run_id=tracked.run_id)
 
 
 def main() -> None:

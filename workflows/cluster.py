@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 
 import ray
 import ray.data
@@ -11,6 +13,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for about one interval
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each line is printed twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # progress is one line of ours
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle torch threads spin otherwise, and take the cores from the data tasks
 }
 
 
@@ -24,8 +27,11 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
-        ray.init()
+        ray.init(runtime_env={"env_vars": {"OMP_WAIT_POLICY": ENVIRONMENT["OMP_WAIT_POLICY"]}})
         return
     # More CPUs on paper than the machine has: training, data tasks and serving wait on each other most of the time,
     # and a pool of exactly the machine's size can deadlock them.
     ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+    # Ray has put a handler of its own, which aborts; this one ends the script as Ctrl-C does.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)

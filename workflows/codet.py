@@ -112,6 +112,7 @@ def photos() -> Run:
         CoDetConfig().detector,
         backbone="resnet50",
         backbone_options={},
+        strides=(4, 8, 16, 32),
         anchor_sizes=(32, 64, 128, 256),
         pyramid_channels=128,
         head_width=512,
@@ -237,6 +238,7 @@ def train_worker(
             training.print_progress(f"codet {stage.name}", session.step, stage.settings.steps, metrics)
         if session.due:
             session.checkpoint({})
+            logger.flush()
     logger.flush(wait=True)
 
 

@@ -8,7 +8,7 @@ python workflows/evaluate.py --model runs/demo/codet --storage runs/demo --boxes
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from PIL import Image
 import ovd_models
 from data_prep import storage, tables
 from ovd_models.batches import Detections
-from ovd_models.draw import draw_boxes
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.preprocess import decode_image
 from workflows import cli, tracking, training
@@ -88,25 +87,26 @@ def open_image(run: Run, row: dict[str, Any]) -> Image.Image:
     return decode_image(storage.read_bytes(uri), uri)
 
 
+def truth_as_detections(row: dict[str, Any], names: dict[int, str], found: Detections) -> Detections:
+    """The annotated boxes of an image in the form of its detections, each with score 1."""
+    known = [(box, names[key]) for box, key in zip(row["boxes"], row["category_ids"], strict=True) if key in names]
+    index = {name: position for position, name in enumerate(found.names)}
+    return replace(
+        found,
+        boxes=torch.tensor([box for box, _ in known]).view(-1, 4),
+        scores=torch.ones(len(known)),
+        labels=torch.tensor([index[name] for _, name in known], dtype=torch.int64),
+    )
+
+
 def draw_pair(row: dict[str, Any], found: Detections, names: dict[int, str], threshold: float = 0.3) -> Image.Image:
     """Annotated boxes on the left, detections above the threshold on the right."""
-    assert found.image is not None
-    index = {name: position for position, name in enumerate(found.names)}
-    known = [(box, names[key]) for box, key in zip(row["boxes"], row["category_ids"], strict=True) if key in names]
-    truth = draw_boxes(
-        found.image,
-        torch.tensor([box for box, _ in known]).view(-1, 4),
-        [name for _, name in known],
-        [index[name] for _, name in known],
-    )
     sure = found.scores > threshold
-    shown = Detections(
-        found.boxes[sure], found.scores[sure], found.labels[sure], found.names, found.width, found.height, found.image
-    )
-    drawn = shown.draw()
-    pair = Image.new("RGB", (truth.width + drawn.width + 6, max(truth.height, drawn.height)), "white")
-    pair.paste(truth, (0, 0))
-    pair.paste(drawn, (truth.width + 6, 0))
+    shown = replace(found, boxes=found.boxes[sure], scores=found.scores[sure], labels=found.labels[sure])
+    left, right = truth_as_detections(row, names, found).draw(), shown.draw()
+    pair = Image.new("RGB", (left.width + right.width + 6, left.height), "white")
+    pair.paste(left, (0, 0))
+    pair.paste(right, (left.width + 6, 0))
     return pair
 
 

@@ -16,7 +16,6 @@ import dataclasses
 import io
 import logging
 import os
-import signal
 import socket
 import tempfile
 import threading
@@ -299,7 +298,6 @@ def main() -> None:
     free_port(run.host, run.port)
     with contextlib.suppress(KeyboardInterrupt):  # the normal end of an endpoint
         cluster.start_ray()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own, which aborts
         try:
             with serving(run) as url:
                 print(f"serving {run.model} at {url}; API: {url}/docs; Ctrl-C stops it", flush=True)

@@ -144,6 +144,15 @@ class TrackedRun:
         self.client.log_text(self.run_id, text, path)
 
 
+def metric_history(uri: str, run_id: str, prefix: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) pairs of every metric of a run whose name starts with `prefix`, in order of their steps."""
+    client = MlflowClient(uri)
+    names = sorted(name for name in client.get_run(run_id).data.metrics if name.startswith(prefix))
+    return {
+        name: sorted((entry.step, entry.value) for entry in client.get_metric_history(run_id, name)) for name in names
+    }
+
+
 @contextlib.contextmanager
 def run(
     storage_uri: str,
