@@ -1,0 +1,141 @@
+import math
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+
+from ovd_models.codet import gather_captions
+from ovd_models.losses import caption_loss, concept_loss, cosine_logits, sigmoid_loss
+
+LN2 = math.log(2)
+
+
+def softplus(value: float) -> float:
+    """Cross-entropy of a logit: softplus(-x) for target 1, softplus(x) for target 0."""
+    return math.log1p(math.exp(value))
+
+
+def test_logits_are_cosines_times_the_temperature() -> None:
+    feature = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    # (3, 4) / 5 = (0.6, 0.8); a zero feature has no direction, so every cosine is 0.
+    expected = torch.tensor([[30.0, 40.0, -30.0], [0.0, 0.0, 0.0]])
+    assert torch.allclose(cosine_logits(feature, text, 50.0), expected)
+
+
+def test_sigmoid_loss_sums_classes_and_averages_regions() -> None:
+    logits = torch.tensor([[2.0, -1.0], [0.0, 1.0]])
+    # region 0 is class 0: softplus(-2) + softplus(-1); region 1 is background: softplus(0) + softplus(1)
+    expected = (softplus(-2) + softplus(-1) + softplus(0) + softplus(1)) / 2
+    assert float(sigmoid_loss(logits, torch.tensor([0, -1]))) == pytest.approx(expected, abs=1e-6)
+
+
+def test_sigmoid_loss_of_no_region_is_zero_with_a_gradient() -> None:
+    logits = torch.zeros(0, 3, requires_grad=True)
+    loss = sigmoid_loss(logits, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+
+
+def test_sigmoid_loss_equals_a_slow_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 5, generator=generator) * 4
+    labels = torch.tensor([0, -1, 4, 4, 2, -1, 1])
+    slow = sum(
+        softplus(-x) if k == label else softplus(x)
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
+        for k, x in enumerate(row)
+    )
+    assert float(sigmoid_loss(logits, labels)) == pytest.approx(slow / 7, rel=1e-5)
+
+
+def test_concept_loss_leaves_ignored_concepts_out() -> None:
+    logits = torch.tensor([[1.0, 2.0, -3.0], [0.5, 0.0, 4.0]])
+    concept = torch.tensor([0, 2])
+    ignored = torch.tensor([[True, True, False], [False, False, False]])
+    # image 0: own concept 0 counts although it is mentioned, 1 is ignored, 2 is negative;
+    # image 1: 0 and 1 are negative, 2 is its own
+    expected = (softplus(-1) + softplus(-3) + softplus(0.5) + softplus(0) + softplus(-4)) / 2
+    assert float(concept_loss(logits, concept, ignored)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_only_the_own_concept_pulls_and_ignored_ones_have_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 9, generator=generator).requires_grad_()
+    concept = torch.tensor([0, 3, 3, 8, 1, 0])
+    ignored = torch.rand(6, 9, generator=generator) < 0.4
+    concept_loss(logits, concept, ignored).backward()
+    gradient = logits.grad
+    assert gradient is not None
+    own = F.one_hot(concept, 9).bool()
+    assert bool((gradient[own] < 0).all())
+    assert bool((gradient[ignored & ~own] == 0).all())
+    assert bool((gradient[~ignored & ~own] > 0).all())
+
+
+def test_concept_loss_of_no_image_is_zero() -> None:
+    empty = torch.zeros(0, 4)
+    assert float(concept_loss(empty, torch.zeros(0, dtype=torch.int64), empty.bool())) == 0
+
+
+def test_caption_loss_weighs_negatives_by_rank() -> None:
+    image = torch.tensor([[2.0, 0.0]])
+    caption = torch.eye(2)[[0, 1, 0]]
+    own, same_rank = torch.tensor([1]), torch.tensor([True, True, False])
+    # temperature 1: logits 1, 0, 1; own caption 1: softplus(0); same rank: 0.125 softplus(1); other: 1.25 softplus(1)
+    expected = LN2 + (0.125 + 1.25) * softplus(1)
+    assert float(caption_loss(image, caption, own, same_rank, 1.0)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_caption_loss_equals_a_slow_loop() -> None:
+    generator = torch.Generator().manual_seed(2)
+    image = torch.randn(3, 8, generator=generator)
+    caption = F.normalize(torch.randn(6, 8, generator=generator), dim=1)
+    own, same_rank = torch.tensor([3, 4, 5]), torch.arange(6) >= 3
+    total = 0.0
+    for b in range(3):
+        for m in range(6):
+            x = 50 * float(F.cosine_similarity(image[b], caption[m], dim=0))
+            if m == int(own[b]):
+                total += max(0.0, -x) + math.log1p(math.exp(-abs(x)))
+            else:
+                weight = 0.125 if bool(same_rank[m]) else 1.25
+                total += weight * (max(0.0, x) + math.log1p(math.exp(-abs(x))))
+    assert float(caption_loss(image, caption, own, same_rank, 50.0)) == pytest.approx(total / 3, rel=1e-4)
+
+
+def test_captions_of_one_process_are_its_own() -> None:
+    rows = torch.randn(3, 4)
+    gathered, own, same_rank = gather_captions(rows)
+    assert gathered is rows
+    assert own.tolist() == [0, 1, 2]
+    assert same_rank.tolist() == [True] * 3
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def gather_on_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    rows = torch.arange(6.0).view(2, 3) + 100 * rank
+    torch.save(gather_captions(rows), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_captions_of_two_processes_are_gathered_in_rank_order(tmp_path: Path) -> None:
+    mp.spawn(gather_on_rank, (free_port(), str(tmp_path)), nprocs=2)
+    expected = torch.cat([torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3) + 100])
+    for rank in range(2):
+        gathered, own, same_rank = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(gathered, expected)
+        assert own.tolist() == [2 * rank, 2 * rank + 1]
+        assert same_rank.tolist() == [rank == 0, rank == 0, rank == 1, rank == 1]
