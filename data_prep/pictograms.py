@@ -9,6 +9,7 @@ follows from a seed, so every number measured on it can be measured again on any
 """
 
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -312,3 +313,14 @@ def contact_sheet(world: World, *, seed: int = 0, side: int = 84) -> Image.Image
                 pen.rectangle(box.tolist(), outline="crimson" if world.splits[label] == "novel" else "black")
             sheet.paste(view, (column * (big + 4), rows * (side + 16) + 8 + line * (big + 8)))
     return sheet
+
+
+def main() -> None:
+    """Save the contact sheet: `python -m data_prep.pictograms docs/pictograms.png`."""
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "pictograms.png")
+    contact_sheet(World.create()).quantize(192).save(path, optimize=True)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -62,11 +62,14 @@ class RCNNConfig:
     max_size: int = 256
     """... but the longer one no more than this."""
     rpn_batch_size: int = 128
-    pre_nms: int = 500
+    pre_nms: int = 300
     """Proposals a level before suppression."""
-    post_nms: int = 200
+    post_nms: int = 150
     """Proposals an image after it."""
     rois_per_image: int = 64
+    """Regions of an image that the box and class losses are taken over."""
+    roi_samples: int = 2
+    """RoIAlign's samples a bin and axis."""
     temperature: float = 50.0
     box_beta: float = 1 / 9
     """Where the smooth L1 box loss turns linear."""
@@ -104,7 +107,7 @@ class RCNN(nn.Module):
         head = RPNHead(c.pyramid_channels, anchors.num_anchors_per_location()[0])
         self.rpn = RegionProposalNetwork(anchors, head, 0.7, 0.3, c.rpn_batch_size, 0.5, top_n, keep_n, 0.7)
         levels = [str(index) for index in range(len(c.strides))]
-        pool = MultiScaleRoIAlign(levels, 7, sampling_ratio=2)
+        pool = MultiScaleRoIAlign(levels, 7, sampling_ratio=c.roi_samples)
         # RoIHeads gives the sampling of regions and the box coding; classification is ours, below.
         self.roi = RoIHeads(
             pool, TwoMLPHead(c.pyramid_channels * 49, c.head_width), None, 0.5, 0.5, c.rois_per_image, 0.25,

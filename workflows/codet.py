@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import ray.data
 import ray.train
 import torch
@@ -29,14 +28,15 @@ from torch import Tensor
 
 from data_prep import storage, tables
 from data_prep.batching import DetectionCollate, GroupCollate, StreamShape, detection_loader, group_loader, stream
-from ovd_models.checkpoints import load_encoder, save_detector, save_encoder
+from ovd_models.checkpoints import load_encoder, save_detector
 from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.rcnn import find_backbone_weights, load_backbone
-from ovd_models.vocabulary import EmbeddingTable, TextEncoder, build_vocabulary
+from ovd_models.vocabulary import TextEncoder
 from workflows import cli, cluster, evaluate, prepare_boxes, prepare_pairs, tracking, training
+from workflows.teacher import Names, open_encoder, read_names
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
 
@@ -101,8 +101,9 @@ def pictograms() -> Run:
         boxes="pictograms",
         pairs="pictograms",
         min_group_side=100,
+        groups_per_step=2,
         box_stage=Optimisation(steps=300, learning_rate=2e-3),
-        joint_stage=Optimisation(steps=300, learning_rate=1e-3),
+        joint_stage=Optimisation(steps=500, learning_rate=2e-3),
     )
 
 
@@ -119,6 +120,8 @@ def photos() -> Run:
         embed_dim=512,
         min_size=256,
         max_size=416,
+        pre_nms=1000,
+        post_nms=300,
     )
     return Run(
         config="photos",
@@ -134,25 +137,6 @@ def photos() -> Run:
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "photos": photos}
-
-
-@dataclass(frozen=True)
-class Names:
-    """The names of a box set and of a concept table, embedded."""
-
-    categories: dict[int, str]
-    """Category id -> name, those with a split."""
-    splits: dict[str, str]
-    """`base` or `novel` by name."""
-    base_embeddings: Tensor
-    """[K, D] the names that boxes are annotated with in training."""
-    concept_embeddings: Tensor
-    """[C, D]."""
-
-    @property
-    def base_ids(self) -> list[int]:
-        """Category ids in the order of `base_embeddings`."""
-        return [key for key, name in self.categories.items() if self.splits[name] == "base"]
 
 
 @dataclass(frozen=True)
@@ -179,21 +163,6 @@ class Trained:
     joint_seconds: float
     eval_seconds: float
     run_id: str
-
-
-def read_names(run: Run, encoder: TextEncoder) -> Names:
-    """Read the category and concept tables and embed their names."""
-    rows = tables.read_table(run.storage, "categories", run.boxes).to_pylist()
-    categories = {row["category_id"]: row["name"] for row in rows if row["split"]}
-    splits = {row["name"]: row["split"] for row in rows if row["split"]}
-    base = [name for name in categories.values() if splits[name] == "base"]
-    concepts = tables.read_table(run.storage, "concepts", run.pairs, ["name"])["name"].to_pylist()
-    return Names(
-        categories,
-        splits,
-        build_vocabulary(encoder, base).embeddings,
-        build_vocabulary(encoder, concepts).embeddings,
-    )
 
 
 def train_worker(
@@ -285,8 +254,8 @@ def train(run: Run) -> Trained:
     check_batches(run)
     name = run.resume or training.new_name(run.config)
     run_dir = storage.absolute(storage.join(run.storage, "runs", "codet", name))
-    encoder_folder, encoder = open_encoder(run, run_dir)
-    names = read_names(run, encoder)
+    encoder_folder, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
+    names = read_names(run.storage, run.boxes, run.pairs, encoder)
     run, weights = initial_weights(run, names.base_embeddings.shape[1])
     tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in inputs_of(run).items()}
     results: dict[str, tuple[str, DetectionMetrics, float, float]] = {}
@@ -355,30 +324,6 @@ def check_batches(run: Run) -> None:
 def inputs_of(run: Run) -> dict[str, str]:
     """The tables that a run reads."""
     return {"boxes": f"{run.boxes}-train", "categories": run.boxes, "concepts": run.pairs, "groups": run.pairs}
-
-
-def open_encoder(run: Run, run_dir: str) -> tuple[str, TextEncoder]:
-    """The teacher's text encoder, and a folder that workers load it from.
-
-    Raises:
-        InputError: neither `teacher` nor `texts` is given, or what is given does not fit.
-    """
-    if run.texts:
-        rows = tables.read_table(run.storage, "categories", run.boxes, ["name"])["name"].to_pylist()
-        try:
-            array = np.load(run.texts, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{run.texts}: cannot be read ({error}), expected a .npy matrix") from error
-        encoder: TextEncoder = EmbeddingTable.from_array(rows, array, run.texts)
-    elif run.teacher:
-        encoder = load_encoder(training.local_copy(run.teacher))
-    else:
-        raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`), or --texts")
-    folder = storage.join(run_dir, "encoder")
-    with tempfile.TemporaryDirectory() as local:
-        save_encoder(encoder, Path(local))
-        storage.upload_folder(Path(local), folder)
-    return folder, encoder
 
 
 def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:

@@ -1,0 +1,76 @@
+"""The teacher of a detector: its text encoder, and the names that it embeds."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from data_prep import storage, tables
+from ovd_models.checkpoints import load_encoder, save_encoder
+from ovd_models.errors import InputError
+from ovd_models.vocabulary import EmbeddingTable, TextEncoder, build_vocabulary
+from workflows import training
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a box set and of a concept table, embedded."""
+
+    categories: dict[int, str]
+    """Category id -> name, those with a split."""
+    splits: dict[str, str]
+    """`base` or `novel` by name."""
+    base_embeddings: Tensor
+    """[K, D] the names that boxes are annotated with in training."""
+    concept_embeddings: Tensor
+    """[C, D]."""
+
+    @property
+    def base_ids(self) -> list[int]:
+        """Category ids in the order of `base_embeddings`."""
+        return [key for key, name in self.categories.items() if self.splits[name] == "base"]
+
+
+def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -> Names:
+    """Embed the names of `categories/<boxes>` and of `concepts/<pairs>`.
+
+    Raises:
+        InputError: a table is missing, or a name cannot be embedded.
+    """
+    rows = tables.read_table(storage_uri, "categories", boxes).to_pylist()
+    categories = {row["category_id"]: row["name"] for row in rows if row["split"]}
+    splits = {row["name"]: row["split"] for row in rows if row["split"]}
+    base = [name for name in categories.values() if splits[name] == "base"]
+    concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist()
+    return Names(
+        categories,
+        splits,
+        build_vocabulary(encoder, base).embeddings,
+        build_vocabulary(encoder, concepts).embeddings,
+    )
+
+
+def open_encoder(storage_uri: str, boxes: str, run_dir: str, *, teacher: str, texts: str) -> tuple[str, TextEncoder]:
+    """The teacher's text encoder, and a folder that workers load it from.
+
+    Raises:
+        InputError: neither `teacher` nor `texts` is given, or what is given does not fit.
+    """
+    if texts:
+        rows = tables.read_table(storage_uri, "categories", boxes, ["name"])["name"].to_pylist()
+        try:
+            array = np.load(texts, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{texts}: cannot be read ({error}), expected a .npy matrix") from error
+        encoder: TextEncoder = EmbeddingTable.from_array(rows, array, texts)
+    elif teacher:
+        encoder = load_encoder(training.local_copy(teacher))
+    else:
+        raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`), or --texts")
+    folder = storage.join(run_dir, "encoder")
+    with tempfile.TemporaryDirectory() as local:
+        save_encoder(encoder, Path(local))
+        storage.upload_folder(Path(local), folder)
+    return folder, encoder
