@@ -8,6 +8,8 @@ import threading
 import ray
 import ray.data
 
+from workflows import quiet
+
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for about one interval
@@ -22,8 +24,7 @@ def start_ray() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says only that the bars are off
+    quiet.setup()
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
@@ -31,7 +32,12 @@ def start_ray() -> None:
         return
     # More CPUs on paper than the machine has: training, data tasks and serving wait on each other most of the time,
     # and a pool of exactly the machine's size can deadlock them.
-    ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+    ray.init(
+        num_cpus=max(4, os.cpu_count() or 1),
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        runtime_env={"worker_process_setup_hook": "workflows.quiet.setup"},
+    )
     # Ray has put a handler of its own, which aborts; this one ends the script as Ctrl-C does.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)

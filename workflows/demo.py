@@ -40,8 +40,8 @@ class Run:
     storage: str = "runs/demo"
     pairs: prepare_pairs.Run = field(default_factory=prepare_pairs.pictograms)
     boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
-    clip: clip.Run = field(default_factory=clip.pictograms)
-    codet: codet.Run = field(default_factory=codet.pictograms)
+    teacher: clip.Run = field(default_factory=clip.pictograms)
+    detector: codet.Run = field(default_factory=codet.pictograms)
     port: int = 0
     """Of the endpoint that is called once; 0 finds a free one."""
 
@@ -59,8 +59,8 @@ def smoke() -> Run:
         storage="runs/demo-smoke",
         pairs=prepare_pairs.smoke(),
         boxes=prepare_boxes.smoke(),
-        clip=dataclasses.replace(clip.smoke(), optimisation=few),
-        codet=dataclasses.replace(codet.smoke(), box_stage=stage, joint_stage=stage),
+        teacher=dataclasses.replace(clip.smoke(), optimisation=few),
+        detector=dataclasses.replace(codet.smoke(), box_stage=stage, joint_stage=stage),
     )
 
 
@@ -108,10 +108,10 @@ def tell(run: Run, folder: Path) -> dict[str, Any]:
     with watch.stage("boxes"):
         prepare_boxes.prepare(dataclasses.replace(run.boxes, storage=home))
     with watch.stage("clip"):
-        teacher = clip.train(dataclasses.replace(run.clip, storage=home))
+        teacher = clip.train(dataclasses.replace(run.teacher, storage=home))
         print(f"zero-shot top-1: base {teacher.top1_base:.3f}, novel {teacher.top1_novel:.3f}")
     with watch.stage("codet"):
-        trained = codet.train(dataclasses.replace(run.codet, storage=home, teacher=teacher.model))
+        trained = codet.train(dataclasses.replace(run.detector, storage=home, teacher=teacher.model))
     model = folder / "codet"
     storage.download_folder(trained.model, model)
     with watch.stage("serve"):

@@ -3,13 +3,14 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib.figure
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import ovd_models
 from data_prep import tables
@@ -72,13 +73,16 @@ def write(
         answered_on: about which picture.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    shown = scenes(storage_uri, boxes, checkpoints)
+    montage(shown).save(path.with_name("before_after.png"), optimize=True)
     page = environment.from_string(TEMPLATE).render(
         summary=summary,
         sheet=embed(sheet),
         reasons=reasons(storage_uri, pairs),
         groups=groups(storage_uri, pairs),
         curves={title: embed(plot(lines), "PNG") for title, lines in curves.items() if lines},
-        scenes=scenes(storage_uri, boxes, checkpoints),
+        scenes=shown,
+        embed=embed,
         answer=answer,
         answered=embed(draw_answer(answer, answered_on)),
     )
@@ -134,8 +138,33 @@ def plot(lines: Mapping[str, Sequence[tuple[int, float]]]) -> Image.Image:
     return Image.open(sink)
 
 
-def scenes(storage_uri: str, boxes: str, checkpoints: tuple[str, str]) -> list[dict[str, str]]:
-    """Held-out scenes: what they show, what was found before caption training, and after."""
+@dataclass(frozen=True)
+class SceneView:
+    """A held-out scene: what it shows, what was found before caption training, and after."""
+
+    truth: Image.Image
+    before: Image.Image
+    after: Image.Image
+    novel: str
+    """Names it shows that never had a box."""
+
+
+def montage(views: Sequence[SceneView], rows: int = 3) -> Image.Image:
+    """The scenes with most novel names, a row each, under a line that says what the columns are."""
+    chosen = sorted(views, key=lambda view: -len(view.novel.split(",") if view.novel else []))[:rows]
+    width, height = chosen[0].truth.size
+    sheet = Image.new("RGB", (3 * width + 20, 24 + len(chosen) * (height + 10)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for column, title in enumerate(("what is there", "boxes of base names only", "+ captions (CoDet)")):
+        pen.text((column * (width + 10) + 4, 2), title, font=font, fill="black")
+    for row, view in enumerate(chosen):
+        for column, image in enumerate((view.truth, view.before, view.after)):
+            sheet.paste(image, (column * (width + 10), 24 + row * (height + 10)))
+    return sheet.quantize(192)
+
+
+def scenes(storage_uri: str, boxes: str, checkpoints: tuple[str, str]) -> list[SceneView]:
+    """The first held-out scenes through both detectors."""
     detectors = [ovd_models.load(evaluate.resolve_model(evaluate.Run(model=folder))) for folder in checkpoints]
     rows = tables.read_table(storage_uri, "boxes", boxes).slice(0, NUM_SCENES).to_pylist()
     categories = tables.read_table(storage_uri, "categories", boxes.rsplit("-", 1)[0]).to_pylist()
@@ -146,14 +175,8 @@ def scenes(storage_uri: str, boxes: str, checkpoints: tuple[str, str]) -> list[d
         before, after = (detector.detect(image, score_threshold=0.3) for detector in detectors)
         truth = evaluate.truth_as_detections(row, names, after)
         novel = sorted(row["name"] for row in categories if row["split"] == "novel")
-        shown.append(
-            {
-                "truth": embed(truth.draw()),
-                "before": embed(before.draw()),
-                "after": embed(after.draw()),
-                "novel": ", ".join(sorted({truth.names[label] for label in truth.labels.tolist()} & set(novel))),
-            }
-        )
+        seen = sorted({truth.names[label] for label in truth.labels.tolist()} & set(novel))
+        shown.append(SceneView(truth.draw(), before.draw(), after.draw(), ", ".join(seen)))
     return shown
 
 
@@ -239,10 +262,10 @@ image-text pairs; each of the others was rejected for a reason.</p>
 <p>Held-out scenes, all names asked for at once, detections above 0.3.</p>
 {% for scene in scenes %}
 <div class="row three">
-  <figure><img src="{{ scene.truth }}" alt=""><figcaption>what is there{% if scene.novel %}; novel:
+  <figure><img src="{{ embed(scene.truth) }}" alt=""><figcaption>what is there{% if scene.novel %}; novel:
     <b>{{ scene.novel }}</b>{% endif %}</figcaption></figure>
-  <figure><img src="{{ scene.before }}" alt=""><figcaption>boxes of base names only</figcaption></figure>
-  <figure><img src="{{ scene.after }}" alt=""><figcaption>+ captions (CoDet)</figcaption></figure>
+  <figure><img src="{{ embed(scene.before) }}" alt=""><figcaption>boxes of base names only</figcaption></figure>
+  <figure><img src="{{ embed(scene.after) }}" alt=""><figcaption>+ captions (CoDet)</figcaption></figure>
 </div>
 {% endfor %}
 
