@@ -1,0 +1,150 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovd_models.errors import InputError
+from workflows import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.1
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    storage: str = "runs"
+    steps: int
+    flag: bool = False
+    inner: Inner = field(default_factory=Inner)
+    options: dict[str, Any] = field(default_factory=lambda: {"width": 8})
+
+
+CONFIGS = {"small": lambda: Run(steps=5), "large": lambda: Run(steps=500, inner=Inner(rate=0.2))}
+
+
+def parse(*arguments: str) -> Run:
+    return cli.parse(CONFIGS, "A test.", list(arguments))
+
+
+def test_a_named_config_with_changed_fields() -> None:
+    assert parse("--config", "large", "--inner.rate", "3", "--flag", "--inner.sizes", "4", "5", "6") == Run(
+        steps=500, flag=True, inner=Inner(rate=3.0, sizes=(4, 5, 6))
+    )
+
+
+def test_the_first_config_is_the_default_and_flags_stand_in_any_order() -> None:
+    assert parse() == CONFIGS["small"]()
+    assert parse("--steps", "7", "--config=large") == dataclasses.replace(CONFIGS["large"](), steps=7)
+
+
+def test_an_unknown_config_is_told() -> None:
+    with pytest.raises(InputError, match=r"^--config huge: unknown, expected one of small, large$"):
+        parse("--config", "huge")
+
+
+@pytest.mark.parametrize("arguments", [["--unheard", "1"], ["--steps", "many"], ["--inner.rate"], ["--config"], ["x"]])
+def test_bad_flags_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(*arguments)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_names_the_configs_and_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "A test." in shown
+    assert "one of small, large (default small)" in shown
+    assert all(flag in shown for flag in ("--storage", "--steps", "--inner.rate", "--inner.sizes"))
+
+
+def test_a_run_is_json_and_flat_names() -> None:
+    run = CONFIGS["large"]()
+    assert json.loads(cli.to_json(run))["inner"] == {"rate": 0.2, "sizes": [1, 2]}
+    assert cli.flatten(run) == {
+        "storage": "runs",
+        "steps": 500,
+        "flag": False,
+        "inner.rate": 0.2,
+        "inner.sizes": (1, 2),
+        "options.width": 8,
+    }
+
+
+def test_the_hash_changes_with_any_field() -> None:
+    run = CONFIGS["large"]()
+    changed = [
+        dataclasses.replace(run, steps=501),
+        dataclasses.replace(run, inner=Inner(rate=0.2, sizes=(1, 3))),
+        dataclasses.replace(run, options={"width": 9}),
+    ]
+    hashes = [cli.config_hash(entry) for entry in (run, *changed)]
+    assert len(set(hashes)) == 4
+    assert cli.config_hash(CONFIGS["large"]()) == hashes[0]
+    assert all(len(entry) == 16 for entry in hashes)
+
+
+def ends_with(job: str, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    def run() -> None:
+        if job == "input":
+            raise InputError("a.json: bad, expected good")
+        if job == "stop":
+            raise KeyboardInterrupt
+        if job == "failure":
+            raise RuntimeError("it broke")
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.execute(run)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "line"),
+    [("done", 0, ""), ("input", 2, "error: a.json: bad, expected good\n"), ("stop", 130, "interrupted\n")],
+)
+def test_exit_codes(job: str, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ends_with(job, capsys) == (code, line)
+
+
+def script(body: str) -> list[str]:
+    return [sys.executable, "-c", f"import time\nfrom workflows import cli\ndef job():\n{body}\ncli.execute(job)"]
+
+
+def test_a_failed_job_exits_with_1_and_its_reason_comes_last() -> None:
+    found = subprocess.run(script("    raise RuntimeError('it broke')"), capture_output=True, text=True, timeout=60)
+    assert found.returncode == 1
+    assert found.stderr.strip().splitlines()[-1] == "RuntimeError: it broke"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_job_runs_its_finally_blocks(tmp_path: Path, number: signal.Signals) -> None:
+    done = str(tmp_path / "done")
+    waiting = "        print('begun', flush=True)\n        time.sleep(60)\n"
+    body = f"    try:\n{waiting}    finally:\n        open({done!r}, 'w')"
+    with subprocess.Popen(script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "begun\n"
+        started = time.monotonic()
+        os.kill(job.pid, number)
+        _, errors = job.communicate(timeout=30)
+    assert job.returncode == 130
+    assert errors == "interrupted\n"
+    assert time.monotonic() - started < 10
+    assert (tmp_path / "done").exists()
