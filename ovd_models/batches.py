@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import nms
 
 from ovd_models.draw import draw_boxes
 
@@ -96,6 +97,17 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def above(self, threshold: float) -> "Detections":
+        """Those with a score above the threshold."""
+        return self._select(torch.nonzero(self.scores > threshold).squeeze(1))
+
+    def distinct(self, iou: float = 0.5) -> "Detections":
+        """The best name of each object: suppression across names, where `detect` suppresses within each name."""
+        return self._select(nms(self.boxes, self.scores, iou))
+
+    def _select(self, rows: Tensor) -> "Detections":
+        return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows])
 
     def to_list(self) -> list[dict[str, Any]]:
         """`[{"box": [x0, y0, x1, y1], "label": name, "score": s}]`, as the HTTP endpoint answers."""

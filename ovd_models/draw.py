@@ -22,7 +22,8 @@ def draw_boxes(
     scale = max(1.0, min_side / max(1, min(image.size)))
     picture = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    for box, text, label in zip((boxes * scale).tolist(), texts, labels, strict=True):
+    rows = list(zip((boxes * scale).tolist(), texts, labels, strict=True))
+    for box, text, label in reversed(rows):  # the first ones, which are the best, end on top
         colour = colour_of(label)
         pen.rectangle(box, outline=colour, width=2)
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)

@@ -100,10 +100,8 @@ def truth_as_detections(row: dict[str, Any], names: dict[int, str], found: Detec
 
 
 def draw_pair(row: dict[str, Any], found: Detections, names: dict[int, str], threshold: float = 0.3) -> Image.Image:
-    """Annotated boxes on the left, detections above the threshold on the right."""
-    sure = found.scores > threshold
-    shown = replace(found, boxes=found.boxes[sure], scores=found.scores[sure], labels=found.labels[sure])
-    left, right = truth_as_detections(row, names, found).draw(), shown.draw()
+    """Annotated boxes on the left; on the right the best name of each object, if above the threshold."""
+    left, right = truth_as_detections(row, names, found).draw(), found.above(threshold).distinct().draw()
     pair = Image.new("RGB", (left.width + right.width + 6, left.height), "white")
     pair.paste(left, (0, 0))
     pair.paste(right, (left.width + 6, 0))

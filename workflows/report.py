@@ -74,7 +74,7 @@ def write(
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = scenes(storage_uri, boxes, checkpoints)
-    montage(shown).save(path.with_name("before_after.png"), optimize=True)
+    montage(shown).save(path.with_name("before_after.jpg"), quality=88)
     page = environment.from_string(TEMPLATE).render(
         summary=summary,
         sheet=embed(sheet),
@@ -160,7 +160,7 @@ def montage(views: Sequence[SceneView], rows: int = 3) -> Image.Image:
     for row, view in enumerate(chosen):
         for column, image in enumerate((view.truth, view.before, view.after)):
             sheet.paste(image, (column * (width + 10), 24 + row * (height + 10)))
-    return sheet.quantize(192)
+    return sheet
 
 
 def scenes(storage_uri: str, boxes: str, checkpoints: tuple[str, str]) -> list[SceneView]:
@@ -172,7 +172,7 @@ def scenes(storage_uri: str, boxes: str, checkpoints: tuple[str, str]) -> list[S
     shown = []
     for row in rows:
         image = evaluate.open_image(evaluate.Run(storage=storage_uri), row)
-        before, after = (detector.detect(image, score_threshold=0.3) for detector in detectors)
+        before, after = (detector.detect(image, score_threshold=0.3).distinct() for detector in detectors)
         truth = evaluate.truth_as_detections(row, names, after)
         novel = sorted(row["name"] for row in categories if row["split"] == "novel")
         seen = sorted({truth.names[label] for label in truth.labels.tolist()} & set(novel))
@@ -259,7 +259,7 @@ image-text pairs; each of the others was rejected for a reason.</p>
 </div>
 
 <h2>Before and after captions</h2>
-<p>Held-out scenes, all names asked for at once, detections above 0.3.</p>
+<p>Held-out scenes, all names asked for at once; the best name of each object, if above 0.3.</p>
 {% for scene in scenes %}
 <div class="row three">
   <figure><img src="{{ embed(scene.truth) }}" alt=""><figcaption>what is there{% if scene.novel %}; novel:
