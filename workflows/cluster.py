@@ -8,8 +8,6 @@ import threading
 import ray
 import ray.data
 
-from workflows import quiet
-
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for about one interval
@@ -24,7 +22,8 @@ def start_ray() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    quiet.setup()
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
