@@ -1,30 +1,26 @@
-"""Training streams: which rows come in which step, and how they become batches.
+"""Training streams: which rows come in which step.
 
 A plan is a pure function of (seed, number of rows, position), so a stream can start at any step, on any number of
 workers, and gives the same samples. Ray Data reads and decodes the images on the CPU pool; blocks hold whole steps.
 
-    positions --plan--> rows of a table --range reads, decode--> raw pixels --collate--> DetectionBatch, ConceptBatch
+    positions --plan--> rows of a table --range reads, decode--> raw pixels --collate.py--> batches
+
+Nothing here imports torch: the data tasks start fast and stay small.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
-import torch
-from ray.data.collate_fn import ArrowBatchCollateFn
-from torch import Tensor
 
 from data_prep import storage, tables
-from ovd_models.batches import ConceptBatch, DetectionBatch
 from ovd_models.errors import InputError
-from ovd_models.preprocess import decode_image
-from ovd_models.vocabulary import TextEncoder
+from ovd_models.images import decode_image
 
 Integers = npt.NDArray[np.int64]
 
@@ -310,65 +306,3 @@ def _absolute_shards(rows: pa.Table, storage_uri: str, name: str) -> pa.Table:
         encoded.indices, pa.array([storage.join(root, shard) for shard in encoded.dictionary.to_pylist()], pa.string())
     )
     return rows.set_column(rows.schema.get_field_index("shard"), "shard", absolute)
-
-
-# -------------------------------------------------------------------------------------------------- collate
-
-
-def _pixels(raw: bytes, height: int, width: int) -> Tensor:
-    """[3, H, W] uint8 from raw rows of RGB."""
-    array = np.frombuffer(raw, np.uint8).reshape(height, width, 3)
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
-
-
-class PairCollate(ArrowBatchCollateFn):
-    """Pairs -> images [B, 3, S, S] uint8 and their captions."""
-
-    def __init__(self, image_size: int) -> None:
-        self.image_size = image_size
-
-    def __call__(self, batch: pa.Table) -> Any:
-        """One step of one worker, a `tuple[Tensor, list[str]]`; Ray's base class knows only tensors."""
-        side = self.image_size
-        joined = b"".join(batch["image"].to_pylist())
-        images = np.frombuffer(bytearray(joined), np.uint8).reshape(-1, side, side, 3)
-        return torch.from_numpy(images).permute(0, 3, 1, 2), batch["caption"].to_pylist()
-
-
-class DetectionCollate(ArrowBatchCollateFn):
-    """Rows of `DetectionLoader` -> `DetectionBatch`."""
-
-    def __call__(self, batch: pa.Table) -> Any:
-        """One step of one worker, a `DetectionBatch`."""
-        raw, heights, widths, boxes, labels = (
-            batch[name].to_pylist() for name in ("image", "height", "width", "boxes", "labels")
-        )
-        return DetectionBatch(
-            tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True)),
-            tuple(torch.tensor(entry, dtype=torch.float32).view(-1, 4) for entry in boxes),
-            tuple(torch.tensor(entry, dtype=torch.int64) for entry in labels),
-        )
-
-
-class GroupCollate(ArrowBatchCollateFn):
-    """Rows of `GroupLoader` -> `ConceptBatch`, captions embedded by the frozen text encoder."""
-
-    def __init__(self, num_concepts: int, encoder: TextEncoder | None) -> None:
-        self.num_concepts, self.encoder = num_concepts, encoder
-
-    def __call__(self, batch: pa.Table) -> Any:
-        """One step of one worker, a `ConceptBatch`."""
-        columns = ("images", "heights", "widths", "captions", "mentioned")
-        raw, heights, widths, captions, mentioned = (
-            [entry for group in batch[name].to_pylist() for entry in group] for name in columns
-        )
-        hot = torch.zeros(len(raw), self.num_concepts, dtype=torch.bool)
-        for row, concepts in enumerate(mentioned):
-            hot[row, concepts] = True
-        return ConceptBatch(
-            tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True)),
-            torch.tensor(batch["concept_id"].to_pylist(), dtype=torch.int64),
-            hot,
-            tuple(captions),
-            None if self.encoder is None else self.encoder.embed_captions(captions),
-        )

@@ -21,7 +21,8 @@ from ovd_models.batches import Detections
 from ovd_models.clip import ClipTextEncoder, load_text_encoder, save_text_encoder
 from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
-from ovd_models.preprocess import ImageLike, open_image, to_tensor
+from ovd_models.images import open_image
+from ovd_models.preprocess import ImageLike, to_tensor
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, build_vocabulary
 
 FORMAT = 1

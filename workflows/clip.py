@@ -21,7 +21,8 @@ from open_clip.loss import ClipLoss
 from torch.nn import functional as F
 
 from data_prep import storage, tables
-from data_prep.batching import PairCollate, StreamShape, pair_loader, stream
+from data_prep.batching import StreamShape, pair_loader, stream
+from data_prep.collate import PairCollate
 from data_prep.pictograms import PICTURES, World, single_objects
 from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, save_clip, zero_shot_logits
 from ovd_models.vocabulary import build_vocabulary

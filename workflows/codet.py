@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from data_prep import storage, tables
-from data_prep.batching import DetectionCollate, GroupCollate, StreamShape, detection_loader, group_loader, stream
+from data_prep.batching import StreamShape, detection_loader, group_loader, stream
+from data_prep.collate import DetectionCollate, GroupCollate
 from ovd_models.checkpoints import load_encoder, save_detector
 from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.codet import CoDet, CoDetConfig

@@ -18,7 +18,7 @@ import ovd_models
 from data_prep import storage, tables
 from ovd_models.batches import Detections
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
-from ovd_models.preprocess import decode_image
+from ovd_models.images import decode_image
 from workflows import cli, tracking, training
 from workflows.tracking import TrackedRun
 

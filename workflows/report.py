@@ -16,7 +16,7 @@ import ovd_models
 from data_prep import tables
 from data_prep.batching import read_images
 from ovd_models.draw import draw_boxes
-from ovd_models.preprocess import decode_image
+from ovd_models.images import decode_image
 from workflows import evaluate
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]

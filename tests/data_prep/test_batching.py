@@ -13,10 +13,7 @@ from PIL import Image
 
 from data_prep import shards, storage, tables
 from data_prep.batching import (
-    DetectionCollate,
-    GroupCollate,
     Integers,
-    PairCollate,
     StreamShape,
     detection_loader,
     flip_boxes,
@@ -26,6 +23,7 @@ from data_prep.batching import (
     plan_group,
     stream,
 )
+from data_prep.collate import DetectionCollate, GroupCollate, PairCollate
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable
 

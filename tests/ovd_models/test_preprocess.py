@@ -12,7 +12,8 @@ from PIL import Image
 from ovd_models.batches import Detections
 from ovd_models.draw import colour_of, draw_boxes
 from ovd_models.errors import InputError
-from ovd_models.preprocess import decode_image, open_image, to_tensor
+from ovd_models.images import decode_image, open_image
+from ovd_models.preprocess import to_tensor
 from ovd_models.prompts import COLOURS, PROMPT_SETS, prompts_of, with_article
 
 
