@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_iou
 
 from ovd_models.batches import ConceptBatch, DetectionBatch
 from ovd_models.codet import Alignment, CoDet, CoDetConfig, align, guidance_weights
@@ -342,4 +343,4 @@ def test_two_images_are_learnt_by_heart() -> None:
     found = model.detect(batch.images, Vocabulary(("red", "blue"), text), score_threshold=0.3)
     for image, box, label in zip(found, batch.boxes, batch.labels, strict=True):
         assert image.labels[:1].tolist() == label.tolist()
-        assert float((image.boxes[0] - box[0]).abs().max()) < 6
+        assert float(box_iou(image.boxes[:1], box)) > 0.5

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -114,19 +114,52 @@ def test_a_checkpoint_is_evaluated_by_its_own_script(
     assert all(shown[name] == pytest.approx(expected[name], abs=6e-4, nan_ok=True) for name in shown)
 
 
-@pytest.mark.ray
-def test_two_workers_give_the_same_kind_of_result(prepared: Run, trained: Trained) -> None:
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A run on two workers, and whether Ctrl-C means the same after it."""
+
+    run: Run
+    trained: Trained
+    same_interrupt: bool
+
+
+@pytest.fixture(scope="module")
+def pair(prepared: Run, trained: Trained) -> Iterator[Pair]:
     # Box supervision stays inside the driver, to save the time that a group of workers takes to start.
     run = dataclasses.replace(prepared, joint_stage=dataclasses.replace(prepared.joint_stage, workers=2))
+    before = signal.getsignal(signal.SIGINT)
     found = codet.train(run)
+    same = signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, before)
+    yield Pair(run, found, same)
+
+
+@pytest.mark.ray
+@pytest.mark.xfail(strict=True, reason="Ray Train's handler stays, and ends the script with 0 or 1 on Ctrl-C")
+def test_ctrl_c_means_the_same_after_training(pair: Pair) -> None:
+    assert pair.same_interrupt
+
+
+@pytest.mark.ray
+def test_two_workers_give_the_same_kind_of_result(prepared: Run, trained: Trained, pair: Pair) -> None:
+    run, found = pair.run, pair.trained
     losses = losses_of(run, found)
     assert set(losses) == LOSSES
     assert all(math.isfinite(value) for value in losses.values())
     one, two = load_codet(trained.model).state_dict(), load_codet(found.model).state_dict()
     assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in two.items()}
-    # Both runs saw as many images with the same losses: five steps of a rate of 1e-3 lead near each other.
     first = losses_of(prepared, trained)
-    assert losses["boxes/train/loss_classes"] == pytest.approx(first["boxes/train/loss_classes"], rel=0.5)
+    for stage in ("boxes", "joint"):  # the other losses of five steps depend on which proposals were drawn
+        name = f"{stage}/train/loss_objectness"
+        assert losses[name] == pytest.approx(first[name], rel=0.1)
+
+
+@pytest.mark.ray
+@pytest.mark.xfail(strict=False, reason="a loop inside the driver gets its batches in the order they are ready")
+def test_a_run_can_be_repeated(prepared: Run, trained: Trained, pair: Pair) -> None:
+    # both had their box supervision inside the driver
+    one, two = load_codet(trained.boxes_model).state_dict(), load_codet(pair.trained.boxes_model).state_dict()
+    assert all(torch.allclose(value, two[name], atol=1e-3) for name, value in one.items())
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
