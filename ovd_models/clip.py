@@ -146,7 +146,7 @@ def encode_tokens(tower: Any, tokens: Tensor) -> Tensor:
     causal = isinstance(tower, TextTransformer) and tower.pool_type == "argmax" and tower.cls_emb is None
     if not causal or tower.use_pad_mask or tower.attn_mask is None:
         return F.normalize(tower(tokens).float(), dim=-1)
-    length = int(tokens.ne(tower.pad_id).sum(1).max())
+    length = int(tokens.argmax(-1).max()) + 1  # up to the last end token; padding and '!' are the same token
     tokens = tokens[:, :length]
     hidden = tower.token_embedding(tokens) + tower.positional_embedding[:length]
     hidden = tower.ln_final(tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length]))

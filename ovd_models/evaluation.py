@@ -99,11 +99,10 @@ def evaluate_detections(
     ]
     truth = COCO(coco_truth(rows, names), print_function=_silent)
     if not results:
-        empty = [
-            CategoryResult(name, splits[name], 0.0 if truth.getAnnIds(catIds=[key]) else np.nan, 0.0)
-            for key, name in names.items()
-        ]
-        return DetectionMetrics(tuple(empty))
+        known = {key: 0.0 if truth.getAnnIds(catIds=[key]) else float("nan") for key in names}
+        return DetectionMetrics(
+            tuple(CategoryResult(name, splits[name], known[key], known[key]) for key, name in names.items())
+        )
     evaluator = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=_silent)
     evaluator.evaluate()
     evaluator.accumulate()

@@ -229,7 +229,7 @@ def build_backbone(config: RCNNConfig) -> nn.Module:
     """A timm feature extractor with the config's strides."""
     options = dict(config.backbone_options)
     if config.freeze_norm:
-        options["norm_layer"] = FrozenBatchNorm2d
+        options["norm_layer"] = frozen_norm
     everything = timm.create_model(config.backbone, features_only=True, **options)
     reductions = feature_info(everything).reduction()
     indices = tuple(reductions.index(stride) for stride in config.strides)
@@ -258,7 +258,7 @@ def find_backbone_weights(backbone: str, weights: str) -> dict[str, Tensor] | No
             return None
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{path}: cannot be read ({type(error).__name__}), expected a state dict of {backbone}"
         ) from error
@@ -281,6 +281,11 @@ def load_backbone(detector: RCNN, state: dict[str, Tensor]) -> None:
             found = list(state[name].shape) if name in state else "nothing"
             raise InputError(f"backbone weight {name}: found {found}, expected shape {list(value.shape)}")
     detector.backbone.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
+
+
+def frozen_norm(channels: int, device: object = None, dtype: object = None) -> FrozenBatchNorm2d:
+    """Torchvision's frozen batch norm, called as timm calls a norm layer; it is moved with the whole model."""
+    return FrozenBatchNorm2d(channels)
 
 
 def feature_info(backbone: nn.Module) -> FeatureInfo:

@@ -136,8 +136,8 @@ def prepare_captions(run: Run, name: str) -> None:
     Raises:
         InputError: the captions are malformed, or the name holds tables of another config.
     """
-    boxes = tables.read_table(run.storage, "boxes", f"{run.name}-train")
-    categories = tables.read_table(run.storage, "categories", run.name)
+    train, _ = read_folder(run)  # with the boxes of novel categories: captions may mention anything
+    boxes, categories = train.boxes, train.categories
     given = Path(run.data) / "captions.tsv"
     if given.is_file():
         captions = annotations.read_captions(given, boxes["uri"].to_pylist())

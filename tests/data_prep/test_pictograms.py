@@ -38,7 +38,7 @@ def test_the_split_is_seeded_and_has_a_long_tail() -> None:
     assert probabilities.sum() == pytest.approx(1)
     assert all((p == 0) == (split == "novel") for p, split in zip(probabilities, world.splits, strict=True))
     ratio = probabilities[world.frequencies.index("rare")] / probabilities[world.frequencies.index("frequent")]
-    assert ratio == pytest.approx(0.03)
+    assert ratio == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("style", [PICTURES, SCENES, SECOND_STYLE])

@@ -115,7 +115,6 @@ def test_nothing_found_scores_zero() -> None:
     assert metrics.mean("ap50", "base") == 0.0
 
 
-@pytest.mark.xfail(strict=True, reason="with no detection at all, ap50 is 0 and not NaN for categories without boxes")
 def test_nothing_found_of_a_category_without_boxes_is_nan() -> None:
     metrics = measure([row([BOX], [3])], [found()])
     assert math.isnan(by_name(metrics)["dog"][1])

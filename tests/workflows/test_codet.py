@@ -285,9 +285,6 @@ def test_photographs_train_checkpoint_evaluate_and_draw(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is absent")
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="built captions come from boxes whose novel ones are stripped"
-)
 def test_captions_built_from_names_mention_novel_things(ray_cluster: None, tmp_path: Path) -> None:
     run = dataclasses.replace(codet.photos(), storage=str(tmp_path), data=str(PHOTOS))
     codet.prepare_data(run)

@@ -33,6 +33,13 @@ def rows_of(root: str | Path, name: str = "t") -> dict[str, list[dict[str, objec
 
 
 @pytest.fixture(scope="module")
+def served_site(small_site: Path) -> Iterator[str]:
+    """A server of its own: that of the session may have ended by now."""
+    with website.serving(small_site) as base_url:
+        yield base_url
+
+
+@pytest.fixture(scope="module")
 def crawled(
     ray_cluster: None, small_site: Path, served_site: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Run, Summary]]:
