@@ -43,6 +43,19 @@ class BoxSet:
 # ------------------------------------------------------------------------------------------------ COCO, LVIS
 
 
+def digest(folder: str | Path) -> str:
+    """SHA-256 of a folder's annotation file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = Path(folder) / "instances.json"
+    try:
+        return storage.sha256(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}), expected a COCO annotation file") from error
+
+
 def read_coco(path: str | Path, images: str | Path) -> BoxSet:
     """An annotation file of COCO's form, split by `COCO_BASE` and `COCO_NOVEL`.
 
@@ -104,17 +117,30 @@ def _coco_row(
     try:
         file, width, height = folder / str(image["file_name"]), int(image["width"]), int(image["height"])
         content = file.read_bytes()
+        with Image.open(io.BytesIO(content)) as opened:
+            size = opened.size
     except KeyError as error:
         raise InputError(f"{origin}: image {image.get('id')}: no field {error}") from error
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}), named by {origin}") from error
-    boxes, kept = [], []
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{origin}: image {image.get('id')}: {error}, expected width and height") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "not an image"
+        raise InputError(f"{file}: cannot be read ({reason}), named by {origin}") from error
+    if size != (width, height):
+        raise InputError(f"{file}: {size[0]} x {size[1]} pixels, {origin} says {width} x {height}")
+    boxes, kept, masks = [], [], []
     for annotation in annotations:
         x, y, w, h = (float(value) for value in annotation["bbox"])
         box = [max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)]
         if box[2] > box[0] and box[3] > box[1]:  # boxes without area inside the image teach nothing
             boxes.append(box)
             kept.append(annotation)
+            try:
+                masks.append(_rle(annotation.get("segmentation"), height, width))
+            except Exception as error:  # of the RLE library, of any kind
+                raise InputError(
+                    f"{origin}: image {image['id']}: segmentation: {error!r}, expected polygons or an RLE"
+                ) from error
     return {
         "image_id": storage.sha256(content),
         "source_id": int(image["id"]),
@@ -124,7 +150,7 @@ def _coco_row(
         "boxes": boxes,
         "category_ids": [int(annotation["category_id"]) for annotation in kept],
         "iscrowd": [bool(annotation.get("iscrowd", 0)) for annotation in kept],
-        "masks": [_rle(annotation.get("segmentation"), height, width) for annotation in kept],
+        "masks": masks,
         "neg_category_ids": list(image.get("neg_category_ids", [])),
         "not_exhaustive_category_ids": list(image.get("not_exhaustive_category_ids", [])),
     }
@@ -161,8 +187,12 @@ def read_captions(path: Path, uris: Sequence[str]) -> list[str]:
     Raises:
         InputError: the file is malformed, or an image has no caption.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, delimiter="\t")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected UTF-8 text") from error
+    with io.StringIO(text, newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         if not {"file_name", "caption"} <= set(reader.fieldnames or ()):
             raise InputError(f"{path}: columns {reader.fieldnames}, expected file_name and caption, tab-separated")
         captions = {row["file_name"]: row["caption"] or "" for row in reader}

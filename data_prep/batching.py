@@ -79,10 +79,13 @@ class StreamShape:
     """Steps of one worker in a block; checkpoints come at multiples of it, so that a resumed stream is exact."""
 
     def positions(self, start_step: int, stop_step: int) -> tuple[int, int, int]:
-        """First position, number of positions and number of blocks of a range of steps."""
-        steps = stop_step - start_step
-        blocks = max(1, -(-steps // self.steps_per_block)) * self.workers
-        return start_step * self.rows_per_step, steps * self.rows_per_step, blocks
+        """First position, number of positions and number of blocks of a range of steps.
+
+        Every block is whole, so the last ones may hold some steps more: a loop ends at its own last step.
+        """
+        rounds = max(1, -(-(stop_step - start_step) // self.steps_per_block))
+        count = rounds * self.steps_per_block * self.rows_per_step
+        return start_step * self.rows_per_step, count, rounds * self.workers
 
 
 def stream(
@@ -94,7 +97,11 @@ def stream(
     def rows(batch: pa.Table) -> pa.Table:
         return load(np.asarray(batch["id"], np.int64) + first)
 
-    return ray.data.range(count, override_num_blocks=blocks).map_batches(rows, batch_format="pyarrow", batch_size=None)
+    data = ray.data.range(count, override_num_blocks=blocks)
+    data = data.map_batches(rows, batch_format="pyarrow", batch_size=None)
+    # Here and not in Ray Train's `DataConfig`, which does not reach a loop inside the driver.
+    data.context.execution_options.preserve_order = True
+    return data
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,11 @@ def load_encoder(folder: str | Path) -> TextEncoder:
     try:
         table = json.loads((source / "table.json").read_text())
         rows = load_file(source / "table.safetensors")["embeddings"]
-        return EmbeddingTable(tuple(table["names"]), rows, table["teacher"], table["prompt_set"])
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        names = tuple(table["names"])
+        if rows.ndim != 2 or len(rows) != len(names):
+            raise ValueError(f"{len(names)} names, embeddings {list(rows.shape)}")
+        return EmbeddingTable(names, rows, table["teacher"], table["prompt_set"])
+    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise InputError(f"{source}: not a readable table of embedded names ({error})") from error
 
 
@@ -220,20 +223,18 @@ class Detector:
         if not tensors:
             return []
         found: list[Detections] = []
-        for entry, tensor, result in zip(
-            opened,
+        for tensor, result in zip(
             tensors,
             self.model.detect(tensors, vocabulary, score_threshold=score_threshold, max_detections=max_detections),
             strict=True,
         ):
             on_cpu = replace(result, boxes=result.boxes.cpu(), scores=result.scores.cpu(), labels=result.labels.cpu())
-            found.append(replace(on_cpu, image=_as_picture(entry, tensor)))
+            found.append(replace(on_cpu, image=_as_picture(tensor)))
         return found if several else found[0]
 
 
-def _as_picture(image: ImageLike, tensor: Tensor) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
+def _as_picture(tensor: Tensor) -> Image.Image:
+    """The picture as it was looked at: upright."""
     return Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy())
 
 

@@ -146,7 +146,7 @@ def encode_tokens(tower: Any, tokens: Tensor) -> Tensor:
     causal = isinstance(tower, TextTransformer) and tower.pool_type == "argmax" and tower.cls_emb is None
     if not causal or tower.use_pad_mask or tower.attn_mask is None:
         return F.normalize(tower(tokens).float(), dim=-1)
-    length = int(tokens.argmax(-1).max()) + 1  # up to the last end token; padding and '!' are the same token
+    length = int(tokens.argmax(1).max()) + 1  # the end token has the highest id; padding shares its id with "!"
     tokens = tokens[:, :length]
     hidden = tower.token_embedding(tokens) + tower.positional_embedding[:length]
     hidden = tower.ln_final(tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length]))
@@ -253,7 +253,10 @@ def load_clip(folder: str | Path) -> tuple[Clip, str]:
         InputError: there is no such checkpoint, or it is broken.
     """
     config, teacher, state = _read(folder)
-    model = Clip(config)
+    try:
+        model = Clip(config)
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+        raise InputError(f"{folder}: no model can be built from its config ({type(error).__name__})") from error
     _load_weights(model.model, state, folder)
     return model.eval(), teacher
 
@@ -266,9 +269,11 @@ def load_text_encoder(folder: str | Path) -> ClipTextEncoder:
     """
     config, teacher, state = _read(folder)
     # open_clip builds a text tower only as part of a whole model: the smallest image tower is built and dropped.
-    whole = CustomTextCLIP(
-        config.embed_dim, {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}, dict(config.text)
-    )
+    vision = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
+    try:
+        whole = CustomTextCLIP(config.embed_dim, vision, dict(config.text))
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+        raise InputError(f"{folder}: no model can be built from its config ({type(error).__name__})") from error
     text = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
     _load_weights(whole.text, text, folder)
     return ClipTextEncoder(config, whole.text, teacher)

@@ -70,9 +70,9 @@ def align(region_GgND: Tensor, valid_GgN: Tensor, guidance_GD: Tensor, temperatu
         guidance_GD: [G, D] weights of the dimensions.
         temperature: divides the similarity before the softmax.
     """
-    if region_GgND.shape[2] == 0:  # no image has a proposal
-        return Alignment(region_GgND.new_zeros(valid_GgN.shape), region_GgND.sum(2))
     group_size = region_GgND.shape[1]
+    if not region_GgND.shape[2]:  # no image has a proposal
+        return Alignment(region_GgND.new_zeros(valid_GgN.shape), region_GgND.sum(2))
     unit_GgND = F.normalize(region_GgND, dim=-1)
     guided_GgND = unit_GgND * guidance_GD[:, None, None, :]
     similarity_GQNSN = torch.einsum("gqad,gsbd->gqasb", guided_GgND, unit_GgND)

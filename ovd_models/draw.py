@@ -19,7 +19,7 @@ def draw_boxes(
     image: Image.Image, boxes: Tensor, texts: Sequence[str], labels: Sequence[int], *, min_side: int = MIN_SIDE
 ) -> Image.Image:
     """A copy of `image` with boxes [N, 4] (xyxy, its pixels); small pictures are enlarged so that text is readable."""
-    scale = max(1.0, min_side / max(1, min(image.size)))
+    scale = max(1.0, min(min_side / max(1, min(image.size)), 6 * min_side / max(1, *image.size)))
     picture = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     rows = list(zip((boxes * scale).tolist(), texts, labels, strict=True))

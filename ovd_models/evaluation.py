@@ -99,10 +99,9 @@ def evaluate_detections(
     ]
     truth = COCO(coco_truth(rows, names), print_function=_silent)
     if not results:
-        known = {key: 0.0 if truth.getAnnIds(catIds=[key]) else float("nan") for key in names}
-        return DetectionMetrics(
-            tuple(CategoryResult(name, splits[name], known[key], known[key]) for key, name in names.items())
-        )
+        value = {key: 0.0 if truth.getAnnIds(catIds=[key], iscrowd=False) else np.nan for key in names}
+        empty = [CategoryResult(name, splits[name], value[key], value[key]) for key, name in names.items()]
+        return DetectionMetrics(tuple(empty))
     evaluator = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=_silent)
     evaluator.evaluate()
     evaluator.accumulate()

@@ -3,11 +3,21 @@
 import io
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from ovd_models.errors import InputError
 
 MAX_PIXELS = 100_000_000
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "MPO")
+"""What is decoded; Pillow knows others, some of which start programs."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What undoes each EXIF orientation."""
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -30,13 +40,49 @@ def decode_image(content: bytes, name: str = "image") -> Image.Image:
         InputError: the bytes are not a whole image, or it has more than `MAX_PIXELS` pixels.
     """
     try:
-        image = Image.open(io.BytesIO(content))
-    except (OSError, Image.DecompressionBombError) as error:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: too many pixels, at most {MAX_PIXELS:,} are accepted") from error
+    except Exception as error:  # Pillow's plugins raise anything
         raise InputError(f"{name}: not an image, expected JPEG, PNG, WebP or the like") from error
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise InputError(f"{name}: {image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are accepted")
         try:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"{name}: broken image, expected a whole file ({error})") from error
+            return to_rgb(upright(image))
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{name}: broken image, expected a whole file ({reason})") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its camera's orientation says; the other EXIF fields, which may be damaged, are let go."""
+    turn = TURNS.get(image.getexif().get(0x0112, 1))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for name in ("exif", "xmp", "XML:com.adobe.xmp"):  # or it would be turned again
+        turned.info.pop(name, None)
+    return turned
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as 8-bit RGB: transparency over white, 16-bit and float greys scaled to the range of 8 bits."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_scale_deep(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_deep(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """Greys of more than 8 bits as 8 bits: 16-bit integers by their range, floats by their own extremes."""
+    deep = values.astype(np.float64)
+    if np.issubdtype(values.dtype, np.floating):
+        low, high = (float(deep.min()), float(deep.max())) if deep.size else (0.0, 0.0)
+        deep = (deep - low) / (high - low or 1.0) * 65535
+    return np.asarray(np.clip(np.rint(deep / 257), 0, 255), np.uint8)

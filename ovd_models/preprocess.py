@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ovd_models.errors import InputError
-from ovd_models.images import open_image
+from ovd_models.images import open_image, to_rgb, upright
 
 ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
@@ -35,6 +35,6 @@ def to_tensor(image: ImageLike) -> Tensor:
             raise InputError(f"image array: {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] or [H, W]")
         return to_tensor(Image.fromarray(image))
     if isinstance(image, Image.Image):
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
+        pixels = np.array(to_rgb(upright(image)))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     return to_tensor(open_image(image))

@@ -15,6 +15,7 @@ from typing import Any, cast
 import timm
 import torch
 import torchvision
+from timm.layers.norm_act import freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +27,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import (
     FeaturePyramidNetwork,
-    FrozenBatchNorm2d,
     MultiScaleRoIAlign,
     batched_nms,
     clip_boxes_to_image,
@@ -227,13 +227,12 @@ def widen(image: Tensor, max_size: int) -> Tensor:
 
 def build_backbone(config: RCNNConfig) -> nn.Module:
     """A timm feature extractor with the config's strides."""
-    options = dict(config.backbone_options)
-    if config.freeze_norm:
-        options["norm_layer"] = frozen_norm
+    options = config.backbone_options
     everything = timm.create_model(config.backbone, features_only=True, **options)
     reductions = feature_info(everything).reduction()
     indices = tuple(reductions.index(stride) for stride in config.strides)
-    return timm.create_model(config.backbone, features_only=True, out_indices=indices, **options)
+    backbone = timm.create_model(config.backbone, features_only=True, out_indices=indices, **options)
+    return cast(nn.Module, freeze_batch_norm_2d(backbone)) if config.freeze_norm else backbone  # type: ignore[no-untyped-call]
 
 
 def find_backbone_weights(backbone: str, weights: str) -> dict[str, Tensor] | None:
@@ -281,11 +280,6 @@ def load_backbone(detector: RCNN, state: dict[str, Tensor]) -> None:
             found = list(state[name].shape) if name in state else "nothing"
             raise InputError(f"backbone weight {name}: found {found}, expected shape {list(value.shape)}")
     detector.backbone.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
-
-
-def frozen_norm(channels: int, device: object = None, dtype: object = None) -> FrozenBatchNorm2d:
-    """Torchvision's frozen batch norm, called as timm calls a norm layer; it is moved with the whole model."""
-    return FrozenBatchNorm2d(channels)
 
 
 def feature_info(backbone: nn.Module) -> FeatureInfo:

@@ -76,9 +76,13 @@ class EmbeddingTable:
         """
         if array.ndim != 2 or len(array) != len(names):
             raise InputError(f"{origin}: array of shape {list(array.shape)}, expected one row for each of {len(names)}")
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{origin}: holds {array.dtype}, expected numbers")
         rows = torch.from_numpy(np.asarray(array, np.float32))
         if not bool(torch.isfinite(rows).all()):
             raise InputError(f"{origin}: holds NaN or infinite values, expected finite embeddings")
+        if not bool(rows.any(1).all()):
+            raise InputError(f"{origin}: row {int((~rows.any(1)).nonzero()[0])} is zero, expected a direction")
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
         return cls(tuple(names), F.normalize(rows, dim=1), f"{origin.rsplit('/', 1)[-1]}:{digest}")
 

@@ -125,6 +125,8 @@ def train_worker(run: Run, run_dir: str, logger: MetricLogger) -> None:
         if session.due:
             session.checkpoint({})
             logger.flush()
+        if session.done:
+            break
     logger.flush(wait=True)
 
 
@@ -152,8 +154,8 @@ def zero_shot(clip: Clip, teacher: str, run: Run) -> tuple[float, float]:
 def train(run: Run) -> Trained:
     """Read the pairs, train, evaluate and save; returns where the model is and how well it names."""
     started = time.perf_counter()
-    name = run.resume or training.new_name(run.config)
-    run_dir = storage.absolute(storage.join(run.storage, "runs", "clip", name))
+    training.check_shared("batch_size", run.batch_size, run.optimisation.workers)
+    run_dir = training.open_run(run.storage, "clip", run.config, run.resume)
     settings, train_dir = run.optimisation, storage.join(run_dir, "train")
     loader = pair_loader(
         run.storage, run.pairs, seed=settings.seed, image_size=run.model.image_size, max_side=run.max_side

@@ -209,6 +209,8 @@ def train_worker(
         if session.due:
             session.checkpoint({})
             logger.flush()
+        if session.done:
+            break
     logger.flush(wait=True)
 
 
@@ -253,8 +255,7 @@ def train(run: Run) -> Trained:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
     check_batches(run)
-    name = run.resume or training.new_name(run.config)
-    run_dir = storage.absolute(storage.join(run.storage, "runs", "codet", name))
+    run_dir = training.open_run(run.storage, "codet", run.config, run.resume)
     encoder_folder, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
     names = read_names(run.storage, run.boxes, run.pairs, encoder)
     run, weights = initial_weights(run, names.base_embeddings.shape[1])
@@ -315,9 +316,7 @@ def check_batches(run: Run) -> None:
     """Raise InputError where a batch cannot be shared among the workers."""
     for stage in (run.box_stage, run.joint_stage):
         for field_name in ("detection_batch", "groups_per_step"):
-            size, workers = getattr(run, field_name), max(1, stage.workers)
-            if size < workers or size % workers:
-                raise InputError(f"{field_name}: {size}, expected a multiple of the {workers} workers")
+            training.check_shared(field_name, getattr(run, field_name), stage.workers)
     if run.group_size < 2:
         raise InputError(f"group_size: {run.group_size}, expected at least 2")
 

@@ -17,6 +17,7 @@ from PIL import Image
 import ovd_models
 from data_prep import storage, tables
 from ovd_models.batches import Detections
+from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.images import decode_image
 from workflows import cli, tracking, training
@@ -57,6 +58,8 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     Raises:
         InputError: the model or a table is missing.
     """
+    if run.batch_size < 1:
+        raise InputError(f"batch_size: {run.batch_size}, expected at least 1")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     detector = ovd_models.load(resolve_model(run), run.device)
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()
@@ -67,9 +70,11 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     found: list[Detections] = []
     for start in range(0, len(rows), run.batch_size):
         images = [open_image(run, row) for row in rows[start : start + run.batch_size]]
-        found += detector.detect(
+        results = detector.detect(
             images, list(names.values()), score_threshold=run.score_threshold, max_detections=run.max_detections
         )
+        drawn = max(0, run.num_pictures - start)  # the other pictures would fill the memory
+        found += [*results[:drawn], *(replace(result, image=None) for result in results[drawn:])]
     pictures = [draw_pair(row, result, names) for row, result in zip(rows[: run.num_pictures], found, strict=False)]
     return evaluate_detections(rows, found, names, splits), pictures
 
@@ -127,6 +132,7 @@ def log(
 def main() -> None:
     """The script: evaluate, track, print."""
     run = cli.parse(CONFIGS, __doc__)
+    tracking.tracking_uri(run.storage)
     started = time.perf_counter()
     metrics, pictures = evaluate(run)
     with tracking.run(run.storage, experiment="evaluate", name=run.boxes, params=cli.flatten(run)) as tracked:

@@ -66,7 +66,11 @@ def prepare(run: Run) -> None:
     Raises:
         InputError: the annotation file is unreadable, or the names hold tables of another config.
     """
+    if run.name == "photos" and not run.data:
+        raise InputError("--data: missing, expected a folder with instances.json and images/")
     config_hash = cli.config_hash(dataclasses.replace(run, storage=""))
+    if run.data:  # what the file says, too
+        config_hash = storage.sha256(f"{config_hash} {annotations.digest(run.data)}".encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
         if done.config_hash != config_hash:

@@ -62,8 +62,10 @@ def open_encoder(storage_uri: str, boxes: str, run_dir: str, *, teacher: str, te
         rows = tables.read_table(storage_uri, "categories", boxes, ["name"])["name"].to_pylist()
         try:
             array = np.load(texts, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise InputError(f"{texts}: cannot be read ({error}), expected a .npy matrix") from error
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{texts}: an archive, expected a .npy matrix")
         encoder: TextEncoder = EmbeddingTable.from_array(rows, array, texts)
     elif teacher:
         encoder = load_encoder(training.local_copy(teacher))

@@ -57,6 +57,13 @@ class Optimisation:
         """Check what the streams rely on."""
         if self.steps < 1:
             raise InputError(f"steps: {self.steps}, expected at least 1")
+        for name in ("learning_rate", "clip_norm", "log_every"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}: {getattr(self, name)}, expected more than 0")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup: {self.warmup}, expected 0 to less than 1")
+        if self.workers < 0:
+            raise InputError(f"workers: {self.workers}, expected 0 or more")
         if self.checkpoint_every < 1 or self.checkpoint_every % REQUIRED_DIVISOR:
             raise InputError(f"checkpoint_every: {self.checkpoint_every}, expected a multiple of {REQUIRED_DIVISOR}")
 
@@ -78,6 +85,16 @@ def last_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
     if not storage.exists(storage.join(run_dir, "checkpoint_manager_snapshot.json")):
         return None
     return ray.train.Result.from_path(path, storage_filesystem=filesystem).checkpoint
+
+
+class Trainer(TorchTrainer):
+    """A trainer that leaves Ctrl-C as it is.
+
+    Ray's own handler stays in place after `fit`, and ends the script with 0 or 1 whatever it was doing.
+    """
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Keep the script's handler: `KeyboardInterrupt` ends `fit`, and Ray ends its processes with the driver."""
 
 
 def fit(
@@ -105,7 +122,7 @@ def fit(
         return lambda: make(committed_step(run_dir))
 
     options = ray.data.ExecutionOptions(preserve_order=True)
-    TorchTrainer(
+    Trainer(
         worker,
         # Half a CPU each leaves room for the data tasks that feed them; threads are set by `prepare_worker`.
         scaling_config=ray.train.ScalingConfig(
@@ -190,6 +207,11 @@ class Session:
         """Whether the step just done ends with a checkpoint."""
         return self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps
 
+    @property
+    def done(self) -> bool:
+        """Whether this was the last step; the stream may hold more."""
+        return self.step >= self.settings.steps
+
     def checkpoint(self, metrics: Mapping[str, float]) -> None:
         """Save from rank 0 and report from all ranks; returns when the checkpoint is committed."""
         report = {"step": self.step, **metrics}
@@ -268,17 +290,37 @@ class Meter:
 
 
 def local_copy(uri: str) -> Path:
-    """A folder as a local path: itself when it is one, else a copy in a temporary folder."""
+    """A folder as a local path: itself when it is one, else a copy in a temporary folder.
+
+    Raises:
+        InputError: there is nothing at the URI.
+    """
     if "://" not in uri:
         return Path(uri)
+    if not storage.exists(uri):
+        raise InputError(f"{uri}: nothing there, expected a folder")
     target = Path(tempfile.mkdtemp(prefix="ovd-"))
     storage.download_folder(uri, target)
     return target
 
 
-def new_name(config: str) -> str:
-    """A run's name: its config and when it began."""
-    return f"{config}-{time.strftime('%Y%m%d-%H%M%S')}"
+def open_run(storage_uri: str, workflow: str, config: str, resume: str) -> str:
+    """The folder of the run to continue, or of a new one, named after its config and when it began.
+
+    Raises:
+        InputError: there is no run of the name to continue.
+    """
+    name = resume or f"{config}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = storage.absolute(storage.join(storage_uri, "runs", workflow, name))
+    if resume and not storage.exists(run_dir):
+        raise InputError(f"--resume {resume}: no such run, {run_dir} does not exist")
+    return run_dir
+
+
+def check_shared(field: str, size: int, workers: int) -> None:
+    """Raise InputError where a batch cannot be shared evenly among the workers."""
+    if size < max(1, workers) or size % max(1, workers):
+        raise InputError(f"{field}: {size}, expected a multiple of the {max(1, workers)} workers")
 
 
 def print_progress(job: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:

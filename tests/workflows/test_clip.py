@@ -106,7 +106,6 @@ def test_missing_and_unfit_pairs_are_told(prepared: Run, tmp_path: Path) -> None
 
 
 @pytest.mark.ray
-@pytest.mark.xfail(strict=True, reason="clip.py does not check that the batch can be shared among the workers")
 def test_a_batch_that_cannot_be_shared_is_told(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("training began")

@@ -82,7 +82,6 @@ def test_the_size_of_a_batch_does_not_matter(run: Run) -> None:
         assert first.ap50 == pytest.approx(second.ap50, abs=1e-3, nan_ok=True)
 
 
-@pytest.mark.xfail(strict=True, reason="every picture of the set stays in memory with its detections")
 def test_only_pictures_that_are_drawn_are_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
 
@@ -136,16 +135,8 @@ def test_the_script_prints_and_tracks(
         (["--model", "models:/none@champion"], "models:/none@champion: "),
         (["--boxes", "none-eval"], "no such table; `python workflows/prepare_boxes.py` makes it"),
         (["--categories", "none"], "no such table; `python workflows/prepare_boxes.py` makes it"),
-        pytest.param(
-            ["--model", "file:///nowhere"],
-            "file:///nowhere",
-            marks=pytest.mark.xfail(strict=True, reason="local_copy lets FileNotFoundError through"),
-        ),
-        pytest.param(
-            ["--batch-size", "0"],
-            "batch_size",
-            marks=pytest.mark.xfail(strict=True, reason="range() by nothing: ValueError"),
-        ),
+        (["--model", "file:///nowhere"], "file:///nowhere"),
+        (["--batch-size", "0"], "batch_size"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -162,7 +153,6 @@ def test_bad_input_is_one_line(
     assert message in lines[0]
 
 
-@pytest.mark.xfail(strict=True, reason="tracking is looked for only after the evaluation")
 def test_remote_storage_without_tracking_is_told_before_any_work(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,7 +79,6 @@ def test_published_tables_are_kept_and_another_config_is_refused(tmp_path: Path)
         prepare(dataclasses.replace(run, eval_images=3))
 
 
-@pytest.mark.xfail(strict=True, reason="the config's hash knows the folder's path, not what is in it")
 def test_a_changed_annotation_file_is_noticed(tmp_path: Path) -> None:
     run = photos(tmp_path)
     prepare(run)
@@ -101,7 +100,6 @@ def test_a_folder_without_annotations_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.xfail(strict=True, reason="without --data the coco config draws the pictogram world")
 def test_the_coco_config_asks_for_its_folder(ray_cluster: None, tmp_path: Path) -> None:
     run = dataclasses.replace(prepare_boxes.coco(), storage=str(tmp_path), train_images=2, eval_images=2)
     with pytest.raises(InputError, match="data"):

@@ -25,7 +25,8 @@ TABLES = ("pairs", "rejects", "concepts", "groups")
 
 def small_run(root: Path, urls: Path) -> Run:
     run = dataclasses.replace(prepare_pairs.smoke(), name="t", storage=str(root), urls=str(urls))
-    return dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=16)
+    patient = dataclasses.replace(run.fetch, deadline_seconds=5.0)  # a busy machine is no dead host
+    return dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=16, fetch=patient)
 
 
 def rows_of(root: str | Path, name: str = "t") -> dict[str, list[dict[str, object]]]:

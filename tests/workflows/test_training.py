@@ -30,9 +30,7 @@ QUICK = Optimisation(steps=10, learning_rate=0.05, checkpoint_every=5, workers=0
         ({"checkpoint_every": 0}, "checkpoint_every: 0, expected a multiple of 5"),
         ({"checkpoint_every": 7}, "checkpoint_every: 7, expected a multiple of 5"),
         *(
-            pytest.param(
-                changes, message, marks=pytest.mark.xfail(strict=True, reason="Optimisation does not check it")
-            )
+            (changes, message)
             for changes, message in [
                 ({"log_every": 0}, "log_every"),  # ZeroDivisionError in the loop
                 ({"warmup": 1.0}, "warmup"),  # ZeroDivisionError of OneCycleLR
