@@ -154,7 +154,9 @@ def kill_after_parts(run: Run, count: int) -> dict[str, bytes]:
     """Start the run in a process of its own, kill it when it has staged `count` parts, and return the parts."""
     program = (
         "import dataclasses, sys\nfrom workflows import prepare_pairs\n"
-        "run = dataclasses.replace(prepare_pairs.smoke(), name='t', storage=sys.argv[1], urls=sys.argv[2],\n"
+        "run = prepare_pairs.smoke()\n"
+        "run = dataclasses.replace(run, name='t', storage=sys.argv[1], urls=sys.argv[2],\n"
+        "    fetch=dataclasses.replace(run.fetch, deadline_seconds=5.0),\n"
         "    site_pictures=0, site_scenes=0, rows_per_shard=16)\n"
         "prepare_pairs.prepare(run)\n"
     )
