@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import imagehash
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageFile, ImageOps
 
 from data_prep import storage, tables
+from ovd_models.images import to_rgb
 
 MAGIC: tuple[tuple[int, bytes], ...] = (
     (0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n\x1a\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"),
@@ -111,28 +111,6 @@ def _store(image: ImageFile.ImageFile, content: bytes, config: DecodeConfig) -> 
         phash=int(str(imagehash.phash(grey)), 16),
         contrast=float(np.asarray(grey).std()),
     )
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as 8-bit RGB: transparency over white, 16-bit and float greys scaled to the range of 8 bits."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_scale_deep(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scale_deep(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    """Greys of more than 8 bits as 8 bits: 16-bit integers by their range, floats by their own extremes."""
-    deep = values.astype(np.float64)
-    if np.issubdtype(values.dtype, np.floating):
-        low, high = (float(deep.min()), float(deep.max())) if deep.size else (0.0, 0.0)
-        deep = (deep - low) / (high - low or 1.0) * 65535
-    return np.asarray(np.clip(np.rint(deep / 257), 0, 255), np.uint8)
 
 
 def strip_metadata(jpeg: bytes) -> bytes:
