@@ -16,6 +16,7 @@ from PIL import Image
 from data_prep import storage, tables
 from data_prep.pictograms import SCENES, Style, World
 from ovd_models.errors import InputError
+from ovd_models.prompts import with_article
 
 COCO_NOVEL = (
     "airplane", "bus", "cat", "dog", "cow", "elephant", "umbrella", "tie", "snowboard", "skateboard", "cup", "knife",
@@ -175,7 +176,7 @@ def category_captions(boxes: pa.Table, categories: pa.Table) -> list[str]:
     names = dict(zip(categories["category_id"].to_pylist(), categories["name"].to_pylist(), strict=True))
     captions = []
     for ids in boxes["category_ids"].to_pylist():
-        shown = [f"a {name}" for name in dict.fromkeys(names[key] for key in ids if key in names)]
+        shown = [with_article(name) for name in dict.fromkeys(names[key] for key in ids if key in names)]
         head = ", ".join(shown[:-1])
         captions.append("a photo of " + (f"{head} and {shown[-1]}" if head else "".join(shown) or "a scene"))
     return captions

@@ -10,17 +10,15 @@ import imagehash
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
 from data_prep import storage, tables
-from ovd_models.images import to_rgb
+from ovd_models.images import FORMATS, has_image_magic, orientation, to_rgb, upright
 
-MAGIC: tuple[tuple[int, bytes], ...] = (
-    (0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n\x1a\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"),
-    (0, b"MM\0*"), (4, b"ftypavif"),
+SIDEWAYS = (
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
 )  # fmt: skip
-"""Offset and first bytes of the formats that are decoded."""
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+"""Turns that exchange width and height."""
 HASH_SIDE = 32  # imagehash reduces to this size; doing it here lets the contrast share the work
 
 
@@ -62,7 +60,7 @@ class Decoded:
 
 def decode(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
     """Decode one body; never raises for its sake."""
-    if not any(content[offset : offset + len(magic)] == magic for offset, magic in MAGIC):
+    if not has_image_magic(content):
         return Rejection("not_an_image", f"starts with {content[:16]!r}")
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -82,17 +80,16 @@ def decode(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
 
 
 def _store(image: ImageFile.ImageFile, content: bytes, config: DecodeConfig) -> Decoded:
-    turned = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
-    size = image.size[::-1] if turned in (5, 6, 7, 8) else image.size
+    turn = orientation(image)
+    size = image.size[::-1] if turn in SIDEWAYS else image.size
     scale = min(1.0, (config.max_side or max(size)) / max(size))
     stored_size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    keep = image.format == "JPEG" and image.mode == "RGB" and turned in (0, 1) and stored_size == size
+    keep = image.format == "JPEG" and image.mode == "RGB" and turn is None and stored_size == size
     if scale < 1 and image.format == "JPEG":  # decode at a half, quarter or eighth where that leaves detail enough
         width, height = stored_size if size == image.size else stored_size[::-1]
         image.draft(None, (2 * width, 2 * height))
     image.load()
-    upright = ImageOps.exif_transpose(image) if turned not in (0, 1) else image
-    pixels = to_rgb(upright)
+    pixels = to_rgb(upright(image))
     if pixels.size != stored_size:
         pixels = pixels.resize(stored_size, Image.Resampling.LANCZOS)
     if keep:

@@ -2,6 +2,7 @@
 
 import hashlib
 import posixpath
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -64,11 +65,11 @@ def write_bytes(uri: str, content: bytes) -> None:
     filesystem.move(temporary, path)
 
 
-def upload_folder(local: Path, uri: str) -> None:
-    """Copy every file below a local folder to `uri`."""
-    filesystem, path = resolve(uri)
-    filesystem.create_dir(path, recursive=True)
-    fs.copy_files(str(local), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+def upload_folder(local: Path, uri: str, *, last: str = "config.json") -> None:
+    """Copy every file below a local folder to `uri`; the file `last`, by which readers know a whole one, at the end."""
+    files = [path for path in sorted(local.rglob("*")) if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name == last):
+        write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
 
 
 def sha256(content: bytes) -> str:
@@ -80,3 +81,20 @@ def download_folder(uri: str, local: Path) -> None:
     """Copy every file below `uri` to a local folder."""
     filesystem, path = resolve(uri)
     fs.copy_files(path, str(local), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+
+
+def local_folder(uri: str) -> Path:
+    """A folder as a local path: itself when it is one, else a copy in a temporary folder.
+
+    Raises:
+        InputError: there is nothing at the URI.
+    """
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return Path(path)
+    target = Path(tempfile.mkdtemp(prefix="ovd-"))
+    try:
+        download_folder(uri, target)
+    except OSError as error:
+        raise InputError(f"{uri}: cannot be read ({error}), expected a folder") from error
+    return target

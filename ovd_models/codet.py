@@ -17,7 +17,7 @@ from torchvision.models.detection.transform import resize_boxes
 
 from ovd_models.batches import ConceptBatch, DetectionBatch, Detections
 from ovd_models.losses import caption_loss, concept_loss, cosine_logits
-from ovd_models.rcnn import RCNN, RCNNConfig
+from ovd_models.rcnn import RCNN, RCNNConfig, widen
 from ovd_models.vocabulary import Vocabulary
 
 
@@ -111,13 +111,14 @@ class CoDet(nn.Module):
         """
         detector = self.detector
         captioned = concepts.images if concepts is not None else ()
-        batch = detector.preprocess([*detection.images, *captioned])
+        images = [widen(image, detector.config.max_size) for image in (*detection.images, *captioned)]
+        batch = detector.preprocess(images)
         features = detector.features(batch)
         proposals = detector.propose(batch, features)
         targets = [
             {"boxes": resize_boxes(box, list(image.shape[-2:]), list(size)), "labels": label}
             for image, box, label, size in zip(
-                detection.images, detection.boxes, detection.labels, batch.image_sizes, strict=False
+                images, detection.boxes, detection.labels, batch.image_sizes, strict=False
             )
         ]
         losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)

@@ -12,12 +12,22 @@ from ovd_models.errors import InputError
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "MPO")
 """What is decoded; Pillow knows others, some of which start programs."""
+MAGIC: tuple[tuple[int, bytes], ...] = (
+    (0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n\x1a\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"),
+    (0, b"MM\0*"), (4, b"ftypavif"),
+)  # fmt: skip
+"""Offset and first bytes of the formats that are decoded."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """What undoes each EXIF orientation."""
+
+
+def has_image_magic(content: bytes) -> bool:
+    """Whether a file begins as one of `FORMATS` does: the cheap check before a decoder sees it."""
+    return any(content[offset : offset + len(magic)] == magic for offset, magic in MAGIC)
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -55,9 +65,14 @@ def decode_image(content: bytes, name: str = "image") -> Image.Image:
             raise InputError(f"{name}: broken image, expected a whole file ({reason})") from error
 
 
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture as its camera's orientation says; None where nothing is to be done."""
+    return TURNS.get(image.getexif().get(0x0112, 1))
+
+
 def upright(image: Image.Image) -> Image.Image:
     """The picture as its camera's orientation says; the other EXIF fields, which may be damaged, are let go."""
-    turn = TURNS.get(image.getexif().get(0x0112, 1))
+    turn = orientation(image)
     if turn is None:
         return image
     turned = image.transpose(turn)

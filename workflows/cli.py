@@ -1,9 +1,12 @@
 """The one grammar of every script: `--config NAME`, then a flag for every field of its run."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,19 +28,35 @@ def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Se
         arguments: what to parse, `sys.argv[1:]` unless given.
 
     Raises:
-        InputError: the config's name is unknown.
-        SystemExit: `--help` (0), or a flag is unknown or malformed (2).
+        InputError: the config's name is unknown, or a flag is unknown or malformed.
+        SystemExit: `--help` (0).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     default = next(iter(configs))
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", default=default)
-    known, rest = parser.parse_known_args(arguments)
+    try:
+        known, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(f"--config: {error.message}") from error
     if known.config not in configs:
         raise InputError(f"--config {known.config}: unknown, expected one of {', '.join(configs)}")
     run = configs[known.config]()
     description = f"{doc or ''}\n\n--config NAME  one of {', '.join(configs)} (default {default})"
-    return tyro.cli(type(run), args=rest, default=run, description=description)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(type(run), args=rest, default=run, description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(unframed(told.getvalue())) from None
+
+
+def unframed(text: str) -> str:
+    """The message of tyro's box as one line: between its title and its hints, which horizontal rules set off."""
+    message = re.split("[─-]{5,}", text)[1]
+    return " ".join(message.translate(dict.fromkeys(map(ord, "│╮╭╰╯"), " ")).split())
 
 
 def execute(job: Callable[[], object]) -> NoReturn:

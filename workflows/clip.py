@@ -56,6 +56,10 @@ class Run:
     resume: str = ""
     """Continue this run instead of starting a new one."""
 
+    def __post_init__(self) -> None:
+        """Check that a batch can be shared among the workers."""
+        training.check_shared("batch_size", self.batch_size, self.optimisation.workers)
+
 
 def smoke() -> Run:
     """Seconds; builds its own pairs."""
@@ -154,14 +158,14 @@ def zero_shot(clip: Clip, teacher: str, run: Run) -> tuple[float, float]:
 def train(run: Run) -> Trained:
     """Read the pairs, train, evaluate and save; returns where the model is and how well it names."""
     started = time.perf_counter()
-    training.check_shared("batch_size", run.batch_size, run.optimisation.workers)
     run_dir = training.open_run(run.storage, "clip", run.config, run.resume)
     settings, train_dir = run.optimisation, storage.join(run_dir, "train")
+    digest = tables.read_manifest(run.storage, "pairs", run.pairs).digest
+    cluster.start_ray()
     loader = pair_loader(
         run.storage, run.pairs, seed=settings.seed, image_size=run.model.image_size, max_side=run.max_side
     )
     shape = StreamShape(rows_per_step=run.batch_size, workers=max(1, settings.workers))
-    digest = tables.read_manifest(run.storage, "pairs", run.pairs).digest
     with tracking.run(
         run.storage, experiment="clip", name=run.config, params=cli.flatten(run), tags={"pairs": digest}
     ) as tracked:
@@ -198,7 +202,6 @@ def main() -> None:
     """Read -> train -> evaluate; prints where the model is and what comes next."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
-    cluster.start_ray()
     if run.config == "smoke" and tables.find_manifest(run.storage, "pairs", run.pairs) is None:
         with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=run.storage)) as crawl:
             prepare_pairs.prepare(crawl)

@@ -78,6 +78,14 @@ class Run:
     resume: str = ""
     """Continue this run instead of starting a new one."""
 
+    def __post_init__(self) -> None:
+        """Check that batches can be shared among the workers."""
+        for stage in (self.box_stage, self.joint_stage):
+            training.check_shared("detection_batch", self.detection_batch, stage.workers)
+            training.check_shared("groups_per_step", self.groups_per_step, stage.workers)
+        if self.group_size < 2:
+            raise InputError(f"group_size: {self.group_size}, expected at least 2")
+
 
 def smoke() -> Run:
     """Seconds; builds its own tables and an untrained teacher."""
@@ -190,7 +198,7 @@ def train_worker(
     )
     groups = iter(())
     if stage.joint:
-        encoder = load_encoder(training.local_copy(encoder_folder))
+        encoder = load_encoder(storage.local_folder(encoder_folder))
         collate = GroupCollate(len(concepts_CD), encoder if run.model.caption_weight else None)
         shard = ray.train.get_dataset_shard("groups")
         groups = iter(
@@ -254,10 +262,10 @@ def train(run: Run) -> Trained:
     Raises:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
-    check_batches(run)
     run_dir = training.open_run(run.storage, "codet", run.config, run.resume)
     encoder_folder, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
     names = read_names(run.storage, run.boxes, run.pairs, encoder)
+    cluster.start_ray()
     run, weights = initial_weights(run, names.base_embeddings.shape[1])
     tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in inputs_of(run).items()}
     results: dict[str, tuple[str, DetectionMetrics, float, float]] = {}
@@ -312,15 +320,6 @@ def finish_stage(
     return target, metrics
 
 
-def check_batches(run: Run) -> None:
-    """Raise InputError where a batch cannot be shared among the workers."""
-    for stage in (run.box_stage, run.joint_stage):
-        for field_name in ("detection_batch", "groups_per_step"):
-            training.check_shared(field_name, getattr(run, field_name), stage.workers)
-    if run.group_size < 2:
-        raise InputError(f"group_size: {run.group_size}, expected at least 2")
-
-
 def inputs_of(run: Run) -> dict[str, str]:
     """The tables that a run reads."""
     return {"boxes": f"{run.boxes}-train", "categories": run.boxes, "concepts": run.pairs, "groups": run.pairs}
@@ -359,7 +358,6 @@ def main() -> None:
     """Read -> train -> evaluate; prints the table and what comes next."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
-    cluster.start_ray()
     run = prepare_data(run)
     trained = train(run)
     print(f"{'AP50':16}{'base':>8}{'novel':>8}{'all':>8}")

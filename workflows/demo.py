@@ -184,6 +184,8 @@ def ask(run: Run, model: Path, home: str) -> tuple[dict[str, Any], float, Image.
 def main() -> None:
     """The script: tell the story, print the table and where to look."""
     run = cli.parse(CONFIGS, __doc__)
+    if "://" in run.storage:
+        raise InputError(f"--storage {run.storage}: expected a folder of this machine")
     folder = Path(run.storage).absolute()
     clear(folder)
     try:

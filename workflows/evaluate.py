@@ -20,7 +20,7 @@ from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.images import decode_image
-from workflows import cli, tracking, training
+from workflows import cli, tracking
 from workflows.tracking import TrackedRun
 
 
@@ -61,7 +61,7 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     if run.batch_size < 1:
         raise InputError(f"batch_size: {run.batch_size}, expected at least 1")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    detector = ovd_models.load(resolve_model(run), run.device)
+    detector = ovd_models.load(tracking.local_model(run.model, run.storage), run.device)
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()
     table = run.categories or run.boxes.rsplit("-", 1)[0]
     categories = [row for row in tables.read_table(run.storage, "categories", table).to_pylist() if row["split"]]
@@ -77,13 +77,6 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
         found += [*results[:drawn], *(replace(result, image=None) for result in results[drawn:])]
     pictures = [draw_pair(row, result, names) for row, result in zip(rows[: run.num_pictures], found, strict=False)]
     return evaluate_detections(rows, found, names, splits), pictures
-
-
-def resolve_model(run: Run) -> str:
-    """A local folder for a folder, a storage URI or a `models:/` URI."""
-    if run.model.startswith("models:/"):
-        return str(tracking.model_folder(run.model, run.storage))
-    return str(training.local_copy(run.model))
 
 
 def open_image(run: Run, row: dict[str, Any]) -> Image.Image:

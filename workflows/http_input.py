@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import PIL.Image
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from PIL import ImageOps
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from data_prep.decode import FORMATS, MAGIC
+from ovd_models.images import FORMATS, has_image_magic, to_rgb, upright
 
 LOGGER = logging.getLogger("ray.serve")
 RETRY_AFTER_SECONDS = 1
@@ -172,12 +171,12 @@ def decode(content: bytes, max_pixels: int) -> PIL.Image.Image:
     Raises:
         ProblemError: 400, 413 or 415.
     """
-    if not any(content[offset : offset + len(magic)] == magic for offset, magic in MAGIC):
+    if not has_image_magic(content):
         raise ProblemError(415, "Not an image", f"image: expected one of {', '.join(FORMATS)}")
     try:
         image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
         size = f"{image.width} x {image.height} pixels"
-        picture = ImageOps.exif_transpose(image).convert("RGB") if image.width * image.height <= max_pixels else None
+        picture = to_rgb(upright(image)) if image.width * image.height <= max_pixels else None
     except PIL.Image.DecompressionBombError:
         picture, size = None, "too many pixels"
     except Exception as error:  # decoders raise whatever their format's parser meets

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import ovd_models
-from data_prep import tables
+from data_prep import storage, tables
 from data_prep.batching import read_images
 from ovd_models.draw import draw_boxes
 from ovd_models.images import decode_image
@@ -165,7 +165,7 @@ def montage(views: Sequence[SceneView], rows: int = 3) -> Image.Image:
 
 def scenes(storage_uri: str, boxes: str, checkpoints: tuple[str, str]) -> list[SceneView]:
     """The first held-out scenes through both detectors."""
-    detectors = [ovd_models.load(evaluate.resolve_model(evaluate.Run(model=folder))) for folder in checkpoints]
+    detectors = [ovd_models.load(storage.local_folder(folder)) for folder in checkpoints]
     rows = tables.read_table(storage_uri, "boxes", boxes).slice(0, NUM_SCENES).to_pylist()
     categories = tables.read_table(storage_uri, "categories", boxes.rsplit("-", 1)[0]).to_pylist()
     names = {row["category_id"]: row["name"] for row in categories if row["split"]}

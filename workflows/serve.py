@@ -17,13 +17,11 @@ import io
 import logging
 import os
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any
 
 import ray
@@ -31,7 +29,6 @@ import torch
 from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
-from pyarrow import fs
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from ray import serve
 from ray.serve import Application
@@ -40,7 +37,6 @@ from ray.serve.schema import LoggingConfig
 from starlette.exceptions import HTTPException
 
 import ovd_models
-from data_prep import storage
 from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
 from ovd_models.preprocess import to_tensor
@@ -118,7 +114,8 @@ class Endpoint:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.detector = ovd_models.load(local_folder(run), device="cuda" if run.gpus else "cpu")
+        folder = tracking.local_model(run.model, run.storage)
+        self.detector = ovd_models.load(folder, device="cuda" if run.gpus else "cpu")
         threads = run.threads or len(os.sched_getaffinity(0))
         # One request at a time with all cores beats several that share them; Ray's default is one thread.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
@@ -200,27 +197,6 @@ def build_api(endpoint: Endpoint) -> FastAPI:
     return api
 
 
-def local_folder(run: Run) -> Path:
-    """The checkpoint's folder on this machine, copied here if it lies elsewhere.
-
-    Raises:
-        InputError: there is no such checkpoint.
-    """
-    if not run.model:
-        raise InputError("--model: expected a checkpoint folder or models:/<name>@<alias>")
-    if run.model.startswith(tracking.MODEL_SCHEME):
-        return tracking.model_folder(run.model, run.storage)
-    filesystem, path = storage.resolve(run.model)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        return Path(path)
-    folder = Path(tempfile.mkdtemp(prefix="ovd-model-"))
-    try:
-        storage.download_folder(run.model, folder)
-    except OSError as error:
-        raise InputError(f"{run.model}: cannot be read ({error}), expected a checkpoint folder") from error
-    return folder
-
-
 def deployment(run: Run) -> Application:
     """The application, not yet running."""
     deploy = serve.deployment(
@@ -251,7 +227,7 @@ def app(args: dict[str, Any]) -> Application:
     except ValidationError as error:
         fault = error.errors()[0]
         raise InputError(f"{fault['loc'][0]}: {fault['msg']}") from error
-    read_info(local_folder(run))
+    read_info(tracking.local_model(run.model, run.storage))
     return deployment(run)
 
 
@@ -262,7 +238,8 @@ def serving(run: Run) -> Iterator[str]:
     Raises:
         InputError: there is no such checkpoint, or the port is taken.
     """
-    read_info(local_folder(run))  # here it is one line; in a replica it would be a failed deployment
+    # Here a wrong checkpoint is one line; in a replica it would be a failed deployment.
+    read_info(tracking.local_model(run.model, run.storage))
     port = free_port(run.host, run.port)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -294,7 +271,7 @@ def free_port(host: str, port: int) -> int:
 def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
-    read_info(local_folder(run))
+    read_info(tracking.local_model(run.model, run.storage))
     free_port(run.host, run.port)
     with contextlib.suppress(KeyboardInterrupt):  # the normal end of an endpoint
         cluster.start_ray()

@@ -11,7 +11,6 @@ from data_prep import storage, tables
 from ovd_models.checkpoints import load_encoder, save_encoder
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, build_vocabulary
-from workflows import training
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def open_encoder(storage_uri: str, boxes: str, run_dir: str, *, teacher: str, te
             raise InputError(f"{texts}: an archive, expected a .npy matrix")
         encoder: TextEncoder = EmbeddingTable.from_array(rows, array, texts)
     elif teacher:
-        encoder = load_encoder(training.local_copy(teacher))
+        encoder = load_encoder(storage.local_folder(teacher))
     else:
         raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`), or --texts")
     folder = storage.join(run_dir, "encoder")

@@ -231,6 +231,17 @@ def register(tracked: TrackedRun, folder: Path, *, name: str, metric: str, value
     return ModelVersion(f"{MODEL_SCHEME}{name}/{version.version}", False)
 
 
+def local_model(uri: str, storage_uri: str) -> Path:
+    """The local folder of a checkpoint that is given as a folder, its URI, or `models:/<name>@<alias>`.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    if not uri:
+        raise InputError("--model: missing, expected a checkpoint folder or models:/<name>@<alias>")
+    return model_folder(uri, storage_uri) if uri.startswith(MODEL_SCHEME) else storage.local_folder(uri)
+
+
 def model_folder(uri: str, storage_uri: str = "runs") -> Path:
     """The local folder of a registered checkpoint, downloaded if it is not on this machine.
 

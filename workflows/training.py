@@ -289,21 +289,6 @@ class Meter:
         return result
 
 
-def local_copy(uri: str) -> Path:
-    """A folder as a local path: itself when it is one, else a copy in a temporary folder.
-
-    Raises:
-        InputError: there is nothing at the URI.
-    """
-    if "://" not in uri:
-        return Path(uri)
-    if not storage.exists(uri):
-        raise InputError(f"{uri}: nothing there, expected a folder")
-    target = Path(tempfile.mkdtemp(prefix="ovd-"))
-    storage.download_folder(uri, target)
-    return target
-
-
 def open_run(storage_uri: str, workflow: str, config: str, resume: str) -> str:
     """The folder of the run to continue, or of a new one, named after its config and when it began.
 

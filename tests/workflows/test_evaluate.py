@@ -135,7 +135,7 @@ def test_the_script_prints_and_tracks(
         (["--model", "models:/none@champion"], "models:/none@champion: "),
         (["--boxes", "none-eval"], "no such table; `python workflows/prepare_boxes.py` makes it"),
         (["--categories", "none"], "no such table; `python workflows/prepare_boxes.py` makes it"),
-        (["--model", "file:///nowhere"], "file:///nowhere"),
+        (["--model", "file:///nowhere"], "/nowhere: no detector checkpoint"),
         (["--batch-size", "0"], "batch_size"),
     ],
 )

@@ -301,7 +301,7 @@ def test_checkpoint_is_found_by_folder_uri_or_registered_name(
     with tracking.run(str(tmp_path), experiment="codet", name="smoke", params={}) as tracked:
         tracking.register(tracked, checkpoint, name="ovd-codet-x", metric="ap50_novel", value=0.5)
     for model in (str(checkpoint), checkpoint.as_uri(), "models:/ovd-codet-x@champion"):
-        folder = serve.local_folder(serve.Run(model=model, storage=str(tmp_path)))
+        folder = tracking.local_model(model, str(tmp_path))
         assert (folder / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
 
 

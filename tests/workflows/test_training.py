@@ -182,14 +182,6 @@ def test_a_meter_counts_what_was_waited_for() -> None:
     assert 0 <= meter.collect()["train/data_wait_fraction"] <= 1
 
 
-def test_a_local_folder_is_its_own_copy_and_a_uri_is_fetched(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x")
-    assert training.local_copy(str(tmp_path)) == tmp_path
-    copy = training.local_copy(tmp_path.as_uri())
-    assert copy != tmp_path
-    assert (copy / "a.txt").read_text() == "x"
-
-
 # ----------------------------------------------------------------------------------------------------- Ray Train
 
 

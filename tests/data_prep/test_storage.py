@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+
+from data_prep import storage
+from ovd_models.errors import InputError
+
+
+def test_a_file_is_read_whole_or_by_range(tmp_path: Path) -> None:
+    uri = storage.join(str(tmp_path), "a", "b.bin")
+    storage.write_bytes(uri, b"0123456789")
+    assert storage.read_bytes(uri) == b"0123456789"
+    assert storage.read_bytes(uri, offset=3, size=4) == b"3456"
+    assert storage.read_bytes(tmp_path.as_uri() + "/a/b.bin", offset=8) == b"89"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["b.bin"]
+
+
+def test_a_local_folder_is_its_own_copy_whether_path_or_uri(tmp_path: Path) -> None:
+    assert storage.local_folder(str(tmp_path)) == storage.local_folder(tmp_path.as_uri()) == tmp_path
+
+
+def test_a_remote_folder_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bucket/sub").mkdir(parents=True)
+    (tmp_path / "bucket/sub/a.txt").write_text("x")
+    elsewhere = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
+    monkeypatch.setattr(storage, "resolve", lambda uri: (elsewhere, uri.removeprefix("s3://")))
+    copy = storage.local_folder("s3://bucket")
+    assert (copy / "sub/a.txt").read_text() == "x"
+    with pytest.raises(InputError, match="s3://none: cannot be read"):
+        storage.local_folder("s3://none")
+
+
+def test_the_file_that_marks_a_whole_folder_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config.json", "model.bin", "text/table.json"):
+        (tmp_path / "local" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "local" / name).write_text(name)
+    written: list[str] = []
+    write = storage.write_bytes
+    monkeypatch.setattr(storage, "write_bytes", lambda uri, content: (written.append(uri), write(uri, content)))
+    storage.upload_folder(tmp_path / "local", str(tmp_path / "there"))
+    there = [uri.removeprefix(f"{tmp_path}/there/") for uri in written]
+    assert there == ["model.bin", "text/table.json", "config.json"]
+    assert (tmp_path / "there/text/table.json").read_text() == "text/table.json"
+
+
+def test_an_unknown_scheme_is_told() -> None:
+    with pytest.raises(InputError, match=r"^nowhere://x: not a storage location"):
+        storage.resolve("nowhere://x")
