@@ -1,19 +1,15 @@
 """From captions to concepts: which names of a vocabulary a caption mentions, and the groups of images that share one.
 
 vocabulary = Vocabulary.parse(["umbrella", "mouse, computer mouse"])
-vocabulary.match("Two red Umbrellas and mice")      # [0, 1]
+vocabulary.match("Two red Umbrellas and mice")      # ["mouse", "umbrella"]
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from data_prep import storage, tables
+from data_prep import storage
 from ovd_models.errors import InputError
 
 WORD = re.compile(r"[^\W_]+")
@@ -25,6 +21,13 @@ IRREGULAR = {
     "sheep": "sheep", "fish": "fish", "deer": "deer",
 }  # fmt: skip
 SINGULAR = {plural: singular for singular, plural in IRREGULAR.items()}
+
+
+class Extractor(Protocol):
+    """Finds the concepts of captions: a `Vocabulary`, or `data_prep.nouns.Nouns`."""
+
+    def match(self, caption: str) -> list[str]:
+        """The concepts a caption mentions, in alphabetical order, each once."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,22 @@ class Vocabulary:
             phrases.setdefault(words[0], {})[words] = tuple(dict.fromkeys(every[words]))
         return cls(names, phrases)
 
-    def match(self, caption: str) -> list[int]:
-        """Indices of the names a caption mentions, ascending, each once; of overlapping phrases the longest counts."""
-        words = WORD.findall(caption.lower())
-        found: set[int] = set()
+    def match(self, caption: str) -> list[str]:
+        """The names a caption mentions, in alphabetical order, each once; of overlapping phrases the longest counts."""
+        spans = self.spans(WORD.findall(caption.lower()))
+        return sorted({self.names[index] for _, _, indices in spans for index in indices})
+
+    def spans(self, words: Sequence[str]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Where names stand among lower-case words: start, stop and the indices of the names, left to right."""
         position = 0
         while position < len(words):
-            step = 1
+            stop = position + 1
             for phrase, indices in self.phrases.get(words[position], {}).items():
                 if len(phrase) == 1 or tuple(words[position : position + len(phrase)]) == phrase:
-                    found.update(indices)
-                    step = len(phrase)
+                    stop = position + len(phrase)
+                    yield position, stop, indices
                     break
-            position += step
-        return sorted(found)
+            position = stop
 
 
 def inflections(word: str) -> list[str]:
@@ -118,56 +123,3 @@ def inflections(word: str) -> list[str]:
     elif len(word) > 4 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
         forms.append(word[:-1])
     return forms
-
-
-def build_groups(
-    pairs: pa.Table, mentions: Sequence[Sequence[int]], names: Sequence[str], *, min_images: int = 1
-) -> tuple[pa.Table, pa.Table]:
-    """The `concepts` and `groups` tables.
-
-    Args:
-        pairs: [N] rows with the image columns of `groups`.
-        mentions: [N] for each pair, indices into `names`.
-        names: concepts by index.
-        min_images: concepts of fewer unique images are left out.
-
-    Returns:
-        Concepts in alphabetical order with the range of their rows in `groups`, and groups sorted by concept and
-        image, each image once a concept.
-    """
-    counts = np.array([len(mention) for mention in mentions], np.int64)
-    pair = np.repeat(np.arange(len(counts)), counts)
-    name = np.fromiter((index for mention in mentions for index in mention), np.int64, int(counts.sum()))
-    image = pairs["image_id"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)[pair]
-    _, first = np.unique(np.stack([name, image]), axis=1, return_index=True)
-    first.sort()
-    pair, name = pair[first], name[first]
-    images = np.bincount(name, minlength=len(names))
-
-    alphabetical = sorted(np.flatnonzero(images >= max(1, min_images)).tolist(), key=lambda index: names[index])
-    concept_of = np.full(len(names), -1, np.int32)
-    concept_of[alphabetical] = np.arange(len(alphabetical), dtype=np.int32)
-    lists = [sorted(concept_of[list(mention)][concept_of[list(mention)] >= 0].tolist()) for mention in mentions]
-
-    used = concept_of[name] >= 0
-    pair, concept = pair[used], concept_of[name[used]]
-    columns = ["image_id", "shard", "offset", "size", "width", "height", "caption"]
-    groups = pairs.select(columns).take(pair).append_column("concept_id", pa.array(concept, pa.int32()))
-    groups = groups.append_column("concept_ids", pa.array(lists, pa.list_(pa.int32())).take(pa.array(pair)))
-    groups = groups.sort_by([("concept_id", "ascending"), ("image_id", "ascending")])
-    groups = groups.select(tables.SCHEMAS["groups"].names).cast(tables.SCHEMAS["groups"])
-
-    count = images[alphabetical].astype(np.int64)
-    stop = np.cumsum(count)
-    concepts = pa.table(
-        [
-            pa.array(np.arange(len(alphabetical)), pa.int32()),
-            pa.array([names[index] for index in alphabetical], pa.string()),
-            pa.array(count, pa.int64()),
-            pa.array(stop - count, pa.int64()),
-            pa.array(stop, pa.int64()),
-        ],
-        schema=tables.SCHEMAS["concepts"],
-    )
-    assert pc.sum(concepts["image_count"]).as_py() in (groups.num_rows, None)
-    return concepts, groups

@@ -1,34 +1,279 @@
-"""Exact duplicates: pure functions on Arrow columns, whose result does not depend on how rows were partitioned."""
+"""What only the whole corpus can tell: repeated URLs and images, near-duplicates, boilerplate captions.
 
+    corpus = Corpus(order, staged)
+    corpus.reject_repeats("image_id", "duplicate_bytes")
+    corpus.reject_near_duplicates(bits=4)
+    corpus.decisions()                          # id, reason, detail, duplicate_of
+
+DuckDB looks at the light columns of all rows: its memory is bounded, what does not fit goes to disk. Results do not
+depend on how rows were partitioned: of rows that are equal the first survives, rows that were published earlier before
+all others.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import duckdb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.dataset as ds
+
+NEW = 1 << 50
+"""Added to the ids of rows that are not published yet, so that they come after all that are."""
+HASH_BITS = 64
+CLUSTER_ROWS = 20_000
+"""Images that are compared with each other, on average."""
+SAMPLE_ROWS, BATCH_ROWS, BLOCK_ROWS = 50_000, 8192, 1024
+"""Embeddings that clusters are found from, and how many are looked at together."""
+Ids = npt.NDArray[np.int64]
+NO_IDS: Ids = np.zeros(0, np.int64)
+DISTANCES = pa.schema({"first": pa.int64(), "second": pa.int64(), "distance": pa.float64()})
+"""Pairs of rows, the earlier one first."""
+DECISIONS = pa.schema(
+    {"id": pa.int64(), "stage": pa.string(), "reason": pa.string(), "detail": pa.string(), "duplicate_of": pa.int64()}
+)
 
 
-def duplicate_of(rows: pa.Table, key: str) -> pa.StructArray:
-    """For each row, the row it duplicates: the lowest (source, row) with the same key.
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What is looked for over the whole corpus."""
+
+    near_bits: int | None = 4
+    """Images whose 64-bit perceptual hashes differ in at most so many bits are near-duplicates; None keeps them."""
+    max_caption_uses: int | None = None
+    """Captions that more rows bear are boilerplate; None keeps them."""
+    semantic_model: str = ""
+    """Folder or URI of a CLIP checkpoint; with it, images of like meaning are duplicates."""
+    semantic_cosine: float = 0.95
+    """From this cosine between their embeddings on."""
+    memory: str = "1GB"
+    """What the search may take before it uses the disk."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Numbers the rows of all sources: a source's base plus the row in it."""
+
+    bases: dict[str, int]
+
+    @classmethod
+    def of(cls, rows: dict[str, int]) -> Self:
+        """The order of sources by their digests, from the number of rows of each."""
+        digests = sorted(rows)
+        starts = itertools.accumulate((rows[digest] for digest in digests), initial=0)
+        return cls(dict(zip(digests, starts, strict=False)))
+
+    def ids(self, source: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Ids of new rows of a source."""
+        return rows + (self.bases[source] + NEW)
+
+    def locate(self, ids: pa.Array) -> pa.StructArray:
+        """`{source, row}` of ids, published or not; null for null."""
+        digests, starts = list(self.bases), np.array(list(self.bases.values()), np.int64)
+        known = ids.is_valid().to_numpy(zero_copy_only=False)
+        plain = ids.fill_null(0).to_numpy(zero_copy_only=False) % NEW
+        # Of sources without rows, which start where the next one does, the last is meant.
+        source = np.searchsorted(starts, plain, side="right") - 1
+        return pa.StructArray.from_arrays(
+            [pa.array(digests, pa.string()).take(pa.array(source)), pa.array(plain - starts[source], pa.int64())],
+            fields=[pa.field("source", pa.string()), pa.field("row", pa.int64())],
+            mask=pa.array(~known),
+        )
+
+
+def is_among(ids: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which ascending ids are in a long ascending array."""
+    if not len(ids):
+        return np.zeros(0, np.bool_)
+    start, stop = np.searchsorted(among, [ids[0], ids[-1] + 1])
+    return np.isin(ids, among[start:stop])
+
+
+class Corpus:
+    """All rows of a corpus by their light columns, and what is decided about the new ones."""
+
+    def __init__(
+        self,
+        order: Order,
+        new: ds.Dataset | pa.Table,
+        published: ds.Dataset | pa.Table | None = None,
+        *,
+        memory: str = "1GB",
+    ) -> None:
+        """Look at rows with `source`, `row` and the columns that the questions are about.
+
+        Args:
+            order: of the sources.
+            new: rows to decide about; where it has a column `reason`, only those in which it is null.
+            published: rows that are there already.
+            memory: how much DuckDB may take before it uses the disk.
+        """
+        self._scratch = tempfile.TemporaryDirectory(prefix="ovd-")
+        self._sql = duckdb.connect(config={"memory_limit": memory, "temp_directory": self._scratch.name})
+        bases = pa.table({"source": list(order.bases), "base": pa.array(order.bases.values(), pa.int64())})
+        self._sql.register("bases", bases)
+        self._sql.register("new_rows", new)
+        good = "where reason is null" if "reason" in new.schema.names else ""
+        query = f"select base + row + {NEW} as id, * from new_rows join bases using (source) {good}"
+        if published is not None:
+            shared = ", ".join(name for name in published.schema.names if name in new.schema.names)
+            self._sql.register("published_rows", published)
+            query = (
+                f"select id, {shared} from ({query}) union all by name "
+                f"select base + row as id, {shared} from published_rows join bases using (source)"
+            )
+        self._sql.execute(f"create view everything as {query}")
+        self._sql.register("no_decisions", DECISIONS.empty_table())
+        self._sql.execute("create table decided as select * from no_decisions")
+        self._sql.execute("create view rows as select * from everything anti join decided using (id)")
+
+    def reject_repeats(self, key: str, reason: str) -> None:
+        """All rows of equal keys but the first are duplicates of that; null keys repeat nothing."""
+        self._reject(
+            f"select id, 'dedup', '{reason}', null, first from rows join ("
+            f"  select {key}, min(id) as first from rows where {key} is not null group by all having count(*) > 1"
+            f") using ({key}) where id <> first"
+        )
+
+    def reject_boilerplate(self, most: int) -> None:
+        """Captions that more than `most` rows bear say nothing about an image."""
+        self._reject(
+            "select id, 'filter', 'caption_boilerplate', format('{} rows bear it', uses), null from rows join ("
+            f"  select caption, count(*) as uses from rows group by caption having count(*) > {most}"
+            ") using (caption)"
+        )
+
+    def reject_near_duplicates(self, bits: int) -> None:
+        """Images whose `phash` differs in at most `bits` bits from that of an earlier image that is kept.
+
+        Every pair is found: of `bits` + 2 bands of the hash, two are equal in both.
+        """
+        self._sql.execute("create or replace temp table hashes as select phash, min(id) as id from rows group by phash")
+        pairs = [
+            self._sql.sql(
+                "select one.id as first, other.id as second, bit_count(xor(one.phash, other.phash)) as distance "
+                f"from hashes one join hashes other on (one.phash & {mask}::ubigint) = (other.phash & {mask}::ubigint) "
+                f"where one.id < other.id and other.id >= {NEW} and distance <= {bits}"
+            ).to_arrow_table()
+            for mask in band_masks(bits)
+        ]
+        self._sql.register("near", survivors(pa.concat_tables(pairs)))
+        # Rows of one hash share its fate: they duplicate its first row, or what that one duplicates.
+        self._reject(
+            "select rows.id, 'dedup', 'near_duplicate', format('{:.0f} of 64 bits differ', coalesce(distance, 0)), "
+            "  coalesce(near.first, hashes.id) "
+            "from rows join hashes using (phash) left join near on near.second = hashes.id "
+            "where near.first is not null or rows.id <> hashes.id"
+        )
+        self._sql.unregister("near")
+
+    def reject_semantic_duplicates(self, cosine: float) -> None:
+        """Images whose `embedding` (float16 bytes) is as near as `cosine` to that of an earlier image that is kept.
+
+        Images are compared within clusters, as SemDeDup does (arXiv 2303.09540), each in its two nearest.
+        """
+        (count,) = self._sql.execute("select count(*) from rows where embedding is not null").fetchone() or (0,)
+        clusters = -(-int(count) // CLUSTER_ROWS)
+        sample = self._embeddings(f"order by hash(id), id limit {SAMPLE_ROWS}")
+        centres_KD = kmeans(next(sample, (NO_IDS, np.zeros((0, 1), np.float32)))[1], clusters)
+        self._sql.execute("create or replace temp table assigned (cluster integer, id bigint, embedding blob)")
+        for id_N, unit_ND in self._embeddings("order by id"):
+            nearest_N2 = np.argsort(-unit_ND @ centres_KD.T, axis=1)[:, :2]
+            for cluster_N in nearest_N2.T:
+                blobs = pa.array([row.tobytes() for row in unit_ND.astype("<f2")], pa.binary())
+                self._sql.register("batch", pa.table({"cluster": cluster_N, "id": id_N, "embedding": blobs}))
+                self._sql.execute("insert into assigned select cluster, id, embedding from batch")
+        pairs = [DISTANCES.empty_table()]
+        for cluster in range(clusters):
+            members = self._embeddings("order by id", f"(select * from assigned where cluster = {cluster})", None)
+            pairs += [near_pairs(id_N, unit_ND, cosine) for id_N, unit_ND in members]
+        self._sql.register("near", survivors(pa.concat_tables(pairs)))
+        self._reject(
+            "select second, 'dedup', 'semantic_duplicate', format('cosine {:.3f}', 1 - distance), first from near"
+        )
+        self._sql.unregister("near")
+
+    def _embeddings(
+        self, order: str, source: str = "rows", batch: int | None = BATCH_ROWS
+    ) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
+        """Ids [N] and unit embeddings [N, D] in batches, or all at once."""
+        query = f"select id, embedding from {source} where embedding is not null {order}"
+        found = self._sql.sql(query)
+        batches = found.to_arrow_reader(batch) if batch else [found.to_arrow_table()]
+        for part in batches:
+            if part.num_rows:
+                flat = np.frombuffer(b"".join(part["embedding"].to_pylist()), "<f2").astype(np.float32)
+                unit_ND = flat.reshape(part.num_rows, -1)
+                yield np.asarray(part["id"].to_numpy(zero_copy_only=False)), unit_ND
+
+    def decisions(self) -> pa.Table:
+        """What was decided: `DECISIONS`, ascending by `id`."""
+        return self._sql.sql("select * from decided order by id").to_arrow_table().cast(DECISIONS)
+
+    def _reject(self, query: str) -> None:
+        self._sql.execute(f"insert into decided select * from ({query}) as found(id, a, b, c, d) where id >= {NEW}")
+
+
+def band_masks(bits: int) -> list[int]:
+    """Masks of which at least one keeps two hashes equal that differ in at most `bits` bits.
+
+    The hash is cut into `bits` + 2 bands; the masks are all pairs of them.
+    """
+    edges = np.linspace(0, HASH_BITS, bits + 3).astype(int).tolist()
+    bands = [(1 << stop) - (1 << start) for start, stop in itertools.pairwise(edges)]
+    return [one | other for one, other in itertools.combinations(bands, 2)]
+
+
+def kmeans(unit_ND: npt.NDArray[np.float32], clusters: int, *, rounds: int = 10) -> npt.NDArray[np.float32]:
+    """[K, D] centres of unit rows [N, D] by cosine, begun with the first K rows; no row gives no centre."""
+    centres_KD = unit_ND[:clusters].copy()
+    for _ in range(rounds if len(centres_KD) > 1 else 0):
+        nearest_N = np.argmax(unit_ND @ centres_KD.T, axis=1)
+        sums_KD = np.zeros_like(centres_KD)
+        np.add.at(sums_KD, nearest_N, unit_ND)
+        norms_K1 = np.linalg.norm(sums_KD, axis=1, keepdims=True)
+        centres_KD = np.where(norms_K1 > 0, sums_KD / np.maximum(norms_K1, 1e-12), centres_KD)
+    return centres_KD
+
+
+def near_pairs(id_N: Ids, unit_ND: npt.NDArray[np.float32], cosine: float) -> pa.Table:
+    """`DISTANCES` (1 - cosine) of all pairs of ascending ids that are as near as `cosine`; block by block."""
+    found = [DISTANCES.empty_table()]
+    for start in range(0, len(id_N), BLOCK_ROWS):
+        cosine_BN = unit_ND[start : start + BLOCK_ROWS] @ unit_ND[start:].T
+        one, other = np.nonzero(np.triu(cosine_BN >= cosine, k=1))
+        columns = [id_N[start + one], id_N[start + other], 1.0 - cosine_BN[one, other].astype(np.float64)]
+        found.append(pa.table([pa.array(column) for column in columns], schema=DISTANCES))
+    return pa.concat_tables(found)
+
+
+def survivors(pairs: pa.Table) -> pa.Table:
+    """Which rows fall to which: in ascending order, a row falls to the first kept row it pairs with.
 
     Args:
-        rows: [N] with columns `source`, `row` and the key, in any order.
-        key: name of a string or binary column; null keys duplicate nothing.
+        pairs: `first` < `second`, and `distance`, in any order, also repeated.
 
     Returns:
-        [N] `{source, row}`, aligned with `rows`, null for survivors and null keys.
+        `second`, `first`, `distance`: each fallen row once, with a row that is kept.
     """
-    table = rows.select(["source", "row", key]).append_column("_position", pa.array(np.arange(rows.num_rows)))
-    table = table.sort_by([("source", "ascending"), ("row", "ascending")]).combine_chunks()
-    codes = pa.chunked_array(table[key].chunks, table.schema.field(key).type).combine_chunks().dictionary_encode()
-    code = codes.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    order = np.arange(len(code))
-    first = np.empty(len(codes.dictionary) + 1, np.int64)
-    first[code[::-1]] = order[::-1]  # the last write stays: the lowest position
-    survivor = first[code] if len(code) else order
-    is_survivor = (survivor == order) | (code < 0)
-
-    back = np.empty_like(order)
-    back[table["_position"].to_numpy()] = order  # from the rows as they came to their place in the sorted table
-    chosen = pa.array(survivor[back])
-    return pa.StructArray.from_arrays(
-        [table["source"].take(chosen).combine_chunks(), table["row"].take(chosen).combine_chunks()],
-        fields=[pa.field("source", pa.string()), pa.field("row", pa.int64())],
-        mask=pa.array(is_survivor[back]),
+    ordered = pairs.sort_by([("second", "ascending"), ("first", "ascending")])
+    fallen: dict[int, tuple[int, float]] = {}
+    for first, second, distance in _rows(ordered):
+        if first not in fallen and second not in fallen:
+            fallen[second] = (first, distance)
+    return pa.table(
+        {
+            "second": pa.array(fallen, pa.int64()),
+            "first": pa.array([first for first, _ in fallen.values()], pa.int64()),
+            "distance": pa.array([distance for _, distance in fallen.values()], pa.float64()),
+        }
     )
+
+
+def _rows(table: pa.Table) -> Iterable[tuple[int, int, float]]:
+    columns = (table[name].to_pylist() for name in ("first", "second", "distance"))
+    return zip(*columns, strict=True)

@@ -2,56 +2,74 @@
 
     results = await Fetcher(FetchConfig()).fetch(["https://example.com/cat.jpg", ...])
 
-Only addresses of the public internet, or of networks explicitly allowed, are ever connected to: each hop's host is
-resolved here, every address is checked, and the connection is made to those very addresses.
+Every hop of a URL goes the same way: `parse_url`, a slot of its host, the host's robots.txt, addresses that were all
+checked, and one request held to a deadline, a minimum rate and a size.
 """
 
 import asyncio
-import ipaddress
+import contextlib
 import random
-import re
-import socket
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import aiohttp
 import pyarrow as pa
-from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from data_prep import storage
+from data_prep import robots, storage
+from data_prep.addresses import REMEMBERED_HOSTS, CheckedResolver, FetchError, Lookup, look_up, parse_url
+from data_prep.body import Body
 
 REDIRECTS = (301, 302, 303, 307, 308)
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
-OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "noml", "none"})
-READ_BYTES = 1 << 16
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+RETRY_AFTER_STATUSES = (429, 503)
+SILENCE = ("timeout", "connect", "dns")
+"""Reasons that speak against a whole host."""
+KEEP_ALIVE_SECONDS = 4.0
+"""Connections wait this long for another URL of their host, lest those to a million hosts use up the open files."""
+GIVEN_UP_SECONDS = 300.0
+"""After which one URL may try whether a host answers again."""
+ROBOTS_REDIRECTS = 5
+ROBOTS_SHARE = 0.5
+"""Part of the deadline that robots.txt may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
     """How images are fetched."""
 
-    user_agent: str = "ovd-ray/0.1 (image-text dataset crawler; honours X-Robots-Tag)"
+    user_agent: str = "ovd-ray/0.1 (image-text dataset crawler; honours robots.txt and X-Robots-Tag)"
+    """Sites address the crawler by what stands before the slash."""
     deadline_seconds: float = 20.0
-    """For one URL: all its redirects, retries and pauses together, without the wait for a free slot."""
+    """For one URL: its redirects, retries, pauses and wait for robots.txt together, without the wait for a slot."""
+    min_bytes_per_second: int = 1000
+    """Of a body on its way, on average since it began; 0 for any."""
+    grace_seconds: float = 5.0
+    """For which a body may be slower."""
     max_attempts: int = 3
     backoff_seconds: float = 0.5
     """Pause before the second attempt, doubled for each further one, with up to as much again at random."""
     max_bytes: int = 20 << 20
-    """Largest body, after content decoding."""
+    """Largest body, before and after content decoding."""
     max_redirects: int = 5
     concurrency: int = 128
     """Requests at a time in one process."""
     per_host: int = 16
     """Requests at a time to one host and port, in one process."""
+    host_failures: int = 8
+    """URLs of one host and port in a row without an answer, after which this process leaves the rest of them."""
     dns_cache_seconds: float = 300.0
+    dns_threads: int = 32
+    """Name lookups at a time in one process."""
     allow_networks: tuple[str, ...] = ()
     """Networks outside the public internet that may be fetched from, such as `127.0.0.1/32`."""
     respect_opt_out: bool = True
     """Leave images whose server sends `X-Robots-Tag: noai` or its relatives, or `tdm-reservation: 1`."""
+    respect_robots: bool = True
+    """Leave images that their site's robots.txt disallows."""
+    robots_cache_seconds: float = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,35 +84,76 @@ class Fetched:
     http_status: int | None = None
     """Status of the last response, if there was one."""
     attempts: int = 0
-    """Requests made, redirects not counted."""
+    """Times the URL was tried, redirects not counted; 0 if we refused to."""
 
 
-class FetchError(Exception):
-    """A URL that cannot be fetched; `transient` ones are worth another attempt."""
+@dataclass(kw_only=True)
+class _Host:
+    """A host and port."""
 
-    def __init__(self, reason: str, detail: str, *, transient: bool = False, retry_after: float = 0.0) -> None:
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
-        self.transient, self.retry_after = transient, retry_after
+    slots: asyncio.Semaphore
+    users: int = 0
+    """URLs that hold a slot or wait for one."""
+    answered: float = 0.0
+    """When it last did."""
+    failures: int = 0
+    """URLs in a row that ended in silence."""
+    last: FetchError | None = None
+    """How the last of these ended."""
+    given_up_until: float = 0.0
+
+    def settle(self, failure: FetchError | None, began: float) -> None:
+        """Count how a URL that began at a time ended here, None for well.
+
+        Silence counts only if nobody else was answered meanwhile: what fails takes longest and so tends to come last.
+        """
+        now = time.monotonic()
+        if failure is None or failure.reason not in SILENCE:
+            self.failures, self.answered = 0, now
+        elif began >= self.answered:
+            self.failures, self.last = self.failures + 1, failure.fresh()
+            self.given_up_until = now + GIVEN_UP_SECONDS
 
 
-@dataclass
-class _Progress:
-    """What is known of a URL so far, should its deadline strike."""
+@dataclass(kw_only=True)
+class _Visit:
+    """What is known of a URL so far."""
 
     remaining: float
-    attempts: int = 0
+    """Seconds to the deadline."""
+    began: float = 0.0
+    """When it first had a slot."""
+    is_robots_txt: bool = False
+    host: _Host | None = None
+    """Where the last hop went."""
     status: int | None = None
+    asked: bool = False
+    """Whether this attempt has made a request."""
     resolving: bool = False
 
 
 class Fetcher:
-    """Fetches batches of URLs; batches that overlap on an event loop share connections and limits."""
+    """Fetches batches of URLs; batches that overlap on an event loop share connections, limits and what was learnt.
 
-    def __init__(self, config: FetchConfig) -> None:
+    What it remembers of hosts stays bounded however many there are.
+    """
+
+    def __init__(self, config: FetchConfig, lookup: Lookup = look_up) -> None:
         self.config = config
-        self._resolver = CheckedResolver(config)
-        self._hosts: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.per_host))
+        self._resolver = CheckedResolver(
+            allow_networks=config.allow_networks,
+            cache_seconds=config.dns_cache_seconds,
+            retry_seconds=config.backoff_seconds,
+            threads=config.dns_threads,
+            lookup=lookup,
+        )
+        self._robots = robots.Robots(
+            config.user_agent,
+            cache_seconds=config.robots_cache_seconds,
+            retry_seconds=config.backoff_seconds,
+            get=self._get_robots_txt,
+        )
+        self._hosts: OrderedDict[str, _Host] = OrderedDict()
         self._slots = asyncio.Semaphore(config.concurrency)
         self._batches = 0
         self._session: aiohttp.ClientSession | None = None
@@ -102,12 +161,7 @@ class Fetcher:
     async def fetch(self, urls: Sequence[str | None]) -> list[Fetched]:
         """One result for each URL, in their order; never raises for a URL's sake."""
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, resolver=self._resolver, use_dns_cache=False),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
-                headers={"User-Agent": self.config.user_agent, "Accept": "image/*,*/*;q=0.5"},
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
+            self._session = self._open_session()
         self._batches += 1
         try:
             return list(await asyncio.gather(*(self._fetch_one(url) for url in urls)))
@@ -117,54 +171,131 @@ class Fetcher:
                 session, self._session = self._session, None
                 await session.close()
 
+    def _open_session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0,
+                resolver=self._resolver,
+                use_dns_cache=False,
+                keepalive_timeout=KEEP_ALIVE_SECONDS,
+                socket_factory=self._resolver.open_socket,
+            ),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            headers={
+                "User-Agent": self.config.user_agent,
+                "Accept": "image/*,*/*;q=0.5",
+                "Accept-Encoding": "gzip, deflate",
+            },
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+
     async def _fetch_one(self, url: str | None) -> Fetched:
-        progress = _Progress(self.config.deadline_seconds)
+        visit = _Visit(remaining=self.config.deadline_seconds)
         for attempt in range(1, self.config.max_attempts + 1):
-            progress.attempts = attempt
+            visit.asked = False
             try:
-                content = await self._follow(url or "", progress)
+                content = await self._follow(parse_url(url or ""), visit, self.config.max_redirects)
             except FetchError as error:
                 failure = error
             else:
-                return Fetched(content=content, http_status=progress.status, attempts=attempt)
+                return Fetched(content=content, http_status=visit.status, attempts=attempt)
             pause = self.config.backoff_seconds * 2 ** (attempt - 1)
             pause = max(pause + random.uniform(0, pause), failure.retry_after)
-            if not failure.transient or attempt == self.config.max_attempts or pause > progress.remaining:
+            if not failure.transient or attempt == self.config.max_attempts or pause > visit.remaining:
                 break
             await asyncio.sleep(pause)
-            progress.remaining -= pause
-        attempts = 0 if failure.reason in ("bad_url", "forbidden_address") and progress.status is None else attempt
-        return Fetched(reason=failure.reason, detail=failure.detail, http_status=progress.status, attempts=attempts)
+            visit.remaining -= pause
+        if visit.host and not failure.refusal:
+            visit.host.settle(failure, visit.began)
+        return Fetched(
+            reason=failure.reason,
+            detail=failure.detail,
+            http_status=visit.status,
+            attempts=attempt - 1 if failure.refusal and not visit.asked else attempt,
+        )
 
-    async def _follow(self, text: str, progress: _Progress) -> bytes:
+    async def _follow(self, url: URL, visit: _Visit, max_redirects: int) -> bytes:
         """The body behind a URL and its redirects; each hop is checked like the first."""
-        url = parse_url(text)
-        for _ in range(self.config.max_redirects + 1):
-            async with self._hosts[f"{url.raw_host}:{url.port}"], self._slots:
-                started = time.monotonic()
-                try:
-                    async with asyncio.timeout(progress.remaining):
-                        body, location = await self._request(url, progress)
-                except TimeoutError:
-                    reason = "dns" if progress.resolving else "timeout"
-                    raise FetchError(reason, f"no answer in {self.config.deadline_seconds:g} s") from None
-                finally:
-                    progress.remaining -= time.monotonic() - started
+        for _ in range(max_redirects + 1):
+            body, location = await self._hop(url, visit)
+            if visit.host:
+                visit.host.settle(None, visit.began)
             if location is None:
                 return body
             url = parse_url(location, url)
-        raise FetchError("too_many_redirects", f"more than {self.config.max_redirects}")
+        raise FetchError("too_many_redirects", f"more than {max_redirects}")
 
-    async def _request(self, url: URL, progress: _Progress) -> tuple[bytes, str | None]:
-        """One request: the body, or where it redirects to."""
-        assert self._session is not None
-        progress.resolving = True
-        await self._resolver.resolve(url.raw_host or "")  # here too: aiohttp does not ask about literal addresses
-        progress.resolving = False
+    async def _hop(self, url: URL, visit: _Visit) -> tuple[bytes, str | None]:
+        """One request within the limits: the body, or where it redirects to."""
+        # a robots.txt uses the slots of the URLs that wait for it: asking for one more, it might wait for them
+        async with contextlib.nullcontext() if visit.is_robots_txt else self._slot(url, visit):
+            started, seconds = time.monotonic(), visit.remaining
+            try:
+                async with asyncio.timeout(seconds):
+                    visit.resolving = True
+                    await self._resolver.resolve(url.raw_host or "")  # here too: aiohttp asks for new connections only
+                    visit.resolving = False
+                    if self.config.respect_robots and not visit.is_robots_txt:
+                        refusal = await self._robots.refusal(url)
+                        if refusal:
+                            raise FetchError("opt_out", refusal, refusal=True)
+                    return await self._request(url, visit)
+            except TimeoutError:
+                raise FetchError("dns" if visit.resolving else "timeout", f"no answer in {seconds:.3g} s") from None
+            finally:
+                visit.remaining -= time.monotonic() - started
+
+    @contextlib.asynccontextmanager
+    async def _slot(self, url: URL, visit: _Visit) -> AsyncIterator[None]:
+        """One of the requests at a time of the URL's host, and of this process.
+
+        Raises:
+            FetchError: the host was given up.
+        """
+        name = f"{url.raw_host}:{url.port}"
+        visit.host = host = self._host(name)
+        host.users += 1
+        try:
+            async with host.slots, self._slots:
+                now = time.monotonic()
+                visit.began = visit.began or now
+                if host.last and host.failures >= self.config.host_failures:
+                    if now < host.given_up_until:
+                        detail = f"{name} was given up after {host.failures} failures in a row: {host.last.detail}"
+                        raise FetchError(host.last.reason, detail, refusal=True)
+                    host.given_up_until = now + GIVEN_UP_SECONDS
+                yield
+        finally:
+            host.users -= 1
+
+    def _host(self, name: str) -> _Host:
+        if name not in self._hosts:
+            self._hosts[name] = _Host(slots=asyncio.Semaphore(self.config.per_host))
+            while len(self._hosts) > REMEMBERED_HOSTS and not self._hosts[oldest := next(iter(self._hosts))].users:
+                del self._hosts[oldest]
+        self._hosts.move_to_end(name)
+        return self._hosts[name]
+
+    async def _get_robots_txt(self, url: URL) -> tuple[int, bytes]:
+        visit = _Visit(remaining=self.config.deadline_seconds * ROBOTS_SHARE, is_robots_txt=True)
+        try:
+            return 200, await self._follow(url, visit, ROBOTS_REDIRECTS)
+        except FetchError as error:
+            if error.reason == "http_status" and visit.status:
+                return visit.status, b""
+            if error.reason in ("too_many_redirects", "bad_url"):
+                return 404, b""
+            raise
+
+    async def _request(self, url: URL, visit: _Visit) -> tuple[bytes, str | None]:
+        if self._session is None:  # a robots.txt that nobody waits for any more
+            raise FetchError("connect", "the session is over", refusal=True)
+        visit.asked = True
         try:
             async with self._session.get(url, allow_redirects=False) as response:
-                progress.status = response.status
-                return await self._read(response)
+                visit.status = response.status
+                return await self._read(response, visit)
         except aiohttp.InvalidURL as error:
             raise FetchError("bad_url", f"{error}") from error
         except (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch) as error:
@@ -174,131 +305,43 @@ class Fetcher:
                 raise
             raise FetchError("connect", f"{type(error).__name__}: {error}", transient=True) from error
 
-    async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, str | None]:
-        config, status = self.config, response.status
-        if status < 400 and config.respect_opt_out:
-            opted_out = opt_out(response.headers.getall("X-Robots-Tag", []), config.user_agent)
-            if opted_out or response.headers.get("tdm-reservation", "").strip() == "1":
-                raise FetchError("opt_out", opted_out or "tdm-reservation: 1")
-        if status in REDIRECTS and "Location" in response.headers:
-            return b"", response.headers["Location"]
+    async def _read(self, response: aiohttp.ClientResponse, visit: _Visit) -> tuple[bytes, str | None]:
+        """A response as the body, or where it redirects to."""
+        config, status, headers = self.config, response.status, response.headers
+        if status < 400 and config.respect_opt_out and not visit.is_robots_txt:
+            tags, reservation = headers.getall("X-Robots-Tag", []), headers.get("tdm-reservation", "")
+            opted_out = robots.opt_out(tags, reservation, config.user_agent)
+            if opted_out:
+                raise FetchError("opt_out", opted_out)
+        if status in REDIRECTS and "Location" in headers:
+            return b"", headers["Location"]
         if status != 200:
-            retry_after = response.headers.get("Retry-After", "")
-            raise FetchError(
-                "http_status",
-                f"{status} {response.reason}",
-                transient=status in TRANSIENT_STATUSES,
-                retry_after=float(retry_after) if retry_after.isdigit() else 0.0,
-            )
-        if (response.content_length or 0) > config.max_bytes:
+            transient = status in TRANSIENT_STATUSES
+            wait = robots.retry_after(headers.get("Retry-After", "")) if status in RETRY_AFTER_STATUSES else 0.0
+            raise FetchError("http_status", f"{status} {response.reason}", transient=transient, retry_after=wait)
+        if (response.content_length or 0) > config.max_bytes and not visit.is_robots_txt:
             raise FetchError("too_large", f"{response.content_length} bytes announced, at most {config.max_bytes}")
-        body = bytearray()
-        async for block in response.content.iter_chunked(READ_BYTES):
-            body += block
-            if len(body) > config.max_bytes:
-                raise FetchError("too_large", f"more than {config.max_bytes} bytes")
-        return bytes(body), None
-
-
-class CheckedResolver(AbstractResolver):
-    """Looks names up once in a while, and gives out addresses only if every one of them may be connected to."""
-
-    def __init__(self, config: FetchConfig) -> None:
-        self._seconds = config.dns_cache_seconds
-        self._allowed = tuple(ipaddress.ip_network(network) for network in config.allow_networks)
-        self._lookups: dict[str, tuple[float, asyncio.Task[list[tuple[int, str]]]]] = {}
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        """The addresses of a host name or literal address.
-
-        Raises:
-            FetchError: `dns` if there are none, `forbidden_address` if any may not be connected to.
-        """
-        expires, lookup = self._lookups.get(host, (0.0, None))
-        if lookup is None or expires < time.monotonic():
-            lookup = asyncio.create_task(_look_up(host))
-            self._lookups[host] = time.monotonic() + self._seconds, lookup
+        body = Body(headers.get("Content-Encoding", ""), robots.MAX_BYTES if visit.is_robots_txt else config.max_bytes)
         try:
-            addresses = await asyncio.shield(lookup)
-        except (OSError, UnicodeError) as error:
-            self._lookups.pop(host, None)
-            transient = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-            raise FetchError("dns", f"{host}: {error}", transient=transient) from error
-        for _, address in addresses:
-            if not may_connect(address, self._allowed):
-                raise FetchError("forbidden_address", f"{host} is {address}")
-        return [
-            ResolveResult(
-                hostname=host, host=address, port=port, family=kind, proto=0, flags=int(socket.AI_NUMERICHOST)
-            )
-            for kind, address in addresses
-        ]
+            await self._receive(response, body)
+        except FetchError as error:
+            if error.reason != "too_large" or not visit.is_robots_txt:
+                raise
+        return bytes(body.content), None
 
-    async def close(self) -> None:
-        """Nothing is held open."""
-
-
-async def _look_up(host: str) -> list[tuple[int, str]]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return [(family, str(address[0])) for family, _, _, _, address in found]
-
-
-def parse_url(text: str, base: URL | None = None) -> URL:
-    """An absolute http or https URL, or a redirect's reference relative to `base`.
-
-    The very object is requested later, so that no second parser can see another host in it.
-
-    Raises:
-        FetchError: `bad_url`, it is none.
-    """
-    text = text.strip()
-    try:
-        url = base.join(URL(text)) if base else URL(text)
-    except ValueError as error:
-        raise FetchError("bad_url", f"{text[:200]!r}: {error}") from error
-    if url.scheme not in ("http", "https"):
-        raise FetchError("bad_url", f"{text[:200]!r}: expected http or https")
-    if not url.raw_host or re.search(r"[\s\x00-\x1f\x7f\\]", text.partition("?")[0]):
-        raise FetchError("bad_url", f"{text[:200]!r}: expected a host name and no spaces")
-    return url
-
-
-def may_connect(address: str, allowed: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()) -> bool:
-    """Whether an IP address is one of the public internet, or of an allowed network.
-
-    IPv4 addresses wrapped in IPv6 ones (mapped, 6to4, NAT64) count as what they wrap.
-    """
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        wrapped = ip.ipv4_mapped or ip.sixtofour
-        if ip in NAT64:
-            wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if wrapped is not None:
-            return may_connect(str(wrapped), allowed)
-        if ip.is_site_local:
-            return False
-    if any(ip in network for network in allowed):
-        return True
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
-
-
-def opt_out(headers: Sequence[str], user_agent: str = "") -> str | None:
-    """The `X-Robots-Tag` value that asks crawlers like this one to leave the image, or None.
-
-    A value that starts with the name of an agent speaks to that agent alone.
-    """
-    product = user_agent.partition("/")[0].strip().lower()
-    for header in headers:
-        agent, colon, rest = header.lower().partition(":")
-        addressed = bool(colon) and agent.strip() not in ("unavailable_after", "max-image-preview", "max-snippet")
-        if addressed and agent.strip() not in ("*", product) and "," not in agent:
-            continue
-        directives = rest if addressed and "," not in agent else header.lower()
-        if OPT_OUT_DIRECTIVES & {directive.strip() for directive in directives.split(",")}:
-            return f"X-Robots-Tag: {header[:200]}"
-    return None
+    async def _receive(self, response: aiohttp.ClientResponse, body: Body) -> None:
+        rate, grace = self.config.min_bytes_per_second, self.config.grace_seconds
+        started = asyncio.get_running_loop().time()
+        pace = asyncio.timeout(grace if rate else None)
+        try:
+            async with pace:
+                async for block in response.content.iter_any():
+                    body.feed(block)
+                    if rate:
+                        pace.reschedule(started + max(grace, body.received / rate))
+        except TimeoutError:
+            raise FetchError("timeout", f"{body.received} bytes came slower than {rate} a second") from None
+        body.end()
 
 
 def fetch_all(urls: Sequence[str | None], config: FetchConfig) -> list[Fetched]:

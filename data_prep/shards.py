@@ -1,26 +1,26 @@
-"""Rows on disk: the list that comes in, staged parts that survive a kill, and the shards that go out.
+"""Rows on disk on their way to a table: staged parts that survive a kill, and the shards that go out.
 
-A partition is a run of consecutive input rows; each becomes one WebDataset tar with deterministic bytes.
+Each partition of the input becomes one WebDataset shard (several if it is large) with deterministic names and bytes.
 """
 
 import io
-import itertools
+import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from PIL import Image
 from pyarrow import fs
 
-from data_prep import storage, tables
-from ovd_models.errors import InputError
+from data_prep import inputs, storage, tables
+from data_prep.concepts import Extractor
+from data_prep.dedup import Order
 
 BLOCK = tarfile.BLOCKSIZE
 GROUP_COLUMNS = ["image_id", "shard", "offset", "size", "width", "height", "caption"]
@@ -32,114 +32,78 @@ STATUS: dict[str, pa.DataType] = {
     "attempts": pa.int32(),
 }
 """Columns of staged rows that say what became of them, all null for none; `reason` is null for good rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """The rows to prepare: `source`, `row`, `url`, `raw_caption` and the input's further columns."""
-
-    rows: pa.Table
-    """Rows ascending; a missing or empty `url` is null."""
-    digest: str
-    """Of the input's content, also each row's `source`."""
-
-
-def read_list(uri: str, url_column: str, caption_column: str) -> Listing:
-    """The rows of a URL list: a .tsv (with header, unquoted), .csv (with header), .jsonl or .parquet file.
-
-    Raises:
-        InputError: it is missing, malformed or empty, or lacks a column.
-    """
-    if not uri:
-        raise InputError("--urls: missing, expected a .tsv, .csv, .jsonl or .parquet file")
-    try:
-        content = storage.read_bytes(uri)
-    except OSError as error:
-        raise InputError(f"{uri}: cannot be read, expected a URL list ({one_line(error)})") from error
-    suffix = uri.rpartition(".")[2].lower()
-    text = {url_column: pa.string(), caption_column: pa.string()}
-    convert = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
-    ordered = pyarrow.csv.ReadOptions(use_threads=False)  # only then do errors tell the row
-    try:
-        match suffix:
-            case "tsv":
-                plain = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
-                rows = pyarrow.csv.read_csv(io.BytesIO(content), ordered, plain, convert)
-            case "csv":
-                rows = pyarrow.csv.read_csv(io.BytesIO(content), ordered, None, convert)
-            case "jsonl":
-                rows = pyarrow.json.read_json(io.BytesIO(content))
-            case "parquet":
-                rows = pq.read_table(io.BytesIO(content))
-            case _:
-                raise InputError(f"{uri}: unknown format, expected .tsv, .csv, .jsonl or .parquet")
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{uri}: not a {suffix} file that can be read ({one_line(error)})") from error
-    return as_listing(rows, url_column, caption_column, storage.sha256(content)[:16], uri)
-
-
-def as_listing(rows: pa.Table, url_column: str, caption_column: str, digest: str, where: str) -> Listing:
-    """Rows of an input with our column names; its further columns follow, renamed where they clash with ours."""
-    found = ", ".join(rows.column_names) or "none"
-    columns: dict[str, Any] = {}
-    for column in (url_column, caption_column):
-        if column not in rows.column_names:
-            raise InputError(f"{where}: no column {column!r}, expected it among: {found}")
-        try:
-            columns[column] = rows[column].cast(pa.string())
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            kind = rows.schema.field(column).type
-            raise InputError(f"{where}: column {column!r} holds {kind}, expected text") from error
-    if not rows.num_rows:
-        raise InputError(f"{where}: holds no rows, expected at least one")
-    urls = pc.utf8_trim_whitespace(columns[url_column])
-    ours = {
-        "source": pa.array([digest], pa.string()).take(pa.array(np.zeros(rows.num_rows, np.int64))),
-        "row": pa.array(np.arange(rows.num_rows)),
-        "url": pc.if_else(pc.equal(urls, ""), None, urls),
-        "raw_caption": columns[caption_column],
+LIGHT = pa.schema(
+    {
+        "source": pa.string(),
+        "row": pa.int64(),
+        "reason": pa.string(),
+        "image_id": pa.string(),
+        "phash": pa.uint64(),
+        "caption": pa.string(),
     }
-    taken = {*ours, *tables.SCHEMAS["pairs"].names, *STATUS, "content", "duplicate_of"}
-    for column in rows.column_names:
-        if column not in columns:
-            ours[f"input_{column}" if column in taken else column] = rows[column]
-    return Listing(rows=pa.table(ours), digest=digest)
+)
+"""Columns of staged rows that decisions over the whole corpus look at."""
+MENTIONS = pa.schema([*(tables.SCHEMAS["pairs"].field(name) for name in GROUP_COLUMNS)]).append(
+    pa.field("names", pa.list_(pa.string()))
+)
+"""What concept groups are made of: kept images and what their captions mention."""
+SAMPLES = pa.schema(
+    {
+        "reason": pa.string(),
+        "url": pa.string(),
+        "raw_caption": pa.string(),
+        "detail": pa.string(),
+        "picture": pa.binary(),
+    }
+)
+"""Examples of rejected rows; `picture` is a small JPEG, null where nothing could be decoded."""
+SAMPLE_SIDE = 128
+SCORE = "score_"
+"""Before a scorer's name in staged rows."""
 
 
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())[:300]
+# ------------------------------------------------------------------------------------------------- staged parts
 
 
-def partitions(rows: pa.Table, size: int) -> Iterator[tuple[int, pa.Table]]:
-    """Number and rows of each partition of `size` input rows, of which some may be absent; rows are ascending."""
-    number = rows["row"].to_numpy() // size
-    edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)]
-    for start, stop in itertools.pairwise(edges):
-        if stop > start:
-            yield int(number[start]), rows.slice(start, stop - start)
-
-
-def stage_part(rows: pa.Table, staging: str, size: int) -> pa.Table:
-    """Save rows of one partition, whole or not at all, and return the light columns that progress needs."""
-    first = rows["row"][0].as_py()
+def stage(rows: pa.Table, uri: str, *, plain: Sequence[str] = ()) -> None:
+    """Write a Parquet file, whole or not at all; `plain` columns are compressed already."""
     buffer = io.BytesIO()
-    pq.write_table(rows, buffer, compression="lz4")
-    storage.write_bytes(storage.join(staging, f"{first // size:06d}-{first:010d}.parquet"), buffer.getvalue())
-    return rows.select(["row", "reason"])
+    compression = {name: "none" if name in plain else "lz4" for name in rows.column_names}
+    pq.write_table(rows, buffer, compression=compression)
+    storage.write_bytes(uri, buffer.getvalue())
 
 
-def read_staged(staging: str, columns: list[str] | None = None, *, partition: int | None = None) -> pa.Table:
-    """All staged rows, or those of one partition, in the order of the input."""
-    filesystem, folder = storage.resolve(staging)
-    prefix = "" if partition is None else f"{partition:06d}-"
+def stage_part(rows: pa.Table, staging: str) -> pa.Table:
+    """Save what came of a part's rows and return the light columns that progress needs."""
+    if rows.num_rows:
+        part = storage.join(staging, "parts", rows["part"][0].as_py())
+        stage(rows.drop_columns(["part"]), part, plain=["content"])
+    return rows.select(["stage", "reason"])
+
+
+def staged(staging: str, kind: str) -> list[str]:
+    """Paths of the staged Parquet files of a kind, sorted, on the staging's file system."""
+    filesystem, folder = storage.resolve(storage.join(staging, kind))
     found = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-    names = sorted(info.path for info in found if info.base_name.startswith(prefix) and info.extension == "parquet")
-    parts = [pq.read_table(name, columns=columns, filesystem=filesystem) for name in names]
-    if not parts:
-        kinds = {"source": pa.string(), "row": pa.int64(), "image_id": pa.string(), **STATUS}
-        return pa.schema({name: kinds[name] for name in columns or kinds}).empty_table()
-    return pa.concat_tables(parts, promote_options="default")
+    return sorted(info.path for info in found if info.extension == "parquet")
+
+
+def open_staged(staging: str, kind: str, schema: pa.Schema) -> ds.Dataset:
+    """The given columns of all staged rows of a kind."""
+    filesystem, _ = storage.resolve(staging)
+    paths = staged(staging, kind)
+    return (
+        ds.dataset(paths, schema=schema, format="parquet", filesystem=filesystem) if paths else ds.dataset([], schema)
+    )
+
+
+def read_parts(staging: str, partition: str, count: int) -> pa.Table | None:
+    """All staged rows of a partition, in the order of the input; None if there are none."""
+    filesystem, folder = storage.resolve(storage.join(staging, "parts"))
+    names = [f"{folder}/{inputs.part_name(partition, number)}" for number in range(count)]
+    infos = filesystem.get_file_info(names)
+    parts = [pq.read_table(info.path, filesystem=filesystem) for info in infos if info.type == fs.FileType.File]
+    return pa.concat_tables(parts, promote_options="default") if parts else None
 
 
 def remove_folder(uri: str) -> None:
@@ -149,71 +113,172 @@ def remove_folder(uri: str) -> None:
         filesystem.delete_dir(folder)
 
 
+# ------------------------------------------------------------------------------------------------------- shards
+
+
 @dataclass(frozen=True, kw_only=True)
-class Repeats:
-    """Rows that repeat another one, each with `row` and `duplicate_of`."""
+class ShardJob:
+    """What all partitions of a run share."""
 
-    urls: pa.Table
-    """Rows whose URL came before, with the columns of the input."""
-    images: pa.Table
-    """Rows whose image bytes came before."""
-
-    def between(self, first: pa.Scalar, last: pa.Scalar) -> "Repeats":
-        """Those of the rows from `first` to `last`."""
-        chosen = (pc.field("row") >= first) & (pc.field("row") <= last)
-        return Repeats(urls=self.urls.filter(chosen), images=self.images.filter(chosen))
+    storage: str
+    name: str
+    """Of the tables."""
+    staging: str
+    order: Order
+    part_rows: int
+    """Rows of a part."""
+    max_bytes: int
+    """A shard that would grow beyond this is continued in another one."""
+    suffix: str = ""
+    """Of the names of files, where a partition was written before."""
+    earlier_rejects: dict[str, str] = field(default_factory=dict)
+    """The file of `rejects` that a partition's new one takes the place of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """What was written for one partition."""
 
-    pairs: pa.Table
-    """Of the kept rows, the columns that `groups` needs."""
+    kept: int
     rejected: dict[str, int]
     """Rows by reason."""
     pairs_files: list[tables.FileEntry]
     rejects_files: list[tables.FileEntry]
+    scores_files: list[tables.FileEntry]
 
 
-def write_shard(storage_uri: str, name: str, staging: str, partition: int, repeats: Repeats) -> Written:
-    """Write a partition's tar, index and rejects, in the order of the input's rows.
+def write_shard(job: ShardJob, partition: str, decisions: pa.Table, extractor: Extractor, samples: bool) -> Written:
+    """Write a partition's tars, index, rejects and statistics, in the order of the input's rows, unless that was done.
+
+    Also stages what the concept groups need of it, and examples of rejected rows for the report.
 
     Args:
-        storage_uri: where the tables are.
-        name: the tables' name.
-        staging: folder of the staged parts.
-        partition: its number.
-        repeats: the partition's duplicates.
+        job: what all partitions share.
+        partition: its name.
+        decisions: what was decided about its rows for the whole corpus: `dedup.DECISIONS`.
+        extractor: finds concepts in captions.
+        samples: whether to stage examples.
     """
-    staged = read_staged(staging, partition=partition)
-    repeated = pc.is_in(staged["row"], repeats.images["row"].combine_chunks())
-    kept = staged.filter(pc.and_(pc.is_null(staged["reason"]), pc.invert(repeated)))
-    light = pa.schema([tables.SCHEMAS["pairs"].field(column) for column in GROUP_COLUMNS]).empty_table()
-    pairs_files, rejects_files = [], []
-    if kept.num_rows:
-        shard, stem = f"shards/{partition:05d}.tar", f"{partition:05d}"
-        tar, pairs = _pack_rows(kept, shard)
-        pairs_files.append(tables.write_file(storage_uri, "pairs", name, shard, tar))
-        pairs_files.append(tables.write_part(storage_uri, "pairs", name, f"index/{stem}.parquet", pairs))
-        light = pairs.select(GROUP_COLUMNS)
-    rejects = _rejects(staged, repeats)
+    done = storage.join(job.staging, "written", f"{partition}.json")
+    if storage.exists(done):
+        return _from_json(storage.read_bytes(done))
+    rows = with_decisions(read_rows(job, partition), decisions, job.order)
+    is_kept = pc.is_null(rows["reason"])
+    kept, rejected = rows.filter(is_kept), rows.filter(pc.invert(is_kept))
+    assert not kept["content"].null_count, f"{partition}: a row is neither staged nor rejected"
+    stem = f"{partition}{job.suffix}"
+    pairs_files = _write_pairs(job, kept, stem, extractor) if kept.num_rows else []
+    scores_files = _write_scores(job, kept, stem)
+    rejects = _rejects(rejected, _earlier(job, partition, rows))
+    rejects_files = []
     if rejects.num_rows:
-        path = f"{partition:05d}.parquet"
-        rejects_files.append(tables.write_part(storage_uri, "rejects", name, path, rejects))
-    return Written(
-        pairs=light,
-        rejected=dict(Counter(rejects["reason"].to_pylist())),
+        rejects_files.append(tables.write_part(job.storage, "rejects", job.name, f"{stem}.parquet", rejects))
+    if samples and rejected.num_rows:
+        stage(_samples(rejected), storage.join(job.staging, "samples", f"{stem}.parquet"))
+    reasons = dict(sorted(Counter(rejected["reason"].to_pylist()).items()))
+    stats = {"partition": partition, "rows": rows.num_rows, "kept": kept.num_rows, "rejected": reasons}
+    stats["image_bytes"] = sum(_sizes(kept))
+    content = json.dumps(stats, indent=1).encode()
+    pairs_files.append(tables.write_file(job.storage, "pairs", job.name, f"stats/{stem}.json", content))
+    written = Written(
+        kept=kept.num_rows,
+        rejected=reasons,
         pairs_files=pairs_files,
         rejects_files=rejects_files,
+        scores_files=scores_files,
     )
+    storage.write_bytes(done, json.dumps(asdict(written)).encode())
+    return written
+
+
+def _from_json(content: bytes) -> Written:
+    raw = json.loads(content)
+    for name in ("pairs_files", "rejects_files", "scores_files"):
+        raw[name] = [tables.FileEntry(**entry) for entry in raw[name]]
+    return Written(**raw)
+
+
+def _write_pairs(job: ShardJob, kept: pa.Table, stem: str, extractor: Extractor) -> list[tables.FileEntry]:
+    files, index = [], []
+    for number, (start, stop) in enumerate(runs_of_size(_sizes(kept), job.max_bytes)):
+        shard = f"shards/{stem}{f'-{number}' if number else ''}.tar"
+        tar, pairs = _pack_rows(kept.slice(start, stop - start), shard)
+        files.append(tables.write_file(job.storage, "pairs", job.name, shard, tar))
+        index.append(pairs)
+    pairs = pa.concat_tables(index)
+    stage_mentions(job.staging, stem, pairs, extractor)
+    return [*files, tables.write_part(job.storage, "pairs", job.name, f"index/{stem}.parquet", pairs)]
+
+
+def _write_scores(job: ShardJob, kept: pa.Table, stem: str) -> list[tables.FileEntry]:
+    scores = {name.removeprefix(SCORE): kept[name] for name in kept.column_names if name.startswith(SCORE)}
+    if not scores or not kept.num_rows:
+        return []
+    rows = pa.table({"image_id": kept["image_id"], **scores})
+    return [tables.write_part(job.storage, "scores", job.name, f"{stem}.parquet", rows)]
+
+
+def _earlier(job: ShardJob, partition: str, rows: pa.Table) -> pa.Table | None:
+    """Published rejects of a partition that are not tried again."""
+    if partition not in job.earlier_rejects:
+        return None
+    folder = tables.table_uri(job.storage, "rejects", job.name)
+    filesystem, path = storage.resolve(storage.join(folder, job.earlier_rejects[partition]))
+    rejects = pq.read_table(path, filesystem=filesystem)
+    return rejects.filter(pc.invert(pc.is_in(rejects["row"], rows["row"].combine_chunks())))
+
+
+def with_decisions(rows: pa.Table, decisions: pa.Table, order: Order) -> pa.Table:
+    """Rows with what was decided about them for the whole corpus, and `duplicate_of` as source and row."""
+    survivors = order.locate(decisions["duplicate_of"].combine_chunks())
+    position = pc.index_in(rows["id"], decisions["id"].combine_chunks())
+    for column in ("stage", "reason", "detail"):
+        decided = decisions[column].take(position)
+        rows = rows.set_column(rows.schema.get_field_index(column), column, pc.coalesce(rows[column], decided))
+    return rows.append_column("duplicate_of", pa.chunked_array([survivors]).take(position))
+
+
+def read_rows(job: ShardJob, partition: str) -> pa.Table:
+    """All rows of a partition with their `id` and what came of them so far; rows that were not tried have no reason."""
+    filesystem, path = storage.resolve(inputs.rows_file(job.staging, partition))
+    listed = pq.read_table(path, filesystem=filesystem)
+    staged = read_parts(job.staging, partition, -(-listed.num_rows // job.part_rows))
+    if staged is None:
+        missing = listed
+    else:
+        missing = listed.filter(pc.invert(pc.is_in(listed["row"], staged["row"].combine_chunks())))
+    rows = missing if staged is None else pa.concat_tables([staged, missing], promote_options="default")
+    for name, kind in {**STATUS, "caption": pa.string(), "content": pa.large_binary()}.items():
+        if name not in rows.column_names:
+            rows = rows.append_column(name, pa.nulls(rows.num_rows, kind))
+    rows = rows.sort_by("row")
+    ids = job.order.ids(rows["source"][0].as_py(), rows["row"].to_numpy())
+    return rows.append_column("id", pa.array(ids))
+
+
+def runs_of_size(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive runs of items whose sizes sum to at most `most`, as (start, stop); a larger item stands alone."""
+    start, total = 0, 0
+    for position, size in enumerate(sizes):
+        if total + size > most and position > start:
+            yield start, position
+            start, total = position, 0
+        total += size
+    if sizes:
+        yield start, len(sizes)
+
+
+def _sizes(rows: pa.Table) -> list[int]:
+    sizes: list[int] = pc.binary_length(rows["content"]).to_pylist()
+    return sizes
 
 
 def _pack_rows(kept: pa.Table, shard: str) -> tuple[bytes, pa.Table]:
     """The tar of these rows, and their rows of the index."""
-    keys, images = [f"{row:09d}" for row in kept["row"].to_pylist()], kept["content"].to_pylist()
+    keys = [f"{kept['source'][0].as_py()[:8]}-{row:010d}" for row in kept["row"].to_pylist()]
+    images = kept["content"].to_pylist()
     tar, offsets = pack(zip(keys, images, kept["caption"].to_pylist(), strict=True))
-    pairs = kept.drop_columns(["content", *STATUS])
+    pairs = kept.drop_columns(["content", "duplicate_of", "id", *STATUS, *_measured(kept)])
     for name, values in {
         "shard": [shard] * len(keys),
         "key": keys,
@@ -224,29 +289,58 @@ def _pack_rows(kept: pa.Table, shard: str) -> tuple[bytes, pa.Table]:
     return tar, pairs
 
 
-def _rejects(staged: pa.Table, repeats: Repeats) -> pa.Table:
-    """The partition's rows of the `rejects` table, ascending."""
-    names = ["source", "row", "url", "raw_caption", "duplicate_of"]
-    parts = []
-    if staged.num_rows:
-        failed = staged.filter(pc.is_valid(staged["reason"]))
-        parts.append(failed.select([*names[:-1], *STATUS]))
-        position = pc.index_in(repeats.images["row"], staged["row"].combine_chunks())
-        copies = staged.take(position).append_column("duplicate_of", repeats.images["duplicate_of"])
-        parts.append(_labelled(copies.select([*names, "http_status", "attempts"]), "duplicate_bytes"))
-    parts.append(_labelled(repeats.urls.select(names), "duplicate_url"))
-    rejects = pa.concat_tables(parts, promote_options="default").rename_columns({"raw_caption": "caption"})
-    schema = tables.SCHEMAS["rejects"]
-    for name in schema.names:
-        if name not in rejects.column_names:
-            rejects = rejects.append_column(name, pa.nulls(rejects.num_rows, schema.field(name).type))
-    return rejects.select(schema.names).cast(schema).sort_by("row")
+def _rejects(rows: pa.Table, earlier: pa.Table | None) -> pa.Table:
+    """Rows of the `rejects` table; the further columns of the input stay, so that a row can be tried again."""
+    images = {name for name in tables.SCHEMAS["pairs"].names if name not in ("source", "row", "url")}
+    own = [name for name in rows.column_names if name not in images | {"content", "id", *_measured(rows)}]
+    rejects = rows.select(own).append_column("caption", rows["raw_caption"])
+    return (
+        rejects if earlier is None else pa.concat_tables([rejects, earlier], promote_options="default").sort_by("row")
+    )
 
 
-def _labelled(rows: pa.Table, reason: str) -> pa.Table:
-    for name, value in (("stage", "dedup"), ("reason", reason)):
-        rows = rows.append_column(name, pa.array([value] * rows.num_rows, pa.string()))
-    return rows
+def _measured(rows: pa.Table) -> list[str]:
+    """Columns that scoring models added."""
+    return [name for name in rows.column_names if name.startswith(SCORE) or name == "embedding"]
+
+
+def _samples(rejected: pa.Table) -> pa.Table:
+    """The first row of each reason, with a small picture where the image could be decoded."""
+    found: dict[str, dict[str, Any]] = {}
+    columns = ["reason", "url", "raw_caption", "detail", "content"]
+    for row in rejected.select(columns).to_pylist():
+        best = found.get(row["reason"])
+        if best is None or (best["content"] is None and row["content"] is not None):
+            found[row["reason"]] = row
+    for row in found.values():
+        content = row.pop("content")
+        row["picture"] = content and thumbnail(content)
+    return pa.Table.from_pylist(list(found.values()), schema=SAMPLES)
+
+
+def thumbnail(content: bytes) -> bytes:
+    """A small JPEG of a stored image."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as image:
+        image.draft("RGB", (SAMPLE_SIDE, SAMPLE_SIDE))
+        image.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
+        image.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def stage_mentions(staging: str, stem: str, pairs: pa.Table, extractor: Extractor) -> None:
+    """Stage what concept groups need of a partition's pairs, with the `names` that each caption mentions."""
+    names = pa.array([extractor.match(caption) for caption in pairs["caption"].to_pylist()], pa.list_(pa.string()))
+    mentions = pairs.select(GROUP_COLUMNS).append_column("names", names)
+    stage(mentions, storage.join(staging, "mentions", f"{stem}.parquet"))
+
+
+def stage_published_mentions(job: ShardJob, index: str, extractor: Extractor) -> None:
+    """`stage_mentions` for an index file that is published already."""
+    uri = storage.join(tables.table_uri(job.storage, "pairs", job.name), index)
+    filesystem, path = storage.resolve(uri)
+    pairs = pq.read_table(path, columns=GROUP_COLUMNS, filesystem=filesystem)
+    stage_mentions(job.staging, f"published-{storage.sha256(index.encode())[:16]}", pairs, extractor)
 
 
 def pack(samples: Iterable[tuple[str, bytes, str]]) -> tuple[bytes, list[int]]:

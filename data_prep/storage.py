@@ -10,6 +10,9 @@ from pyarrow import fs
 
 from ovd_models.errors import InputError
 
+MARKERS = ("clip.json", "table.json", "config.json")
+"""Files that are written last into a checkpoint's folder."""
+
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of `uri` and the path on it; a plain path is a local one, made absolute.
@@ -58,17 +61,18 @@ def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
 def write_bytes(uri: str, content: bytes) -> None:
     """Write a file so that a reader sees all of it or none: beside its name first, then moved there."""
     filesystem, path = resolve(uri)
-    filesystem.create_dir(posixpath.dirname(path), recursive=True)
+    if isinstance(filesystem, fs.LocalFileSystem):  # object stores have no folders, and would get empty objects
+        filesystem.create_dir(posixpath.dirname(path), recursive=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     with filesystem.open_output_stream(temporary) as stream:
         stream.write(content)
     filesystem.move(temporary, path)
 
 
-def upload_folder(local: Path, uri: str, *, last: str = "config.json") -> None:
-    """Copy every file below a local folder to `uri`; the file `last`, by which readers know a whole one, at the end."""
+def upload_folder(local: Path, uri: str) -> None:
+    """Copy every file below a local folder to `uri`, those by which readers know a whole folder (`MARKERS`) last."""
     files = [path for path in sorted(local.rglob("*")) if path.is_file()]
-    for path in sorted(files, key=lambda path: path.name == last):
+    for path in sorted(files, key=lambda path: MARKERS.index(path.name) + 1 if path.name in MARKERS else 0):
         write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
 
 

@@ -129,6 +129,7 @@ PRODUCERS: dict[str, str] = {
     "rejects": "python workflows/prepare_pairs.py",
     "concepts": "python workflows/prepare_pairs.py",
     "groups": "python workflows/prepare_pairs.py",
+    "scores": "python workflows/prepare_pairs.py",
     "categories": "python workflows/prepare_boxes.py",
     "boxes": "python workflows/prepare_boxes.py",
 }

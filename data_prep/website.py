@@ -2,28 +2,16 @@
 
 What a crawl of it must keep and reject is known row by row, so it checks the crawler and feeds the demo.
 
-    build_site(root, num_pictures=12_000, num_scenes=4_000)
-    with serving(root) as base_url:          # the list is now at root/urls.tsv
-        ...
-
-By hand: `python -m data_prep.website --root DIR --port 8000`.
+`build_site` writes its files; `webserver.serving` serves them.
 """
 
-import argparse
-import asyncio
-import contextlib
 import io
 import json
 import os
-import signal
-import socket
 import struct
 import subprocess
 import sys
-import threading
 import zlib
-from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,15 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from aiohttp import web
 from PIL import Image
 
 from data_prep.pictograms import PICTURES, SCENES, World
 
 JPEG_QUALITY = 95
 IMAGES_PER_FOLDER = 1000
-READY_SECONDS = 60.0
-ENDLESS_BYTES = 64 << 20  # where even the endless body ends, should a client read on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +67,8 @@ class FaultRates:
     # rows that repeat another row's bytes under a URL of their own, or its URL
     copy: float = 0.01
     repeat: float = 0.01
+    # rows that show another row's image, smaller and compressed anew
+    near: float = 0.01
 
 
 KEPT = ("flaky", "wrong_type", "redirects", "messy_caption")
@@ -104,16 +91,6 @@ BODIES: dict[str, str] = {
     "animated": "image/gif", "too_small": "image/jpeg", "aspect": "image/jpeg", "blank": "image/jpeg",
 }  # fmt: skip
 """Faults that are one fixed body, with the content type it is served as."""
-
-RESPONSES: dict[str, tuple[int, dict[str, str]]] = {
-    "images": (200, {}), "copy": (200, {}), "caption_length": (200, {}), "caption_characters": (200, {}),
-    "messy_caption": (200, {}), "missing": (404, {}), "gone": (410, {}), "server_error": (500, {}),
-    "wrong_type": (200, {"Content-Type": "text/html"}), "opt_out": (200, {"X-Robots-Tag": "noai, noimageai"}),
-    "redirect_private": (302, {"Location": "http://10.0.0.1/x.jpg"}),
-    "redirect_metadata": (302, {"Location": "http://169.254.169.254/latest/meta-data/"}),
-    "redirect_file": (302, {"Location": "file:///etc/passwd"}), "redirect_loop": (302, {"Location": "?again"}),
-}  # fmt: skip
-"""Kinds that are one of the images, or no body, with this status and these headers."""
 
 BAD_URLS = ("file:///etc/passwd?{}", "not a url {}", "ftp://example.com/{}.jpg", "http:///{}.jpg", "javascript:{}")
 PRIVATE_URLS = (
@@ -163,7 +140,8 @@ def build_site(
     for kind in BODIES:
         _write(root / "bodies" / kind, _fault_body(kind))
     captions = [caption for part in parts for caption in part]
-    expected = _expectations(_list_rows(captions, rates or FaultRates(), np.random.default_rng([seed, 2])), captions)
+    rows = _list_rows(captions, num_pictures, rates or FaultRates(), np.random.default_rng([seed, 2]))
+    expected = _expectations(rows, captions)
     pq.write_table(expected, root / "expected.parquet")
     return expected
 
@@ -184,9 +162,9 @@ def render(root: Path, start: int, stop: int, num_pictures: int, seed: int) -> l
 
 def _render_elsewhere(job: tuple[Path, int, int, int, int]) -> list[str]:
     """`render` in a fresh interpreter, since the caller may hold threads that forbid forking."""
-    command = [sys.executable, "-m", "data_prep.website", "--root", str(job[0]), "--render", json.dumps(job[1:])]
+    command = [sys.executable, "-m", "data_prep.website", json.dumps([str(job[0]), *job[1:]])]
     captions: list[str] = json.loads(
-        subprocess.run(command, env=_environment(), stdout=subprocess.PIPE, check=True).stdout
+        subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, check=True).stdout
     )
     return captions
 
@@ -194,6 +172,15 @@ def _render_elsewhere(job: tuple[Path, int, int, int, int]) -> list[str]:
 def image_path(root: Path, index: int) -> Path:
     """The file of image `index`."""
     return root / "images" / f"{index // IMAGES_PER_FOLDER:03d}" / f"{index:06d}.jpg"
+
+
+def near_copy(jpeg: bytes) -> bytes:
+    """The same picture, smaller and compressed harder."""
+    with Image.open(io.BytesIO(jpeg)) as image:
+        width, height = image.size
+        buffer = io.BytesIO()
+        image.resize((width * 7 // 8, height * 7 // 8), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -253,8 +240,8 @@ class _Row:
     """Key of `OUTCOMES`; a repeated row has the fault of the row it repeats."""
 
 
-def _list_rows(captions: list[str], rates: FaultRates, rng: np.random.Generator) -> list[_Row]:
-    """The rows of the URL list, in order."""
+def _list_rows(captions: list[str], num_pictures: int, rates: FaultRates, rng: np.random.Generator) -> list[_Row]:
+    """The rows of the URL list, in order; scenes alone have near copies, since pictures of 64 px show too little."""
     total = len(captions)
     counts = {kind: min(total, max(1, round(rate * total))) if rate else 0 for kind, rate in asdict(rates).items()}
     rows = [_Row("images", f"/images/{index}.jpg", caption, index) for index, caption in enumerate(captions)]
@@ -270,6 +257,9 @@ def _list_rows(captions: list[str], rates: FaultRates, rng: np.random.Generator)
             rows.append(_faulty_row(kind, number, index, captions[index]))
     for index in rng.choice(total, counts["copy"], replace=False).tolist():
         rows.append(_Row("copy", f"/copy/{index}.jpg", rows[index].caption, index))
+    near = min(counts["near"], total - num_pictures)
+    for index in (num_pictures + rng.choice(max(1, total - num_pictures), near, replace=False)).tolist():
+        rows.append(_Row("near", f"/near/{index}.jpg", rows[index].caption, index))
     for index in rng.choice(len(rows), counts["repeat"], replace=False).tolist():
         rows.append(replace(rows[index], kind="repeat"))
     return [rows[index] for index in rng.permutation(len(rows)).tolist()]
@@ -292,9 +282,13 @@ def _faulty_row(kind: str, number: int, index: int, caption: str) -> _Row:
 
 
 def _expectations(rows: list[_Row], captions: list[str]) -> pa.Table:
-    """What becomes of each row: repeated URLs first, then faults, then repeated bytes; the first of equals stays."""
+    """What becomes of each row: repeated URLs first, then faults, then repeated bytes; the first of equals stays.
+
+    Last come near-duplicates: of an image and its near copy, too, the first stays.
+    """
     by_url: dict[str, int] = {}
-    by_content: dict[int, int] = {}
+    by_content: dict[tuple[int, bool], int] = {}
+    by_picture: dict[int, int] = {}
     found: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         stage, reason = OUTCOMES[row.fault] if row.fault else (None, None)
@@ -302,9 +296,13 @@ def _expectations(rows: list[_Row], captions: list[str]) -> pa.Table:
         if survivor != number:
             stage, reason = "dedup", "duplicate_url"
         elif not row.fault:
-            survivor = by_content.setdefault(row.content, number)
+            survivor = by_content.setdefault((row.content, row.url.startswith("/near/")), number)
             if survivor != number:
                 stage, reason = "dedup", "duplicate_bytes"
+            else:
+                survivor = by_picture.setdefault(row.content, number)
+                if survivor != number:
+                    stage, reason = "dedup", "near_duplicate"
         found.append(
             {
                 "row": number,
@@ -321,163 +319,16 @@ def _expectations(rows: list[_Row], captions: list[str]) -> pa.Table:
     return pa.Table.from_pylist(found, schema=pa.schema({"row": pa.int64(), **text, "duplicate_of": pa.int64()}))
 
 
-@contextlib.contextmanager
-def serving(root: str | Path, *, port: int = 0) -> Iterator[str]:
-    """Serve a built site from a process of its own while the block runs, and yield its base URL.
-
-    The server ends with the block, and also when this process dies. With `port` 0 it takes the port it had last
-    time if that is free, so that the URL list, and with it the digest of the list, stays the same.
-
-    Raises:
-        RuntimeError: the server did not start.
-    """
-    command = [sys.executable, "-m", "data_prep.website", "--root", str(root), "--port", str(port), "--stop-at-eof"]
-    server = subprocess.Popen(command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert server.stdin and server.stdout
-    watchdog = threading.Timer(READY_SECONDS, server.kill)
-    watchdog.start()
-    try:
-        base_url = server.stdout.readline().strip()
-        if not base_url:
-            raise RuntimeError(f"the web site did not start: {' '.join(command)}")
-        watchdog.cancel()
-        yield base_url
-    finally:
-        watchdog.cancel()
-        server.stdin.close()
-        server.terminate()
-        try:
-            server.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-        server.stdout.close()
-
-
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Lets a child import this package wherever it runs, on one thread."""
     paths = (str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH"))
     return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def write_url_list(root: Path, base_url: str) -> None:
-    """Write `root/urls.tsv`, a header and one `url<tab>caption` a row, for a site that answers at `base_url`."""
-    expected = pq.read_table(root / "expected.parquet", columns=["url", "caption"])
-    urls = [base_url + url if url.startswith("/") else url for url in expected["url"].to_pylist()]
-    lines = [f"{url}\t{caption}\n" for url, caption in zip(urls, expected["caption"].to_pylist(), strict=True)]
-    temporary = root / "urls.tsv.tmp"
-    temporary.write_text("url\tcaption\n" + "".join(lines), encoding="utf-8")
-    temporary.replace(root / "urls.tsv")
-
-
-class Site:
-    """Answers requests: `/<kind>/<image index>.jpg`, where the kind is `images` or a fault."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.requests: Counter[str] = Counter()
-        """Requests so far by path, also served as JSON at `/_requests`."""
-
-    async def answer(self, request: web.Request) -> web.StreamResponse:
-        """One response."""
-        if request.path == "/_requests":
-            return web.json_response(self.requests)
-        self.requests[request.path] += 1
-        kind, _, name = request.path[1:].partition("/")
-        if kind in BODIES:
-            return web.Response(body=(self.root / "bodies" / kind).read_bytes(), content_type=BODIES[kind])
-        stem = name.removesuffix(".jpg")
-        if not stem.isdigit() or not image_path(self.root, int(stem)).exists():
-            return web.Response(status=404)
-        return await self._image(request, kind, image_path(self.root, int(stem)).read_bytes())
-
-    async def _image(self, request: web.Request, kind: str, image: bytes) -> web.StreamResponse:
-        match kind:
-            case "flaky" if self.requests[request.path] == 1:
-                return web.Response(status=500)
-            case "hangs":
-                await asyncio.sleep(3600)
-            case "disconnects":
-                assert request.transport is not None
-                request.transport.close()
-            case "truncated":
-                image = image[: len(image) * 6 // 10]
-            case "redirects":
-                hop = int(request.query.get("hop", "0"))
-                location = f"?hop={hop + 1}" if hop < 2 else request.path.replace("/redirects/", "/images/")
-                return web.Response(status=(301, 302, 307)[hop], headers={"Location": location})
-            case "too_large":
-                return await _endless(request)
-        status, headers = RESPONSES.get(kind, (200, {}))
-        return web.Response(
-            body=image if status == 200 else None, status=status, headers={"Content-Type": "image/jpeg", **headers}
-        )
-
-
-async def _endless(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "image/jpeg"})
-    await response.prepare(request)
-    with contextlib.suppress(ConnectionError):
-        for _ in range(ENDLESS_BYTES >> 16):
-            await response.write(bytes(1 << 16))
-    return response
-
-
-async def serve(root: Path, port: int, *, stop_at_eof: bool = False) -> None:
-    """Serve until SIGTERM, SIGINT or, if asked, the end of standard input; print the base URL when ready."""
-    listener = _listen(root, port)
-    application = web.Application()
-    application.router.add_get("/{path:.*}", Site(root).answer)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.SockSite(runner, listener).start()
-    base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    write_url_list(root, base_url)
-
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stopped.set)
-    if stop_at_eof:
-        loop.add_reader(sys.stdin, lambda: None if os.read(sys.stdin.fileno(), 1024) else stopped.set())
-    print(base_url, flush=True)
-    await stopped.wait()
-    if stop_at_eof:
-        loop.remove_reader(sys.stdin)
-    await runner.cleanup()
-
-
-def _listen(root: Path, port: int) -> socket.socket:
-    """A listening socket on the port asked for, else on the last one used, else on any free one."""
-    remembered = root / "port"
-    last = int(remembered.read_text()) if remembered.exists() else 0
-    for candidate in (port,) if port else (last, 0):
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", candidate))
-            listener.listen(1024)
-        except OSError:
-            listener.close()
-            continue
-        remembered.write_text(str(listener.getsockname()[1]))
-        return listener
-    raise SystemExit(f"error: --port {port}: already in use")
-
-
 def main() -> None:
-    """The server's command line."""
-    parser = argparse.ArgumentParser(description="Serve a built pictogram web site.")
-    parser.add_argument("--root", type=Path, required=True, help="folder that build_site wrote")
-    parser.add_argument("--port", type=int, default=0, help="0: the last one used, or any free one")
-    parser.add_argument("--stop-at-eof", action="store_true", help="also stop at the end of standard input")
-    parser.add_argument("--render", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.render:
-        print(json.dumps(render(options.root, *json.loads(options.render))))
-        return
-    if not (options.root / "expected.parquet").exists():
-        raise SystemExit(f"error: --root {options.root}: holds no site, expected expected.parquet from build_site")
-    asyncio.run(serve(options.root, options.port, stop_at_eof=options.stop_at_eof))
+    """Draws a range of images, as `build_site` asks in processes of their own."""
+    root, *arguments = json.loads(sys.argv[1])
+    print(json.dumps(render(Path(root), *arguments)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ os.environ.update(  # before anything imports ray
 
 import pytest
 
-from data_prep import website
+from data_prep import webserver, website
 
 
 @pytest.fixture(scope="session")
@@ -49,5 +49,5 @@ def small_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def served_site(small_site: Path) -> Iterator[str]:
     """Base URL of that site, served for the whole session; its list is at `small_site / "urls.tsv"`."""
-    with website.serving(small_site) as base_url:
+    with webserver.serving(small_site) as base_url:
         yield base_url

@@ -1,18 +1,21 @@
-"""Pairs: crawl a list of image URLs with captions into clean image-text pairs and concept groups.
+"""Pairs: crawl lists of image URLs with captions into clean image-text pairs and concept groups.
 
-URL list (tsv, csv, jsonl, parquet)
-   | read, drop repeated URLs
+URL lists (tsv, csv, jsonl, parquet)
+   | cut into partitions; drop repeated URLs
    v
-fetch --> decode --> filter          one staged part a partition: a killed run resumes from these
-   | drop repeated bytes
+fetch --> decode --> filter          saved part by part: a killed run resumes from these
+   | over the whole corpus: boilerplate captions, repeated bytes, near-duplicates
    v
 pairs (tar shards and index), rejects (each with its reason)
-   | captions -> names of the vocabulary
+   | captions -> nouns, or names of a vocabulary
    v
 concepts, groups
 
 python workflows/prepare_pairs.py --config smoke
-python workflows/prepare_pairs.py --config web --name cc3m --urls cc3m.tsv --vocabulary nouns.txt
+python workflows/prepare_pairs.py --config web --name mine --urls list.tsv
+python workflows/prepare_pairs.py --config laion --urls 's3://bucket/laion/*.parquet' --storage s3://bucket/ovd
+python workflows/prepare_pairs.py --config web --name mine --urls more.tsv --add
+python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --retry timeout connect
 """
 
 import contextlib
@@ -20,28 +23,40 @@ import dataclasses
 import io
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import ray
 
-from data_prep import dedup, shards, storage, tables, website
-from data_prep.concepts import Vocabulary, build_groups
+from data_prep import dedup, generations, inputs, scores, shards, storage, tables, webserver, website
+from data_prep.concepts import Extractor, Vocabulary
 from data_prep.decode import DecodeConfig, decode_rows
+from data_prep.dedup import DECISIONS, Corpus, CorpusConfig
 from data_prep.fetch import FetchConfig, FetchStage, ReadStage
 from data_prep.filters import FilterConfig, filter_rows
+from data_prep.generations import Published, Work
+from data_prep.groups import write_groups
+from data_prep.inputs import Columns
+from data_prep.nouns import Nouns
 from data_prep.pictograms import GLYPHS
+from data_prep.scores import ScoreConfig, ScoreStage
 from ovd_models.errors import InputError
 from workflows import cli, cluster
 
 PRODUCER = "workflows/prepare_pairs.py"
-OUTPUTS = ("rejects", "concepts", "groups", "pairs")
 PROGRESS_SECONDS = 5.0
+ALARMING_FAILURES = 0.5
+"""Share of failed fetches that is worth a warning."""
+SAMPLED_PARTITIONS = 40
+"""Partitions that give the report examples of rejected rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +68,14 @@ class Run:
     name: str
     """Name of the tables."""
     urls: str = ""
-    """The URL list: a .tsv, .csv, .jsonl or .parquet file, by path or URI."""
-    url_column: str = "url"
-    caption_column: str = "caption"
+    """The URL lists: a .tsv, .csv, .jsonl or .parquet file, a folder of them, or a pattern; by path or URI."""
+    columns: Columns = field(default_factory=Columns)
+    add: bool = False
+    """Add the rows of new lists to tables that are published already."""
+    retry: tuple[str, ...] = ()
+    """Try the rows again that were rejected for these reasons, such as `timeout connect http_status`."""
     vocabulary: str = ""
-    """Text file with the concepts, one name a line, synonyms after commas."""
+    """Text file with the concepts, one name a line, synonyms after commas; without it, concepts are nouns."""
     names: tuple[str, ...] = ()
     """The concepts themselves, where there is no file."""
     site_pictures: int = 0
@@ -66,30 +84,52 @@ class Run:
     fetch: FetchConfig = field(default_factory=FetchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
     rows_per_shard: int = 1000
-    """Input rows of one shard, also the unit in which work is saved."""
+    """Input rows of one shard."""
+    max_shard_bytes: int = 1 << 30
+    """A shard that would grow beyond this is continued in another file."""
+    rows_per_part: int = 100
+    """Input rows that are saved at a time: what a killed run may have to fetch again."""
     min_images: int = 2
-    """Concepts with fewer unique images are left out."""
+    """Concepts with fewer images are left out."""
     fetchers: int = 2
     """Processes that fetch."""
-    batches_per_fetcher: int = 4
-    """Shards a fetcher works on at a time, so that one slow host does not hold up the rest."""
+    parts_per_fetcher: int = 4
+    """Parts a fetcher works on at a time, so that one slow host does not hold up the rest."""
 
 
 def web() -> Run:
-    """A crawl of the public internet; name it and give it `--urls` and `--vocabulary`."""
-    return Run(name="web", decode=DecodeConfig(max_side=512))
+    """A crawl of the public internet; name it and give it `--urls`."""
+    return Run(name="web", decode=DecodeConfig(max_side=512), corpus=CorpusConfig(max_caption_uses=50))
+
+
+def cc3m() -> Run:
+    """Conceptual Captions as published: captions and URLs in a .tsv file without a header."""
+    return dataclasses.replace(web(), name="cc3m", columns=Columns(header=("caption", "url")))
+
+
+def coyo() -> Run:
+    """COYO-700M as published: Parquet files with `url` and `text`."""
+    return dataclasses.replace(web(), name="coyo", columns=Columns(caption="text"))
+
+
+def laion() -> Run:
+    """LAION-400M and LAION-2B as published: Parquet files with `URL` and `TEXT`."""
+    return dataclasses.replace(web(), name="laion", columns=Columns(url="URL", caption="TEXT"))
 
 
 def pictograms() -> Run:
     """The pictogram web site: 12,000 small pictures and 4,000 scenes, about 10 % faulty rows on top."""
-    local = FetchConfig(deadline_seconds=3.0, backoff_seconds=0.1, max_bytes=1 << 20, concurrency=64, per_host=64)
+    local = FetchConfig(deadline_seconds=3.0, backoff_seconds=0.1, max_bytes=1 << 20, concurrency=64, per_host=128)
     return Run(
         name="pictograms",
         names=tuple(GLYPHS),
         site_pictures=12_000,
         site_scenes=4_000,
         fetch=dataclasses.replace(local, allow_networks=("127.0.0.1/32",)),
+        corpus=CorpusConfig(near_bits=2),  # small drawings differ in little
         rows_per_shard=500,
     )
 
@@ -104,17 +144,20 @@ def smoke() -> Run:
         site_pictures=120,
         site_scenes=60,
         rows_per_shard=64,
+        rows_per_part=32,
         fetchers=1,
     )
 
 
 Get = type[FetchStage] | type[ReadStage]
-CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "web": web}
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke, "pictograms": pictograms, "web": web, "cc3m": cc3m, "coyo": coyo, "laion": laion,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What came of a crawl."""
+    """What tables hold."""
 
     input: int
     kept: int
@@ -122,17 +165,26 @@ class Summary:
     """Rows by reason."""
     concepts: int
     seconds: float
+    """That the last run took."""
     reused: bool
     """The tables were there already."""
 
 
 def prepare(run: Run) -> Summary:
-    """Crawl a URL list and publish `pairs`, `rejects`, `concepts` and `groups` under the run's name.
+    """Crawl URL lists and publish `pairs`, `rejects`, `concepts` and `groups` under the run's name.
 
     Raises:
-        InputError: the list or the vocabulary is missing or malformed, or the name holds tables of another config.
+        InputError: a list or the vocabulary is missing or malformed, or the name holds tables of another config or
+            of other lists.
     """
-    return _prepare(run, shards.read_list(run.urls, run.url_column, run.caption_column), FetchStage)
+    files = inputs.find_files(run.urls)
+    with ThreadPoolExecutor(8) as pool:
+        digests = list(pool.map(inputs.digest, files))
+    for number, digest in enumerate(digests):
+        if digest in digests[:number]:
+            raise InputError(f"{files[number]}: holds the same as {files[digests.index(digest)]}, expected it once")
+    cut = partial(inputs.cut_file, columns=run.columns)
+    return _prepare(run, {digest: partial(cut, file) for digest, file in zip(digests, files, strict=True)}, FetchStage)
 
 
 def prepare_local(run: Run, rows: pa.Table) -> Summary:
@@ -152,161 +204,273 @@ def prepare_local(run: Run, rows: pa.Table) -> Summary:
     rows = rows.set_column(rows.schema.get_field_index("url"), "url", pa.array(uris, pa.string()))
     sink = io.BytesIO()
     pq.write_table(rows, sink)
-    digest = storage.sha256(sink.getvalue())[:16]
-    return _prepare(run, shards.as_listing(rows, "url", "caption", digest, "rows"), ReadStage)
+    digest = storage.sha256(sink.getvalue())[: inputs.DIGEST_DIGITS]
+    cut = partial(inputs.cut, "rows", [rows], Columns(), digest)
+    return _prepare(run, {digest: cut}, ReadStage)
 
 
-def _prepare(run: Run, listing: shards.Listing, get: Get) -> Summary:
+def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summary:
     started = time.monotonic()
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
-    vocabulary = Vocabulary.read(run.vocabulary) if run.vocabulary else Vocabulary.parse(run.names)
-    config_hash = result_hash(run, listing, vocabulary)
-    staging = storage.join(run.storage, "staging", "pairs", run.name, config_hash)
-    earlier = published(run, config_hash)
-    if earlier is not None:
+    extractor = Vocabulary.read(run.vocabulary) if run.vocabulary else Vocabulary.parse(run.names)
+    concepts: Extractor = extractor if extractor.names else Nouns()
+    for model in filter(None, (*run.scores.scorers.values(), run.corpus.semantic_model)):
+        if not scores.is_class(model):
+            scores.check_checkpoint(model)
+    config_hash = result_hash(run, extractor)
+    published = find_published(run, config_hash, lists)
+    new = [digest for digest in lists if published is None or digest not in published.sources]
+    if published is not None and not new and not run.retry:
         print(f"pairs: {tables.table_uri(run.storage, 'pairs', run.name)} is there already, from the same config")
-        shards.remove_folder(staging)
-        return earlier
+        return dataclasses.replace(summary_of(published), reused=True)
+    task = f"{config_hash} {sorted(new)} {run.retry} {published.generation if published else None}"
+    staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
     cluster.start_ray()
 
-    repeated_urls = dedup.duplicate_of(listing.rows, "url")
-    outcomes = crawl(run, listing.rows.filter(pc.is_null(repeated_urls)), staging, get)
-    good = outcomes.filter(pc.is_null(outcomes["reason"]))
-    repeated_bytes = dedup.duplicate_of(good, "image_id")
-
-    repeats = shards.Repeats(
-        urls=listing.rows.append_column("duplicate_of", repeated_urls).filter(pc.is_valid(repeated_urls)),
-        images=good.append_column("duplicate_of", repeated_bytes).filter(pc.is_valid(repeated_bytes)),
+    work = generations.plan(
+        [lists[digest] for digest in new],
+        published,
+        run.retry,
+        staging,
+        partition=run.rows_per_shard,
+        part=run.rows_per_part,
     )
-    written = write_shards(run, staging, listing.rows, repeats)
-    pairs = pa.concat_tables([part.pairs for part in written])
-    reasons: Counter[str] = sum((Counter(part.rejected) for part in written), Counter())
-    assert pairs.num_rows + reasons.total() == listing.rows.num_rows, "every row is kept or rejected, once"
+    repeated_urls = find_repeated_urls(run, work, published, staging)
+    progress = crawl(run, work, repeated_urls, staging, get)
+    decisions = decide(run, work, published, staging)
+    written = write_shards(run, work, published, pa.concat_tables([repeated_urls, decisions]), staging, concepts)
 
-    mentions = [vocabulary.match(caption) for caption in pairs["caption"].to_pylist()]
-    concepts, groups = build_groups(pairs, mentions, vocabulary.names, min_images=run.min_images)
-
+    pairs_files = [entry for part in written for entry in part.pairs_files]
+    rejects_files = [entry for part in written for entry in part.rejects_files]
+    scores_files = [entry for part in written for entry in part.scores_files]
+    kept, rejected = sum(part.kept for part in written), Counter[str]()
+    for part in written:
+        rejected.update(part.rejected)
+    assert kept + rejected.total() == work.rows, "every row is kept or rejected, once"
+    if published is not None:
+        replaced = set(work.earlier_rejects.values())
+        pairs_files = [*published.pairs, *pairs_files]
+        rejects_files = [*(entry for entry in published.rejects if entry.path not in replaced), *rejects_files]
+        scores_files = [*published.scores, *scores_files]
+        kept += summary_of(published).kept
+        rejected.update(summary_of(published).rejected)
+        rejected.subtract(work.retried)
+    generation = published.generation + 1 if published else 0
+    mentions = shards.open_staged(staging, "mentions", shards.MENTIONS)
+    grouped = write_groups(
+        mentions, run.storage, run.name, f"part-{generation:03d}", min_images=run.min_images, memory=run.corpus.memory
+    )
     summary = Summary(
-        input=listing.rows.num_rows,
-        kept=pairs.num_rows,
-        rejected=dict(sorted(reasons.items())),
-        concepts=concepts.num_rows,
+        input=sum(work.sources.values()),
+        kept=kept,
+        rejected={reason: count for reason, count in sorted(rejected.items()) if count},
+        concepts=grouped.num_concepts,
         seconds=round(time.monotonic() - started, 2),
         reused=False,
     )
-    publish(
-        run,
-        config_hash,
-        summary,
-        {
-            "rejects": [entry for part in written for entry in part.rejects_files],
-            "concepts": [tables.write_part(run.storage, "concepts", run.name, "part-00000.parquet", concepts)],
-            "groups": [tables.write_part(run.storage, "groups", run.name, "part-00000.parquet", groups)],
-            "pairs": [entry for part in written for entry in part.pairs_files],
-        },
-    )
+    details = {"generation": generation, "sources": work.sources, "progress": progress}
+    files = {"rejects": rejects_files, "concepts": grouped.concepts, "groups": grouped.groups, "pairs": pairs_files}
+    if run.scores.scorers:
+        files = {"scores": scores_files, **files}
+    publish(run, config_hash, {"summary": dataclasses.asdict(summary), **details}, files)
     shards.remove_folder(staging)
     return summary
 
 
-def crawl(run: Run, todo: pa.Table, staging: str, get: Get) -> pa.Table:
-    """Fetch, decode and filter; one staged Parquet file a partition holds what came of each of its rows.
+def find_repeated_urls(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
+    """Decisions about rows whose URL came before; rows that are tried again were looked at when they first came."""
+    fresh = [inputs.rows_file(staging, name) for name in work.partitions if name not in work.earlier_rejects]
+    if not fresh:
+        return DECISIONS.empty_table()
+    filesystem, _ = storage.resolve(staging)
+    paths = [storage.resolve(uri)[1] for uri in fresh]
+    new = ds.dataset(paths, schema=generations.URLS, format="parquet", filesystem=filesystem)
+    corpus = Corpus(work.order, new, published.urls() if published else None, memory=run.corpus.memory)
+    corpus.reject_repeats("url", "duplicate_url")
+    return corpus.decisions()
+
+
+def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, get: Get) -> list[tuple[float, int]]:
+    """Fetch, decode and filter; one staged Parquet file a part holds what came of each of its rows.
 
     Returns:
-        `source`, `row`, `reason` (null if good) and `image_id` of every row.
+        Seconds and rows done so far, for the report.
     """
-    staged = shards.read_staged(staging, ["source", "row", "reason", "image_id"])
-    remaining = todo.filter(pc.invert(pc.is_in(todo["row"], staged["row"])))
-    if staged.num_rows:
-        print(f"pairs: {staged.num_rows:,} of {todo.num_rows:,} rows done by an earlier run", flush=True)
-    if not remaining.num_rows:
-        return staged
-    parts = [part for _, part in shards.partitions(remaining, run.rows_per_shard)]
-    save = partial(shards.stage_part, staging=staging, size=run.rows_per_shard)
+    every = work.parts(run.rows_per_part)
+    done = [path.rpartition("/")[2] for path in shards.staged(staging, "parts")]
+    parts = every.filter(pc.invert(pc.is_in(every["part"], pa.array(done, pa.string()))))
+    if not parts.num_rows:
+        return []
+    if done:
+        print(f"pairs: {len(done):,} of {every.num_rows:,} parts done by an earlier run", flush=True)
+    order, todo, skipped = work.order, ray.put(parts), ray.put(repeated_urls["id"].to_numpy())
+
+    def read(batch: pa.Table) -> pa.Table:
+        part = ray.get(todo).slice(batch["id"][0].as_py(), 1).to_pylist()[0]
+        rows = inputs.read_part(staging, part["partition"], part["number"])
+        ids = order.ids(rows["source"][0].as_py(), rows["row"].to_numpy())
+        rows = rows.filter(pa.array(~dedup.is_among(ids, ray.get(skipped))))
+        return rows.append_column("part", pa.array([part["part"]] * rows.num_rows, pa.string()))
+
+    fetchers = min(run.fetchers, parts.num_rows)
+    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // fetchers))
+    save = partial(shards.stage_part, staging=staging)
     rows = (
-        ray.data.from_blocks(parts)  # from_arrow would start a task a block, only to count its rows
+        ray.data.range(parts.num_rows, override_num_blocks=parts.num_rows)
+        .map_batches(read, batch_format="pyarrow", batch_size=None, num_cpus=0.5)
         .map_batches(
             get,
-            fn_constructor_args=(run.fetch,),
+            fn_constructor_args=(fetch,),
             batch_format="pyarrow",
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(
-                size=min(run.fetchers, len(parts)),
-                max_concurrent_calls_per_actor=run.batches_per_fetcher,
-                max_tasks_in_flight_per_actor=run.batches_per_fetcher,
+                size=fetchers,
+                max_concurrent_calls_per_actor=run.parts_per_fetcher,
+                max_tasks_in_flight_per_actor=run.parts_per_fetcher,
             ),
             num_cpus=0.25,  # fetching waits more than it works, and decoding needs the cores
         )
         .map_batches(partial(decode_rows, config=run.decode), batch_format="pyarrow", batch_size=None, num_cpus=0.5)
         .map_batches(partial(filter_rows, config=run.filters), batch_format="pyarrow", batch_size=None, num_cpus=0.5)
-        .map_batches(save, batch_format="pyarrow", batch_size=None, num_cpus=0.5)
     )
-    show_progress(rows, staged, todo.num_rows)
-    return shards.read_staged(staging, ["source", "row", "reason", "image_id"])
+    if run.scores.scorers or run.corpus.semantic_model:
+        rows = rows.map_batches(
+            ScoreStage,
+            fn_constructor_args=(run.scores, run.corpus.semantic_model),
+            batch_format="pyarrow",
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=run.scores.actors),
+            num_cpus=0.5,
+            num_gpus=run.scores.gpus,
+        )
+    rows = rows.map_batches(save, batch_format="pyarrow", batch_size=None, num_cpus=0.5)
+    return show_progress(rows, work.rows - repeated_urls.num_rows)
 
 
-def show_progress(rows: ray.data.Dataset, staged: pa.Table, total: int) -> None:
-    """Run the crawl, with a line every few seconds."""
+def show_progress(rows: ray.data.Dataset, total: int) -> list[tuple[float, int]]:
+    """Run the crawl, with a line every few seconds, and a warning where most fetches fail."""
     started = shown = time.monotonic()
-    done, kept = staged.num_rows, staged["reason"].null_count
-    earlier = done
+    done, kept, failed, warned = 0, 0, 0, False
+    progress: list[tuple[float, int]] = []
     batch: pa.Table
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         done, kept = done + batch.num_rows, kept + batch["reason"].null_count
+        failed += pc.sum(pc.equal(batch["stage"], "fetch")).as_py() or 0
         now = time.monotonic()
-        if now - shown >= PROGRESS_SECONDS or done == total:
-            shown, rate = now, (done - earlier) / (now - started)
+        if now - shown >= PROGRESS_SECONDS:
+            shown, rate = now, done / (now - started)
+            progress.append((round(now - started, 1), done))
             print(f"pairs: {done:,} of {total:,} rows done, {kept:,} good, {rate:,.0f} rows/s", flush=True)
+            if failed > ALARMING_FAILURES * done and not warned:
+                warned = True
+                print(f"pairs: WARNING: {failed:,} of {done:,} fetches failed; is the network, or its DNS, all right?")
+    print(f"pairs: {done:,} rows done, {kept:,} good, {done / (time.monotonic() - started):,.0f} rows/s", flush=True)
+    return [*progress, (round(time.monotonic() - started, 1), done)]
 
 
-def write_shards(run: Run, staging: str, rows: pa.Table, repeats: shards.Repeats) -> list[shards.Written]:
-    """One tar shard with its index and its rejects for each partition of the input, in parallel."""
+def decide(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
+    """What only the whole corpus can tell: boilerplate captions, and images that come again."""
+    if not shards.staged(staging, "parts"):
+        return DECISIONS.empty_table()
+    semantic = run.corpus.semantic_model
+    schema = shards.LIGHT.append(pa.field("embedding", pa.binary())) if semantic else shards.LIGHT
+    new = shards.open_staged(staging, "parts", schema)
+    corpus = Corpus(work.order, new, published.images() if published else None, memory=run.corpus.memory)
+    if run.corpus.max_caption_uses is not None:
+        corpus.reject_boilerplate(run.corpus.max_caption_uses)
+    corpus.reject_repeats("image_id", "duplicate_bytes")
+    if run.corpus.near_bits is not None:
+        corpus.reject_near_duplicates(run.corpus.near_bits)
+    if semantic:
+        corpus.reject_semantic_duplicates(run.corpus.semantic_cosine)
+    return corpus.decisions()
+
+
+def write_shards(
+    run: Run, work: Work, published: Published | None, decisions: pa.Table, staging: str, extractor: Extractor
+) -> list[shards.Written]:
+    """One tar shard with its index and its rejects for each partition, in parallel."""
+    job = shards.ShardJob(
+        storage=run.storage,
+        name=run.name,
+        staging=staging,
+        order=work.order,
+        part_rows=run.rows_per_part,
+        max_bytes=run.max_shard_bytes,
+        suffix=f"-retry{published.generation + 1}" if published and run.retry else "",
+        earlier_rejects=work.earlier_rejects,
+    )
+    decisions = decisions.sort_by("id")
+    ids = decisions["id"].to_numpy()
     write = ray.remote(num_cpus=0.5, scheduling_strategy="SPREAD")(shards.write_shard)
-    pending = [
-        write.remote(run.storage, run.name, staging, number, repeats.between(part["row"][0], part["row"][-1]))
-        for number, part in shards.partitions(rows, run.rows_per_shard)
-    ]
+    shared, concepts = ray.put(job), ray.put(extractor)
+    pending = []
+    for count, name in enumerate(work.partitions):
+        first = work.first_id(name, run.rows_per_shard)
+        start, stop = np.searchsorted(ids, [first, first + run.rows_per_shard])
+        own = decisions.slice(start, stop - start)
+        pending.append(write.remote(shared, name, own, concepts, count < SAMPLED_PARTITIONS))
+    if published is not None:
+        mention = ray.remote(num_cpus=0.5, scheduling_strategy="SPREAD")(shards.stage_published_mentions)
+        ray.get([mention.remote(shared, path, concepts) for path in published.index_files()])
     written: list[shards.Written] = ray.get(pending)
     return written
 
 
-def result_hash(run: Run, listing: shards.Listing, vocabulary: Vocabulary) -> str:
-    """16 digits that change with whatever changes the tables' rows: not with where and how fast the job runs."""
+def result_hash(run: Run, vocabulary: Vocabulary) -> str:
+    """16 digits that change with whatever changes the tables' rows: not with the lists, where and how fast."""
     neutral = dataclasses.replace(
-        run, storage="", urls="", vocabulary="", site_pictures=0, site_scenes=0, fetchers=0, batches_per_fetcher=0
+        run,
+        storage="",
+        urls="",
+        add=False,
+        retry=(),
+        vocabulary="",
+        site_pictures=0,
+        site_scenes=0,
+        fetchers=0,
+        parts_per_fetcher=0,
+        rows_per_part=0,
+        corpus=dataclasses.replace(run.corpus, memory=""),
+        scores=dataclasses.replace(run.scores, actors=0, gpus=0),
     )
-    inputs = f"{cli.config_hash(neutral)} {listing.digest} {sorted(vocabulary.phrases.items())} {vocabulary.names}"
-    return storage.sha256(inputs.encode())[:16]
+    parts = f"{cli.config_hash(neutral)} {sorted(vocabulary.phrases.items())} {vocabulary.names}"
+    return storage.sha256(parts.encode())[:16]
 
 
-def published(run: Run, config_hash: str) -> Summary | None:
-    """The summary of tables that are there already.
+def find_published(run: Run, config_hash: str, lists: Mapping[str, generations.Cut]) -> Published | None:
+    """What is published under the run's name.
 
     Raises:
-        InputError: they are, but of another config or input.
+        InputError: it is of another config, or of other lists and the run does not say that rows are to be added;
+            or there is nothing whose rows could be tried again.
     """
-    manifests = [tables.find_manifest(run.storage, table, run.name) for table in OUTPUTS]
-    for manifest in manifests:
-        if manifest is not None and manifest.config_hash != config_hash:
-            uri = tables.table_uri(run.storage, manifest.table, run.name)
-            raise InputError(f"{uri}: made from another config or list, expected a new --name or an empty place")
-    if None in manifests:
+    for reason in run.retry:
+        if reason not in {known for reasons in tables.REASONS.values() for known in reasons}:
+            raise InputError(f"--retry {reason}: unknown reason, expected those of `rejects`, such as timeout")
+    published = Published.find(run.storage, run.name)
+    uri = tables.table_uri(run.storage, "pairs", run.name)
+    if published is None:
+        if run.retry:
+            raise InputError(f"--retry: {uri} is not published yet, expected a finished crawl")
         return None
-    assert manifests[0] is not None
-    return dataclasses.replace(Summary(**manifests[0].details), reused=True)
+    if published.config_hash != config_hash:
+        raise InputError(f"{uri}: made from another config, expected the same one, a new --name or an empty place")
+    if not run.add and any(digest not in published.sources for digest in lists):
+        raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")
+    return published
 
 
-def publish(run: Run, config_hash: str, summary: Summary, files: dict[str, list[tables.FileEntry]]) -> None:
-    """Write the manifests, that of `pairs` last."""
-    for table in OUTPUTS:
+def summary_of(published: Published) -> Summary:
+    """The summary of published tables."""
+    return Summary(**published.details["summary"])
+
+
+def publish(run: Run, config_hash: str, details: dict[str, object], files: dict[str, list[tables.FileEntry]]) -> None:
+    """Write the manifests, that of `pairs` last: it tells that all are there."""
+    for table, entries in files.items():
         tables.publish(
-            run.storage,
-            table,
-            run.name,
-            files[table],
-            producer=PRODUCER,
-            config_hash=config_hash,
-            details=dataclasses.asdict(summary),
+            run.storage, table, run.name, entries, producer=PRODUCER, config_hash=config_hash, details=details
         )
 
 
@@ -321,7 +485,7 @@ def site_of(run: Run) -> Iterator[Run]:
     if not (root / "expected.parquet").exists():
         print(f"web site: drawing {run.site_pictures + run.site_scenes:,} images in {root}", flush=True)
         website.build_site(root, num_pictures=run.site_pictures, num_scenes=run.site_scenes)
-    with website.serving(root):
+    with webserver.serving(root):
         yield dataclasses.replace(run, urls=str(root / "urls.tsv"))
 
 

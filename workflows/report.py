@@ -1,13 +1,11 @@
 """The demo's report: one HTML file that explains itself, pictures included."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib.figure
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -17,7 +15,7 @@ from data_prep import storage, tables
 from data_prep.batching import read_images
 from ovd_models.draw import draw_boxes
 from ovd_models.images import decode_image
-from workflows import evaluate
+from workflows import evaluate, page
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
 NUM_GROUPS, GROUP_IMAGES, NUM_SCENES = 6, 8, 6
@@ -72,28 +70,20 @@ def write(
         answer: what the endpoint said.
         answered_on: about which picture.
     """
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = scenes(storage_uri, boxes, checkpoints)
     montage(shown).save(path.with_name("before_after.jpg"), quality=88)
-    page = environment.from_string(TEMPLATE).render(
-        summary=summary,
-        sheet=embed(sheet),
-        reasons=reasons(storage_uri, pairs),
-        groups=groups(storage_uri, pairs),
-        curves={title: embed(plot(lines), "PNG") for title, lines in curves.items() if lines},
-        scenes=shown,
-        embed=embed,
-        answer=answer,
-        answered=embed(draw_answer(answer, answered_on)),
-    )
-    path.write_text(page, encoding="utf-8")
-
-
-def embed(image: Image.Image, form: str = "JPEG") -> str:
-    """A picture as a data URI."""
-    sink = io.BytesIO()
-    image.convert("RGB").save(sink, form, quality=88)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(sink.getvalue()).decode()}"
+    values = {
+        "summary": summary,
+        "sheet": page.embed(sheet),
+        "reasons": reasons(storage_uri, pairs),
+        "groups": groups(storage_uri, pairs),
+        "curves": {title: page.embed(plot(lines), "PNG") for title, lines in curves.items() if lines},
+        "scenes": shown,
+        "embed": page.embed,
+        "answer": answer,
+        "answered": page.embed(draw_answer(answer, answered_on)),
+    }
+    path.write_text(page.render(TEMPLATE, values), encoding="utf-8")
 
 
 def reasons(storage_uri: str, name: str) -> list[dict[str, Any]]:
@@ -118,7 +108,7 @@ def groups(storage_uri: str, name: str) -> list[dict[str, Any]]:
         members = members.sort_by([("width", "descending"), ("image_id", "ascending")]).slice(0, GROUP_IMAGES)
         paths = [f"{root}/{shard}" for shard in members["shard"].to_pylist()]
         members = members.set_column(members.schema.get_field_index("shard"), "shard", [paths])
-        images = [embed(decode_image(content, origin)) for content, origin in read_images(members)]
+        images = [page.embed(decode_image(content, origin)) for content, origin in read_images(members)]
         pictures = list(zip(images, members["caption"].to_pylist(), strict=True))
         shown.append({"name": concept["name"], "count": concept["image_count"], "pictures": pictures})
     return shown
@@ -195,20 +185,7 @@ TEMPLATE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>ovd-ray: from a URL list to a served detector</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
-  h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { margin-top: 2.4rem; border-bottom: 1px solid #d8dee6 }
-  table { border-collapse: collapse; margin: .8rem 0 } th, td { padding: .25rem .8rem; text-align: left }
-  th { border-bottom: 2px solid #aab4c0 } td { border-bottom: 1px solid #e6eaef }
-  td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-  .big td { font-size: 1.15rem } .muted { color: #5d6875 } img { max-width: 100% }
-  .row { display: flex; gap: 10px; flex-wrap: wrap; margin-bottom: 12px } figure { margin: 0 }
-  .tiny { width: 118px } .tiny img { width: 118px; height: 118px; object-fit: contain; background: #f2f4f7 }
-  figcaption { font-size: .74rem; line-height: 1.25; color: #4a5563 }
-  .three figure { width: calc((100% - 20px) / 3) } .curves figure { width: calc((100% - 20px) / 3) }
-  code { background: #f2f4f7; padding: .1rem .3rem } td.url { font-size: .8rem; overflow-wrap: anywhere }
-  .number { color: #0b6e4f; font-weight: 600 }
-</style>
+<style>{{ style|safe }}</style>
 </head>
 <body>
 <h1>From a URL list to a served detector</h1>
@@ -252,7 +229,7 @@ image-text pairs; each of the others was rejected for a reason.</p>
 {% endfor %}
 
 <h2>Training</h2>
-<div class="row curves">
+<div class="row three">
   {% for title, image in curves.items() %}
   <figure><img src="{{ image }}" alt="loss curves of {{ title }}"><figcaption>{{ title }}</figcaption></figure>
   {% endfor %}

@@ -1,17 +1,29 @@
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from PIL import Image
 
-from data_prep import shards, storage, tables
-from ovd_models.errors import InputError
+from data_prep import inputs, shards, storage, tables
+from data_prep.concepts import Vocabulary
+from data_prep.decode import DecodeConfig, decode_rows
+from data_prep.dedup import DECISIONS, Order
+from data_prep.fetch import Fetched, with_content
+from data_prep.filters import FilterConfig, filter_rows
+from data_prep.inputs import Columns
+from data_prep.shards import ShardJob, Written, runs_of_size, write_shard
 
 SAMPLES = [("000", b"first", "one"), ("001", b"x" * 512, "zwei \u00e4"), ("002", b"", "")]
+SOURCE = "0123456789abcdef"
+PARTITION = "01234567-000001"
+CATS = Vocabulary.parse(["cat", "dog"])
 
 
 def test_the_offset_of_an_image_is_where_its_bytes_lie() -> None:
@@ -44,144 +56,377 @@ def test_an_empty_shard_is_a_valid_tar() -> None:
         assert opened.getmembers() == []
 
 
-def test_partitions_are_runs_of_input_rows() -> None:
-    rows = pa.table({"row": pa.array([0, 1, 4, 5, 6, 13], pa.int64())})
-    found = [(number, part["row"].to_pylist()) for number, part in shards.partitions(rows, 5)]
-    assert found == [(0, [0, 1, 4]), (1, [5, 6]), (2, [13])]
-    assert list(shards.partitions(rows.slice(0, 0), 5)) == []
-
-
-LISTS = {
-    "tsv": b'url\tcaption\tn\nhttp://a/1\ta "quoted" cat, really\t1\n\tno url\t2\n',
-    "csv": b'url,caption,n\nhttp://a/1,"a ""quoted"" cat, really",1\n,no url,2\n',
-    "jsonl": b'{"url": "http://a/1", "caption": "a \\"quoted\\" cat, really", "n": 1}\n{"caption": "no url", "n": 2}\n',
-}
-
-
-@pytest.mark.parametrize("suffix", [*LISTS, "parquet"])
-def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"list.{suffix}"
-    if suffix == "parquet":
-        url, caption = ["http://a/1", None], ['a "quoted" cat, really', "no url"]
-        pq.write_table(pa.table({"url": url, "caption": caption, "n": [1, 2]}), path)
-    else:
-        path.write_bytes(LISTS[suffix])
-    found = shards.read_list(str(path), "url", "caption")
-    assert found.rows["row"].to_pylist() == [0, 1]
-    assert found.rows["url"].to_pylist() == ["http://a/1", None]
-    assert found.rows["raw_caption"].to_pylist() == ['a "quoted" cat, really', "no url"]
-    assert found.rows["n"].to_pylist() == [1, 2]
-    assert set(found.rows["source"].to_pylist()) == {found.digest}
-    assert found.digest == storage.sha256(path.read_bytes())[:16]
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("sizes", "most", "runs"),
     [
-        ("missing.tsv", None, "cannot be read, expected a URL list"),
-        ("list.txt", b"http://a/1", "unknown format, expected .tsv, .csv, .jsonl or .parquet"),
-        ("list.tsv", b"", "not a tsv file that can be read"),
-        ("list.tsv", b"url\tcaption\n", "holds no rows"),
-        ("list.tsv", b"link\tcaption\na\tb\n", "no column 'url', expected it among: link, caption"),
-        ("list.tsv", b"url\ttext\na\tb\n", "no column 'caption'"),
-        ("list.tsv", b"url\tcaption\na\tb\nc\td\te\n", "Row #3: Expected 2 columns, got 3"),
-        ("list.tsv", b"url\tcaption\na\t\xff\xfe\n", "UTF8"),
-        ("list.jsonl", b'{"url": "a", "caption": "b"}\n{"url": \n', "not a jsonl file"),
-        ("list.jsonl", b'{"url": ["a"], "caption": "b"}\n', "column 'url' holds list<item: string>, expected text"),
-        ("list.parquet", b"PAR1 no", "not a parquet file"),
+        ([], 10, []),
+        ([3], 10, [(0, 1)]),
+        ([30], 10, [(0, 1)]),
+        ([4, 6], 10, [(0, 2)]),
+        ([4, 6, 1], 10, [(0, 2), (2, 3)]),
+        ([30, 1, 30], 10, [(0, 1), (1, 2), (2, 3)]),
+        ([0, 30, 0], 10, [(0, 1), (1, 2), (2, 3)]),
+        ([5, 5, 5, 5, 5], 10, [(0, 2), (2, 4), (4, 5)]),
+        ([0, 0, 0], 0, [(0, 3)]),
     ],
 )
-def test_a_bad_list_is_told_in_one_line(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        shards.read_list(str(path), "url", "caption")
-    assert message in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_runs_are_as_long_as_their_size_allows(sizes: list[int], most: int, runs: list[tuple[int, int]]) -> None:
+    assert list(runs_of_size(sizes, most)) == runs
 
 
-def test_extra_columns_that_clash_with_ours_are_renamed() -> None:
-    rows = pa.table({"url": ["u"], "caption": ["c"], "width": [5], "license": ["by"]})
-    found = shards.as_listing(rows, "url", "caption", "digest", "here").rows
-    assert found.column_names == ["source", "row", "url", "raw_caption", "input_width", "license"]
+# A partition of ten rows, 10 to 19 of their list, in parts of four: what the crawl leaves of each.
 
 
-def staged_rows(first: int, contents: list[bytes | None]) -> pa.Table:
-    count = len(contents)
-    rows = {
-        "source": ["s"] * count,
-        "row": list(range(first, first + count)),
-        "url": [f"u{number}" for number in range(first, first + count)],
-        "raw_caption": ["Raw"] * count,
-        "caption": ["clean"] * count,
-        "image_id": [content and storage.sha256(content) for content in contents],
-        "content": pa.array(contents, pa.large_binary()),
-        "stage": pa.array([None if content else "fetch" for content in contents], pa.string()),
-        "reason": pa.array([None if content else "dns" for content in contents], pa.string()),
-        "detail": pa.array([None] * count, pa.string()),
-        "http_status": pa.array([200 if content else None for content in contents], pa.int32()),
-        "attempts": pa.array([1] * count, pa.int32()),
-        "phash": pa.array([2**63 + 1] * count, pa.uint64()),
-        "license": ["by"] * count,
+def photo(seed: int, side: int = 64) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (side // 8, side // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+CRAWLED = {
+    10: (Fetched(content=photo(10), http_status=200, attempts=1), "A cat"),
+    11: (Fetched(reason="dns", detail="no such host", attempts=3), "a dog"),
+    12: (Fetched(content=b"<html>", http_status=200, attempts=1), "not an image"),
+    13: (Fetched(content=photo(13, 16), http_status=200, attempts=2), "too small"),
+    14: (Fetched(content=photo(10), http_status=200, attempts=1), "the same bytes"),
+    15: None,  # its URL came before
+    16: (Fetched(content=photo(16), http_status=200, attempts=1), "two <b>dogs</b> and a cat"),
+    17: None,
+    18: (Fetched(content=photo(18), http_status=200, attempts=1), "near another"),
+    19: (Fetched(content=photo(19), http_status=200, attempts=1), "neither"),
+}
+REPEATED_URLS = {15: 10, 17: 3}
+DUPLICATES = {14: ("duplicate_bytes", None, 10), 18: ("near_duplicate", "3 of 64 bits differ", 16)}
+
+
+def listed(first: int = 10, last: int = 19) -> pa.Table:
+    rows = range(first, last + 1)
+    captions = [CRAWLED[row][1] if CRAWLED[row] else "came before" for row in rows]
+    blocks = pa.table({"url": [f"http://a/{row}" for row in rows], "caption": captions, "license": ["by"] * len(rows)})
+    return inputs.with_our_names(blocks, Columns(), SOURCE, first, "list")
+
+
+def stage_crawl(staging: str, rows: pa.Table | None = None, partition: str = PARTITION, part: int = 4) -> None:
+    """Stage a partition as a crawl does: its input rows, and what came of each part; the last part first."""
+    rows = listed() if rows is None else rows
+    shards.stage(rows, inputs.rows_file(staging, partition))
+    for number in reversed(range(-(-rows.num_rows // part))):
+        own = rows.slice(number * part, part)
+        own = own.filter(pa.array([CRAWLED[row] is not None for row in own["row"].to_pylist()]))
+        own = own.append_column("part", pa.array([inputs.part_name(partition, number)] * own.num_rows, pa.string()))
+        fetched = [CRAWLED[row][0] for row in own["row"].to_pylist()]
+        done = filter_rows(decode_rows(with_content(own, fetched), DecodeConfig()), FilterConfig())
+        assert shards.stage_part(done, staging).column_names == ["stage", "reason"]
+
+
+def job(root: Path, **changes: object) -> ShardJob:
+    options = {"part_rows": 4, "max_bytes": 1 << 30, **changes}
+    order = Order.of({SOURCE: 100, "another": 50})
+    return ShardJob(storage=str(root / "out"), name="t", staging=str(root / "staging"), order=order, **options)
+
+
+def decisions(order: Order, rows: Sequence[int] = tuple(range(10, 20))) -> pa.Table:
+    def number(row: int) -> int:
+        return int(order.ids(SOURCE, np.array([row]))[0])
+
+    told = {row: ("duplicate_url", None, first) for row, first in REPEATED_URLS.items()} | DUPLICATES
+    found = [
+        {"id": number(row), "stage": "dedup", "reason": reason, "detail": detail, "duplicate_of": number(first)}
+        for row, (reason, detail, first) in sorted(told.items())
+        if row in rows
+    ]
+    return pa.Table.from_pylist(found, schema=DECISIONS)
+
+
+def write(shared: ShardJob, *, samples: bool = False) -> Written:
+    return write_shard(shared, PARTITION, decisions(shared.order), CATS, samples)
+
+
+def published(shared: ShardJob, written: Written) -> tuple[pa.Table, pa.Table]:
+    for table, files in (("pairs", written.pairs_files), ("rejects", written.rejects_files)):
+        tables.publish(shared.storage, table, "t", files, producer="test", config_hash="h")
+    return tables.read_table(shared.storage, "pairs", "t"), tables.read_table(shared.storage, "rejects", "t")
+
+
+def test_every_row_of_a_partition_is_kept_or_rejected_once(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    written = write(shared)
+    pairs, rejects = published(shared, written)
+    assert pairs["row"].to_pylist() == [10, 16, 19]
+    assert [(row["row"], row["stage"], row["reason"]) for row in rejects.to_pylist()] == [
+        (11, "fetch", "dns"),
+        (12, "decode", "not_an_image"),
+        (13, "filter", "too_small"),
+        (14, "dedup", "duplicate_bytes"),
+        (15, "dedup", "duplicate_url"),
+        (17, "dedup", "duplicate_url"),
+        (18, "dedup", "near_duplicate"),
+    ]
+    reasons = {
+        "dns": 1,
+        "duplicate_bytes": 1,
+        "duplicate_url": 2,
+        "near_duplicate": 1,
+        "not_an_image": 1,
+        "too_small": 1,
     }
-    sizes = {
-        name: pa.array([64] * count, pa.int32()) for name in ("width", "height", "original_width", "original_height")
-    }
-    return pa.table({**rows, **sizes})
+    assert (written.kept, written.rejected) == (3, reasons)
+    assert list(written.rejected) == sorted(reasons)
 
 
-def test_a_partition_is_written_from_all_its_staged_parts(tmp_path: Path) -> None:
-    root, staging = str(tmp_path / "out"), str(tmp_path / "staging")
-    light = shards.stage_part(staged_rows(12, [b"c", b"a"]), staging, 10)  # saved out of order, as a resumed run may
-    shards.stage_part(staged_rows(10, [b"a", None]), staging, 10)
-    shards.stage_part(staged_rows(20, [b"other partition"]), staging, 10)
-    assert light.column_names == ["row", "reason"]
-    reference = pa.struct([("source", pa.string()), ("row", pa.int64())])
-    repeats = shards.Repeats(
-        urls=pa.table(
-            {"source": ["s"], "row": [15], "url": ["u10"], "raw_caption": ["Raw"]},
-        ).append_column("duplicate_of", pa.array([{"source": "s", "row": 10}], reference)),
-        images=pa.table({"row": [13]}).append_column("duplicate_of", pa.array([{"source": "s", "row": 10}], reference)),
-    )
-    written = shards.write_shard(root, "t", staging, 1, repeats)
-    assert written.rejected == {"dns": 1, "duplicate_bytes": 1, "duplicate_url": 1}
-    assert written.pairs.column_names == shards.GROUP_COLUMNS
-    tables.publish(root, "pairs", "t", written.pairs_files, producer="test", config_hash="h")
-    tables.publish(root, "rejects", "t", written.rejects_files, producer="test", config_hash="h")
-
-    pairs = tables.read_table(root, "pairs", "t")
+def test_kept_rows_are_range_reads_of_the_shard(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    pairs, _ = published(shared, write(shared))
     assert pairs.column_names == [*tables.SCHEMAS["pairs"].names, "license"]
-    assert pairs["row"].to_pylist() == [10, 12]
-    assert pairs["key"].to_pylist() == ["000000010", "000000012"]
+    assert pairs["key"].to_pylist() == [f"01234567-{row:010d}" for row in (10, 16, 19)]
+    assert pairs["caption"].to_pylist() == ["A cat", "two dogs and a cat", "neither"]
+    assert pairs["raw_caption"].to_pylist() == ["A cat", "two <b>dogs</b> and a cat", "neither"]
     for row in pairs.to_pylist():
-        uri = storage.join(root, "pairs", "t", row["shard"])
+        uri = storage.join(shared.storage, "pairs", "t", row["shard"])
         image = storage.read_bytes(uri, offset=row["offset"], size=row["size"])
         assert storage.sha256(image) == row["image_id"]
-    rejects = tables.read_table(root, "rejects", "t").to_pylist()
-    assert [(row["row"], row["stage"], row["reason"]) for row in rejects] == [
-        (11, "fetch", "dns"), (13, "dedup", "duplicate_bytes"), (15, "dedup", "duplicate_url"),
-    ]  # fmt: skip
-    assert [row["duplicate_of"] for row in rejects] == [None, *[{"source": "s", "row": 10}] * 2]
-    assert [row["caption"] for row in rejects] == ["Raw"] * 3
-    assert [row["attempts"] for row in rejects] == [1, 1, None]
+    path = tmp_path / f"out/pairs/t/shards/{PARTITION}.tar"
+    found = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == pairs["key"].to_pylist()
+    assert [sample["txt"].decode() for sample in found] == pairs["caption"].to_pylist()
 
 
-def test_a_partition_without_kept_rows_has_rejects_alone(tmp_path: Path) -> None:
-    root, staging = str(tmp_path / "out"), str(tmp_path / "staging")
-    shards.stage_part(staged_rows(0, [None]), staging, 10)
-    none = pa.table(
-        {"source": pa.array([], pa.string()), "row": pa.array([], pa.int64()), "url": pa.array([], pa.string())}
-    )
-    none = none.append_column("raw_caption", pa.array([], pa.string())).append_column(
-        "duplicate_of", pa.array([], tables.SCHEMAS["rejects"].field("duplicate_of").type)
-    )
-    written = shards.write_shard(root, "t", staging, 0, shards.Repeats(urls=none, images=none))
-    assert (written.pairs_files, written.rejected, written.pairs.num_rows) == ([], {"dns": 1}, 0)
-    assert json.dumps(written.rejected)
+def test_rejected_rows_tell_what_was_seen_and_whom_they_duplicate(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    _, rejects = published(shared, write(shared))
+    assert rejects.column_names == [*tables.SCHEMAS["rejects"].names, "license"]
+    rows = {row["row"]: row for row in rejects.to_pylist()}
+    survivors = {row: values["duplicate_of"] for row, values in rows.items() if values["stage"] == "dedup"}
+    assert survivors == {
+        row: {"source": SOURCE, "row": first} for row, first in ((14, 10), (15, 10), (17, 3), (18, 16))
+    }
+    assert all(rows[row]["duplicate_of"] is None for row in (11, 12, 13))
+    assert {row: values["attempts"] for row, values in rows.items()} == {
+        11: 3, 12: 1, 13: 2, 14: 1, 15: None, 17: None, 18: 1,
+    }  # fmt: skip
+    assert (rows[11]["http_status"], rows[12]["http_status"], rows[15]["http_status"]) == (None, 200, None)
+    assert rows[11]["detail"] == "no such host"
+    assert rows[18]["detail"] == "3 of 64 bits differ"
+    assert [rows[row]["caption"] for row in (11, 13, 15)] == ["a dog", "too small", "came before"]
+    assert rows[17]["url"] == "http://a/17"
 
 
-def test_nothing_staged_is_an_empty_table(tmp_path: Path) -> None:
-    assert shards.read_staged(str(tmp_path / "none"), ["row", "reason"]).column_names == ["row", "reason"]
-    shards.remove_folder(str(tmp_path / "none"))
+def test_statistics_add_up(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    written = write(shared)
+    pairs, rejects = published(shared, written)
+    stats = json.loads((tmp_path / f"out/pairs/t/stats/{PARTITION}.json").read_bytes())
+    assert stats["partition"] == PARTITION
+    assert stats["rows"] == 10 == stats["kept"] + sum(stats["rejected"].values())
+    assert (stats["kept"], stats["rejected"]) == (pairs.num_rows, written.rejected)
+    assert sum(stats["rejected"].values()) == rejects.num_rows
+    assert stats["image_bytes"] == sum(pairs["size"].to_pylist())
+    assert sum(entry.rows for entry in written.pairs_files) == pairs.num_rows
+    for entry in written.pairs_files:
+        content = (tmp_path / "out/pairs/t" / entry.path).read_bytes()
+        assert (entry.size, entry.sha256) == (len(content), storage.sha256(content))
+
+
+def test_mentions_are_staged_for_the_groups(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    pairs, _ = published(shared, write(shared))
+    mentions = shards.open_staged(shared.staging, "mentions", shards.MENTIONS).to_table()
+    assert mentions["names"].to_pylist() == [["cat"], ["cat", "dog"], []]
+    assert mentions.select(shards.GROUP_COLUMNS).to_pylist() == pairs.select(shards.GROUP_COLUMNS).to_pylist()
+    shards.remove_folder(f"{shared.staging}/mentions")
+    index = next(entry.path for entry in tables.read_manifest(shared.storage, "pairs", "t").files if entry.rows)
+    shards.stage_published_mentions(shared, index, CATS)
+    assert shards.open_staged(shared.staging, "mentions", shards.MENTIONS).to_table().equals(mentions)
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_staging_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        shared = job(tmp_path / name)
+        stage_crawl(shared.staging)
+        write(shared)
+    parts = job(tmp_path / "c", part_rows=3)
+    stage_crawl(parts.staging, part=3)
+    write(parts)
+    found = bytes_below(tmp_path / "a/out")
+    assert found == bytes_below(tmp_path / "b/out") == bytes_below(tmp_path / "c/out")
+    assert sorted(found) == [
+        f"pairs/t/index/{PARTITION}.parquet",
+        f"pairs/t/shards/{PARTITION}.tar",
+        f"pairs/t/stats/{PARTITION}.json",
+        f"rejects/t/{PARTITION}.parquet",
+    ]
+
+
+def test_a_rerun_reads_what_was_written(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    written = write(shared)
+    shards.remove_folder(f"{shared.staging}/parts")
+    shards.remove_folder(f"{shared.storage}/pairs")
+    assert write(shared) == written
+    assert not (tmp_path / "out/pairs").exists()
+
+
+def test_a_rerun_of_what_was_not_finished_gives_the_same(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    written, before = write(shared), bytes_below(tmp_path / "out")
+    (tmp_path / f"staging/written/{PARTITION}.json").unlink()
+    (tmp_path / f"out/pairs/t/index/{PARTITION}.parquet").unlink()
+    assert write(shared) == written
+    assert bytes_below(tmp_path / "out") == before
+
+
+def test_a_large_shard_is_continued_in_other_files(tmp_path: Path) -> None:
+    shared = job(tmp_path, max_bytes=len(photo(10)) + len(photo(16)))
+    stage_crawl(shared.staging)
+    written = write(shared)
+    pairs, _ = published(shared, written)
+    first, second = f"shards/{PARTITION}.tar", f"shards/{PARTITION}-1.tar"
+    assert pairs["shard"].to_pylist() == [first, first, second]
+    assert pairs["offset"].to_pylist()[0] == pairs["offset"].to_pylist()[2] == 512
+    for row in pairs.to_pylist():
+        uri = storage.join(shared.storage, "pairs", "t", row["shard"])
+        assert storage.sha256(storage.read_bytes(uri, offset=row["offset"], size=row["size"])) == row["image_id"]
+    assert [entry.path for entry in written.pairs_files if entry.path.endswith(".tar")] == [first, second]
+
+
+@pytest.mark.xfail(strict=True, reason="headers, padding and captions are not counted")
+def test_no_shard_of_several_images_is_larger_than_the_limit(tmp_path: Path) -> None:
+    shared = job(tmp_path, max_bytes=len(photo(10)) + len(photo(16)))
+    stage_crawl(shared.staging)
+    sizes = [entry.size for entry in write(shared).pairs_files if entry.path.endswith(".tar")]
+    assert max(sizes) <= shared.max_bytes
+
+
+def test_a_partition_without_kept_rows_has_rejects_and_statistics_alone(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging, listed(11, 13))
+    written = write_shard(shared, PARTITION, DECISIONS.empty_table(), CATS, True)
+    assert written.rejected == {"dns": 1, "not_an_image": 1, "too_small": 1}
+    assert (written.kept, [entry.path for entry in written.pairs_files]) == (0, [f"stats/{PARTITION}.json"])
+    assert shards.staged(shared.staging, "mentions") == []
+    assert json.loads((tmp_path / f"out/pairs/t/stats/{PARTITION}.json").read_bytes())["image_bytes"] == 0
+
+
+def test_a_partition_of_nothing_but_repeated_urls_was_never_fetched(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging, listed(15, 15))
+    assert shards.staged(shared.staging, "parts") == []
+    written = write(shared)
+    _, rejects = published(shared, written)
+    assert written.rejected == {"duplicate_url": 1}
+    row = rejects.to_pylist()[0]
+    assert (row["row"], row["attempts"], row["caption"], row["license"]) == (15, None, "came before", "by")
+    assert row["duplicate_of"] == {"source": SOURCE, "row": 10}
+
+
+def test_a_partition_without_rejected_rows_has_no_file_of_them(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging, listed(19, 19))
+    written = write(shared, samples=True)
+    assert (written.kept, written.rejected, written.rejects_files) == (1, {}, [])
+    assert shards.staged(shared.staging, "samples") == []
+
+
+def test_a_row_of_unknown_fate_is_an_error(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    with pytest.raises(AssertionError, match="neither staged nor rejected"):
+        write_shard(shared, PARTITION, decisions(shared.order, [14]), CATS, False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_show_a_row_of_each_reason(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    written = write(shared, samples=True)
+    found = shards.open_staged(shared.staging, "samples", shards.SAMPLES).to_table().to_pylist()
+    assert {row["reason"] for row in found} == set(written.rejected)
+    rows = {row["reason"]: row for row in found}
+    assert rows["duplicate_url"]["url"] == "http://a/15"
+    assert rows["dns"]["detail"] == "no such host"
+    assert [reason for reason, row in rows.items() if row["picture"]] == ["duplicate_bytes", "near_duplicate"]
+    with Image.open(io.BytesIO(rows["near_duplicate"]["picture"])) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (64, 64))
+
+
+def test_a_thumbnail_is_a_small_picture_of_the_same_shape() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (900, 300), "red").save(buffer, "JPEG")
+    with Image.open(io.BytesIO(shards.thumbnail(buffer.getvalue()))) as small:
+        assert small.size == (128, 43)
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="rows get an `id` of ours beside that of the list, as COYO has")
+def test_a_list_with_ids_of_its_own_keeps_them(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    rows = pa.table({"url": ["http://a/19"], "text": ["a cat"], "id": [4711]})
+    stage_crawl(shared.staging, inputs.with_our_names(rows, Columns(caption="text"), SOURCE, 19, "coyo"))
+    pairs, _ = published(shared, write(shared))
+    assert 4711 in pairs.to_pylist()[0].values()
+
+
+def test_rows_that_are_tried_again_join_the_earlier_rejects(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    _, before = published(shared, write(shared))
+    again = job(tmp_path, suffix="-retry1", earlier_rejects={PARTITION: f"{PARTITION}.parquet"})
+    shards.remove_folder(shared.staging)
+    rows = listed(11, 13)
+    shards.stage(rows, inputs.rows_file(again.staging, PARTITION))
+    rows = rows.append_column("part", pa.array([inputs.part_name(PARTITION, 0)] * 3))
+    fetched = [Fetched(content=photo(seed), http_status=200, attempts=1) for seed in (11, 12)]
+    rows = decode_rows(with_content(rows, [*fetched, Fetched(reason="timeout", attempts=2)]), DecodeConfig())
+    shards.stage_part(filter_rows(rows, FilterConfig()), again.staging)
+    written = write_shard(again, PARTITION, DECISIONS.empty_table(), CATS, False)
+    assert (written.kept, written.rejected) == (2, {"timeout": 1})
+    pairs, rejects = published(again, written)
+    assert pairs["row"].to_pylist() == [11, 12]
+    assert set(pairs["shard"].to_pylist()) == {f"shards/{PARTITION}-retry1.tar"}
+    assert [entry.path for entry in written.rejects_files] == [f"{PARTITION}-retry1.parquet"]
+    wanted = [row for row in before.to_pylist() if row["row"] >= 13]
+    wanted[0] |= {"stage": "fetch", "reason": "timeout", "detail": None, "http_status": None, "attempts": 2}
+    assert rejects.to_pylist() == wanted
+    assert rejects.schema.equals(before.schema)
+
+
+def test_staged_files_are_named_in_order_and_others_passed_over(tmp_path: Path) -> None:
+    assert shards.staged(str(tmp_path), "parts") == []
+    for name in ("b.parquet", "a.parquet", "c.parquet.1234.tmp"):
+        storage.write_bytes(str(tmp_path / "parts" / name), b"")
+    assert shards.staged(str(tmp_path), "parts") == [
+        str(tmp_path / "parts" / name) for name in ("a.parquet", "b.parquet")
+    ]
+    shards.remove_folder(str(tmp_path / "parts"))
+    shards.remove_folder(str(tmp_path / "parts"))
+    assert shards.staged(str(tmp_path), "parts") == []
+
+
+def test_the_light_columns_of_all_parts_are_opened(tmp_path: Path) -> None:
+    shared = job(tmp_path)
+    stage_crawl(shared.staging)
+    found = shards.open_staged(shared.staging, "parts", shards.LIGHT).to_table()
+    assert found.schema.equals(shards.LIGHT)
+    assert found["row"].to_pylist() == [10, 11, 12, 13, 14, 16, 18, 19]
+    assert found["reason"].to_pylist() == [None, "dns", "not_an_image", "too_small", None, None, None, None]
+    with pq.ParquetFile(shards.staged(shared.staging, "parts")[0]) as file:
+        assert "part" not in file.schema_arrow.names
+
+
+def test_a_part_without_rows_is_not_staged(tmp_path: Path) -> None:
+    none = listed().slice(0, 0).append_column("part", pa.array([], pa.string()))
+    done = filter_rows(decode_rows(with_content(none, []), DecodeConfig()), FilterConfig())
+    assert shards.stage_part(done, str(tmp_path)).num_rows == 0
+    assert shards.read_parts(str(tmp_path), PARTITION, 3) is None
+    assert list(tmp_path.iterdir()) == []

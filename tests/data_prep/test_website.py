@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import tables, website
+from data_prep import tables, webserver, website
 from data_prep.website import FaultRates
 
 
@@ -26,7 +26,7 @@ def get(url: str) -> tuple[int, bytes]:
 
 def test_a_site_is_built_then_served(tmp_path: Path) -> None:
     expected = website.build_site(tmp_path, num_pictures=3, num_scenes=2)
-    with website.serving(tmp_path) as base_url:
+    with webserver.serving(tmp_path) as base_url:
         lines = (tmp_path / "urls.tsv").read_text().splitlines()
         status, body = get(f"{base_url}/images/0.jpg")
     assert status == 200
@@ -59,16 +59,18 @@ def test_every_good_image_is_kept_exactly_once(small_site: Path) -> None:
 def test_every_fault_occurs_and_names_a_reason_of_the_closed_list(small_site: Path) -> None:
     expected = pq.read_table(small_site / "expected.parquet").to_pylist()
     kinds = Counter(row["kind"] for row in expected)
-    assert set(kinds) == {"images", "copy", "repeat", *website.KEPT, *website.OUTCOMES}
+    assert set(kinds) == {"images", "copy", "repeat", "near", *website.KEPT, *website.OUTCOMES}
     for row in expected:
         assert row["stage"] is None or row["reason"] in tables.REASONS[row["stage"]]
-    assert set(website.KEPT) | set(website.OUTCOMES) | {"copy", "repeat"} == set(FaultRates.__dataclass_fields__)
+    assert set(website.KEPT) | set(website.OUTCOMES) | {"copy", "repeat", "near"} == set(
+        FaultRates.__dataclass_fields__
+    )
 
 
 def test_duplicates_name_an_earlier_row(small_site: Path) -> None:
     expected = pq.read_table(small_site / "expected.parquet").to_pylist()
     duplicates = [row for row in expected if row["stage"] == "dedup"]
-    assert {row["reason"] for row in duplicates} == {"duplicate_url", "duplicate_bytes"}
+    assert {row["reason"] for row in duplicates} == {"duplicate_url", "duplicate_bytes", "near_duplicate"}
     for row in expected:
         assert (row["duplicate_of"] is not None) == (row["stage"] == "dedup")
     for row in duplicates:
@@ -83,7 +85,7 @@ def test_without_faults_every_row_is_good(tmp_path: Path) -> None:
 
 
 def test_faults_are_played_over_http(small_site: Path) -> None:
-    with website.serving(small_site) as base_url:
+    with webserver.serving(small_site) as base_url:
         assert get(f"{base_url}/missing/3.jpg")[0] == 404
         assert [get(f"{base_url}/flaky/4.jpg")[0] for _ in range(3)] == [500, 200, 200]
         assert get(f"{base_url}/redirects/5.jpg")[1] == website.image_path(small_site, 5).read_bytes()
@@ -96,18 +98,18 @@ def test_faults_are_played_over_http(small_site: Path) -> None:
 
 def test_the_port_is_kept_from_one_serving_to_the_next(tmp_path: Path) -> None:
     website.build_site(tmp_path, num_pictures=1, num_scenes=0)
-    with website.serving(tmp_path) as first:
+    with webserver.serving(tmp_path) as first:
         listed = (tmp_path / "urls.tsv").read_bytes()
-    with website.serving(tmp_path) as second:
+    with webserver.serving(tmp_path) as second:
         assert second == first
         assert (tmp_path / "urls.tsv").read_bytes() == listed
-        with website.serving(tmp_path) as third:  # taken, so another one
+        with webserver.serving(tmp_path) as third:  # taken, so another one
             assert third != second
 
 
 def test_the_server_dies_with_its_parent(tmp_path: Path) -> None:
     website.build_site(tmp_path, num_pictures=1, num_scenes=0)
-    program = f"import time\nfrom data_prep.website import serving\nwith serving({str(tmp_path)!r}) as url:\n"
+    program = f"import time\nfrom data_prep.webserver import serving\nwith serving({str(tmp_path)!r}) as url:\n"
     program += "    print(url, flush=True)\n    time.sleep(60)\n"
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -128,7 +130,7 @@ def test_the_server_dies_with_its_parent(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_site_is_refused_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "data_prep.website", "--root", str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-m", "data_prep.webserver", "--root", str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode != 0
     assert done.stderr.count("\n") == 1

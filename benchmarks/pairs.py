@@ -1,0 +1,324 @@
+"""The crawl beside img2dataset: CPU, wall time and memory on the same local web site, and how alike the pictures are.
+
+make bench-pairs
+.venv/bin/python benchmarks/pairs.py --only http https --urls 1000 --pairs 1
+
+CPU is that of all processes a tool starts, Ray's included; the web site is served by a process that does not count.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from measure import Cost, measure
+from pairs_servers import HOSTILE, Addresses, make_certificates, make_pictures, serving
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BENCH = REPOSITORY / "runs" / "bench"
+FIGURES = BENCH / "pairs.json"
+WORK = BENCH / "pairs"
+PEER = BENCH / "venvs" / "img2dataset"
+PACKAGES = ("img2dataset==1.47.0", "setuptools<81", "scikit-image==0.26.0")
+TIMEOUT = 10
+SIDE = 256
+QUALITY = 95
+HOSTS = 400
+HANGING = HOSTS // 20
+COMPARED = 500
+FILTER = "LANCZOS"
+"""By which data_prep/decode.py reduces images, for the comparison with a full decode."""
+CAP_GB = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    only: list[str]
+    urls: int
+    pairs: int
+    rows_per_shard: int
+    tree: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A URL list to crawl."""
+
+    name: str
+    urls: list[str]
+    kept: int
+    """Rows that both have to keep."""
+    per_host: int
+    secure: bool = False
+
+
+def ours(job: Job, options: Options) -> Cost:
+    """Crawl with this project."""
+    storage = fresh(WORK / "ours")
+    flags = {
+        "config": "web",
+        "name": "bench",
+        "urls": write_list(job),
+        "vocabulary": write_vocabulary(),
+        "storage": storage,
+        "fetch.allow-networks": "127.0.0.0/8",
+        "fetch.per-host": job.per_host,
+        "fetch.deadline-seconds": TIMEOUT,
+        "decode.max-side": SIDE,
+        "decode.jpeg-quality": QUALITY,
+        "rows-per-shard": options.rows_per_shard,
+    }
+    command = [sys.executable, "workflows/prepare_pairs.py", *as_flags(flags)]
+    env = {**environment(job), "PYTHONPATH": str(options.tree)}
+    return measure(command, log=WORK / "ours.log", cwd=options.tree, env=env)
+
+
+def theirs(job: Job, options: Options) -> Cost:
+    """Crawl with img2dataset: its defaults, but one process a core and our size of shards."""
+    flags = {
+        "url_list": write_list(job),
+        "input_format": "tsv",
+        "url_col": "url",
+        "caption_col": "caption",
+        "output_folder": fresh(WORK / "theirs"),
+        "output_format": "webdataset",
+        "resize_mode": "keep_ratio_largest",
+        "image_size": SIDE,
+        "encode_quality": QUALITY,
+        "timeout": TIMEOUT,
+        "processes_count": os.cpu_count(),
+        "number_sample_per_shard": options.rows_per_shard,
+    }
+    command = [str(PEER / "bin" / "img2dataset"), *as_flags(flags)]
+    env = {**environment(job), "NO_ALBUMENTATIONS_UPDATE": "1"}  # else each start asks PyPI for a newer version
+    return measure(command, log=WORK / "theirs.log", env=env, cap_gb=CAP_GB)
+
+
+def kept_by_ours() -> int:
+    """Rows of the index."""
+    folder = WORK / "ours" / "pairs" / "bench" / "index"
+    return sum(pq.read_metadata(path).num_rows for path in folder.glob("*.parquet"))
+
+
+def kept_by_theirs() -> int:
+    """Successes of all shards."""
+    reports = (WORK / "theirs").glob("*_stats.json")
+    return sum(json.loads(path.read_text())["successes"] for path in reports)
+
+
+TOOLS: dict[str, tuple[Callable[[Job, Options], Cost], Callable[[], int]]] = {
+    "ours": (ours, kept_by_ours),
+    "theirs": (theirs, kept_by_theirs),
+}
+
+
+def alternate(job: Job, options: Options) -> dict[str, list[Cost]]:
+    """Run both tools in turn.
+
+    Raises:
+        SystemExit: a tool failed, or did not keep what it had to.
+    """
+    costs: dict[str, list[Cost]] = {tool: [] for tool in TOOLS}
+    for number in range(options.pairs):
+        for tool, (crawl, count) in TOOLS.items():
+            cost = crawl(job, options)
+            kept = count()
+            told = f"{job.name} {number + 1}/{options.pairs} {tool:6}"
+            print(
+                f"{told} kept {kept:,}, CPU {cost.cpu_seconds:.1f} s = {1e3 * cost.cpu_seconds / max(kept, 1):.2f} ms "
+                f"each, wall {cost.wall_seconds:.1f} s, peak {cost.peak_gb:.2f} GB",
+                flush=True,
+            )
+            if cost.exit_code or kept != job.kept:
+                raise SystemExit(f"error: {told}: exit code {cost.exit_code}, kept {kept}, expected {job.kept}")
+            costs[tool].append(cost)
+    return costs
+
+
+def ratio(costs: dict[str, list[Cost]], over: str, under: str, measured: str) -> float:
+    """Of the medians."""
+    middle = {tool: statistics.median(getattr(cost, measured) for cost in runs) for tool, runs in costs.items()}
+    return middle[over] / middle[under]
+
+
+def http(site: Addresses, options: Options) -> dict[str, float]:
+    """Good pictures over connections that stay open; also memory, and how alike the pictures are."""
+    costs = alternate(good_job("http", site.http, options), options)
+    return {
+        "http_ratio": ratio(costs, "theirs", "ours", "cpu_seconds"),
+        "http_wall_ratio": ratio(costs, "theirs", "ours", "wall_seconds"),
+        "peak_memory_ratio": ratio(costs, "ours", "theirs", "peak_gb"),
+        **medians("http", costs, options.urls),
+        **similarity(),
+    }
+
+
+def https(site: Addresses, options: Options) -> dict[str, float]:
+    """Good pictures over HTTPS, a new connection for each."""
+    costs = alternate(good_job("https", site.https, options), options)
+    return {
+        "https_ratio": ratio(costs, "theirs", "ours", "cpu_seconds"),
+        **medians("https", costs, options.urls),
+    }
+
+
+def hanging(site: Addresses, options: Options) -> dict[str, float]:
+    """5 % of the hosts never answer."""
+    hosts = spread([*site.many, *site.hanging])
+    silent = set(site.hanging)
+    chosen = [hosts[index % len(hosts)] for index in range(options.urls)]
+    urls = [picture_url("http", address, index) for index, address in enumerate(chosen)]
+    good = sum(address not in silent for address in chosen)
+    costs = alternate(Job(name="hanging", urls=urls, kept=good, per_host=16), options)
+    return {
+        "hanging_hosts_ratio": ratio(costs, "theirs", "ours", "wall_seconds"),
+        **medians("hanging", costs, good),
+    }
+
+
+def hostile(site: Addresses, options: Options) -> dict[str, float]:
+    """Peak memory where most bodies are an attack; img2dataset has no limits, so it is stopped at a cap."""
+    kinds = [kind for kind in HOSTILE for _ in range(8)]
+    urls = [f"http://{site.http[0]}:{site.http[1]}/{kind}/{index}.jpg" for index, kind in enumerate(kinds)]
+    urls += [picture_url("http", site.http, index) for index in range(len(urls), 100)]
+    job = Job(name="hostile", urls=urls, kept=100 - len(kinds), per_host=100)
+    figures = {}
+    for tool, (crawl, count) in TOOLS.items():
+        cost, kept = crawl(job, options), count()
+        told = f"kept {kept} of {job.kept} good rows, wall {cost.wall_seconds:.1f} s, peak {cost.peak_gb:.2f} GB"
+        print(f"hostile {tool:6} {told}, exit code {cost.exit_code}", flush=True)
+        if tool == "ours" and (cost.exit_code or kept != job.kept):
+            raise SystemExit(f"error: hostile ours: exit code {cost.exit_code}, kept {kept}, expected {job.kept}")
+        figures["hostile_peak_gb" if tool == "ours" else "hostile_peak_gb_theirs"] = cost.peak_gb
+    return figures
+
+
+def index_rows(site: Addresses, options: Options) -> dict[str, float]:
+    """Filters and exact and perceptual dedup over 10^5 and 10^6 rows: rows/s, and peak memory of each."""
+    raise NotImplementedError("index_rows_per_second, index_peak_gb_1e5, index_peak_gb_1e6")
+
+
+PARTS: dict[str, Callable[[Addresses, Options], dict[str, float]]] = {
+    "http": http,
+    "https": https,
+    "hanging": hanging,
+    "hostile": hostile,
+    "index": index_rows,
+}
+
+
+def good_job(scheme: str, address: tuple[str, int], options: Options) -> Job:
+    urls = [picture_url(scheme, address, index) for index in range(options.urls)]
+    return Job(name=scheme, urls=urls, kept=options.urls, per_host=128, secure=scheme == "https")
+
+
+def picture_url(scheme: str, address: tuple[str, int], index: int) -> str:
+    return f"{scheme}://{address[0]}:{address[1]}/images/{index}.jpg"
+
+
+def spread(addresses: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """In an order that scatters neighbours."""
+    return [addresses[index * 149 % len(addresses)] for index in range(len(addresses))]
+
+
+def medians(name: str, costs: dict[str, list[Cost]], images: int) -> dict[str, float]:
+    figures = {}
+    for tool, runs in costs.items():
+        figures[f"{name}_{tool}_cpu_ms"] = 1e3 * statistics.median(cost.cpu_seconds for cost in runs) / images
+        figures[f"{name}_{tool}_wall_s"] = statistics.median(cost.wall_seconds for cost in runs)
+        figures[f"{name}_{tool}_peak_gb"] = statistics.median(cost.peak_gb for cost in runs)
+    return figures
+
+
+def similarity() -> dict[str, float]:
+    """SSIM of the last two outputs, and of ours and a full decode."""
+    command = [str(PEER / "bin" / "python"), "-c", "import pairs_similarity; pairs_similarity.main()"]
+    folders = [WORK / "ours", WORK / "theirs", WORK / "site" / "pictures"]
+    told = subprocess.run(
+        [*command, *map(str, folders), str(COMPARED), FILTER],
+        cwd=Path(__file__).parent,
+        check=True,
+        capture_output=True,
+    )
+    figures: dict[str, float] = json.loads(told.stdout)
+    return figures
+
+
+def write_list(job: Job) -> Path:
+    path = WORK / f"{job.name}.tsv"
+    lines = (f"{url}\ta photo of scene {index}\n" for index, url in enumerate(job.urls))
+    path.write_text("url\tcaption\n" + "".join(lines))
+    return path
+
+
+def write_vocabulary() -> Path:
+    path = WORK / "vocabulary.txt"
+    path.write_text("scene\n")
+    return path
+
+
+def environment(job: Job) -> dict[str, str]:
+    trusted = {"SSL_CERT_FILE": str(WORK / "site" / "bundle.pem")} if job.secure else {}
+    return {**os.environ, **trusted}
+
+
+def as_flags(flags: dict[str, object]) -> list[str]:
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
+def fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def install_peer() -> None:
+    """Make the virtual environment of img2dataset, once."""
+    if not (PEER / ".installed").exists():
+        print(f"installing {', '.join(PACKAGES)} into {PEER}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", PEER], check=True)
+        subprocess.run([PEER / "bin" / "pip", "install", "--quiet", *PACKAGES], check=True)
+        (PEER / ".installed").touch()
+
+
+def record(figures: dict[str, float], tree: Path) -> None:
+    """Update the figures' file, and leave those of other parts as they are."""
+    earlier = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True).stdout.strip()
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    rounded = {name: round(value, 4) for name, value in figures.items()}
+    FIGURES.write_text(json.dumps({**earlier, **rounded, "commit": commit, "machine": machine}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time prepare_pairs beside img2dataset.")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], help="parts to run")
+    parser.add_argument("--urls", type=int, default=10_000, help="URLs of each list")
+    parser.add_argument("--pairs", type=int, default=5, help="times that each tool runs")
+    parser.add_argument("--rows-per-shard", type=int, default=1000, help="for both")
+    parser.add_argument("--tree", type=Path, default=REPOSITORY, help="checkout whose workflow is timed")
+    options = Options(**vars(parser.parse_args()))
+    install_peer()
+    make_pictures(WORK / "site" / "pictures", max(options.urls, 100))
+    make_certificates(WORK / "site")
+    figures: dict[str, float] = {}
+    with serving(WORK / "site", HOSTS - HANGING, HANGING) as site:
+        for part in options.only:
+            found = PARTS[part](site, options)
+            record(found, options.tree)
+            figures.update(found)
+    for name, value in figures.items():
+        print(f"{name:28} {value:10.3f}")
+
+
+if __name__ == "__main__":
+    main()

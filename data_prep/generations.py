@@ -1,0 +1,207 @@
+"""Tables that grow: what is published, and the work that a run adds to it.
+
+The first run publishes generation 0; every run that adds lists, or tries rejected rows again, publishes the next one.
+Files never change: a new manifest lists the old ones and the new ones, and leaves out those that were written anew.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import ray
+
+from data_prep import inputs, storage, tables
+from data_prep.dedup import Order
+from data_prep.tables import FileEntry
+from ovd_models.errors import InputError
+
+URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
+IMAGES = pa.schema(
+    {"source": pa.string(), "row": pa.int64(), "image_id": pa.string(), "phash": pa.uint64(), "caption": pa.string()}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """The tables of a name as they are."""
+
+    storage: str
+    name: str
+    config_hash: str
+    details: Mapping[str, Any]
+    pairs: tuple[FileEntry, ...]
+    rejects: tuple[FileEntry, ...]
+    scores: tuple[FileEntry, ...]
+
+    @classmethod
+    def find(cls, storage_uri: str, name: str) -> Self | None:
+        """What is published under a name, or None; `pairs` is published last, so it tells."""
+        pairs = tables.find_manifest(storage_uri, "pairs", name)
+        if pairs is None:
+            return None
+        rejects = tables.read_manifest(storage_uri, "rejects", name)
+        scores = tables.find_manifest(storage_uri, "scores", name)
+        return cls(
+            storage=storage_uri,
+            name=name,
+            config_hash=pairs.config_hash,
+            details=pairs.details,
+            pairs=pairs.files,
+            rejects=rejects.files,
+            scores=scores.files if scores else (),
+        )
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Rows of each source, by digest."""
+        return dict(self.details["sources"])
+
+    @property
+    def generation(self) -> int:
+        """How often the tables grew."""
+        return int(self.details["generation"])
+
+    def index_files(self) -> list[str]:
+        """The Parquet files of `pairs`, relative to its folder."""
+        return [entry.path for entry in self.pairs if entry.path.endswith(".parquet")]
+
+    def urls(self) -> ds.Dataset:
+        """`URLS` of all rows, kept or rejected."""
+        rejects = [("rejects", entry.path) for entry in self.rejects]
+        return self._open([("pairs", path) for path in self.index_files()] + rejects, URLS)
+
+    def images(self) -> ds.Dataset:
+        """`IMAGES` of the kept rows."""
+        return self._open([("pairs", path) for path in self.index_files()], IMAGES)
+
+    def _open(self, files: Sequence[tuple[str, str]], schema: pa.Schema) -> ds.Dataset:
+        uris = [storage.join(tables.table_uri(self.storage, table, self.name), path) for table, path in files]
+        filesystem, _ = storage.resolve(self.storage)
+        paths = [storage.resolve(uri)[1] for uri in uris]
+        return ds.dataset(paths, schema=schema, format="parquet", filesystem=filesystem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run has to do; saved, so that a run that was killed goes on with the same."""
+
+    sources: dict[str, int]
+    """Rows of each source, by digest: those published and the new ones."""
+    partitions: dict[str, int]
+    """Rows of each partition to do."""
+    retried: dict[str, int] = field(default_factory=dict)
+    """Rejected rows that are tried again, by their reason so far."""
+    earlier_rejects: dict[str, str] = field(default_factory=dict)
+    """The published file of `rejects` that a partition's new one takes the place of."""
+
+    @property
+    def order(self) -> Order:
+        """The order of all rows."""
+        return Order.of(self.sources)
+
+    @property
+    def rows(self) -> int:
+        """Rows to do."""
+        return sum(self.partitions.values())
+
+    def first_id(self, partition: str, size: int) -> int:
+        """The id that the first input row of a partition has or had, with partitions of `size` rows."""
+        source, _, number = partition.partition("-")
+        digest = next(digest for digest in self.sources if digest.startswith(source))
+        return int(self.order.ids(digest, np.array([int(number) * size]))[0])
+
+    def parts(self, size: int) -> pa.Table:
+        """`part` (its name), `partition` and `number` of every part of `size` rows."""
+        counts = [-(-rows // size) for rows in self.partitions.values()]
+        partition = np.repeat(list(self.partitions), counts)
+        number = np.concatenate([np.arange(count) for count in [0, *counts]])
+        names = [inputs.part_name(*part) for part in zip(partition.tolist(), number.tolist(), strict=True)]
+        return pa.table({"part": names, "partition": partition, "number": number})
+
+    def save(self, staging: str) -> Self:
+        """Save and return it."""
+        storage.write_bytes(storage.join(staging, "work.json"), json.dumps(asdict(self)).encode())
+        return self
+
+    @classmethod
+    def load(cls, staging: str) -> Self | None:
+        """The work of an earlier run, or None."""
+        uri = storage.join(staging, "work.json")
+        return cls(**json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
+
+
+def cut_rejects(
+    published: Published, reasons: Sequence[str], staging: str, *, partition: int, part: int
+) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
+    """Stage the rows that were rejected for one of the given reasons as the input of another try.
+
+    Returns:
+        Rows by partition, rows by reason, and the published file of rejects of each partition.
+    """
+    partitions: dict[str, int] = {}
+    retried: Counter[str] = Counter()
+    earlier: dict[str, str] = {}
+    for entry in published.rejects:
+        uri = storage.join(tables.table_uri(published.storage, "rejects", published.name), entry.path)
+        filesystem, path = storage.resolve(uri)
+        rejects = pq.read_table(path, filesystem=filesystem)
+        rows = rejects.filter(pc.is_in(rejects["reason"], pa.array(list(reasons), pa.string())))
+        if not rows.num_rows:
+            continue
+        retried.update(rows["reason"].to_pylist())
+        told = ["stage", "reason", "detail", "http_status", "attempts", "duplicate_of"]
+        rows = rows.drop_columns(told).rename_columns({"caption": "raw_caption"})
+        name = inputs.partition_name(rows["source"][0].as_py(), rows["row"][0].as_py() // partition)
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer, compression="zstd", row_group_size=part)
+        storage.write_bytes(inputs.rows_file(staging, name), buffer.getvalue())
+        partitions[name], earlier[name] = rows.num_rows, entry.path
+    return partitions, dict(retried), earlier
+
+
+Cut = Callable[..., inputs.Source]
+"""Cuts a list into partitions: `cut(staging=..., partition=..., part=...)`."""
+
+
+def plan(
+    lists: Sequence[Cut], published: Published | None, retry: Sequence[str], staging: str, *, partition: int, part: int
+) -> Work:
+    """Cut new lists into partitions, in parallel, and take up the rejected rows that are to be tried again.
+
+    Args:
+        lists: the new ones.
+        published: what is there.
+        retry: reasons whose rows are tried again.
+        staging: folder of the work.
+        partition: rows of a partition.
+        part: rows of a part.
+
+    Raises:
+        InputError: a list is malformed.
+    """
+    earlier_work = Work.load(staging)
+    if earlier_work is not None:
+        return earlier_work
+    start: Any = ray.remote(num_cpus=0.5)(lambda cut: cut(staging=staging, partition=partition, part=part))
+    try:
+        sources: list[inputs.Source] = ray.get([start.remote(cut) for cut in lists])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+    partitions = {name: rows for source in sources for name, rows in source.partitions.items()}
+    retried: dict[str, int] = {}
+    earlier: dict[str, str] = {}
+    if published is not None and retry:
+        again, retried, earlier = cut_rejects(published, retry, staging, partition=partition, part=part)
+        partitions |= again
+    rows = {**(published.sources if published else {}), **{source.digest: source.rows for source in sources}}
+    return Work(sources=rows, partitions=partitions, retried=retried, earlier_rejects=earlier).save(staging)

@@ -1,0 +1,272 @@
+"""The lists that come in: files of URLs and captions, read in a stream and cut into partitions of rows.
+
+    files = find_files("s3://bucket/lists/*.parquet")
+    source = cut(files[0], columns, staging, rows_per_partition=1000, rows_per_part=100)
+
+A partition is a run of consecutive rows of one file; it becomes one shard. A part is a run of rows of a partition, the
+unit in which work is saved.
+"""
+
+import fnmatch
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from data_prep import storage, tables
+from ovd_models.errors import InputError
+
+SUFFIXES = ("tsv", "csv", "jsonl", "parquet")
+BLOCK_BYTES = 8 << 20
+DIGEST_DIGITS = 16
+STAGED = ("stage", "reason", "detail", "http_status", "attempts", "content", "duplicate_of", "contrast", "embedding")
+"""Columns that rows get on their way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What the columns of the lists are called."""
+
+    url: str = "url"
+    caption: str = "caption"
+    header: tuple[str, ...] = ()
+    """Names of all columns, for .tsv and .csv files without a header line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One file of the input."""
+
+    digest: str
+    """First digits of its content's SHA-256; also each row's `source`."""
+    rows: int
+    rows_per_partition: int
+
+    @property
+    def partitions(self) -> dict[str, int]:
+        """Rows of its partitions by name, in order."""
+        size = self.rows_per_partition
+        starts = range(0, self.rows, size)
+        return {partition_name(self.digest, start // size): min(size, self.rows - start) for start in starts}
+
+
+def partition_name(source: str, number: int) -> str:
+    """The name of a partition, also of the files made from it."""
+    return f"{source[:8]}-{number:06d}"
+
+
+def part_name(partition: str, number: int) -> str:
+    """The staged file that holds what came of a part."""
+    return f"{partition}-{number:05d}.parquet"
+
+
+def find_files(uri: str) -> list[str]:
+    """The lists behind a file name, a folder or a pattern such as `lists/*.parquet`, in alphabetical order.
+
+    Raises:
+        InputError: there is none, or a file has an unknown suffix.
+    """
+    if not uri:
+        raise InputError(f"--urls: missing, expected a file, folder or pattern of {_expected()} files")
+    filesystem, path = storage.resolve(uri)
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.File:
+        if _suffix(path) not in SUFFIXES:
+            raise InputError(f"{uri}: unknown format, expected {_expected()}")
+        return [uri]
+    is_folder = kind == fs.FileType.Directory
+    folder, pattern = (path, f"{path}/*") if is_folder else (re.split("[*?]", path)[0].rpartition("/")[0], path)
+    entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+    names = sorted(entry.path for entry in entries if entry.type == fs.FileType.File)
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and _suffix(name) in SUFFIXES]
+    if not found:
+        raise InputError(f"{uri}: cannot be read, expected a URL list ({_expected()})")
+    scheme = uri.partition("://")[0] + "://" if "://" in uri else ""
+    return [f"{scheme}{name}" for name in found]
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _expected() -> str:
+    return ", ".join(f".{suffix}" for suffix in SUFFIXES[:-1]) + f" or .{SUFFIXES[-1]}"
+
+
+def digest(uri: str) -> str:
+    """First digits of the SHA-256 of a file, read in a stream.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    filesystem, path = storage.resolve(uri)
+    found = hashlib.sha256()
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                found.update(block)
+    except OSError as error:
+        raise InputError(f"{uri}: cannot be read, expected a URL list ({one_line(error)})") from error
+    return found.hexdigest()[:DIGEST_DIGITS]
+
+
+def read_blocks(uri: str, columns: Columns) -> Iterator[pa.Table]:
+    """The rows of a list, block after block.
+
+    The columns of .tsv and .csv files are text; tabs separate those of the first, which know no quotes.
+
+    Raises:
+        InputError: the file is malformed.
+    """
+    filesystem, path = storage.resolve(uri)
+    suffix = _suffix(path)
+    try:
+        match suffix:
+            case "parquet":
+                with pq.ParquetFile(path, filesystem=filesystem) as file:
+                    for batch in file.iter_batches():
+                        yield pa.Table.from_batches([batch])
+            case "jsonl":
+                with filesystem.open_input_stream(path) as stream:
+                    options = pyarrow.json.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
+                    for batch in pyarrow.json.open_json(stream, options):
+                        yield pa.Table.from_batches([batch])
+            case _:
+                yield from _read_text(filesystem, path, suffix, columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{uri}: not a {suffix} file that can be read ({one_line(error)})") from error
+
+
+def _read_text(filesystem: fs.FileSystem, path: str, suffix: str, columns: Columns) -> Iterator[pa.Table]:
+    plain = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False) if suffix == "tsv" else None
+    names = list(columns.header) or None
+    # Without threads, so that errors tell the row.
+    reading = pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names)
+    with filesystem.open_input_stream(path) as stream:
+        head = stream.read(BLOCK_BYTES).partition(b"\n")[0] + b"\n"
+    if names is None:
+        names = pyarrow.csv.read_csv(io.BytesIO(head), reading, plain).column_names
+    text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+    with filesystem.open_input_stream(path) as stream:
+        for batch in pyarrow.csv.open_csv(stream, reading, plain, text):
+            yield pa.Table.from_batches([batch])
+
+
+def with_our_names(rows: pa.Table, columns: Columns, source: str, first: int, where: str) -> pa.Table:
+    """Rows of an input under our column names.
+
+    Args:
+        rows: a block.
+        columns: what its columns are called.
+        source: digest of the file.
+        first: number of the block's first row in the file.
+        where: the file, for messages.
+
+    Returns:
+        `source`, `row`, `url` (null where missing or empty), `raw_caption` and the further columns of the input, with
+        `input_` before those names that our tables use.
+
+    Raises:
+        InputError: a column is missing, or does not hold text.
+    """
+    found = ", ".join(rows.column_names) or "none"
+    texts = {}
+    for column in (columns.url, columns.caption):
+        if column not in rows.column_names:
+            raise InputError(f"{where}: no column {column!r}, expected it among: {found}")
+        try:
+            texts[column] = rows[column].cast(pa.string())
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            kind = rows.schema.field(column).type
+            raise InputError(f"{where}: column {column!r} holds {kind}, expected text") from error
+    urls = pc.utf8_trim_whitespace(texts[columns.url])
+    ours: dict[str, Any] = {
+        "source": pa.array([source], pa.string()).take(pa.array(np.zeros(rows.num_rows, np.int64))),
+        "row": pa.array(np.arange(first, first + rows.num_rows)),
+        "url": pc.if_else(pc.equal(urls, ""), None, urls),
+        "raw_caption": texts[columns.caption],
+    }
+    taken = {*ours, *tables.SCHEMAS["pairs"].names, *STAGED}
+    for column in rows.column_names:
+        if column not in texts:
+            ours[f"input_{column}" if column in taken else column] = rows[column]
+    return pa.table(ours)
+
+
+def cut(
+    uri: str, blocks: Iterable[pa.Table], columns: Columns, source: str, *, staging: str, partition: int, part: int
+) -> Source:
+    """Write a list's rows, under our names, as one Parquet file a partition with a row group a part.
+
+    Args:
+        uri: the list, for messages.
+        blocks: its rows.
+        columns: what its columns are called.
+        source: its digest.
+        staging: folder that is written to.
+        partition: rows of a partition.
+        part: rows of a part.
+
+    Raises:
+        InputError: the list is malformed or empty.
+    """
+    count, waiting = 0, pa.table({})
+
+    def write(rows: pa.Table) -> None:
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer, compression="zstd", row_group_size=part)
+        number = rows["row"][0].as_py() // partition
+        storage.write_bytes(rows_file(staging, partition_name(source, number)), buffer.getvalue())
+
+    for block in blocks:
+        named = with_our_names(block, columns, source, count, uri)
+        count += named.num_rows
+        waiting = pa.concat_tables([waiting, named]) if waiting.num_rows else named
+        whole = waiting.num_rows // partition * partition
+        for start in range(0, whole, partition):
+            write(waiting.slice(start, partition))
+        waiting = waiting.slice(whole)
+    if waiting.num_rows:
+        write(waiting)
+    if not count:
+        raise InputError(f"{uri}: holds no rows, expected at least one")
+    return Source(digest=source, rows=count, rows_per_partition=partition)
+
+
+def cut_file(uri: str, *, columns: Columns, staging: str, partition: int, part: int) -> Source:
+    """`cut` for a file, unless that was done before."""
+    source = digest(uri)
+    done = storage.join(staging, "sources", f"{source}.json")
+    if storage.exists(done):
+        return Source(**json.loads(storage.read_bytes(done)))
+    found = cut(uri, read_blocks(uri, columns), columns, source, staging=staging, partition=partition, part=part)
+    storage.write_bytes(done, json.dumps(asdict(found)).encode())
+    return found
+
+
+def rows_file(staging: str, partition: str) -> str:
+    """The file that holds a partition's input rows."""
+    return storage.join(staging, "rows", f"{partition}.parquet")
+
+
+def read_part(staging: str, partition: str, number: int) -> pa.Table:
+    """The input rows of a part of a partition."""
+    filesystem, path = storage.resolve(rows_file(staging, partition))
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        return file.read_row_group(number)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
