@@ -30,7 +30,6 @@ CLUSTER_ROWS = 20_000
 SAMPLE_ROWS, BATCH_ROWS, BLOCK_ROWS = 50_000, 8192, 1024
 """Embeddings that clusters are found from, and how many are looked at together."""
 Ids = npt.NDArray[np.int64]
-NO_IDS: Ids = np.zeros(0, np.int64)
 DISTANCES = pa.schema({"first": pa.int64(), "second": pa.int64(), "distance": pa.float64()})
 """Pairs of rows, the earlier one first."""
 DECISIONS = pa.schema(
@@ -153,15 +152,18 @@ class Corpus:
         Every pair is found: of `bits` + 2 bands of the hash, two are equal in both.
         """
         self._sql.execute("create or replace temp table hashes as select phash, min(id) as id from rows group by phash")
-        pairs = [
-            self._sql.sql(
-                "select one.id as first, other.id as second, bit_count(xor(one.phash, other.phash)) as distance "
+        self._sql.execute("create or replace temp table pairs (first bigint, second bigint, distance double)")
+        masks = band_masks(bits)
+        for number, mask in enumerate(masks):
+            found = "".join(
+                f" and (xor(one.phash, other.phash) & {earlier}::ubigint) <> 0" for earlier in masks[:number]
+            )
+            self._sql.execute(
+                "insert into pairs select one.id, other.id, bit_count(xor(one.phash, other.phash)) as distance "
                 f"from hashes one join hashes other on (one.phash & {mask}::ubigint) = (other.phash & {mask}::ubigint) "
-                f"where one.id < other.id and other.id >= {NEW} and distance <= {bits}"
-            ).to_arrow_table()
-            for mask in band_masks(bits)
-        ]
-        self._sql.register("near", survivors(pa.concat_tables(pairs)))
+                f"where one.id < other.id and other.id >= {NEW} and distance <= {bits}{found}"
+            )
+        self._sql.register("near", survivors(self._pairs()))
         # Rows of one hash share its fate: they duplicate its first row, or what that one duplicates.
         self._reject(
             "select rows.id, 'dedup', 'near_duplicate', format('{:.0f} of 64 bits differ', coalesce(distance, 0)), "
@@ -176,39 +178,45 @@ class Corpus:
 
         Images are compared within clusters, as SemDeDup does (arXiv 2303.09540), each in its two nearest.
         """
-        (count,) = self._sql.execute("select count(*) from rows where embedding is not null").fetchone() or (0,)
-        clusters = -(-int(count) // CLUSTER_ROWS)
-        sample = self._embeddings(f"order by hash(id), id limit {SAMPLE_ROWS}")
-        centres_KD = kmeans(next(sample, (NO_IDS, np.zeros((0, 1), np.float32)))[1], clusters)
-        self._sql.execute("create or replace temp table assigned (cluster integer, id bigint, embedding blob)")
-        for id_N, unit_ND in self._embeddings("order by id"):
-            nearest_N2 = np.argsort(-unit_ND @ centres_KD.T, axis=1)[:, :2]
-            for cluster_N in nearest_N2.T:
-                blobs = pa.array([row.tobytes() for row in unit_ND.astype("<f2")], pa.binary())
+        self._sql.execute(
+            "create or replace table embedded as select id, embedding from rows where embedding is not null"
+        )
+        ((count,),) = self._sql.execute("select count(*) from embedded").fetchall()
+        clusters = max(1, -(-int(count) // CLUSTER_ROWS))
+        _, sample_ND = self._embeddings(f"select * from embedded order by hash(id), id limit {SAMPLE_ROWS}")
+        centres_KD = kmeans(sample_ND, clusters)
+        self._sql.execute("create or replace table assigned (cluster integer, id bigint, embedding blob)")
+        for start in range(0, int(count), BATCH_ROWS):
+            id_N, unit_ND = self._embeddings(f"select * from embedded order by id limit {BATCH_ROWS} offset {start}")
+            nearest_NC = np.argsort(-unit_ND @ centres_KD.T, axis=1)[:, :2]
+            blobs = pa.array([row.tobytes() for row in unit_ND.astype("<f2")], pa.binary())
+            for cluster_N in nearest_NC.T:
                 self._sql.register("batch", pa.table({"cluster": cluster_N, "id": id_N, "embedding": blobs}))
                 self._sql.execute("insert into assigned select cluster, id, embedding from batch")
-        pairs = [DISTANCES.empty_table()]
+                self._sql.unregister("batch")
+        self._sql.execute("create or replace temp table pairs (first bigint, second bigint, distance double)")
         for cluster in range(clusters):
-            members = self._embeddings("order by id", f"(select * from assigned where cluster = {cluster})", None)
-            pairs += [near_pairs(id_N, unit_ND, cosine) for id_N, unit_ND in members]
-        self._sql.register("near", survivors(pa.concat_tables(pairs)))
+            members = self._embeddings(f"select id, embedding from assigned where cluster = {cluster} order by id")
+            self._sql.register("batch", near_pairs(*members, cosine))
+            self._sql.execute(f"insert into pairs select * from batch where second >= {NEW}")
+            self._sql.unregister("batch")
+        self._sql.register("near", survivors(self._pairs()))
         self._reject(
             "select second, 'dedup', 'semantic_duplicate', format('cosine {:.3f}', 1 - distance), first from near"
         )
         self._sql.unregister("near")
 
-    def _embeddings(
-        self, order: str, source: str = "rows", batch: int | None = BATCH_ROWS
-    ) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
-        """Ids [N] and unit embeddings [N, D] in batches, or all at once."""
-        query = f"select id, embedding from {source} where embedding is not null {order}"
-        found = self._sql.sql(query)
-        batches = found.to_arrow_reader(batch) if batch else [found.to_arrow_table()]
-        for part in batches:
-            if part.num_rows:
-                flat = np.frombuffer(b"".join(part["embedding"].to_pylist()), "<f2").astype(np.float32)
-                unit_ND = flat.reshape(part.num_rows, -1)
-                yield np.asarray(part["id"].to_numpy(zero_copy_only=False)), unit_ND
+    def _embeddings(self, query: str) -> tuple[Ids, npt.NDArray[np.float32]]:
+        """Ids [N] and unit embeddings [N, D] of a query's rows."""
+        found = self._sql.sql(query).to_arrow_table()
+        flat = np.frombuffer(b"".join(found["embedding"].to_pylist()), "<f2").astype(np.float32)
+        return found["id"].to_numpy(), flat.reshape(found.num_rows, -1) if found.num_rows else flat.reshape(0, 1)
+
+    def _pairs(self) -> Iterator[tuple[int, int, float]]:
+        """Rows of the table `pairs`, by the later row."""
+        found = self._sql.sql("select distinct first, second, distance from pairs order by second, first, distance")
+        for batch in found.to_arrow_reader(BATCH_ROWS):
+            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
     def decisions(self) -> pa.Table:
         """What was decided: `DECISIONS`, ascending by `id`."""
@@ -251,29 +259,18 @@ def near_pairs(id_N: Ids, unit_ND: npt.NDArray[np.float32], cosine: float) -> pa
     return pa.concat_tables(found)
 
 
-def survivors(pairs: pa.Table) -> pa.Table:
+def survivors(pairs: Iterable[tuple[int, int, float]]) -> pa.Table:
     """Which rows fall to which: in ascending order, a row falls to the first kept row it pairs with.
 
     Args:
-        pairs: `first` < `second`, and `distance`, in any order, also repeated.
+        pairs: first < second, and their distance, ascending by second and first.
 
     Returns:
-        `second`, `first`, `distance`: each fallen row once, with a row that is kept.
+        `DISTANCES`: each fallen row once, with a row that is kept.
     """
-    ordered = pairs.sort_by([("second", "ascending"), ("first", "ascending")])
     fallen: dict[int, tuple[int, float]] = {}
-    for first, second, distance in _rows(ordered):
+    for first, second, distance in pairs:
         if first not in fallen and second not in fallen:
             fallen[second] = (first, distance)
-    return pa.table(
-        {
-            "second": pa.array(fallen, pa.int64()),
-            "first": pa.array([first for first, _ in fallen.values()], pa.int64()),
-            "distance": pa.array([distance for _, distance in fallen.values()], pa.float64()),
-        }
-    )
-
-
-def _rows(table: pa.Table) -> Iterable[tuple[int, int, float]]:
-    columns = (table[name].to_pylist() for name in ("first", "second", "distance"))
-    return zip(*columns, strict=True)
+    columns = [[first for first, _ in fallen.values()], list(fallen), [distance for _, distance in fallen.values()]]
+    return pa.table(columns, schema=DISTANCES)

@@ -118,7 +118,8 @@ def clean_caption(raw: str | None) -> str:
 def filter_rows(rows: pa.Table, config: FilterConfig) -> pa.Table:
     """Table rows of decoded images -> the same rows with the cleaned `caption`, or why they are not kept.
 
-    What is not kept loses its `content`; the measure `contrast` has done its work and goes.
+    What is not kept loses its `content`, but for the first row of each reason, which the report shows; the measure
+    `contrast` has done its work and goes.
     """
     captions = [clean_caption(raw) for raw in rows["raw_caption"].to_pylist()]
     measures = (rows[name].to_pylist() for name in ("reason", "original_width", "original_height", "contrast"))
@@ -129,6 +130,9 @@ def filter_rows(rows: pa.Table, config: FilterConfig) -> pa.Table:
         for reason, width, height, contrast, caption in zip(*measures, captions, strict=True)
     ]
     rows = with_failures(rows, "filter", failures)
-    content = pc.if_else(pc.is_null(rows["reason"]), rows["content"], pa.scalar(None, pa.large_binary()))
+    reasons = rows["reason"].to_pylist()
+    shown = {reason: position for position, reason in reversed(list(enumerate(reasons)))}
+    stays = [reason is None or shown[reason] == position for position, reason in enumerate(reasons)]
+    content = pc.if_else(pa.array(stays, pa.bool_()), rows["content"], pa.scalar(None, pa.large_binary()))
     rows = rows.drop_columns(["contrast", "content"]).append_column("content", content)
     return rows.append_column("caption", pa.array(captions, pa.string()))

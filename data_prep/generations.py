@@ -47,16 +47,21 @@ class Published:
         pairs = tables.find_manifest(storage_uri, "pairs", name)
         if pairs is None:
             return None
-        rejects = tables.read_manifest(storage_uri, "rejects", name)
-        scores = tables.find_manifest(storage_uri, "scores", name)
+        if "files" not in pairs.details:
+            uri = tables.table_uri(storage_uri, "pairs", name)
+            raise InputError(f"{uri}: made by a program that this one cannot go on from, expected a new --name")
+        # Not from the manifests of those tables: they may be of a generation whose `pairs` were never published.
+        others = {
+            table: tuple(FileEntry(**entry) for entry in entries) for table, entries in pairs.details["files"].items()
+        }
         return cls(
             storage=storage_uri,
             name=name,
             config_hash=pairs.config_hash,
             details=pairs.details,
             pairs=pairs.files,
-            rejects=rejects.files,
-            scores=scores.files if scores else (),
+            rejects=others["rejects"],
+            scores=others["scores"],
         )
 
     @property
@@ -68,6 +73,11 @@ class Published:
     def generation(self) -> int:
         """How often the tables grew."""
         return int(self.details["generation"])
+
+    def rejected_for(self, reasons: Sequence[str]) -> int:
+        """Rows that are rejected for one of the reasons."""
+        counts: dict[str, int] = self.details["summary"]["rejected"]
+        return sum(counts.get(reason, 0) for reason in reasons)
 
     def index_files(self) -> list[str]:
         """The Parquet files of `pairs`, relative to its folder."""
@@ -95,6 +105,8 @@ class Work:
 
     sources: dict[str, int]
     """Rows of each source, by digest: those published and the new ones."""
+    columns: dict[str, str]
+    """Types of further columns, by name."""
     partitions: dict[str, int]
     """Rows of each partition to do."""
     retried: dict[str, int] = field(default_factory=dict)
@@ -114,8 +126,7 @@ class Work:
 
     def first_id(self, partition: str, size: int) -> int:
         """The id that the first input row of a partition has or had, with partitions of `size` rows."""
-        source, _, number = partition.partition("-")
-        digest = next(digest for digest in self.sources if digest.startswith(source))
+        digest, _, number = partition.partition("-")
         return int(self.order.ids(digest, np.array([int(number) * size]))[0])
 
     def parts(self, size: int) -> pa.Table:
@@ -124,7 +135,13 @@ class Work:
         partition = np.repeat(list(self.partitions), counts)
         number = np.concatenate([np.arange(count) for count in [0, *counts]])
         names = [inputs.part_name(*part) for part in zip(partition.tolist(), number.tolist(), strict=True)]
-        return pa.table({"part": names, "partition": partition, "number": number})
+        return pa.table(
+            {
+                "part": pa.array(names, pa.string()),
+                "partition": pa.array(partition.tolist(), pa.string()),
+                "number": pa.array(number, pa.int64()),
+            }
+        )
 
     def save(self, staging: str) -> Self:
         """Save and return it."""
@@ -197,6 +214,11 @@ def plan(
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
+    columns = dict(published.details["columns"]) if published else {}
+    for source in sources:
+        for name, kind in source.columns.items():
+            if columns.setdefault(name, kind) != kind:
+                raise InputError(f"list {source.digest}: column {name!r} holds {kind}, elsewhere {columns[name]}")
     partitions = {name: rows for source in sources for name, rows in source.partitions.items()}
     retried: dict[str, int] = {}
     earlier: dict[str, str] = {}
@@ -204,4 +226,5 @@ def plan(
         again, retried, earlier = cut_rejects(published, retry, staging, partition=partition, part=part)
         partitions |= again
     rows = {**(published.sources if published else {}), **{source.digest: source.rows for source in sources}}
-    return Work(sources=rows, partitions=partitions, retried=retried, earlier_rejects=earlier).save(staging)
+    work = Work(sources=rows, columns=columns, partitions=partitions, retried=retried, earlier_rejects=earlier)
+    return work.save(staging)

@@ -7,7 +7,6 @@ A partition is a run of consecutive rows of one file; it becomes one shard. A pa
 unit in which work is saved.
 """
 
-import fnmatch
 import hashlib
 import io
 import json
@@ -15,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +28,25 @@ from data_prep import storage, tables
 from ovd_models.errors import InputError
 
 SUFFIXES = ("tsv", "csv", "jsonl", "parquet")
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20
 DIGEST_DIGITS = 16
-STAGED = ("stage", "reason", "detail", "http_status", "attempts", "content", "duplicate_of", "contrast", "embedding")
+SCORE = "score_"
+"""Before a scorer's name in staged rows."""
+OWN = ("source", "row", "url", "raw_caption")
+"""Columns of our own that every row begins with."""
+STAGED = (
+    "id",
+    "part",
+    "stage",
+    "reason",
+    "detail",
+    "http_status",
+    "attempts",
+    "content",
+    "duplicate_of",
+    "contrast",
+    "embedding",
+)
 """Columns that rows get on their way."""
 
 
@@ -52,6 +68,8 @@ class Source:
     """First digits of its content's SHA-256; also each row's `source`."""
     rows: int
     rows_per_partition: int
+    columns: dict[str, str]
+    """Type of each further column of the input, by name."""
 
     @property
     def partitions(self) -> dict[str, int]:
@@ -63,7 +81,7 @@ class Source:
 
 def partition_name(source: str, number: int) -> str:
     """The name of a partition, also of the files made from it."""
-    return f"{source[:8]}-{number:06d}"
+    return f"{source}-{number:06d}"
 
 
 def part_name(partition: str, number: int) -> str:
@@ -85,15 +103,27 @@ def find_files(uri: str) -> list[str]:
         if _suffix(path) not in SUFFIXES:
             raise InputError(f"{uri}: unknown format, expected {_expected()}")
         return [uri]
-    is_folder = kind == fs.FileType.Directory
-    folder, pattern = (path, f"{path}/*") if is_folder else (re.split("[*?]", path)[0].rpartition("/")[0], path)
+    if kind == fs.FileType.Directory:
+        folder, pattern = path, re.compile(re.escape(path) + r"/.*[^/]")
+    elif re.search("[*?]", path):
+        folder = re.split("[*?]", path)[0].rpartition("/")[0]
+        pattern = re.compile(re.escape(path).replace(r"\*", "[^/]*").replace(r"\?", "[^/]"))
+    else:
+        raise InputError(f"{uri}: cannot be read, expected a URL list ({_expected()})")
     entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
-    names = sorted(entry.path for entry in entries if entry.type == fs.FileType.File)
-    found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and _suffix(name) in SUFFIXES]
+    found = sorted(
+        entry.path
+        for entry in entries
+        if entry.type == fs.FileType.File
+        and pattern.fullmatch(entry.path)
+        and _suffix(entry.path) in SUFFIXES
+        and not entry.base_name.startswith((".", "_"))
+    )
     if not found:
         raise InputError(f"{uri}: cannot be read, expected a URL list ({_expected()})")
-    scheme = uri.partition("://")[0] + "://" if "://" in uri else ""
-    return [f"{scheme}{name}" for name in found]
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return found
+    return [f"{uri.partition('://')[0]}://{quote(name)}" for name in found]
 
 
 def _suffix(name: str) -> str:
@@ -138,23 +168,60 @@ def read_blocks(uri: str, columns: Columns) -> Iterator[pa.Table]:
                     for batch in file.iter_batches():
                         yield pa.Table.from_batches([batch])
             case "jsonl":
-                with filesystem.open_input_stream(path) as stream:
-                    options = pyarrow.json.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
-                    for batch in pyarrow.json.open_json(stream, options):
-                        yield pa.Table.from_batches([batch])
+                yield from _read_json(filesystem, path, columns)
             case _:
                 yield from _read_text(filesystem, path, suffix, columns)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{uri}: not a {suffix} file that can be read ({one_line(error)})") from error
 
 
+def _read_json(filesystem: fs.FileSystem, path: str, columns: Columns) -> Iterator[pa.Table]:
+    """Two passes: the types of further columns follow from the whole file, not from its first lines."""
+    schema = pa.schema({columns.url: pa.string(), columns.caption: pa.string()})
+    named: set[str] = set()
+    for block in _whole_lines(filesystem, path):
+        inferred = pyarrow.json.read_json(io.BytesIO(block)).schema
+        named.update(inferred.names)
+        further = [_undated(entry) for entry in inferred if entry.name not in (columns.url, columns.caption)]
+        schema = pa.unify_schemas([schema, pa.schema(further)], promote_options="permissive")
+    schema = pa.schema([entry for entry in schema if entry.name in named])
+    exact = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+    for block in _whole_lines(filesystem, path):
+        yield pyarrow.json.read_json(io.BytesIO(block), parse_options=exact)
+
+
+def _undated(field: pa.Field) -> pa.Field:
+    """A field with text for dates: Arrow takes text for dates where a block holds nothing else."""
+    kind = field.type
+    if pa.types.is_timestamp(kind):
+        kind = pa.string()
+    elif pa.types.is_struct(kind):
+        kind = pa.struct([_undated(entry) for entry in kind])
+    elif pa.types.is_list(kind):
+        kind = pa.list_(_undated(kind.value_field))
+    return field.with_type(kind)
+
+
+def _whole_lines(filesystem: fs.FileSystem, path: str) -> Iterator[bytes]:
+    """A file in blocks that end with a line."""
+    with filesystem.open_input_stream(path) as stream:
+        rest = b""
+        while block := stream.read(BLOCK_BYTES):
+            lines, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                yield lines + newline
+        if rest.strip():
+            yield rest
+
+
 def _read_text(filesystem: fs.FileSystem, path: str, suffix: str, columns: Columns) -> Iterator[pa.Table]:
-    plain = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False) if suffix == "tsv" else None
+    tabs = {"delimiter": "\t", "quote_char": False}
+    plain = pyarrow.csv.ParseOptions(**(tabs if suffix == "tsv" else {"newlines_in_values": True}))
     names = list(columns.header) or None
     # Without threads, so that errors tell the row.
     reading = pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names)
     with filesystem.open_input_stream(path) as stream:
-        head = stream.read(BLOCK_BYTES).partition(b"\n")[0] + b"\n"
+        head = stream.read(BLOCK_BYTES).lstrip(b"\r\n").partition(b"\n")[0] + b"\n"
     if names is None:
         names = pyarrow.csv.read_csv(io.BytesIO(head), reading, plain).column_names
     text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
@@ -181,6 +248,8 @@ def with_our_names(rows: pa.Table, columns: Columns, source: str, first: int, wh
         InputError: a column is missing, or does not hold text.
     """
     found = ", ".join(rows.column_names) or "none"
+    if len(set(rows.column_names)) < rows.num_columns:
+        raise InputError(f"{where}: a column comes twice, expected each once among: {found}")
     texts = {}
     for column in (columns.url, columns.caption):
         if column not in rows.column_names:
@@ -190,6 +259,10 @@ def with_our_names(rows: pa.Table, columns: Columns, source: str, first: int, wh
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             kind = rows.schema.field(column).type
             raise InputError(f"{where}: column {column!r} holds {kind}, expected text") from error
+        try:
+            texts[column].validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{where}: column {column!r}: {one_line(error)}, expected UTF-8 text") from error
     urls = pc.utf8_trim_whitespace(texts[columns.url])
     ours: dict[str, Any] = {
         "source": pa.array([source], pa.string()).take(pa.array(np.zeros(rows.num_rows, np.int64))),
@@ -200,7 +273,10 @@ def with_our_names(rows: pa.Table, columns: Columns, source: str, first: int, wh
     taken = {*ours, *tables.SCHEMAS["pairs"].names, *STAGED}
     for column in rows.column_names:
         if column not in texts:
-            ours[f"input_{column}" if column in taken else column] = rows[column]
+            name = column
+            while name in taken or name.startswith(SCORE) or (name != column and name in rows.column_names):
+                name = f"input_{name}"
+            ours[name] = rows[column]
     return pa.table(ours)
 
 
@@ -222,6 +298,7 @@ def cut(
         InputError: the list is malformed or empty.
     """
     count, waiting = 0, pa.table({})
+    kinds: dict[str, str] = {}
 
     def write(rows: pa.Table) -> None:
         buffer = io.BytesIO()
@@ -232,6 +309,8 @@ def cut(
     for block in blocks:
         named = with_our_names(block, columns, source, count, uri)
         count += named.num_rows
+        further = [entry for entry in named.schema if entry.name not in OWN and not pa.types.is_null(entry.type)]
+        kinds |= {entry.name: str(entry.type) for entry in further}
         waiting = pa.concat_tables([waiting, named]) if waiting.num_rows else named
         whole = waiting.num_rows // partition * partition
         for start in range(0, whole, partition):
@@ -241,7 +320,7 @@ def cut(
         write(waiting)
     if not count:
         raise InputError(f"{uri}: holds no rows, expected at least one")
-    return Source(digest=source, rows=count, rows_per_partition=partition)
+    return Source(digest=source, rows=count, rows_per_partition=partition, columns=kinds)
 
 
 def cut_file(uri: str, *, columns: Columns, staging: str, partition: int, part: int) -> Source:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep import storage
 from data_prep.decode import Rejection, with_failures
-from data_prep.shards import SCORE
+from data_prep.inputs import SCORE
 from ovd_models.errors import InputError
 
 BATCH = 64

@@ -58,8 +58,6 @@ SAMPLES = pa.schema(
 )
 """Examples of rejected rows; `picture` is a small JPEG, null where nothing could be decoded."""
 SAMPLE_SIDE = 128
-SCORE = "score_"
-"""Before a scorer's name in staged rows."""
 
 
 # ------------------------------------------------------------------------------------------------- staged parts
@@ -200,7 +198,7 @@ def _from_json(content: bytes) -> Written:
 
 def _write_pairs(job: ShardJob, kept: pa.Table, stem: str, extractor: Extractor) -> list[tables.FileEntry]:
     files, index = [], []
-    for number, (start, stop) in enumerate(runs_of_size(_sizes(kept), job.max_bytes)):
+    for number, (start, stop) in enumerate(runs_of_size(_members(kept), job.max_bytes - 2 * BLOCK)):
         shard = f"shards/{stem}{f'-{number}' if number else ''}.tar"
         tar, pairs = _pack_rows(kept.slice(start, stop - start), shard)
         files.append(tables.write_file(job.storage, "pairs", job.name, shard, tar))
@@ -211,7 +209,9 @@ def _write_pairs(job: ShardJob, kept: pa.Table, stem: str, extractor: Extractor)
 
 
 def _write_scores(job: ShardJob, kept: pa.Table, stem: str) -> list[tables.FileEntry]:
-    scores = {name.removeprefix(SCORE): kept[name] for name in kept.column_names if name.startswith(SCORE)}
+    scores = {
+        name.removeprefix(inputs.SCORE): kept[name] for name in kept.column_names if name.startswith(inputs.SCORE)
+    }
     if not scores or not kept.num_rows:
         return []
     rows = pa.table({"image_id": kept["image_id"], **scores})
@@ -273,9 +273,15 @@ def _sizes(rows: pa.Table) -> list[int]:
     return sizes
 
 
+def _members(rows: pa.Table) -> list[int]:
+    """Bytes that each row takes in a tar: a header and whole blocks for the image and for the caption."""
+    sizes = zip(_sizes(rows), pc.binary_length(rows["caption"]).to_pylist(), strict=True)
+    return [2 * BLOCK + sum(-(-size // BLOCK) * BLOCK for size in pair) for pair in sizes]
+
+
 def _pack_rows(kept: pa.Table, shard: str) -> tuple[bytes, pa.Table]:
     """The tar of these rows, and their rows of the index."""
-    keys = [f"{kept['source'][0].as_py()[:8]}-{row:010d}" for row in kept["row"].to_pylist()]
+    keys = [f"{kept['source'][0].as_py()}-{row:010d}" for row in kept["row"].to_pylist()]
     images = kept["content"].to_pylist()
     tar, offsets = pack(zip(keys, images, kept["caption"].to_pylist(), strict=True))
     pairs = kept.drop_columns(["content", "duplicate_of", "id", *STATUS, *_measured(kept)])
@@ -301,7 +307,7 @@ def _rejects(rows: pa.Table, earlier: pa.Table | None) -> pa.Table:
 
 def _measured(rows: pa.Table) -> list[str]:
     """Columns that scoring models added."""
-    return [name for name in rows.column_names if name.startswith(SCORE) or name == "embedding"]
+    return [name for name in rows.column_names if name.startswith(inputs.SCORE) or name == "embedding"]
 
 
 def _samples(rejected: pa.Table) -> pa.Table:

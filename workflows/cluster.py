@@ -13,6 +13,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for about one interval
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each line is printed twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # progress is one line of ours
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what matters of Ray's core comes as exceptions
     "OMP_WAIT_POLICY": "PASSIVE",  # idle torch threads spin otherwise, and take the cores from the data tasks
 }
 
@@ -40,3 +41,10 @@ def start_ray() -> None:
     # Ray has put a handler of its own, which aborts; this one ends the script as Ctrl-C does.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def cores() -> int:
+    """CPUs that can work at a time: those of the cluster, or of this machine, whose number in Ray is one on paper."""
+    cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    alone = len(ray.nodes()) == 1  # type: ignore[no-untyped-call]
+    return max(1, min(cpus, os.cpu_count() or 1) if alone else cpus)

@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import ray
 
-from data_prep import dedup, generations, inputs, scores, shards, storage, tables, webserver, website
+from data_prep import generations, inputs, scores, shards, storage, tables, webserver, website
 from data_prep.concepts import Extractor, Vocabulary
 from data_prep.decode import DecodeConfig, decode_rows
 from data_prep.dedup import DECISIONS, Corpus, CorpusConfig
@@ -46,10 +47,11 @@ from data_prep.generations import Published, Work
 from data_prep.groups import write_groups
 from data_prep.inputs import Columns
 from data_prep.nouns import Nouns
+from data_prep.parts import Parts
 from data_prep.pictograms import GLYPHS
 from data_prep.scores import ScoreConfig, ScoreStage
 from ovd_models.errors import InputError
-from workflows import cli, cluster
+from workflows import cli, cluster, pairs_report
 
 PRODUCER = "workflows/prepare_pairs.py"
 PROGRESS_SECONDS = 5.0
@@ -94,9 +96,9 @@ class Run:
     """Input rows that are saved at a time: what a killed run may have to fetch again."""
     min_images: int = 2
     """Concepts with fewer images are left out."""
-    fetchers: int = 2
-    """Processes that fetch."""
-    parts_per_fetcher: int = 4
+    fetchers: int = 1
+    """Processes that fetch; one keeps some cores busy with decoding."""
+    parts_per_fetcher: int = 6
     """Parts a fetcher works on at a time, so that one slow host does not hold up the rest."""
 
 
@@ -145,7 +147,6 @@ def smoke() -> Run:
         site_scenes=60,
         rows_per_shard=64,
         rows_per_part=32,
-        fetchers=1,
     )
 
 
@@ -223,7 +224,11 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
     if published is not None and not new and not run.retry:
         print(f"pairs: {tables.table_uri(run.storage, 'pairs', run.name)} is there already, from the same config")
         return dataclasses.replace(summary_of(published), reused=True)
-    task = f"{config_hash} {sorted(new)} {run.retry} {published.generation if published else None}"
+    if published is not None and not new and not published.rejected_for(run.retry):
+        print(f"pairs: no row of {run.name} is rejected for {', '.join(run.retry)}")
+        return dataclasses.replace(summary_of(published), reused=True)
+    generation = published.generation if published else None
+    task = f"{config_hash} {sorted(new)} {run.retry} {generation} {run.rows_per_part}"
     staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
     cluster.start_ray()
 
@@ -268,11 +273,24 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
         seconds=round(time.monotonic() - started, 2),
         reused=False,
     )
-    details = {"generation": generation, "sources": work.sources, "progress": progress}
+    details = {
+        "generation": generation,
+        "sources": work.sources,
+        "columns": work.columns,
+        "progress": progress,
+        "files": {
+            "rejects": [dataclasses.asdict(entry) for entry in rejects_files],
+            "scores": [dataclasses.asdict(entry) for entry in scores_files],
+        },
+    }
     files = {"rejects": rejects_files, "concepts": grouped.concepts, "groups": grouped.groups, "pairs": pairs_files}
     if run.scores.scorers:
         files = {"scores": scores_files, **files}
-    publish(run, config_hash, {"summary": dataclasses.asdict(summary), **details}, files)
+    publish(run, config_hash, {"summary": dataclasses.asdict(summary)}, details, files)
+    report = pairs_report.write(
+        run.storage, run.name, shards.open_staged(staging, "samples", shards.SAMPLES).to_table()
+    )
+    print(f"report: {report}")
     shards.remove_folder(staging)
     return summary
 
@@ -303,21 +321,19 @@ def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, get: Get)
         return []
     if done:
         print(f"pairs: {len(done):,} of {every.num_rows:,} parts done by an earlier run", flush=True)
-    order, todo, skipped = work.order, ray.put(parts), ray.put(repeated_urls["id"].to_numpy())
-
-    def read(batch: pa.Table) -> pa.Table:
-        part = ray.get(todo).slice(batch["id"][0].as_py(), 1).to_pylist()[0]
-        rows = inputs.read_part(staging, part["partition"], part["number"])
-        ids = order.ids(rows["source"][0].as_py(), rows["row"].to_numpy())
-        rows = rows.filter(pa.array(~dedup.is_among(ids, ray.get(skipped))))
-        return rows.append_column("part", pa.array([part["part"]] * rows.num_rows, pa.string()))
-
+    source = Parts(staging, parts, work.order, repeated_urls["id"].to_numpy())
+    # Half a CPU each, so that the stages together fit a machine with a single one; as many as there are cores.
+    on_cpus: dict[str, Any] = {
+        "batch_format": "pyarrow",
+        "batch_size": None,
+        "num_cpus": 0.5,
+        "compute": ray.data.TaskPoolStrategy(size=cluster.cores()),
+    }
     fetchers = min(run.fetchers, parts.num_rows)
     fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // fetchers))
     save = partial(shards.stage_part, staging=staging)
     rows = (
-        ray.data.range(parts.num_rows, override_num_blocks=parts.num_rows)
-        .map_batches(read, batch_format="pyarrow", batch_size=None, num_cpus=0.5)
+        ray.data.read_datasource(source, num_cpus=0.2, override_num_blocks=parts.num_rows)
         .map_batches(
             get,
             fn_constructor_args=(fetch,),
@@ -330,8 +346,8 @@ def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, get: Get)
             ),
             num_cpus=0.25,  # fetching waits more than it works, and decoding needs the cores
         )
-        .map_batches(partial(decode_rows, config=run.decode), batch_format="pyarrow", batch_size=None, num_cpus=0.5)
-        .map_batches(partial(filter_rows, config=run.filters), batch_format="pyarrow", batch_size=None, num_cpus=0.5)
+        .map_batches(partial(decode_rows, config=run.decode), **on_cpus)
+        .map_batches(partial(filter_rows, config=run.filters), **on_cpus)
     )
     if run.scores.scorers or run.corpus.semantic_model:
         rows = rows.map_batches(
@@ -343,7 +359,7 @@ def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, get: Get)
             num_cpus=0.5,
             num_gpus=run.scores.gpus,
         )
-    rows = rows.map_batches(save, batch_format="pyarrow", batch_size=None, num_cpus=0.5)
+    rows = rows.map_batches(save, **on_cpus)
     return show_progress(rows, work.rows - repeated_urls.num_rows)
 
 
@@ -466,12 +482,17 @@ def summary_of(published: Published) -> Summary:
     return Summary(**published.details["summary"])
 
 
-def publish(run: Run, config_hash: str, details: dict[str, object], files: dict[str, list[tables.FileEntry]]) -> None:
-    """Write the manifests, that of `pairs` last: it tells that all are there."""
+def publish(
+    run: Run,
+    config_hash: str,
+    summary: dict[str, object],
+    details: dict[str, object],
+    files: dict[str, list[tables.FileEntry]],
+) -> None:
+    """Write the manifests, that of `pairs` last: it tells that all are there, and all that a later run must know."""
     for table, entries in files.items():
-        tables.publish(
-            run.storage, table, run.name, entries, producer=PRODUCER, config_hash=config_hash, details=details
-        )
+        told = {**summary, **details} if table == "pairs" else summary
+        tables.publish(run.storage, table, run.name, entries, producer=PRODUCER, config_hash=config_hash, details=told)
 
 
 @contextlib.contextmanager

@@ -90,24 +90,24 @@ def test_captions_are_cleaned(raw: str | None, clean: str) -> None:
     assert clean_caption(clean) == clean
 
 
-def test_rows_that_are_not_kept_lose_their_content() -> None:
+def test_of_rows_that_are_not_kept_the_first_of_each_reason_shows_its_picture() -> None:
     rows = pa.table(
         {
-            "raw_caption": pa.array(["<b>a cat</b>", "a dog", None, "a cow"], pa.string()),
-            "original_width": pa.array([64, 8, 64, None], pa.int32()),
-            "original_height": pa.array([64, 64, 64, None], pa.int32()),
-            "contrast": pa.array([30.0, 30.0, 30.0, None], pa.float32()),
-            "content": pa.array([b"1", b"2", b"3", None], pa.large_binary()),
-            "stage": pa.array([None, None, None, "fetch"], pa.string()),
-            "reason": pa.array([None, None, None, "dns"], pa.string()),
-            "detail": pa.array([None, None, None, ""], pa.string()),
+            "raw_caption": pa.array(["<b>a cat</b>", "a dog", None, "a cow", "a pig"], pa.string()),
+            "original_width": pa.array([64, 8, 64, None, 9], pa.int32()),
+            "original_height": pa.array([64, 64, 64, None, 64], pa.int32()),
+            "contrast": pa.array([30.0, 30.0, 30.0, None, 30.0], pa.float32()),
+            "content": pa.array([b"1", b"2", b"3", None, b"5"], pa.large_binary()),
+            "stage": pa.array([None, None, None, "fetch", None], pa.string()),
+            "reason": pa.array([None, None, None, "dns", None], pa.string()),
+            "detail": pa.array([None, None, None, "", None], pa.string()),
         }
     )
     found = filter_rows(rows, FilterConfig())
-    assert found["reason"].to_pylist() == [None, "too_small", "caption_length", "dns"]
-    assert found["stage"].to_pylist() == [None, "filter", "filter", "fetch"]
-    assert found["content"].to_pylist() == [b"1", None, None, None]
-    assert found["caption"].to_pylist() == ["a cat", "a dog", "", "a cow"]
+    assert found["reason"].to_pylist() == [None, "too_small", "caption_length", "dns", "too_small"]
+    assert found["stage"].to_pylist() == [None, "filter", "filter", "fetch", "filter"]
+    assert found["content"].to_pylist() == [b"1", b"2", b"3", None, None]
+    assert found["caption"].to_pylist() == ["a cat", "a dog", "", "a cow", "a pig"]
     assert found["raw_caption"].to_pylist() == rows["raw_caption"].to_pylist()
     assert "contrast" not in found.column_names
     assert filter_rows(rows.slice(0, 0), FilterConfig()).num_rows == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from data_prep import inputs, storage, tables
 from data_prep.inputs import Columns, Source
@@ -44,6 +45,7 @@ def test_a_list_is_cut_into_partitions_and_parts(tmp_path: Path) -> None:
     source = cut(written(tmp_path / "list.tsv", tsv(5)), tmp_path, partition=3, part=2)
     first, second = inputs.partition_name(source.digest, 0), inputs.partition_name(source.digest, 1)
     assert source.partitions == {first: 3, second: 2}
+    assert (first, second) == (f"{source.digest}-000000", f"{source.digest}-000001")
     assert inputs.read_part(str(tmp_path), first, 1)["url"].to_pylist() == ["http://a/2"]
     assert inputs.read_part(str(tmp_path), second, 0)["row"].to_pylist() == [3, 4]
 
@@ -126,14 +128,21 @@ def test_urls_are_trimmed_and_those_of_spaces_alone_are_missing(tmp_path: Path) 
     [
         ("list.tsv", b"", "not a tsv file that can be read"),
         ("list.tsv", b"url\tcaption\n", "holds no rows"),
-        ("list.jsonl", b"", "not a jsonl file that can be read"),
+        ("list.jsonl", b"", "holds no rows, expected at least one"),
         ("list.tsv", b"link\tcaption\na\tb\n", "no column 'url', expected it among: link, caption"),
         ("list.tsv", b"url\ttext\na\tb\n", "no column 'caption'"),
         ("list.tsv", b"url\tcaption\na\tb\nc\td\te\n", "Row #3: Expected 2 columns, got 3: c d e"),
         ("list.csv", b"url,caption\na,b\nc\n", "Row #3: Expected 2 columns, got 1: c"),
         ("list.tsv", b"url\tcaption\na\tb\na\t\xff\xfe\n", "Row #3: CSV conversion error to string: invalid UTF8"),
         ("list.jsonl", b'{"url": "a", "caption": "b"}\n{"url": \n', "not a jsonl file"),
-        ("list.jsonl", b'{"url": ["a"], "caption": "b"}\n', "column 'url' holds list<item: string>, expected text"),
+        ("list.jsonl", b'{"url": ["a"], "caption": "b"}\n', "Column(/url) changed from string to array"),
+        ("list.jsonl", b'{"url": "a", "caption": 5}\n', "Column(/caption) changed from string to number"),
+        ("list.jsonl", b'{"url": "a"}\n', "no column 'caption', expected it among: url"),
+        (
+            "list.jsonl",
+            b'{"url": "a", "caption": "b", "n": 1}\n{"n": "x"}\n',
+            "Column(/n) changed from number to string",
+        ),
         ("list.parquet", b"PAR1 no", "not a parquet file"),
     ],
 )
@@ -154,13 +163,11 @@ def test_a_ragged_row_of_a_later_block_is_told_by_its_number(tmp_path: Path, mon
         read(path)
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="Arrow raises UnicodeDecodeError, nobody catches it")
 def test_a_header_that_is_no_text_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"list\.tsv"):
         read(written(tmp_path / "list.tsv", b"url\tcaption\t\xff\na\tb\tc\n"))
 
 
-@pytest.mark.xfail(strict=True, reason="Arrow checks text of .tsv and .csv only: the crawl fails later, in a task")
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_bytes_that_are_no_text_are_told_for_every_format(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"list.{suffix}"
@@ -173,14 +180,12 @@ def test_bytes_that_are_no_text_are_told_for_every_format(tmp_path: Path, suffix
         read(path)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="rows[column] of a column that is there twice")
 @pytest.mark.parametrize("header", ["url,caption,n,n", "url,url,caption,n"])
 def test_columns_of_one_name_are_told_in_one_line(tmp_path: Path, header: str) -> None:
     with pytest.raises(InputError, match=r"list\.csv"):
         read(written(tmp_path / "list.csv", f"{header}\na,b,c,d\n"))
 
 
-@pytest.mark.xfail(strict=True, raises=InputError, reason="newlines_in_values is not set: large .csv files are refused")
 def test_captions_of_several_lines_may_cross_blocks_of_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "list.csv", "url,caption\n" + 'http://a,"one\ntwo three"\n' * 6)
     monkeypatch.setattr(inputs, "BLOCK_BYTES", 64)
@@ -192,34 +197,60 @@ def test_captions_of_several_lines_are_read_from_a_block_of_csv(tmp_path: Path) 
     assert read(path)["raw_caption"].to_pylist() == ["one\ntwo, three", 'a "b"']
 
 
-@pytest.mark.xfail(strict=True, raises=InputError, reason="the header is sought in the first line, even an empty one")
 def test_empty_lines_are_no_rows(tmp_path: Path) -> None:
     path = written(tmp_path / "list.tsv", "\nurl\tcaption\nu\tone\n\nv\ttwo\n")
     assert read(path)["raw_caption"].to_pylist() == ["one", "two"]
 
 
-@pytest.mark.xfail(strict=True, reason="Arrow takes text for dates")
 def test_captions_of_jsonl_that_look_like_dates_stay_as_they_are(tmp_path: Path) -> None:
     path = written(tmp_path / "list.jsonl", '{"url": "u", "caption": "2020-01-01"}\n')
     assert read(path)["raw_caption"].to_pylist() == ["2020-01-01"]
 
 
-@pytest.mark.xfail(strict=True, raises=InputError, reason="types and fields of .jsonl are those of the first block")
 @pytest.mark.parametrize(
-    "rows",
+    ("first", "later"),
     [
-        pytest.param(['{"url": "u", "caption": null}', '{"url": "u", "caption": "text"}'], id="text"),
-        pytest.param(['{"url": "u", "caption": "c"}', '{"url": "u", "caption": "c", "n": 1}'], id="field"),
-        pytest.param(['{"url": "u", "caption": "c", "n": 1}', '{"url": "u", "caption": "c", "n": 1.5}'], id="float"),
-        pytest.param(['{"url": "u", "caption": "2020-01-01"}', '{"url": "u", "caption": "text"}'], id="date"),
+        pytest.param({"caption": None}, {"caption": "text"}, id="text"),
+        pytest.param({"caption": "2020-01-01"}, {"caption": "text"}, id="date-caption"),
+        pytest.param({}, {"n": 1}, id="field"),
+        pytest.param({"n": 1}, {}, id="no-field"),
+        pytest.param({"n": None}, {"n": True}, id="null"),
+        pytest.param({"n": 1}, {"n": 1.5}, id="float"),
+        pytest.param({"n": []}, {"n": ["x"]}, id="list"),
+        pytest.param({"n": {"a": 1, "b": None}}, {"n": {"a": None, "b": 1.5}}, id="struct"),
     ],
 )
+@pytest.mark.parametrize("block", [128, inputs.BLOCK_BYTES])
 def test_later_blocks_of_jsonl_may_hold_what_the_first_did_not(
-    tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, block: int, first: dict[str, object], later: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = written(tmp_path / "list.jsonl", "".join(f"{row}\n" for row in rows for _ in range(10)))
+    rows = [{"url": "u", "caption": "c", **row} for row in (first, later) for _ in range(10)]
+    path = written(tmp_path / "list.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", block)
+    found = read(path)
+    assert found["raw_caption"].to_pylist() == [row["caption"] for row in rows]
+    if "n" in {**first, **later}:
+        assert found["n"].to_pylist() == [row.get("n") for row in rows]
+
+
+def test_dates_of_jsonl_are_text_whatever_else_their_block_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dates = ["2020-01-01"] * 10 + ["unknown"] * 10
+    path = written(tmp_path / "list.jsonl", "".join(f'{{"url": "u", "caption": "c", "n": "{n}"}}\n' for n in dates))
+    assert read(path)["n"].to_pylist() == dates
     monkeypatch.setattr(inputs, "BLOCK_BYTES", 128)
-    assert read(path).num_rows == 20
+    assert read(path)["n"].to_pylist() == dates
+
+
+def test_empty_lines_and_those_longer_than_a_block_of_jsonl_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = '{"url": "u", "caption": "x"}\n'
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", len(line))
+    long = line.replace("x", "many words " * 9)
+    path = written(tmp_path / "list.jsonl", f"\n{line}\n{long}{line}\r\n\n{line.strip()}")
+    assert read(path)["raw_caption"].to_pylist() == ["x", "many words " * 9, "x", "x"]
 
 
 def test_further_columns_stay_and_those_that_clash_with_ours_are_renamed() -> None:
@@ -232,14 +263,12 @@ def test_further_columns_stay_and_those_that_clash_with_ours_are_renamed() -> No
     assert found.to_pylist()[0]["input_url"] == "other"
 
 
-@pytest.mark.xfail(strict=True, reason="not in STAGED; COYO has `id`, so write_shard fails on every COYO list")
 @pytest.mark.parametrize("name", ["id", "part"])
 def test_columns_that_rows_get_on_their_way_are_renamed_too(name: str) -> None:
     found = inputs.with_our_names(pa.table({"url": ["u"], "caption": ["c"], name: [1]}), Columns(), "d", 0, "here")
     assert found.column_names[-1] == f"input_{name}"
 
 
-@pytest.mark.xfail(strict=True, reason="the second overwrites the first")
 def test_a_renamed_column_does_not_replace_another() -> None:
     rows = pa.table({"url": ["u"], "caption": ["c"], "width": [1], "input_width": [2]})
     found = inputs.with_our_names(rows, Columns(), "digest", 0, "here").to_pylist()[0]
@@ -268,8 +297,7 @@ def test_files_of_a_folder_or_a_pattern_come_in_alphabetical_order(tmp_path: Pat
     assert found(str(tmp_path)) == found(f"{tmp_path}/") == ["B.CSV", "a.jsonl", "b.tsv", "sub/d.parquet"]
     assert found(f"{tmp_path}/?.tsv") == ["b.tsv"]
     assert found(f"{tmp_path}/*/*.parquet") == ["sub/d.parquet"]
-    assert found(f"{tmp_path}/[ab].*") == ["a.jsonl", "b.tsv"]
-    assert inputs.find_files(f"{tmp_path.as_uri()}/*.tsv") == [f"{tmp_path.as_uri()}/b.tsv"]
+    assert inputs.find_files(f"{tmp_path.as_uri()}/*.tsv") == [f"{tmp_path}/b.tsv"]
     assert inputs.find_files(f"{tmp_path.as_uri()}/b.tsv") == [f"{tmp_path.as_uri()}/b.tsv"]
 
 
@@ -295,25 +323,32 @@ def test_no_list_is_told_in_one_line(tmp_path: Path, uri: str, message: str, mon
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, raises=InputError, reason="a folder's name is read as a pattern")
 def test_a_folder_may_have_brackets_in_its_name(tmp_path: Path) -> None:
     (tmp_path / "lists[1]").mkdir()
     path = written(tmp_path / "lists[1]/a.tsv", "x")
-    assert inputs.find_files(str(tmp_path / "lists[1]")) == [str(path)]
+    for uri in ("lists[1]", "lists[1]/*.tsv", "list*[1]/?.tsv"):
+        assert inputs.find_files(f"{tmp_path}/{uri}") == [str(path)]
 
 
-@pytest.mark.xfail(strict=True, raises=InputError, reason="paths found behind a URI are not quoted again")
-def test_files_behind_a_uri_can_be_opened_whatever_their_name(tmp_path: Path) -> None:
-    written(tmp_path / "my list.tsv", "x")
+@pytest.mark.parametrize("name", ["my list.tsv", "100%25.tsv", "é.tsv", "[1].tsv", "a#b.tsv"])
+def test_files_behind_a_uri_can_be_opened_whatever_their_name(tmp_path: Path, name: str) -> None:
+    written(tmp_path / name, "x")
     assert [storage.read_bytes(file) for file in inputs.find_files(tmp_path.as_uri())] == [b"x"]
 
 
-@pytest.mark.xfail(strict=True, reason="fnmatch's * also matches slashes, and hidden files are found")
+def test_files_of_an_object_store_are_uris_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "my list.tsv", "x")
+    bucket = fs.SubTreeFileSystem(str(tmp_path.parent), fs.LocalFileSystem())
+    monkeypatch.setattr(storage, "resolve", lambda uri: (bucket, uri.removeprefix("s3://")))
+    assert inputs.find_files(f"s3://{tmp_path.name}/*.tsv") == [f"s3://{tmp_path.name}/my%20list.tsv"]
+
+
 def test_a_star_stays_within_a_folder(tmp_path: Path) -> None:
-    for name in ("a.tsv", "sub/b.tsv", ".hidden.tsv"):
+    for name in ("a.tsv", "sub/b.tsv", ".hidden.tsv", "_unfinished.tsv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         written(tmp_path / name, "x")
     assert inputs.find_files(f"{tmp_path}/*.tsv") == [f"{tmp_path}/a.tsv"]
+    assert inputs.find_files(str(tmp_path)) == [f"{tmp_path}/a.tsv", f"{tmp_path}/sub/b.tsv"]
 
 
 def test_a_digest_is_that_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,14 +361,14 @@ def test_a_digest_is_that_of_the_content(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 11, 12, 13])
-@pytest.mark.parametrize("block", [48, 8 << 20])
+@pytest.mark.parametrize("block", [48, inputs.BLOCK_BYTES])
 def test_cuts_are_exact_at_the_boundaries(
     tmp_path: Path, rows: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path / "list.tsv", tsv(rows))
     monkeypatch.setattr(inputs, "BLOCK_BYTES", block)
     source = cut(path, tmp_path, partition=6, part=2)
-    assert source == Source(digest=inputs.digest(str(path)), rows=rows, rows_per_partition=6)
+    assert source == Source(digest=inputs.digest(str(path)), rows=rows, rows_per_partition=6, columns={})
     files = sorted((tmp_path / "rows").iterdir())
     assert [file.name for file in files] == [f"{name}.parquet" for name in source.partitions]
     numbers = list(range(rows))
@@ -349,7 +384,15 @@ def test_cuts_are_exact_at_the_boundaries(
 
 
 def test_a_source_without_rows_has_no_partitions() -> None:
-    assert Source(digest="d", rows=0, rows_per_partition=6).partitions == {}
+    assert Source(digest="d", rows=0, rows_per_partition=6, columns={}).partitions == {}
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("tsv", "string"), ("csv", "string"), ("jsonl", "int64")])
+def test_a_source_tells_the_types_of_its_further_columns(tmp_path: Path, suffix: str, kind: str) -> None:
+    path = written(tmp_path / f"list.{suffix}", LISTS[suffix].replace(b"n\n", b"width\n").replace(b'"n"', b'"width"'))
+    source = cut(path, tmp_path, partition=3, part=2)
+    assert source.columns == {"input_width": kind}
+    assert cut(path, tmp_path, partition=3, part=2).columns == source.columns
 
 
 def test_blocks_without_rows_are_passed_over(tmp_path: Path) -> None:
@@ -381,12 +424,15 @@ def test_a_file_that_was_cut_in_part_is_cut_anew_to_the_same_bytes(tmp_path: Pat
     assert json.loads((tmp_path / f"sources/{source.digest}.json").read_bytes())["rows"] == 5
 
 
-def test_a_large_list_is_read_in_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "list.tsv"
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_a_large_list_is_read_in_a_stream(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"list.{suffix}"
+    row = {"tsv": "{}\t{}\n", "csv": "{},{}\n", "jsonl": '{{"url": "{}", "caption": "{}"}}\n'}[suffix]
     with path.open("w") as file:
-        file.write("url\tcaption\n")
-        for row in range(200_000):
-            file.write(f"http://example.org/pictures/of/some/kind/{row}.jpg\ta caption of a common length {row}\n")
+        file.write("" if suffix == "jsonl" else row.format("url", "caption"))
+        for number in range(200_000):
+            url = f"http://example.org/pictures/of/some/kind/{number}.jpg"
+            file.write(row.format(url, f"a caption of a common length {number}"))
     size = path.stat().st_size
     monkeypatch.setattr(inputs, "BLOCK_BYTES", 1 << 16)
     before, most, count = pa.total_allocated_bytes(), 0, 0

@@ -1,0 +1,156 @@
+"""Kill the driver, a fetching actor or a node at random points: the same tables come out, little is fetched again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_prep import tables, webserver, website
+from data_prep.website import FaultRates
+
+pytestmark = pytest.mark.slow
+TABLES = ("pairs", "rejects", "concepts", "groups")
+MOST_REFETCHED = 0.05
+PROGRAM = """
+import dataclasses, sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from workflows import prepare_pairs
+
+urls, storage, node_dies_after, cpus = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+run = prepare_pairs.pictograms()
+fetch = dataclasses.replace(run.fetch, deadline_seconds=10.0)
+run = dataclasses.replace(
+    run, name="t", storage=storage, urls=urls, site_pictures=0, site_scenes=0, fetch=fetch,
+    rows_per_shard=200, rows_per_part=16, fetchers=1, parts_per_fetcher=4,
+)
+if cpus:
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+if node_dies_after:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    node = cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    cluster.wait_for_nodes()
+    def kill():
+        while not list(Path(storage).glob("staging/pairs/t/*/parts/*.parquet")):
+            time.sleep(0.02)
+        time.sleep(node_dies_after)
+        cluster.remove_node(node, allow_graceful=False)
+        print("node removed", flush=True)
+    threading.Thread(target=kill, daemon=True).start()
+prepare_pairs.prepare(run)
+print("prepared", flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    site: Path
+    root: Path
+    requests: int
+
+
+def start(urls: Path, root: Path, node_dies_after: float = 0.0, cpus: int = 0) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(urls), str(root), str(node_dies_after), str(cpus)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**environment, "RAY_AUTH_MODE": "disabled"}, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(job: subprocess.Popen[str]) -> str:
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output
+    return output
+
+
+def requests_of(base_url: str) -> int:
+    with urllib.request.urlopen(f"{base_url}/_requests") as response:
+        return sum(json.load(response).values())
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of the tables but the manifests, which tell how long it took, and `rejects`."""
+    files = [path for table in TABLES if table != "rejects" for path in (root / table).rglob("*.*")]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name != "manifest.json"}
+
+
+def rejects(root: Path) -> list[dict[str, object]]:
+    """Without what depends on the moment: a server that fails once does so on the first request only."""
+    rows = tables.read_table(str(root), "rejects", "t").drop_columns(["detail", "attempts"])
+    return rows.to_pylist()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    site, root = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("undisturbed")
+    website.build_site(site, num_pictures=3000, num_scenes=1000, rates=FaultRates(hangs=0.0, disconnects=0.0))
+    with webserver.serving(site) as base_url:
+        finish(start(site / "urls.tsv", root))
+        requests = requests_of(base_url)
+    return Undisturbed(site, root, requests)
+
+
+def children_named(job: subprocess.Popen[str], words: str) -> list[int]:
+    """Processes of the job's session whose command line holds the words."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if words in (entry / "cmdline").read_text() and os.getsid(int(entry.name)) == job.pid:
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def wait_for_parts(job: subprocess.Popen[str], root: Path) -> None:
+    while job.poll() is None and not list(root.glob("staging/pairs/t/*/parts/*.parquet")):
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_path: Path, trial: int) -> None:
+    kind, delay = ("driver", "actor", "node")[trial % 3], random.Random(trial).uniform(0.05, 5.0)
+    urls = undisturbed.site / "urls.tsv"
+    with webserver.serving(undisturbed.site) as base_url:
+        job = start(urls, tmp_path, delay if kind == "node" else 0.0)
+        if kind == "node":
+            assert "node removed" in finish(job)
+        else:
+            wait_for_parts(job, tmp_path)
+            time.sleep(delay)
+            if kind == "actor":
+                for pid in children_named(job, "FetchStage"):
+                    os.kill(pid, signal.SIGKILL)
+                finish(job)
+            else:
+                os.kill(job.pid, signal.SIGKILL)
+                job.communicate()
+                time.sleep(2)  # its workers may write a last part before they notice
+                finish(start(urls, tmp_path))
+        refetched = requests_of(base_url) / undisturbed.requests - 1
+    print(f"{kind} killed after {delay:.1f} s: {refetched:.2%} of the requests were made again")
+    found, expected = contents(tmp_path), contents(undisturbed.root)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+    assert rejects(tmp_path) == rejects(undisturbed.root)
+    assert refetched <= MOST_REFETCHED
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4])
+def test_no_number_of_cpus_is_too_few(undisturbed: Undisturbed, tmp_path: Path, cpus: int) -> None:
+    with webserver.serving(undisturbed.site):
+        finish(start(undisturbed.site / "urls.tsv", tmp_path, cpus=cpus))
+    assert contents(tmp_path) == contents(undisturbed.root)
