@@ -211,6 +211,8 @@ class _Site:
                     body = self.bomb
                 elif kind == "unzips":
                     body, encoding = self.zipped, "Content-Encoding: gzip\r\n"
+                elif kind == "robots.txt":
+                    body = b"User-agent: *\nDisallow:\n"
                 else:
                     body = (self.root / "pictures" / name).read_bytes()
                 writer.write(f"{head}{encoding}Content-Length: {len(body)}\r\n\r\n".encode())

@@ -41,7 +41,13 @@ class Parts(Datasource):
         return [ReadTask(partial(self.read, number), unknown) for number in range(self.count)]
 
 
-def read_part(parts: ray.ObjectRef, repeated: ray.ObjectRef, staging: str, order: Order, number: int) -> list[pa.Table]:
+def read_part(
+    parts: ray.ObjectRef[pa.Table],
+    repeated: ray.ObjectRef[npt.NDArray[np.int64]],
+    staging: str,
+    order: Order,
+    number: int,
+) -> list[pa.Table]:
     """The rows of one part."""
     part = ray.get(parts).slice(number, 1).to_pylist()[0]
     rows = inputs.read_part(staging, part["partition"], part["number"])

@@ -13,7 +13,11 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for about one interval
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each line is printed twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # progress is one line of ours
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what matters of Ray's core comes as exceptions
+    "RAY_prestart_worker_first_driver": "0",  # a process costs a second of CPU: only as many as are needed
+    "RAY_enable_worker_prestart": "0",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # pictures come and go: their memory is kept for the next one
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
     "OMP_WAIT_POLICY": "PASSIVE",  # idle torch threads spin otherwise, and take the cores from the data tasks
 }
 

@@ -333,7 +333,12 @@ def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, get: Get)
     fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // fetchers))
     save = partial(shards.stage_part, staging=staging)
     rows = (
-        ray.data.read_datasource(source, num_cpus=0.2, override_num_blocks=parts.num_rows)
+        ray.data.read_datasource(
+            source,
+            num_cpus=0.2,
+            compute=ray.data.TaskPoolStrategy(size=fetchers),  # more would only start more processes
+            override_num_blocks=parts.num_rows,
+        )
         .map_batches(
             get,
             fn_constructor_args=(fetch,),

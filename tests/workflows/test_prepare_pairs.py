@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ def small_run(root: Path, urls: Path) -> Run:
     return dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16, fetch=patient)
 
 
-def rows_of(root: str | Path, name: str = "t") -> dict[str, list[dict[str, object]]]:
+def rows_of(root: str | Path, name: str = "t") -> dict[str, list[dict[str, Any]]]:
     return {table: tables.read_table(str(root), table, name).to_pylist() for table in TABLES}
 
 
@@ -48,20 +49,38 @@ def crawled(
     yield run, prepare(run)
 
 
-@pytest.mark.ray
-def test_kept_and_rejected_rows_are_what_the_faults_imply(crawled: tuple[Run, Summary], small_site: Path) -> None:
-    run, summary = crawled
-    found = rows_of(run.storage)
+def outcomes_of(found: dict[str, list[dict[str, Any]]]) -> dict[int, tuple[object, ...]]:
+    """Stage, reason, survivor and caption of each row."""
     outcomes = {row["row"]: (None, None, None, row["caption"]) for row in found["pairs"]}
     for row in found["rejects"]:
         assert row["row"] not in outcomes
         survivor = row["duplicate_of"] and row["duplicate_of"]["row"]
         outcomes[row["row"]] = (row["stage"], row["reason"], survivor, None)
-    expected = pq.read_table(small_site / "expected.parquet").to_pylist()
-    assert outcomes == {
-        row["row"]: (row["stage"], row["reason"], row["duplicate_of"], row["clean_caption"]) for row in expected
-    }
+    return outcomes
+
+
+def expected_of(site: Path) -> dict[int, tuple[object, ...]]:
+    """The same as the site's faults imply."""
+    rows = pq.read_table(site / "expected.parquet").to_pylist()
+    return {row["row"]: (row["stage"], row["reason"], row["duplicate_of"], row["clean_caption"]) for row in rows}
+
+
+@pytest.mark.ray
+def test_kept_and_rejected_rows_are_what_the_faults_imply(crawled: tuple[Run, Summary], small_site: Path) -> None:
+    run, summary = crawled
+    expected = expected_of(small_site)
+    assert outcomes_of(rows_of(run.storage)) == expected
     assert (summary.input, summary.kept, sum(summary.rejected.values())) == (len(expected), 180, len(expected) - 180)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_demos_whole_site_comes_out_as_its_faults_imply(ray_cluster: None, tmp_path: Path) -> None:
+    with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.pictograms(), storage=str(tmp_path))) as run:
+        summary = prepare(run)
+        site = Path(run.urls).parent
+    assert outcomes_of(rows_of(tmp_path, "pictograms")) == expected_of(site)
+    assert summary.kept == 16_000
 
 
 @pytest.mark.ray
