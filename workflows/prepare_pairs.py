@@ -100,6 +100,8 @@ class Run:
     """Processes that fetch; one keeps some cores busy with decoding."""
     parts_per_fetcher: int = 6
     """Parts a fetcher works on at a time, so that one slow host does not hold up the rest."""
+    waiting_bytes: int = 256 << 20
+    """Of fetched images that wait to be decoded, a fetcher."""
 
 
 def web() -> Run:
@@ -365,6 +367,10 @@ def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, get: Get)
             num_gpus=run.scores.gpus,
         )
     rows = rows.map_batches(save, **on_cpus)
+    # What is fetched waits for the decoders no longer than need be: it is lost if the run is killed, and memory that
+    # is used again costs less than fresh one.
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=run.waiting_bytes * fetchers)
+    rows.context.execution_options.resource_limits = limits
     return show_progress(rows, work.rows - repeated_urls.num_rows)
 
 
@@ -423,7 +429,7 @@ def write_shards(
     )
     decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
-    write = ray.remote(num_cpus=0.5, scheduling_strategy="SPREAD")(shards.write_shard)
+    write = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(shards.write_shard)
     shared, concepts = ray.put(job), ray.put(extractor)
     pending = []
     for count, name in enumerate(work.partitions):
@@ -451,6 +457,7 @@ def result_hash(run: Run, vocabulary: Vocabulary) -> str:
         site_scenes=0,
         fetchers=0,
         parts_per_fetcher=0,
+        waiting_bytes=0,
         rows_per_part=0,
         corpus=dataclasses.replace(run.corpus, memory=""),
         scores=dataclasses.replace(run.scores, actors=0, gpus=0),
