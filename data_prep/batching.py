@@ -19,6 +19,7 @@ import ray
 import ray.data
 
 from data_prep import storage, tables
+from data_prep.pace import Pace
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 
@@ -101,6 +102,7 @@ def stream(
     data = data.map_batches(rows, batch_format="pyarrow", batch_size=None)
     # Here and not in Ray Train's `DataConfig`, which does not reach a loop inside the driver.
     data.context.execution_options.preserve_order = True
+    data.context.custom_execution_callback_classes = [Pace]  # type: ignore[list-item]
     return data
 
 

@@ -179,7 +179,7 @@ def near_copy(jpeg: bytes) -> bytes:
     with Image.open(io.BytesIO(jpeg)) as image:
         width, height = image.size
         buffer = io.BytesIO()
-        image.resize((width * 7 // 8, height * 7 // 8), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=80)
+        image.resize((width * 15 // 16, height * 15 // 16), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 

@@ -80,7 +80,7 @@ def pictograms() -> Run:
         pairs="pictograms",
         max_side=64,
         optimisation=Optimisation(
-            steps=700, learning_rate=2e-3, clip_norm=1e9, warmup=0.3, checkpoint_every=100, workers=1
+            steps=750, learning_rate=2e-3, clip_norm=1e9, warmup=0.3, checkpoint_every=100, workers=1
         ),
     )
 

@@ -47,6 +47,7 @@ from data_prep.generations import Published, Work
 from data_prep.groups import write_groups
 from data_prep.inputs import Columns
 from data_prep.nouns import Nouns
+from data_prep.pace import Pace
 from data_prep.parts import Parts
 from data_prep.pictograms import GLYPHS
 from data_prep.scores import ScoreConfig, ScoreStage
@@ -225,6 +226,7 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
     new = [digest for digest in lists if published is None or digest not in published.sources]
     if published is not None and not new and not run.retry:
         print(f"pairs: {tables.table_uri(run.storage, 'pairs', run.name)} is there already, from the same config")
+        shards.remove_folder(published.details["staging"])  # of a run that was killed at its very end
         return dataclasses.replace(summary_of(published), reused=True)
     if published is not None and not new and not published.rejected_for(run.retry):
         print(f"pairs: no row of {run.name} is rejected for {', '.join(run.retry)}")
@@ -280,6 +282,7 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
         "sources": work.sources,
         "columns": work.columns,
         "progress": progress,
+        "staging": staging,
         "files": {
             "rejects": [dataclasses.asdict(entry) for entry in rejects_files],
             "scores": [dataclasses.asdict(entry) for entry in scores_files],
@@ -371,6 +374,7 @@ def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, get: Get)
     # is used again costs less than fresh one.
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=run.waiting_bytes * fetchers)
     rows.context.execution_options.resource_limits = limits
+    rows.context.custom_execution_callback_classes = [Pace]
     return show_progress(rows, work.rows - repeated_urls.num_rows)
 
 

@@ -52,6 +52,8 @@ class Optimisation:
     use_gpu: bool = False
     max_failures: int = 2
     """How often a lost worker is replaced before the run fails."""
+    waiting_bytes: int = 256 << 20
+    """Of decoded images that wait for a worker."""
 
     def __post_init__(self) -> None:
         """Check what the streams rely on."""
@@ -121,7 +123,10 @@ def fit(
         # Called whenever a group of workers starts, so that a replaced group gets the rest of the stream.
         return lambda: make(committed_step(run_dir))
 
-    options = ray.data.ExecutionOptions(preserve_order=True)
+    limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=settings.waiting_bytes * max(1, settings.workers)
+    )
+    options = ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits)
     Trainer(
         worker,
         # Half a CPU each leaves room for the data tasks that feed them; threads are set by `prepare_worker`.
