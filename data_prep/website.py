@@ -67,7 +67,7 @@ class FaultRates:
     # rows that repeat another row's bytes under a URL of their own, or its URL
     copy: float = 0.01
     repeat: float = 0.01
-    # rows that show another row's image, smaller and compressed anew
+    # rows that show another row's image, enlarged and compressed anew
     near: float = 0.01
 
 
@@ -175,11 +175,11 @@ def image_path(root: Path, index: int) -> Path:
 
 
 def near_copy(jpeg: bytes) -> bytes:
-    """The same picture, smaller and compressed harder."""
+    """The same picture, enlarged and compressed anew."""
     with Image.open(io.BytesIO(jpeg)) as image:
         width, height = image.size
         buffer = io.BytesIO()
-        image.resize((width * 15 // 16, height * 15 // 16), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
+        image.resize((2 * width, 2 * height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
