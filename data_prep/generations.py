@@ -4,7 +4,7 @@ The first run publishes generation 0; every run that adds lists, or tries reject
 Files never change: a new manifest lists the old ones and the new ones, and leaves out those that were written anew.
 """
 
-import io
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import ray
 
 from data_prep import inputs, storage, tables
 from data_prep.dedup import Order
+from data_prep.shards import LIGHT
 from data_prep.tables import FileEntry
 from ovd_models.errors import InputError
 
 URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
-IMAGES = pa.schema(
-    {"source": pa.string(), "row": pa.int64(), "image_id": pa.string(), "phash": pa.uint64(), "caption": pa.string()}
-)
+IMAGES = LIGHT.remove(LIGHT.get_field_index("reason"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +92,7 @@ class Published:
 
     def _open(self, files: Sequence[tuple[str, str]], schema: pa.Schema) -> ds.Dataset:
         uris = [storage.join(tables.table_uri(self.storage, table, self.name), path) for table, path in files]
-        filesystem, _ = storage.resolve(self.storage)
-        paths = [storage.resolve(uri)[1] for uri in uris]
-        return ds.dataset(paths, schema=schema, format="parquet", filesystem=filesystem)
+        return tables.open_parquet(uris, schema)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +110,7 @@ class Work:
     earlier_rejects: dict[str, str] = field(default_factory=dict)
     """The published file of `rejects` that a partition's new one takes the place of."""
 
-    @property
+    @functools.cached_property
     def order(self) -> Order:
         """The order of all rows."""
         return Order.of(self.sources)
@@ -168,8 +164,7 @@ def cut_rejects(
     earlier: dict[str, str] = {}
     for entry in published.rejects:
         uri = storage.join(tables.table_uri(published.storage, "rejects", published.name), entry.path)
-        filesystem, path = storage.resolve(uri)
-        rejects = pq.read_table(path, filesystem=filesystem)
+        rejects = tables.read_parquet(uri)
         rows = rejects.filter(pc.is_in(rejects["reason"], pa.array(list(reasons), pa.string())))
         if not rows.num_rows:
             continue
@@ -177,9 +172,7 @@ def cut_rejects(
         told = ["stage", "reason", "detail", "http_status", "attempts", "duplicate_of"]
         rows = rows.drop_columns(told).rename_columns({"caption": "raw_caption"})
         name = inputs.partition_name(rows["source"][0].as_py(), rows["row"][0].as_py() // partition)
-        buffer = io.BytesIO()
-        pq.write_table(rows, buffer, compression="zstd", row_group_size=part)
-        storage.write_bytes(inputs.rows_file(staging, name), buffer.getvalue())
+        inputs.write_rows(staging, name, rows, part)
         partitions[name], earlier[name] = rows.num_rows, entry.path
     return partitions, dict(retried), earlier
 

@@ -1,7 +1,7 @@
 """The lists that come in: files of URLs and captions, read in a stream and cut into partitions of rows.
 
     files = find_files("s3://bucket/lists/*.parquet")
-    source = cut(files[0], columns, staging, rows_per_partition=1000, rows_per_part=100)
+    source = cut_file(files[0], columns=Columns(), staging=staging, partition=1000, part=100)
 
 A partition is a run of consecutive rows of one file; it becomes one shard. A part is a run of rows of a partition, the
 unit in which work is saved.
@@ -301,10 +301,8 @@ def cut(
     kinds: dict[str, str] = {}
 
     def write(rows: pa.Table) -> None:
-        buffer = io.BytesIO()
-        pq.write_table(rows, buffer, compression="zstd", row_group_size=part)
         number = rows["row"][0].as_py() // partition
-        storage.write_bytes(rows_file(staging, partition_name(source, number)), buffer.getvalue())
+        write_rows(staging, partition_name(source, number), rows, part)
 
     for block in blocks:
         named = with_our_names(block, columns, source, count, uri)
@@ -337,6 +335,11 @@ def cut_file(uri: str, *, columns: Columns, staging: str, partition: int, part: 
 def rows_file(staging: str, partition: str) -> str:
     """The file that holds a partition's input rows."""
     return storage.join(staging, "rows", f"{partition}.parquet")
+
+
+def write_rows(staging: str, partition: str, rows: pa.Table, part: int) -> None:
+    """Stage the input rows of a partition with a row group a part."""
+    storage.write_bytes(rows_file(staging, partition), tables.parquet_bytes(rows, row_group_size=part))
 
 
 def read_part(staging: str, partition: str, number: int) -> pa.Table:

@@ -65,10 +65,8 @@ SAMPLE_SIDE = 128
 
 def stage(rows: pa.Table, uri: str, *, plain: Sequence[str] = ()) -> None:
     """Write a Parquet file, whole or not at all; `plain` columns are compressed already."""
-    buffer = io.BytesIO()
     compression = {name: "none" if name in plain else "lz4" for name in rows.column_names}
-    pq.write_table(rows, buffer, compression=compression)
-    storage.write_bytes(uri, buffer.getvalue())
+    storage.write_bytes(uri, tables.parquet_bytes(rows, compression))
 
 
 def stage_part(rows: pa.Table, staging: str) -> pa.Table:
@@ -80,28 +78,24 @@ def stage_part(rows: pa.Table, staging: str) -> pa.Table:
 
 
 def staged(staging: str, kind: str) -> list[str]:
-    """Paths of the staged Parquet files of a kind, sorted, on the staging's file system."""
-    filesystem, folder = storage.resolve(storage.join(staging, kind))
+    """URIs of the staged Parquet files of a kind, sorted."""
+    uri = storage.join(staging, kind)
+    filesystem, folder = storage.resolve(uri)
     found = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-    return sorted(info.path for info in found if info.extension == "parquet")
+    return sorted(storage.join(uri, info.base_name) for info in found if info.extension == "parquet")
 
 
 def open_staged(staging: str, kind: str, schema: pa.Schema) -> ds.Dataset:
     """The given columns of all staged rows of a kind."""
-    filesystem, _ = storage.resolve(staging)
-    paths = staged(staging, kind)
-    return (
-        ds.dataset(paths, schema=schema, format="parquet", filesystem=filesystem) if paths else ds.dataset([], schema)
-    )
+    return tables.open_parquet(staged(staging, kind), schema)
 
 
-def read_parts(staging: str, partition: str, count: int) -> pa.Table | None:
-    """All staged rows of a partition, in the order of the input; None if there are none."""
+def read_parts(staging: str, partition: str, count: int) -> list[pa.Table]:
+    """The staged parts of a partition, in the order of the input; a part without rows was never staged."""
     filesystem, folder = storage.resolve(storage.join(staging, "parts"))
     names = [f"{folder}/{inputs.part_name(partition, number)}" for number in range(count)]
     infos = filesystem.get_file_info(names)
-    parts = [pq.read_table(info.path, filesystem=filesystem) for info in infos if info.type == fs.FileType.File]
-    return pa.concat_tables(parts, promote_options="default") if parts else None
+    return [pq.read_table(info.path, filesystem=filesystem) for info in infos if info.type == fs.FileType.File]
 
 
 def remove_folder(uri: str) -> None:
@@ -223,8 +217,7 @@ def _earlier(job: ShardJob, partition: str, rows: pa.Table) -> pa.Table | None:
     if partition not in job.earlier_rejects:
         return None
     folder = tables.table_uri(job.storage, "rejects", job.name)
-    filesystem, path = storage.resolve(storage.join(folder, job.earlier_rejects[partition]))
-    rejects = pq.read_table(path, filesystem=filesystem)
+    rejects = tables.read_parquet(storage.join(folder, job.earlier_rejects[partition]))
     return rejects.filter(pc.invert(pc.is_in(rejects["row"], rows["row"].combine_chunks())))
 
 
@@ -240,14 +233,11 @@ def with_decisions(rows: pa.Table, decisions: pa.Table, order: Order) -> pa.Tabl
 
 def read_rows(job: ShardJob, partition: str) -> pa.Table:
     """All rows of a partition with their `id` and what came of them so far; rows that were not tried have no reason."""
-    filesystem, path = storage.resolve(inputs.rows_file(job.staging, partition))
-    listed = pq.read_table(path, filesystem=filesystem)
-    staged = read_parts(job.staging, partition, -(-listed.num_rows // job.part_rows))
-    if staged is None:
-        missing = listed
-    else:
-        missing = listed.filter(pc.invert(pc.is_in(listed["row"], staged["row"].combine_chunks())))
-    rows = missing if staged is None else pa.concat_tables([staged, missing], promote_options="default")
+    listed = tables.read_parquet(inputs.rows_file(job.staging, partition))
+    parts = read_parts(job.staging, partition, -(-listed.num_rows // job.part_rows))
+    tried = pa.concat_tables([listed.slice(0, 0), *parts], promote_options="default")
+    missing = listed.filter(pc.invert(pc.is_in(listed["row"], tried["row"].combine_chunks())))
+    rows = pa.concat_tables([tried, missing], promote_options="default")
     for name, kind in {**STATUS, "caption": pa.string(), "content": pa.large_binary()}.items():
         if name not in rows.column_names:
             rows = rows.append_column(name, pa.nulls(rows.num_rows, kind))
@@ -344,8 +334,7 @@ def stage_mentions(staging: str, stem: str, pairs: pa.Table, extractor: Extracto
 def stage_published_mentions(job: ShardJob, index: str, extractor: Extractor) -> None:
     """`stage_mentions` for an index file that is published already."""
     uri = storage.join(tables.table_uri(job.storage, "pairs", job.name), index)
-    filesystem, path = storage.resolve(uri)
-    pairs = pq.read_table(path, columns=GROUP_COLUMNS, filesystem=filesystem)
+    pairs = tables.read_parquet(uri, GROUP_COLUMNS)
     stage_mentions(job.staging, f"published-{storage.sha256(index.encode())[:16]}", pairs, extractor)
 
 

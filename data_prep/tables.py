@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from data_prep import storage
@@ -184,9 +185,31 @@ def write_part(storage_uri: str, table: str, name: str, path: str, rows: pa.Tabl
     extra = [column for column in rows.column_names if column not in schema.names]
     fields = list(schema) + [rows.schema.field(column) for column in extra]
     ordered = rows.select([entry.name for entry in fields]).cast(pa.schema(fields))
+    return write_file(storage_uri, table, name, path, parquet_bytes(ordered), rows=rows.num_rows)
+
+
+def parquet_bytes(
+    rows: pa.Table, compression: str | dict[str, str] = "zstd", row_group_size: int | None = None
+) -> bytes:
+    """A Parquet file."""
     buffer = io.BytesIO()
-    pq.write_table(ordered, buffer, compression="zstd")
-    return write_file(storage_uri, table, name, path, buffer.getvalue(), rows=rows.num_rows)
+    pq.write_table(rows, buffer, compression=compression, row_group_size=row_group_size)
+    return buffer.getvalue()
+
+
+def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one Parquet file."""
+    filesystem, path = storage.resolve(uri)
+    return pq.read_table(path, columns=columns, filesystem=filesystem)
+
+
+def open_parquet(uris: Sequence[str], schema: pa.Schema) -> ds.Dataset:
+    """The given columns of Parquet files on one file system, read when they are asked for; no file gives no row."""
+    if not uris:
+        return ds.dataset([], schema)
+    filesystem, _ = storage.resolve(uris[0])
+    paths = [storage.resolve(uri)[1] for uri in uris]
+    return ds.dataset(paths, schema=schema, format="parquet", filesystem=filesystem)
 
 
 def write_file(storage_uri: str, table: str, name: str, path: str, content: bytes, *, rows: int = 0) -> FileEntry:
@@ -268,10 +291,7 @@ def read_table(storage_uri: str, table: str, name: str, columns: Iterable[str] |
     manifest = read_manifest(storage_uri, table, name)
     root = table_uri(storage_uri, table, name)
     names = list(columns) if columns is not None else None
-    parts = []
-    for path in parquet_files(manifest):
-        filesystem, file = storage.resolve(storage.join(root, path))
-        parts.append(pq.read_table(file, columns=names, filesystem=filesystem))
+    parts = [read_parquet(storage.join(root, path), names) for path in parquet_files(manifest)]
     if parts:
         return pa.concat_tables(parts, promote_options="default")
     schema = SCHEMAS[table]

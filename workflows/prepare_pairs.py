@@ -20,7 +20,6 @@ python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --ret
 
 import contextlib
 import dataclasses
-import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -33,14 +32,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import ray
 
 from data_prep import generations, inputs, scores, shards, storage, tables, webserver, website
 from data_prep.concepts import Extractor, Vocabulary
 from data_prep.decode import DecodeConfig, decode_rows
-from data_prep.dedup import DECISIONS, Corpus, CorpusConfig
+from data_prep.dedup import Corpus, CorpusConfig
 from data_prep.fetch import FetchConfig, FetchStage, ReadStage
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.generations import Published, Work
@@ -206,9 +203,7 @@ def prepare_local(run: Run, rows: pa.Table) -> Summary:
         if not storage.exists(uri):
             raise InputError(f"{uri}: no such file (row {number}), expected an image")
     rows = rows.set_column(rows.schema.get_field_index("url"), "url", pa.array(uris, pa.string()))
-    sink = io.BytesIO()
-    pq.write_table(rows, sink)
-    digest = storage.sha256(sink.getvalue())[: inputs.DIGEST_DIGITS]
+    digest = storage.sha256(tables.parquet_bytes(rows))[: inputs.DIGEST_DIGITS]
     cut = partial(inputs.cut, "rows", [rows], Columns(), digest)
     return _prepare(run, {digest: cut}, ReadStage)
 
@@ -303,11 +298,7 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
 def find_repeated_urls(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
     """Decisions about rows whose URL came before; rows that are tried again were looked at when they first came."""
     fresh = [inputs.rows_file(staging, name) for name in work.partitions if name not in work.earlier_rejects]
-    if not fresh:
-        return DECISIONS.empty_table()
-    filesystem, _ = storage.resolve(staging)
-    paths = [storage.resolve(uri)[1] for uri in fresh]
-    new = ds.dataset(paths, schema=generations.URLS, format="parquet", filesystem=filesystem)
+    new = tables.open_parquet(fresh, generations.URLS)
     corpus = Corpus(work.order, new, published.urls() if published else None, memory=run.corpus.memory)
     corpus.reject_repeats("url", "duplicate_url")
     return corpus.decisions()
@@ -401,8 +392,6 @@ def show_progress(rows: ray.data.Dataset, total: int) -> list[tuple[float, int]]
 
 def decide(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
     """What only the whole corpus can tell: boilerplate captions, and images that come again."""
-    if not shards.staged(staging, "parts"):
-        return DECISIONS.empty_table()
     semantic = run.corpus.semantic_model
     schema = shards.LIGHT.append(pa.field("embedding", pa.binary())) if semantic else shards.LIGHT
     new = shards.open_staged(staging, "parts", schema)

@@ -14,17 +14,11 @@ from PIL import Image
 from data_prep import dedup, storage
 from data_prep.decode import DecodeConfig, Decoded, decode
 from data_prep.dedup import DECISIONS, DISTANCES, NEW, Corpus, Order, band_masks, is_among, survivors
+from data_prep.shards import LIGHT
 
 PHOTOS = Path("/work/shared/data/coco_photos/images")
 KEY = "image_id"
-TYPES = {
-    "source": pa.string(),
-    "row": pa.int64(),
-    "reason": pa.string(),
-    "image_id": pa.string(),
-    "phash": pa.uint64(),
-    "caption": pa.string(),
-}
+TYPES = dict(zip(LIGHT.names, LIGHT.types, strict=True))
 
 
 def table(**columns: Sequence[object]) -> pa.Table:

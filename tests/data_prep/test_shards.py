@@ -455,5 +455,5 @@ def test_a_part_without_rows_is_not_staged(tmp_path: Path) -> None:
     none = listed().slice(0, 0).append_column("part", pa.array([], pa.string()))
     done = filter_rows(decode_rows(with_content(none, []), DecodeConfig()), FilterConfig())
     assert shards.stage_part(done, str(tmp_path)).num_rows == 0
-    assert shards.read_parts(str(tmp_path), PARTITION, 3) is None
+    assert shards.read_parts(str(tmp_path), PARTITION, 3) == []
     assert list(tmp_path.iterdir()) == []
