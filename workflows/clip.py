@@ -47,11 +47,11 @@ class Run:
     batch_size: int = 192
     """Pairs in a step, over all workers."""
     shift: int = 4
-    """Images are moved by up to this many pixels, edges repeated."""
+    """Each image is moved by up to this many pixels, edges repeated."""
     optimisation: Optimisation
     world_seed: int = 0
     """Seed of the pictogram world whose names are the zero-shot test."""
-    eval_images: int = 816
+    eval_images: int = 4_080
     """Held-out images of the zero-shot test."""
     resume: str = ""
     """Continue this run instead of starting a new one."""
@@ -79,8 +79,16 @@ def pictograms() -> Run:
         config="pictograms",
         pairs="pictograms",
         max_side=64,
+        batch_size=96,  # many small steps reach more than few large ones
         optimisation=Optimisation(
-            steps=750, learning_rate=2e-3, clip_norm=1e9, warmup=0.3, checkpoint_every=100, workers=1
+            steps=1500,
+            learning_rate=2e-3,
+            weight_decay=0.2,
+            clip_norm=1e9,
+            warmup=0.3,
+            checkpoint_every=250,
+            log_every=25,
+            workers=1,
         ),
     )
 
@@ -135,12 +143,16 @@ def train_worker(run: Run, run_dir: str, logger: MetricLogger) -> None:
 
 
 def random_shift(images: torch.Tensor, limit: int, generator: torch.Generator) -> torch.Tensor:
-    """[B, 3, S, S] moved together by up to `limit` pixels each way, edges repeated."""
+    """[B, 3, S, S], each image moved by up to `limit` pixels each way, edges repeated."""
     if not limit:
         return images
-    padded = F.pad(images.float(), (limit,) * 4, mode="replicate")
-    x, y = torch.randint(0, 2 * limit + 1, (2,), generator=generator).tolist()
-    return padded[:, :, y : y + images.shape[2], x : x + images.shape[3]]
+    count, _, height, width = images.shape
+    padded_BHWC = F.pad(images.float(), (limit,) * 4, mode="replicate").permute(0, 2, 3, 1)
+    first = torch.randint(0, 2 * limit + 1, (2, count, 1), generator=generator).to(images.device)
+    row_BH = first[0] + torch.arange(height, device=images.device)
+    column_BW = first[1] + torch.arange(width, device=images.device)
+    image_B = torch.arange(count, device=images.device)
+    return padded_BHWC[image_B[:, None, None], row_BH[:, :, None], column_BW[:, None, :]].permute(0, 3, 1, 2)
 
 
 def zero_shot(clip: Clip, teacher: str, run: Run) -> tuple[float, float]:
