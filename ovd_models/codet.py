@@ -86,6 +86,39 @@ def align(region_GgND: Tensor, valid_GgN: Tensor, guidance_GD: Tensor, temperatu
     return Alignment(attention_GgN, torch.einsum("gqa,gqad->gqd", attention_GgN, region_GgND))
 
 
+class LearnedAggregation(nn.Module):
+    """The released aggregation: a two-layer perceptron scores each row of the similarity matrix.
+
+    Unlike `align`, it knows the ranks of proposals and the order of supports, fits one group size and one number of
+    proposals only, and gives padding its share of the attention; it is here so that released weights give released
+    results.
+
+    Args:
+        group_size: g.
+        num_proposals: N, which images with fewer are padded to with zero features.
+    """
+
+    def __init__(self, group_size: int, num_proposals: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(num_proposals * (group_size - 1), num_proposals)
+        self.score = nn.Linear(num_proposals, 1)
+        nn.init.kaiming_uniform_(self.hidden.weight, a=1)
+        nn.init.normal_(self.score.weight, std=1e-3)  # attention starts out even
+        for layer in (self.hidden, self.score):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, region_GgND: Tensor, guidance_GD: Tensor) -> Alignment:
+        """[G, g, N, D] region features, zero where padded, and [G, D] weights of the dimensions."""
+        groups, size, count, _ = region_GgND.shape
+        unit_GgND = F.normalize(region_GgND, dim=-1)
+        similarity_GQNSN = torch.einsum("gqad,gsbd->gqasb", unit_GgND * guidance_GD[:, None, None, :], unit_GgND)
+        others_QS = ~torch.eye(size, dtype=torch.bool, device=region_GgND.device)
+        rows = similarity_GQNSN.transpose(2, 3)[:, others_QS].view(groups, size, size - 1, count, count)
+        score_GgN = self.score(F.relu(self.hidden(rows.transpose(2, 3).flatten(3)))).squeeze(-1)
+        attention_GgN = torch.softmax(score_GgN, dim=-1)
+        return Alignment(attention_GgN, torch.einsum("gqa,gqad->gqd", attention_GgN, region_GgND))
+
+
 class CoDet(nn.Module):
     """A text-classifier detector that learns from boxes of base categories and from caption groups."""
 
