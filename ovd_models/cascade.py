@@ -30,6 +30,7 @@ from ovd_models.centernet import (
     decode,
     flatten_levels,
 )
+from ovd_models.eva import EvaConfig, EvaPyramid
 from ovd_models.losses import cosine_logits, federated_classes, sigmoid_loss
 from ovd_models.pyramids import TimmPyramid, pool_regions
 from ovd_models.rcnn import IMAGENET_MEAN, IMAGENET_STD, RCNNConfig, select_detections, widen
@@ -41,10 +42,12 @@ class CenterNet2Config:
     """The detector; the defaults are the published ones with ResNet-50."""
 
     backbone: str = "resnet50"
-    """Any timm model that gives feature maps."""
+    """Any timm model that gives feature maps, or `eva02`."""
     backbone_options: dict[str, Any] = field(default_factory=dict)
     """Passed to timm."""
     freeze_norm: bool = True
+    eva: EvaConfig = field(default_factory=EvaConfig)
+    """The transformer if `backbone` is `eva02`; regions are then pooled from a level of stride 4, too."""
     norm_maps: bool = False
     """Put a layer norm on the backbone's maps, as for Swin."""
     strides: tuple[int, ...] = (8, 16, 32)
@@ -155,7 +158,8 @@ class CenterNet2(nn.Module):
 
     def propose(self, batch: ImageList, features: dict[str, Tensor]) -> HeatProposals:
         """Class-agnostic proposals of every image."""
-        heat, distances = self.proposals(list(features.values()))
+        levels = list(features.values())[-len(self.config.proposals.strides) :]
+        heat, distances = self.proposals(levels)
         with torch.no_grad():
             boxes, scores = decode(heat, distances, self.config.proposals, training=self.training)
         return HeatProposals(boxes, scores, heat, distances)
@@ -307,7 +311,9 @@ class CenterNet2(nn.Module):
 
 
 def build_pyramid(config: CenterNet2Config) -> nn.Module:
-    """The config's backbone with levels P3 to P7."""
+    """The config's backbone with its levels: P3 to P7, or P2 to P7 for EVA-02."""
+    if config.backbone == "eva02":
+        return EvaPyramid(config.eva, config.pyramid_channels)
     trunk = RCNNConfig(
         backbone=config.backbone,
         backbone_options=config.backbone_options,

@@ -72,6 +72,20 @@ SWIN_RULES: Rules = (
     (r"^detector\.pyramid\.trunk\.", r"backbone.bottom_up."),
 )  # fmt: skip
 
+EVA_RULES: Rules = (
+    *CENTERNET2_RULES,
+    (r"^detector\.pyramid\.positions$", r"backbone.net.pos_embed"),
+    (r"^detector\.pyramid\.patches\.", r"backbone.net.patch_embed.proj."),
+    (r"\.attn\.([qv])_proj\.bias$", r".attn.\1_bias"),
+    (r"^(detector\.pyramid\.blocks\.\d+\.mlp)\.fc1_g\.", r"\1.w1."),
+    (r"^(detector\.pyramid\.blocks\.\d+\.mlp)\.fc1_x\.", r"\1.w2."),
+    (r"^(detector\.pyramid\.blocks\.\d+\.mlp)\.fc2\.", r"\1.w3."),
+    (r"^(detector\.pyramid\.blocks\.\d+\.mlp)\.norm\.", r"\1.ffn_ln."),
+    (r"^detector\.pyramid\.blocks\.", r"backbone.net.blocks."),
+    *((rf"^detector\.pyramid\.simple\.{i}\.", rf"backbone.simfp_{i + 2}.") for i in range(4)),
+    (r"^detector\.pyramid\.(p[67])\.", r"backbone.top_block.\1."),
+)
+
 IGNORED: Sequence[tuple[str, str]] = (
     (r"\.cls_score\.zs_weight$", "text embeddings of the training concepts: a table given at run time"),
     (r"\.cls_score\.detection_weight$", "text embeddings of the evaluated names: offered as a vocabulary, not as weights"),
@@ -110,10 +124,12 @@ def released_architectures() -> dict[str, tuple[str, Release]]:
         min_size=896,
         max_size=1493,
     )
+    eva = CenterNet2Config(backbone="eva02", strides=(4, 8, 16, 32), min_size=1280, max_size=1280)
     return {
         "r50_c4": (r"(^|\.)res4\.0\.conv1\.weight$", Release(coco, C4_RULES, "detector.backbone.conv1.weight")),
         "centernet2_r50": (r"(^|\.)bottom_up\.base\.layer1\.0\.conv1\.weight$", Release(lvis, RESNET_RULES)),
         "centernet2_swin_b": (r"(^|\.)bottom_up\.patch_embed\.proj\.weight$", Release(replace(lvis, centernet2=swin), SWIN_RULES)),
+        "centernet2_eva02_l": (r"(^|\.)net\.blocks\.0\.attn\.q_proj\.weight$", Release(replace(lvis, centernet2=eva), EVA_RULES)),
     }  # fmt: skip
 
 
@@ -140,7 +156,7 @@ def recognise(shapes: Mapping[str, Sequence[int]], origin: str) -> Release:
                 release.config, aggregation="learned", num_proposals=count, group_size=row // count + 1
             )
             return replace(release, config=config)
-    raise InputError(f"{origin}: tensors of no released CoDet or Detic detector, expected one of R50-C4, CenterNet2 R50 or Swin-B")
+    raise InputError(f"{origin}: tensors of no released CoDet or Detic detector, expected one of {', '.join(released_architectures())}")
 
 
 def find(names: Mapping[str, Any], *wanted: str) -> str | None:
