@@ -33,7 +33,7 @@ from ovd_models.centernet import (
     flatten_levels,
 )
 from ovd_models.codet import CoDet, LearnedAggregation, guidance_weights
-from ovd_models.importers import TEXT_PREFIX, load_text, recognise, translate
+from ovd_models.importers import TEXT_PREFIX, Release, load_text, recognise, released_names, translate
 from ovd_models.losses import caption_loss, concept_loss, cosine_logits, federated_classes, sigmoid_loss
 from ovd_models.rcnn import select_detections
 
@@ -260,19 +260,23 @@ def filled(name: str, shape: list[int], special: str) -> Tensor:
     return torch.from_numpy(array)
 
 
+def manifest_shapes(manifest: str) -> dict[str, list[int]]:
+    entries = json.loads((PACKS / "manifests" / f"{manifest}.json").read_text())
+    left_out = re.compile(r"text_encoder|zs_weight|detection_weight|base\.fc|weight_transform")
+    return {name: shape for name, (shape, _) in entries.items() if not left_out.search(name)}
+
+
+def manifest_release(manifest: str) -> Release:
+    return recognise(manifest_shapes(manifest), manifest)
+
+
 def filled_model(manifest: str, special: str, size: tuple[int, int]) -> CoDet:
     """The model of a manifest with the rule's weights, for images that are not to be resized."""
-    shapes = {
-        name: shape
-        for name, (shape, _) in json.loads((PACKS / "manifests" / f"{manifest}.json").read_text()).items()
-        if not re.search(r"text_encoder|zs_weight|detection_weight|base\.fc|weight_transform", name)
-    }
-    release = recognise(shapes, manifest)
-    low, high = min(size), max(size)
+    release = manifest_release(manifest)
     part = "centernet2" if release.config.architecture == "centernet2" else "detector"
-    sized = dataclasses.replace(getattr(release.config, part), min_size=low, max_size=high)
+    sized = dataclasses.replace(getattr(release.config, part), min_size=min(size), max_size=max(size))
     release = dataclasses.replace(release, config=dataclasses.replace(release.config, **{part: sized}))
-    state = {name: filled(name, shape, special) for name, shape in shapes.items()}
+    state = {name: filled(name, shape, special) for name, shape in manifest_shapes(manifest).items()}
     model = CoDet(release.config)
     model.load_state_dict(translate(state, model, release, manifest))
     return model.eval()
@@ -281,7 +285,7 @@ def filled_model(manifest: str, special: str, size: tuple[int, int]) -> CoDet:
 def statistics(values: Tensor) -> Tensor:
     """What the packs keep of large tensors: sum, sum of magnitudes, deviation, least and greatest."""
     x = values.detach().double()
-    return torch.stack([x.sum(), x.abs().sum(), x.std(unbiased=False), x.min(), x.max()])
+    return torch.stack([x.sum(), x.abs().sum(), x.std(), x.min(), x.max()])
 
 
 def sampled(values: Tensor, count: int) -> Tensor:
@@ -295,11 +299,13 @@ def embedded(file: str) -> Tensor:
 
 
 def paired(ours: Tensor, scores: Tensor, theirs: Tensor, their_scores: Tensor) -> Iterator[Pair]:
-    """Proposals of equal scores may come in either order: each of theirs is compared with the nearest of ours."""
-    nearest = box_iou(theirs, ours).argmax(1)
+    """Proposals are sets: each of theirs is compared with the one of ours that is nearest in place and score."""
+    width = float(theirs.max())
+    entries = [torch.column_stack((box / width, score)) for box, score in ((theirs, their_scores), (ours, scores))]
+    nearest = torch.cdist(*entries).argmin(1)
     yield "proposals", ours[nearest], theirs
-    yield "proposals that are none of theirs", float(len(ours) - len(nearest.unique())), 0.0
     yield "proposal scores", scores[nearest], their_scores
+    yield "proposals that are none of theirs", float(len(ours) - len(nearest.unique())), 0.0
 
 
 @torch.no_grad()
@@ -363,8 +369,93 @@ def ovlvis_r50(name: str) -> Iterator[Pair]:
     yield "mask statistics", statistics(masks), pack["det_masks_stats"]
     height, width = (2 * side for side in pack["hw"].tolist())
     areas = paste_masks(masks, pack["post_boxes"], height, width).sum((1, 2))
-    # Near 0.5 everywhere, these masks flip pixels at the last bit; a pixel in a thousand is allowed for.
-    yield "mask areas, share of the box", areas / (height * width), pack["post_mask_area"] / (height * width)
+    yield "mask areas", areas, pack["post_mask_area"]
+
+
+def caption_ovlvis_r50(name: str) -> Iterator[Pair]:
+    pack = read(f"codet_full/{name}")
+    count, size = 128, int(pack["g"])
+    concepts = F.normalize(filled("cc3m_zs_standin", [512, 4706], "").T, dim=1)
+    model = filled_model("codet_ovlvis_r50", "ovlvis_r50", (128, 160)).train()
+    detector = model.detector
+    assert isinstance(detector, CenterNet2)
+    batch = detector.preprocess(list(pack["images"].permute(0, 3, 1, 2)))
+    features = detector.features(batch)
+    proposals = detector.propose(batch, features)
+    for image, (boxes, scores) in enumerate(zip(proposals.boxes, proposals.scores, strict=True)):
+        inside = clip_boxes_to_image(boxes[:count], batch.image_sizes[image])
+        theirs = pack[f"top_boxes_{image}"][:-1], pack[f"top_scores_{image}"][:-1]
+        yield from paired(inside, scores[:count], *theirs)
+    # The perceptron knows the ranks of proposals, so from here on theirs are used, in their order.
+    outputs = detector.cascade(features, [pack[f"top_boxes_{image}"] for image in range(size)], batch.image_sizes)
+    total, chosen = torch.zeros(()), torch.full((size,), 77)
+    for stage, output in enumerate(outputs):
+        rows = output.embedding_RD.view(size, count + 1, -1)
+        regions = rows[None, :, :-1]
+        aligned = model.aggregations[stage](regions, torch.ones(1, regions.shape[-1]))
+        yield f"stage {stage} attention", aligned.attention[0], pack[f"st{stage}_weights"]
+        yield f"stage {stage} prototypes", aligned.prototype[0], pack[f"st{stage}_prototype"]
+        recorded = {"fed": True, "fed_inds": pack["fed_inds"][stage * size : (stage + 1) * size], "rank": 0}
+        recorded["caption_feats_with_rank"] = F.pad(pack["caption_feats"], (0, 1))
+        region, caption = group_losses(recorded, cosine_logits(aligned.prototype[0], concepts, 50.0), chosen, rows[:, -1])
+        yield f"stage {stage} region loss", region, pack[f"st{stage}_region_loss"]
+        yield f"stage {stage} caption loss", caption, pack[f"st{stage}_caption_loss"]
+        loss = 0.2 * (region.mean() + caption.mean())
+        yield f"stage {stage} loss", loss, pack[f"loss:image_loss_stage{stage}"]
+        total = total + loss
+    total.backward()
+    yield from gradients(model, "codet_ovlvis_r50", pack)
+
+
+def gradients(model: CoDet, manifest: str, pack: Pack) -> Iterator[Pair]:
+    """Statistics and samples of the recorded gradients, scaled to the greatest of each tensor."""
+    release = manifest_release(manifest)
+    parameters = {
+        theirs: parameter for ours, parameter in model.named_parameters() for theirs in released_names(ours, release)
+    }
+    for key, theirs in pack.items():
+        if key.startswith("grad:") and not key.endswith("fc2.bias"):  # a softmax ignores it: rounding noise
+            gradient = parameters[key.removeprefix("grad:")].grad
+            assert gradient is not None
+            ours = torch.cat((statistics(gradient), sampled(gradient, len(theirs) - 5)))
+            scale = theirs[3:5].abs().max()
+            yield f"gradient {key.removeprefix('grad:')}", ours[3:] / scale, theirs[3:] / scale
+
+
+def caption_ovcoco_r50c4(name: str) -> Iterator[Pair]:
+    pack = read(f"codet_full/{name}")
+    count, groups, size = 32, 2, int(pack["g"])
+    model = filled_model("codet_ovcoco_r50c4", "ovcoco_r50c4", (160, 208)).train()
+    detector = model.detector
+    batch = detector.preprocess(list(pack["images"].permute(0, 3, 1, 2).flip(1)))
+    with torch.no_grad():
+        features = detector.features(batch)
+        proposals = detector.propose(batch, features).boxes
+        for image, boxes in enumerate(proposals):
+            theirs = pack[f"top_boxes_{image}"][:-1]
+            yield f"proposals of image {image}", boxes[:count][box_iou(theirs, boxes[:count]).argmax(1)], theirs
+        given = [pack[f"top_boxes_{image}"] for image in range(groups * size)]
+        rows = detector.projection(detector.region_features(features, given, batch)).view(groups * size, count + 1, -1)
+    captions = F.normalize(pack["caption_feats"], dim=1)
+    same_rank = torch.ones(len(rows), dtype=torch.bool)
+    caption = [caption_loss(rows[[i], -1], captions, torch.tensor([i]), same_rank, 50.0) for i in range(len(rows))]
+    yield "caption loss", torch.stack(caption), pack["st0_caption_loss"]
+    # The table of concepts that guided this run is not at hand. A group's 512 weights are solved for from its 1,024
+    # recorded similarities; that one set of weights explains them all is what is checked, and what follows from them.
+    units = F.normalize(rows[:, :-1], dim=-1).double()
+    guidance = []
+    for group in range(groups):
+        query, support = units[2 * group], units[2 * group + 1]
+        products = torch.einsum("ad,bd->abd", query, support).flatten(0, 1)
+        recorded = pack["st0_simi_slice"][2 * group].double()
+        weights = torch.linalg.lstsq(products, recorded[:, None], driver="gelsd").solution[:, 0]
+        yield f"similarities of group {group}", products @ weights, recorded
+        guidance.append(weights)
+    regions = rows[:, :-1].view(groups, size, count, -1)
+    with torch.no_grad():
+        aligned = model.aggregations[0](regions, torch.stack(guidance).float())
+    yield "attention", aligned.attention.flatten(0, 1), pack["st0_weights"]
+    yield "prototypes", aligned.prototype.flatten(0, 1), pack["st0_prototype"]
 
 
 PACK_FUNCTIONS: dict[str, Callable[[str], Iterator[Pair]]] = {
@@ -382,6 +473,8 @@ FULL_FUNCTIONS: dict[str, Callable[[str], Iterator[Pair]]] = {
     "clip_text_encoder": text_encoder,
     "ovcoco_r50c4": ovcoco_r50c4,
     "ovlvis_r50": ovlvis_r50,
+    "caption_ovcoco_r50c4": caption_ovcoco_r50c4,
+    "caption_ovlvis_r50": caption_ovlvis_r50,
 }
 
 

@@ -229,7 +229,7 @@ class CenterNet2(nn.Module):
         for index, output in enumerate(self.cascade(own, regions, sizes)):
             for name, loss in self._stage_losses(index, output, targets, text_KD).items():
                 losses[f"{name}_{index}"] = loss
-        if self.config.mask_convs and all("masks" in target for target in targets):
+        if self.config.mask_convs:
             losses["mask"] = self._mask_loss(own, regions, targets)
         return losses
 
@@ -254,15 +254,16 @@ class CenterNet2(nn.Module):
         }
 
     def _mask_loss(self, features: dict[str, Tensor], regions: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
-        """Mean binary cross-entropy over the cells of the object regions' masks."""
-        chosen, goals = [], []
+        """Mean binary cross-entropy over the cells of the object regions' masks; 0 where no image has masks."""
+        chosen, goals = [], [regions[0].new_zeros((0, 28, 28), dtype=torch.bool)]
         for box_N4, target in zip(regions, targets, strict=True):
             matched_N = overlaps(box_N4, target["boxes"], self.config.stage_ious[0])
-            rows = matched_N >= 0
-            region_N5 = torch.cat((matched_N[rows, None].to(box_N4.dtype), box_N4[rows]), dim=1)
-            mask = target["masks"].to(box_N4.dtype)[:, None]
-            goals.append(roi_align(mask, region_N5, 28, 1.0, sampling_ratio=-1, aligned=True)[:, 0] >= 0.5)
+            rows = (matched_N >= 0) & ("masks" in target)
             chosen.append(box_N4[rows])
+            if "masks" in target:
+                region_N5 = torch.cat((matched_N[rows, None].to(box_N4.dtype), box_N4[rows]), dim=1)
+                mask = target["masks"].to(box_N4.dtype)[:, None]
+                goals.append(roi_align(mask, region_N5, 28, 1.0, sampling_ratio=-1, aligned=True)[:, 0] >= 0.5)
         goal_R28 = torch.cat(goals)
         logits_R28 = self.mask_logits(features, chosen)
         loss = F.binary_cross_entropy_with_logits(logits_R28, goal_R28.to(logits_R28.dtype), reduction="sum")
