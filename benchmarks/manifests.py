@@ -2,8 +2,8 @@
 
 python benchmarks/manifests.py
 
-Every name of every manifest is used by our model, with its shape, or named as ignored with a reason; and nothing of ours
-is left without a tensor. Prints what is ignored and writes runs/bench/manifests.json; exits with 1 if a tensor is left.
+Every name of every manifest is used by our model, with its shape, or named as ignored with a reason, and nothing of
+ours is left without a tensor. Prints what is ignored, writes runs/bench/manifests.json and exits with 1 if one is left.
 """
 
 import json

@@ -187,7 +187,12 @@ def alignment(name: str) -> Iterator[Pair]:
     size, count = int(pack["g"]), int(pack["N"])
     x, weight = pack["x"].requires_grad_(), pack["linear_weight"].requires_grad_()
     aggregation = LearnedAggregation(size, count)
-    keys = {"hidden.weight": "fc1_weight", "hidden.bias": "fc1_bias", "score.weight": "fc2_weight", "score.bias": "fc2_bias"}
+    keys = {
+        "hidden.weight": "fc1_weight",
+        "hidden.bias": "fc1_bias",
+        "score.weight": "fc2_weight",
+        "score.bias": "fc2_bias",
+    }
     aggregation.load_state_dict({ours: pack[theirs] for ours, theirs in keys.items()})
     features = F.linear(x, weight, pack["linear_bias"])
     rows = features.split((pack["counts"] + 1).tolist())  # each image's proposals, then the image itself
@@ -222,9 +227,7 @@ def group_losses(pack: Pack, logits: Tensor, concept: Tensor, images: Tensor) ->
     captions = F.normalize(pack["caption_feats_with_rank"][:, :-1], dim=1)
     same_rank = pack["caption_feats_with_rank"][:, -1] == pack["rank"]
     own = torch.nonzero(same_rank)[:, 0]
-    region = [
-        concept_loss(logits[[i]], concept[[i]], ~counted[[i], :-1]) + math.log(2) for i in range(len(logits))
-    ]
+    region = [concept_loss(logits[[i]], concept[[i]], ~counted[[i], :-1]) + math.log(2) for i in range(len(logits))]
     caption = [caption_loss(images[[i]], captions, own[[i]], same_rank, 50.0) for i in range(len(logits))]
     return torch.stack(region), torch.stack(caption)
 
@@ -329,9 +332,7 @@ def ovcoco_r50c4(name: str) -> Iterator[Pair]:
     yield from detections(model, image, names, pack, 0.05, 100)
 
 
-def detections(
-    model: CoDet, image: Tensor, names: Tensor, pack: Pack, threshold: float, limit: int
-) -> Iterator[Pair]:
+def detections(model: CoDet, image: Tensor, names: Tensor, pack: Pack, threshold: float, limit: int) -> Iterator[Pair]:
     from ovd_models.vocabulary import Vocabulary
 
     vocabulary = Vocabulary(tuple(map(str, range(len(names)))), names)
@@ -358,10 +359,10 @@ def ovlvis_r50(name: str) -> Iterator[Pair]:
     proposals = detector.propose(batch, features)
     yield from paired(proposals.boxes[0], proposals.scores[0], pack["prop_boxes"], pack["prop_scores"])
     for index, output in enumerate(detector.cascade(features, [pack["prop_boxes"]], batch.image_sizes)):
-        logits = F.pad(cosine_logits(output.embedding_RD, names, 50.0), (0, 1))
+        logits = F.pad(cosine_logits(output.embeddings, names, 50.0), (0, 1))
         yield f"stage {index} logits", sampled(logits, 8192), pack[f"stage{index}_logits_slice"]
         yield f"stage {index} logit statistics", statistics(logits), pack[f"stage{index}_logits_stats"]
-        yield f"stage {index} deltas", output.delta_R4, pack[f"stage{index}_deltas"]
+        yield f"stage {index} deltas", output.deltas, pack[f"stage{index}_deltas"]
         yield f"stage {index} boxes", detector.stages[index].refined(output)[0], pack[f"stage{index}_boxes"]
     yield from detections(model, image, names, pack, 0.02, 300)
     masks = detector.mask_logits(features, [pack["det_boxes"]]).sigmoid()
@@ -390,14 +391,16 @@ def caption_ovlvis_r50(name: str) -> Iterator[Pair]:
     outputs = detector.cascade(features, [pack[f"top_boxes_{image}"] for image in range(size)], batch.image_sizes)
     total, chosen = torch.zeros(()), torch.full((size,), 77)
     for stage, output in enumerate(outputs):
-        rows = output.embedding_RD.view(size, count + 1, -1)
+        rows = output.embeddings.view(size, count + 1, -1)
         regions = rows[None, :, :-1]
         aligned = model.aggregations[stage](regions, torch.ones(1, regions.shape[-1]))
         yield f"stage {stage} attention", aligned.attention[0], pack[f"st{stage}_weights"]
         yield f"stage {stage} prototypes", aligned.prototype[0], pack[f"st{stage}_prototype"]
         recorded = {"fed": True, "fed_inds": pack["fed_inds"][stage * size : (stage + 1) * size], "rank": 0}
         recorded["caption_feats_with_rank"] = F.pad(pack["caption_feats"], (0, 1))
-        region, caption = group_losses(recorded, cosine_logits(aligned.prototype[0], concepts, 50.0), chosen, rows[:, -1])
+        region, caption = group_losses(
+            recorded, cosine_logits(aligned.prototype[0], concepts, 50.0), chosen, rows[:, -1]
+        )
         yield f"stage {stage} region loss", region, pack[f"st{stage}_region_loss"]
         yield f"stage {stage} caption loss", caption, pack[f"st{stage}_caption_loss"]
         loss = 0.2 * (region.mean() + caption.mean())
@@ -459,7 +462,7 @@ def caption_ovcoco_r50c4(name: str) -> Iterator[Pair]:
 
 
 PACK_FUNCTIONS: dict[str, Callable[[str], Iterator[Pair]]] = {
-    **{name: centernet for name in ("centernet_s0", "centernet_s1", "centernet_s3_emptygt")},
+    **dict.fromkeys(("centernet_s0", "centernet_s1", "centernet_s3_emptygt"), centernet),
     **{f"{kind.__name__}_s{seed}": kind for kind in (fedloss, boxloss, inference, zeroshot) for seed in (0, 1)},
     **{
         f"align_{size}_s{seed}_{guidance}_{loss}": alignment

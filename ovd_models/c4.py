@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.norm_act import freeze_batch_norm_2d
+from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -88,12 +89,12 @@ def last_stage(config: RCNNConfig) -> nn.Module:
 def stride_in_first_convolution(stage: nn.Module) -> None:
     """Let a bottleneck's 1 x 1 convolution take the stride, as in the original ResNet; timm has it in the 3 x 3."""
     for block in stage.modules():
-        if hasattr(block, "conv3") and block.conv2.stride != (1, 1):  # type: ignore[union-attr]
-            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)  # type: ignore[union-attr]
+        if isinstance(block, Bottleneck) and block.conv2.stride != (1, 1):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
 
 
 def cell_anchors(sizes: Sequence[int]) -> Tensor:
-    """[sizes * ratios, 4] anchors around the origin, size after size; torchvision's are rounded and ratio after ratio."""
+    """[sizes * ratios, 4] anchors around the origin, size after size; torchvision rounds and orders them otherwise."""
     ratio_A = torch.tensor(ASPECT_RATIOS).repeat(len(sizes))
     size_A = torch.tensor(sizes, dtype=torch.float32).repeat_interleave(len(ASPECT_RATIOS))
     width_A = size_A / ratio_A.sqrt()

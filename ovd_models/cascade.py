@@ -91,8 +91,10 @@ class StageOutput:
 
     boxes: list[Tensor]
     """B tensors [N, 4]: where it looked."""
-    embedding_RD: Tensor
-    delta_R4: Tensor
+    embeddings: Tensor
+    """[R, D] in the text space."""
+    deltas: Tensor
+    """[R, 4] coded displacements."""
 
 
 class Stage(nn.Module):
@@ -114,7 +116,7 @@ class Stage(nn.Module):
     def refined(self, output: StageOutput) -> list[Tensor]:
         """B tensors [N, 4]: the boxes after this stage, not clipped."""
         counts = [len(entry) for entry in output.boxes]
-        moved_R4 = self.coder.decode_single(output.delta_R4, torch.cat(output.boxes))
+        moved_R4 = self.coder.decode_single(output.deltas, torch.cat(output.boxes))
         return list(torch.split(moved_R4, counts))
 
 
@@ -187,7 +189,7 @@ class CenterNet2(nn.Module):
 
     def region_embeddings(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> list[Tensor]:
         """[R, D] embeddings of boxes of each image in every stage, images in order."""
-        return [output.embedding_RD for output in self.cascade(features, boxes, batch.image_sizes)]
+        return [output.embeddings for output in self.cascade(features, boxes, batch.image_sizes)]
 
     def mask_logits(self, features: dict[str, Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """[R, 28, 28] logits of the object's mask inside each box."""
@@ -237,9 +239,11 @@ class CenterNet2(nn.Module):
         self, index: int, output: StageOutput, targets: list[dict[str, Tensor]], text_KD: Tensor
     ) -> dict[str, Tensor]:
         """Class and box losses of one stage."""
-        pairs = [match(box, target, self.config.stage_ious[index]) for box, target in zip(output.boxes, targets, strict=True)]
+        pairs = [
+            match(box, target, self.config.stage_ious[index]) for box, target in zip(output.boxes, targets, strict=True)
+        ]
         label_R, matched_R4 = torch.cat([label for label, _ in pairs]), torch.cat([box for _, box in pairs])
-        logits_RK = cosine_logits(output.embedding_RD, text_KD, self.config.temperature)
+        logits_RK = cosine_logits(output.embeddings, text_KD, self.config.temperature)
         counted_K = None
         if self.config.federated:
             weight_K = self.class_weight_K if self.class_weight_K is not None else text_KD.new_ones(len(text_KD))
@@ -247,13 +251,15 @@ class CenterNet2(nn.Module):
         foreground = label_R >= 0
         coder = self.stages[index].coder
         goal_R4 = coder.encode_single(matched_R4[foreground], torch.cat(output.boxes)[foreground])  # type: ignore[operator, union-attr]
-        loss_box = F.l1_loss(output.delta_R4[foreground], goal_R4, reduction="sum")
+        loss_box = F.l1_loss(output.deltas[foreground], goal_R4, reduction="sum")
         return {
             "classes": sigmoid_loss(logits_RK, label_R, counted_K),
             "box": loss_box / max(1, len(label_R)),
         }
 
-    def _mask_loss(self, features: dict[str, Tensor], regions: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+    def _mask_loss(
+        self, features: dict[str, Tensor], regions: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> Tensor:
         """Mean binary cross-entropy over the cells of the object regions' masks; 0 where no image has masks."""
         chosen, goals = [], [regions[0].new_zeros((0, 28, 28), dtype=torch.bool)]
         for box_N4, target in zip(regions, targets, strict=True):
@@ -279,7 +285,7 @@ class CenterNet2(nn.Module):
         proposals = self.propose(batch, features)
         outputs = self.cascade(features, proposals.boxes, batch.image_sizes)
         stages_SRK = torch.stack(
-            [cosine_logits(output.embedding_RD, text_KD, self.config.temperature).sigmoid() for output in outputs]
+            [cosine_logits(output.embeddings, text_KD, self.config.temperature).sigmoid() for output in outputs]
         )
         score_RK = combine_scores(stages_SRK, torch.cat(proposals.scores))
         refined = self.stages[-1].refined(outputs[-1])  # type: ignore[operator]
@@ -326,7 +332,7 @@ def build_pyramid(config: CenterNet2Config) -> nn.Module:
 
 
 def combine_scores(stage_SRK: Tensor, proposal_R: Tensor) -> Tensor:
-    """[S, R, K] class probabilities of S stages and [R] proposal scores -> [R, K]: sqrt(mean over stages * proposal)."""
+    """[S, R, K] class probabilities of S stages, [R] proposal scores -> [R, K]: sqrt(mean over stages * proposal)."""
     return (stage_SRK.mean(0) * proposal_R[:, None]).sqrt()
 
 
@@ -362,7 +368,7 @@ def paste_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: int
     """
     rows = max(1, math.floor(2**26 / max(1, height * width)))  # masks at a time, to bound memory
     pasted = [box_N4.new_zeros((0, height, width), dtype=torch.bool)]
-    for mask_NSS, part_N4 in zip(probability_NSS.split(rows), box_N4.split(rows), strict=True):
+    for mask_NSS, part_N4 in zip(torch.split(probability_NSS, rows), torch.split(box_N4, rows), strict=True):
         x_W = torch.arange(width, device=box_N4.device) + 0.5
         y_H = torch.arange(height, device=box_N4.device) + 0.5
         left_N1, top_N1, right_N1, bottom_N1 = part_N4[:, :, None].unbind(1)

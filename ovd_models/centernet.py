@@ -78,9 +78,7 @@ class CenterNetHead(nn.Module):
     def forward(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """L maps [B, C, H, W] -> L maps of heat logits [B, 1, H, W] and of distances [B, 4, H, W]."""
         towers = [self.tower(level) for level in levels]
-        distances = [
-            F.relu(self.distances(tower) * scale) for tower, scale in zip(towers, self.scales, strict=True)
-        ]
+        distances = [F.relu(self.distances(tower) * scale) for tower, scale in zip(towers, self.scales, strict=True)]
         return [self.heat(tower) for tower in towers], distances
 
 
@@ -99,7 +97,7 @@ class CentreTargets:
 
 
 def grid_points(height: int, width: int, stride: int, like: Tensor) -> Tensor:
-    """[height * width, 2] centres (x, y) in pixels of a level's cells, row after row."""
+    """[height * width, 2] centres (x, y) in pixels of a level's cells, row after row, on the device of `like`."""
     x_W = (torch.arange(width, device=like.device, dtype=torch.float32) + 0.5) * stride
     y_H = (torch.arange(height, device=like.device, dtype=torch.float32) + 0.5) * stride
     return torch.stack(torch.meshgrid(x_W, y_H, indexing="xy"), dim=-1).reshape(-1, 2)
@@ -134,7 +132,7 @@ def centre_targets(
 
 def _fits(box_N4: Tensor, config: CenterNetConfig) -> Tensor:
     """[N, L] bool: half of the box's diagonal lies in the level's range."""
-    half_N1 = (box_N4[:, 2:] - box_N4[:, :2]).norm(dim=1, keepdim=True) / 2
+    half_N1: Tensor = torch.linalg.vector_norm(box_N4[:, 2:] - box_N4[:, :2], dim=1, keepdim=True) / 2
     return (half_N1 >= half_N1.new_tensor(config.sizes)) & (half_N1 <= half_N1.new_tensor(config.largest))
 
 
@@ -163,9 +161,7 @@ def _image_targets(
     return heat_M.where(heat_M >= TINY_HEAT, 0.0), nearest.values.isfinite().float(), chosen_M4
 
 
-def _centre_indices(
-    boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]], config: CenterNetConfig
-) -> Tensor:
+def _centre_indices(boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]], config: CenterNetConfig) -> Tensor:
     """[boxes and levels that fit] int64: the point in whose cell a box has its centre."""
     box_N4 = torch.cat(list(boxes))
     image_N = torch.repeat_interleave(torch.tensor([len(entry) for entry in boxes], device=box_N4.device))
@@ -174,7 +170,7 @@ def _centre_indices(
     centre_N12 = ((box_N4[:, :2] + box_N4[:, 2:]) / 2)[:, None]
     cell_NL2 = (centre_N12 / box_N4.new_tensor(config.strides)[:, None]).long()
     x_NL, y_NL = cell_NL2[..., 0].minimum(width_L - 1), cell_NL2[..., 1].minimum(height_L - 1)
-    index_NL = (before_L * len(boxes)) + image_N[:, None] * height_L * width_L + y_NL * width_L + x_NL
+    index_NL: Tensor = (before_L * len(boxes)) + image_N[:, None] * height_L * width_L + y_NL * width_L + x_NL
     return index_NL[_fits(box_N4, config)]
 
 
@@ -205,7 +201,9 @@ def centre_losses(
 
 
 def distance_loss(predicted_R4: Tensor, target_R4: Tensor) -> Tensor:
-    """Sum of 1 - GIoU of boxes given by their distances from a shared point, with 1 added above and below the IoU's bar.
+    """Sum of 1 - GIoU of boxes that are given by their distances from a shared point.
+
+    As in the released code, 1 is added to both sides of the overlap's fraction.
 
     Args:
         predicted_R4: [R, 4] distances, not negative.
@@ -238,7 +236,7 @@ def decode(
     pre_nms, post_nms = (pair[0 if training else 1] for pair in (config.pre_nms, config.post_nms))
     level_boxes, level_scores = [], []
     for heat_B1HW, distance_B4HW, stride in zip(heat, distances, config.strides, strict=True):
-        point_M2 = grid_points(*heat_B1HW.shape[-2:], stride, heat_B1HW)
+        point_M2 = grid_points(heat_B1HW.shape[-2], heat_B1HW.shape[-1], stride, heat_B1HW)
         side_BM4 = distance_B4HW.flatten(2).mT * stride
         corners_BM4 = torch.cat((point_M2 - side_BM4[..., :2], point_M2 + side_BM4[..., 2:]), dim=-1)
         score_BM = heat_B1HW.flatten(1).sigmoid()

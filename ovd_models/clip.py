@@ -113,7 +113,9 @@ class Clip(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = CustomTextCLIP(config.embed_dim, dict(config.vision), dict(config.text), quick_gelu=config.quick_gelu, init_logit_scale=2.7)
+        self.model = CustomTextCLIP(
+            config.embed_dim, dict(config.vision), dict(config.text), quick_gelu=config.quick_gelu, init_logit_scale=2.7
+        )
         self.tokenizer = open_clip.get_tokenizer(TOKENIZER, context_length=int(config.text["context_length"]))
         self.normalise = Normalize(config.mean, config.std)
 

@@ -173,7 +173,7 @@ class CoDet(nn.Module):
                 images, detection.boxes, detection.labels, batch.image_sizes, strict=False
             )
         ]
-        losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)
+        losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)  # type: ignore[arg-type]
         if concepts is not None and concepts_CD is not None:
             start = detection.num_images
             own = {name: level[start:] for name, level in features.items()}
@@ -211,9 +211,7 @@ class CoDet(nn.Module):
                 losses["caption"] = losses.get("caption", 0.0) + loss
         return losses
 
-    def _embed_with_image(
-        self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList
-    ) -> list[Tensor]:
+    def _embed_with_image(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> list[Tensor]:
         """[R, D] embeddings in every stage of each image's boxes and, behind them, of the whole image."""
         with_whole = [
             torch.cat((entry, entry.new_tensor([[0, 0, width, height]])))
@@ -223,9 +221,7 @@ class CoDet(nn.Module):
             return self.detector.region_embeddings(features, with_whole, batch)
         return [self.detector.projection(self.detector.region_features(features, with_whole, batch))]
 
-    def _prototypes(
-        self, stage: int, regions: list[Tensor], concepts: ConceptBatch, concepts_CD: Tensor
-    ) -> Tensor:
+    def _prototypes(self, stage: int, regions: list[Tensor], concepts: ConceptBatch, concepts_CD: Tensor) -> Tensor:
         """[B, D] what each image shares with its group, from the embeddings [N, D] of its proposals."""
         config, shape = self.config, (len(concepts.concept_ids), concepts.group_size)
         own_GD = concepts_CD[concepts.concept_ids]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timm.layers import LayerNorm2d, build_rotary_pos_embed
+from timm.layers.norm import LayerNorm2d
+from timm.layers.pos_embed_sincos import build_rotary_pos_embed
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,8 +73,16 @@ class EvaPyramid(nn.Module):
             for index in range(c.depth)
         )  # fmt: skip
         half, quarter = c.width // 2, c.width // 4
-        ends = [(ConvNorm(width, channels, 1), ConvNorm(channels, channels, 3)) for width in (quarter, half, c.width, c.width)]
-        up = nn.ConvTranspose2d(c.width, half, 2, 2), LayerNorm2d(half), nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2)
+        ends = [
+            (ConvNorm(width, channels, 1), ConvNorm(channels, channels, 3))
+            for width in (quarter, half, c.width, c.width)
+        ]
+        up = (
+            nn.ConvTranspose2d(c.width, half, 2, 2),
+            LayerNorm2d(half),
+            nn.GELU(),
+            nn.ConvTranspose2d(half, quarter, 2, 2),
+        )
         self.simple = nn.ModuleList(
             [
                 nn.Sequential(*up, *ends[0]),
@@ -92,7 +101,7 @@ class EvaPyramid(nn.Module):
         grid = 2 * math.ceil(max(height, width) / (2 * c.patch))
         side = grid * c.patch
         tokens_BHWE = self.patches(F.pad(images, (0, side - width, 0, side - height))).permute(0, 2, 3, 1)
-        table = self.positions[:, 1:].unflatten(1, (c.trained_grid, c.trained_grid)).permute(0, 3, 1, 2)
+        table = self.positions[:, 1:].reshape(1, c.trained_grid, c.trained_grid, c.width).permute(0, 3, 1, 2)
         placed = F.interpolate(table, (grid, grid), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
         tokens_BHWE = tokens_BHWE + placed.to(tokens_BHWE.dtype)
         window = max(1, round(c.window_share * grid))
@@ -139,7 +148,7 @@ def run_block(block: nn.Module, tokens_BHWE: Tensor, window: int, angles: Tensor
     normed = block.norm1(tokens_BHWE)  # type: ignore[operator]
     padded = F.pad(normed, (0, 0, 0, -width % window, 0, -height % window))
     rows, columns = padded.shape[1] // window, padded.shape[2] // window
-    split = padded.unflatten(1, (rows, window)).unflatten(3, (columns, window)).transpose(2, 3)
+    split = padded.reshape(len(padded), rows, window, columns, window, -1).transpose(2, 3)
     attended = block.attn(split.reshape(-1, window * window, split.shape[-1]), rope=angles)  # type: ignore[operator]
     joined = attended.view_as(split).transpose(2, 3).reshape(padded.shape)[:, :height, :width]
     tokens_BHWE = tokens_BHWE + block.drop_path1(joined)  # type: ignore[operator]

@@ -67,10 +67,10 @@ CENTERNET2_RULES: Rules = (
 RESNET_RULES: Rules = (*CENTERNET2_RULES, (r"^detector\.pyramid\.trunk\.", r"backbone.bottom_up.base."))
 SWIN_RULES: Rules = (
     *CENTERNET2_RULES,
-    *((rf"^detector\.pyramid\.trunk\.layers_{i + 1}\.downsample\.", rf"backbone.bottom_up.layers.{i}.downsample.") for i in range(3)),
-    (r"^detector\.pyramid\.trunk\.layers_(\d)\.", r"backbone.bottom_up.layers.\1."),
     (r"^detector\.pyramid\.trunk\.", r"backbone.bottom_up."),
-)  # fmt: skip
+    *((rf"\.layers_{i + 1}\.downsample\.", rf".layers.{i}.downsample.") for i in range(3)),
+    (r"\.layers_(\d)\.", r".layers.\1."),
+)
 
 EVA_RULES: Rules = (
     *CENTERNET2_RULES,
@@ -88,12 +88,12 @@ EVA_RULES: Rules = (
 
 IGNORED: Sequence[tuple[str, str]] = (
     (r"\.cls_score\.zs_weight$", "text embeddings of the training concepts: a table given at run time"),
-    (r"\.cls_score\.detection_weight$", "text embeddings of the evaluated names: offered as a vocabulary, not as weights"),
+    (r"\.cls_score\.detection_weight$", "text embeddings of the evaluated names: a vocabulary, not weights"),
     (r"\.weight_transform\.[02]\.(weight|bias)$", "the same storage as fc1 and fc2 under a second name"),
-    (r"^backbone\.bottom_up\.base\.fc\.(weight|bias)$", "classifier of the ImageNet-21k pretraining, which no detector runs"),
+    (r"(^|\.)base\.fc\.(weight|bias)$", "classifier of the ImageNet-21k pretraining, which no detector runs"),
     (r"\.attn\.relative_position_index$", "counted from the window size"),
     (r"\.freqs_(cos|sin)(_s)?$", "rotary angles, computed from the window size and the grid"),
-)  # fmt: skip
+)
 """Patterns of released names that our models have no place for, each with the reason."""
 
 TEXT_PREFIX = "text_encoder."
@@ -107,18 +107,19 @@ class Release:
     config: CoDetConfig
     """Without what the file itself decides: the aggregation and its sizes."""
     rules: Rules
+    mark: str
+    """A pattern of tensors that no other of these architectures has."""
     bgr: str = ""
     """Our name of the first convolution, where the released one takes blue first."""
 
 
-def released_architectures() -> dict[str, tuple[str, Release]]:
-    """Name -> a pattern of tensors that only this architecture has, and the architecture."""
-    lvis = CoDetConfig(architecture="centernet2", text_guidance=False, caption_weight=0.2)
+def released_architectures() -> dict[str, Release]:
+    """What CoDet and Detic have released, by name."""
     coco = CoDetConfig(architecture="c4", detector=coco_r50_c4(), concept_weight=0.1, caption_weight=0.1)
-    swin_options = {"img_size": 896, "strict_img_size": False, "drop_path_rate": 0.3}
+    lvis = CoDetConfig(architecture="centernet2", text_guidance=False, caption_weight=0.2)
     swin = CenterNet2Config(
         backbone="swin_base_patch4_window7_224",
-        backbone_options=swin_options,
+        backbone_options={"img_size": 896, "strict_img_size": False, "drop_path_rate": 0.3},
         freeze_norm=False,
         norm_maps=True,
         min_size=896,
@@ -126,11 +127,15 @@ def released_architectures() -> dict[str, tuple[str, Release]]:
     )
     eva = CenterNet2Config(backbone="eva02", strides=(4, 8, 16, 32), min_size=1280, max_size=1280)
     return {
-        "r50_c4": (r"(^|\.)res4\.0\.conv1\.weight$", Release(coco, C4_RULES, "detector.backbone.conv1.weight")),
-        "centernet2_r50": (r"(^|\.)bottom_up\.base\.layer1\.0\.conv1\.weight$", Release(lvis, RESNET_RULES)),
-        "centernet2_swin_b": (r"(^|\.)bottom_up\.patch_embed\.proj\.weight$", Release(replace(lvis, centernet2=swin), SWIN_RULES)),
-        "centernet2_eva02_l": (r"(^|\.)net\.blocks\.0\.attn\.q_proj\.weight$", Release(replace(lvis, centernet2=eva), EVA_RULES)),
-    }  # fmt: skip
+        "r50_c4": Release(coco, C4_RULES, r"(^|\.)res4\.0\.conv1\.weight$", bgr="detector.backbone.conv1.weight"),
+        "centernet2_r50": Release(lvis, RESNET_RULES, r"(^|\.)base\.layer1\.0\.conv1\.weight$"),
+        "centernet2_swin_b": Release(
+            replace(lvis, centernet2=swin), SWIN_RULES, r"(^|\.)bottom_up\.patch_embed\.proj\.weight$"
+        ),
+        "centernet2_eva02_l": Release(
+            replace(lvis, centernet2=eva), EVA_RULES, r"(^|\.)blocks\.0\.attn\.q_proj\.weight$"
+        ),
+    }
 
 
 def released_names(name: str, release: Release) -> list[str]:
@@ -146,17 +151,16 @@ def recognise(shapes: Mapping[str, Sequence[int]], origin: str) -> Release:
     Raises:
         InputError: it is none that this program knows.
     """
-    for mark, release in released_architectures().values():
-        if any(re.search(mark, name) for name in shapes):
+    known = released_architectures()
+    for release in known.values():
+        if any(re.search(release.mark, name) for name in shapes):
             hidden = find(shapes, "roi_heads.box_predictor.fc1.weight", "roi_heads.box_predictor.0.fc1.weight")
             if hidden is None:
                 return release
             count, row = shapes[hidden]
-            config = replace(
-                release.config, aggregation="learned", num_proposals=count, group_size=row // count + 1
-            )
+            config = replace(release.config, aggregation="learned", num_proposals=count, group_size=row // count + 1)
             return replace(release, config=config)
-    raise InputError(f"{origin}: tensors of no released CoDet or Detic detector, expected one of {', '.join(released_architectures())}")
+    raise InputError(f"{origin}: tensors of no released detector, expected one of {', '.join(known)}")
 
 
 def find(names: Mapping[str, Any], *wanted: str) -> str | None:
@@ -171,6 +175,14 @@ def find(names: Mapping[str, Any], *wanted: str) -> str | None:
     return None
 
 
+def gather(state: Mapping[str, Tensor], names: Sequence[str]) -> tuple[list[str], Tensor | None]:
+    """The file's names for released ones, and their tensors put together; None if one is not there."""
+    found = [name for name in (find(state, wanted) for wanted in names) if name is not None]
+    if len(found) < len(names):
+        return found, None
+    return found, torch.cat([state[name] for name in found]) if len(found) > 1 else state[found[0]]
+
+
 def translate(state: Mapping[str, Tensor], model: CoDet, release: Release, origin: str) -> dict[str, Tensor]:
     """A state dict of our model from a released one.
 
@@ -179,15 +191,11 @@ def translate(state: Mapping[str, Tensor], model: CoDet, release: Release, origi
     """
     translated: dict[str, Tensor] = {}
     for ours, value in model.state_dict().items():
-        parts: list[Tensor] = []
-        for name in released_names(ours, release):
-            found = find(state, name)
-            if found is None:
-                raise InputError(f"{origin}: no tensor {name}, expected one of shape {list(value.shape)}")
-            parts.append(state[found])
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if tensor.shape != value.shape:
-            raise InputError(f"{origin}: {name} has shape {list(tensor.shape)}, expected {list(value.shape)}")
+        names = released_names(ours, release)
+        tensor = gather(state, names)[1]
+        if tensor is None or tensor.shape != value.shape:
+            shape = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
+            raise InputError(f"{origin}: {names[0]} {shape}, expected {list(value.shape)}")
         translated[ours] = tensor.flip(1) if ours == release.bgr else tensor
     return translated
 
@@ -213,28 +221,24 @@ def account(shapes: Mapping[str, Sequence[int]], origin: str) -> Accounting:
     """
     release = recognise(shapes, origin)
     with torch.device("meta"):
+        state = {name: torch.empty(*shape) for name, shape in shapes.items()}
         model = CoDet(release.config)
         tower = build_text_tower(text_config())
+    wanted = {ours: (released_names(ours, release), value.shape) for ours, value in model.state_dict().items()}
+    if any(name.startswith(TEXT_PREFIX) for name in shapes):
+        wanted |= {
+            TEXT_PREFIX + ours: ([TEXT_PREFIX + ours], value.shape) for ours, value in tower.state_dict().items()
+        }
     used, missing = set[str](), []
-    for ours, value in model.state_dict().items():
-        names = [find(shapes, name) for name in released_names(ours, release)]
-        sizes = [list(shapes[name]) for name in names if name is not None]
-        whole = [sum(size[0] for size in sizes), *sizes[0][1:]] if len(sizes) == len(names) > 1 else sizes[0] if sizes else []
-        if whole == list(value.shape):
-            used.update(name for name in names if name is not None)
+    for ours, (names, shape) in wanted.items():
+        found, tensor = gather(state, names)
+        if tensor is not None and tensor.shape == shape:
+            used.update(found)
         else:
             missing.append(ours)
-    if any(name.startswith(TEXT_PREFIX) for name in shapes):
-        for ours, value in tower.state_dict().items():
-            if list(shapes.get(TEXT_PREFIX + ours, [])) == list(value.shape):
-                used.add(TEXT_PREFIX + ours)
-            else:
-                missing.append(TEXT_PREFIX + ours)
     left = [name for name in shapes if name not in used]
     ignored = {name: reason for name in left for pattern, reason in IGNORED if re.search(pattern, name)}
-    return Accounting(
-        tuple(sorted(used)), ignored, tuple(name for name in left if name not in ignored), tuple(missing)
-    )
+    return Accounting(tuple(sorted(used)), ignored, tuple(name for name in left if name not in ignored), tuple(missing))
 
 
 @dataclass(frozen=True)
@@ -244,10 +248,8 @@ class Imported:
     model: CoDet
     encoder: ClipTextEncoder | None
     """The text tower of the file, if it holds one."""
-    names_KD: Tensor | None
+    names: Tensor | None
     """[K, D] unit embeddings of the evaluated names, in category order, if the file holds them."""
-    unused: tuple[str, ...]
-    """Tensors of the file that neither the model nor the text tower took."""
 
 
 def load_codet_release(path: str | Path) -> Imported:
@@ -256,21 +258,16 @@ def load_codet_release(path: str | Path) -> Imported:
     Raises:
         InputError: the file cannot be read safely, or holds no detector that this program knows.
     """
-    state = read_state(path)
-    release = recognise({name: list(value.shape) for name, value in state.items()}, str(path))
-    with torch.device("meta"):
-        model = CoDet(release.config)
-    translated = translate(state, model, release, str(path))
+    state, origin = read_state(path), str(path)
+    release = recognise({name: list(value.shape) for name, value in state.items()}, origin)
     model = CoDet(release.config)
-    model.load_state_dict(translated)
+    model.load_state_dict(translate(state, model, release, origin))
     text = {name.removeprefix(TEXT_PREFIX): value for name, value in state.items() if name.startswith(TEXT_PREFIX)}
-    column = find(state, "roi_heads.box_predictor.cls_score.detection_weight", "roi_heads.box_predictor.0.cls_score.detection_weight")  # fmt: skip
-    used = {find(state, name) for ours in translated for name in released_names(ours, release)}
+    column = next((name for name in state if name.endswith("cls_score.detection_weight")), None)
     return Imported(
         model.eval(),
-        load_text(text, str(path)) if text else None,
+        load_text(text, origin) if text else None,
         F.normalize(state[column].float().T[:-1], dim=1) if column else None,
-        tuple(name for name in state if name not in used and not name.startswith(TEXT_PREFIX)),
     )
 
 
@@ -307,7 +304,17 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
                 raw = ArrayUnpickler(stream, encoding="latin1").load()
         else:
             raw = torch.load(source, weights_only=True, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        pickle.UnpicklingError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{source}: cannot be read safely, expected tensors or arrays by name ({reason})") from error
     inner = raw.get("model", raw) if isinstance(raw, dict) else raw

@@ -49,7 +49,7 @@ def federated_classes(
     Returns:
         [K] bool.
     """
-    present = labels_R.unique()
+    present = torch.unique(labels_R)
     chosen_K = torch.zeros(len(weight_K) + 1, dtype=torch.bool, device=weight_K.device)  # the last one is background
     chosen_K[present] = True
     left_K = F.pad(weight_K, (0, 1)).masked_fill(chosen_K, 0.0)

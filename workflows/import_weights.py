@@ -80,9 +80,9 @@ def choose_encoder(run: Run, imported: Imported, names: tuple[str, ...]) -> Text
         return EmbeddingTable.from_array(names, rows, run.table)
     if imported.encoder is not None:
         return imported.encoder
-    if imported.names_KD is None:
+    if imported.names is None:
         raise InputError(f"{run.weights}: holds no text encoder and no embedded names, expected --names and --table")
-    return EmbeddingTable.from_array(names, imported.names_KD.numpy(), run.weights)
+    return EmbeddingTable.from_array(names, imported.names.numpy(), run.weights)
 
 
 def convert(run: Run) -> None:
@@ -97,7 +97,7 @@ def convert(run: Run) -> None:
     imported = load_codet_release(run.weights)
     encoder = choose_encoder(run, imported, tuple(splits))
     save_detector(imported.model, encoder, run.out, splits=splits, run=asdict(run))
-    print(f"{run.out}: {imported.model.config.architecture}, {len(splits)} names, {len(imported.unused)} tensors not used")
+    print(f"{run.out}: {imported.model.config.architecture} with {len(splits)} default names")
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ TINY = CenterNet2Config(
     backbone="resnet10t",
     backbone_options={"channels": [8, 16, 24, 32], "stem_width": 8},
     freeze_norm=False,
-    pyramid_channels=32,
+    pyramid_channels=64,
     proposals=CenterNetConfig(num_convs=1, pre_nms=(100, 60), post_nms=(50, 30)),
     head_width=32,
     embed_dim=16,
@@ -55,7 +55,9 @@ def groups() -> ConceptBatch:
     pictures = blocks().images
     mentioned = torch.zeros(4, 3, dtype=torch.bool)
     captions = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(1)), dim=1)
-    return ConceptBatch((pictures[0], pictures[0], pictures[1], pictures[1]), torch.tensor([0, 2]), mentioned, ("",) * 4, captions)
+    return ConceptBatch(
+        (pictures[0], pictures[0], pictures[1], pictures[1]), torch.tensor([0, 2]), mentioned, ("",) * 4, captions
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ parts
@@ -63,7 +65,7 @@ def groups() -> ConceptBatch:
 
 def test_scores_are_the_root_of_the_mean_class_score_times_the_proposals() -> None:
     stages = torch.tensor([[[0.2, 0.6]], [[0.4, 0.0]]])
-    assert combine_scores(stages, torch.tensor([0.3])).tolist() == pytest.approx([[0.3, 0.3]])
+    assert combine_scores(stages, torch.tensor([0.3]))[0].tolist() == pytest.approx([0.3, 0.3])
 
 
 def test_a_region_takes_the_class_of_the_box_that_it_overlaps_enough() -> None:
@@ -126,7 +128,7 @@ def test_each_stage_looks_at_what_the_one_before_refined() -> None:
     batch = model.preprocess(blocks().images)
     boxes = [torch.tensor([[4.0, 4, 30, 40], [-9, 8, 70, 30]]), torch.zeros(0, 4)]
     outputs = model.cascade(model.features(batch), boxes, batch.image_sizes)
-    assert [len(output.embedding_RD) for output in outputs] == [2, 2, 2]
+    assert [len(output.embeddings) for output in outputs] == [2, 2, 2]
     for before, after, stage in zip(outputs, outputs[1:], model.stages, strict=False):
         assert isinstance(before, StageOutput)
         assert torch.equal(stage.refined(before)[0].clamp(0, 64), after.boxes[0])
@@ -181,10 +183,25 @@ def test_true_masks_train_the_mask_head() -> None:
     ]
     features = model.features(images)
     losses = model.detection_losses(images, features, model.propose(images, features), targets, torch.eye(16)[:2])
-    assert losses["mask"].item() == pytest.approx(0.69, abs=0.2)  # an untrained head says one half everywhere
     losses["mask"].backward()
-    assert all(bool(value.grad.abs().sum() > 0) for value in model.mask_head.parameters() if value.grad is not None)
-    assert model.mask_logits(features, [batch.boxes[0], torch.zeros(0, 4)]).shape == (1, 28, 28)
+    assert all(value.grad is not None and bool(value.grad.any()) for value in model.mask_head.parameters())
+
+
+def test_the_mask_loss_of_a_region_compares_with_the_true_mask_inside_it() -> None:
+    torch.manual_seed(0)
+    model = CenterNet2(TINY).eval()
+    images = model.preprocess(blocks().images[:1])
+    features = model.features(images)
+    # The true mask is the left half of the region: 14 of 28 columns.
+    region, masks = torch.tensor([[8.0, 20, 36, 48]]), torch.zeros(1, 64, 64, dtype=torch.bool)
+    masks[0, :, :22] = True
+    target = {"boxes": region, "labels": torch.tensor([0]), "masks": masks}
+    goal = torch.zeros(1, 28, 28)
+    goal[..., :14] = 1
+    expected = F.binary_cross_entropy_with_logits(model.mask_logits(features, [region]), goal)
+    assert model._mask_loss(features, [region], [target]).item() == pytest.approx(expected.item(), rel=1e-5)
+    missed = torch.tensor([[40.0, 0, 60, 10]])
+    assert model._mask_loss(features, [missed], [target]) == 0
 
 
 def test_the_federated_loss_never_draws_classes_that_no_image_shows() -> None:
@@ -194,12 +211,11 @@ def test_the_federated_loss_never_draws_classes_that_no_image_shows() -> None:
     features = model.features(images)
     targets = [{"boxes": box, "labels": label} for box, label in zip(batch.boxes, batch.labels, strict=True)]
     proposals = model.propose(images, features)
+    every = model.detection_losses(images, features, proposals, targets, text)
     model.set_image_counts(torch.tensor([1.0, 1.0] + [0.0] * 28))
-    rare = model.detection_losses(images, features, proposals, targets, text)
-    pair = model.detection_losses(images, features, proposals, targets, text[:2])
-    assert rare["classes_2"].item() == pytest.approx(pair["classes_2"].item(), rel=0.5)
-    model.set_image_counts(None)
-    assert model.detection_losses(images, features, proposals, targets, text)["classes_2"] > 5 * rare["classes_2"]
+    shown = model.detection_losses(images, features, proposals, targets, text)
+    for stage in range(3):  # of the 30 classes, 2 count
+        assert shown[f"classes_{stage}"] < every[f"classes_{stage}"] / 5
 
 
 def test_the_learned_aggregation_takes_its_place_in_every_stage() -> None:
@@ -234,7 +250,10 @@ def test_a_transformer_takes_the_backbones_place() -> None:
         dataclasses.replace(
             TINY,
             backbone="swin_tiny_patch4_window7_224",
-            backbone_options={"img_size": 128, "strict_img_size": False, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
+            backbone_options={
+                **{"img_size": 128, "strict_img_size": False, "embed_dim": 16},
+                **{"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
+            },
             norm_maps=True,
         ),
     ):  # fmt: skip

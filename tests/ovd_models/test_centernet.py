@@ -46,7 +46,9 @@ def test_heat_is_one_at_the_centre_and_falls_with_the_squared_distance() -> None
     assert targets.heat[5] == 1  # though (12, 12) is not exactly the centre (11, 13)
     # radius^2 = 2 * (0.2 / 1.8)^2 * 140 = 3.457, below which 2^2 = 4 is the least; to (20, 12): 81 + 1 = 82.
     assert targets.heat[6] == 0  # exp(-82 / 4) < 1e-4
-    wide = centre_targets([box], SHAPES, CenterNetConfig(strides=(8, 16), sizes=(0, 10), largest=(12, 1000), min_radius=9))
+    wide = centre_targets(
+        [box], SHAPES, CenterNetConfig(strides=(8, 16), sizes=(0, 10), largest=(12, 1000), min_radius=9)
+    )
     assert wide.heat[6].item() == pytest.approx(math.exp(-82 / 81), rel=1e-5)
 
 
@@ -58,7 +60,9 @@ def test_a_box_that_fits_two_levels_is_learnt_on_both() -> None:
 
 def test_where_boxes_meet_a_point_learns_the_nearer_one() -> None:
     near, far = [7.0, 7.0, 17.0, 17.0], [4.0, 4.0, 20.0, 19.0]  # centres (12, 12) and (12, 11.5)
-    targets = centre_targets([torch.tensor([far, near])], SHAPES, CenterNetConfig(strides=(8, 16), sizes=(0, 90), largest=(80, 99)))
+    targets = centre_targets(
+        [torch.tensor([far, near])], SHAPES, CenterNetConfig(strides=(8, 16), sizes=(0, 90), largest=(80, 99))
+    )
     # Both have their peak in the point (12, 12), where both distances count as 0: the first stays.
     assert (targets.distances[5] * 8).tolist() == [8, 8, 8, 7]
     # At (4, 12) only the wide one has the point inside: x from 4 is no distance above 0, so neither learns it.

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ovd_models import importers
 from ovd_models.codet import CoDet
 from ovd_models.errors import InputError
 
-RELEASES = {name: release for name, (_, release) in importers.released_architectures().items()}
+RELEASES = importers.released_architectures()
 MANIFESTS = {
     "r50_c4": "codet_ovcoco_r50c4",
     "centernet2_r50": "codet_ovlvis_r50",
@@ -72,8 +73,8 @@ def test_the_architecture_is_told_from_the_names(architecture: str) -> None:
 
 @needs_manifests
 def test_a_file_without_the_perceptron_is_read_too() -> None:
-    bare = {name: shape for name, shape in shapes("centernet2_r50").items() if "fc" not in name or "box_head" in name}
-    bare = {name: shape for name, shape in bare.items() if "weight_transform" not in name}
+    perceptron = re.compile(r"box_predictor\.\d\.(fc|weight_transform)")
+    bare = {name: shape for name, shape in shapes("centernet2_r50").items() if not perceptron.search(name)}
     assert importers.recognise(bare, "file").config.aggregation == "maximum"
     account = importers.account(bare, "file")
     assert (account.unaccounted, account.missing) == ((), ())
@@ -113,7 +114,7 @@ def test_a_missing_or_misshapen_tensor_is_named(architecture: str) -> None:
     with pytest.raises(InputError, match=rf"{name} has shape \[1\]"):
         importers.translate(state | {name: torch.zeros(1)}, model, release, "file")
     del state[name]
-    with pytest.raises(InputError, match=f"no tensor {name}"):
+    with pytest.raises(InputError, match=f"{name} is missing"):
         importers.translate(state, model, release, "file")
 
 
@@ -165,9 +166,10 @@ def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
     assert not touched.exists()
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x80", b"no pickle at all", pickle.dumps([1]), pickle.dumps({"model": {"a": "text"}}), pickle.dumps({})]
-)  # fmt: skip
+BROKEN = [b"", b"\x80", b"no pickle", pickle.dumps([1]), pickle.dumps({"model": {"a": "text"}}), pickle.dumps({})]
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_broken_and_foreign_files_are_one_line(content: bytes, tmp_path: Path) -> None:
     for name in ("a.pkl", "a.pth"):
         (tmp_path / name).write_bytes(content)
@@ -179,6 +181,8 @@ def test_broken_and_foreign_files_are_one_line(content: bytes, tmp_path: Path) -
 
 
 def test_the_text_tower_is_open_clips_and_says_what_does_not_fit() -> None:
-    tower = importers.build_text_tower(dataclasses.replace(importers.text_config(), text={**importers.TEXT_CONFIG, "layers": 1}))
+    tower = importers.build_text_tower(
+        dataclasses.replace(importers.text_config(), text={**importers.TEXT_CONFIG, "layers": 1})
+    )
     with pytest.raises(InputError, match="text encoder"):
         importers.load_text(dict(tower.state_dict()), "file.pth")
