@@ -304,17 +304,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
                 raw = ArrayUnpickler(stream, encoding="latin1").load()
         else:
             raw = torch.load(source, weights_only=True, map_location="cpu")
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        IndexError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:  # there is no end to what a broken pickle raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{source}: cannot be read safely, expected tensors or arrays by name ({reason})") from error
     inner = raw.get("model", raw) if isinstance(raw, dict) else raw
