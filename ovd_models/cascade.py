@@ -32,7 +32,7 @@ from ovd_models.centernet import (
 )
 from ovd_models.eva import EvaConfig, EvaPyramid
 from ovd_models.losses import cosine_logits, federated_classes, sigmoid_loss
-from ovd_models.pyramids import TimmPyramid, pool_regions
+from ovd_models.pyramids import Pyramid, SwinMaps, TimmMaps, pool_regions
 from ovd_models.rcnn import IMAGENET_MEAN, IMAGENET_STD, RCNNConfig, select_detections, widen
 from ovd_models.vocabulary import Vocabulary
 
@@ -42,14 +42,12 @@ class CenterNet2Config:
     """The detector; the defaults are the published ones with ResNet-50."""
 
     backbone: str = "resnet50"
-    """Any timm model that gives feature maps, or `eva02`."""
+    """Any timm model that gives feature maps, or `swin`, or `eva02`."""
     backbone_options: dict[str, Any] = field(default_factory=dict)
-    """Passed to timm."""
+    """Passed to timm, or to torchvision's `SwinTransformer`."""
     freeze_norm: bool = True
     eva: EvaConfig = field(default_factory=EvaConfig)
     """The transformer if `backbone` is `eva02`; regions are then pooled from a level of stride 4, too."""
-    norm_maps: bool = False
-    """Put a layer norm on the backbone's maps, as for Swin."""
     strides: tuple[int, ...] = (8, 16, 32)
     """Maps that enter the pyramid, and levels that regions are pooled from."""
     pyramid_channels: int = 256
@@ -321,14 +319,15 @@ def build_pyramid(config: CenterNet2Config) -> nn.Module:
     """The config's backbone with its levels: P3 to P7, or P2 to P7 for EVA-02."""
     if config.backbone == "eva02":
         return EvaPyramid(config.eva, config.pyramid_channels)
+    if config.backbone == "swin":
+        return Pyramid(SwinMaps(config.backbone_options), config.pyramid_channels)
     trunk = RCNNConfig(
         backbone=config.backbone,
         backbone_options=config.backbone_options,
         freeze_norm=config.freeze_norm,
         strides=config.strides,
-        pyramid_channels=config.pyramid_channels,
     )
-    return TimmPyramid(trunk, config.norm_maps)
+    return Pyramid(TimmMaps(trunk), config.pyramid_channels)
 
 
 def combine_scores(stage_SRK: Tensor, proposal_R: Tensor) -> Tensor:

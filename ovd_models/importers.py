@@ -62,14 +62,23 @@ CENTERNET2_RULES: Rules = (
     (r"^detector\.pyramid\.pyramid\.extra_blocks\.", r"backbone.top_block."),
     *((rf"^detector\.pyramid\.pyramid\.inner_blocks\.{i}\.0\.", rf"backbone.fpn_lateral{i + 3}.") for i in range(3)),
     *((rf"^detector\.pyramid\.pyramid\.layer_blocks\.{i}\.0\.", rf"backbone.fpn_output{i + 3}.") for i in range(3)),
-    *((rf"^detector\.pyramid\.norms\.{i}\.", rf"backbone.bottom_up.norm{i + 1}.") for i in range(3)),
 )
-RESNET_RULES: Rules = (*CENTERNET2_RULES, (r"^detector\.pyramid\.trunk\.", r"backbone.bottom_up.base."))
+RESNET_RULES: Rules = (*CENTERNET2_RULES, (r"^detector\.pyramid\.maps\.trunk\.", r"backbone.bottom_up.base."))
 SWIN_RULES: Rules = (
     *CENTERNET2_RULES,
-    (r"^detector\.pyramid\.trunk\.", r"backbone.bottom_up."),
-    *((rf"\.layers_{i + 1}\.downsample\.", rf".layers.{i}.downsample.") for i in range(3)),
-    (r"\.layers_(\d)\.", r".layers.\1."),
+    *((rf"^detector\.pyramid\.maps\.norms\.{i}\.", rf"backbone.bottom_up.norm{i + 1}.") for i in range(3)),
+    (r"^detector\.pyramid\.maps\.layers\.0\.0\.", r"backbone.bottom_up.patch_embed.proj."),
+    (r"^detector\.pyramid\.maps\.layers\.0\.2\.", r"backbone.bottom_up.patch_embed.norm."),
+    *(
+        (rf"^detector\.pyramid\.maps\.layers\.{2 * i + 1}\.", rf"backbone.bottom_up.layers.{i}.blocks.")
+        for i in range(4)
+    ),
+    *(
+        (rf"^detector\.pyramid\.maps\.layers\.{2 * i + 2}\.", rf"backbone.bottom_up.layers.{i}.downsample.")
+        for i in range(3)
+    ),
+    (r"\.mlp\.0\.", r".mlp.fc1."),
+    (r"\.mlp\.3\.", r".mlp.fc2."),
 )
 
 EVA_RULES: Rules = (
@@ -96,6 +105,8 @@ IGNORED: Sequence[tuple[str, str]] = (
 )
 """Patterns of released names that our models have no place for, each with the reason."""
 
+COUNTED = "relative_position_index"
+"""Tensors of ours that their constructor fills."""
 TEXT_PREFIX = "text_encoder."
 TEXT_CONFIG: dict[str, Any] = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 
@@ -118,10 +129,11 @@ def released_architectures() -> dict[str, Release]:
     coco = CoDetConfig(architecture="c4", detector=coco_r50_c4(), concept_weight=0.1, caption_weight=0.1)
     lvis = CoDetConfig(architecture="centernet2", text_guidance=False, caption_weight=0.2)
     swin = CenterNet2Config(
-        backbone="swin_base_patch4_window7_224",
-        backbone_options={"img_size": 896, "strict_img_size": False, "drop_path_rate": 0.3},
-        freeze_norm=False,
-        norm_maps=True,
+        backbone="swin",
+        backbone_options={
+            **{"patch_size": [4, 4], "window_size": [7, 7], "stochastic_depth_prob": 0.3},
+            **{"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
+        },
         min_size=896,
         max_size=1493,
     )
@@ -191,6 +203,9 @@ def translate(state: Mapping[str, Tensor], model: CoDet, release: Release, origi
     """
     translated: dict[str, Tensor] = {}
     for ours, value in model.state_dict().items():
+        if ours.endswith(COUNTED):
+            translated[ours] = value
+            continue
         names = released_names(ours, release)
         tensor = gather(state, names)[1]
         if tensor is None or tensor.shape != value.shape:
@@ -224,7 +239,11 @@ def account(shapes: Mapping[str, Sequence[int]], origin: str) -> Accounting:
         state = {name: torch.empty(*shape) for name, shape in shapes.items()}
         model = CoDet(release.config)
         tower = build_text_tower(text_config())
-    wanted = {ours: (released_names(ours, release), value.shape) for ours, value in model.state_dict().items()}
+    wanted = {
+        ours: (released_names(ours, release), value.shape)
+        for ours, value in model.state_dict().items()
+        if not ours.endswith(COUNTED)
+    }
     if any(name.startswith(TEXT_PREFIX) for name in shapes):
         wanted |= {
             TEXT_PREFIX + ours: ([TEXT_PREFIX + ours], value.shape) for ours, value in tower.state_dict().items()

@@ -1,4 +1,4 @@
-"""Feature pyramids P3 to P7 on a timm backbone, and RoIAlign on their levels.
+"""Feature pyramids P3 to P7 on a backbone, and RoIAlign on their levels.
 
 B images, R regions, F pyramid channels.
 """
@@ -6,10 +6,12 @@ B images, R regions, F pyramid channels.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers.format import Format
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -19,33 +21,62 @@ CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 """A region of this side is looked at on the level of stride 2 ** CANONICAL_LEVEL (FPN, section 4.2)."""
 
 
-class TimmPyramid(nn.Module):
-    """A feature pyramid on any timm backbone that gives feature maps, with two coarser levels on top.
+class SwinMaps(nn.Module):
+    """Swin's maps of strides 8, 16 and 32, each through a layer norm of its own.
+
+    torchvision's Swin pads a map to whole windows before it shifts them, as the original does. timm's shifts first,
+    which gives other values wherever windows do not fill the map.
 
     Args:
-        config: backbone, its strides and the pyramid's channels.
-        norm_maps: put a layer norm on each map before the pyramid, as for Swin.
+        options: of torchvision's `SwinTransformer`.
     """
 
-    def __init__(self, config: RCNNConfig, norm_maps: bool) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.layers: nn.Sequential = SwinTransformer(**options).features
+        self.widths = [options["embed_dim"] * factor for factor in (2, 4, 8)]
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.widths)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> three maps [B, width, H / stride, W / stride]."""
+        maps, tokens_BHWE = [], self.layers[:2](images)
+        for start, norm in zip((2, 4, 6), self.norms, strict=True):
+            tokens_BHWE = self.layers[start : start + 2](tokens_BHWE)
+            maps.append(norm(tokens_BHWE).permute(0, 3, 1, 2).contiguous())
+        return maps
+
+
+class TimmMaps(nn.Module):
+    """The maps of any timm backbone that gives some."""
+
+    def __init__(self, config: RCNNConfig) -> None:
         super().__init__()
         self.trunk = build_backbone(config)
-        info = feature_info(self.trunk)
+        self.widths = feature_info(self.trunk).channels()
         self.channels_last = getattr(self.trunk, "output_fmt", None) == Format.NHWC
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in info.channels() if norm_maps)
-        top = LastLevelP6P7(config.pyramid_channels, config.pyramid_channels)
-        self.pyramid = FeaturePyramidNetwork(info.channels(), config.pyramid_channels, top)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> maps [B, width, H / stride, W / stride]."""
+        maps: list[Tensor] = self.trunk(images)
+        return [level.permute(0, 3, 1, 2).contiguous() for level in maps] if self.channels_last else maps
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid on a backbone's maps of strides 8, 16 and 32, with two coarser levels on top.
+
+    Args:
+        maps: the backbone.
+        channels: F.
+    """
+
+    def __init__(self, maps: SwinMaps | TimmMaps, channels: int) -> None:
+        super().__init__()
+        self.maps = maps
+        self.pyramid = FeaturePyramidNetwork(maps.widths, channels, LastLevelP6P7(channels, channels))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] -> five levels [B, F, H / stride, W / stride]."""
-        maps = self.trunk(images)
-        if not self.channels_last and self.norms:
-            maps = [level.permute(0, 2, 3, 1) for level in maps]
-        if self.norms:
-            maps = [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
-        if self.channels_last or self.norms:
-            maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
-        named = OrderedDict((str(index), level) for index, level in enumerate(maps))
+        named = OrderedDict((str(index), level) for index, level in enumerate(self.maps(images)))
         return list(self.pyramid(named).values())
 
 

@@ -249,12 +249,11 @@ def test_a_transformer_takes_the_backbones_place() -> None:
         dataclasses.replace(TINY, backbone="eva02", eva=small, strides=(4, 8, 16, 32)),
         dataclasses.replace(
             TINY,
-            backbone="swin_tiny_patch4_window7_224",
+            backbone="swin",
             backbone_options={
-                **{"img_size": 128, "strict_img_size": False, "embed_dim": 16},
-                **{"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
+                **{"patch_size": [4, 4], "window_size": [7, 7], "embed_dim": 16},
+                **{"depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4], "stochastic_depth_prob": 0.0},
             },
-            norm_maps=True,
         ),
     ):  # fmt: skip
         model = CoDet(dataclasses.replace(MODEL, centernet2=config))

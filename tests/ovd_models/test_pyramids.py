@@ -1,51 +1,51 @@
+import timm
 import torch
-from torchvision.models.swin_transformer import SwinTransformer
 
-from ovd_models.pyramids import TimmPyramid
+from ovd_models.pyramids import Pyramid, SwinMaps, TimmMaps
 from ovd_models.rcnn import RCNNConfig
 
-SIZES = {"embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4)}
+SIZES = {"embed_dim": 16, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4]}
+SWIN = {"patch_size": [4, 4], "window_size": [7, 7], **SIZES}
 
 
 def test_levels_have_strides_of_eight_to_a_hundred_and_twenty_eight() -> None:
     torch.manual_seed(0)
-    config = RCNNConfig(strides=(8, 16, 32), pyramid_channels=16)
-    levels = TimmPyramid(config, norm_maps=False)(torch.randn(2, 3, 128, 192))
-    assert [tuple(level.shape) for level in levels] == [
-        (2, 16, 128 // stride, max(1, round(192 / stride + 0.01))) for stride in (8, 16, 32, 64, 128)
-    ]
+    image = torch.randn(2, 3, 128, 256)
+    for maps in (TimmMaps(RCNNConfig(strides=(8, 16, 32))), SwinMaps(SWIN)):
+        levels = Pyramid(maps, 16)(image)
+        assert [tuple(level.shape) for level in levels] == [(2, 16, 128 // s, 256 // s) for s in (8, 16, 32, 64, 128)]
 
 
-def torchvision_name(name: str) -> str:
-    """timm's name of a Swin tensor in torchvision's words."""
-    stage, rest = name.removeprefix("layers_").split(".", 1) if name.startswith("layers_") else ("", name)
-    if not stage:
-        return name.replace("patch_embed.proj", "features.0.0").replace("patch_embed.norm", "features.0.2")
-    if rest.startswith("downsample"):
-        return f"features.{2 * int(stage)}.{rest.removeprefix('downsample.')}"
-    rest = rest.removeprefix("blocks.").replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.3")
-    return f"features.{2 * int(stage) + 1}.{rest}"
+def timm_name(name: str) -> str:
+    """torchvision's name of a Swin tensor in timm's words."""
+    layer, rest = name.split(".", 1)
+    if layer == "0":
+        return rest.replace("0.", "patch_embed.proj.", 1).replace("2.", "patch_embed.norm.", 1)
+    stage, merging = divmod(int(layer), 2)
+    if not merging:
+        return f"layers_{stage}.downsample.{rest}"
+    return f"layers_{stage}.blocks.{rest}".replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
 
 
-def test_swin_looks_through_the_same_windows_as_an_independent_one_at_any_size() -> None:
+def test_swin_equals_an_independent_one_where_windows_fill_the_maps() -> None:
     torch.manual_seed(0)
-    options = {"img_size": 896, "strict_img_size": False, **SIZES}
-    config = RCNNConfig(backbone="swin_base_patch4_window7_224", backbone_options=options, strides=(8, 16, 32))
-    trunk = TimmPyramid(config, norm_maps=True).trunk.eval()
-    peer = SwinTransformer(
-        [4, 4], SIZES["embed_dim"], list(SIZES["depths"]), list(SIZES["num_heads"]), [7, 7], num_classes=1
-    ).eval()
-    state = {torchvision_name(name): value for name, value in trunk.state_dict().items()}
-    missing, unexpected = peer.load_state_dict(state, strict=False)
-    assert unexpected == []
-    assert {name.split(".")[-1] for name in missing} <= {"relative_position_index", "weight", "bias"}
-    assert all(name.startswith(("norm.", "head.")) or name.endswith("index") for name in missing)
-    image = torch.randn(1, 3, 352, 288)  # maps of 44 x 36, 22 x 18 and 11 x 9 tokens: no multiples of 7
+    ours = SwinMaps(SWIN).eval()
+    sizes = {"img_size": 448, "strict_img_size": False, **SIZES}
+    peer = timm.create_model("swin_base_patch4_window7_224", features_only=True, out_indices=(1, 2, 3), **sizes).eval()
+    state = {timm_name(name): value for name, value in ours.layers.state_dict().items()}
+    state = {name: value for name, value in state.items() if not name.endswith("index")}
+    assert sorted(state) == sorted(peer.state_dict())
+    peer.load_state_dict(state)
+    image = torch.randn(1, 3, 448, 672)
     with torch.no_grad():
-        maps, peers, x = trunk(image), [], image
-        for index, layer in enumerate(peer.features):
-            x = layer(x)
-            if index in (3, 5, 7):
-                peers.append(x)
-    for ours, theirs in zip(maps, peers, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+        for level, theirs, norm in zip(ours(image), peer(image), ours.norms, strict=True):
+            assert torch.allclose(level, norm(theirs).permute(0, 3, 1, 2), atol=1e-5)
+
+
+def test_padding_to_whole_windows_comes_before_they_are_shifted() -> None:
+    torch.manual_seed(0)
+    ours = SwinMaps(SWIN).eval()
+    block = ours.layers[1][1].attn  # the first shifted one
+    tokens = torch.randn(1, 10, 12, 16)
+    padded = torch.nn.functional.pad(tokens, (0, 0, 0, 2, 0, 4))
+    assert torch.allclose(block(tokens), block(padded)[:, :10, :12], atol=1e-6)
