@@ -109,7 +109,7 @@ class Stage(nn.Module):
     def forward(self, pooled_RF77: Tensor) -> tuple[Tensor, Tensor]:
         """[R, F, 7, 7] -> [R, D] and [R, 4]."""
         region_RF = self.head(pooled_RF77)
-        return self.projection(region_RF), self.box_deltas(region_RF)
+        return self.projection(region_RF).float(), self.box_deltas(region_RF).float()
 
     def refined(self, output: StageOutput) -> list[Tensor]:
         """B tensors [N, 4]: the boxes after this stage, not clipped."""
@@ -371,8 +371,8 @@ def paste_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: int
         x_W = torch.arange(width, device=box_N4.device) + 0.5
         y_H = torch.arange(height, device=box_N4.device) + 0.5
         left_N1, top_N1, right_N1, bottom_N1 = part_N4[:, :, None].unbind(1)
-        x_NW = (x_W - left_N1) / (right_N1 - left_N1) * 2 - 1
-        y_NH = (y_H - top_N1) / (bottom_N1 - top_N1) * 2 - 1
+        x_NW = (x_W - left_N1) / (right_N1 - left_N1).clamp(min=1e-6) * 2 - 1
+        y_NH = (y_H - top_N1) / (bottom_N1 - top_N1).clamp(min=1e-6) * 2 - 1
         shape = (len(part_N4), height, width)
         grid_NHW2 = torch.stack((x_NW[:, None].expand(shape), y_NH[:, :, None].expand(shape)), dim=-1)
         pasted.append(F.grid_sample(mask_NSS[:, None], grid_NHW2, align_corners=False)[:, 0] >= threshold)

@@ -186,13 +186,13 @@ def centre_losses(
         config: weights.
     """
     clamp = 1e-4
-    heat = heat_P.sigmoid().clamp(clamp, 1 - clamp)
+    heat = heat_P.float().sigmoid().clamp(clamp, 1 - clamp)  # half precision knows no 0.9999
     at_centres = heat[targets.centres]
     positive = -(at_centres.log() * (1 - at_centres).square()).sum()
     punished = (heat < config.ignore_above) * (1 - targets.heat).pow(4)
     negative = -((1 - heat).log() * heat.square() * punished).sum()
     count = max(1, len(targets.centres))
-    box_loss = distance_loss(distance_P4[targets.regress], targets.distances[targets.regress])
+    box_loss = distance_loss(distance_P4[targets.regress].float(), targets.distances[targets.regress])
     return {
         "centre_box": box_loss / targets.regress.sum().clamp(min=1),
         "centre_positive": config.heat_weight * config.alpha * positive / count,
@@ -237,9 +237,9 @@ def decode(
     level_boxes, level_scores = [], []
     for heat_B1HW, distance_B4HW, stride in zip(heat, distances, config.strides, strict=True):
         point_M2 = grid_points(heat_B1HW.shape[-2], heat_B1HW.shape[-1], stride, heat_B1HW)
-        side_BM4 = distance_B4HW.flatten(2).mT * stride
+        side_BM4 = distance_B4HW.float().flatten(2).mT * stride
         corners_BM4 = torch.cat((point_M2 - side_BM4[..., :2], point_M2 + side_BM4[..., 2:]), dim=-1)
-        score_BM = heat_B1HW.flatten(1).sigmoid()
+        score_BM = heat_B1HW.float().flatten(1).sigmoid()
         best = score_BM.topk(min(pre_nms, score_BM.shape[1]), dim=1)
         level_boxes.append(corners_BM4.gather(1, best.indices[..., None].expand(-1, -1, 4)))
         level_scores.append(best.values)

@@ -94,15 +94,15 @@ def pool_regions(levels: Sequence[Tensor], strides: Sequence[int], boxes: Sequen
     Returns:
         [R, F, size, size], images in order.
     """
-    box_R4 = torch.cat(list(boxes)).to(levels[0].dtype)
+    box_R4 = torch.cat(list(boxes)).float()  # half precision is too coarse for places in an image
     image_R = torch.repeat_interleave(torch.tensor([len(entry) for entry in boxes], device=box_R4.device))
-    region_R5 = torch.cat((image_R[:, None].to(box_R4.dtype), box_R4), dim=1)
+    region_R5 = torch.cat((image_R[:, None].float(), box_R4), dim=1)
     side_R = (box_R4[:, 2:] - box_R4[:, :2]).clamp(min=0).prod(1).sqrt()
     wanted_R = torch.floor(CANONICAL_LEVEL + torch.log2(side_R / CANONICAL_SIZE + 1e-8))
     level_R = wanted_R.clamp(math.log2(strides[0]), math.log2(strides[-1])).long() - int(math.log2(strides[0]))
-    pooled_RFSS = levels[0].new_zeros(len(box_R4), levels[0].shape[1], size, size)
+    pooled_RFSS = box_R4.new_zeros(len(box_R4), levels[0].shape[1], size, size)
     for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
         rows = torch.nonzero(level_R == index).squeeze(1)
-        aligned = roi_align(level, region_R5[rows], size, 1 / stride, sampling_ratio=-1, aligned=True)
+        aligned = roi_align(level.float(), region_R5[rows], size, 1 / stride, sampling_ratio=-1, aligned=True)
         pooled_RFSS = pooled_RFSS.index_copy(0, rows, aligned)
     return pooled_RFSS

@@ -119,6 +119,8 @@ def test_a_full_mask_fills_its_box_and_nothing_else() -> None:
     wanted[0, 3:5, 2:6] = True
     wanted[1, 0:4, 0:4] = True  # the left half
     assert torch.equal(pasted, wanted)
+    flat = paste_masks(masks[:1], torch.tensor([[3.0, 3, 3, 9]]), 10, 12)
+    assert not bool(flat.any())  # a box without an area
     assert paste_masks(torch.zeros(0, 4, 4), torch.zeros(0, 4), 10, 12).shape == (0, 10, 12)
 
 
@@ -169,6 +171,17 @@ def test_images_without_boxes_give_finite_losses_and_use_every_parameter() -> No
     assert all(bool(torch.isfinite(value)) for value in losses.values())
     assert losses["box_0"] == losses["centre_box"] == 0
     assert without_gradient(model, losses) == []
+
+
+def test_losses_stay_finite_in_half_precision() -> None:
+    torch.manual_seed(0)
+    model = CoDet(MODEL)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(blocks(), groups(), torch.eye(16)[:2], torch.eye(16)[:3])
+    assert all(bool(torch.isfinite(value)) for value in losses.values())
+    exact = model(blocks(), groups(), torch.eye(16)[:2], torch.eye(16)[:3])
+    for name in ("centre_box", "centre_negative"):
+        assert losses[name].item() == pytest.approx(exact[name].item(), rel=0.1)
 
 
 def test_true_masks_train_the_mask_head() -> None:
