@@ -38,6 +38,8 @@ def accounts() -> dict[str, importers.Accounting]:
 
 def main() -> None:
     found = accounts()
+    if not found:
+        sys.exit(f"{MANIFESTS}: no manifests")
     print(f"{'manifest':28} {'used':>5} {'ignored':>8} {'unaccounted':>12} {'missing':>8}")
     for name, account in found.items():
         counts = len(account.used), len(account.ignored), len(account.unaccounted), len(account.missing)
@@ -50,8 +52,6 @@ def main() -> None:
     figures = {"manifests": len(found), "unaccounted": left, "commit": commit, "machine": machine}
     FIGURES.parent.mkdir(parents=True, exist_ok=True)
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
-    if not found:
-        sys.exit(f"{MANIFESTS}: no manifests")
     if left:
         sys.exit(f"{left} tensors unaccounted for")
 

@@ -490,6 +490,8 @@ def rows_of(pack: str) -> list[Row]:
 
 def main() -> None:
     wanted = tuple(sys.argv[1:]) or ("",)
+    if not PACKS.is_dir():
+        sys.exit(f"{PACKS}: no packs")
     print(f"{'pack':34} {'quantity':36} {'max difference':>14} {'of scale':>10}  within")
     beyond = 0
     for pack in (*PACK_FUNCTIONS, *FULL_FUNCTIONS):

@@ -267,7 +267,7 @@ class Imported:
     model: CoDet
     encoder: ClipTextEncoder | None
     """The text tower of the file, if it holds one."""
-    names: Tensor | None
+    name_embeddings: Tensor | None
     """[K, D] unit embeddings of the evaluated names, in category order, if the file holds them."""
 
 

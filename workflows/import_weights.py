@@ -80,9 +80,9 @@ def choose_encoder(run: Run, imported: Imported, names: tuple[str, ...]) -> Text
         return EmbeddingTable.from_array(names, rows, run.table)
     if imported.encoder is not None:
         return imported.encoder
-    if imported.names is None:
+    if imported.name_embeddings is None:
         raise InputError(f"{run.weights}: holds no text encoder and no embedded names, expected --names and --table")
-    return EmbeddingTable.from_array(names, imported.names.numpy(), run.weights)
+    return EmbeddingTable.from_array(names, imported.name_embeddings.numpy(), run.weights)
 
 
 def convert(run: Run) -> None:
