@@ -98,6 +98,8 @@ class ClipConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     prompt_set: str = "colours"
+    quick_gelu: bool = False
+    """The activation of OpenAI's own weights."""
 
     @property
     def image_size(self) -> int:
@@ -111,7 +113,9 @@ class Clip(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = CustomTextCLIP(config.embed_dim, dict(config.vision), dict(config.text), init_logit_scale=2.7)
+        self.model = CustomTextCLIP(
+            config.embed_dim, dict(config.vision), dict(config.text), quick_gelu=config.quick_gelu, init_logit_scale=2.7
+        )
         self.tokenizer = open_clip.get_tokenizer(TOKENIZER, context_length=int(config.text["context_length"]))
         self.normalise = Normalize(config.mean, config.std)
 
@@ -268,15 +272,23 @@ def load_text_encoder(folder: str | Path) -> ClipTextEncoder:
         InputError: there is no such checkpoint, or it is broken.
     """
     config, teacher, state = _read(folder)
-    # open_clip builds a text tower only as part of a whole model: the smallest image tower is built and dropped.
-    vision = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
     try:
-        whole = CustomTextCLIP(config.embed_dim, vision, dict(config.text))
+        tower = build_text_tower(config)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
         raise InputError(f"{folder}: no model can be built from its config ({type(error).__name__})") from error
     text = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
-    _load_weights(whole.text, text, folder)
-    return ClipTextEncoder(config, whole.text, teacher)
+    _load_weights(tower, text, folder)
+    return ClipTextEncoder(config, tower, teacher)
+
+
+def build_text_tower(config: ClipConfig) -> nn.Module:
+    """The text tower of a config.
+
+    open_clip builds one only as part of a whole model: the smallest image tower is built and dropped.
+    """
+    vision = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
+    tower: nn.Module = CustomTextCLIP(config.embed_dim, vision, dict(config.text), quick_gelu=config.quick_gelu).text
+    return tower
 
 
 def _load_weights(module: nn.Module, state: dict[str, Tensor], folder: str | Path) -> None:

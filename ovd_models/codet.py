@@ -6,6 +6,7 @@ D embedding width, C concepts, K categories with boxes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import clip_boxes_to_image
 
 from ovd_models.batches import ConceptBatch, DetectionBatch, Detections
+from ovd_models.c4 import C4
+from ovd_models.cascade import CenterNet2, CenterNet2Config
+from ovd_models.errors import InputError
 from ovd_models.losses import caption_loss, concept_loss, cosine_logits
 from ovd_models.rcnn import RCNN, RCNNConfig, widen
 from ovd_models.vocabulary import Vocabulary
@@ -25,10 +30,17 @@ from ovd_models.vocabulary import Vocabulary
 class CoDetConfig:
     """The detector and the alignment of caption groups."""
 
+    architecture: Literal["fpn", "c4", "centernet2"] = "fpn"
+    """`fpn` and `c4` are built from `detector`, `centernet2` from `centernet2`."""
     detector: RCNNConfig = field(default_factory=RCNNConfig)
+    centernet2: CenterNet2Config = field(default_factory=CenterNet2Config)
     num_proposals: int = 16
     """N: the best proposals of a captioned image that take part."""
     text_guidance: bool = True
+    aggregation: Literal["maximum", "learned"] = "maximum"
+    """From similarities to attention: `align`, or the released perceptron, which fits one group size only."""
+    group_size: int = 0
+    """Images of a group; only the learned aggregation needs to know."""
     attention_temperature: float = 0.1
     """Divides the similarity before the softmax over a query's proposals."""
     concept_weight: float = 0.2
@@ -86,13 +98,53 @@ def align(region_GgND: Tensor, valid_GgN: Tensor, guidance_GD: Tensor, temperatu
     return Alignment(attention_GgN, torch.einsum("gqa,gqad->gqd", attention_GgN, region_GgND))
 
 
+class LearnedAggregation(nn.Module):
+    """The released aggregation: a two-layer perceptron scores each row of the similarity matrix.
+
+    Unlike `align`, it knows the ranks of proposals and the order of supports, fits one group size and one number of
+    proposals only, and gives padding its share of the attention; it is here so that released weights give released
+    results.
+
+    Args:
+        group_size: g.
+        num_proposals: N, which images with fewer are padded to with zero features.
+    """
+
+    def __init__(self, group_size: int, num_proposals: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(num_proposals * (group_size - 1), num_proposals)
+        self.score = nn.Linear(num_proposals, 1)
+        nn.init.kaiming_uniform_(self.hidden.weight, a=1)
+        nn.init.normal_(self.score.weight, std=1e-3)  # attention starts out even
+        for layer in (self.hidden, self.score):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, region_GgND: Tensor, guidance_GD: Tensor) -> Alignment:
+        """[G, g, N, D] region features, zero where padded, and [G, D] weights of the dimensions."""
+        groups, size, count, _ = region_GgND.shape
+        unit_GgND = F.normalize(region_GgND, dim=-1)
+        similarity_GQNSN = torch.einsum("gqad,gsbd->gqasb", unit_GgND * guidance_GD[:, None, None, :], unit_GgND)
+        others_QS = ~torch.eye(size, dtype=torch.bool, device=region_GgND.device)
+        rows = similarity_GQNSN.transpose(2, 3)[:, others_QS].view(groups, size, size - 1, count, count)
+        score_GgN = self.score(F.relu(self.hidden(rows.transpose(2, 3).flatten(3)))).squeeze(-1)
+        attention_GgN = torch.softmax(score_GgN, dim=-1)
+        return Alignment(attention_GgN, torch.einsum("gqa,gqad->gqd", attention_GgN, region_GgND))
+
+
 class CoDet(nn.Module):
     """A text-classifier detector that learns from boxes of base categories and from caption groups."""
 
     def __init__(self, config: CoDetConfig) -> None:
         super().__init__()
         self.config = config
-        self.detector = RCNN(config.detector)
+        self.detector = build_detector(config)
+        if config.aggregation == "learned":
+            if config.group_size < 2:
+                raise InputError(f"group_size: {config.group_size}, expected at least 2 for the learned aggregation")
+            stages = len(config.centernet2.stage_ious) if config.architecture == "centernet2" else 1
+            self.aggregations = nn.ModuleList(
+                LearnedAggregation(config.group_size, config.num_proposals) for _ in range(stages)
+            )
 
     def forward(
         self,
@@ -121,7 +173,7 @@ class CoDet(nn.Module):
                 images, detection.boxes, detection.labels, batch.image_sizes, strict=False
             )
         ]
-        losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)
+        losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)  # type: ignore[arg-type]
         if concepts is not None and concepts_CD is not None:
             start = detection.num_images
             own = {name: level[start:] for name, level in features.items()}
@@ -138,38 +190,57 @@ class CoDet(nn.Module):
         concepts_CD: Tensor,
     ) -> dict[str, Tensor]:
         """Region-word and image-text losses of a batch of groups."""
-        config, temperature = self.config, self.config.detector.temperature
-        boxes = [entry[: config.num_proposals].detach() for entry in proposals]
-        whole = [
-            entry.new_tensor([[0, 0, width, height]])
-            for entry, (height, width) in zip(proposals, batch.image_sizes, strict=True)
+        config = self.config
+        boxes = [
+            clip_boxes_to_image(entry[: config.num_proposals].detach(), size)
+            for entry, size in zip(proposals, batch.image_sizes, strict=True)
         ]
-        counts = [len(entry) + 1 for entry in boxes]
-        with_whole = [torch.cat(pair) for pair in zip(boxes, whole, strict=True)]
-        region_RD = self.detector.projection(self.detector.region_features(features, with_whole, batch))
-        rows = torch.split(region_RD, counts)
-        region_BND = pad_sequence([entry[:-1] for entry in rows], batch_first=True)
-        lengths_B = torch.tensor([count - 1 for count in counts], device=region_BND.device)
-        valid_BN = torch.arange(region_BND.shape[1], device=region_BND.device) < lengths_B[:, None]
+        counts = [len(entry) for entry in boxes]
+        losses: dict[str, Tensor] = {}
+        for stage, region_RD in enumerate(self._embed_with_image(features, boxes, batch)):
+            rows = torch.split(region_RD, [count + 1 for count in counts])
+            prototype_BD = self._prototypes(stage, [entry[:-1] for entry in rows], concepts, concepts_CD)
+            logits_BC = cosine_logits(prototype_BD, concepts_CD, self.detector.config.temperature)
+            concept_B = concepts.concept_ids.repeat_interleave(concepts.group_size)
+            loss = config.concept_weight * concept_loss(logits_BC, concept_B, concepts.mentioned)
+            losses["concept"] = losses.get("concept", 0.0) + loss
+            if config.caption_weight and concepts.caption_embeddings is not None:
+                image_BD = torch.stack([entry[-1] for entry in rows])
+                gathered = gather_captions(concepts.caption_embeddings)
+                loss = config.caption_weight * caption_loss(image_BD, *gathered, self.detector.config.temperature)
+                losses["caption"] = losses.get("caption", 0.0) + loss
+        return losses
 
-        shape = (len(concepts.concept_ids), concepts.group_size)
+    def _embed_with_image(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> list[Tensor]:
+        """[R, D] embeddings in every stage of each image's boxes and, behind them, of the whole image."""
+        with_whole = [
+            torch.cat((entry, entry.new_tensor([[0, 0, width, height]])))
+            for entry, (height, width) in zip(boxes, batch.image_sizes, strict=True)
+        ]
+        if isinstance(self.detector, CenterNet2):
+            return self.detector.region_embeddings(features, with_whole, batch)
+        return [self.detector.projection(self.detector.region_features(features, with_whole, batch))]
+
+    def _prototypes(self, stage: int, regions: list[Tensor], concepts: ConceptBatch, concepts_CD: Tensor) -> Tensor:
+        """[B, D] what each image shares with its group, from the embeddings [N, D] of its proposals."""
+        config, shape = self.config, (len(concepts.concept_ids), concepts.group_size)
         own_GD = concepts_CD[concepts.concept_ids]
         guidance_GD = guidance_weights(own_GD, concepts_CD.mean(0)) if config.text_guidance else torch.ones_like(own_GD)
-        aligned = align(
-            region_BND.view(*shape, *region_BND.shape[1:]),
-            valid_BN.view(*shape, -1),
-            guidance_GD,
-            config.attention_temperature,
-        )
-        prototype_BD, concept_B = aligned.prototype.flatten(0, 1), concepts.concept_ids.repeat_interleave(shape[1])
-        logits_BC = cosine_logits(prototype_BD, concepts_CD, temperature)
-        losses = {"concept": config.concept_weight * concept_loss(logits_BC, concept_B, concepts.mentioned)}
-        if config.caption_weight and concepts.caption_embeddings is not None:
-            caption_MD, own_B, same_rank_M = gather_captions(concepts.caption_embeddings)
-            image_BD = torch.stack([entry[-1] for entry in rows])
-            loss = caption_loss(image_BD, caption_MD, own_B, same_rank_M, temperature)
-            losses["caption"] = config.caption_weight * loss
-        return losses
+        region_BND = pad_sequence(regions, batch_first=True)
+        if config.aggregation == "learned":
+            missing = config.num_proposals - region_BND.shape[1]
+            padded = F.pad(region_BND, (0, 0, 0, missing)).view(*shape, config.num_proposals, -1)
+            aligned: Alignment = self.aggregations[stage](padded, guidance_GD)
+        else:
+            lengths_B = torch.tensor([len(entry) for entry in regions], device=region_BND.device)
+            valid_BN = torch.arange(region_BND.shape[1], device=region_BND.device) < lengths_B[:, None]
+            aligned = align(
+                region_BND.view(*shape, *region_BND.shape[1:]),
+                valid_BN.view(*shape, -1),
+                guidance_GD,
+                config.attention_temperature,
+            )
+        return aligned.prototype.flatten(0, 1)
 
     def detect(
         self,
@@ -181,6 +252,13 @@ class CoDet(nn.Module):
     ) -> list[Detections]:
         """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` an image."""
         return self.detector.detect(images, vocabulary, score_threshold=score_threshold, max_detections=max_detections)
+
+
+def build_detector(config: CoDetConfig) -> RCNN | CenterNet2:
+    """The detector that the config names."""
+    if config.architecture == "centernet2":
+        return CenterNet2(config.centernet2)
+    return C4(config.detector) if config.architecture == "c4" else RCNN(config.detector)
 
 
 def gather_captions(caption_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

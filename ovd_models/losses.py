@@ -13,12 +13,13 @@ def cosine_logits(feature_RD: Tensor, text_KD: Tensor, temperature: float) -> Te
     return temperature * F.normalize(feature_RD, dim=-1) @ text_KD.T
 
 
-def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor) -> Tensor:
+def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor, counted_K: Tensor | None = None) -> Tensor:
     """Binary cross-entropy, summed over classes and averaged over regions.
 
     Args:
         logits_RK: [R, K].
         labels_R: [R] int64; the class, or -1 for background: target 0 everywhere.
+        counted_K: [K] bool, the classes that the loss is taken over; all if None.
 
     Returns:
         A scalar; 0 for no region.
@@ -26,7 +27,36 @@ def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor) -> Tensor:
     target_RK = torch.zeros_like(logits_RK)
     foreground = torch.nonzero(labels_R >= 0).squeeze(1)
     target_RK[foreground, labels_R[foreground]] = 1.0
+    if counted_K is not None:
+        logits_RK, target_RK = logits_RK[:, counted_K], target_RK[:, counted_K]
     return F.binary_cross_entropy_with_logits(logits_RK, target_RK, reduction="sum") / max(1, len(logits_RK))
+
+
+def federated_classes(
+    labels_R: Tensor, weight_K: Tensor, count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """The classes that a batch's class loss is taken over (federated loss, arXiv 2103.07461, section 4).
+
+    Those that occur, and more drawn without replacement in proportion to their weight until there are `count`.
+    Background takes a place if it occurs, as in the released code.
+
+    Args:
+        labels_R: [R] int64 classes of the batch's regions; -1 for background.
+        weight_K: [K] float; classes of weight 0 are never drawn.
+        count: of classes.
+        generator: of the random draw, on the device of `weight_K`; torch's own if None.
+
+    Returns:
+        [K] bool.
+    """
+    present = torch.unique(labels_R)
+    chosen_K = torch.zeros(len(weight_K) + 1, dtype=torch.bool, device=weight_K.device)  # the last one is background
+    chosen_K[present] = True
+    left_K = F.pad(weight_K, (0, 1)).masked_fill(chosen_K, 0.0)
+    more = min(count - len(present), int((left_K > 0).sum()))
+    if more > 0:
+        chosen_K[torch.multinomial(left_K, more, generator=generator)] = True
+    return chosen_K[:-1]
 
 
 def concept_loss(logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor) -> Tensor:

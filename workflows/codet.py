@@ -34,7 +34,7 @@ from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
-from ovd_models.rcnn import find_backbone_weights, load_backbone
+from ovd_models.rcnn import RCNN, find_backbone_weights, load_backbone
 from ovd_models.vocabulary import TextEncoder
 from workflows import cli, cluster, evaluate, prepare_boxes, prepare_pairs, tracking, training
 from workflows.teacher import Names, open_encoder, read_names
@@ -331,9 +331,10 @@ def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
     torch.manual_seed(run.box_stage.seed)
     state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
     detector = dataclasses.replace(run.model.detector, embed_dim=embed_dim, freeze_norm=state is not None)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, detector=detector))
+    centernet2 = dataclasses.replace(run.model.centernet2, embed_dim=embed_dim)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, detector=detector, centernet2=centernet2))
     model = CoDet(run.model)
-    if state is not None:
+    if state is not None and isinstance(model.detector, RCNN):
         load_backbone(model.detector, state)
     return run, model.state_dict()
 

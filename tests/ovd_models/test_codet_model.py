@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from ovd_models.batches import ConceptBatch, DetectionBatch
-from ovd_models.codet import Alignment, CoDet, CoDetConfig, align, guidance_weights
+from ovd_models.codet import Alignment, CoDet, CoDetConfig, LearnedAggregation, align, guidance_weights
 from ovd_models.rcnn import RCNNConfig
 from ovd_models.vocabulary import Vocabulary
 
@@ -96,6 +96,25 @@ def test_alignment_equals_a_slow_loop() -> None:
     slow, fast = slow_align(region, some_valid(), guidance, TAU), align(region, some_valid(), guidance, TAU)
     assert torch.allclose(fast.attention, slow.attention, atol=1e-5)
     assert torch.allclose(fast.prototype, slow.prototype, atol=1e-5)
+
+
+def test_the_learned_aggregation_scores_each_row_of_the_similarity_matrix() -> None:
+    torch.manual_seed(0)
+    region, guidance = normal(2, 3, 5, 4), normal(2, 4, seed=1).abs()
+    aggregation = LearnedAggregation(3, 5)
+    torch.nn.init.normal_(aggregation.score.weight)
+    found, unit_region = aggregation(region, guidance), F.normalize(region, dim=-1)
+    for g in range(2):
+        for q, supports in enumerate(((1, 2), (0, 2), (0, 1))):
+            rows = torch.stack(
+                [
+                    torch.cat([unit_region[g, s] @ (guidance[g] * unit_region[g, q, a]) for s in supports])
+                    for a in range(5)
+                ]
+            )
+            scores = aggregation.score(F.relu(aggregation.hidden(rows)))[:, 0]
+            assert torch.allclose(found.attention[g, q], scores.softmax(0), atol=1e-6)
+            assert torch.allclose(found.prototype[g, q], scores.softmax(0) @ region[g, q], atol=1e-5)
 
 
 @pytest.mark.parametrize(("group", "count"), [(2, 1), (8, 3)])

@@ -1,0 +1,91 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ovd_models
+from benchmarks import parity
+from ovd_models import importers
+from ovd_models.codet import CoDet
+from ovd_models.errors import InputError
+from workflows import import_weights
+from workflows.import_weights import Run
+
+
+@pytest.fixture
+def lvis(tmp_path: Path) -> Path:
+    path = tmp_path / "lvis.json"
+    categories = [{"id": 2, "name": "tennis_ball", "frequency": "r"}, {"id": 1, "name": "anchor", "frequency": "f"}]
+    path.write_text(json.dumps({"categories": categories}))
+    return path
+
+
+def test_names_come_in_the_order_of_their_ids_rare_ones_novel(lvis: Path, tmp_path: Path) -> None:
+    assert import_weights.read_names(str(lvis)) == {"anchor": "base", "tennis ball": "novel"}
+    assert list(import_weights.read_names(str(lvis))) == ["anchor", "tennis ball"]
+    (tmp_path / "names.txt").write_text("cat\n\n dog \n")
+    assert import_weights.read_names(str(tmp_path / "names.txt")) == {"cat": "base", "dog": "base"}
+    assert import_weights.read_names("") == {}
+    (tmp_path / "broken.json").write_text('{"categories": [{}]}')
+    for path in ("broken.json", "missing.txt"):
+        with pytest.raises(InputError, match=path):
+            import_weights.read_names(str(tmp_path / path))
+
+
+def test_missing_flags_and_files_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--weights"):
+        import_weights.convert(Run(out="folder"))
+    with pytest.raises(InputError, match="--out"):
+        import_weights.convert(Run(weights="file.pth"))
+    with pytest.raises(InputError, match=r"absent\.pth"):
+        import_weights.convert(Run(weights=str(tmp_path / "absent.pth"), out=str(tmp_path / "out")))
+
+
+def test_names_are_embedded_by_a_given_table_before_the_files_own(lvis: Path, tmp_path: Path) -> None:
+    names, rows = tuple(import_weights.read_names(str(lvis))), np.eye(2, 512, dtype=np.float16)
+    np.save(tmp_path / "rows.npy", rows)
+    own = torch.eye(2, 512).flip(0)
+    imported = importers.Imported(CoDet.__new__(CoDet), None, own)
+    given = import_weights.choose_encoder(Run(table=str(tmp_path / "rows.npy")), imported, names)
+    assert torch.equal(given.embed_names(["anchor"])[0], torch.eye(2, 512)[0])
+    inside = import_weights.choose_encoder(Run(weights="file.pth"), imported, names)
+    assert torch.equal(inside.embed_names(["anchor"])[0], own[0])
+    with pytest.raises(InputError, match="one row for each of 1"):
+        import_weights.choose_encoder(Run(weights="file.pth"), imported, names[:1])
+    nothing = importers.Imported(CoDet.__new__(CoDet), None, None)
+    with pytest.raises(InputError, match="no text encoder"):
+        import_weights.choose_encoder(Run(weights="file.pth"), nothing, names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not parity.PACKS.is_dir(), reason=f"{parity.PACKS} is absent")
+@pytest.mark.parametrize("text", [True, False])
+def test_a_released_file_becomes_a_detector_that_finds_what_the_released_one_found(text: bool, tmp_path: Path) -> None:
+    entries = json.loads((parity.PACKS / "manifests" / "codet_ovcoco_r50c4.json").read_text())
+    table = parity.embedded("coco_clip_vitb32_a_name.npy")
+    state = {
+        name: parity.filled(name, shape, "ovcoco_r50c4")
+        for name, (shape, _) in entries.items()
+        if not name.endswith("_weight") and (text or not name.startswith("text_encoder"))
+    }
+    state["roi_heads.box_predictor.cls_score.detection_weight"] = torch.nn.functional.pad(table.T, (0, 1))
+    torch.save({"model": state, "iteration": 89999}, tmp_path / "released.pth")
+    (tmp_path / "names.txt").write_text("\n".join(f"name {index}" for index in range(80)))
+    run = Run(weights=str(tmp_path / "released.pth"), out=str(tmp_path / "ours"), names=str(tmp_path / "names.txt"))
+    import_weights.convert(run)
+    detector = ovd_models.load(run.out)
+    pack = parity.read("codet_full/ovcoco_r50c4")
+    image = pack["image"].flip(2).numpy()
+    if text:
+        found = detector.detect(image, ["a name of nobody", "anchor"], score_threshold=0.0)
+        assert found.names == ("a name of nobody", "anchor")
+        assert len(found) > 0
+        return
+    config = detector.model.detector.transform
+    config.min_size, config.max_size = (224,), 288  # the recorded image was not resized
+    found = detector.detect(image, max_detections=100)
+    assert torch.allclose(found.scores, pack["det_scores"], atol=1e-4)
+    assert torch.allclose(found.boxes, pack["det_boxes"], atol=1e-2)
+    assert torch.equal(found.labels, pack["det_classes"])
