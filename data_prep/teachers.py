@@ -195,7 +195,7 @@ class Teacher:
         clip, self.id = load_clip(storage.local_folder(checkpoint))
         self.clip = clip.to(self.device)
         self.side = clip.config.image_size
-        self.margin = margin_of(clip.config.mean)
+        self.margin = margin_of(clip.normalise.mean)
         self.pool = ThreadPoolExecutor(config.threads)
 
     def embed_squares(self, batches: Iterable[Callable[[], Pixels]]) -> npt.NDArray[np.float32]:

@@ -153,7 +153,7 @@ def pair_task(run: Run, teacher: str, clip: Clip) -> Task:
         root=tables.table_uri(run.storage, "pairs", run.pairs),
         side=clip.config.image_size,
         fit=run.fit,
-        margin=teachers.margin_of(clip.config.mean),
+        margin=teachers.margin_of(clip.normalise.mean),
     )
     return Task(
         table="embeddings",
