@@ -197,6 +197,11 @@ def write_part(storage_uri: str, table: str, name: str, path: str, rows: pa.Tabl
     return write_file(storage_uri, table, name, path, parquet_bytes(ordered), rows=rows.num_rows)
 
 
+def entries_from_json(raw: dict[str, list[dict[str, Any]]]) -> dict[str, list[FileEntry]]:
+    """Files by table, from their JSON form."""
+    return {table: [FileEntry(**entry) for entry in entries] for table, entries in raw.items()}
+
+
 def parquet_bytes(
     rows: pa.Table, compression: str | dict[str, str] = "zstd", row_group_size: int | None = None
 ) -> bytes:
