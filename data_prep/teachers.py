@@ -220,7 +220,8 @@ class Teacher:
         tokens = clip.tokenize(texts)
         order = torch.argsort((tokens != 0).sum(1), stable=True)
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            for chosen in order.split(self.config.batch_size):
+            for start in range(0, len(texts), self.config.batch_size):
+                chosen = order[start : start + self.config.batch_size]
                 rows[chosen.numpy()] = clip.encode_tokens(tokens[chosen].to(self.device)).float().cpu().numpy()
         return rows
 
@@ -286,7 +287,7 @@ def embed_regions(
 def unit(row_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Rows of length 1; zeros stay."""
     length_N1: npt.NDArray[np.float32] = np.linalg.norm(row_ND, axis=1, keepdims=True)
-    return row_ND / np.maximum(length_N1, np.float32(1e-12))
+    return (row_ND / np.maximum(length_N1, 1e-12)).astype(np.float32)
 
 
 class RegionStage:

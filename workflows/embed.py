@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 import torch
+from ray.exceptions import RayTaskError
 
 from data_prep import embeddings, storage, tables, teachers
 from data_prep.crops import CropConfig, Fit
@@ -223,7 +224,12 @@ def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=config.waiting_bytes)
     rows.context.execution_options.resource_limits = limits
     rows.context.custom_execution_callback_classes = [Pace]
-    show_progress(job.table, rows, len(missing))
+    try:
+        show_progress(job.table, rows, len(missing))
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError):  # of a task, which has told its whole history
+            raise InputError(str(error.cause)) from None
+        raise
 
 
 def show_progress(table: str, rows: ray.data.Dataset, total: int) -> None:

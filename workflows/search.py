@@ -12,7 +12,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -175,7 +175,7 @@ def pair_hits(
     ]
 
 
-def lookup(storage_uri: str, source: str, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, object]]:
+def lookup(storage_uri: str, source: str, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Columns of the rows of some images of a table, by column and image id.
 
     Args:
