@@ -82,6 +82,8 @@ class Proposals:
 
     boxes: list[Tensor]
     """B tensors [N, 4], best first."""
+    scores: list[Tensor]
+    """B tensors [N] of objectness in [0, 1]."""
     anchors: list[Tensor]
     objectness: Tensor
     """[B * anchors, 1] logits."""
@@ -135,8 +137,8 @@ class RCNN(nn.Module):
         per_level = [int(level[0].numel()) for level in objectness]
         objectness_flat, deltas_flat = concat_box_prediction_layers(objectness, deltas)
         decoded = self.rpn.box_coder.decode(deltas_flat.detach(), anchors).view(len(anchors), -1, 4)
-        boxes, _ = self.rpn.filter_proposals(decoded, objectness_flat, batch.image_sizes, per_level)
-        return Proposals(boxes, anchors, objectness_flat, deltas_flat)
+        boxes, scores = self.rpn.filter_proposals(decoded, objectness_flat, batch.image_sizes, per_level)
+        return Proposals(boxes, scores, anchors, objectness_flat, deltas_flat)
 
     def region_features(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> Tensor:
         """[R, head_width] features of boxes of each image, images in order."""
@@ -186,6 +188,19 @@ class RCNN(nn.Module):
         }
 
     @torch.no_grad()
+    def find_proposals(self, images: Sequence[Tensor], limit: int) -> list[tuple[Tensor, Tensor]]:
+        """Boxes [N, 4] in pixels of each uint8 image [3, H, W] and their objectness [N]: the best, at most `limit`."""
+        padded = [widen(image, self.config.max_size) for image in images]
+        batch = self.preprocess(padded)
+        proposals = self.propose(batch, self.features(batch))
+        return [
+            (restore_boxes(boxes[:limit], image, wide, size), scores[:limit])
+            for image, wide, size, boxes, scores in zip(
+                images, padded, batch.image_sizes, proposals.boxes, proposals.scores, strict=True
+            )
+        ]
+
+    @torch.no_grad()
     def detect(
         self,
         images: Sequence[Tensor],
@@ -211,11 +226,17 @@ class RCNN(nn.Module):
                 clip_boxes_to_image(box_N4, size), score_NK, score_threshold, self.config.box_nms, max_detections
             )
             height, width = (int(side) for side in image.shape[-2:])
-            if len(kept_boxes):
-                kept_boxes = resize_boxes(kept_boxes, list(size), list(wide.shape[-2:]))
-            restored = clip_boxes_to_image(kept_boxes, (height, width))
+            restored = restore_boxes(kept_boxes, image, wide, size)
             found.append(Detections(restored, scores, labels, vocabulary.names, width, height))
         return found
+
+
+def restore_boxes(box_N4: Tensor, image: Tensor, wide: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes of an image resized to `size` as pixels of the image itself, which `widen` made `wide` before that."""
+    if len(box_N4):
+        box_N4 = resize_boxes(box_N4, list(size), list(wide.shape[-2:]))
+    height, width = (int(side) for side in image.shape[-2:])
+    return cast(Tensor, clip_boxes_to_image(box_N4, (height, width)))
 
 
 def widen(image: Tensor, max_size: int) -> Tensor:
