@@ -217,7 +217,8 @@ class RCNN(nn.Module):
         counts = [len(entry) for entry in boxes]
         region_RF = self.region_features(features, boxes, batch)
         refined = torch.split(self.roi.box_coder.decode(self.box_deltas(region_RF), boxes).view(-1, 4), counts)
-        logits_RK = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
+        logits_RS = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
+        logits_RK = vocabulary.strongest(logits_RS)
         found = []
         for image, wide, size, box_N4, score_NK in zip(
             images, padded, batch.image_sizes, refined, torch.split(logits_RK.sigmoid(), counts), strict=True
