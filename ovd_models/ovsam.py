@@ -14,8 +14,10 @@ import torch
 from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import Block
+from segment_anything.utils.amg import build_point_grid, calculate_stability_score
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import nms
 
 from ovd_models.errors import InputError
 from ovd_models.ovsam_head import RegionNamer, fuse, name_logits, text_of
@@ -25,6 +27,7 @@ from ovd_models.sam import (
     IMAGENET_STD,
     VIT_H,
     EncodedImage,
+    EverythingConfig,
     SamConfig,
     SamModel,
     build_mask_decoder,
@@ -34,7 +37,7 @@ from ovd_models.sam import (
     scale_prompts,
     unnamed,
 )
-from ovd_models.segments import Prompts, Segments, boxes_of
+from ovd_models.segments import Prompts, Segments, boxes_of, concatenate
 from ovd_models.vocabulary import Vocabulary
 
 
@@ -293,10 +296,53 @@ class OvSam(nn.Module):
         fused_PK = fuse(head_PK, clip_PK, vocabulary.is_base, seen_P, alpha=alpha, beta=beta)
         return named(found, fused_PK, vocabulary)
 
+    def everything(
+        self, image: Tensor, vocabulary: Vocabulary | None = None, settings: EverythingConfig | None = None
+    ) -> Segments:
+        """The masks of a whole picture, best first by the model's own estimate, each named if names are given.
 
-def named(segments: Segments, fused_PK: Tensor, vocabulary: Vocabulary) -> Segments:
-    """Segments with the best name of each; the background column says how far a score can be trusted."""
-    scores_P, labels_P = fused_PK.softmax(-1)[:, :-1].max(1)
+        A grid of clicks, as the package's automatic mask generator makes it; masks that the model itself thinks poor,
+        that change with the threshold, or that repeat a better one are left out.
+
+        Raises:
+            InputError: the model has no IoU head.
+        """
+        if not self.config.iou_head:
+            raise InputError("everything: this model has no IoU head to choose masks by")
+        settings = settings or EverythingConfig()
+        encoded = self.encode(image)
+        height, width = encoded.sam.size
+        grid = torch.from_numpy(build_point_grid(settings.points_per_side)).float()
+        points = grid * grid.new_tensor([width, height])
+        parts = [
+            self.segment(
+                encoded, Prompts(points=part[:, None], point_labels=torch.ones(len(part), 1).long()), vocabulary
+            )
+            for part in points.split(settings.points_per_batch)
+        ]
+        keep = [
+            torch.nonzero(
+                (part.ious >= settings.min_iou)
+                & (calculate_stability_score(part.low_res, 0.0, 1.0) >= settings.min_stability)
+                & part.masks.flatten(1).any(1)
+            ).flatten()
+            for part in parts
+        ]
+        found = concatenate([part.select(rows) for part, rows in zip(parts, keep, strict=True)])
+        return found.select(nms(found.boxes, found.ious, settings.nms_iou))
+
+
+def named(segments: Segments, scores_PK: Tensor, vocabulary: Vocabulary) -> Segments:
+    """Segments with the best name of each.
+
+    Args:
+        segments: without names.
+        scores_PK: [P, K] logits or log scores of the names; a further column is the background's, which takes its
+            part of the probability but is never the answer.
+        vocabulary: the names.
+    """
+    probability_PK = scores_PK.softmax(-1)[:, : len(vocabulary)]
+    scores_P, labels_P = probability_PK.max(1)
     return replace(segments, labels=labels_P, scores=scores_P, names=vocabulary.names)
 
 

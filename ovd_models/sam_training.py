@@ -18,10 +18,12 @@ from ovd_models.segments import OFF, ON, MaskBatch, boxes_of
 class SamTrainingConfig:
     """How SAM is trained; the weights of the losses are the paper's."""
 
-    prompts_per_image: int = 4
+    prompts_per_image: int = 3
     """Objects of an image that are asked for, drawn with replacement."""
     clicks: int = 1
     """Corrective clicks after the first answer, each beside the last mask."""
+    repeats: int = 0
+    """Rounds after them in which the last mask is all that is new."""
     box_jitter: float = 0.1
     """Standard deviation of a box's corners, relative to its sides."""
     max_jitter: float = 20.0
@@ -157,7 +159,7 @@ class SamTraining(nn.Module):
         """Weighted losses `focal`, `dice` and `iou`: the mean over prompts and over rounds of prompting.
 
         Half of the objects are asked for by a box, half by a click; then come `clicks` corrections, each with the last
-        mask, and at last the mask again without a new click.
+        mask, and `repeats` rounds with the last mask but no new click.
         """
         sam, side = self.model.sam, self.model.config.image_size
         images = torch.stack([sam.preprocess(fit_image(image, side)[0]) for image in batch.images])
@@ -168,7 +170,8 @@ class SamTraining(nn.Module):
             nothing = embedding_BChw.sum() * 0 + sum(weight.sum() for weight in self.parameters()) * 0
             return {"focal": nothing, "dice": nothing, "iou": nothing}
         rounds = _Rounds(self, embedding_BChw[objects.images], objects, generator)
-        losses = [rounds.ask(click=index <= self.settings.clicks) for index in range(self.settings.clicks + 2)]
+        count = 1 + self.settings.clicks + self.settings.repeats
+        losses = [rounds.ask(click=index <= self.settings.clicks) for index in range(count)]
         return {name: torch.stack([entry[name] for entry in losses]).mean() for name in losses[0]}
 
     def losses(self, low_PKLL: Tensor, ious_PK: Tensor, target_PSS: Tensor, *, ambiguous: bool) -> dict[str, Tensor]:

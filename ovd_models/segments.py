@@ -186,6 +186,15 @@ class Segments:
         """[P, 4] float32 xyxy, tight around the masks, edges exclusive; zeros for an empty mask."""
         return boxes_of(self.masks)
 
+    def select(self, rows: Tensor) -> "Segments":
+        """Those of the given row numbers, in their order."""
+        values = {name: getattr(self, name)[rows] for name in PER_PROMPT}
+        return replace(self, **values)
+
+    def to(self, device: torch.device) -> "Segments":
+        """The same segments on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in PER_PROMPT})
+
     def to_list(self) -> list[dict[str, Any]]:
         """`[{"mask": COCO RLE, "box", "label", "score", "iou"}]`, as the HTTP endpoint answers; unknowns are None."""
         encoded = [rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in self.masks.cpu()]
@@ -225,6 +234,15 @@ class Segments:
         if path is not None:
             drawn.save(path)
         return drawn
+
+
+PER_PROMPT = ("masks", "ious", "labels", "scores", "low_res")
+"""Fields of `Segments` with a row a prompt."""
+
+
+def concatenate(parts: Sequence[Segments]) -> Segments:
+    """Segments of one image as one record; there is at least one part."""
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in PER_PROMPT})
 
 
 def boxes_of(masks_PHW: Tensor) -> Tensor:

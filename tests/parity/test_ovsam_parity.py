@@ -11,7 +11,7 @@ from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor
 
 from ovd_models.importers_ovsam import account, our_name
-from ovd_models.ovsam import RN50X16, LevelProjection, OvSam, Sam2Clip, distillation_loss, published
+from ovd_models.ovsam import RN50X16, LevelProjection, OvSam, Sam2Clip, distillation_loss, enlarge, published
 from ovd_models.ovsam_head import (
     RegionNamer,
     fuse,
@@ -21,8 +21,10 @@ from ovd_models.ovsam_head import (
     read_points,
     region_levels,
 )
+from ovd_models.pointing import PointingMetrics, centre_points
 from ovd_models.pyramid import ClipPyramid
-from ovd_models.sam import SamConfig, build_mask_decoder, build_prompt_encoder, run_decoder
+from ovd_models.sam import EncodedImage, SamConfig, build_mask_decoder, build_prompt_encoder, run_decoder
+from ovd_models.sam_training import mask_ious
 from ovd_models.segments import boxes_of
 
 PARITY = Path("/work/shared/parity")
@@ -248,3 +250,29 @@ def test_every_published_tensor_has_its_place(path: Path) -> None:
         assert list(ours[our].shape) == manifest[name][0], (name, our)
     if "sam2clip" not in path.name:
         assert set(found.used.values()) == set(ours)
+
+
+def test_metric_and_centre_points() -> None:
+    pack, other = read("ins_cls_iou_metric"), read("misc")
+    labels, found = pack["gt_labels"].tolist(), pack["pred_labels"].tolist()
+    metrics = PointingMetrics()
+    ious = mask_ious((pack["gt_masks"] > 0).flatten(1), pack["pred_masks"].bool().flatten(1))
+    novel = set(pack["novel"].tolist())
+    start = 0
+    for count in pack["counts"].tolist():  # image by image, one of them without instances
+        rows = slice(start, start + count)
+        metrics.add(ious[rows], found[rows], labels[rows], [label in novel for label in labels[rows]])
+        start += count
+    summary = metrics.summary()
+    for ours, theirs in (("all", "expected"), ("base", "expected_base"), ("novel", "expected_novel")):
+        iou = pack["expected_miou" if ours == "all" else f"{theirs}_iou"]
+        assert summary[f"iou_{ours}"] == pytest.approx(float(iou) / 100, abs=1e-4)
+        assert summary[f"accuracy_{ours}"] == pytest.approx(float(pack[f"{theirs}_score"]) / 100, abs=1e-4)
+    assert centre_points(other["masks"] > 0).tolist() == other["center_points_xy"][:, 0].tolist()
+
+
+def test_masks_are_enlarged_without_their_padding() -> None:
+    pack = read("misc")
+    inside, original = (tuple(pack[name].tolist()) for name in ("input_size", "original_size"))
+    encoded = EncodedImage(torch.zeros(0), inside, original, original)
+    close(enlarge(pack["lowres"][:, 0], encoded, int(pack["pad_size"][0])), pack["postprocessed"][:, 0])
