@@ -54,15 +54,14 @@ def cache_features(
     shards = -(-rows.num_rows // rows_per_shard)
     missing = [number for number in range(shards) if not storage.exists(receipt_uri(uri, name, number))]
     if missing:
-        written = ray.data.from_items([{"number": number} for number in missing], override_num_blocks=len(missing))
-        written = written.map_batches(
+        numbers = ray.data.from_items([{"number": number} for number in missing], override_num_blocks=len(missing))
+        numbers.map_batches(
             Embedder,
             fn_constructor_args=(uri, name, ray.put(rows), sam_folder, rows_per_shard),
             batch_size=1,
             batch_format="pyarrow",
             concurrency=max(1, workers),
-        )
-        written.materialize()
+        ).materialize()
     files = [FileEntry(**entry) for number in range(shards) for entry in read_receipt(uri, name, number)]
     return tables.publish(
         storage_uri,

@@ -93,6 +93,8 @@ class Sam2Clip(nn.Module):
         grid: height and width of the embedding; a square of SAM's own size if None.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         channels: Sequence[int],
@@ -142,8 +144,7 @@ class Sam2Clip(nn.Module):
             project(level) + code[:, None, None]
             for project, level, code in zip(self.patch_embeds, levels, self.level_encoding.weight, strict=True)
         ]
-        place: Tensor = self.pos_embed
-        return torch.stack(projected).sum(0).permute(0, 2, 3, 1) + place
+        return torch.stack(projected).sum(0).permute(0, 2, 3, 1) + self.pos_embed
 
 
 def distillation_loss(student_BChw: Tensor, teacher_BChw: Tensor, valid_Bhw: Tensor) -> Tensor:
@@ -179,6 +180,9 @@ class EncodedOvSam:
 
 class OvSam(nn.Module):
     """The whole model: frozen CLIP, adapter, SAM's prompt encoder and mask decoder, label branch."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: OvSamConfig) -> None:
         super().__init__()
@@ -318,7 +322,7 @@ class OvSam(nn.Module):
             self.segment(
                 encoded, Prompts(points=part[:, None], point_labels=torch.ones(len(part), 1).long()), vocabulary
             )
-            for part in points.split(settings.points_per_batch)
+            for part in torch.split(points, settings.points_per_batch)
         ]
         keep = [
             torch.nonzero(
@@ -361,7 +365,9 @@ def single_mask(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str
 
 def published(tower: TowerConfig) -> OvSamConfig:
     """The released models' numbers around a CLIP tower; CLIP, too, gets SAM's normalisation there."""
-    mean, std = (tuple(value / 255 for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    (red, green, blue), (red_std, green_std, blue_std) = IMAGENET_MEAN, IMAGENET_STD
+    mean = (red / 255, green / 255, blue / 255)
+    std = (red_std / 255, green_std / 255, blue_std / 255)
     return OvSamConfig(
         sam=VIT_H,
         tower=replace(tower, mean=mean, std=std),

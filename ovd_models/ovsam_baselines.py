@@ -35,6 +35,9 @@ class BaselineConfig:
 class SamClip(nn.Module):
     """SAM for the masks, CLIP for their names, nothing trained."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, sam: SamModel, clip: ClipPyramid, tower: TowerConfig, config: BaselineConfig) -> None:
         super().__init__()
         self.sam, self.clip, self.config = sam, clip, config
@@ -90,7 +93,8 @@ class SamClip(nn.Module):
             fill = -self.mean / self.std if self.config.background == "black" else torch.zeros_like(self.mean)
             pictures, source = torch.where(masks_PHW[:, None], colours, fill), rows
         rois_P5 = torch.cat([source[:, None].float(), squares_P4], dim=1)
-        return roi_align(pictures, rois_P5, self.clip_side, 1.0, 2, aligned=True)
+        crops: Tensor = roi_align(pictures, rois_P5, self.clip_side, 1.0, 2, aligned=True)
+        return crops
 
     def feature_embeddings(self, image: Tensor, masks_PHW: Tensor, encoded: EncodedImage) -> Tensor:
         """[P, D] unit rows out of CLIP's features of the whole image."""

@@ -16,14 +16,20 @@ from torch import Tensor
 def centre_points(masks_NHW: Tensor) -> Tensor:
     """[N, 2] float32 xy of the pixel deepest inside each mask, the first of several in reading order.
 
-    The image's edge is no edge of the mask. An empty mask gives (0, 0).
+    Beyond the image's edge there is no mask. An empty mask gives (0, 0).
     """
     points = np.zeros((len(masks_NHW), 2), np.float32)
     for row, mask in enumerate(masks_NHW.cpu().numpy().astype(np.uint8)):
-        depth = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_5)
+        depth = mask_depth(mask)
         y, x = np.unravel_index(int(depth.argmax()), depth.shape)
         points[row] = (x, y)
     return torch.from_numpy(points)
+
+
+def mask_depth(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """[H, W] Euclidean distance of each pixel of a mask to the nearest one outside, in pixels."""
+    depth = cv2.distanceTransform(np.pad(mask, 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.asarray(depth[1:-1, 1:-1], np.float32)
 
 
 @dataclass

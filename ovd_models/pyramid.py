@@ -5,7 +5,7 @@ B images, R regions, C channels of a level, p side of the head's grid, D embeddi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from open_clip.model import CustomTextCLIP
@@ -76,7 +76,7 @@ class ClipPyramid(nn.Module):
             self.strides = (1 << round(torch.tensor(float(tower.patch_size[0])).log2().item()),) * NUM_LEVELS
             self.grid = 7
         elif isinstance(trunk, FlatConvNet):
-            self.channels = tuple(int(part[-2].num_features) for part in _flat_stages(trunk))
+            self.channels = tuple(len(cast(nn.BatchNorm2d, part[-2]).bias) for part in _flat_stages(trunk))
             self.strides = (2, 4, 8, 16)
             self.grid = int((trunk.num_features // self.channels[-1]) ** 0.5)
         elif trunk is not None and hasattr(trunk, "stages") and hasattr(trunk, "feature_info"):
@@ -84,9 +84,8 @@ class ClipPyramid(nn.Module):
             self.strides = tuple(int(entry["reduction"]) for entry in trunk.feature_info)
             self.grid = 7
         else:
-            raise InputError(
-                f"CLIP image tower {type(trunk or tower).__name__}: no pyramid, expected a ResNet, ConvNeXt"
-            )
+            kind = type(tower if trunk is None else trunk).__name__
+            raise InputError(f"CLIP image tower {kind}: has no levels, expected a ResNet, ConvNeXt or transformer")
         self.eval()
 
     def train(self, mode: bool = True) -> "ClipPyramid":
@@ -125,17 +124,17 @@ class ClipPyramid(nn.Module):
 
     def head(self, grid_RCpp: Tensor) -> Tensor:
         """CLIP's own head on the last level's features of a region: [R, C, p, p] -> [R, D] of any norm."""
-        tower = self.tower
+        tower: Any = self.tower
         if isinstance(tower, ModifiedResNet):
-            return tower.attnpool(grid_RCpp)
-        if isinstance(tower, VisionTransformer):
-            pooled = tower.ln_post(grid_RCpp.flatten(2).mean(2))
-            return pooled if tower.proj is None else pooled @ tower.proj
-        trunk: Any = tower.trunk
-        head: Any = tower.head
-        if isinstance(trunk, FlatConvNet):
-            return head(grid_RCpp.flatten(1))
-        return head(trunk.forward_head(trunk.norm_pre(grid_RCpp)))
+            embedding: Tensor = tower.attnpool(grid_RCpp)
+        elif isinstance(tower, VisionTransformer):
+            embedding = tower.ln_post(grid_RCpp.flatten(2).mean(2))
+            embedding = embedding if tower.proj is None else embedding @ tower.proj
+        elif isinstance(tower.trunk, FlatConvNet):
+            embedding = tower.head(grid_RCpp.flatten(1))
+        else:
+            embedding = tower.head(tower.trunk.forward_head(tower.trunk.norm_pre(grid_RCpp)))
+        return embedding
 
     def region_embeddings(self, top_BCHW: Tensor, rois_R5: Tensor) -> Tensor:
         """CLIP's embeddings of boxes: RoIAlign on the last level to the grid of its head, then the head.

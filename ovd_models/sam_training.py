@@ -97,7 +97,9 @@ def jitter_boxes(boxes_P4: Tensor, share: float, limit: float, side: int, genera
     sides_P4 = (boxes_P4[:, 2:] - boxes_P4[:, :2]).repeat(1, 2)
     noise_P4 = torch.randn(boxes_P4.shape, generator=generator).to(boxes_P4.device) * share * sides_P4
     moved_P4 = (boxes_P4 + noise_P4.clamp(-limit, limit)).clamp(0, side)
-    return torch.cat([torch.minimum(moved_P4[:, :2], moved_P4[:, 2:]), torch.maximum(*moved_P4.split(2, 1))], dim=1)
+    return torch.cat(
+        [torch.minimum(moved_P4[:, :2], moved_P4[:, 2:]), torch.maximum(moved_P4[:, :2], moved_P4[:, 2:])], dim=1
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 P prompts of one image, n points of a prompt, N objects of an image, L side of a mask decoder's map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,7 @@ class Prompts:
         if not given:
             raise InputError("prompts: empty, expected points or boxes")
         if len(set(given)) > 1:
-            raise InputError(
-                f"prompts: {given[0]} and {given[1]} of them, expected points and boxes of the same things"
-            )
+            raise InputError(f"prompts: {given[0]} and {given[1]} given, expected as many points as boxes")
         if self.points is not None:
             self._check_points(self.points, width, height)
         if self.boxes is None:
@@ -188,12 +186,22 @@ class Segments:
 
     def select(self, rows: Tensor) -> "Segments":
         """Those of the given row numbers, in their order."""
-        values = {name: getattr(self, name)[rows] for name in PER_PROMPT}
-        return replace(self, **values)
+        return self._each(lambda value: value[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Segments":
+        """The same change to every field with a row a prompt."""
+        return replace(
+            self,
+            masks=change(self.masks),
+            ious=change(self.ious),
+            labels=change(self.labels),
+            scores=change(self.scores),
+            low_res=change(self.low_res),
+        )
 
     def to(self, device: torch.device) -> "Segments":
         """The same segments on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in PER_PROMPT})
+        return self._each(lambda value: value.to(device))
 
     def to_list(self) -> list[dict[str, Any]]:
         """`[{"mask": COCO RLE, "box", "label", "score", "iou"}]`, as the HTTP endpoint answers; unknowns are None."""
@@ -236,13 +244,16 @@ class Segments:
         return drawn
 
 
-PER_PROMPT = ("masks", "ious", "labels", "scores", "low_res")
-"""Fields of `Segments` with a row a prompt."""
-
-
 def concatenate(parts: Sequence[Segments]) -> Segments:
     """Segments of one image as one record; there is at least one part."""
-    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in PER_PROMPT})
+    return replace(
+        parts[0],
+        masks=torch.cat([part.masks for part in parts]),
+        ious=torch.cat([part.ious for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        scores=torch.cat([part.scores for part in parts]),
+        low_res=torch.cat([part.low_res for part in parts]),
+    )
 
 
 def boxes_of(masks_PHW: Tensor) -> Tensor:
