@@ -5,10 +5,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from faster_coco_eval import mask as rle
 from ray.data.collate_fn import ArrowBatchCollateFn
 from torch import Tensor
 
 from ovd_models.batches import ConceptBatch, DetectionBatch
+from ovd_models.ovsam_training import FeatureBatch
+from ovd_models.segments import MaskBatch
 from ovd_models.vocabulary import TextEncoder
 
 
@@ -69,3 +72,41 @@ class GroupCollate(ArrowBatchCollateFn):
             tuple(captions),
             None if self.encoder is None else self.encoder.embed_captions(captions),
         )
+
+
+class MaskCollate(ArrowBatchCollateFn):
+    """Rows of `MaskLoader` -> `MaskBatch`."""
+
+    def __call__(self, batch: pa.Table) -> Any:
+        """One step of one worker, a `MaskBatch`."""
+        columns = ("image", "height", "width", "masks", "labels", "flip")
+        raw, heights, widths, masks, labels, flips = (batch[name].to_pylist() for name in columns)
+        return MaskBatch(
+            tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True)),
+            tuple(decode_masks(*entry) for entry in zip(masks, heights, widths, flips, strict=True)),
+            tuple(torch.tensor(entry, dtype=torch.int64) for entry in labels),
+        )
+
+
+def decode_masks(counts: list[str], height: int, width: int, flip: bool = False) -> Tensor:
+    """[N, H, W] bool from COCO RLE counts, mirrored left to right if `flip`."""
+    if not counts:
+        return torch.zeros(0, height, width, dtype=torch.bool)
+    stacked = rle.decode([{"size": [height, width], "counts": entry.encode()} for entry in counts])
+    masks = torch.from_numpy(np.ascontiguousarray(stacked.transpose(2, 0, 1))).bool()
+    return masks.flip(2) if flip else masks
+
+
+class FeatureCollate(ArrowBatchCollateFn):
+    """Rows of `FeatureLoader` -> `FeatureBatch`."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+
+    def __call__(self, batch: pa.Table) -> Any:
+        """One step of one worker, a `FeatureBatch`."""
+        raw, heights, widths = (batch[name].to_pylist() for name in ("image", "height", "width"))
+        joined = bytearray(b"".join(batch["feature"].to_pylist()))
+        features = torch.from_numpy(np.frombuffer(joined, "<f2").reshape(-1, *self.shape))
+        images = tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True))
+        return FeatureBatch(images, features)

@@ -125,6 +125,11 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("start", pa.int64(), "row in both files"),
         ("count", pa.int64(), "rows: 1"),
     ),
+    "features": _schema(
+        ("image_id", pa.string(), "SHA-256 of the image bytes, hexadecimal"),
+        ("file", pa.string(), "flat little-endian float16 array [rows, C, h, h], relative to the table's folder"),
+        ("row", pa.int64(), "row in the file"),
+    ),
     "texts": _schema(
         ("name", pa.string(), "what was embedded"),
         ("prompt_set", pa.string(), "name of the set of templates"),
@@ -142,6 +147,7 @@ PRODUCERS: dict[str, str] = {
     "boxes": "python workflows/prepare_boxes.py",
     "regions": "python workflows/embed.py",
     "embeddings": "python workflows/embed.py",
+    "features": "python workflows/ovsam.py",
 }
 """The command that makes a table, for the message that says it is missing."""
 

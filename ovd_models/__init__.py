@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ovd_models.checkpoints import Detector
+    from ovd_models.checkpoints_ovsam import Segmenter
 
 
 def load(folder: str | Path, device: str = "cpu") -> "Detector":
@@ -21,3 +22,14 @@ def load(folder: str | Path, device: str = "cpu") -> "Detector":
     from ovd_models.checkpoints import load_detector  # torch is imported only when a model is wanted
 
     return load_detector(folder, device)
+
+
+def load_segmenter(folder: str | Path, device: str = "cpu") -> "Segmenter":
+    """The segmenter of an OV-SAM checkpoint folder, ready for any prompts and names.
+
+    Raises:
+        InputError: the folder holds no OV-SAM checkpoint that this program reads.
+    """
+    from ovd_models import checkpoints_ovsam
+
+    return checkpoints_ovsam.load_segmenter(folder, device)

@@ -1,0 +1,130 @@
+"""The cache of a SAM's image embeddings: float16, in shards, keyed by the model and its preprocessing.
+
+boxes --shards of images--> SAM's image encoder --> features/<name>: flat files [rows, C, h, h] and their index
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+
+from data_prep import storage, tables
+from data_prep.tables import FileEntry, Manifest
+from ovd_models.checkpoints_ovsam import load_sam_folder
+from ovd_models.images import decode_image
+from ovd_models.preprocess import to_tensor
+
+PRODUCER = "workflows/ovsam.py"
+
+
+def cache_name(boxes: str, teacher: str) -> str:
+    """The cache's name: that of the images, and the digest of the model's config and weights."""
+    return f"{boxes}-{teacher.rpartition(':')[2]}"
+
+
+def cache_features(
+    storage_uri: str, boxes: str, sam_folder: str, teacher: str, *, rows_per_shard: int, workers: int
+) -> Manifest:
+    """Publish `features/<cache_name>`; shards that an interrupted run left whole are kept.
+
+    Args:
+        storage_uri: the storage.
+        boxes: name of the `boxes` table whose images are embedded.
+        sam_folder: the SAM's checkpoint, readable on every node.
+        teacher: its id.
+        rows_per_shard: images in a file.
+        workers: processes that embed at a time.
+
+    Raises:
+        InputError: a table or the checkpoint is missing.
+    """
+    name = cache_name(boxes, teacher)
+    done = tables.find_manifest(storage_uri, "features", name)
+    if done is not None:
+        return done
+    rows = tables.read_table(storage_uri, "boxes", boxes, ["image_id", "uri"])
+    model, _ = load_sam_folder(storage.local_folder(sam_folder))
+    side = model.config.embedding_side
+    uri = storage.absolute(storage_uri)
+    shards = -(-rows.num_rows // rows_per_shard)
+    missing = [number for number in range(shards) if not storage.exists(receipt_uri(uri, name, number))]
+    if missing:
+        numbers = ray.data.from_items([{"number": number} for number in missing], override_num_blocks=len(missing))
+        numbers.map_batches(
+            Embedder,
+            fn_constructor_args=(uri, name, ray.put(rows), sam_folder, rows_per_shard),
+            batch_size=1,
+            batch_format="pyarrow",
+            concurrency=max(1, workers),
+        ).materialize()
+    files = [FileEntry(**entry) for number in range(shards) for entry in read_receipt(uri, name, number)]
+    return tables.publish(
+        storage_uri,
+        "features",
+        name,
+        files,
+        producer=PRODUCER,
+        config_hash=teacher,
+        details={
+            "teacher": teacher,
+            "shape": [model.config.prompt_width, side, side],
+            "preprocessing": {"image_size": model.config.image_size, "resize": "longest side, segment-anything's"},
+        },
+    )
+
+
+def receipt_uri(storage_uri: str, name: str, number: int) -> str:
+    """Where a whole shard says so."""
+    return storage.join(tables.table_uri(storage_uri, "features", name), f"receipts/{number:05d}.json")
+
+
+def read_receipt(storage_uri: str, name: str, number: int) -> list[dict[str, Any]]:
+    """The files of a shard."""
+    entries: list[dict[str, Any]] = json.loads(storage.read_bytes(receipt_uri(storage_uri, name, number)))
+    return entries
+
+
+class Embedder:
+    """A worker of the cache: takes numbers of shards, writes the shards."""
+
+    def __init__(
+        self, storage_uri: str, name: str, rows: ray.ObjectRef[pa.Table], sam_folder: str, rows_per_shard: int
+    ) -> None:
+        self.storage_uri, self.name, self.rows_per_shard = storage_uri, name, rows_per_shard
+        self.rows: pa.Table = ray.get(rows)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_sam_folder(Path(storage.local_folder(sam_folder)))[0].to(device)
+        self.device = torch.device(device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Write the shards of the batch; each is whole once its receipt is there."""
+        for number in batch["number"].to_pylist():
+            self.write(number)
+        return batch
+
+    def write(self, number: int) -> None:
+        """One shard: embeddings, their index, and last the receipt."""
+        rows = self.rows.slice(number * self.rows_per_shard, self.rows_per_shard)
+        file, index = f"part-{number:05d}.f16", f"part-{number:05d}.parquet"
+        features = [self.embed(storage.join(self.storage_uri, uri)) for uri in rows["uri"].to_pylist()]
+        content = np.stack(features).astype("<f2").tobytes()
+        table = pa.table(
+            {"image_id": rows["image_id"], "file": [file] * rows.num_rows, "row": list(range(rows.num_rows))}
+        )
+        entries = [
+            tables.write_file(self.storage_uri, "features", self.name, file, content),
+            tables.write_part(self.storage_uri, "features", self.name, index, table),
+        ]
+        receipt = json.dumps([asdict(entry) for entry in entries]).encode()
+        storage.write_bytes(receipt_uri(self.storage_uri, self.name, number), receipt)
+
+    def embed(self, uri: str) -> np.ndarray:
+        """[C, h, h] of an image file."""
+        image = to_tensor(decode_image(storage.read_bytes(uri), uri)).to(self.device)
+        embedding: np.ndarray = self.model.encode(image).embedding[0].cpu().numpy()
+        return embedding

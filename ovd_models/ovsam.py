@@ -1,0 +1,396 @@
+"""OV-SAM: one frozen CLIP that segments like SAM and names what it segments (arXiv 2401.02955).
+
+SAM2CLIP turns CLIP's levels into SAM's image embedding; CLIP2SAM (`ovsam_head.py`) names the masks.
+
+B images, P prompts of an image, C prompt width, W adapter width, S side of the square input, h side of the
+embedding, L = 4 h, K names, Y synonyms, D embedding width of names.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from segment_anything.modeling import MaskDecoder
+from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.image_encoder import Block
+from segment_anything.utils.amg import build_point_grid, calculate_stability_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import nms
+
+from ovd_models.errors import InputError
+from ovd_models.ovsam_head import RegionNamer, fuse, name_logits, text_of
+from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
+from ovd_models.sam import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VIT_H,
+    EncodedImage,
+    EverythingConfig,
+    SamConfig,
+    SamModel,
+    build_mask_decoder,
+    build_prompt_encoder,
+    fit_image,
+    run_decoder,
+    scale_prompts,
+    unnamed,
+)
+from ovd_models.segments import Prompts, Segments, boxes_of, concatenate
+from ovd_models.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class OvSamConfig:
+    """An OV-SAM in numbers; the defaults are a tiny one for 128 px images."""
+
+    sam: SamConfig = field(default_factory=SamConfig)
+    """The teacher: its embedding, prompt encoder and mask decoder are taken over."""
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    """CLIP's image tower, frozen."""
+    adapter_depth: int = 2
+    """Blocks of the adapter; the last one attends to the whole image, the others to windows."""
+    pyramid_width: int = 64
+    label_hidden: int = 256
+    """Width of the label branch before its last layer; 0 leaves that layer out, as in the released weights."""
+    label_token: bool = False
+    """Whether the mask decoder gets the released weights' label token, which only disturbs the masks."""
+    iou_head: bool = True
+    """Whether SAM's IoU token and head are kept; the released weights have none."""
+    alpha: float = 0.1
+    """CLIP's part in the score of base names."""
+    beta: float = 0.9
+    """CLIP's part in the score of novel names."""
+
+
+class LevelProjection(nn.Module):
+    """One CLIP level on the embedding's grid: a strided convolution, or a transposed one for coarser levels."""
+
+    def __init__(self, channels: int, width: int, stride: int, target_stride: int) -> None:
+        super().__init__()
+        if max(stride, target_stride) % min(stride, target_stride):
+            raise InputError(f"CLIP level of stride {stride}: does not fit SAM's stride {target_stride}")
+        down, up = max(1, target_stride // stride), max(1, stride // target_stride)
+        self.projection: nn.Module = (
+            nn.ConvTranspose2d(channels, width, up, up) if up > 1 else nn.Conv2d(channels, width, down, down)
+        )
+
+    def forward(self, level_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, W, h, h]."""
+        projected: Tensor = self.projection(level_BCHW)
+        return projected
+
+
+class Sam2Clip(nn.Module):
+    """The adapter: CLIP's levels, each projected, summed, and refined by ViTDet blocks to SAM's image embedding.
+
+    Args:
+        channels: of CLIP's levels.
+        strides: of CLIP's levels, in pixels.
+        config: of SAM: width, heads, window, grid and prompt width are its own.
+        depth: number of blocks.
+        grid: height and width of the embedding; a square of SAM's own size if None.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        config: SamConfig,
+        depth: int,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        grid = grid or (config.embedding_side, config.embedding_side)
+        width, out = config.width, config.prompt_width
+        self.patch_embeds = nn.ModuleList(
+            LevelProjection(count, width, stride, config.patch_size)
+            for count, stride in zip(channels, strides, strict=True)
+        )
+        self.level_encoding = nn.Embedding(len(channels), width)
+        self.register_buffer("pos_embed", torch.zeros(1, *grid, width))
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=width,
+                num_heads=config.heads,
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                use_rel_pos=True,
+                window_size=config.window if index < depth - 1 else 0,
+                input_size=grid,
+            )
+            for index in range(depth)
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(width, out, 1, bias=False),
+            LayerNorm2d(out),
+            nn.Conv2d(out, out, 3, padding=1, bias=False),
+            LayerNorm2d(out),
+        )
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """CLIP's levels -> [B, C, h, h]."""
+        hidden_BhhW = self.fused(levels)
+        for block in self.blocks:
+            hidden_BhhW = block(hidden_BhhW)
+        embedding: Tensor = self.neck(hidden_BhhW.permute(0, 3, 1, 2))
+        return embedding
+
+    def fused(self, levels: Sequence[Tensor]) -> Tensor:
+        """[B, h, h, W] the sum of the projected levels, with codes of level and place."""
+        projected = [
+            project(level) + code[:, None, None]
+            for project, level, code in zip(self.patch_embeds, levels, self.level_encoding.weight, strict=True)
+        ]
+        return torch.stack(projected).sum(0).permute(0, 2, 3, 1) + self.pos_embed
+
+
+def distillation_loss(student_BChw: Tensor, teacher_BChw: Tensor, valid_Bhw: Tensor) -> Tensor:
+    """Mean squared difference over the positions that show the image, not its padding; 0 where none does."""
+    difference_Bhw = (student_BChw - teacher_BChw.to(student_BChw.dtype)).square().mean(1)
+    return (difference_Bhw * valid_Bhw).sum() / valid_Bhw.sum().clamp(min=1)
+
+
+def valid_positions(sizes: Sequence[tuple[int, int]], patch: int, side: int) -> Tensor:
+    """[B, h, h] bool: embeddings whose patch shows a pixel of the image.
+
+    Args:
+        sizes: height and width of each resized image, in pixels.
+        patch: pixels between embeddings.
+        side: h.
+    """
+    limits_B2 = torch.tensor([[-(-height // patch), -(-width // patch)] for height, width in sizes]).view(-1, 2)
+    place_h = torch.arange(side)
+    return (place_h[:, None] < limits_B2[:, 0, None, None]) & (place_h < limits_B2[:, 1, None, None])
+
+
+@dataclass(frozen=True)
+class EncodedOvSam:
+    """An image that OV-SAM has looked at; any number of prompts and vocabularies can follow."""
+
+    sam: EncodedImage
+    """SAM's embedding, as the adapter sees it."""
+    pyramid: tuple[Tensor, ...]
+    """The label branch's levels."""
+    top: Tensor
+    """CLIP's last level."""
+
+
+class OvSam(nn.Module):
+    """The whole model: frozen CLIP, adapter, SAM's prompt encoder and mask decoder, label branch."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: OvSamConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.clip = ClipPyramid(build_tower(config.tower, config.sam.image_size))
+        self.adapter = Sam2Clip(self.clip.channels, self.clip.strides, config.sam, config.adapter_depth)
+        self.prompt_encoder = build_prompt_encoder(config.sam).requires_grad_(False)
+        self.mask_decoder: MaskDecoder = build_mask_decoder(config.sam, num_multimask=0)
+        self.label_token = nn.Embedding(1, config.sam.prompt_width) if config.label_token else None
+        if not config.iou_head:
+            del self.mask_decoder.iou_token, self.mask_decoder.iou_prediction_head
+        self.namer = RegionNamer(
+            self.clip.channels, self.clip.strides, config.pyramid_width, config.tower.embed_dim, config.label_hidden
+        )
+        mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in (config.tower.mean, config.tower.std))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def adopt(self, teacher: SamModel, tower: nn.Module) -> None:
+        """Take over what is not learnt anew: SAM's place codes, prompt encoder and single-mask decoder, and CLIP.
+
+        Args:
+            teacher: a SAM of this config.
+            tower: open_clip's image tower of this config.
+        """
+        sam = teacher.sam
+        self.clip.tower.load_state_dict(tower.state_dict())
+        self.adapter.pos_embed.copy_(sam.image_encoder.pos_embed.detach())
+        self.prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())
+        self.mask_decoder.load_state_dict(single_mask(sam.mask_decoder.state_dict(), self.mask_decoder.state_dict()))
+
+    def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Images [3, H, W] uint8 -> [B, 3, S, S] normalised and padded at the end; resized heights and widths."""
+        side = self.config.sam.image_size
+        fitted = [fit_image(image, side)[0] for image in images]
+        sizes = [(int(image.shape[1]), int(image.shape[2])) for image in fitted]
+        padded = [
+            F.pad((image - self.mean) / self.std, (0, side - width, 0, side - height))
+            for image, (height, width) in zip(fitted, sizes, strict=True)
+        ]
+        return torch.stack(padded), sizes
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> EncodedOvSam:
+        """Look at an image [3, H, W] uint8 once."""
+        pixels, sizes = self.preprocess([image])
+        levels = self.clip(pixels)
+        padded_size = fit_image(image, self.config.sam.image_size)[1]
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        sam = EncodedImage(self.adapter(levels), sizes[0], padded_size, size)
+        return EncodedOvSam(sam, tuple(self.namer.pyramid(levels)), levels[-1])
+
+    def decode(self, embedding_PChw: Tensor, sparse_PnC: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask logits [P, L, L] and predicted qualities [P] of prompts, NaN without an IoU head."""
+        decoder, tokens = self.mask_decoder, []
+        if self.config.iou_head:
+            tokens.append(decoder.iou_token.weight)
+        if self.label_token is not None:
+            tokens.append(self.label_token.weight)
+        first_TC = torch.cat(tokens) if tokens else decoder.mask_tokens.weight[:0]
+        position = self.prompt_encoder.get_dense_pe()
+        hidden_PTC, masks_P1LL = run_decoder(decoder, first_TC, embedding_PChw, position, sparse_PnC, dense)
+        if not self.config.iou_head:
+            return masks_P1LL[:, 0], masks_P1LL.new_full((len(masks_P1LL),), float("nan"))
+        return masks_P1LL[:, 0], decoder.iou_prediction_head(hidden_PTC[:, 0])[:, 0]
+
+    def rois_of(self, low_PLL: Tensor, boxes_P4: Tensor | None) -> Tensor:
+        """[P, 4] where names are looked for, pixels of the input: the box prompt, else the predicted mask's tight box.
+
+        An empty mask gives the whole input.
+        """
+        if boxes_P4 is not None:
+            return boxes_P4
+        side = self.config.sam.image_size
+        found_P4 = boxes_of(low_PLL > 0) * (side / low_PLL.shape[-1])
+        whole = found_P4.new_tensor([0, 0, side, side])
+        return torch.where((found_P4[:, 2:] > found_P4[:, :2]).all(1, keepdim=True), found_P4, whole)
+
+    def opinions(
+        self, pyramid: Sequence[Tensor], top: Tensor, rois_P5: Tensor, text_KYD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [P, K + 1] of the label branch and of CLIP itself for regions of the input."""
+        head_PK = name_logits(self.namer(pyramid, rois_P5), text_KYD)
+        clip_PK = name_logits(self.clip.region_embeddings(top, rois_P5), text_KYD)
+        return head_PK, clip_PK
+
+    @torch.no_grad()
+    def segment(self, image: Tensor | EncodedOvSam, prompts: Prompts, vocabulary: Vocabulary | None = None) -> Segments:
+        """One mask a prompt, named if a vocabulary is given.
+
+        Args:
+            image: [3, H, W] uint8, or what `encode` made of it.
+            prompts: in pixels of the original image.
+            vocabulary: any names; without base flags, all of them count as novel.
+
+        Raises:
+            InputError: the prompts do not fit the image, see `Prompts.checked`.
+        """
+        encoded = self.encode(image) if isinstance(image, Tensor) else image
+        height, width = encoded.sam.size
+        prompts = prompts.checked(width, height).to(encoded.top.device)
+        scale = partial(scale_prompts, encoded=encoded.sam)
+        boxes_P4 = None if prompts.boxes is None else scale(prompts.boxes.view(-1, 2, 2)).view(-1, 4)
+        points = None if prompts.points is None else (scale(prompts.points), prompts.point_labels)
+        sparse, dense = self.prompt_encoder(points, boxes_P4, None if prompts.masks is None else prompts.masks[:, None])
+        low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
+        masks_PHW = enlarge(low_PLL, encoded.sam, self.config.sam.image_size) > 0
+        found = unnamed(masks_PHW, ious_P, low_PLL)
+        if vocabulary is None:
+            return found
+        rois_P5 = F.pad(self.rois_of(low_PLL, boxes_P4), (1, 0))
+        head_PK, clip_PK = self.opinions(encoded.pyramid, encoded.top, rois_P5, text_of(vocabulary))
+        seen_P = masks_PHW.flatten(1).any(1)
+        alpha, beta = self.config.alpha, self.config.beta
+        fused_PK = fuse(head_PK, clip_PK, vocabulary.is_base, seen_P, alpha=alpha, beta=beta)
+        return named(found, fused_PK, vocabulary)
+
+    def everything(
+        self, image: Tensor, vocabulary: Vocabulary | None = None, settings: EverythingConfig | None = None
+    ) -> Segments:
+        """The masks of a whole picture, best first by the model's own estimate, each named if names are given.
+
+        A grid of clicks, as the package's automatic mask generator makes it; masks that the model itself thinks poor,
+        that change with the threshold, or that repeat a better one are left out.
+
+        Raises:
+            InputError: the model has no IoU head.
+        """
+        if not self.config.iou_head:
+            raise InputError("everything: this model has no IoU head to choose masks by")
+        settings = settings or EverythingConfig()
+        encoded = self.encode(image)
+        height, width = encoded.sam.size
+        grid = torch.from_numpy(build_point_grid(settings.points_per_side)).float()
+        points = grid * grid.new_tensor([width, height])
+        parts = [
+            self.segment(
+                encoded, Prompts(points=part[:, None], point_labels=torch.ones(len(part), 1).long()), vocabulary
+            )
+            for part in torch.split(points, settings.points_per_batch)
+        ]
+        keep = [
+            torch.nonzero(
+                (part.ious >= settings.min_iou)
+                & (calculate_stability_score(part.low_res, 0.0, 1.0) >= settings.min_stability)
+                & part.masks.flatten(1).any(1)
+            ).flatten()
+            for part in parts
+        ]
+        found = concatenate([part.select(rows) for part, rows in zip(parts, keep, strict=True)])
+        return found.select(nms(found.boxes, found.ious, settings.nms_iou))
+
+
+def named(segments: Segments, scores_PK: Tensor, vocabulary: Vocabulary) -> Segments:
+    """Segments with the best name of each.
+
+    Args:
+        segments: without names.
+        scores_PK: [P, K] logits or log scores of the names; a further column is the background's, which takes its
+            part of the probability but is never the answer.
+        vocabulary: the names.
+    """
+    probability_PK = scores_PK.softmax(-1)[:, : len(vocabulary)]
+    scores_P, labels_P = probability_PK.max(1)
+    return replace(segments, labels=labels_P, scores=scores_P, names=vocabulary.names)
+
+
+def enlarge(low_PLL: Tensor, encoded: EncodedImage, side: int) -> Tensor:
+    """[P, L, L] logits -> [P, H, W] of the original image, padding cut off on the way (as the package does)."""
+    whole = F.interpolate(low_PLL[:, None], (side, side), mode="bilinear", align_corners=False)
+    inside = whole[..., : encoded.input_size[0], : encoded.input_size[1]]
+    full = F.interpolate(inside, encoded.padded_size, mode="bilinear", align_corners=False)
+    return full[:, 0, : encoded.size[0], : encoded.size[1]]
+
+
+def single_mask(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of SAM's mask decoder that concern its first mask token, under the names and shapes `wanted`."""
+    return {name: state[name][: len(value)] for name, value in wanted.items()}
+
+
+def published(tower: TowerConfig) -> OvSamConfig:
+    """The released models' numbers around a CLIP tower; CLIP, too, gets SAM's normalisation there."""
+    (red, green, blue), (red_std, green_std, blue_std) = IMAGENET_MEAN, IMAGENET_STD
+    mean = (red / 255, green / 255, blue / 255)
+    std = (red_std / 255, green_std / 255, blue_std / 255)
+    return OvSamConfig(
+        sam=VIT_H,
+        tower=replace(tower, mean=mean, std=std),
+        adapter_depth=5,
+        pyramid_width=256,
+        label_hidden=0,
+        label_token=True,
+        iou_head=False,
+    )
+
+
+RN50X16 = TowerConfig(embed_dim=768, vision={"image_size": 384, "layers": [6, 8, 18, 8], "width": 96})
+"""CLIP's largest but one ResNet."""
+CONVNEXT_L = TowerConfig(
+    embed_dim=768,
+    vision={
+        "timm_model_name": "convnext_large",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "mlp",
+        "timm_drop": 0.0,
+        "timm_drop_path": 0.1,
+        "image_size": 320,
+    },
+)
+"""open_clip's `convnext_large_d_320`."""

@@ -1,0 +1,191 @@
+"""CLIP2SAM: how OV-SAM names a mask, its losses, and the fusion with CLIP's own opinion (arXiv 2401.02955).
+
+B images, P prompts, R regions, C channels, D embedding width, K names, Y synonyms, N sampled points.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import FeaturePyramidNetwork, roi_align
+
+from ovd_models.vocabulary import Vocabulary
+
+LOGIT_SCALE = 4.6052
+"""Log of the cosines' factor, that of CLIP."""
+ROI_SIDE = 12
+FINEST_SCALE = 14
+"""A region of this many strides of the first level, or less than twice it, is pooled from that level."""
+OUTSIDE = -1000.0
+"""Score of a name that takes no part."""
+
+
+class RegionNamer(nn.Module):
+    """The label branch: a feature pyramid over CLIP's levels, pooled in each region, projected to CLIP's space.
+
+    Args:
+        channels: of the levels.
+        strides: of the levels, in pixels of the input.
+        width: C, of the pyramid.
+        embed_dim: D.
+        hidden: width of a layer between pooling and the embedding; with 0 the embedding is the average of rectified
+            projections, as in the released weights, which leaves it no negative coordinate.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], width: int, embed_dim: int, hidden: int = 0
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.fpn = FeaturePyramidNetwork(list(channels), width)
+        self.roi_conv = nn.Conv2d(width, hidden or embed_dim, 1, bias=False)
+        self.output = nn.Linear(hidden, embed_dim) if hidden else nn.Identity()
+
+    def pyramid(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """CLIP's levels [B, C_i, H_i, W_i] -> as many of [B, C, H_i, W_i]."""
+        return list(self.fpn({str(index): level for index, level in enumerate(levels)}).values())
+
+    def forward(self, pyramid: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
+        """[R, D] embeddings of any norm of regions [R, 5] (image index and xyxy, pixels of the input)."""
+        pooled_RCpp = self.pool(pyramid, rois_R5)
+        embedding: Tensor = self.output(F.relu(self.roi_conv(pooled_RCpp)).mean((2, 3)))
+        return embedding
+
+    def pool(self, pyramid: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
+        """[R, C, 12, 12] features, of each region from the level of its size."""
+        level_R = region_levels(rois_R5, self.strides[0], len(pyramid))
+        pooled_RCpp = pyramid[0].new_zeros(len(rois_R5), pyramid[0].shape[1], ROI_SIDE, ROI_SIDE)
+        for index, (level, stride) in enumerate(zip(pyramid, self.strides, strict=True)):
+            rows = torch.nonzero(level_R == index).flatten()
+            pooled = roi_align(level, rois_R5[rows].to(level.dtype), ROI_SIDE, 1 / stride, -1, aligned=True)
+            pooled_RCpp = pooled_RCpp.index_copy(0, rows, pooled)
+        return pooled_RCpp
+
+
+def region_levels(rois_R5: Tensor, first_stride: int, num_levels: int) -> Tensor:
+    """[R] level of each region: floor(log2(sqrt(area) / (14 strides of the first))), inside the pyramid."""
+    sides_R = ((rois_R5[:, 3] - rois_R5[:, 1]) * (rois_R5[:, 4] - rois_R5[:, 2])).clamp(min=0).sqrt()
+    level_R = torch.floor(torch.log2(sides_R / (FINEST_SCALE * first_stride) + 1e-6))
+    return level_R.clamp(0, num_levels - 1).long()
+
+
+def name_logits(embedding_RD: Tensor, text_KYD: Tensor, log_scale: float = LOGIT_SCALE) -> Tensor:
+    """[R, D] embeddings and [K, Y, D] unit rows -> [R, K + 1] scaled cosines, the best of a name's synonyms each.
+
+    The last column is the background: a zero vector, whose logit is always 0.
+    """
+    cosine_RKY = torch.einsum("rd,kyd->rky", F.normalize(embedding_RD, dim=-1), text_KYD)
+    return F.pad(cosine_RKY.amax(-1) * torch.tensor(log_scale).exp(), (0, 1))
+
+
+# ------------------------------------------------------------------------------------------------------- losses
+
+
+def label_loss(logits_RK: Tensor, labels_R: Tensor, background_weight: float = 0.1) -> Tensor:
+    """Softmax cross-entropy over K names and background, averaged over all regions; those labelled -1 add nothing.
+
+    Args:
+        logits_RK: [R, K + 1].
+        labels_R: [R] int64.
+        background_weight: of the last class.
+    """
+    weight_K = logits_RK.new_ones(logits_RK.shape[1])
+    weight_K[-1] = background_weight
+    total = F.cross_entropy(logits_RK, labels_R, weight_K, ignore_index=-1, reduction="sum")
+    return total / max(1, len(logits_RK))
+
+
+def mask_losses(logits_RN: Tensor, target_RN: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and dice of sampled points, averaged over masks; 0 for none.
+
+    The dice is 1 - (2 sum p t + 1) / (sum p + sum t + 1).
+    """
+    if not len(logits_RN):
+        return logits_RN.sum(), logits_RN.sum()
+    entropy = F.binary_cross_entropy_with_logits(logits_RN, target_RN)
+    probability = logits_RN.sigmoid()
+    overlap_R = 2 * (probability * target_RN).sum(1) + 1
+    dice = 1 - overlap_R / (probability.sum(1) + target_RN.sum(1) + 1)
+    return entropy, dice.mean()
+
+
+def read_points(maps_RHW: Tensor, points_RN2: Tensor) -> Tensor:
+    """[R, H, W] maps at points [R, N, 2] (xy in 0 to 1), bilinear: [R, N]."""
+    return F.grid_sample(maps_RHW[:, None], 2 * points_RN2[:, :, None] - 1, align_corners=False)[:, 0, :, 0]
+
+
+@torch.no_grad()
+def uncertain_points(
+    logits_RHW: Tensor,
+    count: int,
+    generator: torch.Generator | None,
+    *,
+    oversampling: float = 3.0,
+    uncertain_share: float = 0.75,
+) -> Tensor:
+    """[R, N, 2] points in 0 to 1 for the mask losses: mostly where the mask is undecided (PointRend, section 3.1).
+
+    Args:
+        logits_RHW: the predicted masks.
+        count: N.
+        generator: of the draws.
+        oversampling: candidates for each point.
+        uncertain_share: of the points that are the most undecided candidates; the rest is uniform.
+    """
+    regions, candidates = len(logits_RHW), int(count * oversampling)
+    points_RM2 = torch.rand((regions, candidates, 2), generator=generator).to(logits_RHW.device)
+    undecided_RM = -read_points(logits_RHW, points_RM2).abs()
+    num_uncertain = int(uncertain_share * count)
+    chosen_RN = undecided_RM.topk(num_uncertain, dim=1).indices
+    chosen_RN2 = points_RM2.gather(1, chosen_RN[:, :, None].expand(-1, -1, 2))
+    uniform = torch.rand((regions, count - num_uncertain, 2), generator=generator).to(logits_RHW.device)
+    return torch.cat([chosen_RN2, uniform], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------- fusion
+
+
+def fuse(
+    head_PK: Tensor,
+    clip_PK: Tensor,
+    is_base_K: Tensor | None,
+    seen_P: Tensor | None = None,
+    *,
+    alpha: float = 0.1,
+    beta: float = 0.9,
+    takes_part_K: Tensor | None = None,
+) -> Tensor:
+    """Log scores of the label branch and of CLIP as their geometric mean, computed without leaving log space.
+
+    Base names: p_head^(1 - alpha) p_clip^alpha; novel ones: p_head^(1 - beta) p_clip^beta. The background counts as
+    base.
+
+    Args:
+        head_PK: [P, K + 1] logits.
+        clip_PK: [P, K + 1] logits.
+        is_base_K: [K] bool; None, when nobody knows, takes every name as novel.
+        seen_P: [P] bool, False where CLIP saw nothing of the mask: the head decides alone.
+        alpha: CLIP's part in base names.
+        beta: CLIP's part in novel names.
+        takes_part_K: [K] bool; the others get `OUTSIDE`.
+
+    Returns:
+        [P, K + 1].
+    """
+    if is_base_K is None:
+        is_base_K = torch.zeros(head_PK.shape[1] - 1, dtype=torch.bool, device=head_PK.device)
+    part_K = F.pad(torch.where(is_base_K, alpha, beta), (0, 1), value=alpha)
+    part_PK = part_K.expand_as(head_PK)
+    if seen_P is not None:
+        part_PK = part_PK * seen_P[:, None]
+    log_head, log_clip = head_PK.float().log_softmax(-1), clip_PK.float().log_softmax(-1)
+    fused_PK = (1 - part_PK) * log_head + part_PK * log_clip
+    if takes_part_K is not None:
+        fused_PK = fused_PK.masked_fill(~F.pad(takes_part_K, (0, 1), value=True), OUTSIDE)
+    return fused_PK
+
+
+def text_of(vocabulary: Vocabulary) -> Tensor:
+    """[K, 1, D]: a vocabulary's rows in the form of `name_logits`."""
+    return vocabulary.embeddings[:, None]

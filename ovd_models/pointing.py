@@ -1,0 +1,67 @@
+"""How well pointed-at things are segmented and named: IoU and accuracy over instances, by base and novel names.
+
+N instances.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def centre_points(masks_NHW: Tensor) -> Tensor:
+    """[N, 2] float32 xy of the pixel deepest inside each mask, the first of several in reading order.
+
+    Beyond the image's edge there is no mask. An empty mask gives (0, 0).
+    """
+    points = np.zeros((len(masks_NHW), 2), np.float32)
+    for row, mask in enumerate(masks_NHW.cpu().numpy().astype(np.uint8)):
+        depth = mask_depth(mask)
+        y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+        points[row] = (x, y)
+    return torch.from_numpy(points)
+
+
+def mask_depth(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """[H, W] Euclidean distance of each pixel of a mask to the nearest one outside, in pixels."""
+    depth = cv2.distanceTransform(np.pad(mask, 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.asarray(depth[1:-1, 1:-1], np.float32)
+
+
+@dataclass
+class PointingMetrics:
+    """IoU and accuracy of instances, collected image by image; every mean is over instances."""
+
+    ious: list[float] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    novel: list[bool] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def add(self, ious_N: Tensor, predicted_N: Sequence[int], labels_N: Sequence[int], novel_N: Sequence[bool]) -> None:
+        """One image's instances.
+
+        Args:
+            ious_N: [N] of the predicted with the annotated masks.
+            predicted_N: labels.
+            labels_N: annotated labels.
+            novel_N: whether each annotated label is a novel one.
+        """
+        self.ious += ious_N.tolist()
+        self.right += [one == other for one, other in zip(predicted_N, labels_N, strict=True)]
+        self.novel += list(novel_N)
+        self.labels += list(labels_N)
+
+    def summary(self) -> dict[str, float]:
+        """`iou_base`, `iou_novel`, `iou_all`, `accuracy_base` and so on; NaN where there is no instance."""
+        novel = np.asarray(self.novel, bool)
+        chosen: dict[str, npt.NDArray[np.bool_]] = {"base": ~novel, "novel": novel, "all": np.ones_like(novel)}
+        values = {"iou": np.asarray(self.ious, float), "accuracy": np.asarray(self.right, float)}
+        return {
+            f"{value}_{split}": float(numbers[rows].mean()) if rows.any() else float("nan")
+            for value, numbers in values.items()
+            for split, rows in chosen.items()
+        }

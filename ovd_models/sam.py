@@ -1,0 +1,392 @@
+"""SAM through the segment-anything package: official or tiny, prompted, or set loose on everything (arXiv 2304.02643).
+
+B images, P prompts, C prompt width, T tokens, K mask tokens, S side of the model's square input, h x w embedding,
+L = 4 h side of the decoder's maps.
+"""
+
+import math
+import pickle
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ovd_models.errors import InputError
+from ovd_models.segments import Prompts, Segments
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+"""In grey levels of 0 to 255."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamConfig:
+    """A SAM in numbers; the defaults are a tiny one for 128 px images."""
+
+    image_size: int = 128
+    """S: the longer side of an image is brought to it, the rest is padded; a multiple of `patch_size`."""
+    patch_size: int = 8
+    """Pixels between embeddings, their stride."""
+    conv_stem: bool = False
+    """Strided 3 x 3 convolutions instead of one patch projection: from scratch, they learn several times as fast."""
+    width: int = 96
+    depth: int = 4
+    heads: int = 4
+    window: int = 8
+    """Side of the attention windows, in embeddings."""
+    global_blocks: tuple[int, ...] = (1, 3)
+    """Blocks that attend to the whole image."""
+    norm_eps: float = 1e-6
+    """Of the image encoder's layer norms."""
+    prompt_width: int = 64
+    """C."""
+    mask_channels: int = 8
+    decoder_heads: int = 4
+    decoder_mlp: int = 256
+    iou_width: int = 64
+
+    @property
+    def embedding_side(self) -> int:
+        """H."""
+        return self.image_size // self.patch_size
+
+
+VIT_B, VIT_L, VIT_H = (
+    SamConfig(
+        image_size=1024,
+        patch_size=16,
+        width=width,
+        depth=depth,
+        heads=heads,
+        window=14,
+        global_blocks=blocks,
+        prompt_width=256,
+        mask_channels=16,
+        decoder_heads=8,
+        decoder_mlp=2048,
+        iou_width=256,
+    )
+    for width, depth, heads, blocks in (
+        (768, 12, 12, (2, 5, 8, 11)),
+        (1024, 24, 16, (5, 11, 17, 23)),
+        (1280, 32, 16, (7, 15, 23, 31)),
+    )
+)
+"""The published models."""
+
+
+class ConvStem(nn.Module):
+    """The image encoder's first layer as stages of a strided and a plain convolution, each halving the sides.
+
+    Args:
+        width: channels that come out; each stage has half as many as the next.
+        stride: pixels between embeddings, a power of two.
+    """
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        stages = stride.bit_length() - 1
+        if stride != 1 << stages:
+            raise InputError(f"patch_size: {stride}, expected a power of two for conv_stem")
+        layers: list[nn.Module] = []
+        before = 3
+        for stage in range(stages):
+            channels = width >> (stages - 1 - stage)
+            layers += [nn.Conv2d(before, channels, 3, 2, 1), LayerNorm2d(channels), nn.GELU()]
+            layers += [nn.Conv2d(channels, channels, 3, 1, 1), LayerNorm2d(channels), nn.GELU()]
+            before = channels
+        self.layers = nn.Sequential(*layers[:-2])  # the transformer's blocks begin with a norm of their own
+
+    def forward(self, images_B3SS: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, h, h, W]."""
+        hidden: Tensor = self.layers(images_B3SS)
+        return hidden.permute(0, 2, 3, 1)
+
+
+def build_prompt_encoder(config: SamConfig) -> PromptEncoder:
+    """The package's prompt encoder, with random weights."""
+    return PromptEncoder(
+        embed_dim=config.prompt_width,
+        image_embedding_size=(config.embedding_side, config.embedding_side),
+        input_image_size=(config.image_size, config.image_size),
+        mask_in_chans=config.mask_channels,
+    )
+
+
+def build_mask_decoder(config: SamConfig, num_multimask: int = 3) -> MaskDecoder:
+    """The package's mask decoder, with random weights."""
+    return MaskDecoder(
+        transformer_dim=config.prompt_width,
+        transformer=TwoWayTransformer(
+            depth=2, embedding_dim=config.prompt_width, num_heads=config.decoder_heads, mlp_dim=config.decoder_mlp
+        ),
+        num_multimask_outputs=num_multimask,
+        iou_head_depth=3,
+        iou_head_hidden_dim=config.iou_width,
+    )
+
+
+def build_sam(config: SamConfig) -> Sam:
+    """The package's model of this config, with random weights.
+
+    Raises:
+        InputError: the numbers do not go together.
+    """
+    if config.image_size % config.patch_size:
+        raise InputError(f"image_size: {config.image_size}, expected a multiple of patch_size {config.patch_size}")
+    if config.prompt_width % (2 * config.decoder_heads):
+        raise InputError(
+            f"prompt_width: {config.prompt_width}, expected a multiple of 2 x {config.decoder_heads} heads"
+        )
+    encoder = ImageEncoderViT(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        out_chans=config.prompt_width,
+        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+        use_rel_pos=True,
+        window_size=config.window,
+        global_attn_indexes=config.global_blocks,
+    )
+    if config.conv_stem:
+        encoder.patch_embed = ConvStem(config.width, config.patch_size)
+    prompt_encoder = build_prompt_encoder(config)
+    return Sam(encoder, prompt_encoder, build_mask_decoder(config), list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def run_decoder(
+    decoder: MaskDecoder, first_TC: Tensor, image_PChw: Tensor, position_1Chw: Tensor, sparse_PnC: Tensor, dense: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The package's mask decoder on prompts of several images at once, with tokens of the caller's choice in front.
+
+    Args:
+        decoder: whose weights are used.
+        first_TC: [T, C] tokens before the mask tokens, such as the IoU token.
+        image_PChw: each prompt's image embedding.
+        position_1Chw: the embedding's position code.
+        sparse_PnC: point and box embeddings.
+        dense: [P, C, h, w] or [P, C, 1, 1] mask embeddings.
+
+    Returns:
+        [P, T, C] what became of the first tokens, and [P, K, L, L] mask logits, one a mask token.
+    """
+    count, num_first = len(sparse_PnC), len(first_TC)
+    own_TC = torch.cat([first_TC, decoder.mask_tokens.weight])
+    tokens_PTC = torch.cat([own_TC.expand(count, -1, -1), sparse_PnC], dim=1)
+    source_PChw = image_PChw + dense
+    hidden_PTC, keys_PNC = decoder.transformer(source_PChw, position_1Chw.expand_as(source_PChw), tokens_PTC)
+    upscaled_PcLL = decoder.output_upscaling(keys_PNC.transpose(1, 2).reshape(source_PChw.shape))
+    masks_PKC = hidden_PTC[:, num_first : len(own_TC)].unbind(1)
+    filters_PKc = torch.stack(
+        [head(token) for head, token in zip(decoder.output_hypernetworks_mlps, masks_PKC, strict=True)], dim=1
+    )
+    return hidden_PTC[:, :num_first], torch.einsum("pkc,pcyx->pkyx", filters_PKc, upscaled_PcLL)
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image that a model has looked at; any number of prompts can follow."""
+
+    embedding: Tensor
+    """[1, C, h, w]."""
+    input_size: tuple[int, int]
+    """Height and width of the resized image inside the model's square."""
+    padded_size: tuple[int, int]
+    """Height and width before resizing, with the edge that an extremely long image gets."""
+    size: tuple[int, int]
+    """Height and width of the original image."""
+    image: Image.Image | None = None
+
+
+def add_edge(image: Tensor, side: int) -> Tensor:
+    """Pad the shorter side of an extremely long image at its end, so that resizing to `side` leaves it a pixel."""
+    height, width = image.shape[-2:]
+    least = math.ceil(max(height, width) / side)
+    return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
+
+
+def fit_image(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
+    """An image brought to the model's size as the package does it, before normalisation and padding.
+
+    Args:
+        image: [3, H, W] uint8; one so long that its shorter side would vanish gets an edge first.
+        side: S.
+
+    Returns:
+        [3, h, w] uint8 with a longer side S, and height and width with the edge.
+    """
+    image = add_edge(image, side)
+    size = (int(image.shape[-2]), int(image.shape[-1]))
+    if max(size) == side:
+        return image, size
+    resized = ResizeLongestSide(side).apply_image(image.permute(1, 2, 0).cpu().numpy())
+    return torch.from_numpy(resized).permute(2, 0, 1).to(image.device), size
+
+
+class SamModel(nn.Module):
+    """A segment-anything model with prompts as records."""
+
+    def __init__(self, config: SamConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sam = build_sam(config)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> EncodedImage:
+        """Look at an image [3, H, W] uint8 once."""
+        fitted, padded_size = fit_image(image, self.config.image_size)
+        embedding = self.sam.image_encoder(self.sam.preprocess(fitted[None]))
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        return EncodedImage(embedding, (int(fitted.shape[-2]), int(fitted.shape[-1])), padded_size, size)
+
+    def predictor(self, encoded: EncodedImage) -> SamPredictor:
+        """The package's predictor, set to an encoded image."""
+        predictor = SamPredictor(self.sam)
+        predictor.features, predictor.is_image_set = encoded.embedding, True
+        predictor.input_size, predictor.original_size = encoded.input_size, encoded.padded_size
+        return predictor
+
+    @torch.no_grad()
+    def segment(self, image: Tensor | EncodedImage, prompts: Prompts) -> Segments:
+        """One mask a prompt, by the package's predictor: for a single click the best of three, else the only one.
+
+        Args:
+            image: [3, H, W] uint8, or what `encode` made of it.
+            prompts: in pixels of the original image.
+
+        Raises:
+            InputError: the prompts do not fit the image, see `Prompts.checked`.
+        """
+        encoded = self.encode(image) if isinstance(image, Tensor) else image
+        height, width = encoded.size
+        prompts = prompts.checked(width, height).to(encoded.embedding.device)
+        predictor = self.predictor(encoded)
+        scale = partial(scale_prompts, encoded=encoded)
+        several = is_ambiguous(prompts)
+        masks_PKHW, ious_PK, low_PKLL = predictor.predict_torch(
+            None if prompts.points is None else scale(prompts.points),
+            prompts.point_labels,
+            None if prompts.boxes is None else scale(prompts.boxes.view(-1, 2, 2)).view(-1, 4),
+            None if prompts.masks is None else prompts.masks[:, None],
+            several,
+        )
+        best_P = ious_PK.argmax(1)
+        rows = torch.arange(len(best_P), device=best_P.device)
+        return unnamed(masks_PKHW[rows, best_P, :height, :width], ious_PK[rows, best_P], low_PKLL[rows, best_P])
+
+    def everything(self, image: Tensor, settings: "EverythingConfig") -> Segments:
+        """The masks of a whole picture, best first, by the package's automatic mask generator."""
+        height, width = image.shape[-2:]
+        pixels = add_edge(image, self.config.image_size).permute(1, 2, 0).cpu().numpy()
+        found = generate(self.sam, pixels, settings)
+        side = 4 * self.config.embedding_side
+        masks = np.zeros((len(found), height, width), bool)
+        for row, entry in enumerate(found):
+            masks[row] = entry["segmentation"][:height, :width]
+        ious = torch.tensor([float(entry["predicted_iou"]) for entry in found])
+        logits_PLL = F.interpolate(torch.from_numpy(masks).float()[:, None], (side, side), mode="area")[:, 0] - 0.5
+        return unnamed(torch.from_numpy(masks), ious, 20 * logits_PLL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EverythingConfig:
+    """How the whole picture is searched for masks; the defaults are the package's."""
+
+    points_per_side: int = 32
+    points_per_batch: int = 64
+    min_iou: float = 0.88
+    """Least quality that the model itself must see in a mask."""
+    min_stability: float = 0.95
+    """Least IoU of the masks at a higher and a lower threshold."""
+    nms_iou: float = 0.7
+
+
+def generate(sam: Sam, image: np.ndarray, settings: EverythingConfig) -> list[dict[str, Any]]:
+    """The package's automatic mask generator, its records sorted by predicted quality."""
+    generator = SamAutomaticMaskGenerator(
+        sam,
+        points_per_side=settings.points_per_side,
+        points_per_batch=settings.points_per_batch,
+        pred_iou_thresh=settings.min_iou,
+        stability_score_thresh=settings.min_stability,
+        box_nms_thresh=settings.nms_iou,
+    )
+    found: list[dict[str, Any]] = generator.generate(image)
+    return sorted(found, key=lambda entry: -float(entry["predicted_iou"]))
+
+
+def is_ambiguous(prompts: Prompts) -> bool:
+    """Whether the prompts are single clicks, for which SAM's three masks are meant."""
+    return (
+        prompts.boxes is None and prompts.masks is None and prompts.points is not None and prompts.points.shape[1] == 1
+    )
+
+
+def scale_prompts(points: Tensor, encoded: EncodedImage) -> Tensor:
+    """[..., 2] xy of the original image -> of the model's input."""
+    resize = ResizeLongestSide(max(encoded.input_size))
+    scaled: Tensor = resize.apply_coords_torch(points, encoded.padded_size)
+    return scaled
+
+
+def unnamed(masks_PHW: Tensor, ious_P: Tensor, low_res_PLL: Tensor) -> Segments:
+    """Segments without a vocabulary."""
+    count, device = len(masks_PHW), masks_PHW.device
+    nothing = torch.full((count,), float("nan"), device=device)
+    return Segments(masks_PHW, ious_P, torch.full((count,), -1, device=device), nothing, (), low_res_PLL)
+
+
+def load_sam(path: str | Path, config: SamConfig) -> SamModel:
+    """A SAM from a published checkpoint: a bare state dict, read without executing anything in the file.
+
+    Raises:
+        InputError: the file is unreadable, or its weights are not of this config.
+    """
+    state = read_state(path)
+    model = SamModel(config)
+    load_strict(model.sam, state, path)
+    return model.eval()
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a `.pth` file, bare or under `state_dict` or `model`.
+
+    Raises:
+        InputError: the file cannot be read as one.
+    """
+    try:
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: cannot be read ({reason}), expected a PyTorch state dict") from error
+    for key in ("state_dict", "model"):
+        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
+            raw = raw[key]
+    if not isinstance(raw, dict) or not raw or not all(isinstance(value, Tensor) for value in raw.values()):
+        raise InputError(f"{path}: no state dict, expected names with tensors")
+    return raw
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
+    """Load weights that must fit exactly.
+
+    Raises:
+        InputError: a name or a shape does not fit; the message names the first.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise InputError(f"{origin}: weights do not fit ({lines[min(1, len(lines) - 1)].strip()})") from error

@@ -1,0 +1,289 @@
+"""Typed records of segmentation: what is pointed at, what came out, and what a training step takes.
+
+P prompts of one image, n points of a prompt, N objects of an image, L side of a mask decoder's map.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval import mask as rle
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import masks_to_boxes
+
+from ovd_models.draw import colour_of, draw_boxes
+from ovd_models.errors import InputError
+
+ON, OFF, PADDING = 1, 0, -1
+"""Labels of a point: on the thing, beside it, none (prompts of fewer points are filled up with it)."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """P prompts of one image; each asks for one mask."""
+
+    points: Tensor | None = None
+    """[P, n, 2] float32 xy, pixels of the original image."""
+    point_labels: Tensor | None = None
+    """[P, n] int64: `ON`, `OFF` or `PADDING`."""
+    boxes: Tensor | None = None
+    """[P, 4] float32 xyxy, pixels of the original image; with points, both describe the same thing."""
+    masks: Tensor | None = None
+    """[P, L, L] float32 logits of an earlier answer (`Segments.low_res`), to be refined."""
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        points: Sequence[Any] | None = None,
+        point_labels: Sequence[Any] | None = None,
+        boxes: Sequence[Any] | None = None,
+        masks: Tensor | None = None,
+    ) -> "Prompts":
+        """Prompts from lists, as a request or a script has them.
+
+        Args:
+            points: P lists of points [x, y]; a list may be a single point itself.
+            point_labels: the labels in the same form; 1 for every point if None.
+            boxes: P boxes.
+            masks: [P, L, L] logits.
+
+        Raises:
+            InputError: a list is not of this form.
+        """
+        has_points, has_boxes = points is not None and len(points) > 0, boxes is not None and len(boxes) > 0
+        if not (has_points or has_boxes or masks is not None):
+            raise InputError("prompts: empty, expected points or boxes")
+        if point_labels is not None and not has_points:
+            raise InputError("point_labels: given without points")
+        coordinates, labels = _padded(points, point_labels) if points is not None and has_points else (None, None)
+        return cls(coordinates, labels, _numbers(boxes, "boxes", 4) if has_boxes else None, masks)
+
+    def __len__(self) -> int:
+        for value in (self.points, self.boxes, self.masks):
+            if value is not None:
+                return len(value)
+        return 0
+
+    def to(self, device: torch.device) -> "Prompts":
+        """The same prompts on another device."""
+        values = (self.points, self.point_labels, self.boxes, self.masks)
+        return Prompts(*(None if value is None else value.to(device) for value in values))
+
+    def checked(self, width: int, height: int) -> "Prompts":
+        """The prompts as a model may take them for an image of this size: boxes cut off at its edges.
+
+        Raises:
+            InputError: there is none; a point or a whole box lies outside; a box has no area; points contradict each
+                other, or none of them is on the thing.
+        """
+        given = [len(value) for value in (self.points, self.boxes, self.masks) if value is not None]
+        if not given:
+            raise InputError("prompts: empty, expected points or boxes")
+        if len(set(given)) > 1:
+            raise InputError(f"prompts: {given[0]} and {given[1]} given, expected as many points as boxes")
+        if self.points is not None:
+            self._check_points(self.points, width, height)
+        if self.boxes is None:
+            return self
+        return replace(self, boxes=_checked_boxes(self.boxes, width, height))
+
+    def _check_points(self, points_Pn2: Tensor, width: int, height: int) -> None:
+        labels_Pn = self.point_labels
+        if labels_Pn is None or labels_Pn.shape != points_Pn2.shape[:2]:
+            raise InputError("point_labels: expected one label for each point")
+        known = (labels_Pn == ON) | (labels_Pn == OFF) | (labels_Pn == PADDING)
+        for row, column in torch.nonzero(~known).tolist():
+            raise InputError(f"point_labels[{row}][{column}]: {int(labels_Pn[row, column])}, expected 0 or 1")
+        limit = points_Pn2.new_tensor([width, height])
+        inside = ((points_Pn2 >= 0) & (points_Pn2 < limit)).all(-1) | (labels_Pn == PADDING)  # NaN is not inside
+        for row, column in torch.nonzero(~inside).tolist():
+            x, y = points_Pn2[row, column].tolist()
+            raise InputError(f"points[{row}][{column}]: ({x:g}, {y:g}) lies outside the image of {width} x {height}")
+        same = (points_Pn2[:, :, None] == points_Pn2[:, None]).all(-1)
+        opposed = same & (labels_Pn[:, :, None] == ON) & (labels_Pn[:, None] == OFF)
+        for row, column, _ in torch.nonzero(opposed).tolist():
+            x, y = points_Pn2[row, column].tolist()
+            raise InputError(f"points[{row}]: ({x:g}, {y:g}) is said to be on the thing and beside it")
+        if self.boxes is None and self.masks is None:
+            for row in torch.nonzero(~(labels_Pn == ON).any(1)).flatten().tolist():
+                raise InputError(f"points[{row}]: none is on the thing, expected a point with label 1, or a box")
+
+
+def _padded(points: Sequence[Any], labels: Sequence[Any] | None) -> tuple[Tensor, Tensor]:
+    """Points [P, n, 2] and labels [P, n], filled up with `PADDING`."""
+    rows = [_numbers(entry, f"points[{i}]", 2).view(-1, 2) for i, entry in enumerate(points)]
+    if labels is None:
+        marks = [torch.full((len(row),), ON) for row in rows]
+    else:
+        try:
+            marks = [torch.tensor(np.atleast_1d(np.asarray(entry))).view(-1).long() for entry in labels]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError("point_labels: expected 0 or 1 for each point") from error
+        if [len(row) for row in rows] != [len(mark) for mark in marks]:
+            raise InputError("point_labels: expected one label for each point")
+    for index, row in enumerate(rows):
+        if not len(row):
+            raise InputError(f"points[{index}]: empty, expected at least one point")
+    return (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        torch.nn.utils.rnn.pad_sequence(marks, batch_first=True, padding_value=PADDING),
+    )
+
+
+def _numbers(values: Any, field: str, width: int) -> Tensor:
+    """[..., width] float32."""
+    try:
+        array = np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{field}: expected lists of {width} numbers") from error
+    if array.ndim not in (1, 2) or array.shape[-1] != width:
+        raise InputError(f"{field}: shape {list(array.shape)}, expected lists of {width} numbers")
+    return torch.from_numpy(array).view(-1, width)
+
+
+def _checked_boxes(boxes_P4: Tensor, width: int, height: int) -> Tensor:
+    area = (boxes_P4[:, 2:] > boxes_P4[:, :2]).all(1) & torch.isfinite(boxes_P4).all(1)
+    for row in torch.nonzero(~area).flatten().tolist():
+        raise InputError(f"boxes[{row}]: {boxes_P4[row].tolist()}, expected x0 < x1 and y0 < y1")
+    limit = boxes_P4.new_tensor([width, height, width, height])
+    clipped = torch.minimum(boxes_P4.clamp(min=0), limit)
+    for row in torch.nonzero(~(clipped[:, 2:] > clipped[:, :2]).all(1)).flatten().tolist():
+        raise InputError(f"boxes[{row}]: {boxes_P4[row].tolist()} lies outside the image of {width} x {height}")
+    return clipped
+
+
+@dataclass(frozen=True)
+class Segments:
+    """One mask a prompt, in the prompts' order, and its name where a vocabulary was given."""
+
+    masks: Tensor
+    """[P, H, W] bool, the original image."""
+    ious: Tensor
+    """[P] float32, the model's own estimate of the mask's quality; NaN where it makes none."""
+    labels: Tensor
+    """[P] int64, indices into `names`; -1 without a name."""
+    scores: Tensor
+    """[P] float32, the label's probability; NaN without a name."""
+    names: tuple[str, ...]
+    """The vocabulary that was asked for."""
+    low_res: Tensor
+    """[P, L, L] float32 logits, to be refined by a next prompt."""
+    image: Image.Image | None = None
+    """The picture, when `segment` was given one to draw on."""
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def boxes(self) -> Tensor:
+        """[P, 4] float32 xyxy, tight around the masks, edges exclusive; zeros for an empty mask."""
+        return boxes_of(self.masks)
+
+    def select(self, rows: Tensor) -> "Segments":
+        """Those of the given row numbers, in their order."""
+        return self._each(lambda value: value[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Segments":
+        """The same change to every field with a row a prompt."""
+        return replace(
+            self,
+            masks=change(self.masks),
+            ious=change(self.ious),
+            labels=change(self.labels),
+            scores=change(self.scores),
+            low_res=change(self.low_res),
+        )
+
+    def to(self, device: torch.device) -> "Segments":
+        """The same segments on another device."""
+        return self._each(lambda value: value.to(device))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """`[{"mask": COCO RLE, "box", "label", "score", "iou"}]`, as the HTTP endpoint answers; unknowns are None."""
+        encoded = [rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in self.masks.cpu()]
+        rows = zip(
+            encoded,
+            self.boxes.tolist(),
+            self.labels.tolist(),
+            self.scores.tolist(),
+            self.ious.tolist(),
+            strict=True,
+        )
+        return [
+            {
+                "mask": {"size": [int(side) for side in mask["size"]], "counts": mask["counts"].decode()},
+                "box": box,
+                "label": self.names[label] if label >= 0 else None,
+                "score": None if score != score else score,  # NaN is no JSON
+                "iou": None if iou != iou else iou,
+            }
+            for mask, box, label, score, iou in rows
+        ]
+
+    def draw(self, path: str | Path | None = None, *, image: Image.Image | None = None) -> Image.Image:
+        """The picture with its masks tinted and named, saved to `path` if given.
+
+        Raises:
+            ValueError: there is no picture to draw on.
+        """
+        picture = image if image is not None else self.image
+        if picture is None:
+            raise ValueError("these segments carry no image: pass image=")
+        pixels = np.asarray(picture.convert("RGB"), np.float32).copy()
+        for index, mask in enumerate(self.masks.cpu().numpy()):
+            pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.asarray(colour_of(index), np.float32)
+        texts = [self.names[k] if k >= 0 else f"{index + 1}" for index, k in enumerate(self.labels.tolist())]
+        drawn = draw_boxes(Image.fromarray(pixels.astype(np.uint8)), self.boxes.cpu(), texts, list(range(len(texts))))
+        if path is not None:
+            drawn.save(path)
+        return drawn
+
+
+def concatenate(parts: Sequence[Segments]) -> Segments:
+    """Segments of one image as one record; there is at least one part."""
+    return replace(
+        parts[0],
+        masks=torch.cat([part.masks for part in parts]),
+        ious=torch.cat([part.ious for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        scores=torch.cat([part.scores for part in parts]),
+        low_res=torch.cat([part.low_res for part in parts]),
+    )
+
+
+def boxes_of(masks_PHW: Tensor) -> Tensor:
+    """[P, H, W] bool -> [P, 4] float32 tight xyxy boxes, right and bottom edges exclusive; zeros for empty masks."""
+    boxes_P4 = torch.zeros(len(masks_PHW), 4, device=masks_PHW.device)
+    filled = torch.nonzero(masks_PHW.flatten(1).any(1)).flatten()
+    if len(filled):
+        boxes_P4[filled] = masks_to_boxes(masks_PHW[filled]).float() + boxes_P4.new_tensor([0, 0, 1, 1])
+    return boxes_P4
+
+
+@dataclass(frozen=True)
+class MaskBatch:
+    """B images with the masks of their objects."""
+
+    images: tuple[Tensor, ...]
+    """B tensors [3, H, W] uint8 RGB; sizes may differ."""
+    masks: tuple[Tensor, ...]
+    """B tensors [N, H, W] bool."""
+    labels: tuple[Tensor, ...]
+    """B tensors [N] int64, rows of the training vocabulary; -1 where the category is unknown."""
+
+    def to(self, device: torch.device) -> "MaskBatch":
+        """The same batch on another device."""
+        moved = (
+            tuple(t.to(device, non_blocking=True) for t in part) for part in (self.images, self.masks, self.labels)
+        )
+        return MaskBatch(*moved)
+
+    @property
+    def num_images(self) -> int:
+        """Images in the batch, B."""
+        return len(self.images)

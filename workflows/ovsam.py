@@ -1,0 +1,461 @@
+"""OV-SAM: one frozen CLIP that learns to segment like SAM and to name what it segments.
+
+boxes with masks --> sam: a SAM of its own (or --sam, a trained one) --> cache: its embeddings, float16
+                                                                           |
+teacher (clip.py) --> sam2clip: CLIP's levels -> SAM's embedding <---------+
+                        |
+                      clip2sam: mask decoder and label branch, base names --> evaluate: IoU and accuracy of
+                                                                              base, novel, all names
+
+python workflows/ovsam.py --config smoke
+python workflows/ovsam.py --config pictograms --teacher runs/runs/clip/<run>/model
+python workflows/ovsam.py --config pictograms --teacher ... --sam runs/runs/ovsam/<run>/sam_model
+ray job submit --working-dir . -- python workflows/ovsam.py --config smoke --storage s3://bucket/ovd
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray.data
+import ray.train
+import torch
+from ray.data.collate_fn import ArrowBatchCollateFn
+from torch import Tensor, nn
+
+from data_prep import features, storage, tables
+from data_prep.batching import StreamShape, stream
+from data_prep.collate import FeatureCollate, MaskCollate
+from data_prep.masks import feature_loader, mask_loader
+from ovd_models.checkpoints_ovsam import load_sam_folder, save_ovsam, save_sam
+from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
+from ovd_models.errors import InputError
+from ovd_models.ovsam import OvSam, OvSamConfig
+from ovd_models.ovsam_training import Clip2SamConfig, Clip2SamTraining, Sam2ClipTraining
+from ovd_models.pyramid import TowerConfig
+from ovd_models.sam import VIT_H, SamConfig, SamModel, load_sam
+from ovd_models.sam_training import SamTraining, SamTrainingConfig
+from ovd_models.vocabulary import Vocabulary, build_vocabulary
+from workflows import cli, cluster, pointing_report, prepare_boxes, tracking, training
+from workflows.tracking import MetricLogger, TrackedRun
+from workflows.training import Meter, Optimisation, Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training of OV-SAM."""
+
+    storage: str = "runs"
+    """Folder or URI that holds tables and runs."""
+    config: str
+    """Name of the config, for tracking."""
+    boxes: str
+    """Name of the box set: tables `boxes/<name>-train` and `boxes/<name>-eval` with masks, `categories/<name>`."""
+    data: str = ""
+    """A folder with `instances.json` and `images/`, read first."""
+    teacher: str = ""
+    """Folder or URI of a CLIP checkpoint: the image tower that is taken over, and the text tower for names."""
+    sam: str = ""
+    """Folder or URI of a SAM checkpoint, or a published `.pth` file of `sam_model`'s numbers; if empty, a SAM is
+    trained first."""
+    sam_model: SamConfig = field(default_factory=SamConfig)
+    """The SAM to be trained."""
+    sam_training: SamTrainingConfig = field(default_factory=SamTrainingConfig)
+    adapter_depth: int = 2
+    pyramid_width: int = 64
+    label_hidden: int = 256
+    clip2sam: Clip2SamConfig = field(default_factory=Clip2SamConfig)
+    batch_size: int = 8
+    """Images in a step of any stage, over all workers."""
+    rows_per_shard: int = 200
+    """Images in a file of the feature cache."""
+    flip_probability: float = 0.5
+    """How often an image is mirrored, where masks are learnt."""
+    sam_stage: Optimisation
+    sam2clip_stage: Optimisation
+    clip2sam_stage: Optimisation
+    eval_images: int = 0
+    """Of the evaluation set, this many of its first images; all if 0."""
+    resume: str = ""
+    """Continue this run instead of starting a new one."""
+
+    def __post_init__(self) -> None:
+        """Check that batches can be shared among the workers."""
+        for stage in (self.sam_stage, self.sam2clip_stage, self.clip2sam_stage):
+            training.check_shared("batch_size", self.batch_size, stage.workers)
+
+
+def smoke() -> Run:
+    """Seconds; builds its own tables and an untrained CLIP."""
+    quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
+    sam = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,))
+    return Run(
+        config="smoke",
+        boxes="smoke",
+        sam_model=sam,
+        batch_size=2,
+        rows_per_shard=20,
+        sam_stage=quick,
+        sam2clip_stage=quick,
+        clip2sam_stage=quick,
+        eval_images=4,
+    )
+
+
+def pictograms() -> Run:
+    """The pictogram world: 128 px scenes, models of about a million parameters, minutes on two cores."""
+    return Run(
+        config="pictograms",
+        boxes="pictograms",
+        sam_stage=Optimisation(steps=1500, learning_rate=2e-3, workers=0),
+        sam2clip_stage=Optimisation(steps=500, learning_rate=2e-3, workers=0),
+        clip2sam_stage=Optimisation(steps=500, learning_rate=2e-3, workers=0),
+    )
+
+
+def photos() -> Run:
+    """Photographs in COCO's form at 256 px, short enough for a laptop; far too short to be of use."""
+    quick = Optimisation(steps=20, learning_rate=5e-4, checkpoint_every=20, log_every=5, workers=0)
+    return Run(
+        config="photos",
+        boxes="photos",
+        sam_model=SamConfig(image_size=256, patch_size=16, width=128, global_blocks=(1, 3)),
+        batch_size=2,
+        rows_per_shard=20,
+        sam_stage=quick,
+        sam2clip_stage=quick,
+        clip2sam_stage=quick,
+    )
+
+
+def published_recipe(name: str, boxes: str, images: int) -> Run:
+    """The paper's numbers on eight GPUs, two images each; SAM is given by `--sam`, CLIP by `--teacher`."""
+    step = partial(Optimisation, learning_rate=1e-4, warmup=0.01, workers=8, use_gpu=True, checkpoint_every=1000)
+    return Run(
+        config=name,
+        boxes=boxes,
+        sam_model=VIT_H,
+        adapter_depth=5,
+        pyramid_width=256,
+        label_hidden=1024,
+        clip2sam=Clip2SamConfig(prompts_per_image=40, num_points=12544),
+        batch_size=16,
+        rows_per_shard=256,
+        sam_stage=step(steps=1),
+        sam2clip_stage=step(steps=24 * images // 16),
+        clip2sam_stage=step(steps=12 * images // 16, clip_norm=0.01),
+    )
+
+
+def coco_rn50x16() -> Run:
+    """COCO's 48 base categories, CLIP's RN50x16."""
+    return published_recipe("coco_rn50x16", "coco", 118_287)
+
+
+def lvis_rn50x16() -> Run:
+    """LVIS without rare categories, CLIP's RN50x16."""
+    return published_recipe("lvis_rn50x16", "lvis", 100_170)
+
+
+def lvis_convnext_l() -> Run:
+    """LVIS without rare categories, a ConvNeXt-L of open_clip."""
+    return published_recipe("lvis_convnext_l", "lvis", 100_170)
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "photos": photos,
+    "coco_rn50x16": coco_rn50x16,
+    "lvis_rn50x16": lvis_rn50x16,
+    "lvis_convnext_l": lvis_convnext_l,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with a schedule of its own."""
+
+    name: str
+    settings: Optimisation
+    build: Callable[[], nn.Module]
+    """Makes the module that is trained, with any weights."""
+    extra: tuple[Tensor, ...]
+    """What its `forward` takes after the batch."""
+    seeded: bool
+    """Whether its `forward` draws at random, and so takes a generator last."""
+    collate: ArrowBatchCollateFn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What came of a training."""
+
+    model: str
+    """Folder or URI of the checkpoint."""
+    sam: str
+    """Folder or URI of the SAM it learnt from."""
+    report: pointing_report.Report
+    seconds: dict[str, float]
+    """Of each stage."""
+    run_id: str
+
+
+def train_worker(stage: Stage, batch_size: int, start: dict[str, Tensor], stage_dir: str, logger: MetricLogger) -> None:
+    """The loop of every stage: batches -> losses -> step."""
+    device = training.prepare_worker(stage.settings)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    module = stage.build()
+    module.load_state_dict(start)
+    session = Session(module, stage.settings, device, stage_dir)
+    extra = [value.to(device) for value in stage.extra]
+    batches = ray.train.get_dataset_shard("images").iter_torch_batches(
+        batch_size=batch_size // world, collate_fn=stage.collate, prefetch_batches=2
+    )
+    meter = Meter()
+    for batch in meter.waiting(batches):
+        drawn: list[Any] = []
+        if stage.seeded:  # by step, so that a resumed run draws as an undisturbed one
+            drawn.append(torch.Generator().manual_seed((stage.settings.seed << 32) + session.step * world + rank))
+        with session.autocast():
+            losses = session.model(batch.to(device), *extra, *drawn)
+        session.update(torch.stack(list(losses.values())).sum())
+        meter.add(losses, batch_size)
+        if rank == 0 and session.step % stage.settings.log_every == 0:
+            metrics = meter.collect()
+            logger.log({f"{stage.name}/{key}": value for key, value in metrics.items()}, session.step)
+            training.print_progress(f"ovsam {stage.name}", session.step, stage.settings.steps, metrics)
+        if session.due:
+            session.checkpoint({})
+            logger.flush()
+        if session.done:
+            break
+    logger.flush(wait=True)
+
+
+def train_stage(
+    run: Run, stage: Stage, load: Callable[[Any], Any], run_dir: str, start: dict[str, Tensor], logger: MetricLogger
+) -> dict[str, Tensor]:
+    """Feed a stream to the loop; returns the final weights."""
+    settings, stage_dir = stage.settings, storage.join(run_dir, stage.name)
+    shape = StreamShape(rows_per_step=run.batch_size, workers=max(1, settings.workers))
+    streams = {"images": lambda step: stream(load, shape, step, settings.steps)}
+    training.fit(partial(train_worker, stage, run.batch_size, start, stage_dir, logger), settings, stage_dir, streams)
+    return training.final_weights(stage_dir)
+
+
+def train_sam(run: Run, run_dir: str, logger: MetricLogger) -> str:
+    """Train a SAM on the masks of base categories; returns its checkpoint folder."""
+    target = storage.join(run_dir, "sam_model")
+    if storage.exists(storage.join(target, "config.json")):
+        return target
+    build = partial(SamTraining, run.sam_model, run.sam_training)
+    stage = Stage("sam", run.sam_stage, build, (), True, MaskCollate())
+    seed, flip = run.sam_stage.seed, run.flip_probability
+    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=seed, flip_probability=flip)
+    torch.manual_seed(seed)
+    module = build()
+    module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
+    with tempfile.TemporaryDirectory() as folder:
+        save_sam(module.model, folder, run=dataclasses.asdict(run))
+        storage.upload_folder(Path(folder), target)
+    return target
+
+
+def open_sam(run: Run, run_dir: str) -> str:
+    """The folder of the given SAM; a published file is brought into that form.
+
+    Raises:
+        InputError: the file is not a SAM of `sam_model`.
+    """
+    if not run.sam.endswith(".pth"):
+        return run.sam
+    target = storage.join(run_dir, "sam_model")
+    with tempfile.TemporaryDirectory() as folder:
+        save_sam(load_sam(run.sam, run.sam_model), folder, run=dataclasses.asdict(run))
+        storage.upload_folder(Path(folder), target)
+    return target
+
+
+def train_adapter(run: Run, model: OvSam, sam: str, sam_id: str, run_dir: str, logger: MetricLogger) -> None:
+    """Cache the SAM's embeddings, then teach the adapter to make them from CLIP's levels."""
+    workers = run.sam2clip_stage.workers
+    name = f"{run.boxes}-train"
+    features.cache_features(run.storage, name, sam, sam_id, rows_per_shard=run.rows_per_shard, workers=max(1, workers))
+    cache = features.cache_name(name, sam_id)
+    load = feature_loader(run.storage, name, cache, sam_id, seed=run.sam2clip_stage.seed)
+    build = partial(build_adapter_training, model.config)
+    stage = Stage("sam2clip", run.sam2clip_stage, build, (), False, FeatureCollate(load.shape))
+    module = Sam2ClipTraining(model)
+    module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
+
+
+def build_adapter_training(config: OvSamConfig) -> nn.Module:
+    """The second stage's module."""
+    return Sam2ClipTraining(OvSam(config))
+
+
+def build_head_training(config: OvSamConfig, settings: Clip2SamConfig) -> nn.Module:
+    """The third stage's module."""
+    return Clip2SamTraining(OvSam(config), settings)
+
+
+def train_head(
+    run: Run, model: OvSam, base: Vocabulary, base_ids: list[int], run_dir: str, logger: MetricLogger
+) -> None:
+    """Teach mask decoder and label branch the base categories."""
+    settings = run.clip2sam_stage
+    load = mask_loader(
+        run.storage, f"{run.boxes}-train", base_ids, seed=settings.seed, flip_probability=run.flip_probability
+    )
+    build = partial(build_head_training, model.config, run.clip2sam)
+    stage = Stage("clip2sam", settings, build, (base.embeddings[:, None],), True, MaskCollate())
+    module = Clip2SamTraining(model, run.clip2sam)
+    module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a box set."""
+
+    ids: dict[str, int]
+    """Category id by name, those with a split."""
+    splits: dict[str, str]
+    """`base` or `novel` by name."""
+    vocabulary: Vocabulary
+    """All of them, base ones marked."""
+    base: Vocabulary
+    """Those that training masks carry."""
+
+
+def read_names(run: Run, encoder: ClipTextEncoder) -> Names:
+    """Embed the names of `categories/<boxes>`.
+
+    Raises:
+        InputError: the table is missing.
+    """
+    rows = [row for row in tables.read_table(run.storage, "categories", run.boxes).to_pylist() if row["split"]]
+    splits = {row["name"]: row["split"] for row in rows}
+    base = [name for name, split in splits.items() if split == "base"]
+    return Names(
+        {row["name"]: row["category_id"] for row in rows},
+        splits,
+        build_vocabulary(encoder, list(splits), splits),
+        build_vocabulary(encoder, base, splits),
+    )
+
+
+def open_clip_teacher(run: Run) -> tuple[Clip, ClipTextEncoder]:
+    """The CLIP whose image tower becomes OV-SAM's.
+
+    Raises:
+        InputError: none is given, or it is broken.
+    """
+    if not run.teacher:
+        raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
+    clip, teacher = load_clip(storage.local_folder(run.teacher))
+    return clip, ClipTextEncoder(clip.config, clip.model.text, teacher)
+
+
+def model_config(run: Run, sam: SamConfig, clip: ClipConfig) -> OvSamConfig:
+    """The OV-SAM of a SAM and a CLIP."""
+    tower = TowerConfig(embed_dim=clip.embed_dim, vision=dict(clip.vision), mean=clip.mean, std=clip.std)
+    return OvSamConfig(
+        sam=sam,
+        tower=tower,
+        adapter_depth=run.adapter_depth,
+        pyramid_width=run.pyramid_width,
+        label_hidden=run.label_hidden,
+    )
+
+
+def train(run: Run) -> Trained:
+    """All stages, then the evaluation beside SAM and the baselines.
+
+    Raises:
+        InputError: a table or the teacher is missing or does not fit.
+    """
+    run_dir = training.open_run(run.storage, "ovsam", run.config, run.resume)
+    clip, encoder = open_clip_teacher(run)
+    names = read_names(run, encoder)
+    cluster.start_ray()
+    inputs = {"boxes": f"{run.boxes}-train", "categories": run.boxes}
+    tags = {table: tables.read_manifest(run.storage, table, name).digest for table, name in inputs.items()}
+    seconds: dict[str, float] = {}
+    with tracking.run(run.storage, experiment="ovsam", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
+        tracked.log_text(cli.to_json(run), "run.json")
+        logger, started = tracked.logger(), time.perf_counter()
+        sam_folder = open_sam(run, run_dir) if run.sam else train_sam(run, run_dir, logger)
+        seconds["sam"] = time.perf_counter() - started
+        sam, sam_id = load_sam_folder(storage.local_folder(sam_folder))
+        torch.manual_seed(run.sam2clip_stage.seed)
+        model = OvSam(model_config(run, sam.config, clip.config))
+        model.adopt(sam, clip.model.visual)
+        train_adapter(run, model, sam_folder, sam_id, run_dir, logger)
+        seconds["sam2clip"] = time.perf_counter() - started - sum(seconds.values())
+        base_ids = [names.ids[name] for name in names.base.names]
+        train_head(run, model, names.base, base_ids, run_dir, logger)
+        seconds["clip2sam"] = time.perf_counter() - started - sum(seconds.values())
+        target, report = finish(run, model.eval(), sam, encoder, names, run_dir, tracked)
+        seconds["evaluate"] = time.perf_counter() - started - sum(seconds.values())
+    return Trained(model=target, sam=sam_folder, report=report, seconds=seconds, run_id=tracked.run_id)
+
+
+def finish(
+    run: Run, model: OvSam, sam: SamModel, encoder: ClipTextEncoder, names: Names, run_dir: str, tracked: TrackedRun
+) -> tuple[str, pointing_report.Report]:
+    """Save the checkpoint folder, evaluate it beside SAM and the baselines, and log metrics and pictures."""
+    target = storage.join(run_dir, "model")
+    with tempfile.TemporaryDirectory() as folder:
+        save_ovsam(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
+        storage.upload_folder(Path(folder), target)
+        report = pointing_report.evaluate(
+            run.storage, f"{run.boxes}-eval", names.ids, names.vocabulary, model, sam, limit=run.eval_images
+        )
+        tracked.log_metrics(report.metrics(f"eval/{run.boxes}"), run.clip2sam_stage.steps)
+        for number, picture in enumerate(report.pictures):
+            tracked.log_image(picture, f"eval/{run.boxes}/picture_{number:02d}")
+        tracking.register(
+            tracked,
+            Path(folder),
+            name=f"ovd-ovsam-{run.boxes}",
+            metric=f"eval/{run.boxes}/ovsam/box/accuracy_novel",
+            value=report.rows["ovsam", "box"]["accuracy_novel"],
+        )
+    return target, report
+
+
+def prepare_data(run: Run) -> Run:
+    """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
+    if run.config == "smoke" and not run.data:
+        prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
+        if not run.teacher:
+            folder = Path(tempfile.mkdtemp(prefix="ovd-"))
+            save_clip(Clip(ClipConfig()), folder)
+            run = dataclasses.replace(run, teacher=str(folder))
+    elif run.data:
+        boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
+        prepare_boxes.prepare(boxes)
+    return run
+
+
+def main() -> None:
+    """Read -> train -> evaluate; prints the table and what comes next."""
+    run = cli.parse(CONFIGS, __doc__)
+    tracking.tracking_uri(run.storage)
+    run = prepare_data(run)
+    trained = train(run)
+    print(trained.report.table())
+    print("  ".join(f"{name} {value:.0f} s" for name, value in trained.seconds.items()))
+    print(f"sam:   {trained.sam}")
+    print(f"model: {trained.model}")
+
+
+if __name__ == "__main__":
+    cli.execute(main)

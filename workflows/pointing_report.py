@@ -1,0 +1,196 @@
+"""What OV-SAM is measured by: IoU and accuracy with box and click prompts, beside SAM and the simple baselines.
+
+boxes/<name>-eval --every object, by its box and by its centre--> masks, names --> IoU, accuracy, cost, pictures
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_prep import storage, tables
+from data_prep.collate import decode_masks
+from ovd_models.images import decode_image
+from ovd_models.ovsam import OvSam
+from ovd_models.ovsam_baselines import BaselineConfig, SamClip
+from ovd_models.pointing import PointingMetrics, centre_points
+from ovd_models.preprocess import to_tensor
+from ovd_models.sam import SamModel
+from ovd_models.sam_training import mask_ious
+from ovd_models.segments import Prompts, Segments, boxes_of
+from ovd_models.vocabulary import Vocabulary
+
+BASELINES: dict[str, BaselineConfig] = {
+    "image crop": BaselineConfig(),
+    "image crop x1.5": BaselineConfig(margin=1.5),
+    "image crop, mean ground": BaselineConfig(margin=1.5, background="mean"),
+    "mask features": BaselineConfig(crop="mask_features"),
+    "roi features": BaselineConfig(crop="roi_features"),
+    "roi features x1.5": BaselineConfig(crop="roi_features", margin=1.5),
+}
+"""The paper leaves padding and background open: several, so that the best can be compared with."""
+PROMPT_KINDS = ("box", "point")
+NUM_PICTURES = 6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a variant takes for one image with four boxes."""
+
+    parameters: int
+    flops: int
+    encode_ms: float
+    """Median of looking at an image."""
+    prompt_ms: float
+    """Median of one more prompt on it, named."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured."""
+
+    rows: Mapping[tuple[str, str], Mapping[str, float]]
+    """Variant and prompt kind -> `PointingMetrics.summary`."""
+    costs: Mapping[str, Cost]
+    instances: Mapping[tuple[str, str], PointingMetrics]
+    """Object by object, for paired comparisons."""
+    pictures: tuple[Image.Image, ...]
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Flat names for tracking; what was not measured is left out."""
+        flat = {
+            f"{prefix}/{variant.replace(' ', '_').replace(',', '')}/{kind}/{name}": value
+            for (variant, kind), values in self.rows.items()
+            for name, value in values.items()
+        }
+        return {name: value for name, value in flat.items() if np.isfinite(value)}
+
+    def table(self) -> str:
+        """Rows for a person."""
+        lines = [f"{'':30}{'IoU':>21}{'accuracy':>24}", f"{'':30}" + f"{'base':>8}{'novel':>8}{'all':>8}" * 2]
+        for (variant, kind), values in self.rows.items():
+            lines.append(f"{variant + ', ' + kind:30}" + "".join(f"{value:8.3f}" for value in values.values()))
+        lines.append(f"{'cost':30}{'parameters':>12}{'GFLOP':>8}{'encode':>10}{'prompt':>10}")
+        for variant, cost in self.costs.items():
+            times = f"{cost.encode_ms:7.1f} ms{cost.prompt_ms:7.1f} ms"
+            lines.append(f"{variant:30}{cost.parameters:12,}{cost.flops / 1e9:8.2f}{times}")
+        return "\n".join(lines)
+
+
+def evaluate(
+    storage_uri: str,
+    boxes: str,
+    category_ids: Mapping[str, int],
+    vocabulary: Vocabulary,
+    model: OvSam,
+    sam: SamModel,
+    *,
+    limit: int = 0,
+) -> Report:
+    """Ask every model for every annotated object.
+
+    Args:
+        storage_uri: the storage.
+        boxes: name of the `boxes` table.
+        category_ids: by name.
+        vocabulary: the names that compete, base ones marked.
+        model: the OV-SAM.
+        sam: its teacher.
+        limit: of images; all if 0.
+
+    Raises:
+        InputError: the table is missing.
+    """
+    rows = tables.read_table(storage_uri, "boxes", boxes).to_pylist()[: limit or None]
+    label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names)}
+    is_base = [True] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
+    tower = model.config.tower
+    baselines = {name: SamClip(sam, model.clip, tower, config) for name, config in BASELINES.items()}
+    collected: dict[tuple[str, str], PointingMetrics] = {}
+    pictures: list[Image.Image] = []
+    for row in rows:
+        image, masks, labels = read_row(storage_uri, row, label_of)
+        if not labels:
+            continue
+        novel = [not is_base[label] for label in labels]
+        encoded, seen = model.encode(image), sam.encode(image)
+        for kind in PROMPT_KINDS:
+            prompts = prompts_for(masks, kind)
+            by_sam = sam.segment(seen, prompts)
+            found = {"sam": by_sam, "ovsam": model.segment(encoded, prompts, vocabulary)}
+            found |= {name: each.name(image, by_sam, vocabulary, seen) for name, each in baselines.items()}
+            for variant, segments in found.items():
+                ious = mask_ious(segments.masks.flatten(1), masks.flatten(1))
+                metrics = collected.setdefault((variant, kind), PointingMetrics())
+                metrics.add(ious, segments.labels.tolist(), labels, novel)
+            if kind == "box" and len(pictures) < NUM_PICTURES:
+                pictures.append(found["ovsam"].draw(image=Image.fromarray(image.permute(1, 2, 0).numpy())))
+    summaries = {key: metrics.summary() for key, metrics in collected.items()}
+    for kind in PROMPT_KINDS:  # SAM gives no names
+        summary = summaries.get(("sam", kind), {})
+        summaries["sam", kind] = {n: v if n.startswith("iou") else float("nan") for n, v in summary.items()}
+    image = read_row(storage_uri, rows[0], label_of)[0]
+    return Report(summaries, costs(model, sam, baselines, vocabulary, image), collected, tuple(pictures))
+
+
+def read_row(storage_uri: str, row: Mapping[str, Any], label_of: Mapping[int, int]) -> tuple[Tensor, Tensor, list[int]]:
+    """An image, its objects' masks [N, H, W] and labels: those of known categories, no crowds."""
+    uri = storage.join(storage_uri, row["uri"])
+    image = to_tensor(decode_image(storage.read_bytes(uri), uri))
+    entries = zip(row["masks"], row["category_ids"], row["iscrowd"], strict=True)
+    kept = [(mask, label_of[key]) for mask, key, crowd in entries if mask and key in label_of and not crowd]
+    masks = decode_masks([mask for mask, _ in kept], row["height"], row["width"])
+    filled = masks.flatten(1).any(1)
+    return image, masks[filled], [label for (_, label), full in zip(kept, filled.tolist(), strict=True) if full]
+
+
+def prompts_for(masks: Tensor, kind: str) -> Prompts:
+    """The prompt of each mask: its tight box, or a click on the pixel deepest inside."""
+    if kind == "box":
+        return Prompts(boxes=boxes_of(masks))
+    return Prompts(points=centre_points(masks)[:, None], point_labels=torch.ones(len(masks), 1, dtype=torch.int64))
+
+
+def costs(
+    model: OvSam, sam: SamModel, baselines: Mapping[str, SamClip], vocabulary: Vocabulary, image: Tensor
+) -> dict[str, Cost]:
+    """Parameters, operations and times of SAM, OV-SAM and the baselines."""
+    height, width = image.shape[-2:]
+    box = [[width * 0.25, height * 0.25, width * 0.75, height * 0.75]]
+    one, four = Prompts.create(boxes=box), Prompts.create(boxes=box * 4)
+
+    def cost(parts: list[nn.Module], encode: Callable[[], Any], ask: Callable[[Any, Prompts], Segments]) -> Cost:
+        weights = {id(weight): weight.numel() for part in parts for weight in part.parameters()}
+        with FlopCounterMode(display=False) as counter:
+            encoded = encode()
+            ask(encoded, four)
+        times = (median_ms(encode), median_ms(lambda: ask(encoded, one)))
+        return Cost(sum(weights.values()), counter.get_total_flops(), *times)
+
+    found = {
+        "sam": cost([sam], lambda: sam.encode(image), lambda seen, prompts: sam.segment(seen, prompts)),
+        "ovsam": cost([model], lambda: model.encode(image), lambda seen, p: model.segment(seen, p, vocabulary)),
+    }
+    for name, baseline in baselines.items():
+
+        def ask(seen: Any, prompts: Prompts, baseline: SamClip = baseline) -> Segments:
+            return baseline.segment(image, prompts, vocabulary, seen)
+
+        found[name] = cost([sam, model.clip], lambda: sam.encode(image), ask)
+    return found
+
+
+def median_ms(job: Callable[[], Any], repeats: int = 15) -> float:
+    """Median wall time in milliseconds."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        job()
+        times.append(1000 * (time.perf_counter() - started))
+    return float(np.median(times))
