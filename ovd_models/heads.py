@@ -25,7 +25,7 @@ def build_box_head(channels: int, width: int, convs: int) -> nn.Module:
     With convolutions every layer has batch norm, as in ViLD (4conv + 2FC).
     """
     if not convs:
-        return TwoMLPHead(channels * POOLED**2, width)
+        return cast(nn.Module, TwoMLPHead(channels * POOLED**2, width))
     layers: list[nn.Module] = [Conv2dNormActivation(channels, channels) for _ in range(convs)]
     layers.append(nn.Flatten())
     for inputs in (channels * POOLED**2, width):

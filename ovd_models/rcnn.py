@@ -87,13 +87,13 @@ class Proposals:
 
     boxes: list[Tensor]
     """B tensors [N, 4], best first."""
+    scores: list[Tensor]
+    """B tensors [N] of objectness in [0, 1]."""
     anchors: list[Tensor]
     objectness: Tensor
     """[B * anchors, 1] logits."""
     deltas: Tensor
     """[B * anchors, 4]."""
-    scores: list[Tensor]
-    """B tensors [N] objectness in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class ProposalNetwork(nn.Module):
         objectness_flat, deltas_flat = concat_box_prediction_layers(objectness, deltas)
         decoded = self.rpn.box_coder.decode(deltas_flat.detach(), anchors).view(len(anchors), -1, 4)
         boxes, scores = self.rpn.filter_proposals(decoded, objectness_flat, batch.image_sizes, per_level)
-        return Proposals(boxes, anchors, objectness_flat, deltas_flat, scores)
+        return Proposals(boxes, scores, anchors, objectness_flat, deltas_flat)
 
     def proposal_losses(self, proposals: Proposals, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of the first `len(targets)` images, `boxes` [N, 4] of each in resized pixels."""
@@ -178,15 +178,15 @@ class ProposalNetwork(nn.Module):
         return sized, targets
 
     @torch.no_grad()
-    def find(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Proposals of uint8 images [3, H, W], best first: boxes [N, 4] in their pixels, and objectness [N]."""
+    def find_proposals(self, images: Sequence[Tensor], limit: int) -> list[tuple[Tensor, Tensor]]:
+        """Boxes [N, 4] in pixels of each uint8 image [3, H, W] and their objectness [N]: the best, at most `limit`."""
         padded = [widen(image, self.config.max_size) for image in images]
         batch = self.preprocess(padded)
         proposals = self.propose(batch, self.features(batch))
         return [
-            (restore_boxes(box, size, wide, image), score)
-            for box, score, size, wide, image in zip(
-                proposals.boxes, proposals.scores, batch.image_sizes, padded, images, strict=True
+            (restore_boxes(boxes[:limit], image, wide, size), scores[:limit])
+            for image, wide, size, boxes, scores in zip(
+                images, padded, batch.image_sizes, proposals.boxes, proposals.scores, strict=True
             )
         ]
 
@@ -290,23 +290,17 @@ class RCNN(ProposalNetwork):
                 clip_boxes_to_image(box_N4, size), score_NK, score_threshold, self.config.box_nms, max_detections
             )
             height, width = (int(side) for side in image.shape[-2:])
-            restored = restore_boxes(kept_boxes, size, wide, image)
+            restored = restore_boxes(kept_boxes, image, wide, size)
             found.append(Detections(restored, scores, labels, vocabulary.names, width, height))
         return found
 
 
-def restore_boxes(box_N4: Tensor, size: tuple[int, int], wide: Tensor, image: Tensor) -> Tensor:
-    """Boxes in resized pixels as boxes of the original image.
-
-    Args:
-        box_N4: [N, 4].
-        size: height and width after resizing.
-        wide: what was resized: the image after `widen`.
-        image: the original.
-    """
+def restore_boxes(box_N4: Tensor, image: Tensor, wide: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes of an image resized to `size` as pixels of the image itself, which `widen` made `wide` before that."""
     if len(box_N4):
         box_N4 = resize_boxes(box_N4, list(size), list(wide.shape[-2:]))
-    return clip_boxes_to_image(box_N4, tuple(image.shape[-2:]))
+    height, width = (int(side) for side in image.shape[-2:])
+    return cast(Tensor, clip_boxes_to_image(box_N4, (height, width)))
 
 
 def widen(image: Tensor, max_size: int) -> Tensor:
@@ -357,7 +351,7 @@ def find_backbone_weights(backbone: str, weights: str) -> dict[str, Tensor] | No
     return state
 
 
-def load_backbone(detector: RCNN, state: dict[str, Tensor]) -> None:
+def load_backbone(detector: ProposalNetwork, state: dict[str, Tensor]) -> None:
     """Load a classifier's state dict into the backbone, its classifier left out.
 
     Raises:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ovd_models.batches import Detections
 from ovd_models.losses import cosine_logits
+from ovd_models.questions import Question
 from ovd_models.rcnn import select_detections
 from ovd_models.vocabulary import Vocabulary
 
@@ -70,20 +71,6 @@ class RegionRecord:
             background=pick(self.background),
             image=pick(self.image),
         )
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked about every region."""
-
-    names: Vocabulary
-    """K names, or K parents where there are children."""
-    attributes: Vocabulary | None = None
-    """A words, taken as independent of the names: the answers are "red cat", "red dog", "blue cat" ..."""
-    children: Vocabulary | None = None
-    """C names below those of `names`; the answers are the children, and the names that have none."""
-    parents: Tensor | None = None
-    """[C] int64: row of `names` above each child."""
 
 
 def class_probabilities(record: RegionRecord, vocabulary: Vocabulary, scoring: Scoring) -> Tensor:

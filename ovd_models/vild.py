@@ -18,8 +18,9 @@ from ovd_models.batches import DetectionBatch, Detections
 from ovd_models.errors import InputError
 from ovd_models.heads import build_box_head, mask_loss, paste_masks
 from ovd_models.losses import cosine_logits, distillation_loss, softmax_loss
+from ovd_models.questions import Question
 from ovd_models.rcnn import RCNN, Proposals, RCNNConfig, RegionSample, restore_boxes, widen
-from ovd_models.region_scores import Question, RegionRecord, Scoring, find
+from ovd_models.region_scores import RegionRecord, Scoring, find
 from ovd_models.vocabulary import Vocabulary
 
 VARIANTS = ("supervised", "text", "image", "vild", "ensemble")
@@ -193,7 +194,7 @@ class ViLD(nn.Module):
             strict=True,
         ):
             height, width = (int(side) for side in image.shape[-2:])
-            boxes = restore_boxes(box, size, wide, image)
+            boxes = restore_boxes(box, image, wide, size)
             records.append(RegionRecord(boxes, objectness, text, background, own, width, height))
         return records, batch, features
 
