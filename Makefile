@@ -7,7 +7,7 @@ VENV := .venv
 export OMP_WAIT_POLICY := PASSIVE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHMARKS := bench-pairs bench-concepts
+BENCHMARKS := bench-demo bench-pairs bench-concepts
 
 .PHONY: help install demo test test-slow lint bench clean
 

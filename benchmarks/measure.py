@@ -6,6 +6,7 @@ process had used when last seen, which misses what happens between two looks.
 
 import ctypes
 import os
+import platform
 import signal
 import subprocess
 import time
@@ -84,6 +85,13 @@ def measure(
         left = [pid for pid in left if Path(f"/proc/{pid}").exists()]
     cpu = group_seconds(group) if group else sum(used.values())
     return Cost(exit_code=process.returncode, wall_seconds=wall, cpu_seconds=cpu, peak_gb=peak)
+
+
+def provenance(tree: Path) -> dict[str, str]:
+    """What a file of figures says about where they come from: the commit of the code, and the machine."""
+    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True)
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return {"commit": told.stdout.strip(), "machine": machine}
 
 
 def make_group() -> Path | None:

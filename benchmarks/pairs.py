@@ -9,7 +9,6 @@ CPU is that of all processes a tool starts, Ray's included; the web site is serv
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from measure import Cost, measure
+from measure import Cost, measure, provenance
 from pairs_servers import HOSTILE, Addresses, make_certificates, make_pictures, serving
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -34,7 +33,7 @@ QUALITY = 95
 HOSTS = 400
 HANGING = HOSTS // 20
 COMPARED = 500
-FILTER = "LANCZOS"
+FILTER = "BOX"
 """By which data_prep/decode.py reduces images, for the comparison with a full decode."""
 CAP_GB = 8.0
 
@@ -309,10 +308,8 @@ def install_peer() -> None:
 def record(figures: dict[str, float], tree: Path) -> None:
     """Update the figures' file, and leave those of other parts as they are."""
     earlier = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True).stdout.strip()
-    machine = f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     rounded = {name: round(value, 4) for name, value in figures.items()}
-    FIGURES.write_text(json.dumps({**earlier, **rounded, "commit": commit, "machine": machine}, indent=1) + "\n")
+    FIGURES.write_text(json.dumps({**earlier, **rounded, **provenance(tree)}, indent=1) + "\n")
 
 
 def main() -> None:

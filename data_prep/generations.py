@@ -19,11 +19,13 @@ import ray
 
 from data_prep import inputs, storage, tables
 from data_prep.dedup import Order
-from data_prep.shards import LIGHT
+from data_prep.shards import LIGHT, Written
 from data_prep.tables import FileEntry
 from ovd_models.errors import InputError
 
 URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
+GROWING = ("pairs", "rejects", "scores")
+"""Tables that get files from every partition."""
 IMAGES = LIGHT.remove(LIGHT.get_field_index("reason"))
 
 
@@ -35,9 +37,8 @@ class Published:
     name: str
     config_hash: str
     details: Mapping[str, Any]
-    pairs: tuple[FileEntry, ...]
-    rejects: tuple[FileEntry, ...]
-    scores: tuple[FileEntry, ...]
+    files: Mapping[str, Sequence[FileEntry]]
+    """By table: `pairs`, `rejects`, `scores`."""
 
     @classmethod
     def find(cls, storage_uri: str, name: str) -> Self | None:
@@ -49,17 +50,13 @@ class Published:
             uri = tables.table_uri(storage_uri, "pairs", name)
             raise InputError(f"{uri}: made by a program that this one cannot go on from, expected a new --name")
         # Not from the manifests of those tables: they may be of a generation whose `pairs` were never published.
-        others = {
-            table: tuple(FileEntry(**entry) for entry in entries) for table, entries in pairs.details["files"].items()
-        }
+        others = tables.entries_from_json(pairs.details["files"])
         return cls(
             storage=storage_uri,
             name=name,
             config_hash=pairs.config_hash,
             details=pairs.details,
-            pairs=pairs.files,
-            rejects=others["rejects"],
-            scores=others["scores"],
+            files={"pairs": pairs.files, **others},
         )
 
     @property
@@ -79,11 +76,11 @@ class Published:
 
     def index_files(self) -> list[str]:
         """The Parquet files of `pairs`, relative to its folder."""
-        return [entry.path for entry in self.pairs if entry.path.endswith(".parquet")]
+        return [entry.path for entry in self.files["pairs"] if entry.path.endswith(".parquet")]
 
     def urls(self) -> ds.Dataset:
         """`URLS` of all rows, kept or rejected."""
-        rejects = [("rejects", entry.path) for entry in self.rejects]
+        rejects = [("rejects", entry.path) for entry in self.files["rejects"]]
         return self._open([("pairs", path) for path in self.index_files()] + rejects, URLS)
 
     def images(self) -> ds.Dataset:
@@ -162,7 +159,7 @@ def cut_rejects(
     partitions: dict[str, int] = {}
     retried: Counter[str] = Counter()
     earlier: dict[str, str] = {}
-    for entry in published.rejects:
+    for entry in published.files["rejects"]:
         uri = storage.join(tables.table_uri(published.storage, "rejects", published.name), entry.path)
         rejects = tables.read_parquet(uri)
         rows = rejects.filter(pc.is_in(rejects["reason"], pa.array(list(reasons), pa.string())))
@@ -221,3 +218,34 @@ def plan(
     rows = {**(published.sources if published else {}), **{source.digest: source.rows for source in sources}}
     work = Work(sources=rows, columns=columns, partitions=partitions, retried=retried, earlier_rejects=earlier)
     return work.save(staging)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    """What tables hold with what a run wrote."""
+
+    kept: int
+    rejected: dict[str, int]
+    """Rows by reason."""
+    files: dict[str, list[FileEntry]]
+    """By table: `pairs`, `rejects`, `scores`."""
+
+
+def grow(published: Published | None, work: Work, written: Sequence[Written]) -> Grown:
+    """Published tables and what a run wrote, together."""
+    kept, rejected = sum(part.kept for part in written), Counter[str]()
+    for part in written:
+        rejected.update(part.rejected)
+    assert kept + rejected.total() == work.rows, "every row is kept or rejected, once"
+    files = {table: [entry for part in written for entry in part.files[table]] for table in GROWING}
+    if published is not None:
+        summary = published.details["summary"]
+        kept += summary["kept"]
+        rejected.update(summary["rejected"])
+        rejected.subtract(work.retried)
+        replaced = {("rejects", path) for path in work.earlier_rejects.values()}
+        for table, entries in published.files.items():
+            files[table][:0] = [entry for entry in entries if (table, entry.path) not in replaced]
+    return Grown(
+        kept=kept, rejected={reason: count for reason, count in sorted(rejected.items()) if count}, files=files
+    )

@@ -134,9 +134,8 @@ class Written:
     kept: int
     rejected: dict[str, int]
     """Rows by reason."""
-    pairs_files: list[tables.FileEntry]
-    rejects_files: list[tables.FileEntry]
-    scores_files: list[tables.FileEntry]
+    files: dict[str, list[tables.FileEntry]]
+    """By table: `pairs`, `rejects`, `scores`."""
 
 
 def write_shard(job: ShardJob, partition: str, decisions: pa.Table, extractor: Extractor, samples: bool) -> Written:
@@ -159,34 +158,29 @@ def write_shard(job: ShardJob, partition: str, decisions: pa.Table, extractor: E
     kept, rejected = rows.filter(is_kept), rows.filter(pc.invert(is_kept))
     assert not kept["content"].null_count, f"{partition}: a row is neither staged nor rejected"
     stem = f"{partition}{job.suffix}"
-    pairs_files = _write_pairs(job, kept, stem, extractor) if kept.num_rows else []
-    scores_files = _write_scores(job, kept, stem)
+    files = {
+        "pairs": _write_pairs(job, kept, stem, extractor) if kept.num_rows else [],
+        "rejects": [],
+        "scores": _write_scores(job, kept, stem),
+    }
     rejects = _rejects(rejected, _earlier(job, partition, rows))
-    rejects_files = []
     if rejects.num_rows:
-        rejects_files.append(tables.write_part(job.storage, "rejects", job.name, f"{stem}.parquet", rejects))
+        files["rejects"].append(tables.write_part(job.storage, "rejects", job.name, f"{stem}.parquet", rejects))
     if samples and rejected.num_rows:
         stage(_samples(rejected), storage.join(job.staging, "samples", f"{stem}.parquet"))
     reasons = dict(sorted(Counter(rejected["reason"].to_pylist()).items()))
     stats = {"partition": partition, "rows": rows.num_rows, "kept": kept.num_rows, "rejected": reasons}
     stats["image_bytes"] = sum(_sizes(kept))
     content = json.dumps(stats, indent=1).encode()
-    pairs_files.append(tables.write_file(job.storage, "pairs", job.name, f"stats/{stem}.json", content))
-    written = Written(
-        kept=kept.num_rows,
-        rejected=reasons,
-        pairs_files=pairs_files,
-        rejects_files=rejects_files,
-        scores_files=scores_files,
-    )
+    files["pairs"].append(tables.write_file(job.storage, "pairs", job.name, f"stats/{stem}.json", content))
+    written = Written(kept=kept.num_rows, rejected=reasons, files=files)
     storage.write_bytes(done, json.dumps(asdict(written)).encode())
     return written
 
 
 def _from_json(content: bytes) -> Written:
     raw = json.loads(content)
-    for name in ("pairs_files", "rejects_files", "scores_files"):
-        raw[name] = [tables.FileEntry(**entry) for entry in raw[name]]
+    raw["files"] = tables.entries_from_json(raw["files"])
     return Written(**raw)
 
 

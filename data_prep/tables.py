@@ -118,6 +118,13 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("start", pa.int64(), "first row in the file"),
         ("count", pa.int64(), "rows"),
     ),
+    "embeddings": _schema(
+        ("image_id", pa.string(), "SHA-256 of the stored image bytes, hexadecimal"),
+        ("file", pa.string(), "flat little-endian float16 array [N, D]: unit rows of the images"),
+        ("text_file", pa.string(), "the same of their captions"),
+        ("start", pa.int64(), "row in both files"),
+        ("count", pa.int64(), "rows: 1"),
+    ),
     "texts": _schema(
         ("name", pa.string(), "what was embedded"),
         ("prompt_set", pa.string(), "name of the set of templates"),
@@ -133,6 +140,8 @@ PRODUCERS: dict[str, str] = {
     "scores": "python workflows/prepare_pairs.py",
     "categories": "python workflows/prepare_boxes.py",
     "boxes": "python workflows/prepare_boxes.py",
+    "regions": "python workflows/embed.py",
+    "embeddings": "python workflows/embed.py",
 }
 """The command that makes a table, for the message that says it is missing."""
 
@@ -186,6 +195,11 @@ def write_part(storage_uri: str, table: str, name: str, path: str, rows: pa.Tabl
     fields = list(schema) + [rows.schema.field(column) for column in extra]
     ordered = rows.select([entry.name for entry in fields]).cast(pa.schema(fields))
     return write_file(storage_uri, table, name, path, parquet_bytes(ordered), rows=rows.num_rows)
+
+
+def entries_from_json(raw: dict[str, list[dict[str, Any]]]) -> dict[str, list[FileEntry]]:
+    """Files by table, from their JSON form."""
+    return {table: [FileEntry(**entry) for entry in entries] for table, entries in raw.items()}
 
 
 def parquet_bytes(

@@ -287,6 +287,19 @@ class Detector:
             found.append(replace(on_cpu, image=_as_picture(tensor)))
         return found if several else found[0]
 
+    def propose(self, images: Sequence[ImageLike], limit: int) -> list[tuple[Tensor, Tensor]]:
+        """Boxes [N, 4] (xyxy, pixels) of whatever may be a thing, best first, and their objectness [N], on the CPU.
+
+        Args:
+            images: as for `detect`.
+            limit: at most so many an image, and no more than the detector's proposal network keeps.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        tensors = [to_tensor(image).to(self.device) for image in images]
+        return [(boxes.cpu(), scores.cpu()) for boxes, scores in self.model.detector.find_proposals(tensors, limit)]
+
 
 def _as_picture(tensor: Tensor) -> Image.Image:
     """The picture as it was looked at: upright."""

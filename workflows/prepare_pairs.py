@@ -21,7 +21,6 @@ python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --ret
 import contextlib
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -244,21 +243,7 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
     decisions = decide(run, work, published, staging)
     written = write_shards(run, work, published, pa.concat_tables([repeated_urls, decisions]), staging, concepts)
 
-    pairs_files = [entry for part in written for entry in part.pairs_files]
-    rejects_files = [entry for part in written for entry in part.rejects_files]
-    scores_files = [entry for part in written for entry in part.scores_files]
-    kept, rejected = sum(part.kept for part in written), Counter[str]()
-    for part in written:
-        rejected.update(part.rejected)
-    assert kept + rejected.total() == work.rows, "every row is kept or rejected, once"
-    if published is not None:
-        replaced = set(work.earlier_rejects.values())
-        pairs_files = [*published.pairs, *pairs_files]
-        rejects_files = [*(entry for entry in published.rejects if entry.path not in replaced), *rejects_files]
-        scores_files = [*published.scores, *scores_files]
-        kept += summary_of(published).kept
-        rejected.update(summary_of(published).rejected)
-        rejected.subtract(work.retried)
+    grown = generations.grow(published, work, written)
     generation = published.generation + 1 if published else 0
     mentions = shards.open_staged(staging, "mentions", shards.MENTIONS)
     grouped = write_groups(
@@ -266,8 +251,8 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
     )
     summary = Summary(
         input=sum(work.sources.values()),
-        kept=kept,
-        rejected={reason: count for reason, count in sorted(rejected.items()) if count},
+        kept=grown.kept,
+        rejected=grown.rejected,
         concepts=grouped.num_concepts,
         seconds=round(time.monotonic() - started, 2),
         reused=False,
@@ -278,14 +263,11 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
         "columns": work.columns,
         "progress": progress,
         "staging": staging,
-        "files": {
-            "rejects": [dataclasses.asdict(entry) for entry in rejects_files],
-            "scores": [dataclasses.asdict(entry) for entry in scores_files],
-        },
+        "files": {name: [dataclasses.asdict(entry) for entry in grown.files[name]] for name in ("rejects", "scores")},
     }
-    files = {"rejects": rejects_files, "concepts": grouped.concepts, "groups": grouped.groups, "pairs": pairs_files}
-    if run.scores.scorers:
-        files = {"scores": scores_files, **files}
+    files = {**grown.files, "concepts": grouped.concepts, "groups": grouped.groups}
+    if not run.scores.scorers:
+        del files["scores"]
     publish(run, config_hash, {"summary": dataclasses.asdict(summary)}, details, files)
     report = pairs_report.write(
         run.storage, run.name, shards.open_staged(staging, "samples", shards.SAMPLES).to_table()
@@ -495,7 +477,7 @@ def publish(
     files: dict[str, list[tables.FileEntry]],
 ) -> None:
     """Write the manifests, that of `pairs` last: it tells that all are there, and all that a later run must know."""
-    for table, entries in files.items():
+    for table, entries in sorted(files.items(), key=lambda item: item[0] == "pairs"):
         told = {**summary, **details} if table == "pairs" else summary
         tables.publish(run.storage, table, run.name, entries, producer=PRODUCER, config_hash=config_hash, details=told)
 

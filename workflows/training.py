@@ -166,7 +166,9 @@ def prepare_worker(settings: Optimisation) -> torch.device:
 def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
     """AdamW over all weights, or SGD with momentum."""
     if settings.optimiser == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(
+            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
     kernels = [value for value in model.parameters() if value.ndim > 1]
     others = [value for value in model.parameters() if value.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -199,7 +201,7 @@ class Session:
 
     def __init__(self, model: nn.Module, settings: Optimisation, device: torch.device, run_dir: str) -> None:
         self.settings, self.device, self.run_dir, self.step = settings, device, run_dir, 0
-        self.module = model.to(device)
+        self.module = model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
         self.optimiser = build_optimiser(model, settings)
         self.schedule = build_schedule(self.optimiser, settings)
         self._restore()

@@ -174,11 +174,11 @@ def test_a_run_killed_between_two_manifests_publishes_no_file_twice(tmp_path: Pa
     before = publish(tmp_path)
     name = f"{inputs.partition_name(B, 0)}.parquet"
     added = tables.write_part(str(tmp_path), "rejects", "t", name, rejects([21]))
-    files = [*before.rejects, added]
+    files = [*before.files["rejects"], added]
     tables.publish(str(tmp_path), "rejects", "t", files, producer="test", config_hash="hash")  # then the kill
     again = Published.find(str(tmp_path), "t")
     assert again is not None
-    assert again.rejects == before.rejects  # the run that goes on adds `added` to these
+    assert again.files["rejects"] == before.files["rejects"]  # the run that goes on adds `added` to these
 
 
 def test_work_is_saved_and_loaded(tmp_path: Path) -> None:

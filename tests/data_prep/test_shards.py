@@ -144,7 +144,7 @@ def write(shared: ShardJob, *, samples: bool = False) -> Written:
 
 
 def published(shared: ShardJob, written: Written) -> tuple[pa.Table, pa.Table]:
-    for table, files in (("pairs", written.pairs_files), ("rejects", written.rejects_files)):
+    for table, files in (("pairs", written.files["pairs"]), ("rejects", written.files["rejects"])):
         tables.publish(shared.storage, table, "t", files, producer="test", config_hash="h")
     return tables.read_table(shared.storage, "pairs", "t"), tables.read_table(shared.storage, "rejects", "t")
 
@@ -226,8 +226,8 @@ def test_statistics_add_up(tmp_path: Path) -> None:
     assert (stats["kept"], stats["rejected"]) == (pairs.num_rows, written.rejected)
     assert sum(stats["rejected"].values()) == rejects.num_rows
     assert stats["image_bytes"] == sum(pairs["size"].to_pylist())
-    assert sum(entry.rows for entry in written.pairs_files) == pairs.num_rows
-    for entry in written.pairs_files:
+    assert sum(entry.rows for entry in written.files["pairs"]) == pairs.num_rows
+    for entry in written.files["pairs"]:
         content = (tmp_path / "out/pairs/t" / entry.path).read_bytes()
         assert (entry.size, entry.sha256) == (len(content), storage.sha256(content))
 
@@ -304,7 +304,7 @@ def test_a_large_shard_is_continued_in_other_files(tmp_path: Path) -> None:
     for row in pairs.to_pylist():
         uri = storage.join(shared.storage, "pairs", "t", row["shard"])
         assert storage.sha256(storage.read_bytes(uri, offset=row["offset"], size=row["size"])) == row["image_id"]
-    assert [entry.path for entry in written.pairs_files if entry.path.endswith(".tar")] == [first, second]
+    assert [entry.path for entry in written.files["pairs"] if entry.path.endswith(".tar")] == [first, second]
 
 
 def test_no_shard_of_several_images_is_larger_than_the_limit(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_no_shard_of_several_images_is_larger_than_the_limit(tmp_path: Path) -> 
         stage_crawl(shared.staging)
         written = write(shared)
         shard = published(shared, written)[0]["shard"].to_pylist()
-        sizes = {entry.path: entry.size for entry in written.pairs_files if entry.path.endswith(".tar")}
+        sizes = {entry.path: entry.size for entry in written.files["pairs"] if entry.path.endswith(".tar")}
         assert [shard.count(path) for path in sizes] == [len(run) for run in runs]
         assert list(sizes.values()) == [tar_bytes(*run) for run in runs]
     assert runs == [[10, 16, 19]]
@@ -331,7 +331,7 @@ def test_a_partition_without_kept_rows_has_rejects_and_statistics_alone(tmp_path
     stage_crawl(shared.staging, listed(11, 13))
     written = write_shard(shared, PARTITION, DECISIONS.empty_table(), CATS, True)
     assert written.rejected == {"dns": 1, "not_an_image": 1, "too_small": 1}
-    assert (written.kept, [entry.path for entry in written.pairs_files]) == (0, [f"stats/{PARTITION}.json"])
+    assert (written.kept, [entry.path for entry in written.files["pairs"]]) == (0, [f"stats/{PARTITION}.json"])
     assert shards.staged(shared.staging, "mentions") == []
     assert json.loads((tmp_path / f"out/pairs/t/stats/{PARTITION}.json").read_bytes())["image_bytes"] == 0
 
@@ -352,7 +352,7 @@ def test_a_partition_without_rejected_rows_has_no_file_of_them(tmp_path: Path) -
     shared = job(tmp_path)
     stage_crawl(shared.staging, listed(19, 19))
     written = write(shared, samples=True)
-    assert (written.kept, written.rejected, written.rejects_files) == (1, {}, [])
+    assert (written.kept, written.rejected, written.files["rejects"]) == (1, {}, [])
     assert shards.staged(shared.staging, "samples") == []
 
 
@@ -400,7 +400,7 @@ def test_a_list_with_scores_of_its_own_keeps_them(tmp_path: Path) -> None:
     stage_crawl(shared.staging, inputs.with_our_names(rows, Columns(), SOURCE, 19, "list"))
     written = write(shared)
     pairs, _ = published(shared, written)
-    assert written.scores_files == []
+    assert written.files["scores"] == []
     assert 0.5 in pairs.to_pylist()[0].values()
 
 
@@ -421,7 +421,7 @@ def test_rows_that_are_tried_again_join_the_earlier_rejects(tmp_path: Path) -> N
     pairs, rejects = published(again, written)
     assert pairs["row"].to_pylist() == [11, 12]
     assert set(pairs["shard"].to_pylist()) == {f"shards/{PARTITION}-retry1.tar"}
-    assert [entry.path for entry in written.rejects_files] == [f"{PARTITION}-retry1.parquet"]
+    assert [entry.path for entry in written.files["rejects"]] == [f"{PARTITION}-retry1.parquet"]
     wanted = [row for row in before.to_pylist() if row["row"] >= 13]
     wanted[0] |= {"stage": "fetch", "reason": "timeout", "detail": None, "http_status": None, "attempts": 2}
     assert rejects.to_pylist() == wanted

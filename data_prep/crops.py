@@ -1,0 +1,96 @@
+"""What a teacher sees: whole pictures, and boxes cut out of them, as squares of its input size.
+
+Nothing here imports torch: the data tasks start fast and stay small.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ovd_models.errors import InputError
+
+Fit = Literal["warp", "pad", "centre"]
+"""How a picture becomes a square: stretched; whole, with a margin; or its middle, as CLIP's own preprocessing does."""
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """Which parts of a picture stand for a box."""
+
+    scales: tuple[float, ...] = (1.0, 1.5)
+    """Sizes of the crops, in sizes of the box, about its centre; their embeddings are summed (ViLD, section 3.3)."""
+    fit: Fit = "warp"
+
+    def __post_init__(self) -> None:
+        """Check the scales."""
+        if not self.scales or not all(scale > 0 for scale in self.scales):
+            raise InputError(f"--crops.scales {self.scales}: expected one or more numbers above 0")
+
+
+def crop_windows(boxes_N4: npt.NDArray[np.float32], scale: float, width: int, height: int) -> npt.NDArray[np.int64]:
+    """Whole pixels around boxes that are enlarged about their centres.
+
+    Rounded outwards, inside the image, and never empty: a box without area gives the pixel that it lies on.
+
+    Args:
+        boxes_N4: [N, 4] xyxy in pixels, finite.
+        scale: 1 keeps the size.
+        width: of the image.
+        height: of the image.
+
+    Returns:
+        [N, 4] xyxy in pixels.
+    """
+    low_N2, high_N2 = np.split(boxes_N4.reshape(-1, 4).astype(np.float64), 2, axis=1)
+    centre_N2, half_N2 = (low_N2 + high_N2) / 2, (high_N2 - low_N2) / 2 * scale
+    limit = np.array([width, height])
+    first = np.floor(np.clip(centre_N2 - half_N2, 0, limit - 1))
+    last = np.ceil(np.clip(centre_N2 + half_N2, 0, limit))
+    return np.concatenate([first, np.maximum(last, first + 1)], axis=1).astype(np.int64)
+
+
+def square(image: Image.Image, side: int, fit: Fit, margin: Colour = (0, 0, 0)) -> npt.NDArray[np.uint8]:
+    """[side, side, 3] pixels of an RGB picture, by bicubic resampling with antialiasing.
+
+    Args:
+        image: of any size.
+        side: pixels.
+        fit: `centre` gives torchvision's `Resize(side)` and `CenterCrop(side)`.
+        margin: the colour around the picture, for `pad`.
+    """
+    width, height = image.size
+    if fit == "warp":
+        fitted = image.resize((side, side), Image.Resampling.BICUBIC)
+    elif fit == "centre":
+        # Only what stays inside is resampled: of a box one pixel wide, the rest would be a thousand times as much.
+        scale_x, scale_y = (_long_side(edge, min(width, height), side) / edge for edge in (width, height))
+        x, y = (round((_long_side(edge, min(width, height), side) - side) / 2.0) for edge in (width, height))
+        visible = (x / scale_x, y / scale_y, min((x + side) / scale_x, width), min((y + side) / scale_y, height))
+        fitted = image.resize((side, side), Image.Resampling.BICUBIC, box=visible)
+    else:
+        size = tuple(max(1, round(side * edge / max(width, height))) for edge in (width, height))
+        fitted = Image.new("RGB", (side, side), margin)
+        fitted.paste(
+            image.resize((size[0], size[1]), Image.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2)
+        )
+    return np.asarray(fitted)
+
+
+def _long_side(edge: int, shorter: int, side: int) -> int:
+    """Pixels of an edge once the shorter one has `side`."""
+    return int(side * edge / shorter)
+
+
+def crop_squares(
+    image: Image.Image, windows: Sequence[Sequence[int]], side: int, fit: Fit, margin: Colour = (0, 0, 0)
+) -> npt.NDArray[np.uint8]:
+    """[N, side, side, 3] pixels of N windows (xyxy, whole pixels inside the image)."""
+    squares = np.empty((len(windows), side, side, 3), np.uint8)
+    for row, (x0, y0, x1, y1) in enumerate(windows):
+        squares[row] = square(image.crop((x0, y0, x1, y1)), side, fit, margin)
+    return squares

@@ -1,0 +1,244 @@
+"""Region and pair embeddings from end to end, on two workers."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from data_prep import annotations, shards, storage, tables
+from data_prep.crops import CropConfig
+from data_prep.embeddings import RegionStore, open_rows
+from data_prep.pictograms import World
+from data_prep.teachers import EmbedConfig, Teacher, embed_regions
+from ovd_models.checkpoints import load_detector, save_detector
+from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
+from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.errors import InputError
+from workflows import embed, search
+
+IMAGES = 10
+PROGRAM = """
+import sys
+import ray
+from data_prep.teachers import EmbedConfig
+from workflows import embed
+
+storage, teacher, shards = sys.argv[1:]
+embedding = EmbedConfig(actors=2, images_per_shard=int(shards), batch_size=8)
+embed.embed(embed.Run(storage=storage, teacher=teacher, name="t", boxes="t", embed=embedding))
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    save_clip(Clip(ClipConfig()), folder)
+    return str(folder)
+
+
+def make_tables(root: Path, images: int = IMAGES) -> None:
+    """`boxes/t` and `pairs/t` of the same drawn scenes; the last image has no box."""
+    rows = list(annotations.draw_boxes(str(root), "t", World.create(0), range(images), seed=1, base_only=False))
+    for column in ("boxes", "category_ids", "iscrowd", "masks"):
+        rows[-1][column] = []
+    table = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
+    entry = tables.write_part(str(root), "boxes", "t", "part-00000.parquet", table)
+    tables.publish(str(root), "boxes", "t", [entry], producer="test", config_hash="0")
+    contents = [(root / row["uri"]).read_bytes() for row in rows]
+    captions = [f"a photo of scene {number}" + " and more" * number for number in range(images)]
+    samples = zip((f"{number:03d}" for number in range(images)), contents, captions, strict=True)
+    tar, offsets = shards.pack(samples)
+    pairs = [
+        {
+            **{field.name: None for field in tables.SCHEMAS["pairs"]},
+            "image_id": storage.sha256(content), "caption": caption, "shard": "shards/t.tar", "offset": offset,
+            "size": len(content), "width": 128, "height": 128,
+        }
+        for content, caption, offset in zip(contents, captions, offsets, strict=True)
+    ]  # fmt: skip
+    files = [
+        tables.write_file(str(root), "pairs", "t", "shards/t.tar", tar),
+        tables.write_part(
+            str(root), "pairs", "t", "index/t.parquet", pa.Table.from_pylist(pairs, schema=tables.SCHEMAS["pairs"])
+        ),
+    ]
+    tables.publish(str(root), "pairs", "t", files, producer="test", config_hash="0")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_tables(tmp_path)
+    return tmp_path
+
+
+def run_of(root: Path, teacher: str) -> embed.Run:
+    embedding = EmbedConfig(actors=2, images_per_shard=3, batch_size=8)
+    return embed.Run(storage=str(root), teacher=teacher, name="t", boxes="t", embed=embedding)
+
+
+def files_of(root: Path, table: str = "regions") -> dict[str, bytes]:
+    folder = root / table / "t"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix != ".json"}
+
+
+@pytest.mark.ray
+def test_regions_and_pairs_of_two_workers_are_what_the_teacher_says(
+    root: Path, teacher: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = dataclasses.replace(run_of(root, teacher), pairs="t", fit="warp")
+    regions, pairs = embed.embed(run)
+    boxes = tables.read_table(str(root), "boxes", "t").to_pylist()
+    alone = Teacher(teacher, run.embed)
+    store = RegionStore.open(
+        str(root), "t", {"teacher": alone.id, "crops": dataclasses.asdict(run.crops), "proposals": "given"}
+    )
+    assert len(store) == regions.rows == IMAGES
+    for row in boxes:
+        image, own = Image.open(root / row["uri"]), np.array(row["boxes"], np.float32).reshape(-1, 4)
+        found = store[row["image_id"]]
+        assert np.array_equal(found.boxes, own)
+        assert found.scores.tolist() == [1.0] * len(own)
+        (expected,) = embed_regions(alone, [image], [own], CropConfig())
+        assert np.abs(found.embeddings.astype(np.float32) - expected).max(initial=0) < 1e-3
+    assert pairs.details["images"] == IMAGES
+    texts = open_rows(str(root), "embeddings", "t", {"teacher": alone.id}, "text_file")
+    captions = tables.read_table(str(root), "pairs", "t").to_pylist()
+    expected = alone.embed_texts([row["caption"] for row in captions])
+    for row, text in zip(captions, expected, strict=True):
+        assert np.abs(texts.read(texts.position(row["image_id"]))[0] - text).max() < 1e-3
+
+    # Again: nothing is done; with another teacher, the table that is there is told apart.
+    before = files_of(root)
+    embed.embed(run)
+    assert "there already" in capsys.readouterr().out
+    assert files_of(root) == before
+    other = root / "other"
+    torch.manual_seed(1)
+    other_id = save_clip(Clip(ClipConfig()), other)
+    with pytest.raises(InputError, match=f'"{alone.id}", this run asks for "{other_id}"'):
+        embed.embed(dataclasses.replace(run, teacher=str(other)))
+    with pytest.raises(InputError, match=f'"{alone.id}", this run asks for "{other_id}"'):
+        search.search(search.Run(storage=str(root), name="t", text="cat", teacher=str(other)))
+
+    # A caption finds itself, and comes with its picture.
+    hits = search.search(
+        search.Run(storage=str(root), name="t", text=captions[4]["caption"], over="captions", prompt_set="", top=3)
+    )
+    assert hits[0].caption == captions[4]["caption"]
+    assert hits[0].score == pytest.approx(1, abs=1e-3)
+    assert hits[0].picture.size == (128, 128)
+    framed = search.search(search.Run(storage=str(root), name="t", text="cat", top=5))
+    assert [hit.score for hit in framed] == sorted((hit.score for hit in framed), reverse=True)
+    assert all(list(hit.box) in store[hit.image_id].boxes.tolist() for hit in framed)
+    assert search.contact_sheet("cat", framed).size == (1120, 288)
+    assert search.contact_sheet("cat", []).width == 1120
+
+
+@pytest.mark.ray
+def test_a_job_that_failed_goes_on_and_gives_the_same_bytes(
+    root: Path, teacher: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    undisturbed = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(root, undisturbed, dirs_exist_ok=True)
+    embed.embed(run_of(undisturbed, teacher))
+
+    last = root / tables.read_table(str(root), "boxes", "t")["uri"][IMAGES - 1].as_py()
+    good = last.read_bytes()
+    last.write_bytes(good[: len(good) // 2])
+    one_actor = dataclasses.replace(run_of(root, teacher).embed, actors=1)
+    with pytest.raises(InputError, match=f"{last.name}: broken image"):
+        embed.embed(dataclasses.replace(run_of(root, teacher), embed=one_actor))
+    assert tables.find_manifest(str(root), "regions", "t") is None
+    last.write_bytes(good)
+    done = len(list((root / "staging").rglob("*.json")))
+    capsys.readouterr()
+    embed.embed(run_of(root, teacher))
+    if done:
+        assert f"{done} of 4 shards done" in capsys.readouterr().out
+    assert files_of(root) == files_of(undisturbed)
+    assert not list((root / "staging").rglob("*.json"))
+
+
+@pytest.mark.ray
+def test_proposals_of_a_detector_are_embedded(root: Path, teacher: str, ray_cluster: None) -> None:
+    clip, teacher_id = load_clip(teacher)
+    torch.manual_seed(0)
+    model = CoDet(CoDetConfig())
+    folder = root / "detector"
+    save_detector(model, ClipTextEncoder(clip.config, clip.model.text, teacher_id), folder, splits={}, run={})
+    run = dataclasses.replace(run_of(root, teacher), detector=str(folder), max_proposals=7)
+    (manifest,) = embed.embed(run)
+    assert manifest.details["proposals"].startswith("codet:")
+    assert manifest.details["proposals"].endswith(", 7")
+    store = RegionStore.open(str(root), "t", {"teacher": teacher_id})
+    detector = load_detector(folder)
+    for row in tables.read_table(str(root), "boxes", "t").to_pylist():
+        ((boxes, scores),) = detector.propose([Image.open(root / row["uri"])], 7)
+        found = store[row["image_id"]]
+        assert 1 <= len(found.boxes) <= 7
+        assert np.abs(found.boxes - boxes.numpy()).max() < 1e-2
+        assert found.scores == pytest.approx(scores.numpy(), abs=1e-4)
+        assert (np.diff(found.scores) <= 0).all()
+        assert (found.boxes >= 0).all()
+        assert (found.boxes <= 128).all()
+
+
+def test_bad_requests_say_what_is_wrong(root: Path, teacher: str) -> None:
+    with pytest.raises(InputError, match="--teacher"):
+        embed.embed(run_of(root, ""))
+    with pytest.raises(InputError, match="no CLIP checkpoint"):
+        embed.embed(run_of(root, str(root)))
+    with pytest.raises(InputError, match="boxes/nowhere"):
+        embed.embed(dataclasses.replace(run_of(root, teacher), boxes="nowhere"))
+    with pytest.raises(InputError, match="--boxes"):
+        dataclasses.replace(run_of(root, teacher), boxes="")
+    with pytest.raises(InputError, match="max-proposals"):
+        dataclasses.replace(run_of(root, teacher), max_proposals=0)
+    with pytest.raises(InputError, match="--text"):
+        search.Run(name="t", text=" ")
+    with pytest.raises(InputError, match="--top"):
+        search.Run(name="t", top=0)
+    with pytest.raises(InputError, match=r"workflows/embed\.py"):
+        search.search(search.Run(storage=str(root), name="t"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path, teacher: str) -> None:
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    make_tables(killed, 120)
+    shutil.copytree(killed, undisturbed)
+
+    def start(root: Path) -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(root), teacher, "2"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**environment, "RAY_AUTH_MODE": "disabled"}, start_new_session=True,
+        )  # fmt: skip
+
+    job = start(killed)
+    while job.poll() is None and len(list((killed / "staging").rglob("*.json"))) < 5:
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    assert not (killed / "regions" / "t" / "manifest.json").exists()
+    for root in (killed, undisturbed):
+        job = start(root)
+        output, _ = job.communicate(timeout=150)
+        assert job.returncode == 0, output
+        assert ("done by an earlier run" in output) == (root == killed)
+    whole = files_of(undisturbed)
+    assert len(whole) == 120
+    assert {name: content for name, content in files_of(killed).items() if name in whole} == whole

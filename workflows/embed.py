@@ -1,0 +1,276 @@
+"""Embed: what a CLIP teacher sees in regions, and in image-text pairs, computed once and kept.
+
+boxes --given boxes, or a detector's proposals--> crops at 1x and 1.5x -> regions
+pairs --> images and captions ------------------------------------------> embeddings
+
+python workflows/embed.py --config smoke
+python workflows/embed.py --config pictograms --teacher runs/clip/RUN/model
+python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --storage s3://bucket/ovd --embed.gpus 1
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+import torch
+
+from data_prep import embeddings, storage, tables, teachers
+from data_prep.crops import CropConfig, Fit
+from data_prep.embeddings import ShardJob
+from data_prep.pace import Pace
+from data_prep.tables import Manifest
+from data_prep.teachers import EmbedConfig, PairStage, RegionStage, Shards
+from ovd_models.checkpoints import read_info
+from ovd_models.clip import Clip, ClipConfig, load_clip, save_clip
+from ovd_models.errors import InputError
+from workflows import cli, cluster, prepare_boxes, prepare_pairs
+
+PRODUCER = "workflows/embed.py"
+PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Which tables one teacher looks at."""
+
+    storage: str = "runs"
+    """Folder or URI that holds all tables."""
+    teacher: str
+    """Folder or URI of a CLIP checkpoint."""
+    name: str
+    """Name of the tables `regions` and `embeddings`."""
+    boxes: str = ""
+    """Name of the `boxes` table whose images get region embeddings; none if empty."""
+    detector: str = ""
+    """Checkpoint of a detector that proposes the boxes; those of the table are taken if empty."""
+    max_proposals: int = 300
+    """The best of an image (M)."""
+    crops: CropConfig = field(default_factory=CropConfig)
+    pairs: str = ""
+    """Name of the `pairs` table whose images and captions are embedded; none if empty."""
+    fit: Fit = "centre"
+    """How the image of a pair becomes the teacher's square: as in its training."""
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+
+    def __post_init__(self) -> None:
+        """Check that there is something to do."""
+        if not self.boxes and not self.pairs:
+            raise InputError("--boxes, --pairs: both empty, expected the name of a table")
+        if self.max_proposals < 1:
+            raise InputError(f"--max-proposals {self.max_proposals}: expected 1 or more")
+
+
+def smoke() -> Run:
+    """Seconds; builds its own boxes, pairs and teacher, which has not learnt anything."""
+    return Run(teacher="", name="smoke", boxes="smoke-train", pairs="smoke", fit="warp")
+
+
+def pictograms() -> Run:
+    """The pictogram world; give it `--teacher`."""
+    return Run(teacher="", name="pictograms", boxes="pictograms-train", pairs="pictograms", fit="warp")
+
+
+def photos() -> Run:
+    """The photographs of `prepare_boxes.py --config coco`; give it `--teacher`."""
+    return Run(teacher="", name="photos", boxes="photos-train")
+
+
+def lvis() -> Run:
+    """ViLD's: up to 300 proposals of a detector that has seen base categories alone; give it both checkpoints."""
+    return Run(teacher="", name="lvis", boxes="lvis-train", embed=EmbedConfig(batch_size=256, threads=4))
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "photos": photos, "lvis": lvis}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One table to be made."""
+
+    table: str
+    source: tuple[str, str]
+    """Table and name of the images."""
+    made_of: dict[str, Any]
+    """What readers check, and what the table was made from."""
+    columns: tuple[str, ...]
+    """Of the source."""
+    load: Callable[[pa.Table], pa.Table]
+    """Rows of the source -> rows with pixels."""
+    stage: type[RegionStage] | type[PairStage]
+    arguments: tuple[object, ...]
+    """Of the stage."""
+
+
+def embed(run: Run) -> list[Manifest]:
+    """Publish `regions/<name>` and `embeddings/<name>`, as far as the run asks for them.
+
+    Raises:
+        InputError: a table or checkpoint is missing, an image cannot be read, or the name holds a table that was
+            made of something else.
+    """
+    if not run.teacher:
+        raise InputError("--teacher: missing, expected a CLIP checkpoint; `python workflows/clip.py` makes one")
+    run = dataclasses.replace(run, storage=storage.absolute(run.storage), teacher=storage.absolute(run.teacher))
+    clip, teacher = load_clip(storage.local_folder(run.teacher))
+    tasks = []
+    if run.boxes:
+        tasks.append(region_task(run, teacher))
+    if run.pairs:
+        tasks.append(pair_task(run, teacher, clip))
+    return [publish(run, task) for task in tasks]
+
+
+def region_task(run: Run, teacher: str) -> Task:
+    """The crops of boxes."""
+    proposals = "given"
+    if run.detector:
+        run = dataclasses.replace(run, detector=storage.absolute(run.detector))
+        folder = storage.local_folder(run.detector)
+        method = read_info(folder).method
+        proposals = f"{method}:{storage.sha256((folder / 'model.safetensors').read_bytes())[:16]}, {run.max_proposals}"
+    return Task(
+        table="regions",
+        source=("boxes", run.boxes),
+        made_of={"teacher": teacher, "crops": dataclasses.asdict(run.crops), "proposals": proposals},
+        columns=("image_id", "uri", "boxes"),
+        load=partial(teachers.load_pictures, root=run.storage),
+        stage=RegionStage,
+        arguments=(run.teacher, run.embed, run.crops, run.detector, run.max_proposals),
+    )
+
+
+def pair_task(run: Run, teacher: str, clip: Clip) -> Task:
+    """Whole images and their captions."""
+    load = partial(
+        teachers.load_squares,
+        root=tables.table_uri(run.storage, "pairs", run.pairs),
+        side=clip.config.image_size,
+        fit=run.fit,
+        margin=teachers.margin_of(clip.normalise.mean),
+    )
+    return Task(
+        table="embeddings",
+        source=("pairs", run.pairs),
+        made_of={"teacher": teacher, "fit": run.fit},
+        columns=("image_id", "caption", "shard", "offset", "size"),
+        load=load,
+        stage=PairStage,
+        arguments=(run.teacher, run.embed),
+    )
+
+
+def publish(run: Run, task: Task) -> Manifest:
+    """Embed what is not yet done of a table and publish it, or find it published.
+
+    Raises:
+        InputError: as `embed`.
+    """
+    table, name = task.source
+    digest = tables.read_manifest(run.storage, table, name).digest
+    made_of = {**task.made_of, "source": f"{table}/{name}", "source_digest": digest, "checkpoint": run.teacher}
+    config_hash = storage.sha256(repr((task.made_of, task.source, digest)).encode())[:16]
+    uri = tables.table_uri(run.storage, task.table, run.name)
+    published = tables.find_manifest(run.storage, task.table, run.name)
+    if published is not None:
+        embeddings.check_made_of(
+            published, uri, {key: made_of[key] for key in (*task.made_of, "source", "source_digest")}
+        )
+        print(f"{task.table}: {uri} is there already, from the same config")
+        return published
+    layout = storage.sha256(f"{config_hash} {run.embed.images_per_shard} {run.embed.batch_size}".encode())[:8]
+    staging = storage.join(run.storage, "staging", task.table, run.name, layout)
+    job = ShardJob(storage=run.storage, table=task.table, name=run.name, staging=staging)
+    shards = teachers.cut_shards(run.storage, table, name, run.embed.images_per_shard, prefix=f"{layout}-")
+    run_shards(run, task, job, shards)
+    saved = embeddings.saved_shards(staging)
+    return embeddings.publish(
+        job, [saved[shard.name] for shard in shards], producer=PRODUCER, config_hash=config_hash, made_of=made_of
+    )
+
+
+def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]) -> None:
+    """Embed and save the shards that are not yet on disk."""
+    done = embeddings.saved_shards(job.staging)
+    missing = [shard for shard in shards if shard.name not in done]
+    if done:
+        print(f"{job.table}: {len(done):,} of {len(shards):,} shards done by an earlier run", flush=True)
+    if not missing:
+        return
+    cluster.start_ray()
+    config, cores = run.embed, cluster.cores()
+    on_cpus: dict[str, Any] = {"num_cpus": 0.5, "compute": ray.data.TaskPoolStrategy(size=cores)}
+    rows = (
+        ray.data.read_datasource(Shards(missing, task.columns, task.load), override_num_blocks=len(missing), **on_cpus)
+        .map_batches(
+            task.stage,
+            fn_constructor_args=task.arguments,
+            batch_format="pyarrow",
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=min(config.actors or cores, len(missing))),
+            num_cpus=0.5,
+            num_gpus=config.gpus,
+        )
+        .map_batches(partial(embeddings.save_shard, job=job), batch_format="pyarrow", batch_size=None, **on_cpus)
+    )
+    rows.context.target_max_block_size = None  # a shard stays whole
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=config.waiting_bytes)
+    rows.context.execution_options.resource_limits = limits
+    rows.context.custom_execution_callback_classes = [Pace]
+    show_progress(job.table, rows, len(missing))
+
+
+def show_progress(table: str, rows: ray.data.Dataset, total: int) -> None:
+    """Run the work, with a line every few seconds."""
+    started = shown = time.monotonic()
+    shards, images, count = 0, 0, 0
+    batch: pa.Table
+    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        shards, images = shards + batch.num_rows, images + sum(batch["images"].to_pylist())
+        count += sum(batch["rows"].to_pylist())
+        now = time.monotonic()
+        if now - shown >= PROGRESS_SECONDS or shards == total:
+            shown, rate = now, images / (now - started)
+            print(
+                f"{table}: {shards:,} of {total:,} shards, {images:,} images, {count:,} rows, {rate:,.1f} images/s",
+                flush=True,
+            )
+
+
+def make_smoke_tables(run: Run) -> Run:
+    """The run with tables of its own and a teacher that has not learnt anything, made where they are missing."""
+    prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
+    if tables.find_manifest(run.storage, "pairs", run.pairs) is None:
+        with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=run.storage)) as crawl:
+            prepare_pairs.prepare(crawl)
+    teacher = storage.join(run.storage, "runs", "clip", "untrained")
+    if not storage.exists(storage.join(teacher, "clip.json")):
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            save_clip(Clip(ClipConfig()), folder)
+            storage.upload_folder(Path(folder), teacher)
+    return dataclasses.replace(run, teacher=teacher)
+
+
+def main() -> None:
+    """The script."""
+    run = cli.parse(CONFIGS, __doc__)
+    if run.name == "smoke" and not run.teacher:
+        run = make_smoke_tables(run)
+    for manifest in embed(run):
+        details = manifest.details
+        print(
+            f"{manifest.table}/{manifest.name}: {details['rows']:,} rows of width {details['width']} "
+            f"for {details['images']:,} images, teacher {details['teacher']}"
+        )
+    print(f"next: python workflows/search.py --storage {run.storage} --name {run.name} --text 'red umbrella'")
+
+
+if __name__ == "__main__":
+    cli.execute(main)
