@@ -43,6 +43,39 @@ def plan_epochs(seed: int, count: int, positions: Integers) -> Integers:
     return rows
 
 
+def plan_weighted(seed: int, weights: npt.NDArray[np.float64], positions: Integers) -> Integers:
+    """Rows at the given positions of an endless stream in which row i comes `weights[i]` times an epoch.
+
+    An epoch has as many positions as the weights sum to, rounded up. Each row comes in it either as often as its share
+    rounded down or as rounded up (systematic resampling), so no row is left to chance.
+    """
+    ends = np.cumsum(weights)
+    count = int(np.ceil(ends[-1]))
+    rows = np.empty_like(positions)
+    for epoch in np.unique(positions // count).tolist():
+        marks = (np.arange(count) + np.random.default_rng([seed, epoch, 2]).random()) * (ends[-1] / count)
+        drawn = np.minimum(np.searchsorted(ends, marks, side="right"), len(weights) - 1)
+        inside = positions // count == epoch
+        rows[inside] = drawn[_permutation(seed, epoch, count)[positions[inside] % count]]
+    return rows
+
+
+def repeat_factors(images: Sequence[Sequence[int]], threshold: float) -> npt.NDArray[np.float64]:
+    """How often each image comes in an epoch: r = max over its categories of max(1, sqrt(threshold / frequency)).
+
+    Repeat-factor sampling (Gupta et al., 2019, LVIS).
+
+    Args:
+        images: the categories of each.
+        threshold: frequency, a part of all images, below which a category's images are repeated.
+    """
+    counts: dict[int, int] = {}
+    for category in (entry for categories in images for entry in set(categories)):
+        counts[category] = counts.get(category, 0) + 1
+    factor_of = {key: max(1.0, (threshold * len(images) / count) ** 0.5) for key, count in counts.items()}
+    return np.array([max((factor_of[key] for key in categories), default=1.0) for categories in images])
+
+
 def plan_group(seed: int, starts: Integers, stops: Integers, group_size: int, position: int) -> tuple[int, Integers]:
     """The concept and the rows of `groups` that make the group at a position.
 
@@ -129,47 +162,6 @@ class PairLoader:
 
 
 @dataclass(frozen=True)
-class DetectionLoader:
-    """Annotated images at positions of a shuffled stream.
-
-    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `boxes` (flat xyxy) and `labels`.
-    """
-
-    index: ray.ObjectRef[pa.Table]
-    """`uri`, `boxes`, `labels` (rows of the training vocabulary) of every image."""
-    count: int
-    seed: int
-    flip_probability: float = 0.0
-
-    def __call__(self, positions: Integers) -> pa.Table:
-        """The rows at `positions`."""
-        index: pa.Table = ray.get(self.index)
-        chosen = index.take(plan_epochs(self.seed, self.count, positions))
-        pixels, boxes = [], []
-        for uri, box, position in zip(chosen["uri"].to_pylist(), chosen["boxes"].to_pylist(), positions, strict=True):
-            array = np.asarray(decode_image(storage.read_bytes(uri), uri))
-            corners = np.asarray(box, np.float32).reshape(-1, 4)
-            if np.random.default_rng([self.seed, int(position), 1]).random() < self.flip_probability:
-                array, corners = array[:, ::-1], flip_boxes(corners, array.shape[1])
-            pixels.append(array)
-            boxes.append(corners.ravel())
-        return pa.table(
-            {
-                "image": pa.array([entry.tobytes() for entry in pixels], pa.binary()),
-                "height": [entry.shape[0] for entry in pixels],
-                "width": [entry.shape[1] for entry in pixels],
-                "boxes": pa.array(boxes, pa.list_(pa.float32())),
-                "labels": chosen["labels"],
-            }
-        )
-
-
-def flip_boxes(boxes: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
-    """[N, 4] xyxy boxes of an image mirrored left to right."""
-    return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
-
-
-@dataclass(frozen=True)
 class GroupLoader:
     """Caption groups at positions of the stream; a row is a whole group, so its images stay together.
 
@@ -244,40 +236,6 @@ def pair_loader(storage_uri: str, name: str, *, seed: int, image_size: int, max_
     if not pairs.num_rows:
         raise InputError(f"pairs/{name}: no pair with sides up to {max_side} px")
     return PairLoader(ray.put(pairs), pairs.num_rows, seed, image_size)
-
-
-def detection_loader(
-    storage_uri: str, name: str, category_ids: Sequence[int], *, seed: int, flip_probability: float
-) -> DetectionLoader:
-    """All images with a box of the given categories; other boxes and crowds are left out.
-
-    Args:
-        storage_uri: the storage.
-        name: of the `boxes` table.
-        category_ids: categories in the order of the training vocabulary.
-        seed: of the order.
-        flip_probability: how often an image is mirrored.
-
-    Raises:
-        InputError: the table is missing, or no box is left.
-    """
-    boxes = tables.read_table(storage_uri, "boxes", name, ["uri", "boxes", "category_ids", "iscrowd"])
-    row_of = {category: row for row, category in enumerate(category_ids)}
-    index = []
-    for row in boxes.to_pylist():
-        kept = [
-            (box, row_of[category])
-            for box, category, crowd in zip(row["boxes"], row["category_ids"], row["iscrowd"], strict=True)
-            if category in row_of and not crowd
-        ]
-        if kept:
-            flat = [corner for box, _ in kept for corner in box]
-            uri = storage.absolute(storage.join(storage_uri, row["uri"]))
-            index.append({"uri": uri, "boxes": flat, "labels": [label for _, label in kept]})
-    if not index:
-        raise InputError(f"boxes/{name}: no image has a box of the {len(row_of)} training categories")
-    schema = pa.schema({"uri": pa.string(), "boxes": pa.list_(pa.float32()), "labels": pa.list_(pa.int64())})
-    return DetectionLoader(ray.put(pa.Table.from_pylist(index, schema=schema)), len(index), seed, flip_probability)
 
 
 def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, min_side: int) -> GroupLoader:

@@ -9,7 +9,7 @@ from faster_coco_eval import mask as rle
 from ray.data.collate_fn import ArrowBatchCollateFn
 from torch import Tensor
 
-from ovd_models.batches import ConceptBatch, DetectionBatch
+from ovd_models.batches import ConceptBatch, DetectionBatch, StoredRegions
 from ovd_models.ovsam_training import FeatureBatch
 from ovd_models.segments import MaskBatch
 from ovd_models.vocabulary import TextEncoder
@@ -47,7 +47,28 @@ class DetectionCollate(ArrowBatchCollateFn):
             tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True)),
             tuple(torch.tensor(entry, dtype=torch.float32).view(-1, 4) for entry in boxes),
             tuple(torch.tensor(entry, dtype=torch.int64) for entry in labels),
+            _masks(batch["masks"].to_pylist(), heights, widths) if "masks" in batch.column_names else None,
+            _regions(batch) if "region_valid" in batch.column_names else None,
         )
+
+
+def _masks(counts: list[list[str]], heights: list[int], widths: list[int]) -> tuple[Tensor, ...]:
+    """B tensors [N, H, W] bool."""
+    masks = []
+    for entry, height, width in zip(counts, heights, widths, strict=True):
+        decoded = rle.decode([{"size": [height, width], "counts": text} for text in entry]) if entry else None
+        stacked = np.zeros((height, width, 0), np.uint8) if decoded is None else decoded
+        masks.append(torch.from_numpy(stacked.astype(np.bool_)).permute(2, 0, 1))
+    return tuple(masks)
+
+
+def _regions(batch: pa.Table) -> StoredRegions:
+    """The stored regions, of which every image has the same number."""
+    valid_BM = torch.tensor(batch["region_valid"].to_pylist(), dtype=torch.bool)
+    raw = bytearray(b"".join(batch["region_embeddings"].to_pylist()))
+    rows = torch.frombuffer(raw, dtype=torch.float16).view(*valid_BM.shape, -1)
+    boxes = torch.tensor(batch["region_boxes"].to_pylist(), dtype=torch.float32)
+    return StoredRegions(boxes.view(*valid_BM.shape, 4), rows.float(), valid_BM)
 
 
 class GroupCollate(ArrowBatchCollateFn):

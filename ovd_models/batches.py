@@ -1,6 +1,7 @@
 """Typed records that cross module boundaries: what goes into a model and what comes out.
 
-B images, N boxes of one image, G groups, g images of a group, C concepts, D embedding width.
+B images, N boxes of one image, M stored regions of one image, G groups, g images of a group, C concepts,
+D embedding width.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,22 @@ def _move(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class StoredRegions:
+    """Regions whose embeddings the teacher made beforehand; their boxes went through the image's augmentation."""
+
+    boxes: Tensor
+    """[B, M, 4] float32 xyxy, pixels of the image."""
+    embeddings: Tensor
+    """[B, M, D] unit rows of the region as it was before augmentation."""
+    valid: Tensor
+    """[B, M] bool: False for padding, and for regions that the augmentation moved out of view."""
+
+    def to(self, device: torch.device) -> "StoredRegions":
+        """The same regions on another device."""
+        return StoredRegions(*_move((self.boxes, self.embeddings, self.valid), device))
+
+
+@dataclass(frozen=True)
 class DetectionBatch:
     """Images with boxes of base categories."""
 
@@ -30,10 +47,20 @@ class DetectionBatch:
     """B tensors [N, 4] float32 xyxy, pixels of the image."""
     labels: tuple[Tensor, ...]
     """B tensors [N] int64, rows of the training vocabulary."""
+    masks: tuple[Tensor, ...] | None = None
+    """B tensors [N, H, W] bool, where masks are learned."""
+    regions: StoredRegions | None = None
+    """Where embeddings are distilled."""
 
     def to(self, device: torch.device) -> "DetectionBatch":
         """The same batch on another device."""
-        return DetectionBatch(_move(self.images, device), _move(self.boxes, device), _move(self.labels, device))
+        return DetectionBatch(
+            _move(self.images, device),
+            _move(self.boxes, device),
+            _move(self.labels, device),
+            None if self.masks is None else _move(self.masks, device),
+            None if self.regions is None else self.regions.to(device),
+        )
 
     @property
     def num_images(self) -> int:
@@ -94,6 +121,8 @@ class Detections:
     height: int
     image: Image.Image | None = None
     """The picture, when `detect` was given one to draw on."""
+    masks: tuple[str, ...] | None = None
+    """N COCO RLE counts, of a detector that predicts masks."""
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -107,7 +136,8 @@ class Detections:
         return self._select(nms(self.boxes, self.scores, iou))
 
     def _select(self, rows: Tensor) -> "Detections":
-        return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows])
+        masks = None if self.masks is None else tuple(self.masks[row] for row in rows.tolist())
+        return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], masks=masks)
 
     def to_list(self) -> list[dict[str, Any]]:
         """`[{"box": [x0, y0, x1, y1], "label": name, "score": s}]`, as the HTTP endpoint answers."""

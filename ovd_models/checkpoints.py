@@ -6,7 +6,7 @@ text/                 the teacher's text tower, or a table of embedded names
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -23,7 +23,10 @@ from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.images import open_image
 from ovd_models.preprocess import ImageLike, to_tensor
-from ovd_models.vocabulary import EmbeddingTable, TextEncoder, build_vocabulary
+from ovd_models.questions import ATTRIBUTE_PROMPTS, build_question
+from ovd_models.region_scores import Scoring
+from ovd_models.vild import ViLD, ViLDConfig
+from ovd_models.vocabulary import EmbeddingTable, TextEncoder
 
 FORMAT = 1
 T = TypeVar("T")
@@ -45,7 +48,7 @@ class CheckpointInfo:
 
 
 def save_detector(
-    model: CoDet,
+    model: CoDet | ViLD,
     encoder: TextEncoder,
     folder: str | Path,
     *,
@@ -59,7 +62,7 @@ def save_detector(
     save_encoder(encoder, target / "text")
     info = {
         "format": FORMAT,
-        "method": "codet",
+        "method": "vild" if isinstance(model, ViLD) else "codet",
         "model": asdict(model.config),
         "vocabulary": list(splits),
         "splits": splits,
@@ -130,15 +133,43 @@ def load_codet(folder: str | Path) -> CoDet:
     Raises:
         InputError: it is a checkpoint of another method, or broken.
     """
+    model = load_model(folder)
+    if not isinstance(model, CoDet):
+        raise InputError(f"{folder}: checkpoint of method {read_info(folder).method!r}, expected 'codet'")
+    return model
+
+
+def load_vild(folder: str | Path) -> ViLD:
+    """The ViLD model of a checkpoint folder, in evaluation mode.
+
+    Raises:
+        InputError: it is a checkpoint of another method, or broken.
+    """
+    model = load_model(folder)
+    if not isinstance(model, ViLD):
+        raise InputError(f"{folder}: checkpoint of method {read_info(folder).method!r}, expected 'vild'")
+    return model
+
+
+def load_model(folder: str | Path) -> CoDet | ViLD:
+    """The model of a checkpoint folder, in evaluation mode.
+
+    Raises:
+        InputError: it is a checkpoint of an unknown method, or broken.
+    """
     info = read_info(folder)
-    if info.method != "codet":
-        raise InputError(f"{folder}: checkpoint of method {info.method!r}, expected 'codet'")
+    if info.method not in ("codet", "vild"):
+        raise InputError(f"{folder}: checkpoint of method {info.method!r}, expected 'codet' or 'vild'")
+    model: CoDet | ViLD
     try:
-        model = CoDet(from_json(CoDetConfig, info.model))
+        if info.method == "vild":
+            model = ViLD(from_json(ViLDConfig, info.model))
+        else:
+            model = CoDet(from_json(CoDetConfig, info.model))
         model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     except (RuntimeError, TypeError, KeyError, ValueError, OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"{folder}: not a readable codet checkpoint ({reason})") from error
+        raise InputError(f"{folder}: not a readable {info.method} checkpoint ({reason})") from error
     return model.eval()
 
 
@@ -169,7 +200,7 @@ def from_json(kind: type[T], raw: dict[str, Any]) -> T:
 class Detector:
     """A trained detector with its text encoder: names in, boxes out."""
 
-    def __init__(self, model: CoDet, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
+    def __init__(self, model: CoDet | ViLD, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
 
@@ -196,38 +227,62 @@ class Detector:
     def detect(
         self,
         image: ImageLike | Sequence[ImageLike],
-        names: Sequence[str] | None = None,
+        names: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         *,
+        attributes: Sequence[str] = (),
+        prompts: Sequence[str] = (),
+        attribute_prompts: Sequence[str] = ATTRIBUTE_PROMPTS,
         score_threshold: float = 0.05,
         max_detections: int = 100,
+        scoring: Scoring | None = None,
     ) -> Any:
         """Find named things.
 
         Args:
             image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB), or a list of them.
-            names: any names; the default vocabulary if None.
+            names: any names; the default vocabulary if None. ViLD also takes names with the children of each,
+                `{"bird": ["robin", "jay"], "anchor": []}`.
+            attributes: for ViLD, words that hold whatever the name is: `["red", "blue"]` gives "red anchor" ...
+            prompts: templates for this request with `{name}` or `{a_name}`, instead of the checkpoint's prompt set.
+            attribute_prompts: templates of the attributes, see `questions.build_question`.
             score_threshold: only detections above it.
             max_detections: at most so many an image.
+            scoring: for ViLD, how cosines become scores, instead of the checkpoint's way.
 
         Returns:
             One `Detections` for one image, a list of them for a list.
 
         Raises:
-            InputError: an image cannot be read, or a name not be embedded.
+            InputError: an image cannot be read, a name not be embedded, or the method cannot answer such a question.
         """
-        vocabulary = build_vocabulary(self.encoder, names if names is not None else self.vocabulary).to(self.device)
+        question = build_question(
+            self.encoder,
+            names if names is not None else self.vocabulary,
+            self.info.splits,
+            attributes=attributes,
+            prompts=prompts,
+            attribute_prompts=attribute_prompts,
+        ).to(self.device)
         several = isinstance(image, list | tuple)
         images: list[ImageLike] = list(image) if isinstance(image, list | tuple) else [cast(ImageLike, image)]
         opened = [open_image(entry) if isinstance(entry, str | Path) else entry for entry in images]
         tensors = [to_tensor(entry).to(self.device) for entry in opened]
         if not tensors:
             return []
+        if isinstance(self.model, ViLD):
+            results = self.model.detect(
+                tensors, question, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
+            )
+        elif attributes or question.children is not None or scoring is not None:
+            raise InputError(
+                f"attributes, children, scoring: not of method {self.method!r}, expected a ViLD checkpoint"
+            )
+        else:
+            results = self.model.detect(
+                tensors, question.names, score_threshold=score_threshold, max_detections=max_detections
+            )
         found: list[Detections] = []
-        for tensor, result in zip(
-            tensors,
-            self.model.detect(tensors, vocabulary, score_threshold=score_threshold, max_detections=max_detections),
-            strict=True,
-        ):
+        for tensor, result in zip(tensors, results, strict=True):
             on_cpu = replace(result, boxes=result.boxes.cpu(), scores=result.scores.cpu(), labels=result.labels.cpu())
             found.append(replace(on_cpu, image=_as_picture(tensor)))
         return found if several else found[0]
@@ -257,4 +312,4 @@ def load_detector(folder: str | Path, device: str = "cpu") -> Detector:
     Raises:
         InputError: there is no such checkpoint, or it is broken.
     """
-    return Detector(load_codet(folder), load_encoder(Path(folder) / "text"), read_info(folder), device)
+    return Detector(load_model(folder), load_encoder(Path(folder) / "text"), read_info(folder), device)

@@ -1,11 +1,12 @@
 """Average precision of detections, by base, novel and all categories, with faster-coco-eval."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
+from torch import Tensor
 
 from ovd_models.batches import Detections
 
@@ -114,6 +115,48 @@ def evaluate_detections(
         for k, key in enumerate(order)
     }
     return DetectionMetrics(tuple(by_category[key] for key in names))
+
+
+def evaluate_proposals(
+    rows: Sequence[Mapping[str, Any]],
+    found: Sequence[tuple[Tensor, Tensor]],
+    category_ids: Collection[int],
+    limits: Sequence[int],
+) -> dict[int, float]:
+    """COCO's average recall of class-agnostic boxes over IoU 0.50 to 0.95.
+
+    Args:
+        rows: of a `boxes` table.
+        found: boxes [N, 4] and scores [N] of each image.
+        category_ids: whose boxes are looked for.
+        limits: how many of an image's proposals count.
+
+    Returns:
+        AR by limit; NaN where there is no box to find.
+    """
+    truth = coco_truth(rows, dict.fromkeys(category_ids, "thing"))
+    for annotation in truth["annotations"]:
+        annotation["category_id"] = 1
+    truth["categories"] = [{"id": 1, "name": "thing"}]
+    results = [
+        {
+            "image_id": number,
+            "category_id": 1,
+            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+            "score": score,
+        }
+        for number, (boxes, scores) in enumerate(found)
+        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
+    ]
+    if not truth["annotations"] or not results:
+        return dict.fromkeys(limits, 0.0 if truth["annotations"] else float("nan"))
+    loaded = COCO(truth, print_function=_silent)
+    evaluator = COCOeval_faster(loaded, loaded.loadRes(results), "bbox", print_function=_silent)
+    evaluator.params.maxDets = list(limits)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    recall_TL = np.asarray(evaluator.eval["recall"])[:, 0, 0, :]  # [IoU thresholds, categories, areas, limits]
+    return {limit: float(recall_TL[:, column].mean()) for column, limit in enumerate(limits)}
 
 
 def _mean(values: Any) -> float:

@@ -1,6 +1,6 @@
 """Losses on text-classifier logits: pure functions.
 
-R regions, B images, K classes, C concepts, D embedding width.
+R regions, B images, K classes, C concepts, M distilled regions, D embedding width.
 """
 
 import torch
@@ -9,8 +9,12 @@ from torch.nn import functional as F
 
 
 def cosine_logits(feature_RD: Tensor, text_KD: Tensor, temperature: float) -> Tensor:
-    """[R, D] features and [K, D] unit rows -> [R, K] cosines times `temperature`; a zero feature gives 0."""
-    return temperature * F.normalize(feature_RD, dim=-1) @ text_KD.T
+    """[R, D] features and [K, D] unit rows -> [R, K] cosines times `temperature`; a zero feature gives 0.
+
+    In float32 even under autocast: bfloat16 would leave two digits of a cosine that is then multiplied by up to 100.
+    """
+    with torch.autocast(feature_RD.device.type, enabled=False):
+        return temperature * F.normalize(feature_RD.float(), dim=-1) @ text_KD.float().T
 
 
 def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor, counted_K: Tensor | None = None) -> Tensor:
@@ -57,6 +61,45 @@ def federated_classes(
     if more > 0:
         chosen_K[torch.multinomial(left_K, more, generator=generator)] = True
     return chosen_K[:-1]
+
+
+def softmax_loss(logits_RK: Tensor, background_R: Tensor, labels_R: Tensor, trained_K: Tensor | None = None) -> Tensor:
+    """Cross-entropy over all names and the background, averaged over regions (ViLD, equations 2 and 3).
+
+    Names outside `trained_K` get a logit of minus infinity: they carry no probability. A logit of zero, as for a name
+    multiplied away, would leave exp(0) in the denominator for each of them.
+
+    Args:
+        logits_RK: [R, K].
+        background_R: [R] logits of the background.
+        labels_R: [R] int64; the name, or -1 for background.
+        trained_K: [K] bool, the names that carry boxes in training; all of them if None.
+
+    Returns:
+        A scalar; 0 for no region.
+    """
+    if trained_K is not None:
+        logits_RK = logits_RK.masked_fill(~trained_K, -torch.inf)
+    all_RK1 = torch.cat([logits_RK, background_R[:, None]], dim=1)
+    target_R = torch.where(labels_R < 0, logits_RK.shape[1], labels_R)
+    return F.cross_entropy(all_RK1, target_R, reduction="sum") / max(1, len(logits_RK))
+
+
+def distillation_loss(student_MD: Tensor, teacher_MD: Tensor, valid_M: Tensor) -> Tensor:
+    """L1 distance of unit embeddings, summed over dimensions and averaged over valid regions (ViLD, equation 4).
+
+    Args:
+        student_MD: [M, D] of any norm; a zero row is compared as zero.
+        teacher_MD: [M, D] of any norm.
+        valid_M: [M] bool; what stands in other rows does not matter.
+
+    Returns:
+        A scalar; 0 for no valid region.
+    """
+    with torch.autocast(student_MD.device.type, enabled=False):
+        student_MD, teacher_MD = (F.normalize(rows.float(), dim=-1, eps=1e-6) for rows in (student_MD, teacher_MD))
+        distance_M = (student_MD - teacher_MD).abs().sum(-1)
+        return torch.where(valid_M, distance_M, 0.0).sum() / valid_M.sum().clamp(min=1)
 
 
 def concept_loss(logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor) -> Tensor:

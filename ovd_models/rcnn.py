@@ -1,4 +1,4 @@
-"""Faster R-CNN with a feature pyramid and a text-embedding classifier, on torchvision's operators.
+"""Faster and Mask R-CNN with a feature pyramid and a text-embedding classifier, on torchvision's operators.
 
 B images, R regions, N boxes or proposals of one image, K classes, D embedding width, F pyramid channels.
 Boxes are xyxy in pixels of the resized image inside this file, of the original image at its borders.
@@ -20,7 +20,6 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
@@ -31,9 +30,11 @@ from torchvision.ops import (
     batched_nms,
     clip_boxes_to_image,
 )
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ovd_models.batches import Detections
+from ovd_models.batches import DetectionBatch, Detections
 from ovd_models.errors import InputError
+from ovd_models.heads import MaskHead, build_box_head
 from ovd_models.losses import cosine_logits, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
 
@@ -53,9 +54,13 @@ class RCNNConfig:
     strides: tuple[int, ...] = (4, 8, 16)
     """Feature maps that enter the pyramid."""
     anchor_sizes: tuple[int, ...] = (16, 32, 64)
-    """Anchor side in pixels, one a pyramid level."""
+    """Anchor side in pixels, one a pyramid level; one more than `strides` adds a coarser level for proposals alone."""
     pyramid_channels: int = 64
+    head_convs: int = 0
+    """3x3 convolutions of a box head, before its two fully connected layers; with any, all of them have batch norm."""
     head_width: int = 256
+    masks: bool = False
+    """Predict class-agnostic masks."""
     embed_dim: int = 128
     min_size: int = 128
     """Images are resized so that their shorter side has this many pixels ..."""
@@ -91,8 +96,22 @@ class Proposals:
     """[B * anchors, 4]."""
 
 
-class RCNN(nn.Module):
-    """A two-stage detector whose classes are whatever text embeddings it is given."""
+@dataclass(frozen=True)
+class RegionSample:
+    """Regions of B images drawn for the second stage, a quarter of them objects."""
+
+    boxes: list[Tensor]
+    """B tensors [R, 4]."""
+    matched: list[Tensor]
+    """B tensors [R] int64, the annotated box that each region stands for; any where it is background."""
+    labels: Tensor
+    """[sum of R] int64, -1 for background."""
+    deltas: Tensor
+    """[sum of R, 4] what the box branch should answer."""
+
+
+class ProposalNetwork(nn.Module):
+    """The first stage: where things may be, whatever they are."""
 
     def __init__(self, config: RCNNConfig) -> None:
         super().__init__()
@@ -102,21 +121,13 @@ class RCNN(nn.Module):
             c.min_size, c.max_size, list(IMAGENET_MEAN), list(IMAGENET_STD), size_divisible=max(c.strides)
         )
         self.backbone = build_backbone(c)
-        self.pyramid = FeaturePyramidNetwork(feature_info(self.backbone).channels(), c.pyramid_channels)
+        coarser = LastLevelMaxPool() if len(c.anchor_sizes) > len(c.strides) else None
+        self.pyramid = FeaturePyramidNetwork(feature_info(self.backbone).channels(), c.pyramid_channels, coarser)
         anchors = AnchorGenerator(tuple((size,) for size in c.anchor_sizes), ((0.5, 1.0, 2.0),) * len(c.anchor_sizes))
         top_n = {"training": c.pre_nms, "testing": c.pre_nms}
         keep_n = {"training": c.post_nms, "testing": c.post_nms}
         head = RPNHead(c.pyramid_channels, anchors.num_anchors_per_location()[0])
         self.rpn = RegionProposalNetwork(anchors, head, 0.7, 0.3, c.rpn_batch_size, 0.5, top_n, keep_n, 0.7)
-        levels = [str(index) for index in range(len(c.strides))]
-        pool = MultiScaleRoIAlign(levels, 7, sampling_ratio=c.roi_samples)
-        # RoIHeads gives the sampling of regions and the box coding; classification is ours, below.
-        self.roi = RoIHeads(
-            pool, TwoMLPHead(c.pyramid_channels * 49, c.head_width), None, 0.5, 0.5, c.rois_per_image, 0.25,
-            None, 0.0, c.box_nms, 100,
-        )  # fmt: skip
-        self.box_deltas = nn.Sequential(nn.Linear(c.head_width, c.head_width), nn.ReLU(), nn.Linear(c.head_width, 4))
-        self.projection = nn.Linear(c.head_width, c.embed_dim)
 
     def preprocess(self, images: Sequence[Tensor]) -> ImageList:
         """B uint8 images [3, H, W] -> one padded, normalised batch with the sizes before padding."""
@@ -139,6 +150,64 @@ class RCNN(nn.Module):
         decoded = self.rpn.box_coder.decode(deltas_flat.detach(), anchors).view(len(anchors), -1, 4)
         boxes, scores = self.rpn.filter_proposals(decoded, objectness_flat, batch.image_sizes, per_level)
         return Proposals(boxes, scores, anchors, objectness_flat, deltas_flat)
+
+    def proposal_losses(self, proposals: Proposals, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Losses of the first `len(targets)` images, `boxes` [N, 4] of each in resized pixels."""
+        count = len(targets)
+        num_anchors = len(proposals.anchors[0])
+        assigned, matched = self.rpn.assign_targets_to_anchors(proposals.anchors[:count], targets)
+        regression = self.rpn.box_coder.encode(matched, proposals.anchors[:count])
+        loss_objectness, loss_rpn_box = self.rpn.compute_loss(
+            proposals.objectness[: count * num_anchors], proposals.deltas[: count * num_anchors], assigned, regression
+        )
+        return {"objectness": loss_objectness, "rpn_box": loss_rpn_box}
+
+    def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
+        """Weighted losses of one step; labels take no part."""
+        images, targets = self.resized(batch)
+        return self.proposal_losses(self.propose(images, self.features(images)), targets)
+
+    def resized(self, batch: DetectionBatch) -> tuple[ImageList, list[dict[str, Tensor]]]:
+        """The images as the backbone takes them, and their `boxes` and `labels` in resized pixels."""
+        images = [widen(image, self.config.max_size) for image in batch.images]
+        sized = self.preprocess(images)
+        targets = [
+            {"boxes": resize_boxes(box, list(image.shape[-2:]), list(size)), "labels": label}
+            for image, box, label, size in zip(images, batch.boxes, batch.labels, sized.image_sizes, strict=True)
+        ]
+        return sized, targets
+
+    @torch.no_grad()
+    def find_proposals(self, images: Sequence[Tensor], limit: int) -> list[tuple[Tensor, Tensor]]:
+        """Boxes [N, 4] in pixels of each uint8 image [3, H, W] and their objectness [N]: the best, at most `limit`."""
+        padded = [widen(image, self.config.max_size) for image in images]
+        batch = self.preprocess(padded)
+        proposals = self.propose(batch, self.features(batch))
+        return [
+            (restore_boxes(boxes[:limit], image, wide, size), scores[:limit])
+            for image, wide, size, boxes, scores in zip(
+                images, padded, batch.image_sizes, proposals.boxes, proposals.scores, strict=True
+            )
+        ]
+
+
+class RCNN(ProposalNetwork):
+    """A two-stage detector whose classes are whatever text embeddings it is given."""
+
+    def __init__(self, config: RCNNConfig) -> None:
+        super().__init__(config)
+        c = config
+        levels = [str(index) for index in range(len(c.strides))]
+        pool = MultiScaleRoIAlign(levels, 7, sampling_ratio=c.roi_samples)
+        # RoIHeads gives the sampling of regions and the box coding; classification is ours, below.
+        box_head = build_box_head(c.pyramid_channels, c.head_width, c.head_convs)
+        self.roi = RoIHeads(
+            pool, box_head, None, 0.5, 0.5, c.rois_per_image, 0.25, None, 0.0, c.box_nms, 100
+        )  # fmt: skip
+        self.box_deltas = nn.Sequential(nn.Linear(c.head_width, c.head_width), nn.ReLU(), nn.Linear(c.head_width, 4))
+        self.projection = nn.Linear(c.head_width, c.embed_dim)
+        if c.masks:
+            self.mask_head = MaskHead(c.pyramid_channels, levels, c.roi_samples)
 
     def region_features(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> Tensor:
         """[R, head_width] features of boxes of each image, images in order."""
@@ -163,42 +232,37 @@ class RCNN(nn.Module):
             text_KD: [K, D] unit rows of the categories that boxes are annotated with.
         """
         count = len(targets)
-        num_anchors = len(proposals.anchors[0])
-        assigned, matched = self.rpn.assign_targets_to_anchors(proposals.anchors[:count], targets)
-        regression = self.rpn.box_coder.encode(matched, proposals.anchors[:count])
-        loss_objectness, loss_rpn_box = self.rpn.compute_loss(
-            proposals.objectness[: count * num_anchors], proposals.deltas[: count * num_anchors], assigned, regression
-        )
+        losses = self.proposal_losses(proposals, targets)
+        sample = self.sample_regions(proposals.boxes[:count], targets)
+        own = {name: level[:count] for name, level in features.items()}
+        sizes = ImageList(batch.tensors[:count], batch.image_sizes[:count])
+        region_RF = self.region_features(own, sample.boxes, sizes)
+        logits_RK = cosine_logits(self.projection(region_RF), text_KD, self.config.temperature)
+        return losses | {"classes": sigmoid_loss(logits_RK, sample.labels), "box": self.box_loss(region_RF, sample)}
+
+    def sample_regions(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> RegionSample:
+        """Draw regions of each image from its proposals and annotated boxes, `boxes` and `labels` of `targets`."""
         # RoIHeads counts background as class 0.
         shifted = [{"boxes": target["boxes"], "labels": target["labels"] + 1} for target in targets]
-        regions, _, labels, deltas = self.roi.select_training_samples(proposals.boxes[:count], shifted)
-        own = {name: level[:count] for name, level in features.items()}
-        region_RF = self.region_features(own, regions, ImageList(batch.tensors[:count], batch.image_sizes[:count]))
-        label_R, delta_R4 = torch.cat(labels) - 1, torch.cat(deltas)
-        logits_RK = cosine_logits(self.projection(region_RF), text_KD, self.config.temperature)
-        foreground = label_R >= 0
-        loss_box = F.smooth_l1_loss(
-            self.box_deltas(region_RF)[foreground], delta_R4[foreground], beta=self.config.box_beta, reduction="sum"
-        )
-        return {
-            "objectness": loss_objectness,
-            "rpn_box": loss_rpn_box,
-            "classes": sigmoid_loss(logits_RK, label_R),
-            "box": loss_box / max(1, len(label_R)),
-        }
+        boxes, matched, labels, deltas = self.roi.select_training_samples(list(proposals), shifted)
+        return RegionSample(boxes, matched, torch.cat(labels) - 1, torch.cat(deltas))
 
-    @torch.no_grad()
-    def find_proposals(self, images: Sequence[Tensor], limit: int) -> list[tuple[Tensor, Tensor]]:
-        """Boxes [N, 4] in pixels of each uint8 image [3, H, W] and their objectness [N]: the best, at most `limit`."""
-        padded = [widen(image, self.config.max_size) for image in images]
-        batch = self.preprocess(padded)
-        proposals = self.propose(batch, self.features(batch))
-        return [
-            (restore_boxes(boxes[:limit], image, wide, size), scores[:limit])
-            for image, wide, size, boxes, scores in zip(
-                images, padded, batch.image_sizes, proposals.boxes, proposals.scores, strict=True
-            )
-        ]
+    def box_loss(self, region_RF: Tensor, sample: RegionSample) -> Tensor:
+        """Smooth L1 of the class-agnostic box branch on objects, averaged over all regions."""
+        foreground = sample.labels >= 0
+        loss = F.smooth_l1_loss(
+            self.box_deltas(region_RF)[foreground],
+            sample.deltas[foreground],
+            beta=self.config.box_beta,
+            reduction="sum",
+        )
+        return loss / max(1, len(sample.labels))
+
+    def refine(self, region_RF: Tensor, boxes: list[Tensor]) -> list[Tensor]:
+        """The boxes of each image, moved by the box branch."""
+        deltas_R4 = self.box_deltas(region_RF)
+        moved = self.roi.box_coder.decode(deltas_R4, boxes).view(-1, 4)
+        return list(torch.split(moved, [len(entry) for entry in boxes]))
 
     @torch.no_grad()
     def detect(
@@ -216,7 +280,7 @@ class RCNN(nn.Module):
         boxes = self.propose(batch, features).boxes
         counts = [len(entry) for entry in boxes]
         region_RF = self.region_features(features, boxes, batch)
-        refined = torch.split(self.roi.box_coder.decode(self.box_deltas(region_RF), boxes).view(-1, 4), counts)
+        refined = self.refine(region_RF, boxes)
         logits_RS = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
         logits_RK = vocabulary.strongest(logits_RS)
         found = []
@@ -288,7 +352,7 @@ def find_backbone_weights(backbone: str, weights: str) -> dict[str, Tensor] | No
     return state
 
 
-def load_backbone(detector: RCNN, state: dict[str, Tensor]) -> None:
+def load_backbone(detector: ProposalNetwork, state: dict[str, Tensor]) -> None:
     """Load a classifier's state dict into the backbone, its classifier left out.
 
     Raises:

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from data_prep import storage, tables
-from data_prep.batching import StreamShape, detection_loader, group_loader, stream
+from data_prep.augmentation import Augmentation
+from data_prep.batching import StreamShape, group_loader, stream
+from data_prep.box_stream import detection_loader
 from data_prep.collate import DetectionCollate, GroupCollate
 from ovd_models.checkpoints import load_encoder, save_detector
 from ovd_models.clip import Clip, ClipConfig, save_clip
@@ -239,7 +241,7 @@ def train_stage(
         f"{run.boxes}-train",
         names.base_ids,
         seed=settings.seed,
-        flip_probability=run.flip_probability,
+        augmentation=Augmentation(flip_probability=run.flip_probability),
     )
     box_shape = StreamShape(rows_per_step=run.detection_batch, workers=workers)
     streams: dict[str, Callable[[int], ray.data.Dataset]] = {

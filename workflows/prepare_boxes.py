@@ -89,6 +89,32 @@ def prepare(run: Run) -> None:
     print(f"boxes: {train.boxes.num_rows:,} images for training, {evaluation.boxes.num_rows:,} for evaluation")
 
 
+def prepare_full(run: Run) -> None:
+    """Publish `boxes/<name>-full`, training images with boxes of base and novel categories, and `boxes/<name>-mixed`.
+
+    The first is for comparisons with supervised training; the second has the same images, novel things left unnamed.
+
+    Raises:
+        InputError: the annotation file is unreadable, or the box set itself is missing.
+    """
+    prepare(run)
+    if tables.find_manifest(run.storage, "boxes", f"{run.name}-mixed") is not None:
+        return
+    categories = tables.read_table(run.storage, "categories", run.name)
+    if run.data:
+        full = read_folder(run)[0].boxes
+    else:
+        cluster.start_ray()
+        world = World.create(run.seed)
+        full = draw_scenes(run, f"{run.name}-full", world, run.train_images, seed=run.seed + 1, base_only=False)
+    mixed = annotations.strip_novel(full, categories)
+    config_hash = tables.read_manifest(run.storage, "boxes", f"{run.name}-train").config_hash
+    for name, rows in ((f"{run.name}-full", full), (f"{run.name}-mixed", mixed)):
+        entry = tables.write_part(run.storage, "boxes", name, "part-00000.parquet", rows)
+        tables.publish(run.storage, "boxes", name, [entry], producer=PRODUCER, config_hash=config_hash)
+    print(f"boxes: {full.num_rows:,} images with novel things, named (-full) and not (-mixed)")
+
+
 def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
     """A COCO folder, the last images in a seeded order held out."""
     folder = Path(run.data)

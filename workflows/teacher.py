@@ -32,15 +32,24 @@ class Names:
         return [key for key, name in self.categories.items() if self.splits[name] == "base"]
 
 
+def read_categories(storage_uri: str, boxes: str) -> tuple[dict[int, str], dict[str, str]]:
+    """Category id -> name of those with a split, and `base` or `novel` by name.
+
+    Raises:
+        InputError: the table is missing.
+    """
+    rows = tables.read_table(storage_uri, "categories", boxes, ["category_id", "name", "split"]).to_pylist()
+    taking_part = [row for row in rows if row["split"]]
+    return {row["category_id"]: row["name"] for row in taking_part}, {row["name"]: row["split"] for row in taking_part}
+
+
 def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -> Names:
     """Embed the names of `categories/<boxes>` and of `concepts/<pairs>`.
 
     Raises:
         InputError: a table is missing, or a name cannot be embedded.
     """
-    rows = tables.read_table(storage_uri, "categories", boxes).to_pylist()
-    categories = {row["category_id"]: row["name"] for row in rows if row["split"]}
-    splits = {row["name"]: row["split"] for row in rows if row["split"]}
+    categories, splits = read_categories(storage_uri, boxes)
     base = [name for name in categories.values() if splits[name] == "base"]
     concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist()
     return Names(

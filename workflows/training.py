@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray
 import ray.data
@@ -33,13 +34,17 @@ REQUIRED_DIVISOR = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """How a model is optimised: AdamW, one cycle, and on how many workers."""
+    """How a model is optimised, with which schedule, and on how many workers."""
 
     steps: int
     learning_rate: float
     weight_decay: float = 0.05
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` has a momentum of 0.9 and decays matrices and kernels alone."""
     warmup: float = 0.1
     """Part of the steps in which the learning rate rises."""
+    decay_at: tuple[float, ...] = ()
+    """Parts of the steps after which the learning rate falls to a tenth; empty: one cycle."""
     clip_norm: float = 5.0
     """Largest norm of the gradient."""
     checkpoint_every: int = 100
@@ -62,6 +67,8 @@ class Optimisation:
         for name in ("learning_rate", "clip_norm", "log_every"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}: {getattr(self, name)}, expected more than 0")
+        if list(self.decay_at) != sorted(self.decay_at) or not all(0 < part < 1 for part in self.decay_at):
+            raise InputError(f"decay_at: {self.decay_at}, expected rising parts between 0 and 1")
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup: {self.warmup}, expected 0 to less than 1")
         if self.workers < 0:
@@ -156,21 +163,47 @@ def prepare_worker(settings: Optimisation) -> torch.device:
     return torch.device(ray.train.torch.get_device()) if settings.use_gpu else torch.device("cpu")
 
 
+def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
+    """AdamW over all weights, or SGD with momentum."""
+    if settings.optimiser == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+    kernels = [value for value in model.parameters() if value.ndim > 1]
+    others = [value for value in model.parameters() if value.ndim <= 1]
+    groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
+
+
+def build_schedule(
+    optimiser: torch.optim.Optimizer, settings: Optimisation
+) -> torch.optim.lr_scheduler.OneCycleLR | torch.optim.lr_scheduler.LambdaLR:
+    """One cycle; or a linear rise from a hundredth, and a tenth after each of `decay_at`."""
+    if settings.decay_at:
+        return torch.optim.lr_scheduler.LambdaLR(optimiser, partial(step_factor, settings))
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimiser,
+        settings.learning_rate,
+        total_steps=max(settings.steps, MIN_SCHEDULE_STEPS),
+        pct_start=max(settings.warmup, 2 / settings.steps if settings.steps > MIN_SCHEDULE_STEPS else 0.5),
+    )
+
+
+def step_factor(settings: Optimisation, step: int) -> float:
+    """What the learning rate is multiplied by at a step of a schedule with `decay_at`."""
+    done = step / settings.steps
+    rise = 0.01 + 0.99 * done / settings.warmup if done < settings.warmup else 1.0
+    return float(rise * 0.1 ** sum(done >= part for part in settings.decay_at))
+
+
 class Session:
     """A model in training: its optimiser, schedule and position, saved and restored together."""
 
     def __init__(self, model: nn.Module, settings: Optimisation, device: torch.device, run_dir: str) -> None:
         self.settings, self.device, self.run_dir, self.step = settings, device, run_dir, 0
         self.module = model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
-        self.optimiser = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser,
-            settings.learning_rate,
-            total_steps=max(settings.steps, MIN_SCHEDULE_STEPS),
-            pct_start=max(settings.warmup, 2 / settings.steps if settings.steps > MIN_SCHEDULE_STEPS else 0.5),
-        )
+        self.optimiser = build_optimiser(model, settings)
+        self.schedule = build_schedule(self.optimiser, settings)
         self._restore()
         world = ray.train.get_context().get_world_size()
         self.model = DistributedDataParallel(self.module) if world > 1 else self.module

@@ -15,8 +15,6 @@ from data_prep import shards, storage, tables
 from data_prep.batching import (
     Integers,
     StreamShape,
-    detection_loader,
-    flip_boxes,
     group_loader,
     pair_loader,
     plan_epochs,
@@ -252,7 +250,7 @@ def test_large_pairs_are_left_out_on_demand(ray_cluster: None, store: Path) -> N
 
 @pytest.mark.ray
 def test_scenes_keep_boxes_of_training_categories_that_are_no_crowds(ray_cluster: None, store: Path) -> None:
-    loader = detection_loader(str(store), "t", [10, 30], seed=0, flip_probability=0.0)
+    loader = detection_loader(str(store), "t", [10, 30], seed=0, augmentation=Augmentation())
     assert loader.count == 2  # without the empty image and the one of category 99
     batch = DetectionCollate()(loader(np.arange(2)))
     order = [image.shape[1] for image in batch.images]
@@ -268,7 +266,7 @@ def test_scenes_keep_boxes_of_training_categories_that_are_no_crowds(ray_cluster
 
 @pytest.mark.ray
 def test_mirrored_scenes_carry_mirrored_boxes(ray_cluster: None, store: Path) -> None:
-    loader = detection_loader(str(store), "t", [10, 30], seed=0, flip_probability=1.0)
+    loader = detection_loader(str(store), "t", [10, 30], seed=0, augmentation=Augmentation(flip_probability=1.0))
     batch = DetectionCollate()(loader(np.arange(2)))
     first = [image.shape[1] for image in batch.images].index(8)
     assert batch.boxes[first].tolist() == [[12.0, 0.0, 16.0, 8.0]]
@@ -279,7 +277,7 @@ def test_mirrored_scenes_carry_mirrored_boxes(ray_cluster: None, store: Path) ->
 
 @pytest.mark.ray
 def test_flips_depend_on_the_position_alone(ray_cluster: None, store: Path) -> None:
-    loader = detection_loader(str(store), "t", [10, 30], seed=0, flip_probability=0.5)
+    loader = detection_loader(str(store), "t", [10, 30], seed=0, augmentation=Augmentation(flip_probability=0.5))
     whole = loader(np.arange(40))
     assert loader(np.arange(17, 40)).equals(whole.slice(17))
     seen = {tuple(box) for box in whole["boxes"].to_pylist()}
@@ -340,7 +338,7 @@ def test_captions_are_embedded_by_the_teacher(ray_cluster: None, store: Path) ->
 
 LOADERS: dict[str, tuple[Callable[[str], object], str]] = {
     "pairs": (lambda root: pair_loader(root, "t", seed=0, image_size=16, max_side=None), "prepare_pairs"),
-    "boxes": (lambda root: detection_loader(root, "t", [1], seed=0, flip_probability=0.0), "prepare_boxes"),
+    "boxes": (lambda root: detection_loader(root, "t", [1], seed=0, augmentation=Augmentation()), "prepare_boxes"),
     "groups": (lambda root: group_loader(root, "t", seed=0, group_size=2, min_side=0), "prepare_pairs"),
 }
 
@@ -356,7 +354,7 @@ def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path, table: 
 @pytest.mark.ray
 def test_no_box_of_the_training_categories_is_told(ray_cluster: None, store: Path) -> None:
     with pytest.raises(InputError, match="boxes/t: no image has a box of the 1 training categories"):
-        detection_loader(str(store), "t", [77], seed=0, flip_probability=0.0)
+        detection_loader(str(store), "t", [77], seed=0, augmentation=Augmentation())
 
 
 @pytest.mark.ray

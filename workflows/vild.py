@@ -1,0 +1,588 @@
+"""ViLD: distil an image-text teacher into a detector that has seen boxes of some categories only.
+
+boxes (novel ones stripped) --> rpn --> proposals checkpoint
+                                           | its best proposals of every image -> crops -> teacher (embed.py)
+                                           v
+boxes, regions --> DetectionBatch --> detector -> AP50 of base and novel names -> runs/vild/<run>/model
+
+python workflows/vild.py --config smoke
+python workflows/vild.py --config pictograms --teacher runs/runs/clip/<run>/model
+python workflows/vild.py --config pictograms --model.variant text --teacher ... --proposals runs/.../proposals
+python workflows/vild.py --config lvis_r50 --storage s3://bucket/ovd --teacher s3://bucket/clip
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import ray.train
+import torch
+from torch import Tensor, nn
+
+from data_prep import storage, tables
+from data_prep.augmentation import Augmentation
+from data_prep.batching import StreamShape, stream
+from data_prep.box_stream import RegionSource, detection_loader
+from data_prep.collate import DetectionCollate
+from data_prep.crops import CropConfig
+from data_prep.teachers import EmbedConfig
+from ovd_models.checkpoints import load_vild, save_detector
+from ovd_models.clip import Clip, ClipConfig, save_clip
+from ovd_models.errors import InputError
+from ovd_models.evaluation import DetectionMetrics
+from ovd_models.rcnn import ProposalNetwork, RCNNConfig, find_backbone_weights, load_backbone
+from ovd_models.region_scores import Scoring
+from ovd_models.vild import ViLD, ViLDConfig
+from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
+from workflows import cli, cluster, embed, evaluate, prepare_boxes, tracking, training
+from workflows.teacher import open_encoder, read_categories
+from workflows.tracking import MetricLogger, TrackedRun
+from workflows.training import Meter, Optimisation, Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training of ViLD."""
+
+    storage: str = "runs"
+    """Folder or URI that holds tables and runs."""
+    config: str
+    """Name of the config, for tracking."""
+    boxes: str
+    """Name of the box set: tables `boxes/<name>-train`, `boxes/<name>-eval`, `categories/<name>`."""
+    train_boxes: str = ""
+    """Name of the training table, if it is another one than `<boxes>-train`."""
+    novel_boxes: bool = False
+    """Train with novel boxes too, as supervised comparisons do; `train_boxes` must have them."""
+    teacher: str = ""
+    """Folder or URI of a CLIP checkpoint that embeds names and regions."""
+    texts: str = ""
+    """For names alone, instead of a teacher: a .npy file with an embedding for each category, in category-id order."""
+    data: str = ""
+    """A folder with `instances.json` and `images/`, read first."""
+    backbone_weights: str = "auto"
+    """`auto` (torchvision's, when they are on this machine), `none`, or a file with a state dict."""
+    proposals: str = ""
+    """Folder or URI of a proposals checkpoint of an earlier run, instead of the `rpn` stage."""
+    regions: str = ""
+    """Name of a `regions` table; if empty, proposals are embedded into one named after their detector."""
+    start_from_proposals: bool = True
+    """Continue the proposal network's weights; else the detector starts anew."""
+    model: ViLDConfig = field(default_factory=ViLDConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    max_proposals: int = 300
+    """M: an image's best proposals, which are embedded."""
+    regions_per_step: int = 300
+    """Of these, how many are learnt from each time the image comes."""
+    detection_batch: int = 8
+    """Images in a step, over all workers."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    repeat_threshold: float = 0.0
+    """Repeat-factor sampling: images of categories rarer than this part of all images come more often; 0: never."""
+    rpn_stage: Optimisation
+    detector_stage: Optimisation
+    score_threshold: float = 0.01
+    max_detections: int = 100
+    """Of an image, in evaluation."""
+    resume: str = ""
+    """Continue this run instead of starting a new one."""
+
+    def __post_init__(self) -> None:
+        """Check that batches can be shared among the workers, and what goes together."""
+        for stage in (self.rpn_stage, self.detector_stage):
+            training.check_shared("detection_batch", self.detection_batch, stage.workers)
+        if self.texts and self.model.distils:
+            raise InputError(f"--texts: names only, expected --teacher for the variant {self.model.variant!r}")
+        if not 1 <= self.regions_per_step <= self.max_proposals:
+            raise InputError(f"regions_per_step: {self.regions_per_step}, expected 1 to {self.max_proposals}")
+
+    @property
+    def train_table(self) -> str:
+        """Name of the `boxes` table to train on."""
+        return self.train_boxes or f"{self.boxes}-train"
+
+
+def smoke() -> Run:
+    """Seconds; builds its own tables and an untrained teacher."""
+    quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
+    return Run(
+        config="smoke",
+        boxes="smoke",
+        max_proposals=8,
+        regions_per_step=4,
+        detection_batch=2,
+        rpn_stage=quick,
+        detector_stage=quick,
+    )
+
+
+def pictograms() -> Run:
+    """The pictogram world: 128 px scenes, a detector of 1.7 M parameters, minutes on two cores."""
+    return Run(
+        config="pictograms",
+        boxes="pictograms",
+        max_proposals=32,
+        regions_per_step=16,
+        # RoIAlign's backward runs on one core: two processes of one thread are faster than one of two.
+        rpn_stage=Optimisation(steps=200, learning_rate=2e-3, workers=2),
+        detector_stage=Optimisation(steps=600, learning_rate=2e-3, workers=2),
+    )
+
+
+def photos() -> Run:
+    """Photographs in COCO's form, a ResNet-50 with its batch norm frozen, short enough for a laptop."""
+    detector = RCNNConfig(
+        backbone="resnet50",
+        backbone_options={},
+        strides=(4, 8, 16, 32),
+        anchor_sizes=(32, 64, 128, 256),
+        pyramid_channels=128,
+        head_width=512,
+        embed_dim=512,
+        min_size=256,
+        max_size=416,
+        pre_nms=1000,
+        post_nms=300,
+    )
+    quick = Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5)
+    return Run(
+        config="photos",
+        boxes="photos",
+        model=ViLDConfig(detector=detector),
+        max_proposals=64,
+        regions_per_step=32,
+        detection_batch=2,
+        augmentation=Augmentation(flip_probability=0.5),
+        rpn_stage=quick,
+        detector_stage=quick,
+    )
+
+
+def lvis_r50() -> Run:
+    """The paper's setting: from scratch, 256 images a step, 180,000 steps; for a cluster of GPUs."""
+    detector = RCNNConfig(
+        backbone="resnet50",
+        backbone_options={},
+        strides=(4, 8, 16, 32),
+        anchor_sizes=(32, 64, 128, 256, 512),
+        pyramid_channels=256,
+        head_convs=4,
+        head_width=1024,
+        masks=True,
+        embed_dim=512,
+        min_size=1024,
+        max_size=1024,
+        rpn_batch_size=256,
+        pre_nms=2000,
+        post_nms=1000,
+        rois_per_image=512,
+        temperature=100.0,
+        box_beta=1.0,
+    )
+    # The paper warms up for 1,000 steps and decays at 162k, 171k and 175.5k.
+    paper = Optimisation(
+        steps=180_000,
+        learning_rate=0.32,
+        optimiser="sgd",
+        weight_decay=4e-5,
+        warmup=1 / 180,
+        decay_at=(0.9, 0.95, 0.975),
+        clip_norm=1e9,
+        checkpoint_every=1000,
+        log_every=20,
+        workers=32,
+        use_gpu=True,
+    )
+    return Run(
+        config="lvis_r50",
+        boxes="lvis",
+        model=ViLDConfig(
+            detector=detector, image_weight=0.5, scoring=Scoring(temperature=100.0, image_temperature=100.0)
+        ),
+        backbone_weights="none",
+        start_from_proposals=False,
+        embed=EmbedConfig(batch_size=256, threads=4, gpus=1.0),
+        detection_batch=256,
+        augmentation=Augmentation(flip_probability=0.5, side=1024),
+        rpn_stage=dataclasses.replace(paper, steps=45_000, warmup=1 / 45),
+        detector_stage=paper,
+        score_threshold=1e-4,
+        max_detections=300,
+    )
+
+
+def lvis_r50_short() -> Run:
+    """The same from ImageNet weights in 20 epochs of 16 images a step (as DetPro trains): for one machine."""
+    return short(lvis_r50(), images=100_170, repeat_threshold=1e-3)
+
+
+def lvis_r152() -> Run:
+    """The paper's larger backbone, with w = 2 for the ensemble."""
+    paper = lvis_r50()
+    detector = dataclasses.replace(paper.model.detector, backbone="resnet152")
+    model = dataclasses.replace(paper.model, detector=detector, image_weight=2.0)
+    return dataclasses.replace(paper, config="lvis_r152", model=model)
+
+
+def lvis_r152_short() -> Run:
+    """The larger backbone from ImageNet weights, for one machine."""
+    return short(lvis_r152(), images=100_170, repeat_threshold=1e-3)
+
+
+def coco_48_17() -> Run:
+    """COCO with 48 base and 17 novel categories, 45,000 steps of 256 images from scratch."""
+    paper = lvis_r50()
+    stage = dataclasses.replace(paper.detector_stage, steps=45_000, warmup=1 / 45)
+    return dataclasses.replace(paper, config="coco_48_17", boxes="coco", rpn_stage=stage, detector_stage=stage)
+
+
+def coco_48_17_short() -> Run:
+    """The same from ImageNet weights, for one machine."""
+    return short(coco_48_17(), images=107_761, repeat_threshold=0.0)
+
+
+def short(run: Run, *, images: int, repeat_threshold: float) -> Run:
+    """A run of 20 epochs from pretrained weights: 16 images a step, the learning rate a tenth after epoch 16."""
+    stage = dataclasses.replace(
+        run.detector_stage,
+        steps=20 * images // 16,
+        learning_rate=0.02,
+        weight_decay=2.5e-5,
+        warmup=0.004,
+        decay_at=(0.8,),
+        workers=4,
+    )
+    return dataclasses.replace(
+        run,
+        config=f"{run.config}_short",
+        backbone_weights="auto",
+        start_from_proposals=True,
+        detection_batch=16,
+        repeat_threshold=repeat_threshold,
+        rpn_stage=dataclasses.replace(stage, steps=stage.steps // 4),
+        detector_stage=stage,
+    )
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "photos": photos,
+    "coco_48_17": coco_48_17,
+    "coco_48_17_short": coco_48_17_short,
+    "lvis_r50": lvis_r50,
+    "lvis_r50_short": lvis_r50_short,
+    "lvis_r152": lvis_r152,
+    "lvis_r152_short": lvis_r152_short,
+}
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a box set: those that are trained with come first."""
+
+    ids: list[int]
+    """Category ids of those that are trained with."""
+    splits: dict[str, str]
+    """`base` or `novel` by name."""
+    vocabulary: Vocabulary
+    """All of them."""
+
+    @property
+    def trained(self) -> Tensor:
+        """[K] bool: the names that carry boxes in training."""
+        return torch.arange(len(self.vocabulary)) < len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What came of a training."""
+
+    model: str
+    """Folder or URI of the checkpoint."""
+    proposals: str
+    """The one of the proposal network."""
+    regions: str
+    """Name of the `regions` table; empty without distillation."""
+    metrics: DetectionMetrics
+    seconds: dict[str, float]
+    """By stage."""
+    run_id: str
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def train_worker(
+    run: Run,
+    stage: Optimisation,
+    stage_dir: str,
+    start: dict[str, Tensor],
+    text_KD: Tensor,
+    trained_K: Tensor,
+    logger: MetricLogger,
+) -> None:
+    """The loop of both stages: batches -> losses -> step."""
+    device = training.prepare_worker(stage)
+    context = ray.train.get_context()
+    rank, world, name = context.get_world_rank(), context.get_world_size(), stage_dir.rsplit("/", 1)[-1]
+    model = build_model(run, name)
+    model.load_state_dict(start)
+    if device.type == "cuda" and world > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    session = Session(model, stage, device, stage_dir)
+    names = (text_KD.to(device), trained_K.to(device)) if isinstance(model, ViLD) else ()
+
+    meter = Meter()
+    batches = ray.train.get_dataset_shard("boxes").iter_torch_batches(
+        batch_size=run.detection_batch // world, collate_fn=DetectionCollate(), prefetch_batches=2
+    )
+    for batch in meter.waiting(batches):
+        with session.autocast():
+            losses = session.model(batch.to(device), *names)
+        session.update(torch.stack(list(losses.values())).sum())
+        meter.add(losses, run.detection_batch)
+        if rank == 0 and session.step % stage.log_every == 0:
+            metrics = meter.collect()
+            logger.log({f"{name}/{key}": value for key, value in metrics.items()}, session.step)
+            training.print_progress(f"vild {name}", session.step, stage.steps, metrics)
+        if session.due:
+            session.checkpoint({})
+            logger.flush()
+        if session.done:
+            break
+    logger.flush(wait=True)
+
+
+def build_model(run: Run, stage: str) -> ProposalNetwork | ViLD:
+    """What a stage trains."""
+    return ProposalNetwork(run.model.detector) if stage == "rpn" else ViLD(run.model)
+
+
+def train_stage(
+    run: Run,
+    name: str,
+    names: Names,
+    start: dict[str, Tensor],
+    run_dir: str,
+    regions: RegionSource | None,
+    tracked: TrackedRun,
+) -> dict[str, Tensor]:
+    """Feed the stream of a stage (`rpn` or `detector`) to the loop; returns the final weights."""
+    stage = run.rpn_stage if name == "rpn" else run.detector_stage
+    loader = detection_loader(
+        run.storage,
+        run.train_table,
+        names.ids,
+        seed=stage.seed,
+        augmentation=run.augmentation,
+        masks=run.model.detector.masks and name == "detector",
+        repeat_threshold=run.repeat_threshold,
+        regions=regions,
+    )
+    shape = StreamShape(rows_per_step=run.detection_batch, workers=max(1, stage.workers))
+    stage_dir = storage.join(run_dir, name)
+    loop = partial(
+        train_worker, run, stage, stage_dir, start, names.vocabulary.embeddings, names.trained, tracked.logger()
+    )
+    training.fit(loop, stage, stage_dir, {"boxes": lambda step: stream(loader, shape, step, stage.steps)})
+    return training.final_weights(stage_dir)
+
+
+def train(run: Run) -> Trained:
+    """Proposals, their embeddings, the detector; which is evaluated and saved.
+
+    Raises:
+        InputError: a table, the teacher or the embeddings are missing or do not fit.
+    """
+    run_dir = training.open_run(run.storage, "vild", run.config, run.resume)
+    _, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
+    names = read_names(run, encoder)
+    cluster.start_ray()
+    run = complete(run, names)
+    tags = {"boxes": run.train_table, "categories": run.boxes}
+    tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in tags.items()}
+    seconds, clock = {}, time.perf_counter
+    with tracking.run(run.storage, experiment="vild", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
+        tracked.log_text(cli.to_json(run), "run.json")
+        started = clock()
+        proposals = run.proposals or train_proposals(run, names, encoder, run_dir, tracked)
+        seconds["rpn"], started = clock() - started, clock()
+        regions = embed_proposals(run, encoder, proposals) if run.model.distils else None
+        seconds["embed"], started = clock() - started, clock()
+        start = detector_start(run, proposals)
+        weights = train_stage(run, "detector", names, start, run_dir, regions, tracked)
+        seconds["detector"], started = clock() - started, clock()
+        model, metrics = finish(run, names, encoder, weights, run_dir, tracked)
+        seconds["evaluate"] = clock() - started
+    return Trained(
+        model=model,
+        proposals=proposals,
+        regions=regions.name if regions else "",
+        metrics=metrics,
+        seconds=seconds,
+        run_id=tracked.run_id,
+    )
+
+
+def train_proposals(run: Run, names: Names, encoder: TextEncoder, run_dir: str, tracked: TrackedRun) -> str:
+    """Train the proposal network on the training boxes, whatever their category; returns its checkpoint.
+
+    A checkpoint is a whole detector: this one's box head has learnt nothing yet, only its proposals are of use.
+    """
+    torch.manual_seed(run.rpn_stage.seed)
+    network = ProposalNetwork(run.model.detector)
+    state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
+    if state is not None:
+        load_backbone(network, state)
+    weights = train_stage(run, "rpn", names, network.state_dict(), run_dir, None, tracked)
+    model = ViLD(dataclasses.replace(run.model, variant="text", supervised_names=()))
+    model.detector.load_state_dict(weights, strict=False)
+    target = storage.join(run_dir, "proposals")
+    save(run, model, encoder, names, target)
+    return target
+
+
+def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSource:
+    """The stored embeddings of the best proposals of every training image; computed where they are not there yet.
+
+    Raises:
+        InputError: `regions` names a table of another teacher or other crops.
+    """
+    crops, name = dataclasses.asdict(run.crops), run.regions
+    if not name:
+        weights = (storage.local_folder(proposals) / "model.safetensors").read_bytes()
+        made_of = (storage.sha256(weights), encoder.teacher, crops, run.max_proposals, run.train_table)
+        name = f"{run.train_table}-{storage.sha256(repr(made_of).encode())[:8]}"
+        embed.embed(
+            embed.Run(
+                storage=run.storage,
+                teacher=run.teacher,
+                name=name,
+                boxes=run.train_table,
+                detector=proposals,
+                max_proposals=run.max_proposals,
+                crops=run.crops,
+                embed=run.embed,
+            )
+        )
+    return RegionSource(
+        name=name, teacher=encoder.teacher, crops=crops, most=run.max_proposals, per_step=run.regions_per_step
+    )
+
+
+def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
+    """Weights that the detector starts from: the proposal network's, or none but the backbone's."""
+    torch.manual_seed(run.detector_stage.seed)
+    model = ViLD(run.model)
+    if run.start_from_proposals:
+        trained = load_vild(storage.local_folder(proposals)).detector.state_dict()
+        first_stage = ProposalNetwork(run.model.detector).state_dict()
+        model.detector.load_state_dict({name: trained[name] for name in first_stage}, strict=False)
+    else:
+        state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
+        if state is not None:
+            load_backbone(model.detector, state)
+    return model.state_dict()
+
+
+def finish(
+    run: Run, names: Names, encoder: TextEncoder, weights: dict[str, Tensor], run_dir: str, tracked: TrackedRun
+) -> tuple[str, DetectionMetrics]:
+    """Save the checkpoint folder, evaluate it, and log metrics, pictures and the per-class table."""
+    model = ViLD(run.model)
+    model.load_state_dict(weights)
+    target = storage.join(run_dir, "model")
+    save(run, model, encoder, names, target)
+    metrics, pictures = evaluate.evaluate(
+        evaluate.Run(
+            storage=run.storage,
+            model=target,
+            boxes=f"{run.boxes}-eval",
+            score_threshold=run.score_threshold,
+            max_detections=run.max_detections,
+        )
+    )
+    prefix = f"eval/{run.boxes}"
+    evaluate.log(tracked, metrics, pictures, prefix, run.detector_stage.steps)
+    tracking.register(
+        tracked,
+        storage.local_folder(target),
+        name=f"ovd-vild-{run.boxes}",
+        metric=f"{prefix}/ap50_novel",
+        value=metrics.summary()["ap50_novel"],
+    )
+    return target, metrics
+
+
+def save(run: Run, model: ViLD, encoder: TextEncoder, names: Names, target: str) -> None:
+    """Write a complete checkpoint folder to the storage."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_detector(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
+        storage.upload_folder(Path(folder), target)
+
+
+# ------------------------------------------------------------------------------------------------------------ input
+
+
+def read_names(run: Run, encoder: TextEncoder) -> Names:
+    """Embed the names of the box set; categories without a split take no part, and are named."""
+    categories, splits = read_categories(run.storage, run.boxes)
+    rows = tables.read_table(run.storage, "categories", run.boxes, ["name", "split"]).to_pylist()
+    without = [row["name"] for row in rows if not row["split"]]
+    if without:
+        print(f"categories/{run.boxes}: {len(without)} without a split take no part: {', '.join(without[:20])}")
+    trained = [key for key, name in categories.items() if run.novel_boxes or splits[name] == "base"]
+    others = [key for key in categories if key not in set(trained)]
+    ordered = [categories[key] for key in (*trained, *others)]
+    return Names(trained, splits, build_vocabulary(encoder, ordered, splits))
+
+
+def complete(run: Run, names: Names) -> Run:
+    """The run with what follows from its data: embedding width, frozen batch norm, names of a supervised classifier."""
+    pretrained = find_backbone_weights(run.model.detector.backbone, run.backbone_weights) is not None
+    detector = dataclasses.replace(
+        run.model.detector, embed_dim=names.vocabulary.embeddings.shape[1], freeze_norm=pretrained
+    )
+    supervised = names.vocabulary.names[: len(names.ids)] if run.model.variant == "supervised" else ()
+    return dataclasses.replace(
+        run, model=dataclasses.replace(run.model, detector=detector, supervised_names=supervised)
+    )
+
+
+def prepare_data(run: Run) -> Run:
+    """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
+    if run.config == "smoke" and not run.data:
+        prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
+        if not run.teacher:
+            folder = Path(tempfile.mkdtemp(prefix="ovd-"))
+            save_clip(Clip(ClipConfig()), folder)
+            run = dataclasses.replace(run, teacher=str(folder))
+    elif run.data:
+        prepare_boxes.prepare(
+            dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
+        )
+    return run
+
+
+def main() -> None:
+    """Read -> train -> evaluate; prints the table and what comes next."""
+    run = cli.parse(CONFIGS, __doc__)
+    tracking.tracking_uri(run.storage)
+    run = prepare_data(run)
+    trained = train(run)
+    row = trained.metrics.summary()
+    print(f"{'AP50':16}{'base':>8}{'novel':>8}{'all':>8}")
+    print(f"{run.model.variant:16}{row['ap50_base']:8.3f}{row['ap50_novel']:8.3f}{row['ap50_all']:8.3f}")
+    print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in trained.seconds.items()))
+    print(f"model: {trained.model}\nproposals: {trained.proposals}  regions: {trained.regions or 'none'}")
+    print(f"next:  python workflows/serve.py --model {trained.model}")
+
+
+if __name__ == "__main__":
+    cli.execute(main)
