@@ -101,6 +101,8 @@ class _Host:
     last: FetchError | None = None
     """How the last of these ended."""
     given_up_until: float = 0.0
+    paused_until: float = 0.0
+    """It asked for no request until then (`Retry-After`)."""
 
     def settle(self, failure: FetchError | None, began: float) -> None:
         """Count how a URL that began at a time ended here, None for well.
@@ -202,6 +204,8 @@ class Fetcher:
                 return Fetched(content=content, http_status=visit.status, attempts=attempt)
             pause = self.config.backoff_seconds * 2 ** (attempt - 1)
             pause = max(pause + random.uniform(0, pause), failure.retry_after)
+            if failure.retry_after and visit.host:
+                visit.host.paused_until = max(visit.host.paused_until, time.monotonic() + failure.retry_after)
             if not failure.transient or attempt == self.config.max_attempts or pause > visit.remaining:
                 break
             await asyncio.sleep(pause)
@@ -251,23 +255,33 @@ class Fetcher:
         """One of the requests at a time of the URL's host, and of this process.
 
         Raises:
-            FetchError: the host was given up.
+            FetchError: the host was given up, or asked for a pause that is longer than the URL's deadline.
         """
         name = f"{url.raw_host}:{url.port}"
         visit.host = host = self._host(name)
         host.users += 1
         try:
-            async with host.slots, self._slots:
-                now = time.monotonic()
-                visit.began = visit.began or now
-                if host.last and host.failures >= self.config.host_failures:
-                    if now < host.given_up_until:
-                        detail = f"{name} was given up after {host.failures} failures in a row: {host.last.detail}"
-                        raise FetchError(host.last.reason, detail, refusal=True)
-                    host.given_up_until = now + GIVEN_UP_SECONDS
-                yield
+            async with host.slots:
+                await self._pause(host, name, visit)
+                async with self._slots:
+                    now = time.monotonic()
+                    visit.began = visit.began or now
+                    if host.last and host.failures >= self.config.host_failures:
+                        if now < host.given_up_until:
+                            detail = f"{name} was given up after {host.failures} failures in a row: {host.last.detail}"
+                            raise FetchError(host.last.reason, detail, refusal=True)
+                        host.given_up_until = now + GIVEN_UP_SECONDS
+                    yield
         finally:
             host.users -= 1
+
+    async def _pause(self, host: _Host, name: str, visit: _Visit) -> None:
+        """Wait as long as the host asked for."""
+        while (wait := host.paused_until - time.monotonic()) > 0:
+            if wait > visit.remaining:
+                raise FetchError("http_status", f"{name} asked for a pause of {wait:.0f} s more", refusal=True)
+            await asyncio.sleep(wait)
+            visit.remaining -= wait
 
     def _host(self, name: str) -> _Host:
         if name not in self._hosts:

@@ -357,6 +357,34 @@ def test_busy_servers_are_left_alone_as_long_as_they_ask(status: int, as_date: b
     assert times[1] - times[0] >= 0.9  # a date has whole seconds
 
 
+def test_a_host_that_asks_for_a_pause_is_left_alone_by_all_its_urls() -> None:
+    times: list[tuple[float, str]] = []
+
+    async def busy(request: web.Request) -> web.StreamResponse:
+        times.append((time.monotonic(), request.path))
+        if len(times) == 1:
+            return web.Response(status=429, headers={"Retry-After": "1"})
+        return web.Response(body=b"x")
+
+    found = fetch_from(busy, ["/a", "/b", "/c"], replace(LOCAL, deadline_seconds=5.0, per_host=1))
+    assert [result.content for result in found] == [b"x"] * 3
+    assert [path for _, path in times].count("/a") == 2
+    assert all(later - times[0][0] >= 0.9 for later, _ in times[1:])
+
+
+def test_urls_of_a_host_that_asks_for_a_long_pause_are_not_asked_for() -> None:
+    asked: list[str] = []
+
+    async def busy(request: web.Request) -> web.StreamResponse:
+        asked.append(request.path)
+        return web.Response(status=429, headers={"Retry-After": "3600"})
+
+    found = fetch_from(busy, ["/a", "/b"], replace(LOCAL, per_host=1))
+    assert asked == ["/a"]
+    assert [(result.reason, result.attempts) for result in found] == [("http_status", 1), ("http_status", 0)]
+    assert "asked for a pause of 36" in str(found[1].detail)
+
+
 def test_a_wait_beyond_the_deadline_is_not_begun() -> None:
     async def busy(request: web.Request) -> web.StreamResponse:
         return web.Response(status=429, headers={"Retry-After": "3600"})
