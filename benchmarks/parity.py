@@ -302,13 +302,15 @@ def embedded(file: str) -> Tensor:
 
 
 def paired(ours: Tensor, scores: Tensor, theirs: Tensor, their_scores: Tensor) -> Iterator[Pair]:
-    """Proposals are sets: each of theirs is compared with the one of ours that is nearest in place and score."""
+    """Proposals are sets: each of theirs is compared with the nearest of ours in place and score, and the reverse."""
     width = float(theirs.max())
     entries = [torch.column_stack((box / width, score)) for box, score in ((theirs, their_scores), (ours, scores))]
-    nearest = torch.cdist(*entries).argmin(1)
+    distance = torch.cdist(entries[0], entries[1])
+    nearest, back = distance.argmin(1), distance.argmin(0)
     yield "proposals", ours[nearest], theirs
     yield "proposal scores", scores[nearest], their_scores
-    yield "proposals that are none of theirs", float(len(ours) - len(nearest.unique())), 0.0
+    yield "proposals, the reverse", ours, theirs[back]
+    yield "proposal scores, the reverse", scores, their_scores[back]
 
 
 @torch.no_grad()

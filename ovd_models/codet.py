@@ -37,6 +37,8 @@ class CoDetConfig:
     num_proposals: int = 16
     """N: the best proposals of a captioned image that take part."""
     text_guidance: bool = True
+    centre_guidance: bool = True
+    """Take the mean over all concepts from a concept before it guides; the released model does not."""
     aggregation: Literal["maximum", "learned"] = "maximum"
     """From similarities to attention: `align`, or the released perceptron, which fits one group size only."""
     group_size: int = 0
@@ -225,7 +227,8 @@ class CoDet(nn.Module):
         """[B, D] what each image shares with its group, from the embeddings [N, D] of its proposals."""
         config, shape = self.config, (len(concepts.concept_ids), concepts.group_size)
         own_GD = concepts_CD[concepts.concept_ids]
-        guidance_GD = guidance_weights(own_GD, concepts_CD.mean(0)) if config.text_guidance else torch.ones_like(own_GD)
+        centre_D = concepts_CD.mean(0) * config.centre_guidance
+        guidance_GD = guidance_weights(own_GD, centre_D) if config.text_guidance else torch.ones_like(own_GD)
         region_BND = pad_sequence(regions, batch_first=True)
         if config.aggregation == "learned":
             missing = config.num_proposals - region_BND.shape[1]

@@ -126,7 +126,13 @@ class Release:
 
 def released_architectures() -> dict[str, Release]:
     """What CoDet and Detic have released, by name."""
-    coco = CoDetConfig(architecture="c4", detector=coco_r50_c4(), concept_weight=0.1, caption_weight=0.1)
+    coco = CoDetConfig(
+        architecture="c4",
+        detector=coco_r50_c4(),
+        centre_guidance=False,
+        concept_weight=0.1,
+        caption_weight=0.1,
+    )
     lvis = CoDetConfig(architecture="centernet2", text_guidance=False, caption_weight=0.2)
     swin = CenterNet2Config(
         backbone="swin",

@@ -328,6 +328,17 @@ def test_losses_are_weighted_by_the_config() -> None:
     assert second["caption"].item() == pytest.approx(4 * first["caption"].item(), rel=1e-5)
 
 
+def test_guidance_is_centred_on_all_concepts_unless_the_config_says_otherwise() -> None:
+    torch.manual_seed(0)
+    model = CoDet(CONFIG).eval()
+    concepts = F.normalize(unit(3, 16, seed=1) + 3 * unit(1, 16, seed=9), dim=1)  # much in common
+    losses = []
+    for centred in (True, False):
+        model.config = dataclasses.replace(CONFIG, centre_guidance=centred)
+        losses.append(model(blocks(), groups(), unit(2, 16), concepts)["concept"].item())
+    assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
 def test_a_co_mentioned_concept_is_not_pushed_away() -> None:
     torch.manual_seed(0)
     model, batch = CoDet(CONFIG).eval(), groups()
