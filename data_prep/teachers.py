@@ -36,7 +36,7 @@ class EmbedConfig:
     """How the work is shared out; results do not depend on it, but for `batch_size` and the last digits."""
 
     actors: int = 0
-    """Processes that hold the teacher; 0: one a core."""
+    """Processes that hold the teacher; 0: one a core, or as many as the GPUs allow."""
     gpus: float = 0
     """GPUs of an actor."""
     threads: int = 1

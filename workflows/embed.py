@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import ray
 import ray.data
 import torch
 from ray.exceptions import RayTaskError
@@ -214,7 +215,7 @@ def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]
             fn_constructor_args=task.arguments,
             batch_format="pyarrow",
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=min(config.actors or cores, len(missing))),
+            compute=ray.data.ActorPoolStrategy(size=min(count_actors(config), len(missing))),
             num_cpus=0.5,
             num_gpus=config.gpus,
         )
@@ -227,9 +228,23 @@ def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]
     try:
         show_progress(job.table, rows, len(missing))
     except RayTaskError as error:
-        if isinstance(error.cause, InputError):  # of a task, which has told its whole history
-            raise InputError(str(error.cause)) from None
+        if isinstance(error.cause, InputError):  # of a task; Ray adds lines of its own
+            raise InputError(str(error.cause).splitlines()[0]) from None
         raise
+
+
+def count_actors(config: EmbedConfig) -> int:
+    """Processes that hold the teacher.
+
+    Raises:
+        InputError: they are to be as many as the GPUs allow, and there is none.
+    """
+    if config.actors or not config.gpus:
+        return config.actors or cluster.cores()
+    gpus = float(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    if gpus < config.gpus:
+        raise InputError(f"--embed.gpus {config.gpus:g}: found {gpus:g}, expected more or --embed.actors")
+    return int(gpus / config.gpus)
 
 
 def show_progress(table: str, rows: ray.data.Dataset, total: int) -> None:

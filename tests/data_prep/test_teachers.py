@@ -14,7 +14,9 @@ from PIL import Image
 from data_prep import shards, tables, teachers
 from data_prep.crops import CropConfig, Fit, crop_windows
 from data_prep.teachers import EmbedConfig, PairStage, RegionStage, Teacher, embed_regions
-from ovd_models.clip import Clip, ClipConfig, load_clip, save_clip
+from ovd_models.checkpoints import load_detector, save_detector
+from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
+from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
 
 
@@ -186,22 +188,42 @@ def test_members_of_tars_are_read_together(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- stages
 
 
+PICTURES = pa.table(
+    {
+        "shard": ["s"] * 3,
+        "image_id": ["a", "b", "c"],
+        "boxes": pa.array([boxes.tolist() for boxes in BOXES], pa.list_(pa.list_(pa.float32()))),
+        "pixels": pa.array([image.tobytes() for image in IMAGES], pa.large_binary()),
+        "width": [image.width for image in IMAGES],
+        "height": [image.height for image in IMAGES],
+    }
+)
+
+
 def test_region_stage_gives_rows_of_the_table(checkpoint: str) -> None:
-    rows = pa.table(
-        {
-            "shard": ["s"] * 3,
-            "image_id": ["a", "b", "c"],
-            "boxes": pa.array([boxes.tolist() for boxes in BOXES], pa.list_(pa.list_(pa.float32()))),
-            "pixels": pa.array([image.tobytes() for image in IMAGES], pa.large_binary()),
-            "width": [image.width for image in IMAGES],
-            "height": [image.height for image in IMAGES],
-        }
-    )
-    found = RegionStage(checkpoint, EmbedConfig(), CropConfig())(rows)
+    found = RegionStage(checkpoint, EmbedConfig(), CropConfig())(PICTURES)
     assert found["count"].to_pylist() == [4, 0, 2]
     assert found["scores"].to_pylist() == [[1.0] * 4, [], [1.0] * 2]
     expected = embed_regions(Teacher(checkpoint, EmbedConfig()), IMAGES, BOXES, CropConfig())
     assert found["file"].to_pylist() == [entry.tobytes() for entry in expected]
+
+
+def test_proposals_of_a_detector_are_embedded(checkpoint: str, tmp_path: Path) -> None:
+    clip, teacher_id = load_clip(checkpoint)
+    torch.manual_seed(0)
+    encoder = ClipTextEncoder(clip.config, clip.model.text, teacher_id)
+    save_detector(CoDet(CoDetConfig()), encoder, tmp_path, splits={}, run={})
+    found = RegionStage(checkpoint, EmbedConfig(), CropConfig(), str(tmp_path), max_proposals=7)(PICTURES)
+    detector = load_detector(tmp_path)
+    for image, row in zip(IMAGES, found.to_pylist(), strict=True):
+        ((boxes, scores),) = detector.propose([image], 7)
+        assert 1 <= row["count"] == len(boxes) <= 7
+        assert np.array_equal(np.array(row["boxes"], np.float32), boxes.numpy())
+        assert row["scores"] == scores.tolist() == sorted(row["scores"], reverse=True)
+        assert (boxes >= 0).all()
+        assert (boxes <= torch.tensor(image.size).repeat(2)).all()
+        (expected,) = embed_regions(Teacher(checkpoint, EmbedConfig()), [image], [boxes.numpy()], CropConfig())
+        assert np.abs(np.frombuffer(row["file"], "<f2").reshape(-1, 128) - expected).max() < 1e-3
 
 
 def test_pair_stage_embeds_images_and_captions(checkpoint: str, teacher: Teacher) -> None:

@@ -20,9 +20,7 @@ from data_prep.crops import CropConfig
 from data_prep.embeddings import RegionStore, open_rows
 from data_prep.pictograms import World
 from data_prep.teachers import EmbedConfig, Teacher, embed_regions
-from ovd_models.checkpoints import load_detector, save_detector
-from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
-from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.errors import InputError
 from workflows import embed, search
 
@@ -76,9 +74,19 @@ def make_tables(root: Path, images: int = IMAGES) -> None:
     tables.publish(str(root), "pairs", "t", files, producer="test", config_hash="0")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage whose regions and pairs the first test embeds."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    make_tables(folder)
+    return folder
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    make_tables(tmp_path)
+def root(undisturbed: Path, tmp_path: Path) -> Path:
+    """One with the same images, and nothing embedded."""
+    for table in ("boxes", "pairs", "images"):
+        shutil.copytree(undisturbed / table, tmp_path / table)
     return tmp_path
 
 
@@ -94,8 +102,9 @@ def files_of(root: Path, table: str = "regions") -> dict[str, bytes]:
 
 @pytest.mark.ray
 def test_regions_and_pairs_of_two_workers_are_what_the_teacher_says(
-    root: Path, teacher: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+    undisturbed: Path, teacher: str, ray_cluster: None
 ) -> None:
+    root = undisturbed
     run = dataclasses.replace(run_of(root, teacher), pairs="t", fit="warp")
     regions, pairs = embed.embed(run)
     boxes = tables.read_table(str(root), "boxes", "t").to_pylist()
@@ -118,42 +127,45 @@ def test_regions_and_pairs_of_two_workers_are_what_the_teacher_says(
     for row, text in zip(captions, expected, strict=True):
         assert np.abs(texts.read(texts.position(row["image_id"]))[0] - text).max() < 1e-3
 
-    # Again: nothing is done; with another teacher, the table that is there is told apart.
-    before = files_of(root)
-    embed.embed(run)
-    assert "there already" in capsys.readouterr().out
-    assert files_of(root) == before
-    other = root / "other"
-    torch.manual_seed(1)
-    other_id = save_clip(Clip(ClipConfig()), other)
-    with pytest.raises(InputError, match=f'"{alone.id}", this run asks for "{other_id}"'):
-        embed.embed(dataclasses.replace(run, teacher=str(other)))
-    with pytest.raises(InputError, match=f'"{alone.id}", this run asks for "{other_id}"'):
-        search.search(search.Run(storage=str(root), name="t", text="cat", teacher=str(other)))
 
-    # A caption finds itself, and comes with its picture.
-    hits = search.search(
-        search.Run(storage=str(root), name="t", text=captions[4]["caption"], over="captions", prompt_set="", top=3)
-    )
-    assert hits[0].caption == captions[4]["caption"]
+@pytest.mark.ray
+def test_a_table_that_is_there_is_neither_made_again_nor_mistaken(
+    undisturbed: Path, teacher: str, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, before = run_of(undisturbed, teacher), files_of(undisturbed)
+    (manifest,) = embed.embed(run)
+    assert "there already" in capsys.readouterr().out
+    assert files_of(undisturbed) == before
+    torch.manual_seed(1)
+    other = save_clip(Clip(ClipConfig()), tmp_path)
+    both = f'"{manifest.details["teacher"]}", this run asks for "{other}"'
+    with pytest.raises(InputError, match=both):
+        embed.embed(dataclasses.replace(run, teacher=str(tmp_path)))
+    with pytest.raises(InputError, match=both):
+        search.search(search.Run(storage=str(undisturbed), name="t", text="cat", teacher=str(tmp_path)))
+
+
+@pytest.mark.ray
+def test_search_finds_captions_and_frames_regions(undisturbed: Path, teacher: str, ray_cluster: None) -> None:
+    run = search.Run(storage=str(undisturbed), name="t", top=3)
+    planted = "a photo of scene 4 and more and more and more and more"
+    hits = search.search(dataclasses.replace(run, text=planted, over="captions", prompt_set=""))
+    assert hits[0].caption == planted
     assert hits[0].score == pytest.approx(1, abs=1e-3)
     assert hits[0].picture.size == (128, 128)
-    framed = search.search(search.Run(storage=str(root), name="t", text="cat", top=5))
+    store = RegionStore.open(str(undisturbed), "t", {})
+    framed = search.search(dataclasses.replace(run, text="cat", top=5))
     assert [hit.score for hit in framed] == sorted((hit.score for hit in framed), reverse=True)
     assert all(list(hit.box) in store[hit.image_id].boxes.tolist() for hit in framed)
-    assert search.contact_sheet("cat", framed).size == (1120, 288)
-    assert search.contact_sheet("cat", []).width == 1120
+    # Five tiles of 224 pixels, two lines of text below them and two above.
+    assert search.contact_sheet("cat", framed).size == (5 * 224, 224 + 4 * 16)
+    assert search.contact_sheet("cat", []).width == 5 * 224
 
 
 @pytest.mark.ray
 def test_a_job_that_failed_goes_on_and_gives_the_same_bytes(
-    root: Path, teacher: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    undisturbed = tmp_path_factory.mktemp("undisturbed")
-    shutil.copytree(root, undisturbed, dirs_exist_ok=True)
-    embed.embed(run_of(undisturbed, teacher))
-
+    undisturbed: Path, root: Path, teacher: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     last = root / tables.read_table(str(root), "boxes", "t")["uri"][IMAGES - 1].as_py()
     good = last.read_bytes()
     last.write_bytes(good[: len(good) // 2])
@@ -169,30 +181,6 @@ def test_a_job_that_failed_goes_on_and_gives_the_same_bytes(
         assert f"{done} of 4 shards done" in capsys.readouterr().out
     assert files_of(root) == files_of(undisturbed)
     assert not list((root / "staging").rglob("*.json"))
-
-
-@pytest.mark.ray
-def test_proposals_of_a_detector_are_embedded(root: Path, teacher: str, ray_cluster: None) -> None:
-    clip, teacher_id = load_clip(teacher)
-    torch.manual_seed(0)
-    model = CoDet(CoDetConfig())
-    folder = root / "detector"
-    save_detector(model, ClipTextEncoder(clip.config, clip.model.text, teacher_id), folder, splits={}, run={})
-    run = dataclasses.replace(run_of(root, teacher), detector=str(folder), max_proposals=7)
-    (manifest,) = embed.embed(run)
-    assert manifest.details["proposals"].startswith("codet:")
-    assert manifest.details["proposals"].endswith(", 7")
-    store = RegionStore.open(str(root), "t", {"teacher": teacher_id})
-    detector = load_detector(folder)
-    for row in tables.read_table(str(root), "boxes", "t").to_pylist():
-        ((boxes, scores),) = detector.propose([Image.open(root / row["uri"])], 7)
-        found = store[row["image_id"]]
-        assert 1 <= len(found.boxes) <= 7
-        assert np.abs(found.boxes - boxes.numpy()).max() < 1e-2
-        assert found.scores == pytest.approx(scores.numpy(), abs=1e-4)
-        assert (np.diff(found.scores) <= 0).all()
-        assert (found.boxes >= 0).all()
-        assert (found.boxes <= 128).all()
 
 
 def test_bad_requests_say_what_is_wrong(root: Path, teacher: str) -> None:
