@@ -23,8 +23,10 @@ from ovd_models.errors import InputError
 from ovd_models.images import open_image
 from ovd_models.ovsam import OvSam, OvSamConfig
 from ovd_models.preprocess import ImageLike, to_tensor
+from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.sam import EverythingConfig, SamConfig, SamModel
 from ovd_models.segments import Prompts, Segments
+from ovd_models.text_to_mask import TextToMask, TextToMaskConfig
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 
 
@@ -61,6 +63,29 @@ def load_sam_folder(folder: str | Path) -> tuple[SamModel, str]:
     except (RuntimeError, TypeError, KeyError, ValueError, OSError, SafetensorError) as error:
         raise InputError(f"{folder}: not a readable sam checkpoint ({_last_line(error)})") from error
     return model.eval(), sam_id(model)
+
+
+def save_text_to_mask(model: TextToMask, folder: str | Path, *, run: dict[str, Any]) -> None:
+    """Write the checkpoint folder of a SAM that takes CLIP's embeddings as prompts, its CLIP image tower with it."""
+    parts = {"sam": asdict(model.sam.config), "tower": asdict(model.tower), "text": asdict(model.settings)}
+    _save(model, folder, {"method": "text_to_mask", "model": parts, "vocabulary": [], "splits": {}, "run": run})
+
+
+def load_text_to_mask(folder: str | Path) -> TextToMask:
+    """The text-to-mask model of a checkpoint folder, in evaluation mode.
+
+    Raises:
+        InputError: there is no such checkpoint, it is another method's, or broken.
+    """
+    info = _info_of(folder, "text_to_mask")
+    try:
+        sam, tower = from_json(SamConfig, info.model["sam"]), from_json(TowerConfig, info.model["tower"])
+        clip = ClipPyramid(build_tower(tower, sam.image_size))
+        model = TextToMask(SamModel(sam), clip, tower, from_json(TextToMaskConfig, info.model["text"]))
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    except (RuntimeError, TypeError, KeyError, ValueError, OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: not a readable text_to_mask checkpoint ({_last_line(error)})") from error
+    return model.eval()
 
 
 def save_ovsam(

@@ -82,19 +82,14 @@ class SamClip(nn.Module):
     def crops(self, image: Tensor, masks_PHW: Tensor) -> Tensor:
         """[P, 3, s, s] normalised squares around the masks; beyond the image's edge they have CLIP's mean colour."""
         colours = (image.float() - self.mean) / self.std
-        boxes_P4 = _boxes_or_whole(masks_PHW)
-        centre_P2, sides_P2 = (boxes_P4[:, :2] + boxes_P4[:, 2:]) / 2, boxes_P4[:, 2:] - boxes_P4[:, :2]
-        half_P1 = sides_P2.amax(1, keepdim=True) * self.config.margin / 2
-        squares_P4 = torch.cat([centre_P2 - half_P1, centre_P2 + half_P1], dim=1)
-        rows = torch.arange(len(masks_PHW), device=image.device)
+        rows = torch.zeros(len(masks_PHW), dtype=torch.int64, device=image.device)
+        margin_P = torch.full((len(masks_PHW),), self.config.margin, device=image.device)
         if self.config.background == "keep":
-            pictures, source = colours[None], torch.zeros_like(rows)
-        else:
-            fill = -self.mean / self.std if self.config.background == "black" else torch.zeros_like(self.mean)
-            pictures, source = torch.where(masks_PHW[:, None], colours, fill), rows
-        rois_P5 = torch.cat([source[:, None].float(), squares_P4], dim=1)
-        crops: Tensor = roi_align(pictures, rois_P5, self.clip_side, 1.0, 2, aligned=True)
-        return crops
+            return square_crops(colours[None], rows, _boxes_or_whole(masks_PHW), margin_P, self.clip_side)
+        fill = -self.mean / self.std if self.config.background == "black" else torch.zeros_like(self.mean)
+        pictures = torch.where(masks_PHW[:, None], colours, fill)
+        rows = torch.arange(len(masks_PHW), device=image.device)
+        return square_crops(pictures, rows, _boxes_or_whole(masks_PHW), margin_P, self.clip_side)
 
     def feature_embeddings(self, image: Tensor, masks_PHW: Tensor, encoded: EncodedImage) -> Tensor:
         """[P, D] unit rows out of CLIP's features of the whole image."""
@@ -113,6 +108,23 @@ class SamClip(nn.Module):
         corners = torch.stack([centre_P2 - half_P2, centre_P2 + half_P2], dim=1)
         rois_P4 = scale_prompts(corners, encoded).view(-1, 4).clamp(0, side)
         return self.clip.region_embeddings(top, F.pad(rois_P4, (1, 0)))
+
+
+def square_crops(pictures_B3HW: Tensor, source_P: Tensor, boxes_P4: Tensor, margin_P: Tensor, side: int) -> Tensor:
+    """[P, 3, s, s] squares around boxes, `margin` times their longer side; zeros beyond a picture's edge.
+
+    Args:
+        pictures_B3HW: normalised colours.
+        source_P: [P] int64, the picture of each box.
+        boxes_P4: xyxy in pixels of the picture.
+        margin_P: [P].
+        side: s.
+    """
+    centre_P2, sides_P2 = (boxes_P4[:, :2] + boxes_P4[:, 2:]) / 2, boxes_P4[:, 2:] - boxes_P4[:, :2]
+    half_P1 = sides_P2.amax(1, keepdim=True) * margin_P[:, None] / 2
+    rois_P5 = torch.cat([source_P[:, None].to(boxes_P4), centre_P2 - half_P1, centre_P2 + half_P1], dim=1)
+    crops: Tensor = roi_align(pictures_B3HW, rois_P5, side, 1.0, 2, aligned=True)
+    return crops
 
 
 def _boxes_or_whole(masks_PHW: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,9 +36,7 @@ class SamConfig:
     """S: the longer side of an image is brought to it, the rest is padded; a multiple of `patch_size`."""
     patch_size: int = 8
     """Pixels between embeddings, their stride."""
-    conv_stem: bool = False
-    """Strided 3 x 3 convolutions instead of one patch projection: from scratch, they learn several times as fast."""
-    width: int = 96
+    width: int = 128
     depth: int = 4
     heads: int = 4
     window: int = 8
@@ -48,7 +45,7 @@ class SamConfig:
     """Blocks that attend to the whole image."""
     norm_eps: float = 1e-6
     """Of the image encoder's layer norms."""
-    prompt_width: int = 64
+    prompt_width: int = 128
     """C."""
     mask_channels: int = 8
     decoder_heads: int = 4
@@ -83,34 +80,6 @@ VIT_B, VIT_L, VIT_H = (
     )
 )
 """The published models."""
-
-
-class ConvStem(nn.Module):
-    """The image encoder's first layer as stages of a strided and a plain convolution, each halving the sides.
-
-    Args:
-        width: channels that come out; each stage has half as many as the next.
-        stride: pixels between embeddings, a power of two.
-    """
-
-    def __init__(self, width: int, stride: int) -> None:
-        super().__init__()
-        stages = stride.bit_length() - 1
-        if stride != 1 << stages:
-            raise InputError(f"patch_size: {stride}, expected a power of two for conv_stem")
-        layers: list[nn.Module] = []
-        before = 3
-        for stage in range(stages):
-            channels = width >> (stages - 1 - stage)
-            layers += [nn.Conv2d(before, channels, 3, 2, 1), LayerNorm2d(channels), nn.GELU()]
-            layers += [nn.Conv2d(channels, channels, 3, 1, 1), LayerNorm2d(channels), nn.GELU()]
-            before = channels
-        self.layers = nn.Sequential(*layers[:-2])  # the transformer's blocks begin with a norm of their own
-
-    def forward(self, images_B3SS: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, h, h, W]."""
-        hidden: Tensor = self.layers(images_B3SS)
-        return hidden.permute(0, 2, 3, 1)
 
 
 def build_prompt_encoder(config: SamConfig) -> PromptEncoder:
@@ -160,8 +129,6 @@ def build_sam(config: SamConfig) -> Sam:
         window_size=config.window,
         global_attn_indexes=config.global_blocks,
     )
-    if config.conv_stem:
-        encoder.patch_embed = ConvStem(config.width, config.patch_size)
     prompt_encoder = build_prompt_encoder(config)
     return Sam(encoder, prompt_encoder, build_mask_decoder(config), list(IMAGENET_MEAN), list(IMAGENET_STD))
 

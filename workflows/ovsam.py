@@ -6,6 +6,7 @@ teacher (clip.py) --> sam2clip: CLIP's levels -> SAM's embedding <---------+
                         |
                       clip2sam: mask decoder and label branch, base names --> evaluate: IoU and accuracy of
                                                                               base, novel, all names
+      with --text-to-mask also: SAM learns to be prompted by CLIP's embeddings, so by names
 
 python workflows/ovsam.py --config smoke
 python workflows/ovsam.py --config pictograms --teacher runs/runs/clip/<run>/model
@@ -32,14 +33,15 @@ from data_prep import features, storage, tables
 from data_prep.batching import StreamShape, stream
 from data_prep.collate import FeatureCollate, MaskCollate
 from data_prep.masks import feature_loader, mask_loader
-from ovd_models.checkpoints_ovsam import load_sam_folder, save_ovsam, save_sam
+from ovd_models.checkpoints_ovsam import load_sam_folder, save_ovsam, save_sam, save_text_to_mask
 from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
 from ovd_models.errors import InputError
 from ovd_models.ovsam import OvSam, OvSamConfig
 from ovd_models.ovsam_training import Clip2SamConfig, Clip2SamTraining, Sam2ClipTraining
-from ovd_models.pyramid import TowerConfig
+from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.sam import VIT_H, SamConfig, SamModel, load_sam
 from ovd_models.sam_training import SamTraining, SamTrainingConfig
+from ovd_models.text_to_mask import TextToMask, TextToMaskConfig
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import cli, cluster, pointing_report, prepare_boxes, tracking, training
 from workflows.tracking import MetricLogger, TrackedRun
@@ -79,6 +81,10 @@ class Run:
     sam_stage: Optimisation
     sam2clip_stage: Optimisation
     clip2sam_stage: Optimisation
+    text_to_mask: bool = False
+    """Whether SAM also learns to take a name as its prompt."""
+    text: TextToMaskConfig = field(default_factory=TextToMaskConfig)
+    text_stage: Optimisation = field(default_factory=lambda: Optimisation(steps=500, learning_rate=1e-3))
     eval_images: int = 0
     """Of the evaluation set, this many of its first images; all if 0."""
     resume: str = ""
@@ -86,7 +92,7 @@ class Run:
 
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
-        for stage in (self.sam_stage, self.sam2clip_stage, self.clip2sam_stage):
+        for stage in (self.sam_stage, self.sam2clip_stage, self.clip2sam_stage, self.text_stage):
             training.check_shared("batch_size", self.batch_size, stage.workers)
 
 
@@ -103,6 +109,8 @@ def smoke() -> Run:
         sam_stage=quick,
         sam2clip_stage=quick,
         clip2sam_stage=quick,
+        text_to_mask=True,
+        text_stage=quick,
         eval_images=4,
     )
 
@@ -112,9 +120,10 @@ def pictograms() -> Run:
     return Run(
         config="pictograms",
         boxes="pictograms",
-        sam_stage=Optimisation(steps=1500, learning_rate=2e-3, workers=0),
-        sam2clip_stage=Optimisation(steps=500, learning_rate=2e-3, workers=0),
-        clip2sam_stage=Optimisation(steps=500, learning_rate=2e-3, workers=0),
+        # Small operations keep one core busy: two processes of one thread are faster than one of two.
+        sam_stage=Optimisation(steps=2000, learning_rate=1.5e-3, workers=2),
+        sam2clip_stage=Optimisation(steps=500, learning_rate=2e-3, workers=2),
+        clip2sam_stage=Optimisation(steps=500, learning_rate=2e-3, workers=2),
     )
 
 
@@ -320,6 +329,30 @@ def train_head(
     module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
 
 
+def build_text_training(sam: SamConfig, tower: TowerConfig, settings: TextToMaskConfig) -> nn.Module:
+    """The module that learns names as prompts."""
+    clip = ClipPyramid(build_tower(tower, sam.image_size))
+    return TextToMask(SamModel(sam), clip, tower, settings)
+
+
+def train_text(
+    run: Run, config: OvSamConfig, sam: SamModel, clip: Clip, names: "Names", run_dir: str, logger: MetricLogger
+) -> TextToMask:
+    """Teach a copy of the SAM to take CLIP's embeddings as prompts."""
+    settings = run.text_stage
+    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=settings.seed, flip_probability=0.0)
+    torch.manual_seed(settings.seed)
+    build = partial(build_text_training, config.sam, config.tower, run.text)
+    module = build()
+    assert isinstance(module, TextToMask)
+    module.sam.load_state_dict(sam.state_dict())
+    module.clip.tower.load_state_dict(clip.model.visual.state_dict())
+    stage = Stage("text", settings, build, (), True, MaskCollate())
+    module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
+    module.set_text_centre(names.base.embeddings)
+    return module.eval()
+
+
 @dataclass(frozen=True)
 class Names:
     """The names of a box set."""
@@ -402,13 +435,27 @@ def train(run: Run) -> Trained:
         base_ids = [names.ids[name] for name in names.base.names]
         train_head(run, model, names.base, base_ids, run_dir, logger)
         seconds["clip2sam"] = time.perf_counter() - started - sum(seconds.values())
-        target, report = finish(run, model.eval(), sam, encoder, names, run_dir, tracked)
+        text = None
+        if run.text_to_mask:
+            text = train_text(run, model.config, sam, clip, names, run_dir, logger)
+            with tempfile.TemporaryDirectory() as folder:
+                save_text_to_mask(text, folder, run=dataclasses.asdict(run))
+                storage.upload_folder(Path(folder), storage.join(run_dir, "text_model"))
+            seconds["text"] = time.perf_counter() - started - sum(seconds.values())
+        target, report = finish(run, model.eval(), sam, text, encoder, names, run_dir, tracked)
         seconds["evaluate"] = time.perf_counter() - started - sum(seconds.values())
     return Trained(model=target, sam=sam_folder, report=report, seconds=seconds, run_id=tracked.run_id)
 
 
 def finish(
-    run: Run, model: OvSam, sam: SamModel, encoder: ClipTextEncoder, names: Names, run_dir: str, tracked: TrackedRun
+    run: Run,
+    model: OvSam,
+    sam: SamModel,
+    text: TextToMask | None,
+    encoder: ClipTextEncoder,
+    names: Names,
+    run_dir: str,
+    tracked: TrackedRun,
 ) -> tuple[str, pointing_report.Report]:
     """Save the checkpoint folder, evaluate it beside SAM and the baselines, and log metrics and pictures."""
     target = storage.join(run_dir, "model")
@@ -416,7 +463,7 @@ def finish(
         save_ovsam(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
         storage.upload_folder(Path(folder), target)
         report = pointing_report.evaluate(
-            run.storage, f"{run.boxes}-eval", names.ids, names.vocabulary, model, sam, limit=run.eval_images
+            run.storage, f"{run.boxes}-eval", names.ids, names.vocabulary, model, sam, text, limit=run.eval_images
         )
         tracked.log_metrics(report.metrics(f"eval/{run.boxes}"), run.clip2sam_stage.steps)
         for number, picture in enumerate(report.pictures):

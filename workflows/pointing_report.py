@@ -1,6 +1,6 @@
 """What OV-SAM is measured by: IoU and accuracy with box and click prompts, beside SAM and the simple baselines.
 
-boxes/<name>-eval --every object, by its box and by its centre--> masks, names --> IoU, accuracy, cost, pictures
+boxes/<name>-eval --every object, by its box, its centre, its name--> masks, names --> IoU, accuracy, cost, pictures
 """
 
 import time
@@ -24,6 +24,7 @@ from ovd_models.preprocess import to_tensor
 from ovd_models.sam import SamModel
 from ovd_models.sam_training import mask_ious
 from ovd_models.segments import Prompts, Segments, boxes_of
+from ovd_models.text_to_mask import TextToMask
 from ovd_models.vocabulary import Vocabulary
 
 BASELINES: dict[str, BaselineConfig] = {
@@ -90,6 +91,7 @@ def evaluate(
     vocabulary: Vocabulary,
     model: OvSam,
     sam: SamModel,
+    text: TextToMask | None = None,
     *,
     limit: int = 0,
 ) -> Report:
@@ -102,6 +104,7 @@ def evaluate(
         vocabulary: the names that compete, base ones marked.
         model: the OV-SAM.
         sam: its teacher.
+        text: a SAM that takes names as prompts, if there is one.
         limit: of images; all if 0.
 
     Raises:
@@ -131,10 +134,14 @@ def evaluate(
                 metrics.add(ious, segments.labels.tolist(), labels, novel)
             if kind == "box" and len(pictures) < NUM_PICTURES:
                 pictures.append(found["ovsam"].draw(image=Image.fromarray(image.permute(1, 2, 0).numpy())))
+        if text is not None:
+            by_name = text.segment_text(text.sam.encode(image), vocabulary.embeddings[labels])
+            ious = mask_ious(by_name.masks.flatten(1), masks.flatten(1))
+            collected.setdefault(("sam", "text"), PointingMetrics()).add(ious, [-1] * len(labels), labels, novel)
     summaries = {key: metrics.summary() for key, metrics in collected.items()}
-    for kind in PROMPT_KINDS:  # SAM gives no names
-        summary = summaries.get(("sam", kind), {})
-        summaries["sam", kind] = {n: v if n.startswith("iou") else float("nan") for n, v in summary.items()}
+    for key in summaries:
+        if key[0] == "sam":  # which gives no names
+            summaries[key] |= dict.fromkeys(("accuracy_base", "accuracy_novel", "accuracy_all"), float("nan"))
     image = read_row(storage_uri, rows[0], label_of)[0]
     return Report(summaries, costs(model, sam, baselines, vocabulary, image), collected, tuple(pictures))
 

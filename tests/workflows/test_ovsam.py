@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import ovd_models
-from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder
+from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder, load_text_to_mask
 from ovd_models.errors import InputError
 from ovd_models.sam import VIT_H, EverythingConfig
 from ovd_models.segments import Prompts
@@ -58,13 +58,23 @@ def test_every_stage_changes_its_part_and_no_other(prepared: Run, trained: Train
 @pytest.mark.ray
 def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained) -> None:
     report = trained.report
-    assert {kind for _, kind in report.rows} == {"box", "point"}
+    assert {kind for _, kind in report.rows} == {"box", "point", "text"}
     assert {"sam", "ovsam", "image crop", "mask features", "roi features"} <= {variant for variant, _ in report.rows}
     assert 0 <= report.rows["ovsam", "box"]["iou_all"] <= 1
     assert math.isnan(report.rows["sam", "box"]["accuracy_all"])
     assert report.costs["ovsam"].parameters > 0 and report.costs["sam"].flops > 0
     text = report.table()
     assert "ovsam, point" in text and "GFLOP" in text
+
+
+@pytest.mark.ray
+def test_names_are_prompts_too(prepared: Run, trained: Trained) -> None:
+    model = load_text_to_mask(Path(trained.model).parent / "text_model")
+    names = load_ovsam_folder(trained.model)[1].vocabulary
+    found = model.segment_text(torch.zeros(3, 50, 70, dtype=torch.uint8), torch.eye(128)[: len(names)])
+    assert found.masks.shape == (len(names), 50, 70)
+    with pytest.raises(InputError, match="checkpoint of method 'text_to_mask'"):
+        load_ovsam_folder(Path(trained.model).parent / "text_model")
 
 
 @pytest.mark.ray
