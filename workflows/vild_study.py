@@ -139,9 +139,7 @@ def with_seed(run: Run, seed: int) -> vild.Run:
 
 def with_variant(run: vild.Run, variant: str) -> vild.Run:
     """The training of a variant; its scoring is the config's."""
-    # `vild.complete` puts the names of the data in the place of the question mark.
-    names = ("?",) if variant == "supervised" else ()
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, variant=variant, supervised_names=names))
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, variant=variant))
 
 
 def remembered(run: Run, own: vild.Run, name: str, job: Callable[[vild.Run], dict[str, Any]]) -> dict[str, Any]:

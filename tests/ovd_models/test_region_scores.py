@@ -101,7 +101,7 @@ def test_without_a_base_flag_all_names_are_fused_alike() -> None:
 
 def test_the_background_takes_probability_from_the_text_head_alone() -> None:
     entry, vocabulary = record(), words(3)
-    text = class_probabilities(dataclasses.replace(entry, image=None), vocabulary, Scoring())
+    text = class_probabilities(dataclasses.replace(entry, image=None), vocabulary, Scoring(temperature=5.0))
     image = class_probabilities(dataclasses.replace(entry, text=None, background=None), vocabulary, Scoring())
     assert bool((text.sum(1) < 1).all())
     assert torch.allclose(image.sum(1), torch.ones(4))

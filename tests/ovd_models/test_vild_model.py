@@ -157,7 +157,7 @@ def test_a_batch_that_lacks_what_is_learned_is_told() -> None:
     with pytest.raises(InputError, match="variant: 'best'"):
         config("best")
     with pytest.raises(InputError, match="supervised_names"):
-        ViLDConfig(variant="supervised")
+        ViLD(ViLDConfig(variant="supervised"))
 
 
 def overfit(variant: str, steps: int = 150, **detector: object) -> ViLD:
