@@ -45,8 +45,6 @@ class ViLDConfig:
         """Check the variant."""
         if self.variant not in VARIANTS:
             raise InputError(f"variant: {self.variant!r}, expected one of {', '.join(VARIANTS)}")
-        if (self.variant == "supervised") != bool(self.supervised_names):
-            raise InputError(f"supervised_names: {len(self.supervised_names)} names, of use to 'supervised' alone")
 
     @property
     def names_classes(self) -> bool:
@@ -70,6 +68,8 @@ class ViLD(nn.Module):
         if config.names_classes:
             self.background = nn.Parameter(torch.randn(c.embed_dim) * BACKGROUND_STD)
         if config.variant == "supervised":
+            if not config.supervised_names:
+                raise InputError("supervised_names: empty, expected the names that carry boxes in training")
             self.classes = nn.Parameter(torch.randn(len(config.supervised_names), c.embed_dim) * BACKGROUND_STD)
         if config.variant == "ensemble":
             self.image_head = build_box_head(c.pyramid_channels, c.head_width, c.head_convs)

@@ -17,6 +17,7 @@ import ray
 import ray.data
 import ray.train
 import torch
+from pyarrow import fs
 from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -338,6 +339,13 @@ def open_run(storage_uri: str, workflow: str, config: str, resume: str) -> str:
     if resume and not storage.exists(run_dir):
         raise InputError(f"--resume {resume}: no such run, {run_dir} does not exist")
     return run_dir
+
+
+def find_run(storage_uri: str, workflow: str, config: str) -> str:
+    """The name of the last run of a config, as `--resume` takes it; empty if there is none."""
+    filesystem, path = storage.resolve(storage.join(storage_uri, "runs", workflow))
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return max((str(info.base_name) for info in found if info.base_name.startswith(f"{config}-")), default="")
 
 
 def check_shared(field: str, size: int, workers: int) -> None:

@@ -400,11 +400,7 @@ def train(run: Run) -> Trained:
     Raises:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
-    run_dir = training.open_run(run.storage, "vild", run.config, run.resume)
-    _, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
-    names = read_names(run, encoder)
-    cluster.start_ray()
-    run = complete(run, names)
+    run, run_dir, names, encoder = begin(run)
     tags = {"boxes": run.train_table, "categories": run.boxes}
     tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in tags.items()}
     seconds, clock = {}, time.perf_counter
@@ -430,6 +426,26 @@ def train(run: Run) -> Trained:
     )
 
 
+def begin(run: Run) -> tuple[Run, str, Names, TextEncoder]:
+    """What both stages need: the run with what follows from its data, its folder, the names and what embeds them."""
+    run_dir = training.open_run(run.storage, "vild", run.config, run.resume)
+    _, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
+    names = read_names(run, encoder)
+    cluster.start_ray()
+    return complete(run, names), run_dir, names, encoder
+
+
+def train_rpn(run: Run) -> str:
+    """The first stage alone; returns its checkpoint.
+
+    Raises:
+        InputError: a table or the teacher is missing.
+    """
+    run, run_dir, names, encoder = begin(run)
+    with tracking.run(run.storage, experiment="vild", name=run.config, params=cli.flatten(run)) as tracked:
+        return train_proposals(run, names, encoder, run_dir, tracked)
+
+
 def train_proposals(run: Run, names: Names, encoder: TextEncoder, run_dir: str, tracked: TrackedRun) -> str:
     """Train the proposal network on the training boxes, whatever their category; returns its checkpoint.
 
@@ -441,6 +457,7 @@ def train_proposals(run: Run, names: Names, encoder: TextEncoder, run_dir: str, 
     if state is not None:
         load_backbone(network, state)
     weights = train_stage(run, "rpn", names, network.state_dict(), run_dir, None, tracked)
+    torch.manual_seed(run.rpn_stage.seed)  # a resumed run gives the same checkpoint, and so the same embeddings
     model = ViLD(dataclasses.replace(run.model, variant="text", supervised_names=()))
     model.detector.load_state_dict(weights, strict=False)
     target = storage.join(run_dir, "proposals")

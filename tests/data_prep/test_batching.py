@@ -19,9 +19,11 @@ from data_prep.batching import (
     pair_loader,
     plan_epochs,
     plan_group,
+    plan_weighted,
+    repeat_factors,
     stream,
 )
-from data_prep.collate import DetectionCollate, GroupCollate, PairCollate
+from data_prep.collate import GroupCollate, PairCollate
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable
 
@@ -32,6 +34,30 @@ def test_every_epoch_is_a_permutation_of_its_own() -> None:
     rows = plan_epochs(3, 20, np.arange(60)).reshape(3, 20)
     assert all(sorted(epoch.tolist()) == list(range(20)) for epoch in rows)
     assert len({tuple(epoch.tolist()) for epoch in rows}) == 3
+
+
+def test_weighted_rows_come_as_often_as_their_weights() -> None:
+    # Weights sum to 8.5, so an epoch has 9 positions: 9 / 8.5 times 1, 2.5, 1, 4.
+    weights = np.array([1.0, 2.5, 1.0, 4.0])
+    rows = plan_weighted(3, weights, np.arange(9 * 400)).reshape(400, 9)
+    counts = np.stack([np.bincount(epoch, minlength=4) for epoch in rows])
+    share = weights * 9 / 8.5
+    assert bool((counts >= np.floor(share)).all() and (counts <= np.ceil(share)).all())
+    assert np.allclose(counts.mean(0), share, atol=0.1)
+    assert len({tuple(epoch.tolist()) for epoch in rows}) > 300
+    assert plan_weighted(3, weights, np.arange(20, 60)).tolist() == rows.ravel()[20:60].tolist()
+
+
+def test_weights_of_one_give_permutations() -> None:
+    rows = plan_weighted(0, np.ones(7), np.arange(21)).reshape(3, 7)
+    assert all(sorted(epoch.tolist()) == list(range(7)) for epoch in rows)
+
+
+def test_repeat_factors_by_hand() -> None:
+    # Category 1 is in 4 of 4 images, category 2 in 1 of 4: sqrt(0.5 / 0.25) = 1.414 with a threshold of 0.5.
+    found = repeat_factors([[1, 1], [1], [1, 2, 2], [1], []][:4], 0.5)
+    assert np.allclose(found, [1, 1, 2**0.5, 1])
+    assert repeat_factors([[1], []], 0.1).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("start", [0, 1, 19, 20, 33])
@@ -208,24 +234,6 @@ def store(tmp_path: Path) -> Path:
     ]
     columns = tables.SCHEMAS["groups"].names
     published(tmp_path, "groups", "t", [{key: row[key] for key in columns} for row in members])
-    scene = flat(0, 8, 16)
-    scene[:, :4] = 200  # bright on the left
-    storage.write_bytes(f"{tmp_path}/images/a.png", encoded(scene))
-    storage.write_bytes(f"{tmp_path}/images/b.png", encoded(scene[:4]))
-    empty: dict[str, object] = {"masks": [], "neg_category_ids": [], "not_exhaustive_category_ids": []}
-    boxes: list[dict[str, object]] = [
-        {
-            "uri": "images/a.png",
-            "boxes": [[0.0, 0.0, 4.0, 8.0], [1.0, 1.0, 9.0, 5.0], [0.0, 0.0, 16.0, 8.0]],
-            "category_ids": [30, 99, 10],
-            "iscrowd": [False, False, True],
-            **empty,
-        },
-        {"uri": "images/b.png", "boxes": [[1.0, 2.0, 3.0, 4.0]], "category_ids": [10], "iscrowd": [False], **empty},
-        {"uri": "images/none.png", "boxes": [], "category_ids": [], "iscrowd": [], **empty},
-        {"uri": "images/x.png", "boxes": [[0.0, 0, 1, 1]], "category_ids": [99], "iscrowd": [False], **empty},
-    ]
-    published(tmp_path, "boxes", "t", boxes)
     return tmp_path
 
 
@@ -246,49 +254,6 @@ def test_large_pairs_are_left_out_on_demand(ray_cluster: None, store: Path) -> N
     assert loader.count == 2
     with pytest.raises(InputError, match="pairs/t: no pair with sides up to 5 px"):
         pair_loader(str(store), "t", seed=0, image_size=16, max_side=5)
-
-
-@pytest.mark.ray
-def test_scenes_keep_boxes_of_training_categories_that_are_no_crowds(ray_cluster: None, store: Path) -> None:
-    loader = detection_loader(str(store), "t", [10, 30], seed=0, augmentation=Augmentation())
-    assert loader.count == 2  # without the empty image and the one of category 99
-    batch = DetectionCollate()(loader(np.arange(2)))
-    order = [image.shape[1] for image in batch.images]
-    assert sorted(order) == [4, 8]
-    first = order.index(8)
-    assert batch.images[first].shape == (3, 8, 16)
-    assert batch.boxes[first].tolist() == [[0.0, 0.0, 4.0, 8.0]]
-    assert batch.labels[first].tolist() == [1]
-    assert batch.labels[1 - first].tolist() == [0]
-    assert batch.boxes[first].dtype == torch.float32
-    assert batch.num_images == 2
-
-
-@pytest.mark.ray
-def test_mirrored_scenes_carry_mirrored_boxes(ray_cluster: None, store: Path) -> None:
-    loader = detection_loader(str(store), "t", [10, 30], seed=0, augmentation=Augmentation(flip_probability=1.0))
-    batch = DetectionCollate()(loader(np.arange(2)))
-    first = [image.shape[1] for image in batch.images].index(8)
-    assert batch.boxes[first].tolist() == [[12.0, 0.0, 16.0, 8.0]]
-    x0, y0, x1, y1 = (int(value) for value in batch.boxes[first][0])
-    assert bool((batch.images[first][:, y0:y1, x0:x1] == 200).all())
-    assert int((batch.images[first] == 200).sum()) == 3 * 8 * 4
-
-
-@pytest.mark.ray
-def test_flips_depend_on_the_position_alone(ray_cluster: None, store: Path) -> None:
-    loader = detection_loader(str(store), "t", [10, 30], seed=0, augmentation=Augmentation(flip_probability=0.5))
-    whole = loader(np.arange(40))
-    assert loader(np.arange(17, 40)).equals(whole.slice(17))
-    seen = {tuple(box) for box in whole["boxes"].to_pylist()}
-    assert len(seen) == 4  # both scenes, either way
-
-
-def test_flipping_by_hand_and_twice() -> None:
-    boxes = np.array([[1, 2, 4, 8], [0, 0, 10, 1]], np.float32)
-    assert flip_boxes(boxes, 10).tolist() == [[6, 2, 9, 8], [0, 0, 10, 1]]
-    assert np.array_equal(flip_boxes(flip_boxes(boxes, 10), 10), boxes)
-    assert flip_boxes(np.zeros((0, 4), np.float32), 10).shape == (0, 4)
 
 
 @pytest.mark.ray
@@ -338,7 +303,6 @@ def test_captions_are_embedded_by_the_teacher(ray_cluster: None, store: Path) ->
 
 LOADERS: dict[str, tuple[Callable[[str], object], str]] = {
     "pairs": (lambda root: pair_loader(root, "t", seed=0, image_size=16, max_side=None), "prepare_pairs"),
-    "boxes": (lambda root: detection_loader(root, "t", [1], seed=0, augmentation=Augmentation()), "prepare_boxes"),
     "groups": (lambda root: group_loader(root, "t", seed=0, group_size=2, min_side=0), "prepare_pairs"),
 }
 
@@ -349,12 +313,6 @@ def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path, table: 
     with pytest.raises(InputError) as caught:
         load(str(tmp_path))
     assert str(caught.value) == (f"{tmp_path}/{table}/t: no such table; `python workflows/{producer}.py` makes it")
-
-
-@pytest.mark.ray
-def test_no_box_of_the_training_categories_is_told(ray_cluster: None, store: Path) -> None:
-    with pytest.raises(InputError, match="boxes/t: no image has a box of the 1 training categories"):
-        detection_loader(str(store), "t", [77], seed=0, augmentation=Augmentation())
 
 
 @pytest.mark.ray

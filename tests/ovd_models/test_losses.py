@@ -9,7 +9,14 @@ import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from ovd_models.codet import gather_captions
-from ovd_models.losses import caption_loss, concept_loss, cosine_logits, sigmoid_loss
+from ovd_models.losses import (
+    caption_loss,
+    concept_loss,
+    cosine_logits,
+    distillation_loss,
+    sigmoid_loss,
+    softmax_loss,
+)
 
 LN2 = math.log(2)
 
@@ -139,3 +146,85 @@ def test_captions_of_two_processes_are_gathered_in_rank_order(tmp_path: Path) ->
         assert torch.equal(gathered, expected)
         assert own.tolist() == [2 * rank, 2 * rank + 1]
         assert same_rank.tolist() == [rank == 0, rank == 0, rank == 1, rank == 1]
+
+
+# ------------------------------------------------------------------------------------------------------------ ViLD
+
+
+def test_softmax_loss_by_hand() -> None:
+    logits, background = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([0.0, 1.0])
+    # Region 0 is name 0: log(e + 1 + 1) - 1. Region 1 is background: log(1 + e^2 + e) - 1.
+    expected = (math.log(math.e + 2) - 1 + math.log(1 + math.e**2 + math.e) - 1) / 2
+    assert float(softmax_loss(logits, background, torch.tensor([0, -1]))) == pytest.approx(expected)
+
+
+def test_novel_names_carry_no_probability() -> None:
+    logits, background = 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.randn(6)
+    labels, trained = torch.tensor([0, 2, -1, 3, -1, 0]), torch.tensor([True, False, True, True, False])
+    logits.requires_grad_()
+    masked = softmax_loss(logits, background, labels, trained)
+    rows = torch.tensor([0, -1, 1, 2])[labels]  # the same names without the novel ones
+    alone = softmax_loss(logits[:, trained], background, torch.where(labels < 0, -1, rows))
+    assert masked.item() == pytest.approx(alone.item())
+    (gradient,) = torch.autograd.grad(masked, logits)
+    assert bool((gradient[:, ~trained] == 0).all())
+    # The released code multiplies such logits by 0, which leaves exp(0) in the denominator for each of them.
+    multiplied = softmax_loss(logits * trained, background, labels)
+    assert multiplied.item() > masked.item()
+
+
+def test_distillation_by_hand() -> None:
+    student, teacher = torch.tensor([[3.0, 4.0], [0.0, 5.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # |0.6 - 1| + |0.8 - 0| = 1.2, and 0 for the second one.
+    assert float(distillation_loss(student, teacher, torch.tensor([True, True]))) == pytest.approx(0.6)
+    assert float(distillation_loss(student, teacher, torch.tensor([True, False]))) == pytest.approx(1.2)
+
+
+def test_distillation_equals_a_slow_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(7, 5, generator=generator), torch.randn(7, 5, generator=generator)
+    valid = torch.tensor([True, False, True, True, False, True, True])
+    total = 0.0
+    for row in range(7):
+        if valid[row]:
+            one, two = student[row] / student[row].norm(), teacher[row] / teacher[row].norm()
+            total += sum(abs(float(one[k] - two[k])) for k in range(5))
+    assert float(distillation_loss(student, teacher, valid)) == pytest.approx(total / 5, rel=1e-5)
+
+
+def test_what_is_not_valid_does_not_matter() -> None:
+    student = torch.randn(3, 4).requires_grad_()
+    teacher, valid = torch.randn(3, 4), torch.tensor([True, False, True])
+    changed = torch.where(valid[:, None], teacher, torch.full((3, 4), 1e4))
+    same = [distillation_loss(student, rows, valid).item() for rows in (teacher, changed)]
+    assert same[0] == same[1]
+    distillation_loss(student, changed, valid).backward()
+    assert student.grad is not None
+    assert student.grad.abs().sum(1).gt(0).tolist() == [True, False, True]
+
+
+def test_zeros_have_finite_losses_and_gradients() -> None:
+    student = torch.zeros(2, 4, requires_grad=True)
+    loss = distillation_loss(student, torch.eye(4)[:2], torch.tensor([True, True]))
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0)
+    assert student.grad is not None
+    assert bool(torch.isfinite(student.grad).all())
+
+
+def test_losses_of_nothing_are_zero_and_keep_their_gradient() -> None:
+    student = torch.randn(3, 4, requires_grad=True)
+    nothing = distillation_loss(student, torch.randn(3, 4), torch.zeros(3, dtype=torch.bool))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert student.grad is not None
+    assert bool((student.grad == 0).all())
+    assert float(distillation_loss(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool))) == 0
+    assert float(softmax_loss(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0, dtype=torch.int64))) == 0
+
+
+def test_cosines_stay_exact_under_autocast() -> None:
+    feature, text = torch.randn(6, 32), F.normalize(torch.randn(9, 32), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cosine_logits(feature, text, 100.0)
+    assert torch.equal(found, cosine_logits(feature, text, 100.0))

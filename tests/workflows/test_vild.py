@@ -1,0 +1,226 @@
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ovd_models
+from data_prep import tables
+from ovd_models.checkpoints import load_vild
+from ovd_models.errors import InputError
+from ovd_models.region_scores import Scoring
+from workflows import cli, evaluate, failures, tracking, vild, vild_study, vild_sweep
+from workflows.vild import Run, Trained
+
+NOVEL = 17
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The smoke config with its tables and its untrained teacher."""
+    return vild.prepare_data(dataclasses.replace(vild.smoke(), storage=str(tmp_path_factory.mktemp("vild"))))
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Run) -> Trained:
+    return vild.train(prepared)
+
+
+@pytest.mark.ray
+def test_every_stage_leaves_what_the_next_one_reads(prepared: Run, trained: Trained) -> None:
+    manifest = tables.read_manifest(prepared.storage, "regions", trained.regions)
+    assert manifest.details["boxes"] == "smoke-train"
+    assert manifest.details["crops"] == {"scales": [1.0, 1.5], "fit": "warp"}
+    counts = tables.read_table(prepared.storage, "regions", trained.regions, ["count"])["count"].to_pylist()
+    assert len(counts) == 48
+    assert 0 < max(counts) <= prepared.max_proposals
+    detector = ovd_models.load(trained.model)
+    assert (detector.method, len(detector.vocabulary)) == ("vild", 68)
+    before, after = load_vild(trained.proposals).detector.state_dict(), load_vild(trained.model).detector.state_dict()
+    assert not all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.ray
+def test_losses_of_both_stages_are_tracked_and_finite(prepared: Run, trained: Trained) -> None:
+    uri = tracking.tracking_uri(prepared.storage)
+    found = {
+        name: points[-1][1]
+        for stage in ("rpn", "detector")
+        for name, points in tracking.metric_history(uri, trained.run_id, f"{stage}/train/loss").items()
+    }
+    expected = {"rpn": ("objectness", "rpn_box"), "detector": ("objectness", "rpn_box", "box", "classes", "image")}
+    assert set(found) == {f"{stage}/train/loss_{name}" for stage, names in expected.items() for name in names}
+    assert all(math.isfinite(value) and value >= 0 for value in found.values())
+
+
+@pytest.mark.ray
+def test_the_resolved_run_lies_beside_the_checkpoint(trained: Trained) -> None:
+    info = json.loads((Path(trained.model) / "config.json").read_text())
+    assert info["run"]["model"]["detector"]["embed_dim"] == info["model"]["detector"]["embed_dim"] == 128
+    assert list(info["splits"].values()).count("novel") == NOVEL
+
+
+@pytest.mark.ray
+def test_any_names_attributes_and_hierarchies_are_answered(trained: Trained) -> None:
+    detector = ovd_models.load(trained.model)
+    picture = Image.new("RGB", (128, 128), "grey")
+    assert detector.detect(picture, ["anchor", "a name of nobody"]).names == ("anchor", "a name of nobody")
+    coloured = detector.detect(picture, ["anchor", "cat"], attributes=["red", "blue"], score_threshold=0.0)
+    assert coloured.names == ("red anchor", "red cat", "blue anchor", "blue cat")
+    family = detector.detect(picture, {"animal": ["cat", "cow"], "anchor": []}, score_threshold=0.0)
+    assert family.names == ("anchor", "cat", "cow")
+    plain, worded = (
+        detector.detect(picture, ["cat", "cow"], prompts=prompts, score_threshold=0.0, scoring=Scoring(objectness=0.5))
+        for prompts in ((), ("a drawing of {a_name}",))
+    )
+    assert not torch.equal(plain.scores, worded.scores)
+
+
+@pytest.mark.ray
+def test_an_earlier_runs_proposals_and_embeddings_are_used_again(prepared: Run, trained: Trained) -> None:
+    model = dataclasses.replace(prepared.model, variant="vild")
+    again = vild.train(dataclasses.replace(prepared, model=model, proposals=trained.proposals))
+    assert (again.proposals, again.regions) == (trained.proposals, trained.regions)
+    assert load_vild(again.model).config.variant == "vild"
+
+
+@pytest.mark.ray
+def test_supervised_training_finds_no_novel_name(prepared: Run, trained: Trained) -> None:
+    model = dataclasses.replace(prepared.model, variant="supervised")
+    found = vild.train(dataclasses.replace(prepared, model=model, proposals=trained.proposals))
+    assert found.metrics.summary()["ap50_novel"] == 0.0
+    assert len(load_vild(found.model).config.supervised_names) == 68 - NOVEL
+    rows = tables.read_table(prepared.storage, "categories", "smoke").to_pylist()
+    novel = [row["name"] for row in rows if row["split"] == "novel"]
+    assert len(ovd_models.load(found.model).detect(Image.new("RGB", (64, 64)), novel, score_threshold=0.0)) == 0
+
+
+@pytest.mark.ray
+def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(prepared: Run, trained: Trained) -> None:
+    detector = ovd_models.load(trained.model)
+    seen = vild_sweep.record(detector, prepared.storage, "smoke-eval", "smoke")
+    run = vild_sweep.Run(score_threshold=prepared.score_threshold)
+    own = vild_sweep.measure(detector, seen, seen.records, load_vild(trained.model).config.scoring, run)
+    metrics, _ = evaluate.evaluate(evaluate.Run(storage=prepared.storage, model=trained.model, boxes="smoke-eval"))
+    for name, value in metrics.summary().items():
+        assert own.summary()[name] == pytest.approx(value, nan_ok=True)
+    grid = list(vild_sweep.scorings(vild_sweep.Run(temperature=(10.0, 20.0)), Scoring()))
+    assert len(grid) == 4 * 2 * 2
+    assert all(entry.base_image + entry.novel_image == pytest.approx(1) for entry in grid)
+
+
+@pytest.mark.ray
+def test_the_teacher_alone_is_measured_on_the_same_regions(prepared: Run, trained: Trained) -> None:
+    detector = ovd_models.load(trained.model)
+    seen = vild_sweep.record(detector, prepared.storage, "smoke-eval", "smoke")
+    run = vild_sweep.Run(max_crops=4)
+    found = vild_sweep.baselines(detector, seen, prepared.teacher, Scoring(), run)
+    assert list(found) == ["CLIP on crops", "CLIP on crops, objectness", "text + CLIP"]
+    assert all(0 <= metrics.summary()["ap50_all"] <= 1 for metrics in found.values())
+
+
+@pytest.mark.ray
+def test_failures_are_found_and_written(prepared: Run, trained: Trained, tmp_path: Path) -> None:
+    output = tmp_path / "failures.html"
+    counts = failures.gallery(
+        failures.Run(
+            storage=prepared.storage,
+            model=trained.model,
+            teacher=prepared.teacher,
+            boxes="smoke-eval",
+            output=str(output),
+            max_images=6,
+            shown=2,
+            score_threshold=0.0,
+            elongated=1.2,
+        )
+    )
+    assert counts["objects"] > counts["elongated"] > 0
+    text = output.read_text()
+    for fit in ("warp", "pad", "centre"):
+        assert f"<figcaption>{fit}: " in text
+    assert 'src="http' not in text
+
+
+@pytest.mark.ray
+def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dataclasses.replace(
+        vild_study.smoke(),
+        storage=prepared.storage,
+        teacher=prepared.teacher,
+        variants=("text",),
+        supervised_full=False,
+    )
+    first = vild_study.study(run)
+    names = {"RPN, base boxes", "RPN, base and novel boxes", "text", "CLIP on crops", "text + CLIP"}
+    assert names <= set(first["results"])
+    assert set(first["results"]["RPN, base boxes"][0]) == {
+        f"ar{limit}_{split}" for limit in (100, 300, 1000) for split in ("novel", "base")
+    }
+
+    def never(*_: object) -> None:
+        raise AssertionError("done already")
+
+    monkeypatch.setattr(vild, "train", never)
+    monkeypatch.setattr(vild, "train_rpn", never)
+    assert vild_study.as_table(vild_study.study(run)) == vild_study.as_table(first)
+
+
+def test_paired_intervals_by_hand() -> None:
+    # Mean 0.05; standard deviation 0.01; 4.303 * 0.01 / sqrt(3) = 0.0248.
+    found = vild_study.paired([0.04, 0.05, 0.06])
+    assert found["mean"] == pytest.approx(0.05)
+    assert found["high"] - found["mean"] == pytest.approx(4.303 * 0.01 / 3**0.5)
+    assert math.isnan(vild_study.paired([0.1])["low"])
+
+
+def test_the_papers_schedule() -> None:
+    run = vild.lvis_r50()
+    stage = run.detector_stage
+    assert (stage.steps * stage.warmup, [round(stage.steps * part) for part in stage.decay_at]) == (
+        pytest.approx(1000),
+        [162_000, 171_000, 175_500],
+    )
+    assert (run.detection_batch, run.augmentation.side, run.augmentation.scales) == (256, 1024, (0.1, 2.0))
+    assert vild.lvis_r152().model.image_weight == 2.0
+    for make in vild.CONFIGS.values():
+        assert cli.flatten(make())["config"] == make().config
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def bad(change: Callable[[Run], Run], prepared: Run) -> str:
+    with pytest.raises(InputError) as caught:
+        vild.train(change(prepared))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.ray
+def test_what_cannot_be_trained_is_told(prepared: Run, trained: Trained, tmp_path: Path) -> None:
+    replace = dataclasses.replace
+    given = replace(prepared, proposals=trained.proposals)
+    assert "--teacher: missing" in bad(lambda run: replace(run, teacher=""), prepared)
+    assert "regions_per_step: 9, expected 1 to 8" in bad(lambda run: replace(run, regions_per_step=9), prepared)
+    assert "no CLIP checkpoint" in bad(lambda run: replace(run, teacher=str(tmp_path)), prepared)
+    assert "boxes/nowhere: no such table" in bad(lambda run: replace(run, train_boxes="nowhere"), prepared)
+    assert "no such table; `python workflows/embed.py`" in bad(lambda run: replace(run, regions="nowhere"), given)
+    other = replace(prepared.crops, fit="pad")
+    assert "made with crops" in bad(lambda run: replace(run, regions=trained.regions, crops=other), given)
+    texts = tmp_path / "texts.npy"
+    np.save(texts, np.ones((68, 8)))
+    assert "--texts: names only" in bad(lambda run: replace(run, texts=str(texts)), prepared)
+
+
+def test_a_study_and_a_gallery_want_their_checkpoints() -> None:
+    with pytest.raises(InputError, match="--teacher: missing"):
+        vild_study.study(vild_study.pictograms())
+    with pytest.raises(InputError, match="--model, --teacher: missing"):
+        failures.gallery(failures.Run())

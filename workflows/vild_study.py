@@ -1,0 +1,263 @@
+"""The study of ViLD's claims: every variant over several seeds, on shared proposals and embeddings, with intervals.
+
+each seed: rpn (base boxes), rpn (base + novel boxes) -> AR of novel boxes
+           proposals of the first -> embeddings -> supervised, text, image, vild, ensemble -> AP50
+           text's regions -> CLIP on crops, text + CLIP
+-> paired differences between variants, with 95 % intervals -> <storage>/reports/vild_study.json, .md
+
+A killed study continues: each result is a file, and a training goes on from its last checkpoint.
+
+python workflows/vild_study.py --config pictograms --teacher runs/runs/clip/<run>/model
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import ovd_models
+from data_prep import storage, tables
+from ovd_models.errors import InputError
+from ovd_models.evaluation import evaluate_proposals
+from ovd_models.preprocess import to_tensor
+from ovd_models.rcnn import ProposalNetwork
+from ovd_models.vild import ViLD
+from workflows import cli, prepare_boxes, training, vild, vild_sweep
+from workflows.teacher import read_categories
+
+LIMITS = (100, 300, 1000)
+"""Proposals of an image that recall is measured at."""
+QUANTILE_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Of Student's t with 0, 1, ... degrees of freedom."""
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One study."""
+
+    storage: str = "runs"
+    """Folder or URI that holds tables and runs."""
+    teacher: str = ""
+    """Folder or URI of the CLIP checkpoint."""
+    other_teachers: tuple[str, ...] = ()
+    """More CLIP checkpoints, with which the ensemble is trained too."""
+    training: vild.Run = field(default_factory=vild.pictograms)
+    """What is trained; seeds and variants are the study's."""
+    boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: tuple[str, ...] = ("supervised", "text", "image", "vild", "ensemble")
+    supervised_full: bool = True
+    """Also train a supervised detector on boxes of base and novel categories."""
+
+
+def pictograms() -> Run:
+    """Three seeds; give it `--teacher`."""
+    return Run()
+
+
+def pictograms_mixed() -> Run:
+    """The same where training images also show novel things, unnamed, as in the paper."""
+    return dataclasses.replace(
+        pictograms(), training=dataclasses.replace(vild.pictograms(), train_boxes="pictograms-mixed")
+    )
+
+
+def smoke() -> Run:
+    """One seed, five steps; give it `--teacher`."""
+    return Run(training=vild.smoke(), boxes=prepare_boxes.smoke(), seeds=(0,), variants=("text", "ensemble"))
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "pictograms": pictograms,
+    "pictograms_mixed": pictograms_mixed,
+    "smoke": smoke,
+}
+
+
+def study(run: Run) -> dict[str, Any]:
+    """Train and measure whatever is not there yet; returns the report.
+
+    Raises:
+        InputError: the teacher is missing.
+    """
+    if not run.teacher:
+        raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
+    prepare_boxes.prepare_full(dataclasses.replace(run.boxes, storage=run.storage))
+    results: dict[str, dict[int, Numbers]] = {}
+    for seed in run.seeds:
+        for name, numbers in study_seed(run, seed).items():
+            results.setdefault(name, {})[seed] = numbers
+    report = {"seeds": list(run.seeds), "results": results, "differences": differences(results)}
+    name = storage.join(run.storage, "reports", f"vild_study_{run.training.train_table}")
+    storage.write_bytes(f"{name}.json", json.dumps(report, indent=1).encode())
+    storage.write_bytes(f"{name}.md", as_table(report).encode())
+    return report
+
+
+def study_seed(run: Run, seed: int) -> dict[str, Numbers]:
+    """Everything that one seed measures, by name."""
+    base = with_seed(run, seed)
+    full = f"{run.training.boxes}-full"
+    found: dict[str, Numbers] = {}
+    proposals = remembered(run, base, "rpn", lambda own: {"proposals": vild.train_rpn(own)})["proposals"]
+    found["RPN, base boxes"] = recall(run, base, "rpn", proposals)
+    novel = dataclasses.replace(base, train_boxes=full, novel_boxes=True)
+    of_all = remembered(run, novel, "rpn_full", lambda own: {"proposals": vild.train_rpn(own)})["proposals"]
+    found["RPN, base and novel boxes"] = recall(run, base, "rpn_full", of_all)
+
+    base = dataclasses.replace(base, proposals=proposals)
+    models: dict[str, str] = {}
+    for variant in run.variants:
+        answer = remembered(run, with_variant(base, variant), variant, train_variant)
+        found[variant], models[variant] = answer["metrics"], answer["model"]
+    if run.supervised_full:
+        own = dataclasses.replace(with_variant(base, "supervised"), train_boxes=full, novel_boxes=True)
+        found["supervised, novel boxes too"] = remembered(run, own, "supervised_full", train_variant)["metrics"]
+    for number, teacher in enumerate(run.other_teachers, 1):
+        own = dataclasses.replace(with_variant(base, "ensemble"), teacher=teacher)
+        found[f"ensemble, teacher {number}"] = remembered(run, own, f"teacher_{number}", train_variant)["metrics"]
+    if "text" in models:
+        found |= remembered(run, base, "baselines", lambda own: crop_baselines(own, models["text"]))
+    return found
+
+
+def with_seed(run: Run, seed: int) -> vild.Run:
+    """The training of a seed."""
+    return dataclasses.replace(
+        run.training,
+        storage=run.storage,
+        teacher=run.teacher,
+        rpn_stage=dataclasses.replace(run.training.rpn_stage, seed=seed),
+        detector_stage=dataclasses.replace(run.training.detector_stage, seed=seed),
+    )
+
+
+def with_variant(run: vild.Run, variant: str) -> vild.Run:
+    """The training of a variant; its scoring is the config's."""
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, variant=variant))
+
+
+def remembered(run: Run, own: vild.Run, name: str, job: Callable[[vild.Run], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a job: read where it was done, else done, continuing what a killed study left.
+
+    A result belongs to the exact settings of its training, which its file's name bears a digest of.
+    """
+    label = f"study-{own.rpn_stage.seed}-{name}-{cli.config_hash(dataclasses.replace(own, storage=''))[:8]}"
+    path = storage.join(run.storage, "reports", "vild_study", f"{label}.json")
+    if not storage.exists(path):
+        print(f"study: {label}", flush=True)
+        own = dataclasses.replace(own, config=label, resume=training.find_run(run.storage, "vild", label))
+        storage.write_bytes(path, json.dumps(job(own)).encode())
+    found: dict[str, Any] = json.loads(storage.read_bytes(path))
+    return found
+
+
+def train_variant(run: vild.Run) -> dict[str, Any]:
+    """Train one detector and measure it."""
+    trained = vild.train(run)
+    return {"model": trained.model, "metrics": trained.metrics.summary(), "seconds": trained.seconds}
+
+
+def crop_baselines(run: vild.Run, model: str) -> dict[str, Any]:
+    """What the teacher says about crops of a ViLD-text detector's regions."""
+    detector = ovd_models.load(storage.local_folder(model))
+    assert isinstance(detector.model, ViLD)
+    sweep = vild_sweep.Run(score_threshold=run.score_threshold, max_detections=run.max_detections)
+    seen = vild_sweep.record(detector, run.storage, f"{run.boxes}-eval", run.boxes)
+    found = vild_sweep.baselines(detector, seen, run.teacher, detector.model.config.scoring, sweep)
+    return {name: metrics.summary() for name, metrics in found.items()}
+
+
+def recall(run: Run, own: vild.Run, name: str, proposals: str) -> Numbers:
+    """AR of the evaluation set's novel boxes, and of its base boxes."""
+
+    def job(own: vild.Run) -> dict[str, Any]:
+        detector = ovd_models.load(storage.local_folder(proposals))
+        config = dataclasses.replace(detector.model.detector.config, pre_nms=max(LIMITS), post_nms=max(LIMITS))
+        network = ProposalNetwork(config).eval()
+        weights = detector.model.detector.state_dict()
+        network.load_state_dict({key: weights[key] for key in network.state_dict()})
+        rows = tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist()
+        categories, splits = read_categories(own.storage, own.boxes)
+        images = [to_tensor(vild_sweep.open_tensor(own.storage, row)) for row in rows]
+        found = [
+            entry
+            for start in range(0, len(images), 16)
+            for entry in network.find_proposals(images[start : start + 16], max(LIMITS))
+        ]
+        numbers: Numbers = {}
+        for split in ("novel", "base"):
+            ids = [key for key, category in categories.items() if splits[category] == split]
+            recalls = evaluate_proposals(rows, found, ids, LIMITS)
+            numbers |= {f"ar{limit}_{split}": value for limit, value in recalls.items()}
+        return numbers
+
+    return remembered(run, own, f"recall_{name}", job)
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+PAIRS: dict[str, tuple[str, str, str]] = {
+    "ViLD above ViLD-text": ("ap50_novel", "vild", "text"),
+    "ensemble above ViLD-text": ("ap50_novel", "ensemble", "text"),
+    "ensemble above ViLD-text, base": ("ap50_base", "ensemble", "text"),
+    "CLIP on crops, objectness above none": ("ap50_novel", "CLIP on crops, objectness", "CLIP on crops"),
+    "RPN, base and novel boxes above base": ("ar100_novel", "RPN, base and novel boxes", "RPN, base boxes"),
+}
+"""Claim -> metric, and what is compared with what."""
+
+
+def differences(results: Mapping[str, Mapping[int, Numbers]]) -> dict[str, Numbers]:
+    """Paired differences over seeds: mean, and the half width of its 95 % interval (Student's t)."""
+    found = {}
+    for claim, (metric, one, two) in PAIRS.items():
+        if one in results and two in results:
+            pairs = [results[one][seed][metric] - results[two][seed][metric] for seed in results[one]]
+            found[claim] = paired(pairs)
+    return found
+
+
+def paired(values: Sequence[float]) -> Numbers:
+    """Mean of paired differences and the ends of its 95 % interval; NaN for a single pair."""
+    mean = float(np.mean(values))
+    freedom = len(values) - 1
+    half = QUANTILE_95[freedom] * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if freedom else math.nan
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
+
+
+def as_table(report: Mapping[str, Any]) -> str:
+    """The report in Markdown: means over seeds, and each seed."""
+    lines = ["| | base AP50 | novel AP50 | novel AP50 of each seed |", "|---|---|---|---|"]
+    for name, of_seeds in report["results"].items():
+        values = list(of_seeds.values())
+        if "ap50_novel" in values[0]:
+            base, novel = ([entry[key] for entry in values] for key in ("ap50_base", "ap50_novel"))
+            each = ", ".join(f"{value:.3f}" for value in novel)
+            lines.append(f"| {name} | {np.mean(base):.3f} | {np.mean(novel):.3f} | {each} |")
+    lines += ["", "| novel boxes | AR@100 | AR@300 | AR@1000 |", "|---|---|---|---|"]
+    for name, of_seeds in report["results"].items():
+        values = list(of_seeds.values())
+        if "ar100_novel" in values[0]:
+            means = " | ".join(f"{np.mean([entry[f'ar{limit}_novel'] for entry in values]):.3f}" for limit in LIMITS)
+            lines.append(f"| {name} | {means} |")
+    lines += ["", "| difference | mean | 95 % interval | seeds |", "|---|---|---|---|"]
+    for claim, row in report["differences"].items():
+        lines.append(f"| {claim} | {row['mean']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} | {row['seeds']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The script: measure, print, tell where the report is."""
+    run = cli.parse(CONFIGS, __doc__)
+    report = study(run)
+    print(as_table(report))
+    print(f"report: {storage.join(run.storage, 'reports', f'vild_study_{run.training.train_table}.json')}")
+
+
+if __name__ == "__main__":
+    cli.execute(main)
