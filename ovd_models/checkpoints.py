@@ -24,6 +24,7 @@ from ovd_models.errors import InputError
 from ovd_models.images import open_image
 from ovd_models.preprocess import ImageLike, to_tensor
 from ovd_models.questions import ATTRIBUTE_PROMPTS, build_question
+from ovd_models.rcnn import ProposalNetwork
 from ovd_models.region_scores import Scoring
 from ovd_models.vild import ViLD, ViLDConfig
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder
@@ -298,7 +299,10 @@ class Detector:
             InputError: an image cannot be read.
         """
         tensors = [to_tensor(image).to(self.device) for image in images]
-        return [(boxes.cpu(), scores.cpu()) for boxes, scores in self.model.detector.find_proposals(tensors, limit)]
+        detector = self.model.detector
+        if not isinstance(detector, ProposalNetwork):
+            raise InputError(f"{type(detector).__name__}: gives no proposals of its own, expected an R-CNN")
+        return [(boxes.cpu(), scores.cpu()) for boxes, scores in detector.find_proposals(tensors, limit)]
 
 
 def _as_picture(tensor: Tensor) -> Image.Image:

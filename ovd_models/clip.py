@@ -136,6 +136,12 @@ class ClipConfig:
         find_prompt_set(self.prompt_set)
 
     @property
+    def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation of the images' normalisation."""
+        assert self.mean and self.std, "filled in above"
+        return self.mean, self.std
+
+    @property
     def image_size(self) -> int:
         """Side of the square input in pixels."""
         return int(self.vision["image_size"])

@@ -28,9 +28,9 @@ class TowerConfig:
     embed_dim: int = ClipConfig().embed_dim
     vision: dict[str, Any] = field(default_factory=lambda: dict(ClipConfig().vision))
     """open_clip's `vision_cfg`."""
-    mean: tuple[float, float, float] = ClipConfig().mean
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Of the colours, in 0 to 1."""
-    std: tuple[float, float, float] = ClipConfig().std
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     quick_gelu: bool = False
     """As OpenAI's transformers were trained."""
 

@@ -96,8 +96,8 @@ class Distortion:
     """A long object, as each way of making it square shows it to the teacher."""
 
     thing: Thing
-    squares: dict[str, Image.Image]
-    said: dict[str, tuple[str, float]]
+    squares: Mapping[Fit, Image.Image]
+    said: Mapping[Fit, tuple[str, float]]
     """The teacher's best name and the probability of the right one, by way."""
 
 

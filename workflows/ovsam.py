@@ -398,7 +398,10 @@ def open_clip_teacher(run: Run) -> tuple[Clip, ClipTextEncoder]:
 
 def model_config(run: Run, sam: SamConfig, clip: ClipConfig) -> OvSamConfig:
     """The OV-SAM of a SAM and a CLIP."""
-    tower = TowerConfig(embed_dim=clip.embed_dim, vision=dict(clip.vision), mean=clip.mean, std=clip.std)
+    mean, std = clip.statistics
+    tower = TowerConfig(
+        embed_dim=clip.embed_dim, vision=dict(clip.vision), mean=mean, std=std, quick_gelu=clip.quick_gelu
+    )
     return OvSamConfig(
         sam=sam,
         tower=tower,

@@ -178,6 +178,7 @@ def recall(run: Run, own: vild.Run, name: str, proposals: str) -> Numbers:
 
     def job(own: vild.Run) -> dict[str, Any]:
         detector = ovd_models.load(storage.local_folder(proposals))
+        assert isinstance(detector.model, ViLD)
         config = dataclasses.replace(detector.model.detector.config, pre_nms=max(LIMITS), post_nms=max(LIMITS))
         network = ProposalNetwork(config).eval()
         weights = detector.model.detector.state_dict()
