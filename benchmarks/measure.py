@@ -39,6 +39,7 @@ def measure(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     cap_gb: float = float("inf"),
+    look_seconds: float = LOOK_SECONDS,
 ) -> Cost:
     """Run a command to its end, and end what it leaves behind.
 
@@ -48,6 +49,7 @@ def measure(
         cwd: its working folder.
         env: its environment.
         cap_gb: memory at which all its processes are killed.
+        look_seconds: between two looks at memory; looking costs CPU too.
     """
     group = make_group()
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
@@ -72,7 +74,7 @@ def measure(
     while process.poll() is None:
         look()
         try:
-            process.wait(LOOK_SECONDS)
+            process.wait(look_seconds)
         except subprocess.TimeoutExpired:
             continue
     wall = time.monotonic() - started
