@@ -89,6 +89,8 @@ class Run:
     score_threshold: float = 0.01
     max_detections: int = 100
     """Of an image, in evaluation."""
+    measure_masks: bool = False
+    """Evaluate masks instead of boxes, as is usual on LVIS."""
     resume: str = ""
     """Continue this run instead of starting a new one."""
 
@@ -213,6 +215,7 @@ def lvis_r50() -> Run:
         detector_stage=paper,
         score_threshold=1e-4,
         max_detections=300,
+        measure_masks=True,
     )
 
 
@@ -238,7 +241,9 @@ def coco_48_17() -> Run:
     """COCO with 48 base and 17 novel categories, 45,000 steps of 256 images from scratch."""
     paper = lvis_r50()
     stage = dataclasses.replace(paper.detector_stage, steps=45_000, warmup=1 / 45)
-    return dataclasses.replace(paper, config="coco_48_17", boxes="coco", rpn_stage=stage, detector_stage=stage)
+    return dataclasses.replace(
+        paper, config="coco_48_17", boxes="coco", rpn_stage=stage, detector_stage=stage, measure_masks=False
+    )
 
 
 def coco_48_17_short() -> Run:
@@ -523,6 +528,7 @@ def finish(
             boxes=f"{run.boxes}-eval",
             score_threshold=run.score_threshold,
             max_detections=run.max_detections,
+            masks=run.measure_masks,
         )
     )
     prefix = f"eval/{run.boxes}"
