@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from ovd_models.batches import Detections
+from ovd_models.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> d
     """
     annotations: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
-        for box, category, crowd in zip(row["boxes"], row["category_ids"], row["iscrowd"], strict=True):
+        masks = row.get("masks") or [""] * len(row["boxes"])
+        for box, category, crowd, mask in zip(row["boxes"], row["category_ids"], row["iscrowd"], masks, strict=True):
             if category in names:
                 x0, y0, x1, y1 = box
                 annotations.append(
@@ -62,6 +64,7 @@ def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> d
                         "bbox": [x0, y0, x1 - x0, y1 - y0],
                         "area": (x1 - x0) * (y1 - y0),
                         "iscrowd": int(crowd),
+                        **_segmentation(row, mask),
                     }
                 )
     return {
@@ -71,20 +74,32 @@ def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> d
     }
 
 
+def _segmentation(row: Mapping[str, Any], counts: str) -> dict[str, Any]:
+    """COCO's field for a mask in an image of the row's size; nothing without a mask."""
+    return {"segmentation": {"size": [row["height"], row["width"]], "counts": counts}} if counts else {}
+
+
 def evaluate_detections(
     rows: Sequence[Mapping[str, Any]],
     found: Sequence[Detections],
     names: Mapping[int, str],
     splits: Mapping[str, str],
+    kind: Literal["bbox", "segm"] = "bbox",
 ) -> DetectionMetrics:
-    """COCO's box AP, up to 100 detections an image.
+    """COCO's AP of boxes or of masks, up to 100 detections an image.
 
     Args:
         rows: of a `boxes` table.
         found: detections of the same images, in the same order; their `names` are those of `names`.
         names: category id -> name.
         splits: `base` or `novel` by name.
+        kind: what is compared; masks must be there on both sides.
+
+    Raises:
+        InputError: a mask is missing.
     """
+    if kind == "segm" and not _all_masked(rows, found, names):
+        raise InputError("masks: a box or a detection has none, expected a mask for each")
     ids = {name: key for key, name in names.items()}
     results = [
         {
@@ -92,10 +107,15 @@ def evaluate_detections(
             "category_id": ids[detections.names[label]],
             "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
             "score": score,
+            **(_segmentation(rows[number], mask) if kind == "segm" else {}),
         }
         for number, detections in enumerate(found)
-        for box, label, score in zip(
-            detections.boxes.tolist(), detections.labels.tolist(), detections.scores.tolist(), strict=True
+        for box, label, score, mask in zip(
+            detections.boxes.tolist(),
+            detections.labels.tolist(),
+            detections.scores.tolist(),
+            detections.masks or [""] * len(detections),
+            strict=True,
         )
     ]
     truth = COCO(coco_truth(rows, names), print_function=_silent)
@@ -103,7 +123,7 @@ def evaluate_detections(
         value = {key: 0.0 if truth.getAnnIds(catIds=[key], iscrowd=False) else np.nan for key in names}
         empty = [CategoryResult(name, splits[name], value[key], value[key]) for key, name in names.items()]
         return DetectionMetrics(tuple(empty))
-    evaluator = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=_silent)
+    evaluator = COCOeval_faster(truth, truth.loadRes(results), kind, print_function=_silent)
     evaluator.evaluate()
     evaluator.accumulate()
     # [IoU thresholds, recalls, categories, areas, maximal detections]; all areas, 100 detections. -1: no box.
@@ -115,6 +135,13 @@ def evaluate_detections(
         for k, key in enumerate(order)
     }
     return DetectionMetrics(tuple(by_category[key] for key in names))
+
+
+def _all_masked(rows: Sequence[Mapping[str, Any]], found: Sequence[Detections], names: Mapping[int, str]) -> bool:
+    annotated = (
+        mask for row in rows for mask, key in zip(row["masks"], row["category_ids"], strict=True) if key in names
+    )
+    return all(annotated) and all(entry.masks is not None for entry in found)
 
 
 def evaluate_proposals(

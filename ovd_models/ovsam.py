@@ -209,7 +209,7 @@ class OvSam(nn.Module):
             tower: open_clip's image tower of this config.
         """
         sam = teacher.sam
-        self.clip.tower.load_state_dict(tower.state_dict())
+        self.clip.load_tower(tower.state_dict())
         self.adapter.pos_embed.copy_(sam.image_encoder.pos_embed.detach())
         self.prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())
         self.mask_decoder.load_state_dict(single_mask(sam.mask_decoder.state_dict(), self.mask_decoder.state_dict()))

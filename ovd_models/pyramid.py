@@ -3,7 +3,7 @@
 B images, R regions, C channels of a level, p side of the head's grid, D embedding width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -92,6 +92,14 @@ class ClipPyramid(nn.Module):
         """Stays as it is: frozen, its batch norm too."""
         return super().train(False)
 
+    def load_tower(self, state: Mapping[str, Tensor]) -> None:
+        """Take over an image tower's weights; a transformer's place codes are resized to this one's grid."""
+        wanted = self.tower.state_dict()
+        name = "positional_embedding"
+        if isinstance(self.tower, VisionTransformer) and state[name].shape != wanted[name].shape:
+            state = {**state, name: resize_places(state[name], int(self.tower.grid_size[0]))}
+        self.tower.load_state_dict(state)
+
     @torch.no_grad()
     def forward(self, images_B3SS: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, S, S] -> four maps [B, C, S / stride, S / stride], fine to coarse."""
@@ -163,6 +171,14 @@ class ClipPyramid(nn.Module):
         mean_RC = torch.einsum("rchw,rhw->rc", top_RCHW, weights_RHW) / weights_RHW.sum((1, 2))[:, None]
         grid_RCpp = mean_RC[:, :, None, None].expand(-1, -1, self.grid, self.grid)
         return F.normalize(self.head(grid_RCpp).float(), dim=-1)
+
+
+def resize_places(codes_NW: Tensor, side: int) -> Tensor:
+    """Place codes [1 + g * g, W] of a transformer, its class token's first -> [1 + side * side, W]."""
+    before = round((len(codes_NW) - 1) ** 0.5)
+    grid_1Wgg = codes_NW[1:].T.reshape(1, -1, before, before)
+    resized = F.interpolate(grid_1Wgg, (side, side), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([codes_NW[:1], resized[0].flatten(1).T])
 
 
 def _flat_stages(trunk: FlatConvNet) -> Sequence[nn.Sequential]:

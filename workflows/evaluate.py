@@ -40,6 +40,8 @@ class Run:
     batch_size: int = 16
     score_threshold: float = 0.01
     max_detections: int = 100
+    masks: bool = False
+    """Compare masks instead of boxes; the detector must predict them."""
     num_pictures: int = 8
     """Images that are drawn."""
 
@@ -76,7 +78,7 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
         drawn = max(0, run.num_pictures - start)  # the other pictures would fill the memory
         found += [*results[:drawn], *(replace(result, image=None) for result in results[drawn:])]
     pictures = [draw_pair(row, result, names) for row, result in zip(rows[: run.num_pictures], found, strict=False)]
-    return evaluate_detections(rows, found, names, splits), pictures
+    return evaluate_detections(rows, found, names, splits, "segm" if run.masks else "bbox"), pictures
 
 
 def open_image(run: Run, row: dict[str, Any]) -> Image.Image:

@@ -121,9 +121,10 @@ def pictograms() -> Run:
         config="pictograms",
         boxes="pictograms",
         # Small operations keep one core busy: two processes of one thread are faster than one of two.
-        sam_stage=Optimisation(steps=2000, learning_rate=1.5e-3, workers=2),
-        sam2clip_stage=Optimisation(steps=500, learning_rate=2e-3, workers=2),
-        clip2sam_stage=Optimisation(steps=500, learning_rate=2e-3, workers=2),
+        sam_stage=Optimisation(steps=900, learning_rate=2e-3, workers=2),
+        sam2clip_stage=Optimisation(steps=200, learning_rate=2e-3, workers=2),
+        clip2sam_stage=Optimisation(steps=250, learning_rate=2e-3, workers=2),
+        eval_images=100,
     )
 
 
@@ -346,7 +347,7 @@ def train_text(
     module = build()
     assert isinstance(module, TextToMask)
     module.sam.load_state_dict(sam.state_dict())
-    module.clip.tower.load_state_dict(clip.model.visual.state_dict())
+    module.clip.load_tower(clip.model.visual.state_dict())
     stage = Stage("text", settings, build, (), True, MaskCollate())
     module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
     module.set_text_centre(names.base.embeddings)

@@ -167,10 +167,12 @@ def prompts_for(masks: Tensor, kind: str) -> Prompts:
 def costs(
     model: OvSam, sam: SamModel, baselines: Mapping[str, SamClip], vocabulary: Vocabulary, image: Tensor
 ) -> dict[str, Cost]:
-    """Parameters, operations and times of SAM, OV-SAM and the baselines."""
+    """Parameters, operations and times of SAM, OV-SAM and the baselines; their weights stop asking for gradients."""
     height, width = image.shape[-2:]
     box = [[width * 0.25, height * 0.25, width * 0.75, height * 0.75]]
     one, four = Prompts.create(boxes=box), Prompts.create(boxes=box * 4)
+    for module in (model, sam):  # the counter follows gradients through parameters, and there are none
+        module.requires_grad_(False)
 
     def cost(parts: list[nn.Module], encode: Callable[[], Any], ask: Callable[[Any, Prompts], Segments]) -> Cost:
         weights = {id(weight): weight.numel() for part in parts for weight in part.parameters()}

@@ -26,7 +26,7 @@ from ovd_models.evaluation import evaluate_proposals
 from ovd_models.preprocess import to_tensor
 from ovd_models.rcnn import ProposalNetwork
 from ovd_models.vild import ViLD
-from workflows import cli, prepare_boxes, training, vild, vild_sweep
+from workflows import cli, prepare_boxes, training, vild, vild_configs, vild_sweep
 from workflows.teacher import read_categories
 
 LIMITS = (100, 300, 1000)
@@ -46,7 +46,7 @@ class Run:
     """Folder or URI of the CLIP checkpoint."""
     other_teachers: tuple[str, ...] = ()
     """More CLIP checkpoints, with which the ensemble is trained too."""
-    training: vild.Run = field(default_factory=vild.pictograms)
+    training: vild_configs.Run = field(default_factory=vild_configs.pictograms)
     """What is trained; seeds and variants are the study's."""
     boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -63,13 +63,13 @@ def pictograms() -> Run:
 def pictograms_mixed() -> Run:
     """The same where training images also show novel things, unnamed, as in the paper."""
     return dataclasses.replace(
-        pictograms(), training=dataclasses.replace(vild.pictograms(), train_boxes="pictograms-mixed")
+        pictograms(), training=dataclasses.replace(vild_configs.pictograms(), train_boxes="pictograms-mixed")
     )
 
 
 def smoke() -> Run:
     """One seed, five steps; give it `--teacher`."""
-    return Run(training=vild.smoke(), boxes=prepare_boxes.smoke(), seeds=(0,), variants=("text", "ensemble"))
+    return Run(training=vild_configs.smoke(), boxes=prepare_boxes.smoke(), seeds=(0,), variants=("text", "ensemble"))
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {
@@ -126,7 +126,7 @@ def study_seed(run: Run, seed: int) -> dict[str, Numbers]:
     return found
 
 
-def with_seed(run: Run, seed: int) -> vild.Run:
+def with_seed(run: Run, seed: int) -> vild_configs.Run:
     """The training of a seed."""
     return dataclasses.replace(
         run.training,
@@ -137,12 +137,14 @@ def with_seed(run: Run, seed: int) -> vild.Run:
     )
 
 
-def with_variant(run: vild.Run, variant: str) -> vild.Run:
+def with_variant(run: vild_configs.Run, variant: str) -> vild_configs.Run:
     """The training of a variant; its scoring is the config's."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, variant=variant))
 
 
-def remembered(run: Run, own: vild.Run, name: str, job: Callable[[vild.Run], dict[str, Any]]) -> dict[str, Any]:
+def remembered(
+    run: Run, own: vild_configs.Run, name: str, job: Callable[[vild_configs.Run], dict[str, Any]]
+) -> dict[str, Any]:
     """The result of a job: read where it was done, else done, continuing what a killed study left.
 
     A result belongs to the exact settings of its training, which its file's name bears a digest of.
@@ -157,13 +159,13 @@ def remembered(run: Run, own: vild.Run, name: str, job: Callable[[vild.Run], dic
     return found
 
 
-def train_variant(run: vild.Run) -> dict[str, Any]:
+def train_variant(run: vild_configs.Run) -> dict[str, Any]:
     """Train one detector and measure it."""
     trained = vild.train(run)
     return {"model": trained.model, "metrics": trained.metrics.summary(), "seconds": trained.seconds}
 
 
-def crop_baselines(run: vild.Run, model: str) -> dict[str, Any]:
+def crop_baselines(run: vild_configs.Run, model: str) -> dict[str, Any]:
     """What the teacher says about crops of a ViLD-text detector's regions."""
     detector = ovd_models.load(storage.local_folder(model))
     assert isinstance(detector.model, ViLD)
@@ -173,10 +175,10 @@ def crop_baselines(run: vild.Run, model: str) -> dict[str, Any]:
     return {name: metrics.summary() for name, metrics in found.items()}
 
 
-def recall(run: Run, own: vild.Run, name: str, proposals: str) -> Numbers:
+def recall(run: Run, own: vild_configs.Run, name: str, proposals: str) -> Numbers:
     """AR of the evaluation set's novel boxes, and of its base boxes."""
 
-    def job(own: vild.Run) -> dict[str, Any]:
+    def job(own: vild_configs.Run) -> dict[str, Any]:
         detector = ovd_models.load(storage.local_folder(proposals))
         assert isinstance(detector.model, ViLD)
         config = dataclasses.replace(detector.model.detector.config, pre_nms=max(LIMITS), post_nms=max(LIMITS))

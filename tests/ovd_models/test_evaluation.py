@@ -1,12 +1,15 @@
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from faster_coco_eval import mask as rle
 
 from ovd_models.batches import Detections
-from ovd_models.evaluation import DetectionMetrics, coco_truth, evaluate_detections
+from ovd_models.errors import InputError
+from ovd_models.evaluation import DetectionMetrics, coco_truth, evaluate_detections, evaluate_proposals
 
 NAMES = {3: "cat", 7: "dog", 9: "cow"}
 SPLITS = {"cat": "base", "dog": "novel", "cow": "novel"}
@@ -177,3 +180,54 @@ def test_average_precision_equals_a_slow_loop() -> None:
     rows = [row(boxes, [3] * len(boxes)) for boxes in truth]
     detections = [found(*((box, "cat", score) for box, score in entries)) for entries in answers]
     assert by_name(measure(rows, detections))["cat"][1] == pytest.approx(slow_ap50(truth, answers), abs=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------- masks, recall
+
+
+def rle_of(box: list[float]) -> str:
+    mask = np.zeros((100, 100), np.uint8)
+    x0, y0, x1, y1 = (int(value) for value in box)
+    mask[y0:y1, x0:x1] = 1
+    return rle.encode(np.asfortranarray(mask))["counts"].decode()
+
+
+def test_masks_are_compared_with_masks() -> None:
+    # The boxes agree; the first mask is its whole box, the second one a quarter of it.
+    truth = {**row([BOX, OTHER], [3, 7]), "masks": [rle_of(BOX), rle_of(OTHER)]}
+    answer = dataclasses.replace(
+        found((BOX, "cat", 0.9), (OTHER, "dog", 0.8)), masks=(rle_of(BOX), rle_of([60.0, 60, 75, 75]))
+    )
+    as_masks = evaluate_detections([truth], [answer], NAMES, SPLITS, "segm")
+    assert by_name(as_masks)["cat"] == pytest.approx((1.0, 1.0))
+    assert by_name(as_masks)["dog"] == pytest.approx((0.0, 0.0))
+    assert by_name(measure([truth], [answer]))["dog"] == pytest.approx((1.0, 1.0))
+
+
+def test_a_missing_mask_is_told() -> None:
+    truth = {**row([BOX], [3]), "masks": [""]}
+    with pytest.raises(InputError, match="masks: a box or a detection has none"):
+        evaluate_detections([truth], [found((BOX, "cat", 0.9))], NAMES, SPLITS, "segm")
+
+
+def proposals(*boxes: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(boxes).view(-1, 4), torch.linspace(0.9, 0.1, len(boxes))
+
+
+def test_recall_counts_the_objects_of_some_categories_whatever_they_are() -> None:
+    rows = [row([BOX, OTHER], [3, 7]), row([OTHER], [9])]
+    answers = [proposals(BOX, [0.0, 0, 5, 5], OTHER), proposals([0.0, 0, 5, 5])]
+    # Novel are the dog, found as third proposal, and the cow, never found.
+    assert evaluate_proposals(rows, answers, [7, 9], (2, 100)) == pytest.approx({2: 0.0, 100: 0.5})
+    assert evaluate_proposals(rows, answers, [3], (2, 100)) == pytest.approx({2: 1.0, 100: 1.0})
+
+
+def test_recall_averages_over_overlaps() -> None:
+    # IoU 40 x 30 / 40 x 40 = 0.75: found at 0.50, 0.55, ... 0.75, six of ten thresholds.
+    answer = proposals([10.0, 10, 50, 40])
+    assert evaluate_proposals([row([BOX], [3])], [answer], [3], (100,)) == pytest.approx({100: 0.6})
+
+
+def test_recall_of_nothing() -> None:
+    assert evaluate_proposals([row([BOX], [3])], [proposals()], [3], (100,)) == {100: 0.0}
+    assert math.isnan(evaluate_proposals([row([BOX], [3])], [proposals(BOX)], [7], (100,))[100])

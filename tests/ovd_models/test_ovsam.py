@@ -23,7 +23,7 @@ from ovd_models.ovsam_head import (
 )
 from ovd_models.ovsam_training import Clip2SamConfig, Clip2SamTraining, FeatureBatch, Sam2ClipTraining, trainable
 from ovd_models.pointing import PointingMetrics, centre_points
-from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
+from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower, resize_places
 from ovd_models.sam import EncodedImage, EverythingConfig, SamConfig, SamModel
 from ovd_models.segments import MaskBatch, Prompts, boxes_of
 from ovd_models.vocabulary import Vocabulary
@@ -169,6 +169,21 @@ def test_a_whole_picture_as_a_region_is_clips_own_embedding(tower: TowerConfig) 
     whole = torch.tensor([[0.0, 0, 0, 64, 64], [1, 0, 0, 64, 64]])
     # RoIAlign of the whole map on its own grid, one sample in the middle of each cell, is the map
     assert torch.allclose(clip.region_embeddings(clip(images)[-1], whole), own, atol=1e-4)
+
+
+def test_a_transformer_is_taken_over_at_another_size() -> None:
+    source, clip = build_tower(VIT, 64), ClipPyramid(build_tower(VIT, 128))
+    clip.load_tower(source.state_dict())
+    assert torch.equal(clip.tower.class_embedding, source.class_embedding)
+    codes = torch.cat([torch.zeros(1, 2), torch.arange(4.0)[:, None].expand(-1, 2)])  # 0 1 / 2 3
+    resized = resize_places(codes, 4)
+    assert resized.shape == (17, 2)
+    assert resized[1:, 0].mean().item() == pytest.approx(1.5)
+    assert resized[1, 0] < resized[4, 0] < resized[16, 0]
+    same = ClipPyramid(build_tower(VIT, 64))
+    same.load_tower(source.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(same(images)[-1], ClipPyramid(source)(images)[-1])
 
 
 def test_a_tower_without_levels_is_told() -> None:

@@ -49,6 +49,24 @@ def test_impossible_settings_are_told(changes: dict[str, float], message: str) -
 # ---------------------------------------------------------------------------------------------------- schedule
 
 
+def test_steps_warm_up_and_fall_to_tenths() -> None:
+    stage = dataclasses.replace(QUICK, steps=1000, optimiser="sgd", warmup=0.1, decay_at=(0.5, 0.9), learning_rate=2.0)
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimiser = training.build_optimiser(nn.ParameterList([parameter, nn.Parameter(torch.ones(2))]), stage)
+    schedule = training.build_schedule(optimiser, stage)
+    rates = []
+    for _ in range(1000):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    # A hundredth at first, half way through the warm-up (0.01 + 1) / 2 of the rate, then tenths.
+    assert [rates[step] for step in (0, 50, 100, 499)] == pytest.approx([0.02, 1.01, 2.0, 2.0])
+    assert [rates[step] for step in (500, 899, 900, 999)] == pytest.approx([0.2, 0.2, 0.02, 0.02])
+    assert [group["weight_decay"] for group in optimiser.param_groups] == [stage.weight_decay, 0.0]
+    with pytest.raises(InputError, match="decay_at"):
+        dataclasses.replace(stage, decay_at=(0.9, 0.5))
+
+
 class Alone:
     """What Ray Train tells a loop that runs inside the driver."""
 

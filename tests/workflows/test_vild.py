@@ -14,8 +14,9 @@ from data_prep import tables
 from ovd_models.checkpoints import load_vild
 from ovd_models.errors import InputError
 from ovd_models.region_scores import Scoring
-from workflows import cli, evaluate, failures, tracking, vild, vild_study, vild_sweep
-from workflows.vild import Run, Trained
+from workflows import cli, evaluate, failures, tracking, vild, vild_configs, vild_study, vild_sweep
+from workflows.vild import Trained
+from workflows.vild_configs import Run
 
 NOVEL = 17
 
@@ -23,7 +24,7 @@ NOVEL = 17
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The smoke config with its tables and its untrained teacher."""
-    return vild.prepare_data(dataclasses.replace(vild.smoke(), storage=str(tmp_path_factory.mktemp("vild"))))
+    return vild.prepare_data(dataclasses.replace(vild_configs.smoke(), storage=str(tmp_path_factory.mktemp("vild"))))
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +181,15 @@ def test_paired_intervals_by_hand() -> None:
 
 
 def test_the_papers_schedule() -> None:
-    run = vild.lvis_r50()
+    run = vild_configs.lvis_r50()
     stage = run.detector_stage
     assert (stage.steps * stage.warmup, [round(stage.steps * part) for part in stage.decay_at]) == (
         pytest.approx(1000),
         [162_000, 171_000, 175_500],
     )
     assert (run.detection_batch, run.augmentation.side, run.augmentation.scales) == (256, 1024, (0.1, 2.0))
-    assert vild.lvis_r152().model.image_weight == 2.0
-    for make in vild.CONFIGS.values():
+    assert vild_configs.lvis_r152().model.image_weight == 2.0
+    for make in vild_configs.CONFIGS.values():
         assert cli.flatten(make())["config"] == make().config
 
 
