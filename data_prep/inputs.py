@@ -179,8 +179,13 @@ def _read_json(filesystem: fs.FileSystem, path: str, columns: Columns) -> Iterat
     """Two passes: the types of further columns follow from the whole file, not from its first lines."""
     schema = pa.schema({columns.url: pa.string(), columns.caption: pa.string()})
     named: set[str] = set()
+    lines = 0
     for block in _whole_lines(filesystem, path):
-        inferred = pyarrow.json.read_json(io.BytesIO(block)).schema
+        try:
+            inferred = pyarrow.json.read_json(io.BytesIO(block)).schema
+        except pa.ArrowInvalid as error:
+            raise pa.ArrowInvalid(f"{error}, rows counted from line {lines + 1}") from error
+        lines += block.count(b"\n")
         named.update(inferred.names)
         further = [_undated(entry) for entry in inferred if entry.name not in (columns.url, columns.caption)]
         schema = pa.unify_schemas([schema, pa.schema(further)], promote_options="permissive")

@@ -168,6 +168,16 @@ def test_a_header_that_is_no_text_is_told_in_one_line(tmp_path: Path) -> None:
         read(written(tmp_path / "list.tsv", b"url\tcaption\t\xff\na\tb\tc\n"))
 
 
+def test_a_broken_line_of_a_long_jsonl_file_is_counted_from_the_block_it_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 100)
+    good = b'{"url": "http://a", "caption": "b"}\n'  # 36 bytes: two whole lines a block
+    (tmp_path / "list.jsonl").write_bytes(good * 8 + b'{"url": \n' + good)
+    with pytest.raises(InputError, match=r"list\.jsonl: not a jsonl file.*rows counted from line [789]\b"):
+        list(inputs.read_blocks(str(tmp_path / "list.jsonl"), Columns()))
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_bytes_that_are_no_text_are_told_for_every_format(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"list.{suffix}"
