@@ -1,4 +1,4 @@
-"""CLIP through open_clip: building, the contrastive loss, embedding of images and names, and its checkpoint folder.
+"""CLIP through open_clip: building, embedding of images and names, and its checkpoint folder.
 
 B images or texts, K names, P prompts of a name, D embedding width.
 """
@@ -7,29 +7,36 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CustomTextCLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import TextTransformer
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import Normalize
 
 from ovd_models.errors import InputError
-from ovd_models.prompts import prompts_of
+from ovd_models.pretrained import architecture, find_weights, load_released, told_in_one_line
+from ovd_models.prompts import find_prompt_set, prompts_of
 
-MAX_LOGIT_SCALE = 50.0
-"""Upper bound of the contrastive temperature's inverse during training."""
 MAX_KNOWN_NAMES = 100_000
 """Embedded names that a text encoder keeps."""
+SENTENCES = 512
+"""Sentences that are embedded at a time."""
 TOKENIZER = "ViT-B-32"
 """The open_clip model whose byte-pair tokenizer is used: all CLIP models of OpenAI's kind share it."""
 
@@ -90,14 +97,43 @@ def _tiny_text() -> dict[str, Any]:
 class ClipConfig:
     """An open_clip architecture; the defaults are a tiny one for 64 px images (7.5 M parameters, 0.8 M for images)."""
 
+    name: str = ""
+    """An architecture of open_clip, such as `ViT-B-32`, `RN50` or `convnext_base`, whose towers take the place of
+    `vision` and `text`; empty: what these say."""
     embed_dim: int = 128
     vision: dict[str, Any] = field(default_factory=_tiny_vision)
     """open_clip's `vision_cfg`."""
     text: dict[str, Any] = field(default_factory=_tiny_text)
     """open_clip's `text_cfg`."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    prompt_set: str = "colours"
+    quick_gelu: bool = False
+    """The activation of OpenAI's weights, and of some others."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """Softmax over the batch, or a sigmoid for every pair, which adds a learned bias to the logits."""
+    mean: tuple[float, float, float] | None = None
+    """Of the images' normalisation; None: 0.5, or OpenAI's where `name` is given."""
+    std: tuple[float, float, float] | None = None
+    resize_mode: Literal["squash", "shortest", "longest"] = "squash"
+    """How pictures become squares: as they are, by a crop of the longer side, or by padding the shorter."""
+    max_logit_scale: float | None = None
+    """Upper bound of the temperature's inverse in training; None: 50, or CLIP's 100 where `name` is given."""
+    prompt_set: str = ""
+    """See `ovd_models/prompts.py`; empty: `colours`, or `vild` where `name` is given."""
+
+    def __post_init__(self) -> None:
+        """Look the name up and fill what was left open."""
+        put = partial(object.__setattr__, self)
+        if self.name:
+            found = architecture(self.name)
+            for key, source in (("embed_dim", "embed_dim"), ("vision", "vision_cfg"), ("text", "text_cfg")):
+                put(key, found[source])
+            put("quick_gelu", self.quick_gelu or bool(found.get("quick_gelu")))
+            put("loss", "siglip" if "init_logit_bias" in found else self.loss)
+        half = (0.5, 0.5, 0.5)
+        put("mean", self.mean or (OPENAI_DATASET_MEAN if self.name else half))
+        put("std", self.std or (OPENAI_DATASET_STD if self.name else half))
+        put("max_logit_scale", self.max_logit_scale or (100.0 if self.name else 50.0))
+        put("prompt_set", self.prompt_set or ("vild" if self.name else "colours"))
+        find_prompt_set(self.prompt_set)
 
     @property
     def image_size(self) -> int:
@@ -105,19 +141,58 @@ class ClipConfig:
         return int(self.vision["image_size"])
 
 
-class Clip(nn.Module):
-    """An open_clip model with its tokenizer and its image normalisation."""
+def _build(config: ClipConfig, vision: dict[str, Any]) -> Any:
+    """open_clip's model; SigLIP starts with the scale and bias of its paper (section 3.2)."""
+    scale, bias = (math.log(10), -10.0) if config.loss == "siglip" else (2.7, None)
+    return CustomTextCLIP(
+        config.embed_dim,
+        dict(vision),
+        dict(config.text),
+        quick_gelu=config.quick_gelu,
+        init_logit_scale=scale,
+        init_logit_bias=bias,
+    )
 
-    def __init__(self, config: ClipConfig) -> None:
+
+def _tokenizer(config: ClipConfig) -> Callable[[list[str]], Tensor]:
+    with told_in_one_line(f"tokenizer of {config.name or 'the model'}"):
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(
+            config.name or TOKENIZER, context_length=config.text.get("context_length", 77)
+        )
+    return tokenizer
+
+
+class Clip(nn.Module):
+    """An open_clip model with its tokenizer and its image normalisation.
+
+    Args:
+        config: the architecture.
+        chunks: parts in which a training batch is encoded, one after the other: activations are kept of one part
+            only and computed again for the gradient, so the loss sees the whole batch (GradCache, Gao et al. 2021).
+    """
+
+    def __init__(self, config: ClipConfig, chunks: int = 1) -> None:
         super().__init__()
-        self.config = config
-        self.model = CustomTextCLIP(config.embed_dim, dict(config.vision), dict(config.text), init_logit_scale=2.7)
-        self.tokenizer = open_clip.get_tokenizer(TOKENIZER, context_length=int(config.text["context_length"]))
+        self.config, self.chunks = config, chunks
+        self.model = _build(config, config.vision)
+        self.tokenizer = _tokenizer(config)
         self.normalise = Normalize(config.mean, config.std)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, 3, S, S] uint8 and [B, T] tokens -> unit image and text features [B, D] and the logit scale."""
-        return self.encode_images(images), self.encode_tokens(tokens), self.model.logit_scale.exp()
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3, S, S] uint8, [B, T] tokens -> unit image and text features [B, D], the scale, SigLIP's bias if any."""
+        features = self._in_chunks(self.encode_images, images), self._in_chunks(self.encode_tokens, tokens)
+        bias = () if self.model.logit_bias is None else (self.model.logit_bias,)
+        return *features, self.model.logit_scale.exp(), *bias
+
+    def _in_chunks(self, encode: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        if self.chunks == 1 or not torch.is_grad_enabled():
+            return encode(batch)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _frozen_statistics(self)  # the second pass must not count the batch again
+
+        parts = batch.chunk(self.chunks)
+        return torch.cat([checkpoint(encode, part, use_reentrant=False, context_fn=contexts) for part in parts])
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] uint8 RGB of the model's size -> [B, D] unit rows."""
@@ -129,13 +204,34 @@ class Clip(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """[B, T] tokens; sentences longer than the context are cut."""
-        tokens: Tensor = self.tokenizer(list(texts))
-        return tokens
+        return self.tokenizer(list(texts))
+
+    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures of any size -> [B, 3, S, S] uint8, by open_clip's own resizing."""
+        side = self.config.image_size
+        plain = PreprocessCfg(size=side, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=self.config.resize_mode)
+        resize = image_transform_v2(plain, is_train=False)
+        rows = [(resize(image) * 255).round().to(torch.uint8) for image in images]
+        return torch.stack(rows) if rows else torch.zeros(0, 3, side, side, dtype=torch.uint8)
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keep the logit scale at or below `MAX_LOGIT_SCALE`; called after every optimiser step."""
-        self.model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        """Keep the logit scale at or below its bound; called after every optimiser step."""
+        self.model.logit_scale.clamp_(max=math.log(self.config.max_logit_scale or math.inf))
+
+
+@contextmanager
+def _frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Running means and variances of batch norm stay as they are."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def encode_tokens(tower: Any, tokens: Tensor) -> Tensor:
@@ -144,7 +240,7 @@ def encode_tokens(tower: Any, tokens: Tensor) -> Tensor:
     Exact for CLIP's own towers, where attention is causal and the end token's feature is taken; others get all of T.
     """
     causal = isinstance(tower, TextTransformer) and tower.pool_type == "argmax" and tower.cls_emb is None
-    if not causal or tower.use_pad_mask or tower.attn_mask is None:
+    if not causal or tower.attn_mask is None or not isinstance(tower.text_projection, nn.Parameter):
         return F.normalize(tower(tokens).float(), dim=-1)
     length = int(tokens.argmax(1).max()) + 1  # the end token has the highest id; padding shares its id with "!"
     tokens = tokens[:, :length]
@@ -173,7 +269,7 @@ class ClipTextEncoder:
     def __init__(self, config: ClipConfig, tower: nn.Module, teacher: str) -> None:
         self.config, self.teacher, self.prompt_set = config, teacher, config.prompt_set
         self.tower = tower.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(TOKENIZER, context_length=int(config.text["context_length"]))
+        self.tokenizer = _tokenizer(config)
         self._known: dict[str, Tensor] = {}
 
     def embed_names(self, names: Sequence[str]) -> Tensor:
@@ -181,12 +277,21 @@ class ClipTextEncoder:
         if len(self._known) + len(names) > MAX_KNOWN_NAMES:
             self._known.clear()
         new = [name for name in dict.fromkeys(names) if name not in self._known]
-        if new:
-            prompts_KP = [prompts_of(name, self.prompt_set) for name in new]
-            flat = self._encode([prompt for prompts in prompts_KP for prompt in prompts])
-            rows_KD = F.normalize(flat.view(len(new), len(prompts_KP[0]), -1).mean(1), dim=-1)
-            self._known.update(zip(new, rows_KD, strict=True))
-        return torch.stack([self._known[name] for name in names])
+        rows_ND = self._embed(new)
+        if len(new) == len(names) and len(new) > MAX_KNOWN_NAMES:
+            return rows_ND  # of millions of rows no second copy is made
+        self._known.update(zip(new, rows_ND, strict=True))
+        return torch.stack([self._known[name] for name in names]) if names else rows_ND
+
+    def _embed(self, names: Sequence[str]) -> Tensor:
+        """[N, D], a bounded number of sentences at a time."""
+        rows_ND = torch.empty(len(names), self.config.embed_dim)
+        step = max(1, SENTENCES // len(find_prompt_set(self.prompt_set).templates))
+        for start in range(0, len(names), step):
+            part = names[start : start + step]
+            flat = self._encode([prompt for name in part for prompt in prompts_of(name, self.prompt_set)])
+            rows_ND[start : start + step] = F.normalize(flat.view(len(part), -1, flat.shape[1]).mean(1), dim=-1)
+        return rows_ND
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor | None:
         """[B, D] unit rows."""
@@ -194,9 +299,12 @@ class ClipTextEncoder:
 
     @torch.no_grad()
     def _encode(self, sentences: Sequence[str]) -> Tensor:
-        """[B, D]."""
-        batches = (self.tokenizer(list(sentences[start : start + 256])) for start in range(0, len(sentences), 256))
-        return torch.cat([encode_tokens(self.tower, tokens) for tokens in batches])
+        """[B, D] on the CPU, whatever device the tower is on."""
+        if not sentences:
+            return torch.empty(0, self.config.embed_dim)
+        device = next(self.tower.parameters()).device
+        parts = (list(sentences[start : start + SENTENCES]) for start in range(0, len(sentences), SENTENCES))
+        return torch.cat([encode_tokens(self.tower, self.tokenizer(part).to(device)).cpu() for part in parts])
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
@@ -246,42 +354,64 @@ def _read(folder: str | Path) -> tuple[ClipConfig, str, dict[str, Tensor]]:
         raise InputError(f"{source}: not a readable CLIP checkpoint ({error})") from error
 
 
-def load_clip(folder: str | Path) -> tuple[Clip, str]:
-    """The model of a checkpoint folder, in evaluation mode, and its teacher id.
+def load_clip(source: str | Path, pretrained: str = "") -> tuple[Clip, str]:
+    """A model in evaluation mode and its teacher id.
+
+    Args:
+        source: a checkpoint folder of ours, or an architecture of open_clip.
+        pretrained: of an architecture: a tag of released weights, such as `openai`, or a file.
 
     Raises:
-        InputError: there is no such checkpoint, or it is broken.
+        InputError: there is no such checkpoint or there are no such weights, or they are broken.
     """
-    config, teacher, state = _read(folder)
-    try:
+    if pretrained:
+        model = open_clip_model(ClipConfig(name=str(source)), pretrained)
+        return model.eval(), f"clip:{weights_digest(model.model.state_dict())}"
+    if not Path(source).exists() and str(source) in open_clip.list_models():
+        raise InputError(f"{source}: an architecture without weights, expected --pretrained with a tag or a file")
+    config, teacher, state = _read(source)
+    with told_in_one_line(f"{source}: no model can be built from its config"):
         model = Clip(config)
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
-        raise InputError(f"{folder}: no model can be built from its config ({type(error).__name__})") from error
-    _load_weights(model.model, state, folder)
+    with told_in_one_line(f"{source}: weights do not fit the config"):
+        model.model.load_state_dict(state)
     return model.eval(), teacher
 
 
-def load_text_encoder(folder: str | Path) -> ClipTextEncoder:
-    """The text half of a checkpoint folder, whole or text only.
+def open_clip_model(config: ClipConfig, pretrained: str) -> Clip:
+    """A model of a named architecture with released weights, its config completed by how they were trained.
+
+    Raises:
+        InputError: the config has no name, or there are no such weights, or they do not fit.
+    """
+    if not config.name:
+        raise InputError(f"--pretrained {pretrained}: expected --model.name, or a checkpoint folder (clip.json)")
+    path, trained = find_weights(config.name, pretrained)
+    told = {key: trained[key] for key in ("mean", "std", "resize_mode") if key in trained}
+    model = _built(replace(config, quick_gelu=config.quick_gelu or bool(trained.get("quick_gelu")), **told))
+    load_released(model.model, path)
+    return model
+
+
+def _built(config: ClipConfig) -> Clip:
+    with told_in_one_line(f"model {config.name}: cannot be built"):
+        return Clip(config)
+
+
+def load_text_encoder(source: str | Path, pretrained: str = "") -> ClipTextEncoder:
+    """The text half of a checkpoint folder, whole or text only, or of released weights (see `load_clip`).
 
     Raises:
         InputError: there is no such checkpoint, or it is broken.
     """
-    config, teacher, state = _read(folder)
+    if pretrained:
+        model, teacher = load_clip(source, pretrained)
+        return ClipTextEncoder(model.config, model.model.text, teacher)
+    config, teacher, state = _read(source)
     # open_clip builds a text tower only as part of a whole model: the smallest image tower is built and dropped.
     vision = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
-    try:
-        whole = CustomTextCLIP(config.embed_dim, vision, dict(config.text))
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
-        raise InputError(f"{folder}: no model can be built from its config ({type(error).__name__})") from error
+    with told_in_one_line(f"{source}: no model can be built from its config"):
+        whole = _build(config, vision)
     text = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
-    _load_weights(whole.text, text, folder)
+    with told_in_one_line(f"{source}: weights do not fit the config"):
+        whole.text.load_state_dict(text)
     return ClipTextEncoder(config, whole.text, teacher)
-
-
-def _load_weights(module: nn.Module, state: dict[str, Tensor], folder: str | Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise InputError(f"{folder}: weights do not fit the config ({first})") from error

@@ -281,7 +281,8 @@ class RCNN(ProposalNetwork):
         counts = [len(entry) for entry in boxes]
         region_RF = self.region_features(features, boxes, batch)
         refined = self.refine(region_RF, boxes)
-        logits_RK = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
+        logits_RS = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
+        logits_RK = vocabulary.strongest(logits_RS)
         found = []
         for image, wide, size, box_N4, score_NK in zip(
             images, padded, batch.image_sizes, refined, torch.split(logits_RK.sigmoid(), counts), strict=True

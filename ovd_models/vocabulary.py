@@ -1,12 +1,12 @@
 """Names and their embeddings: a vocabulary is a value, set at run time, never part of a detector's weights.
 
-K names, D embedding width.
+K names, S their synonyms (a name is one of its own), D embedding width.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,14 +22,25 @@ class Vocabulary:
 
     names: tuple[str, ...]
     embeddings: Tensor
-    """[K, D] float32, unit rows."""
+    """[K, D] float32, unit rows; [S, D] where `owners` tells whose they are."""
     is_base: Tensor | None = None
     """[K] bool: the names that carried boxes in training; None when nobody knows."""
+    owners: Tensor | None = None
+    """[S] int64: the name that each row of `embeddings` is a synonym of; None where every name has one row."""
 
     def to(self, device: torch.device) -> "Vocabulary":
         """The same vocabulary on another device."""
         base = None if self.is_base is None else self.is_base.to(device)
-        return Vocabulary(self.names, self.embeddings.to(device), base)
+        owners = None if self.owners is None else self.owners.to(device)
+        return Vocabulary(self.names, self.embeddings.to(device), base, owners)
+
+    def strongest(self, scores_RS: Tensor) -> Tensor:
+        """[R, S] scores of all rows -> [R, K]: of each name, that of its best synonym."""
+        if self.owners is None:
+            return scores_RS
+        empty_RK = scores_RS.new_empty(len(scores_RS), len(self.names))
+        owners_RS = self.owners.expand(len(scores_RS), -1)
+        return empty_RK.scatter_reduce(1, owners_RS, scores_RS, "amax", include_self=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -117,12 +128,33 @@ def clean_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in names))
 
 
-def build_vocabulary(encoder: TextEncoder, names: Sequence[str], splits: Mapping[str, str] | None = None) -> Vocabulary:
-    """Embed names; `splits` tells which are `base`.
+def build_vocabulary(
+    encoder: TextEncoder,
+    names: Sequence[str],
+    splits: Mapping[str, str] | None = None,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+    merge: Literal["mean", "max"] = "mean",
+) -> Vocabulary:
+    """Embed names.
+
+    Args:
+        encoder: embeds them.
+        names: any.
+        splits: which names are `base`.
+        synonyms: other words for a name; each name is a synonym of its own.
+        merge: a name's embedding is the mean of its synonyms', or its score is the maximum of theirs.
 
     Raises:
         InputError: a name is empty or cannot be embedded.
     """
     cleaned = clean_names(names)
     is_base = None if splits is None else torch.tensor([splits.get(name) == "base" for name in cleaned])
-    return Vocabulary(cleaned, encoder.embed_names(cleaned), is_base)
+    if not synonyms:
+        return Vocabulary(cleaned, encoder.embed_names(cleaned), is_base)
+    words = [clean_names((name, *synonyms.get(name, ()))) for name in cleaned]
+    rows_SD = encoder.embed_names([word for group in words for word in group])
+    owners = torch.repeat_interleave(torch.tensor([len(group) for group in words], device=rows_SD.device))
+    if merge == "max":
+        return Vocabulary(cleaned, rows_SD, is_base, owners)
+    sums_KD = rows_SD.new_zeros(len(cleaned), rows_SD.shape[1]).index_add(0, owners, rows_SD)
+    return Vocabulary(cleaned, F.normalize(sums_KD, dim=1), is_base)

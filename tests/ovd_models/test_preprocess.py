@@ -14,7 +14,6 @@ from ovd_models.draw import colour_of, draw_boxes
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image, open_image
 from ovd_models.preprocess import to_tensor
-from ovd_models.prompts import COLOURS, PROMPT_SETS, prompts_of, with_article
 
 
 def encoded(image: Image.Image, kind: str, exif: Image.Exif | None = None) -> bytes:
@@ -175,42 +174,6 @@ def test_damaged_files_are_decoded_or_told_and_nothing_else(kind: str) -> None:
             assert decode_image(bytes(damaged)).mode == "RGB"
         except InputError as error:
             assert "\n" not in str(error)
-
-
-# ---------------------------------------------------------------------------------------------------- prompts
-
-
-@pytest.mark.parametrize(
-    ("name", "word", "phrase"),
-    [
-        ("anchor", "", "an anchor"),
-        ("cat", "", "a cat"),
-        ("anchor", "red", "a red anchor"),
-        ("cat", "orange", "an orange cat"),
-        ("Umbrella", "", "an Umbrella"),
-        ("100 m race", "", "a 100 m race"),
-    ],
-)
-def test_articles_follow_the_next_word(name: str, word: str, phrase: str) -> None:
-    assert with_article(name, word) == phrase
-
-
-def test_prompt_sets_put_the_name_behind_its_article() -> None:
-    assert prompts_of("anchor", "name") == ["an anchor"]
-    assert prompts_of("cat", "photo") == ["a photo of a cat"]
-    colours = prompts_of("anchor", "colours")
-    assert colours[:3] == ["a photo of an anchor", "a photo of a red anchor", "a photo of a green anchor"]
-    assert len(colours) == len(set(colours)) == 1 + len(COLOURS)
-
-
-def test_a_name_with_braces_is_text() -> None:
-    assert prompts_of("{a} {0} cat", "name") == ["a {a} {0} cat"]
-
-
-def test_an_unknown_prompt_set_is_told() -> None:
-    with pytest.raises(InputError, match="prompt set 'none': unknown, expected one of name, photo, colours"):
-        prompts_of("cat", "none")
-    assert all(prompts_of("cat", name) for name in PROMPT_SETS)
 
 
 # ----------------------------------------------------------------------------------------------------- pictures

@@ -1,0 +1,143 @@
+"""Architectures by open_clip's names and the files of their released weights."""
+
+import difflib
+import socket
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import huggingface_hub
+import open_clip
+import torch
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.factory import load_checkpoint
+from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from torch import Tensor, nn
+
+from ovd_models.errors import InputError
+
+CONNECT_SECONDS = 5
+"""The hub's own client tries for 50 seconds where there is no network."""
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """open_clip's config of an architecture: `embed_dim`, `vision_cfg`, `text_cfg` and perhaps `quick_gelu` and others.
+
+    Raises:
+        InputError: the name is unknown, or the model is not made of two towers.
+    """
+    known = open_clip.list_models()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3, 0.3)
+        raise InputError(f"model {name!r}: unknown to open_clip; near ones are {', '.join(near) or 'none'}")
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    if "multimodal_cfg" in config:
+        raise InputError(f"model {name}: writes captions, expected one of two towers")
+    if not isinstance(config["vision_cfg"].get("image_size", 224), int):
+        raise InputError(f"model {name}: takes images that are not square")
+    config["vision_cfg"].setdefault("image_size", 224)
+    config["vision_cfg"]["timm_model_pretrained"] = False  # weights come from `find_weights` alone
+    config["text_cfg"]["hf_model_pretrained"] = False
+    return config
+
+
+def find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
+    """The file of released weights, downloaded if need be, and what open_clip knows of them: `mean`, `std` and so on.
+
+    Args:
+        name: an architecture of open_clip.
+        pretrained: one of its tags, or a file.
+
+    Raises:
+        InputError: there is no such tag or file, or it cannot be downloaded.
+    """
+    if Path(pretrained).is_file():
+        return Path(pretrained), {"quick_gelu": True} if _is_torchscript(Path(pretrained)) else {}
+    found: dict[str, Any] = get_pretrained_cfg(name, pretrained)
+    if not found:
+        tags = ", ".join(list_pretrained_tags_by_model(name)) or "none"
+        raise InputError(f"--pretrained {pretrained}: no such file and no weights of {name}, whose tags are {tags}")
+    if found.get("hf_hub") and not _hub_is_reachable():
+        cached = _cached(found["hf_hub"])
+        if cached is None:
+            raise InputError(
+                f"--pretrained {pretrained}: {ENDPOINT} cannot be reached and no copy is on this machine, "
+                "expected a network or a file"
+            )
+        return cached, found
+    try:
+        return Path(download_pretrained(found)), found
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--pretrained {pretrained}: download failed ({_first_line(error)}), expected a file"
+        ) from error
+
+
+def _hub_is_reachable() -> bool:
+    if HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    host = urlsplit(ENDPOINT)
+    try:
+        socket.create_connection((host.hostname, host.port or 443), CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _cached(location: str) -> Path | None:
+    repository, _, file = location.rpartition("/")
+    for name in [file] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]:
+        path = huggingface_hub.try_to_load_from_cache(repository, name)
+        if isinstance(path, str):
+            return Path(path)
+    return None
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a file is of the form of OpenAI's own downloads, which hold code beside the weights."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+
+
+def load_released(model: nn.Module, path: Path) -> None:
+    """Load weights into open_clip's `CustomTextCLIP`: a state dict (.safetensors or torch's), or a file of OpenAI's.
+
+    Raises:
+        InputError: the file is unreadable, or its weights are of another architecture.
+    """
+    with told_in_one_line(str(path)):
+        if _is_torchscript(path):
+            state: dict[str, Tensor] = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+            for name in ("input_resolution", "context_length", "vocab_size"):
+                state.pop(name, None)
+            model.load_state_dict(convert_to_custom_text_state_dict(state))
+        else:
+            load_checkpoint(model, str(path))
+
+
+@contextmanager
+def told_in_one_line(subject: str) -> Iterator[None]:
+    """Turn whatever open_clip and torch raise on unfit weights or configs into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # their kinds are many: unpickling, zip, key, shape and import errors among them
+        raise InputError(f"{subject}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line that tells something: torch heads its lists of unfit weights with a title."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0] if lines else ""
+    return f"{type(error).__name__}: {told}"[:300]
