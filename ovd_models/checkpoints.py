@@ -23,7 +23,7 @@ from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.images import open_image
 from ovd_models.preprocess import ImageLike, to_tensor
-from ovd_models.questions import ATTRIBUTE_PROMPTS, build_question
+from ovd_models.questions import build_question
 from ovd_models.rcnn import ProposalNetwork
 from ovd_models.region_scores import Scoring
 from ovd_models.vild import ViLD, ViLDConfig
@@ -231,8 +231,8 @@ class Detector:
         names: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         *,
         attributes: Sequence[str] = (),
-        prompts: Sequence[str] = (),
-        attribute_prompts: Sequence[str] = ATTRIBUTE_PROMPTS,
+        prompts: str = "",
+        attribute_prompts: str = "photo",
         score_threshold: float = 0.05,
         max_detections: int = 100,
         scoring: Scoring | None = None,
@@ -244,8 +244,9 @@ class Detector:
             names: any names; the default vocabulary if None. ViLD also takes names with the children of each,
                 `{"bird": ["robin", "jay"], "anchor": []}`.
             attributes: for ViLD, words that hold whatever the name is: `["red", "blue"]` gives "red anchor" ...
-            prompts: templates for this request with `{name}` or `{a_name}`, instead of the checkpoint's prompt set.
-            attribute_prompts: templates of the attributes, see `questions.build_question`.
+            prompts: a prompt set for this request, or templates such as `a drawing of {a}|{name}`, instead of the
+                checkpoint's.
+            attribute_prompts: the same for attributes, which stand before each name in turn.
             score_threshold: only detections above it.
             max_detections: at most so many an image.
             scoring: for ViLD, how cosines become scores, instead of the checkpoint's way.

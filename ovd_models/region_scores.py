@@ -80,12 +80,12 @@ def class_probabilities(record: RegionRecord, vocabulary: Vocabulary, scoring: S
     """
     heads = []
     if record.text is not None:
-        logits_NK = cosine_logits(record.text, vocabulary.embeddings, scoring.temperature)
+        logits_NK = _logits(record.text, vocabulary, scoring.temperature)
         if record.background is not None:
             logits_NK = torch.cat([logits_NK, scoring.temperature * record.background[:, None]], dim=1)
         heads.append(logits_NK.softmax(1)[:, : len(vocabulary)])
     if record.image is not None:
-        heads.append(cosine_logits(record.image, vocabulary.embeddings, scoring.image_temperature).softmax(1))
+        heads.append(_logits(record.image, vocabulary, scoring.image_temperature).softmax(1))
     if len(heads) == 1:
         return heads[0]
     return fuse(heads[0], heads[1], image_exponents(vocabulary, scoring))
@@ -153,9 +153,14 @@ def answer(record: RegionRecord, question: Question, scoring: Scoring) -> tuple[
 def _cosines(record: RegionRecord, words: Vocabulary, scoring: Scoring) -> Tensor:
     """[N, A] logits of words that are told apart among themselves: by the distilled head, which knows more of them."""
     if record.image is not None:
-        return cosine_logits(record.image, words.embeddings, scoring.image_temperature)
+        return _logits(record.image, words, scoring.image_temperature)
     assert record.text is not None  # a record has at least one of the two
-    return cosine_logits(record.text, words.embeddings, scoring.temperature)
+    return _logits(record.text, words, scoring.temperature)
+
+
+def _logits(region_ND: Tensor, vocabulary: Vocabulary, temperature: float) -> Tensor:
+    """[N, K], of each name that of its best synonym."""
+    return vocabulary.strongest(cosine_logits(region_ND, vocabulary.embeddings, temperature))
 
 
 def find(

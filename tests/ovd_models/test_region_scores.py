@@ -174,3 +174,14 @@ def test_an_image_without_regions_has_no_detections() -> None:
     question = Question(words(2), attributes=words(2, seed=9))
     found = find(empty, question, Scoring(objectness=0.5), nms=0.5, score_threshold=0.0, max_detections=10)
     assert (len(found), found.boxes.shape, found.names[0]) == (0, (0, 4), "name 0 name 0")
+
+
+def test_a_name_scores_as_its_best_synonym() -> None:
+    entry, rows = record(), words(3).embeddings
+    pair = Vocabulary(("a", "b"), rows, owners=torch.tensor([0, 0, 1]))
+    logits = [4.0 * own @ rows.T for own in (entry.text, entry.image) if own is not None]
+    text, image = (torch.stack([one[:, :2].amax(1), one[:, 2]], 1) for one in logits)
+    assert entry.background is not None
+    expected = torch.cat([text, 4.0 * entry.background[:, None]], 1).softmax(1)[:, :2] ** 0.6 * image.softmax(1) ** 0.4
+    found = class_probabilities(entry, pair, Scoring(temperature=4.0, image_temperature=4.0))
+    assert torch.allclose(found, expected, atol=1e-6)
