@@ -133,6 +133,7 @@ PRODUCERS: dict[str, str] = {
     "scores": "python workflows/prepare_pairs.py",
     "categories": "python workflows/prepare_boxes.py",
     "boxes": "python workflows/prepare_boxes.py",
+    "texts": "python workflows/embed_texts.py",
 }
 """The command that makes a table, for the message that says it is missing."""
 

@@ -3,6 +3,7 @@
 The loop itself stays visible in each workflow.
 """
 
+import math
 import os
 import tempfile
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray
 import ray.data
@@ -19,6 +20,7 @@ import torch
 from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from data_prep import storage
 from ovd_models.errors import InputError
@@ -33,13 +35,17 @@ REQUIRED_DIVISOR = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """How a model is optimised: AdamW, one cycle, and on how many workers."""
+    """How a model is optimised: AdamW, a schedule, and on how many workers."""
 
     steps: int
     learning_rate: float
     weight_decay: float = 0.05
     warmup: float = 0.1
     """Part of the steps in which the learning rate rises."""
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    """One cycle of learning rate and momentum, or a linear rise and a cosine to zero with constant momentum."""
+    ema_decay: float = 0.0
+    """Keep an average of the weights that decays so much a step, and end with it; 0 keeps none."""
     clip_norm: float = 5.0
     """Largest norm of the gradient."""
     checkpoint_every: int = 100
@@ -62,8 +68,9 @@ class Optimisation:
         for name in ("learning_rate", "clip_norm", "log_every"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}: {getattr(self, name)}, expected more than 0")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup: {self.warmup}, expected 0 to less than 1")
+        for name in ("warmup", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)}, expected 0 to less than 1")
         if self.workers < 0:
             raise InputError(f"workers: {self.workers}, expected 0 or more")
         if self.checkpoint_every < 1 or self.checkpoint_every % REQUIRED_DIVISOR:
@@ -156,6 +163,37 @@ def prepare_worker(settings: Optimisation) -> torch.device:
     return torch.device(ray.train.torch.get_device()) if settings.use_gpu else torch.device("cpu")
 
 
+def schedule_of(optimiser: torch.optim.Optimizer, settings: Optimisation) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate's course over all steps."""
+    if settings.schedule == "cosine":
+        rising = math.ceil(settings.warmup * settings.steps)
+        return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warmup_cosine(step, rising, settings.steps))
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimiser,
+        settings.learning_rate,
+        total_steps=max(settings.steps, MIN_SCHEDULE_STEPS),
+        pct_start=max(settings.warmup, 2 / settings.steps if settings.steps > MIN_SCHEDULE_STEPS else 0.5),
+    )
+
+
+def warmup_cosine(step: int, rising: int, steps: int) -> float:
+    """The factor of the learning rate in a step, from 0: (step + 1) / rising at first, then half a cosine to zero."""
+    if step < rising:
+        return (step + 1) / rising
+    return (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising)))) / 2
+
+
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """An exponential average that forgets faster in its first steps, so that the first weights do not stay in it."""
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        if not averaged.is_floating_point():
+            return current  # a counter
+        return averaged.lerp(current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return average
+
+
 class Session:
     """A model in training: its optimiser, schedule and position, saved and restored together."""
 
@@ -165,12 +203,9 @@ class Session:
         self.optimiser = torch.optim.AdamW(
             model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser,
-            settings.learning_rate,
-            total_steps=max(settings.steps, MIN_SCHEDULE_STEPS),
-            pct_start=max(settings.warmup, 2 / settings.steps if settings.steps > MIN_SCHEDULE_STEPS else 0.5),
-        )
+        self.schedule = schedule_of(self.optimiser, settings)
+        decay = settings.ema_decay
+        self.average = AveragedModel(self.module, avg_fn=moving_average(decay), use_buffers=True) if decay else None
         self._restore()
         world = ray.train.get_context().get_world_size()
         self.model = DistributedDataParallel(self.module) if world > 1 else self.module
@@ -183,6 +218,8 @@ class Session:
         with checkpoint.as_directory() as folder:
             self.module.load_state_dict(load_weights(folder))
             progress = torch.load(Path(folder) / "progress.pt", weights_only=True, map_location=self.device)
+        if self.average is not None:
+            self.average.load_state_dict(progress["average"])
         self.optimiser.load_state_dict(progress["optimiser"])
         self.schedule.load_state_dict(progress["schedule"])
         self.step = int(progress["step"])
@@ -204,6 +241,8 @@ class Session:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
         self.optimiser.step()
         self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
         self.step += 1
         return float(norm)
 
@@ -225,7 +264,10 @@ class Session:
             return
         with tempfile.TemporaryDirectory() as folder:
             torch.save(self.module.state_dict(), Path(folder) / "model.pt")
+            if self.average is not None:
+                torch.save(self.average.module.state_dict(), Path(folder) / "average.pt")
             progress = {
+                "average": {} if self.average is None else self.average.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "step": self.step,
@@ -237,14 +279,14 @@ class Session:
             ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def load_weights(folder: str | Path) -> dict[str, Tensor]:
+def load_weights(folder: str | Path, name: str = "model.pt") -> dict[str, Tensor]:
     """The model's state dict in a training checkpoint's folder."""
-    weights: dict[str, Tensor] = torch.load(Path(folder) / "model.pt", weights_only=True, map_location="cpu")
+    weights: dict[str, Tensor] = torch.load(Path(folder) / name, weights_only=True, map_location="cpu")
     return weights
 
 
 def final_weights(run_dir: str) -> dict[str, Tensor]:
-    """The state dict of a finished run.
+    """The state dict of a finished run: the average where one was kept.
 
     Raises:
         InputError: the run has no checkpoint.
@@ -253,7 +295,8 @@ def final_weights(run_dir: str) -> dict[str, Tensor]:
     if checkpoint is None:
         raise InputError(f"{run_dir}: no checkpoint, expected a finished training run")
     with checkpoint.as_directory() as folder:
-        return load_weights(folder)
+        name = "average.pt" if (Path(folder) / "average.pt").is_file() else "model.pt"
+        return load_weights(folder, name)
 
 
 class Meter:
