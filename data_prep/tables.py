@@ -148,6 +148,7 @@ PRODUCERS: dict[str, str] = {
     "regions": "python workflows/embed.py",
     "embeddings": "python workflows/embed.py",
     "features": "python workflows/ovsam.py",
+    "texts": "python workflows/embed_texts.py",
 }
 """The command that makes a table, for the message that says it is missing."""
 

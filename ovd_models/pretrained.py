@@ -118,7 +118,7 @@ def load_released(model: nn.Module, path: Path) -> None:
     with told_in_one_line(str(path)):
         if _is_torchscript(path):
             state: dict[str, Tensor] = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-            for name in ("input_resolution", "context_length", "vocab_size"):
+            for name in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
                 state.pop(name, None)
             model.load_state_dict(convert_to_custom_text_state_dict(state))
         else:

@@ -3,10 +3,13 @@
 pairs --shuffle, decode--> images, captions -> train -> zero-shot accuracy -> runs/clip/<run>/model
 
 python workflows/clip.py --config smoke
+python workflows/clip.py --config pictograms --model.name ViT-B-32 --pretrained openai --max-side None
 ray job submit --working-dir . -- python workflows/clip.py --config pictograms --storage s3://bucket/ovd
 """
 
+import copy
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,18 +17,28 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import ray.train
 import torch
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_prep import storage, tables
 from data_prep.batching import StreamShape, pair_loader, stream
 from data_prep.collate import PairCollate
 from data_prep.pictograms import PICTURES, World, single_objects
-from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, save_clip, zero_shot_logits
+from ovd_models.clip import (
+    Clip,
+    ClipConfig,
+    ClipTextEncoder,
+    load_clip,
+    open_clip_model,
+    save_clip,
+    zero_shot_logits,
+)
+from ovd_models.errors import InputError
 from ovd_models.vocabulary import build_vocabulary
+from ovd_models.zero_shot import calibration_error, fit_temperature
 from workflows import cli, cluster, prepare_pairs, tracking, training
 from workflows.tracking import MetricLogger
 from workflows.training import Meter, Optimisation, Session
@@ -44,8 +57,14 @@ class Run:
     max_side: int | None = None
     """Only pairs whose longer side is at most this, in pixels."""
     model: ClipConfig = field(default_factory=ClipConfig)
+    pretrained: str = ""
+    """First weights: a tag of open_clip's (`openai`) or a file for `model.name`, or a checkpoint of ours, whose
+    architecture is taken too; empty: from scratch."""
     batch_size: int = 192
     """Pairs in a step, over all workers."""
+    chunks: int = 1
+    """Parts in which a worker encodes its share of a batch, for batches that do not fit in memory: the loss is that
+    of the whole batch, at the price of a second forward pass."""
     shift: int = 4
     """Each image is moved by up to this many pixels, edges repeated."""
     optimisation: Optimisation
@@ -53,12 +72,16 @@ class Run:
     """Seed of the pictogram world whose names are the zero-shot test."""
     eval_images: int = 4_080
     """Held-out images of the zero-shot test."""
+    eval_every: int = 0
+    """Steps after which the zero-shot test is made in training; 0 makes it at the end only."""
     resume: str = ""
     """Continue this run instead of starting a new one."""
 
     def __post_init__(self) -> None:
         """Check that a batch can be shared among the workers."""
         training.check_shared("batch_size", self.batch_size, self.optimisation.workers)
+        if not 1 <= self.chunks <= self.batch_size // max(1, self.optimisation.workers):
+            raise InputError(f"chunks: {self.chunks}, expected 1 to a worker's share of the batch")
 
 
 def smoke() -> Run:
@@ -69,6 +92,7 @@ def smoke() -> Run:
         max_side=64,
         batch_size=32,
         eval_images=136,
+        eval_every=5,
         optimisation=Optimisation(steps=10, learning_rate=2e-3, checkpoint_every=10, workers=0),
     )
 
@@ -108,15 +132,47 @@ class Trained:
     run_id: str
 
 
-def train_worker(run: Run, run_dir: str, logger: MetricLogger) -> None:
+def first_model(run: Run, run_dir: str) -> tuple[ClipConfig, str]:
+    """The architecture to train, and the folder of its first weights, empty from scratch.
+
+    Every worker reads the folder, so that the weights are downloaded once.
+
+    Raises:
+        InputError: there are no such weights, or they do not fit.
+    """
+    if not run.pretrained:
+        return run.model, ""
+    if storage.exists(storage.join(run.pretrained, "clip.json")):
+        clip = load_clip(storage.local_folder(run.pretrained))[0]
+    else:
+        clip = open_clip_model(run.model, run.pretrained)
+    folder = storage.join(run_dir, "first")
+    with tempfile.TemporaryDirectory() as local:
+        save_clip(clip, local)
+        storage.upload_folder(Path(local), folder)
+    return clip.config, folder
+
+
+def contrastive_loss(config: ClipConfig, rank: int, world: int) -> nn.Module:
+    """Each rank's share of the loss of one big batch, with gradients through the features of the other ranks."""
+    loss: nn.Module
+    if config.loss == "siglip":
+        loss = SigLipLoss(rank=rank, world_size=world)
+    else:
+        loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    return loss
+
+
+def train_worker(run: Run, run_dir: str, first: str, logger: MetricLogger) -> None:
     """The loop: batch -> loss -> step."""
     device = training.prepare_worker(run.optimisation)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    clip = Clip(run.model)
+    clip = Clip(run.model, run.chunks)
+    if first:
+        clip.load_state_dict(load_clip(storage.local_folder(first))[0].state_dict())
     session = Session(clip, run.optimisation, device, run_dir)
-    # Each rank's share of the loss of one big batch, with gradients through the gathered features.
-    contrast = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    contrast = contrastive_loss(run.model, rank, world)
     batches = ray.train.get_dataset_shard("pairs").iter_torch_batches(
         batch_size=run.batch_size // world, collate_fn=PairCollate(run.model.image_size), prefetch_batches=3
     )
@@ -125,8 +181,8 @@ def train_worker(run: Run, run_dir: str, logger: MetricLogger) -> None:
     for images, captions in meter.waiting(batches):
         shifted = random_shift(images.to(device, non_blocking=True), run.shift, shifts)
         with session.autocast():
-            image_features, text_features, scale = session.model(shifted, clip.tokenize(captions).to(device))
-        loss = contrast(image_features.float(), text_features.float(), scale.float())
+            features = session.model(shifted, clip.tokenize(captions).to(device))
+        loss = contrast(*(value.float() for value in features))
         session.update(loss)
         clip.clamp_scale()
         meter.add({"contrastive": loss}, run.batch_size)
@@ -134,6 +190,12 @@ def train_worker(run: Run, run_dir: str, logger: MetricLogger) -> None:
             metrics = meter.collect()
             logger.log(metrics, session.step)
             training.print_progress("clip", session.step, run.optimisation.steps, metrics)
+        if rank == 0 and run.eval_every and session.step % run.eval_every == 0 and not session.done:
+            kept = copy.deepcopy(clip if session.average is None else session.average.module)
+            assert isinstance(kept, Clip)
+            base, novel = zero_shot(kept.eval(), "clip:training", run)
+            logger.log(accuracy_metrics(base, novel), session.step)
+            print(f"clip {session.step}  zero-shot top-1: base {base:.3f}, novel {novel:.3f}", flush=True)
         if session.due:
             session.checkpoint({})
             logger.flush()
@@ -155,22 +217,49 @@ def random_shift(images: torch.Tensor, limit: int, generator: torch.Generator) -
     return padded_BHWC[image_B[:, None, None], row_BH[:, :, None], column_BW[:, None, :]].permute(0, 3, 1, 2)
 
 
-def zero_shot(clip: Clip, teacher: str, run: Run) -> tuple[float, float]:
-    """Top-1 accuracy on held-out pictures of one object each: base names, novel names, all names competing."""
+def held_out(clip: Clip, teacher: str, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, K] of held-out pictures of one object each, all names competing, their labels, and who is novel."""
+    device = next(clip.parameters()).device
     world = World.create(run.world_seed)
     images, labels = single_objects(world, PICTURES, run.eval_images, seed=run.world_seed + 1_000)
-    vocabulary = build_vocabulary(ClipTextEncoder(run.model, clip.model.text, teacher), world.names)
+    vocabulary = build_vocabulary(ClipTextEncoder(run.model, clip.model.text, teacher), world.names).to(device)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    guesses = [zero_shot_logits(clip, part, vocabulary.embeddings).argmax(1) for part in torch.split(pixels, 256)]
-    right = torch.cat(guesses).numpy() == labels
-    novel = np.array([split == "novel" for split in world.splits])[labels]
-    return float(right[~novel].mean()), float(right[novel].mean())
+    if pixels.shape[-1] != run.model.image_size:
+        pixels = F.interpolate(pixels, size=run.model.image_size, mode="bicubic", antialias=True)
+    parts = [zero_shot_logits(clip, part.to(device), vocabulary.embeddings) for part in torch.split(pixels, 256)]
+    novel = torch.tensor([split == "novel" for split in world.splits])
+    return torch.cat(parts).cpu(), torch.from_numpy(labels), novel[torch.from_numpy(labels)]
+
+
+def zero_shot(clip: Clip, teacher: str, run: Run) -> tuple[float, float]:
+    """Top-1 accuracy on held-out pictures: base names, novel names."""
+    return accuracy(*held_out(clip, teacher, run))
+
+
+def accuracy(logits_NK: Tensor, labels_N: Tensor, novel_N: Tensor) -> tuple[float, float]:
+    """Top-1 accuracy of base and of novel names."""
+    right_N = (logits_NK.argmax(1) == labels_N).float()
+    return float(right_N[~novel_N].mean()), float(right_N[novel_N].mean())
+
+
+def accuracy_metrics(base: float, novel: float) -> dict[str, float]:
+    """Under MLflow's names."""
+    return {"eval/pictograms/top1_base": base, "eval/pictograms/top1_novel": novel}
+
+
+def calibrate(logits_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """The temperature that every second held-out picture gives, and the calibration error of the others with it."""
+    temperature = fit_temperature(logits_NK[::2], labels_N[::2])
+    before, after = (calibration_error((logits_NK[1::2] / t).softmax(1), labels_N[1::2]) for t in (1, temperature))
+    return {"temperature": temperature, "ece_before": before, "ece": after}
 
 
 def train(run: Run) -> Trained:
     """Read the pairs, train, evaluate and save; returns where the model is and how well it names."""
     started = time.perf_counter()
     run_dir = training.open_run(run.storage, "clip", run.config, run.resume)
+    config, first = first_model(run, run_dir)
+    run = dataclasses.replace(run, model=config)
     settings, train_dir = run.optimisation, storage.join(run_dir, "train")
     digest = tables.read_manifest(run.storage, "pairs", run.pairs).digest
     cluster.start_ray()
@@ -183,7 +272,7 @@ def train(run: Run) -> Trained:
     ) as tracked:
         tracked.log_text(cli.to_json(run), "run.json")
         training.fit(
-            partial(train_worker, run, train_dir, tracked.logger()),
+            partial(train_worker, run, train_dir, first, tracked.logger()),
             settings,
             train_dir,
             {"pairs": lambda step: stream(loader, shape, step, settings.steps)},
@@ -194,11 +283,14 @@ def train(run: Run) -> Trained:
         with tempfile.TemporaryDirectory() as folder:
             teacher = save_clip(clip, folder)
             (Path(folder) / "run.json").write_text(cli.to_json(run))
-            top1_base, top1_novel = zero_shot(clip, teacher, run)
+            logits, labels, novel = held_out(clip, teacher, run)
+            top1_base, top1_novel = accuracy(logits, labels, novel)
+            calibration = calibrate(logits, labels)
+            (Path(folder) / "calibration.json").write_text(json.dumps(calibration))
             model = storage.join(run_dir, "model")
             storage.upload_folder(Path(folder), model)
-            metrics = {"eval/pictograms/top1_base": top1_base, "eval/pictograms/top1_novel": top1_novel}
-            tracked.log_metrics(metrics, settings.steps)
+            tracked.log_metrics(accuracy_metrics(top1_base, top1_novel), settings.steps)
+            tracked.log_metrics({f"calibration/{name}": value for name, value in calibration.items()}, settings.steps)
             tracking.register(
                 tracked,
                 Path(folder),

@@ -4,13 +4,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from data_prep import storage, tables
+from data_prep.texts import StoredEncoder, TextStore, read_matrix
 from ovd_models.checkpoints import load_encoder, save_encoder
+from ovd_models.clip import ClipTextEncoder
 from ovd_models.errors import InputError
-from ovd_models.vocabulary import EmbeddingTable, TextEncoder, build_vocabulary
+from ovd_models.vocabulary import TextEncoder, build_vocabulary
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ def read_categories(storage_uri: str, boxes: str) -> tuple[dict[int, str], dict[
 
 
 def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -> Names:
-    """Embed the names of `categories/<boxes>` and of `concepts/<pairs>`.
+    """Embed the names of `categories/<boxes>` and of `concepts/<pairs>`, or read them from the teacher's `texts`.
 
     Raises:
         InputError: a table is missing, or a name cannot be embedded.
     """
+    if isinstance(encoder, ClipTextEncoder):
+        encoder = StoredEncoder(encoder, TextStore.of(storage_uri, encoder.teacher))
     categories, splits = read_categories(storage_uri, boxes)
     base = [name for name in categories.values() if splits[name] == "base"]
     concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist()
@@ -68,13 +71,7 @@ def open_encoder(storage_uri: str, boxes: str, run_dir: str, *, teacher: str, te
     """
     if texts:
         rows = tables.read_table(storage_uri, "categories", boxes, ["name"])["name"].to_pylist()
-        try:
-            array = np.load(texts, allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
-            raise InputError(f"{texts}: cannot be read ({error}), expected a .npy matrix") from error
-        if not isinstance(array, np.ndarray):
-            raise InputError(f"{texts}: an archive, expected a .npy matrix")
-        encoder: TextEncoder = EmbeddingTable.from_array(rows, array, texts)
+        encoder: TextEncoder = read_matrix(texts, rows)
     elif teacher:
         encoder = load_encoder(storage.local_folder(teacher))
     else:

@@ -3,6 +3,7 @@
 The loop itself stays visible in each workflow.
 """
 
+import math
 import os
 import tempfile
 import time
@@ -21,6 +22,7 @@ from pyarrow import fs
 from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from data_prep import storage
 from ovd_models.errors import InputError
@@ -44,8 +46,12 @@ class Optimisation:
     """`sgd` has a momentum of 0.9 and decays matrices and kernels alone."""
     warmup: float = 0.1
     """Part of the steps in which the learning rate rises."""
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    """One cycle of learning rate and momentum, or a linear rise and a cosine to zero with constant momentum."""
+    ema_decay: float = 0.0
+    """Keep an average of the weights that decays so much a step, and end with it; 0 keeps none."""
     decay_at: tuple[float, ...] = ()
-    """Parts of the steps after which the learning rate falls to a tenth; empty: one cycle."""
+    """Instead of `schedule`: parts of the steps after which the learning rate falls to a tenth."""
     clip_norm: float = 5.0
     """Largest norm of the gradient."""
     checkpoint_every: int = 100
@@ -70,8 +76,9 @@ class Optimisation:
                 raise InputError(f"{name}: {getattr(self, name)}, expected more than 0")
         if list(self.decay_at) != sorted(self.decay_at) or not all(0 < part < 1 for part in self.decay_at):
             raise InputError(f"decay_at: {self.decay_at}, expected rising parts between 0 and 1")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup: {self.warmup}, expected 0 to less than 1")
+        for name in ("warmup", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)}, expected 0 to less than 1")
         if self.workers < 0:
             raise InputError(f"workers: {self.workers}, expected 0 or more")
         if self.checkpoint_every < 1 or self.checkpoint_every % REQUIRED_DIVISOR:
@@ -179,9 +186,12 @@ def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Opt
 def build_schedule(
     optimiser: torch.optim.Optimizer, settings: Optimisation
 ) -> torch.optim.lr_scheduler.OneCycleLR | torch.optim.lr_scheduler.LambdaLR:
-    """One cycle; or a linear rise from a hundredth, and a tenth after each of `decay_at`."""
+    """The learning rate's course over all steps."""
     if settings.decay_at:
         return torch.optim.lr_scheduler.LambdaLR(optimiser, partial(step_factor, settings))
+    if settings.schedule == "cosine":
+        rising = math.ceil(settings.warmup * settings.steps)
+        return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warmup_cosine(step, rising, settings.steps))
     return torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
         settings.learning_rate,
@@ -197,6 +207,24 @@ def step_factor(settings: Optimisation, step: int) -> float:
     return float(rise * 0.1 ** sum(done >= part for part in settings.decay_at))
 
 
+def warmup_cosine(step: int, rising: int, steps: int) -> float:
+    """The factor of the learning rate in a step, from 0: (step + 1) / rising at first, then half a cosine to zero."""
+    if step < rising:
+        return (step + 1) / rising
+    return (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising)))) / 2
+
+
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """An exponential average that forgets faster in its first steps, so that the first weights do not stay in it."""
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        if not averaged.is_floating_point():
+            return current  # a counter
+        return averaged.lerp(current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return average
+
+
 class Session:
     """A model in training: its optimiser, schedule and position, saved and restored together."""
 
@@ -205,6 +233,8 @@ class Session:
         self.module = model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
         self.optimiser = build_optimiser(model, settings)
         self.schedule = build_schedule(self.optimiser, settings)
+        decay = settings.ema_decay
+        self.average = AveragedModel(self.module, avg_fn=moving_average(decay), use_buffers=True) if decay else None
         self._restore()
         world = ray.train.get_context().get_world_size()
         self.model = DistributedDataParallel(self.module) if world > 1 else self.module
@@ -217,6 +247,8 @@ class Session:
         with checkpoint.as_directory() as folder:
             self.module.load_state_dict(load_weights(folder))
             progress = torch.load(Path(folder) / "progress.pt", weights_only=True, map_location=self.device)
+        if self.average is not None:
+            self.average.load_state_dict(progress["average"])
         self.optimiser.load_state_dict(progress["optimiser"])
         self.schedule.load_state_dict(progress["schedule"])
         self.step = int(progress["step"])
@@ -238,6 +270,8 @@ class Session:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
         self.optimiser.step()
         self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
         self.step += 1
         return float(norm)
 
@@ -259,7 +293,10 @@ class Session:
             return
         with tempfile.TemporaryDirectory() as folder:
             torch.save(self.module.state_dict(), Path(folder) / "model.pt")
+            if self.average is not None:
+                torch.save(self.average.module.state_dict(), Path(folder) / "average.pt")
             progress = {
+                "average": {} if self.average is None else self.average.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "step": self.step,
@@ -271,14 +308,14 @@ class Session:
             ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def load_weights(folder: str | Path) -> dict[str, Tensor]:
+def load_weights(folder: str | Path, name: str = "model.pt") -> dict[str, Tensor]:
     """The model's state dict in a training checkpoint's folder."""
-    weights: dict[str, Tensor] = torch.load(Path(folder) / "model.pt", weights_only=True, map_location="cpu")
+    weights: dict[str, Tensor] = torch.load(Path(folder) / name, weights_only=True, map_location="cpu")
     return weights
 
 
 def final_weights(run_dir: str) -> dict[str, Tensor]:
-    """The state dict of a finished run.
+    """The state dict of a finished run: the average where one was kept.
 
     Raises:
         InputError: the run has no checkpoint.
@@ -287,7 +324,8 @@ def final_weights(run_dir: str) -> dict[str, Tensor]:
     if checkpoint is None:
         raise InputError(f"{run_dir}: no checkpoint, expected a finished training run")
     with checkpoint.as_directory() as folder:
-        return load_weights(folder)
+        name = "average.pt" if (Path(folder) / "average.pt").is_file() else "model.pt"
+        return load_weights(folder, name)
 
 
 class Meter:

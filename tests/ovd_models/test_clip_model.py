@@ -1,16 +1,19 @@
+import importlib.util
 import json
 import math
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from open_clip.loss import ClipLoss
-from torch import Tensor
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -139,46 +142,161 @@ def test_zero_shot_is_a_softmax_over_scaled_cosines() -> None:
     assert not logits.requires_grad
 
 
-# ------------------------------------------------------------------------------------------------- two workers
+# --------------------------------------------------------------------------------- the loss of one big batch
 
 FRESH = ClipConfig(embed_dim=16, text={**TEXT, "layers": 1})
 WORDS = ["a cat", "a red dog", "an anchor", "two birds", "a blue cup", "a house"]
+LOSSES = ["clip", "siglip"]
 
 
 def frozen_statistics(model: Clip) -> Clip:
-    """Batch statistics differ between half a batch and a whole one, so they are left out of the comparison."""
+    """Batch statistics differ between a part of a batch and the whole, so they are left out of the comparison."""
     return model.eval()
 
 
-def gradients_on_rank(rank: int, port: int, folder: str) -> None:
+def objective(kind: str, rank: int = 0, world: int = 1) -> nn.Module:
+    if kind == "siglip":
+        return SigLipLoss(rank=rank, world_size=world)
+    return ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+
+
+def big_batch(kind: str) -> tuple[Clip, Tensor]:
+    """A model with the gradients of all six pairs, and their loss."""
+    model = frozen_statistics(build(replace(FRESH, loss=kind)))
+    loss = objective(kind)(*model(pictures(6), model.tokenize(WORDS)))
+    loss.backward()
+    return model, loss.detach()
+
+
+def assert_same_gradients(model: nn.Module, gradients: dict[str, Tensor]) -> None:
+    for name, value in model.named_parameters():
+        assert value.grad is not None, name
+        assert float((gradients[name] - value.grad).abs().max()) <= 1e-3 * float(value.grad.abs().max()), name
+
+
+def gradients_on_rank(rank: int, port: int, folder: str, chunks: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = frozen_statistics(build(FRESH))
-    wrapped = DistributedDataParallel(model)
     own = slice(3 * rank, 3 * rank + 3)
-    images, texts, scale = wrapped(pictures(6)[own], model.tokenize(WORDS)[own])
-    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=2)(images, texts, scale)
-    loss.backward()
-    gradient = {name: value.grad for name, value in model.named_parameters()}
-    torch.save((loss.detach(), gradient), Path(folder) / f"{rank}.pt")
+    for kind in LOSSES:
+        model = frozen_statistics(build(replace(FRESH, loss=kind)))
+        model.chunks = chunks
+        features = DistributedDataParallel(model)(pictures(6)[own], model.tokenize(WORDS)[own])
+        loss = objective(kind, rank, 2)(*features)
+        loss.backward()
+        gradient = {name: value.grad for name, value in model.named_parameters()}
+        torch.save((loss.detach(), gradient), Path(folder) / f"{kind}{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_workers_have_the_gradients_of_one_big_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_two_workers_have_the_gradients_of_one_big_batch(tmp_path: Path, chunks: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    model = frozen_statistics(build(FRESH))
-    images, texts, scale = model(pictures(6), model.tokenize(WORDS))
-    loss = ClipLoss()(images, texts, scale)
-    loss.backward()
-    mp.spawn(gradients_on_rank, (port, str(tmp_path)), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert torch.stack([part for part, _ in parts]).mean().item() == pytest.approx(loss.item(), rel=1e-5)
-    for name, value in model.named_parameters():
-        assert value.grad is not None, name
-        for _, gradient in parts:
-            assert float((gradient[name] - value.grad).abs().max()) <= 1e-3 * float(value.grad.abs().max()), name
+    mp.spawn(gradients_on_rank, (port, str(tmp_path), chunks), nprocs=2)
+    for kind in LOSSES:
+        model, loss = big_batch(kind)
+        parts = [torch.load(tmp_path / f"{kind}{rank}.pt") for rank in range(2)]
+        assert torch.stack([part for part, _ in parts]).mean().item() == pytest.approx(loss.item(), rel=1e-5)
+        for _, gradients in parts:
+            assert_same_gradients(model, gradients)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("chunks", [2, 4, 6])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(kind: str, chunks: int) -> None:
+    model, loss = big_batch(kind)
+    parts = frozen_statistics(build(replace(FRESH, loss=kind)))
+    parts.chunks = chunks
+    in_parts = objective(kind)(*parts(pictures(6), parts.tokenize(WORDS)))
+    in_parts.backward()
+    assert in_parts.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradients(
+        model, {name: value.grad for name, value in parts.named_parameters() if value.grad is not None}
+    )
+
+
+def test_parts_keep_the_activations_of_one_part_only() -> None:
+    def kept(chunks: int) -> int:
+        model = build()
+        model.chunks = chunks
+        sizes: list[int] = []
+
+        def pack(value: Tensor) -> Tensor:
+            sizes.append(value.numel() if value.requires_grad else 0)
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            model(pictures(16), model.tokenize(["a cat"] * 16))
+        return sum(sizes)
+
+    assert kept(8) < kept(1) / 20
+
+
+def test_parts_are_seen_once_by_batch_norm_and_with_the_same_dropout() -> None:
+    def fresh() -> Clip:
+        model = build().train()
+        model.model.visual.trunk.layers.append(nn.Dropout(0.5))
+        torch.manual_seed(1)
+        return model
+
+    model, by_hand = fresh(), fresh()
+    model.chunks = 2
+    tokens = model.tokenize(WORDS[:4])
+    torch.manual_seed(1)
+    ClipLoss()(*model(pictures(4), tokens)).backward()
+    torch.manual_seed(1)
+    images = torch.cat([by_hand.encode_images(part) for part in pictures(4).chunk(2)])
+    texts = torch.cat([by_hand.encode_tokens(part) for part in tokens.chunk(2)])
+    ClipLoss()(images, texts, by_hand.model.logit_scale.exp()).backward()
+    assert_same_gradients(
+        by_hand, {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    )
+    for (name, ours), (_, expected) in zip(model.named_buffers(), by_hand.named_buffers(), strict=True):
+        if name.endswith(("running_mean", "running_var")):
+            assert torch.allclose(ours, expected, atol=1e-6), name
+    assert all(module.momentum == 0.1 for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_siglip_is_a_sigmoid_of_every_pair() -> None:
+    model = build(replace(FRESH, loss="siglip"))
+    images, texts, scale, bias = model(pictures(3), model.tokenize(WORDS[:3]))
+    assert (scale.item(), bias.item()) == (pytest.approx(10), -10)
+    total = 0.0
+    for row in range(3):
+        for column in range(3):
+            sign = 1 if row == column else -1
+            logit = float(scale * images[row] @ texts[column] + bias)
+            total += math.log(1 + math.exp(-sign * logit)) / 3
+    assert SigLipLoss()(images, texts, scale, bias).item() == pytest.approx(total, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- parity
+
+PARITY = Path("/work/shared/parity")
+
+
+@pytest.mark.skipif(not PARITY.is_dir(), reason="the parity packs are not on this machine")
+def test_the_text_tower_computes_what_clips_does() -> None:
+    spec = importlib.util.spec_from_file_location("fill", PARITY / "fill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+    golden = np.load(PARITY / "goldens/text/clip_text_encoder.npz")
+    model = Clip(ClipConfig(name="ViT-B-32-quickgelu")).eval()
+    filled = {}
+    for name, value in model.model.text.state_dict().items():
+        released = fill.value(f"text_encoder.{name}", tuple(value.shape))
+        filled[name] = torch.from_numpy(released) * (3 if name == "positional_embedding" else 1)
+    model.model.text.load_state_dict(filled)
+    captions = golden["captions"].tolist()
+    tokens = model.tokenize(captions)
+    assert np.array_equal(tokens.numpy(), golden["tokens"])
+    expected = F.normalize(torch.from_numpy(golden["features"]), dim=1)
+    with torch.no_grad():
+        assert torch.allclose(model.encode_tokens(tokens), expected, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

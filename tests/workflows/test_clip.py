@@ -86,6 +86,9 @@ def test_losses_and_accuracy_are_tracked(prepared: Run, trained: Trained) -> Non
     uri = tracking.tracking_uri(prepared.storage)
     losses = tracking.metric_history(uri, trained.run_id, "train/loss")["train/loss_contrastive"]
     assert [step for step, _ in losses] == [10]
+    during = tracking.metric_history(uri, trained.run_id, "eval/")["eval/pictograms/top1_base"]
+    assert [step for step, _ in during] == [5, 10]
+    assert tracking.metric_history(uri, trained.run_id, "calibration/")["calibration/temperature"][0][1] > 0
     assert 0 < losses[0][1] < 2 * math.log(32)  # chance is the logarithm of the batch
     assert set(tracking.metric_history(uri, trained.run_id, "eval/")) == {
         "eval/pictograms/top1_base",
@@ -100,6 +103,39 @@ def test_a_finished_run_resumes_to_the_same_model(prepared: Run, trained: Traine
     again = clip.train(dataclasses.replace(prepared, resume=name))
     assert again.model == trained.model
     assert (again.top1_base, again.top1_novel) == (trained.top1_base, trained.top1_novel)
+
+
+def first_weights(run: Run) -> dict[str, torch.Tensor]:
+    """What a worker starts from."""
+    _, first = clip.first_model(run, run.storage)
+    return load_clip(first)[0].state_dict()
+
+
+@pytest.mark.ray
+def test_training_goes_on_from_our_own_checkpoint_and_from_a_file(prepared: Run, trained: Trained) -> None:
+    ours = load_clip(trained.model)[0]
+    tuned = dataclasses.replace(prepared, pretrained=trained.model)
+    assert all(torch.equal(value, first_weights(tuned)[name]) for name, value in ours.state_dict().items())
+    with pytest.raises(InputError, match=r"--pretrained none: expected --model\.name, or a checkpoint folder"):
+        clip.first_model(dataclasses.replace(prepared, pretrained="none"), prepared.storage)
+    once = dataclasses.replace(prepared.optimisation, steps=5, checkpoint_every=5, learning_rate=1e-9, warmup=0.0)
+    again = clip.train(dataclasses.replace(tuned, optimisation=once, config="tuned"))
+    after = load_clip(again.model)[0].state_dict()
+    for name, value in ours.state_dict().items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.allclose(value, after[name], atol=1e-5), name
+
+
+@pytest.mark.ray
+def test_a_sigmoid_loss_in_chunks_with_an_average_trains(prepared: Run) -> None:
+    settings = dataclasses.replace(prepared.optimisation, ema_decay=0.9, schedule="cosine", steps=5, checkpoint_every=5)
+    model = dataclasses.replace(prepared.model, loss="siglip")
+    run = dataclasses.replace(prepared, config="sigmoid", model=model, chunks=4, optimisation=settings)
+    found, _ = load_clip(clip.train(run).model)
+    assert found.config.loss == "siglip"
+    assert found.model.logit_bias.item() != -10
+    with pytest.raises(InputError, match="chunks: 33, expected 1 to a worker's share of the batch"):
+        dataclasses.replace(prepared, chunks=33)
 
 
 @pytest.mark.ray

@@ -273,3 +273,55 @@ def test_a_run_begun_inside_the_driver_continues_on_a_worker(ray_cluster: None, 
     again = run_loop(dataclasses.replace(QUICK, workers=1), tmp_path / "halves")
     assert training.committed_step(str(tmp_path / "halves")) == 10
     assert all(torch.allclose(value, again[name], atol=1e-6) for name, value in whole.items())
+
+
+# ------------------------------------------------------------------------------------------ schedule and average
+
+
+def test_the_cosine_schedule_by_hand() -> None:
+    # 10 steps, 2 of them rising: 1/2, 1, then cosines over 8 steps
+    factors = [training.warmup_cosine(step, 2, 10) for step in range(11)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[6] == pytest.approx(0.5)
+    assert factors[4] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert factors[10] == pytest.approx(0)
+    assert training.warmup_cosine(0, 0, 1) == 1.0
+
+
+def test_a_moving_average_by_hand() -> None:
+    average = training.moving_average(0.9)
+    old, new = torch.zeros(2), torch.ones(2)
+    assert torch.allclose(average(old, new, 0), torch.full((2,), 0.9))  # forgets 9/10 at first
+    assert torch.allclose(average(old, new, 10_000), torch.full((2,), 0.1))
+    assert average(torch.tensor(3), torch.tensor(7), 5).item() == 7
+
+
+def test_a_run_with_cosine_and_average_resumes_exactly(alone: None, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, schedule="cosine", ema_decay=0.5)
+
+    def steps(running: Session, count: int) -> None:
+        for _ in range(count):
+            step(running, running.step)
+
+    whole = session(settings, tmp_path / "whole")
+    steps(whole, 10)
+    first = session(settings, tmp_path / "halves")
+    steps(first, 5)
+    first.checkpoint({})
+    second = session(settings, tmp_path / "halves")
+    assert second.step == 5
+    steps(second, 5)
+    second.checkpoint({})
+    assert whole.average is not None
+    weights = training.final_weights(str(tmp_path / "halves"))
+    for name, value in whole.average.module.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+        if name.endswith("0.weight"):
+            assert not torch.equal(value, second.module.state_dict()[name]), name
+    assert whole.optimiser.param_groups[0]["lr"] == second.optimiser.param_groups[0]["lr"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_that_makes_no_sense_is_told(decay: float) -> None:
+    with pytest.raises(InputError, match=r"ema_decay: .*, expected 0 to less than 1"):
+        dataclasses.replace(QUICK, ema_decay=decay)

@@ -1,0 +1,109 @@
+"""Image towers of three kinds at equal compute on the pictogram world: flat convnet, ResNet, ConvNeXt, ViT.
+
+python workflows/prepare_pairs.py --config pictograms --storage runs
+python benchmarks/clip_towers.py --storage runs --steps 300
+
+Equal compute: every tower trains for as many steps as the multiply-adds of a pair (image and caption) allow.
+Finished towers are not trained again; one that was stopped goes on from its last checkpoint.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ovd_models.clip import Clip, ClipConfig
+from workflows import clip
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "flat convnet": ClipConfig().vision,
+    "ResNet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
+    "ConvNeXt": {
+        "timm_model_name": "convnext_zepto_rms_ols",
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 64,
+    },
+    "ViT": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32},
+}
+
+
+def multiply_adds(config: ClipConfig) -> tuple[int, int]:
+    """Multiply-adds of a pair, forward, and the parameters of the image tower."""
+    model = Clip(config).eval()
+    side = config.image_size
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(1, 3, side, side, dtype=torch.uint8), model.tokenize(["a red umbrella and an anchor"]))
+    return counter.get_total_flops() // 2, sum(value.numel() for value in model.model.visual.parameters())
+
+
+def cpu_seconds() -> float:
+    """Of this process and the children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(entry.ru_utime + entry.ru_stime for entry in used)
+
+
+def measure(tower: str, storage: str, base_steps: int) -> dict[str, Any]:
+    """Train one tower, or read what its finished run told."""
+    name = f"tower-{tower.lower().replace(' ', '-')}-{base_steps}"
+    told = Path(storage) / "runs" / "clip" / name / "figures.json"
+    if told.is_file():
+        figures: dict[str, Any] = json.loads(told.read_text())
+        return figures
+    reference = multiply_adds(ClipConfig())[0]
+    default = clip.pictograms()
+    config = dataclasses.replace(default.model, vision=TOWERS[tower])
+    adds, parameters = multiply_adds(config)
+    steps = max(5, round(base_steps * reference / adds))
+    run = dataclasses.replace(
+        default,
+        storage=storage,
+        config=name,
+        model=config,
+        resume=name,
+        optimisation=dataclasses.replace(default.optimisation, steps=steps, workers=0),
+    )
+    (told.parent).mkdir(parents=True, exist_ok=True)
+    before = cpu_seconds()
+    trained = clip.train(run)
+    figures = {
+        "tower": tower,
+        "parameters": parameters,
+        "multiply_adds": adds,
+        "steps": steps,
+        "top1_base": trained.top1_base,
+        "top1_novel": trained.top1_novel,
+        "cpu_seconds": cpu_seconds() - before,
+        "seconds": trained.seconds,
+    }
+    told.write_text(json.dumps(figures))
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", default="runs")
+    parser.add_argument("--steps", type=int, default=300, help="of the flat convnet; others get their share")
+    parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=list(TOWERS))
+    given = parser.parse_args()
+    rows = [measure(tower, given.storage, given.steps) for tower in given.towers]
+    print("| tower | parameters | multiply-adds a pair | steps | top-1 base | top-1 novel | CPU-seconds | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['tower']} | {row['parameters'] / 1e6:.2f} M | {row['multiply_adds'] / 1e6:.0f} M | {row['steps']} "
+            f"| {row['top1_base']:.3f} | {row['top1_novel']:.3f} | {row['cpu_seconds']:.0f} | {row['seconds']:.0f} |"
+        )
+    report = Path(given.storage) / "bench" / "clip_towers.json"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

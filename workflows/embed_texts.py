@@ -1,0 +1,119 @@
+"""Names to the store of embedded names, once for every workflow.
+
+names (a file with one a line, or a box set's) --teacher, prompt set--> texts/<teacher>
+.npy matrix + categories (JSON)               --count, width, order--> texts/<teacher>
+
+python workflows/embed_texts.py --model runs/runs/clip/<run>/model --names names.txt --prompt-set vild
+python workflows/embed_texts.py --model ViT-B-32 --pretrained openai --boxes pictograms
+python workflows/embed_texts.py --matrix lvis_clip.npy --categories lvis_v1_categories.json --teacher ViT-B-32:openai
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from data_prep import storage, tables
+from data_prep.texts import TextStore, check_order, import_matrix, read_categories, read_matrix
+from ovd_models.clip import ClipTextEncoder, load_text_encoder
+from ovd_models.errors import InputError
+from ovd_models.prompts import clean_name, find_prompt_set
+from ovd_models.vocabulary import clean_names
+from workflows import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is embedded by whom."""
+
+    storage: str = "runs"
+    """Folder or URI that holds all tables."""
+    model: str = ""
+    """A CLIP checkpoint of ours, or an architecture of open_clip."""
+    pretrained: str = ""
+    """Weights of an architecture: a tag, or a file."""
+    prompt_set: str = ""
+    """See `ovd_models/prompts.py`; empty: the model's own."""
+    names: str = ""
+    """A file with a name on every line."""
+    boxes: str = ""
+    """Instead: the categories of this box set."""
+    clean: bool = False
+    """Clean names as ViLD does: underscores, slashes, upper case and final dots go."""
+    matrix: str = ""
+    """A .npy file with embeddings of `categories`, in category-id order."""
+    categories: str = ""
+    """JSON with `id` and `name` of every row of `matrix`."""
+    teacher: str = ""
+    """Who embedded `matrix`; empty: named by the file's name and content."""
+
+
+def default() -> Run:
+    """Nothing is preset."""
+    return Run()
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
+
+
+def read_names(run: Run) -> tuple[str, ...]:
+    """The names to embed.
+
+    Raises:
+        InputError: the file or table is missing or empty.
+    """
+    if run.boxes:
+        names = tables.read_table(run.storage, "categories", run.boxes, ["name"])["name"].to_pylist()
+    elif run.names:
+        try:
+            names = [line for line in storage.read_bytes(run.names).decode().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--names {run.names}: {error}, expected a text file with a name on every line") from error
+    else:
+        raise InputError("--names: missing, expected a file with a name on every line, or --boxes")
+    return clean_names([clean_name(name) for name in names] if run.clean else names)
+
+
+def open_teacher(run: Run) -> ClipTextEncoder:
+    """The model's text half, with the prompt set that is asked for."""
+    if not run.model:
+        raise InputError("--model: missing, expected a CLIP checkpoint, or an architecture with --pretrained")
+    encoder = load_text_encoder(run.model if run.pretrained else storage.local_folder(run.model), run.pretrained)
+    if not run.prompt_set:
+        return encoder
+    find_prompt_set(run.prompt_set)
+    return ClipTextEncoder(replace(encoder.config, prompt_set=run.prompt_set), encoder.tower, encoder.teacher)
+
+
+def embed(run: Run) -> tuple[TextStore, int]:
+    """Fill the store; returns it and how many names were new."""
+    if not run.matrix:
+        encoder = open_teacher(run)
+        store = TextStore.of(run.storage, encoder.teacher)
+        return store, store.fill(encoder, read_names(run))
+    if not run.categories:
+        raise InputError("--categories: missing, expected the JSON whose ids give the order of --matrix")
+    table = read_matrix(run.matrix, read_categories(run.categories))
+    table = replace(table, teacher=run.teacher or table.teacher)
+    if run.model:
+        encoder = open_teacher(run)
+        print(f"{check_order(table, encoder, run.matrix):.0%} of the sampled names are nearest to their own row")
+        table = replace(table, teacher=encoder.teacher)
+    before = TextStore.of(run.storage, table.teacher).manifest()
+    store = import_matrix(run.storage, table, run.prompt_set or "given")
+    after = store.manifest()
+    return store, (after.rows if after else 0) - (before.rows if before else 0)
+
+
+def main() -> None:
+    """Embed and tell where the rows are."""
+    run = cli.parse(CONFIGS, __doc__)
+    started = time.perf_counter()
+    store, count = embed(run)
+    manifest = store.manifest()
+    total = manifest.rows if manifest else 0
+    print(f"{count} names embedded, {total} in {tables.table_uri(run.storage, 'texts', store.name)}", end="")
+    print(f" ({time.perf_counter() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    cli.execute(main)
