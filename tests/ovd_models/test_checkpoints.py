@@ -174,8 +174,8 @@ def test_a_clip_folder_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_another_method_is_refused(folder: Path) -> None:
-    edit(folder, lambda raw: raw.update(method="vild"))
-    refused(folder, "checkpoint of method 'vild', expected 'codet'")
+    edit(folder, lambda raw: raw.update(method="ovsam"))
+    refused(folder, "checkpoint of method 'ovsam', expected 'codet' or 'vild'")
 
 
 @pytest.mark.parametrize("found", [None, 2, "1"])

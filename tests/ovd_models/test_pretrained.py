@@ -125,7 +125,7 @@ def test_a_file_of_openais_form_has_quick_gelu(tmp_path: Path) -> None:
         assert torch.allclose(ours, theirs, atol=1e-5)
     plain = Clip(ClipConfig(name=NAME)).eval()
     plain.model.load_state_dict(model.model.state_dict())
-    assert not torch.allclose(plain.encode_images(pictures(model)), model.encode_images(pictures(model)), atol=1e-3)
+    assert not torch.allclose(plain.encode_images(pictures(model)), model.encode_images(pictures(model)), atol=1e-4)
     assert load_text_encoder(NAME, str(tmp_path / "openai.pt")).config.quick_gelu
     save_clip(model, tmp_path / "ours")
     assert load_clip(tmp_path / "ours")[0].config.quick_gelu
