@@ -181,7 +181,8 @@ def gradients_on_rank(rank: int, port: int, folder: str, chunks: int) -> None:
     for kind in LOSSES:
         model = frozen_statistics(build(replace(FRESH, loss=kind)))
         model.chunks = chunks
-        features = DistributedDataParallel(model)(pictures(6)[own], model.tokenize(WORDS)[own])
+        wrapped = DistributedDataParallel(model)  # reduces gradients for as long as it is alive
+        features = wrapped(pictures(6)[own], model.tokenize(WORDS)[own])
         loss = objective(kind, rank, 2)(*features)
         loss.backward()
         gradient = {name: value.grad for name, value in model.named_parameters()}
