@@ -136,7 +136,7 @@ def theirs() -> Cost:
     """Embed the same shard with clip-retrieval: its defaults, but our size of batches and a process a core."""
     shutil.rmtree(WORK / "theirs", ignore_errors=True)
     flags = {
-        "input_dataset": WORK / "pairs" / "pairs" / "shards" / "bench.tar",
+        "input_dataset": f"{WORK / 'pairs' / 'pairs' / 'shards'}/{{0..{CORES - 1}}}.tar",
         "output_folder": WORK / "theirs",
         "input_format": "webdataset",
         "clip_model": f"open_clip:ViT-B-32/{WORK / 'vit-b-32.pt'}",
@@ -248,7 +248,8 @@ def tiny_checkpoint() -> Path:
 
 def make_pairs(name: str, count: int, words: int) -> None:
     """Publish a table of pictures of a crawl's size, with captions of a few words to twice as many."""
-    if tables.find_manifest(str(WORK), "pairs", name) is not None:
+    found = tables.find_manifest(str(WORK), "pairs", name)
+    if found is not None and found.rows == count:
         return
     make_pictures(WORK / "pictures", count)
     contents, captions = [], []
@@ -261,18 +262,18 @@ def make_pairs(name: str, count: int, words: int) -> None:
         length = words // 2 + number * 7 % (words + 1) or 1
         captions.append(" ".join(WORDS[(number + word * 3) % len(WORDS)] for word in range(length)))
     keys = [f"{number:010d}" for number in range(count)]
-    tar, offsets = shards.pack(zip(keys, (content for content, _ in contents), captions, strict=True))
-    empty = dict.fromkeys(tables.SCHEMAS["pairs"].names)
-    rows = [
-        {**empty, "image_id": storage.sha256(content), "caption": caption, "shard": "shards/bench.tar", "key": key,
-         "offset": offset, "size": len(content), "width": width, "height": height}
-        for key, (content, (width, height)), caption, offset in zip(keys, contents, captions, offsets, strict=True)
-    ]  # fmt: skip
+    empty, rows, files = dict.fromkeys(tables.SCHEMAS["pairs"].names), [], []
+    for shard, part in enumerate(np.array_split(np.arange(count), CORES)):  # clip-retrieval wants one a process
+        own = part.tolist()
+        tar, offsets = shards.pack((keys[number], contents[number][0], captions[number]) for number in own)
+        files.append(tables.write_file(str(WORK), "pairs", name, f"shards/{shard}.tar", tar))
+        for number, offset in zip(own, offsets, strict=True):
+            content, (width, height) = contents[number]
+            place = {"shard": f"shards/{shard}.tar", "key": keys[number], "offset": offset, "size": len(content)}
+            told = {"image_id": storage.sha256(content), "caption": captions[number], "width": width, "height": height}
+            rows.append({**empty, **told, **place})
     table = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["pairs"])
-    files = [
-        tables.write_file(str(WORK), "pairs", name, "shards/bench.tar", tar),
-        tables.write_part(str(WORK), "pairs", name, "index/bench.parquet", table),
-    ]
+    files.append(tables.write_part(str(WORK), "pairs", name, "index/bench.parquet", table))
     tables.publish(str(WORK), "pairs", name, files, producer="benchmark", config_hash="")
 
 

@@ -24,7 +24,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from data_prep import embeddings, storage, tables, teachers
-from data_prep.crops import CropConfig, Fit
+from data_prep.crops import Colour, CropConfig, Fit
 from data_prep.embeddings import ShardJob
 from data_prep.pace import Pace
 from data_prep.tables import Manifest
@@ -120,13 +120,19 @@ def embed(run: Run) -> list[Manifest]:
     if not run.teacher:
         raise InputError("--teacher: missing, expected a CLIP checkpoint; `python workflows/clip.py` makes one")
     run = dataclasses.replace(run, storage=storage.absolute(run.storage), teacher=storage.absolute(run.teacher))
-    clip, teacher = load_clip(storage.local_folder(run.teacher))
+    teacher, side, margin = look_at_teacher(run.teacher)
     tasks = []
     if run.boxes:
         tasks.append(region_task(run, teacher))
     if run.pairs:
-        tasks.append(pair_task(run, teacher, clip))
+        tasks.append(pair_task(run, teacher, side, margin))
     return [publish(run, task) for task in tasks]
+
+
+def look_at_teacher(checkpoint: str) -> tuple[str, int, Colour]:
+    """A teacher's id, the side of its input and the colour that it sees as nothing; the model itself is let go."""
+    clip, teacher = load_clip(storage.local_folder(checkpoint))
+    return teacher, clip.config.image_size, teachers.margin_of(clip.normalise.mean)
 
 
 def region_task(run: Run, teacher: str) -> Task:
@@ -148,14 +154,14 @@ def region_task(run: Run, teacher: str) -> Task:
     )
 
 
-def pair_task(run: Run, teacher: str, clip: Clip) -> Task:
+def pair_task(run: Run, teacher: str, side: int, margin: Colour) -> Task:
     """Whole images and their captions."""
     load = partial(
         teachers.load_squares,
         root=tables.table_uri(run.storage, "pairs", run.pairs),
-        side=clip.config.image_size,
+        side=side,
         fit=run.fit,
-        margin=teachers.margin_of(clip.normalise.mean),
+        margin=margin,
     )
     return Task(
         table="embeddings",
