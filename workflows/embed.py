@@ -23,7 +23,7 @@ import ray
 import ray.data
 from ray.exceptions import RayTaskError
 
-from data_prep import embeddings, scores, storage, tables, teachers
+from data_prep import embeddings, storage, tables, teachers
 from data_prep.crops import Colour, CropConfig, Fit
 from data_prep.embeddings import ShardJob
 from data_prep.pace import Pace
@@ -133,8 +133,9 @@ def look_at_teacher(checkpoint: str) -> tuple[str, int, Colour]:
     Raises:
         InputError: there is no checkpoint, or its description is broken.
     """
-    scores.check_checkpoint(checkpoint)
     path = storage.join(checkpoint, "clip.json")
+    if not storage.exists(path):
+        raise InputError(f"{checkpoint}: no CLIP checkpoint (clip.json); `python workflows/clip.py` makes one")
     try:
         told = json.loads(storage.read_bytes(path))
         config = told["config"]
