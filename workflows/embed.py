@@ -9,6 +9,7 @@ python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --sto
 """
 
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-import torch
 from ray.exceptions import RayTaskError
 
 from data_prep import embeddings, storage, tables, teachers
@@ -29,8 +29,6 @@ from data_prep.embeddings import ShardJob
 from data_prep.pace import Pace
 from data_prep.tables import Manifest
 from data_prep.teachers import EmbedConfig, PairStage, RegionStage, Shards
-from ovd_models.checkpoints import read_info
-from ovd_models.clip import Clip, ClipConfig, load_clip, save_clip
 from ovd_models.errors import InputError
 from workflows import cli, cluster, prepare_boxes, prepare_pairs
 
@@ -130,9 +128,20 @@ def embed(run: Run) -> list[Manifest]:
 
 
 def look_at_teacher(checkpoint: str) -> tuple[str, int, Colour]:
-    """A teacher's id, the side of its input and the colour that it sees as nothing; the model itself is let go."""
-    clip, teacher = load_clip(storage.local_folder(checkpoint))
-    return teacher, clip.config.image_size, teachers.margin_of(clip.normalise.mean)
+    """A teacher's id, the side of its input and the colour that it sees as nothing; its weights are left to actors.
+
+    Raises:
+        InputError: there is no checkpoint, or its description is broken.
+    """
+    path = storage.join(checkpoint, "clip.json")
+    if not storage.exists(path):
+        raise InputError(f"{checkpoint}: no CLIP checkpoint (clip.json); `python workflows/clip.py` makes one")
+    try:
+        told = json.loads(storage.read_bytes(path))
+        config = told["config"]
+        return str(told["teacher"]), int(config["vision"]["image_size"]), teachers.margin_of(config["mean"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the description of a CLIP checkpoint ({error!r})") from error
 
 
 def region_task(run: Run, teacher: str) -> Task:
@@ -140,6 +149,8 @@ def region_task(run: Run, teacher: str) -> Task:
     proposals = "given"
     if run.detector:
         run = dataclasses.replace(run, detector=storage.absolute(run.detector))
+        from ovd_models.checkpoints import read_info  # here, so that the driver stays small
+
         folder = storage.local_folder(run.detector)
         method = read_info(folder).method
         proposals = f"{method}:{storage.sha256((folder / 'model.safetensors').read_bytes())[:16]}, {run.max_proposals}"
@@ -278,6 +289,10 @@ def make_smoke_tables(run: Run) -> Run:
             prepare_pairs.prepare(crawl)
     teacher = storage.join(run.storage, "runs", "clip", "untrained")
     if not storage.exists(storage.join(teacher, "clip.json")):
+        import torch
+
+        from ovd_models.clip import Clip, ClipConfig, save_clip
+
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             save_clip(Clip(ClipConfig()), folder)

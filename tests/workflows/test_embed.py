@@ -188,6 +188,9 @@ def test_bad_requests_say_what_is_wrong(root: Path, teacher: str) -> None:
         embed.embed(run_of(root, ""))
     with pytest.raises(InputError, match="no CLIP checkpoint"):
         embed.embed(run_of(root, str(root)))
+    (root / "clip.json").write_text("{}")
+    with pytest.raises(InputError, match=r"clip\.json: not the description of a CLIP checkpoint \(KeyError"):
+        embed.embed(run_of(root, str(root)))
     with pytest.raises(InputError, match="boxes/nowhere"):
         embed.embed(dataclasses.replace(run_of(root, teacher), boxes="nowhere"))
     with pytest.raises(InputError, match="--boxes"):
