@@ -100,10 +100,10 @@ def pictograms() -> Run:
         config="pictograms",
         boxes="pictograms",
         max_proposals=32,
-        regions_per_step=16,
+        regions_per_step=32,
         # RoIAlign's backward runs on one core: two processes of one thread are faster than one of two.
         rpn_stage=Optimisation(steps=200, learning_rate=2e-3, workers=2),
-        detector_stage=Optimisation(steps=600, learning_rate=2e-3, workers=2),
+        detector_stage=Optimisation(steps=800, learning_rate=2e-3, workers=2),
     )
 
 

@@ -57,7 +57,7 @@ class Run:
     temperature: tuple[float, ...] = ()
     """The checkpoint's own if empty."""
     objectness: tuple[float, ...] = (0.0, 1 / 3)
-    score_threshold: float = 0.001
+    score_threshold: float = 0.01
     max_detections: int = 100
 
 
