@@ -17,8 +17,9 @@ import ovd_models
 from data_prep import tables
 from ovd_models.checkpoints import load_codet
 from ovd_models.errors import InputError
-from workflows import cli, codet, evaluate, tracking
-from workflows.codet import Run, Trained
+from workflows import cli, codet, codet_configs, evaluate, tracking
+from workflows.codet import Trained
+from workflows.codet_configs import Run
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 PHOTOS, TEXTS = SHARED / "coco_photos", SHARED / "lvis/coco_clip_vitb32_a_name.npy"
@@ -28,7 +29,7 @@ SCRIPT = Path(codet.__file__)
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The smoke config with its tables and its untrained teacher."""
-    return codet.prepare_data(dataclasses.replace(codet.smoke(), storage=str(tmp_path_factory.mktemp("codet"))))
+    return codet.prepare_data(dataclasses.replace(codet_configs.smoke(), storage=str(tmp_path_factory.mktemp("codet"))))
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def test_photographs_train_checkpoint_evaluate_and_draw(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is absent")
 def test_captions_built_from_names_mention_novel_things(ray_cluster: None, tmp_path: Path) -> None:
-    run = dataclasses.replace(codet.photos(), storage=str(tmp_path), data=str(PHOTOS))
+    run = dataclasses.replace(codet_configs.photos(), storage=str(tmp_path), data=str(PHOTOS))
     codet.prepare_data(run)
     concepts = set(tables.read_table(str(tmp_path), "concepts", "photos", ["name"])["name"].to_pylist())
     categories = tables.read_table(str(tmp_path), "categories", "photos").to_pylist()
