@@ -1,7 +1,8 @@
-"""A part of a crawl at a time: its rows are fetched, decoded, filtered, scored and saved by one process.
+"""A crawl, part by part: each is fetched, decoded, filtered, scored and saved by one process.
 
-    crawler = ray.remote(Crawler).remote(Steps(...))
-    await crawler.crawl.remote(Part(partition, 0))          # what came of it is saved; returns counts
+    with Crew(Steps(...), processes=1, parts_at_a_time=6, waiting_bytes=64 << 20) as crew:
+        for progress in crew.crawl([Part(partition, 0), Part(partition, 1)]):   # what came of them is saved by then
+            ...
 
 No picture's bytes go from one process to another, but to a scoring model. While some rows of a part wait for their
 hosts, pictures that have come are decoded in threads, which OpenCV leaves free to run beside each other.
@@ -10,24 +11,34 @@ hosts, pictures that have come are decoded in threads, which OpenCV leaves free 
 import asyncio
 import ctypes
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import cv2
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
+from ray.util import ActorPool
 
 from data_prep.decode import Decoded, Rejection, with_images
 from data_prep.fetch import Fetched, Then, with_status
 from data_prep.inputs import Part
+from ovd_models.errors import InputError
 
 DECODERS = 2
 """Threads of a process that decode: as many as the cores that it is meant to keep busy."""
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """Parameters of glibc's mallopt(3)."""
 KEPT_BYTES = 32 << 20
+LASTING: dict[str, Any] = {
+    "num_cpus": 0.5,  # so that a machine with a single one has room for a scoring model too
+    "max_restarts": -1,
+    "max_task_retries": 10,
+    "scheduling_strategy": "SPREAD",
+}
+"""Options of actors that outlive the loss of a machine."""
 T = TypeVar("T")
 
 
@@ -97,6 +108,10 @@ class Crawler:
         unfetched = pc.sum(pc.equal(rows["stage"], "fetch")).as_py() or 0
         return Progress(rows=rows.num_rows, good=rows["reason"].null_count, unfetched=unfetched)
 
+    async def run(self, task: Callable[..., T], *arguments: Any) -> T:
+        """Do something else: this process is at hand, and another one would take a second to start."""
+        return await asyncio.get_running_loop().run_in_executor(self._storage, task, *arguments)
+
     async def _decode(self, fetched: Fetched) -> tuple[Fetched, Decoded | Rejection | None]:
         """The picture of a body, or why there is none, and what else is known of its fetch; the body may go."""
         body = fetched.content
@@ -125,4 +140,59 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(TRIM_THRESHOLD, 2 * KEPT_BYTES)
+        mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(ARENA_MAX, DECODERS)
+
+
+class Crew:
+    """The processes of a run, each an actor of `Crawler`; they start as they are needed.
+
+    A process that is lost with its machine starts again elsewhere, and what it had in hand is begun again.
+    """
+
+    def __init__(self, steps: Steps, *, processes: int, parts_at_a_time: int, waiting_bytes: int) -> None:
+        """Prepare, and start nothing yet.
+
+        Args:
+            steps: of a part.
+            processes: how many there may be.
+            parts_at_a_time: that each works on.
+            waiting_bytes: see `Crawler`.
+        """
+        self._start = ray.remote(Crawler).options(**LASTING, max_concurrency=parts_at_a_time)
+        self._arguments = steps, waiting_bytes
+        self._most, self._each = processes, parts_at_a_time
+        self._actors: list[Any] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def crawl(self, parts: Sequence[Part]) -> Iterator[Progress]:
+        """Crawl parts; what came of each as soon as it is saved."""
+        found: Iterator[Progress] = self._pool(len(parts)).map_unordered(
+            lambda actor, part: actor.crawl.remote(part), parts
+        )
+        return found
+
+    def run(self, task: Callable[..., T], each: Sequence[tuple[Any, ...]]) -> list[T]:
+        """The results of a task for each of some arguments, in their order.
+
+        Raises:
+            InputError: a task did.
+        """
+        pool = self._pool(len(each))
+        try:
+            return list(pool.map(lambda actor, arguments: actor.run.remote(task, *arguments), each))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise error.cause from None
+            raise
+
+    def _pool(self, tasks: int) -> ActorPool:
+        while len(self._actors) < min(self._most, tasks):
+            self._actors.append(self._start.remote(*self._arguments))
+        return ActorPool([actor for _ in range(self._each) for actor in self._actors])

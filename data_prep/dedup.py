@@ -114,7 +114,7 @@ class Corpus:
             shared = ", ".join(name for name in published.schema.names if name in new.schema.names)
             self._sql.register("published_rows", published)
             query = (
-                f"select id, {shared} from ({query}) union all by name "
+                f"{query} union all by name "
                 f"select base + row as id, {shared} from published_rows join bases using (source)"
             )
         self._sql.execute(f"create view everything as {query}")
@@ -175,7 +175,8 @@ class Corpus:
             published: `image_id` and `embedding` of published rows.
         """
         self._sql.execute(
-            f"create or replace table embedded as select id, embedding from rows where id >= {NEW} and embedding is not null"
+            "create or replace table embedded as select id, embedding from rows "
+            f"where id >= {NEW} and embedding is not null"
         )
         if published is not None:
             self._sql.register("published_embeddings", published)

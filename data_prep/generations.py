@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import ray
 
 from data_prep import inputs, storage, tables
 from data_prep.dedup import Order
@@ -191,7 +190,14 @@ Cut = Callable[..., inputs.Source]
 
 
 def plan(
-    lists: Sequence[Cut], published: Published | None, retry: Sequence[str], staging: str, *, partition: int, part: int
+    lists: Sequence[Cut],
+    published: Published | None,
+    retry: Sequence[str],
+    staging: str,
+    *,
+    partition: int,
+    part: int,
+    run: Callable[[Callable[..., inputs.Source], Sequence[tuple[Any, ...]]], list[inputs.Source]],
 ) -> Work:
     """Cut new lists into partitions, in parallel, and take up the rejected rows that are to be tried again.
 
@@ -202,6 +208,7 @@ def plan(
         staging: folder of the work.
         partition: rows of a partition.
         part: rows of a part.
+        run: runs a function for each of some arguments, as `crawl.Crew.run` does.
 
     Raises:
         InputError: a list is malformed.
@@ -209,13 +216,7 @@ def plan(
     earlier_work = Work.load(staging)
     if earlier_work is not None:
         return earlier_work
-    start: Any = ray.remote(num_cpus=0.5)(lambda cut: cut(staging=staging, partition=partition, part=part))
-    try:
-        sources: list[inputs.Source] = ray.get([start.remote(cut) for cut in lists])
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
-        raise
+    sources = run(_cut, [(cut, staging, partition, part) for cut in lists])
     columns = dict(published.details["columns"]) if published else {}
     for source in sources:
         for name, kind in source.columns.items():
@@ -230,6 +231,10 @@ def plan(
     rows = {**(published.sources if published else {}), **{source.digest: source.rows for source in sources}}
     work = Work(sources=rows, columns=columns, partitions=partitions, retried=retried, earlier_rejects=earlier)
     return work.save(staging)
+
+
+def _cut(cut: Cut, staging: str, partition: int, part: int) -> inputs.Source:
+    return cut(staging=staging, partition=partition, part=part)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,16 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.util import ActorPool
 
 from data_prep import generations, inputs, scores, shards, storage, tables, webserver, website
 from data_prep.concepts import Extractor, Vocabulary
-from data_prep.crawl import DECODERS, Crawler, Progress, Steps
+from data_prep.crawl import DECODERS, LASTING, Crew, Progress, Steps
 from data_prep.decode import DecodeConfig, decode
 from data_prep.dedup import Corpus, CorpusConfig
 from data_prep.fetch import FetchConfig, Fetcher, Reader
@@ -53,8 +51,6 @@ PRODUCER = "workflows/prepare_pairs.py"
 PROGRESS_SECONDS = 5.0
 ALARMING_FAILURES = 0.5
 """Share of failed fetches that is worth a warning."""
-RETRIES = 10
-"""Times that a part is begun again after its process was lost."""
 SAMPLED_PARTITIONS = 40
 """Partitions that give the report examples of rejected rows."""
 
@@ -230,18 +226,20 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
     cluster.start_ray()
 
-    work = generations.plan(
-        [lists[digest] for digest in new],
-        published,
-        run.retry,
-        staging,
-        partition=run.rows_per_shard,
-        part=run.rows_per_part,
-    )
-    repeated_urls = find_repeated_urls(run, work, published, staging)
-    progress = crawl(run, work, repeated_urls, staging, are_files)
-    decisions = decide(run, work, published, staging)
-    written = write_shards(run, work, published, pa.concat_tables([repeated_urls, decisions]), staging, concepts)
+    with start_crew(run, staging, are_files=are_files) as crew:
+        work = generations.plan(
+            [lists[digest] for digest in new],
+            published,
+            run.retry,
+            staging,
+            partition=run.rows_per_shard,
+            part=run.rows_per_part,
+            run=crew.run,
+        )
+        repeated_urls = find_repeated_urls(run, work, published, staging)
+        progress = crawl(run, work, repeated_urls, staging, crew)
+        decisions = pa.concat_tables([repeated_urls, decide(run, work, published, staging)])
+        written = write_shards(run, work, published, decisions, staging, concepts, crew)
 
     grown = generations.grow(published, work, written)
     generation = published.generation + 1 if published else 0
@@ -286,8 +284,27 @@ def find_repeated_urls(run: Run, work: Work, published: Published | None, stagin
     return corpus.decisions()
 
 
-def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, are_files: bool) -> list[tuple[float, int]]:
-    """Fetch, decode and filter; one staged Parquet file a part holds what came of each of its rows.
+def start_crew(run: Run, staging: str, *, are_files: bool) -> Crew:
+    """What is done to every row, by processes that do it to some rows at a time."""
+    processes = run.crawlers or max(1, cluster.cores() // DECODERS)
+    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // processes))
+    models = []
+    if run.scores.scorers or run.corpus.semantic_model:
+        model = ray.remote(ScoreStage).options(**LASTING, num_gpus=run.scores.gpus)
+        models = [model.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
+    steps = Steps(
+        read=partial(inputs.read_part, staging=staging),
+        fetch=Reader if are_files else partial(Fetcher, fetch),
+        decode=partial(decode, config=run.decode),
+        filter=partial(filter_rows, config=run.filters),
+        score=models,
+        save=partial(shards.stage_part, staging=staging),
+    )
+    return Crew(steps, processes=processes, parts_at_a_time=run.parts_per_crawler, waiting_bytes=run.waiting_bytes)
+
+
+def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, crew: Crew) -> list[tuple[float, int]]:
+    """Fetch, decode, filter and score; one staged Parquet file a part holds what came of each of its rows.
 
     Returns:
         Seconds and rows done so far, for the report.
@@ -299,29 +316,7 @@ def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, are_files
         return []
     if done:
         print(f"pairs: {len(done):,} of {len(every):,} parts done by an earlier run", flush=True)
-    crawlers = min(run.crawlers or max(1, cluster.cores() // DECODERS), len(parts))
-    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // crawlers))
-    # Half a CPU each, so that a machine with a single one has room for a scoring model too.
-    lasting: dict[str, Any] = {"num_cpus": 0.5, "max_restarts": -1, "max_task_retries": RETRIES}
-    score = []
-    if run.scores.scorers or run.corpus.semantic_model:
-        scorer = ray.remote(ScoreStage).options(**lasting, num_gpus=run.scores.gpus)
-        score = [scorer.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
-    steps = Steps(
-        read=partial(inputs.read_part, staging=staging),
-        fetch=Reader if are_files else partial(Fetcher, fetch),
-        decode=partial(decode, config=run.decode),
-        filter=partial(filter_rows, config=run.filters),
-        score=score,
-        save=partial(shards.stage_part, staging=staging),
-    )
-    crawler = ray.remote(Crawler).options(
-        **lasting, max_concurrency=run.parts_per_crawler, scheduling_strategy="SPREAD"
-    )
-    actors = [crawler.remote(steps, run.waiting_bytes) for _ in range(crawlers)]
-    pool = ActorPool([actor for _ in range(run.parts_per_crawler) for actor in actors])
-    found = pool.map_unordered(lambda actor, part: actor.crawl.remote(part), parts)
-    return show_progress(found, work.rows - repeated_urls.num_rows)
+    return show_progress(crew.crawl(parts), work.rows - repeated_urls.num_rows)
 
 
 def show_progress(parts: Iterable[Progress], total: int) -> list[tuple[float, int]]:
@@ -360,7 +355,13 @@ def decide(run: Run, work: Work, published: Published | None, staging: str) -> p
 
 
 def write_shards(
-    run: Run, work: Work, published: Published | None, decisions: pa.Table, staging: str, extractor: Extractor
+    run: Run,
+    work: Work,
+    published: Published | None,
+    decisions: pa.Table,
+    staging: str,
+    extractor: Extractor,
+    crew: Crew,
 ) -> list[shards.Written]:
     """One tar shard with its index and its rejects for each partition, in parallel."""
     job = shards.ShardJob(
@@ -375,18 +376,15 @@ def write_shards(
     )
     decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
-    write = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(shards.write_shard)
     shared, concepts = ray.put(job), ray.put(extractor)
-    pending = []
+    each = []
     for count, name in enumerate(work.partitions):
         first = work.first_id(name, run.rows_per_shard)
         start, stop = np.searchsorted(ids, [first, first + run.rows_per_shard])
-        own = decisions.slice(start, stop - start)
-        pending.append(write.remote(shared, name, own, concepts, count < SAMPLED_PARTITIONS))
+        each.append((shared, name, decisions.slice(start, stop - start), concepts, count < SAMPLED_PARTITIONS))
+    written = crew.run(shards.write_shard, each)
     if published is not None:
-        mention = ray.remote(num_cpus=0.5, scheduling_strategy="SPREAD")(shards.stage_published_mentions)
-        ray.get([mention.remote(shared, path, concepts) for path in published.index_files()])
-    written: list[shards.Written] = ray.get(pending)
+        crew.run(shards.stage_published_mentions, [(shared, path, concepts) for path in published.index_files()])
     return written
 
 

@@ -41,7 +41,11 @@ def a_list(root: Path, bodies: list[bytes]) -> str:
     return str(root)
 
 
-def steps_at(staging: str, decoder: Decode = partial(decode, config=DecodeConfig()), **further: object) -> Steps:
+def as_usual(body: bytes) -> Decoded | Rejection:
+    return decode(body, DecodeConfig())
+
+
+def steps_at(staging: str, decoder: Decode = as_usual, **further: object) -> Steps:
     steps = {
         "read": partial(inputs.read_part, staging=staging),
         "fetch": Reader,
@@ -57,7 +61,7 @@ def test_what_came_of_a_part_is_saved_and_counted(tmp_path: Path) -> None:
     staging = a_list(tmp_path, [photo(0), b"<html>", photo(2), photo(3), photo(4)])
     crawler = Crawler(steps_at(staging), 1 << 20)
     assert asyncio.run(crawler.crawl(Part("p", 0, (2,)))) == Progress(rows=3, good=2, unfetched=0)
-    (saved,) = shards.read_parts(staging, "p", 2)
+    (saved,) = [file.read() for file in shards.open_parts(staging, "p", 2)]
     assert saved["row"].to_pylist() == [0, 1, 3]
     assert saved["reason"].to_pylist() == [None, "not_an_image", None]
     assert saved["content"].to_pylist()[::2] == [photo(0), photo(3)]

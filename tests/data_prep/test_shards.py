@@ -453,5 +453,5 @@ def test_the_light_columns_of_all_parts_are_opened(tmp_path: Path) -> None:
 
 def test_a_part_without_rows_is_not_staged(tmp_path: Path) -> None:
     shards.stage_part(outcome(listed().slice(0, 0), []), inputs.Part(PARTITION, 0), str(tmp_path))
-    assert shards.read_parts(str(tmp_path), PARTITION, 3) == []
+    assert list(shards.open_parts(str(tmp_path), PARTITION, 3)) == []
     assert list(tmp_path.iterdir()) == []
