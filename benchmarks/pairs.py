@@ -4,6 +4,8 @@ make bench-pairs
 .venv/bin/python benchmarks/pairs.py --only http https --urls 1000 --pairs 1
 
 CPU is that of all processes a tool starts, Ray's included; the web site is served by a process that does not count.
+Figures are medians over all runs of a list on a commit, those of earlier calls included, so that a busy machine can be
+borrowed for a pair at a time (`--pairs 1`, again and again).
 """
 
 import argparse
@@ -14,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,6 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / "runs" / "bench"
 FIGURES = BENCH / "pairs.json"
 WORK = BENCH / "pairs"
+COSTS = WORK / "costs.jsonl"
 PEER = BENCH / "venvs" / "img2dataset"
 PACKAGES = ("img2dataset==1.47.0", "setuptools<81", "scikit-image==0.26.0")
 TIMEOUT = 10
@@ -128,7 +131,7 @@ def alternate(job: Job, options: Options) -> dict[str, list[Cost]]:
     Raises:
         SystemExit: a tool failed, or did not keep what it had to.
     """
-    costs: dict[str, list[Cost]] = {tool: [] for tool in TOOLS}
+    costs = earlier_costs(job, options)
     for number in range(options.pairs):
         for tool, (crawl, count) in TOOLS.items():
             cost = crawl(job, options)
@@ -142,6 +145,23 @@ def alternate(job: Job, options: Options) -> dict[str, list[Cost]]:
             if cost.exit_code or kept != job.kept:
                 raise SystemExit(f"error: {told}: exit code {cost.exit_code}, kept {kept}, expected {job.kept}")
             costs[tool].append(cost)
+            with COSTS.open("a") as log:
+                log.write(json.dumps({**run_of(job, options), "tool": tool, "cost": asdict(cost)}) + "\n")
+    return costs
+
+
+def run_of(job: Job, options: Options) -> dict[str, object]:
+    """What has to be the same in runs that are compared."""
+    return {"list": job.name, "urls": len(job.urls), "commit": provenance(options.tree)["commit"]}
+
+
+def earlier_costs(job: Job, options: Options) -> dict[str, list[Cost]]:
+    """Of runs of earlier calls."""
+    costs: dict[str, list[Cost]] = {tool: [] for tool in TOOLS}
+    for line in COSTS.read_text().splitlines() if COSTS.exists() else []:
+        run = json.loads(line)
+        if run_of(job, options).items() <= run.items():
+            costs[run["tool"]].append(Cost(**run["cost"]))
     return costs
 
 

@@ -11,7 +11,8 @@ hosts, pictures that have come are decoded in threads, which OpenCV leaves free 
 import asyncio
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar
@@ -22,11 +23,16 @@ import pyarrow.compute as pc
 import ray
 from ray.util import ActorPool
 
+from data_prep import storage
 from data_prep.decode import Decoded, Rejection, with_images
-from data_prep.fetch import Fetched, Then, with_status
+from data_prep.fetch import Fetched, Then, open_gate, with_status
 from data_prep.inputs import Part
 from ovd_models.errors import InputError
 
+PROGRESS_SECONDS = 5.0
+ALARMING_FAILURES = 0.5
+"""Share of failed fetches that is worth a warning."""
+FILES_AT_A_TIME = 16
 DECODERS = 2
 """Threads of a process that decode: as many as the cores that it is meant to keep busy."""
 MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
@@ -53,13 +59,31 @@ class Progress:
 
 
 class Get(Protocol):
-    """Gets what is behind URLs: `fetch.Fetcher` or `fetch.Reader`."""
+    """Gets what is behind URLs: `fetch.Fetcher` or `Reader`."""
 
     gate: asyncio.Event
     """Nothing more is got while it is cleared."""
 
     async def fetch_then(self, urls: Sequence[str | None], then: Then[T]) -> list[T]:
         """Of each URL what `then` makes of it, in their order."""
+
+
+class Reader:
+    """Like `fetch.Fetcher` for files, by path or URI, that are known to exist."""
+
+    def __init__(self) -> None:
+        self.gate = open_gate()
+        self._slots = asyncio.Semaphore(FILES_AT_A_TIME)
+
+    async def fetch_then(self, urls: Sequence[str | None], then: Then[T]) -> list[T]:
+        """What `then` makes of each file, in their order."""
+        return list(await asyncio.gather(*(self._read(url or "", then) for url in urls)))
+
+    async def _read(self, uri: str, then: Then[T]) -> T:
+        async with self._slots:
+            await self.gate.wait()
+            content = await asyncio.to_thread(storage.read_bytes, uri)
+        return await then(Fetched(content=content))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,3 +220,30 @@ class Crew:
         while len(self._actors) < min(self._most, tasks):
             self._actors.append(self._start.remote(*self._arguments))
         return ActorPool([actor for _ in range(self._each) for actor in self._actors])
+
+
+def follow(parts: Iterable[Progress], total: int) -> list[tuple[float, int]]:
+    """See a crawl to its end, with a line every few seconds, and a warning where most fetches fail.
+
+    Args:
+        parts: what came of each, as it comes.
+        total: rows of all parts.
+
+    Returns:
+        Seconds and rows done so far, for the report.
+    """
+    started = shown = time.monotonic()
+    done, good, failed, warned = 0, 0, 0, False
+    progress: list[tuple[float, int]] = []
+    for part in parts:
+        done, good, failed = done + part.rows, good + part.good, failed + part.unfetched
+        now = time.monotonic()
+        if now - shown >= PROGRESS_SECONDS:
+            shown, rate = now, done / (now - started)
+            progress.append((round(now - started, 1), done))
+            print(f"pairs: {done:,} of {total:,} rows done, {good:,} good, {rate:,.0f} rows/s", flush=True)
+            if failed > ALARMING_FAILURES * done and not warned:
+                warned = True
+                print(f"pairs: WARNING: {failed:,} of {done:,} fetches failed; is the network, or its DNS, all right?")
+    print(f"pairs: {done:,} rows done, {good:,} good, {done / (time.monotonic() - started):,.0f} rows/s", flush=True)
+    return [*progress, (round(time.monotonic() - started, 1), done)]

@@ -21,7 +21,7 @@ python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --ret
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,10 +33,10 @@ import ray
 
 from data_prep import generations, inputs, scores, shards, storage, tables, webserver, website
 from data_prep.concepts import Extractor, Vocabulary
-from data_prep.crawl import DECODERS, LASTING, Crew, Progress, Steps
+from data_prep.crawl import DECODERS, LASTING, Crew, Reader, Steps, follow
 from data_prep.decode import DecodeConfig, decode
 from data_prep.dedup import Corpus, CorpusConfig
-from data_prep.fetch import FetchConfig, Fetcher, Reader
+from data_prep.fetch import FetchConfig, Fetcher
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.generations import Published, Work
 from data_prep.groups import write_groups
@@ -47,10 +47,6 @@ from data_prep.scores import ScoreConfig, ScoreStage
 from ovd_models.errors import InputError
 from workflows import cli, cluster, pairs_report
 
-PRODUCER = "workflows/prepare_pairs.py"
-PROGRESS_SECONDS = 5.0
-ALARMING_FAILURES = 0.5
-"""Share of failed fetches that is worth a warning."""
 SAMPLED_PARTITIONS = 40
 """Partitions that give the report examples of rejected rows."""
 
@@ -92,8 +88,8 @@ class Run:
     """Concepts with fewer images are left out."""
     crawlers: int = 0
     """Processes that crawl; 0 for one for every two cores, which it keeps busy."""
-    parts_per_crawler: int = 6
-    """Parts a crawler works on at a time, so that one slow host does not hold up the rest."""
+    parts_per_crawler: int = 16
+    """Parts a crawler works on at a time, so that slow hosts do not hold up the rest; a kill may lose as many."""
     waiting_bytes: int = 64 << 20
     """Of fetched images that wait to be decoded, a crawler; beyond, it asks for no more."""
 
@@ -212,7 +208,9 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
         if not scores.is_class(model):
             scores.check_checkpoint(model)
     config_hash = result_hash(run, extractor)
-    published = find_published(run, config_hash, lists)
+    published = generations.find_published(
+        run.storage, run.name, config_hash, lists=lists, add=run.add, retry=run.retry
+    )
     new = [digest for digest in lists if published is None or digest not in published.sources]
     if published is not None and not new and not run.retry:
         print(f"pairs: {tables.table_uri(run.storage, 'pairs', run.name)} is there already, from the same config")
@@ -266,7 +264,8 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     files = {**grown.files, "concepts": grouped.concepts, "groups": grouped.groups}
     if not run.scores.scorers and not run.corpus.semantic_model:
         del files["scores"]
-    publish(run, config_hash, {"summary": dataclasses.asdict(summary)}, details, files)
+    told = dataclasses.asdict(summary)
+    generations.publish(run.storage, run.name, config_hash, summary=told, details=details, files=files)
     report = pairs_report.write(
         run.storage, run.name, shards.open_staged(staging, "samples", shards.SAMPLES).to_table()
     )
@@ -316,26 +315,7 @@ def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, crew: Cre
         return []
     if done:
         print(f"pairs: {len(done):,} of {len(every):,} parts done by an earlier run", flush=True)
-    return show_progress(crew.crawl(parts), work.rows - repeated_urls.num_rows)
-
-
-def show_progress(parts: Iterable[Progress], total: int) -> list[tuple[float, int]]:
-    """Run the crawl, with a line every few seconds, and a warning where most fetches fail."""
-    started = shown = time.monotonic()
-    done, good, failed, warned = 0, 0, 0, False
-    progress: list[tuple[float, int]] = []
-    for part in parts:
-        done, good, failed = done + part.rows, good + part.good, failed + part.unfetched
-        now = time.monotonic()
-        if now - shown >= PROGRESS_SECONDS:
-            shown, rate = now, done / (now - started)
-            progress.append((round(now - started, 1), done))
-            print(f"pairs: {done:,} of {total:,} rows done, {good:,} good, {rate:,.0f} rows/s", flush=True)
-            if failed > ALARMING_FAILURES * done and not warned:
-                warned = True
-                print(f"pairs: WARNING: {failed:,} of {done:,} fetches failed; is the network, or its DNS, all right?")
-    print(f"pairs: {done:,} rows done, {good:,} good, {done / (time.monotonic() - started):,.0f} rows/s", flush=True)
-    return [*progress, (round(time.monotonic() - started, 1), done)]
+    return follow(crew.crawl(parts), work.rows - repeated_urls.num_rows)
 
 
 def decide(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
@@ -410,45 +390,9 @@ def result_hash(run: Run, vocabulary: Vocabulary) -> str:
     return storage.sha256(parts.encode())[:16]
 
 
-def find_published(run: Run, config_hash: str, lists: Mapping[str, generations.Cut]) -> Published | None:
-    """What is published under the run's name.
-
-    Raises:
-        InputError: it is of another config, or of other lists and the run does not say that rows are to be added;
-            or there is nothing whose rows could be tried again.
-    """
-    for reason in run.retry:
-        if reason not in {known for reasons in tables.REASONS.values() for known in reasons}:
-            raise InputError(f"--retry {reason}: unknown reason, expected those of `rejects`, such as timeout")
-    published = Published.find(run.storage, run.name)
-    uri = tables.table_uri(run.storage, "pairs", run.name)
-    if published is None:
-        if run.retry:
-            raise InputError(f"--retry: {uri} is not published yet, expected a finished crawl")
-        return None
-    if published.config_hash != config_hash:
-        raise InputError(f"{uri}: made from another config, expected the same one, a new --name or an empty place")
-    if not run.add and any(digest not in published.sources for digest in lists):
-        raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")
-    return published
-
-
 def summary_of(published: Published) -> Summary:
     """The summary of published tables."""
     return Summary(**published.details["summary"])
-
-
-def publish(
-    run: Run,
-    config_hash: str,
-    summary: dict[str, object],
-    details: dict[str, object],
-    files: dict[str, list[tables.FileEntry]],
-) -> None:
-    """Write the manifests, that of `pairs` last: it tells that all are there, and all that a later run must know."""
-    for table, entries in sorted(files.items(), key=lambda item: item[0] == "pairs"):
-        told = {**summary, **details} if table == "pairs" else summary
-        tables.publish(run.storage, table, run.name, entries, producer=PRODUCER, config_hash=config_hash, details=told)
 
 
 @contextlib.contextmanager

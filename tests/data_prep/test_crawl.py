@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from data_prep import inputs, shards, tables
-from data_prep.crawl import DECODERS, Crawler, Progress, Steps
+from data_prep.crawl import DECODERS, Crawler, Progress, Reader, Steps
 from data_prep.decode import DecodeConfig, Decoded, Rejection, decode
-from data_prep.fetch import Reader
+from data_prep.fetch import Fetched
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.inputs import Columns, Part
 
@@ -125,3 +125,14 @@ def test_scoring_models_take_turns(tmp_path: Path, count: int) -> None:
     asyncio.run(run())
     found = [tables.read_parquet(path)["score_light"][0].as_py() for path in shards.staged(staging, "parts")]
     assert found == [number % count for number in range(3)]
+
+
+def test_local_files_are_read_in_the_place_of_urls(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+
+    async def content(fetched: Fetched) -> tuple[bytes | None, str | None]:
+        return fetched.content, fetched.reason
+
+    found = asyncio.run(Reader().fetch_then([str(tmp_path / name) for name in "cab"], content))
+    assert found == [(b"c", None), (b"a", None), (b"b", None)]
