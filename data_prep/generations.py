@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from data_prep import inputs, storage, tables
-from data_prep.dedup import Order
 from data_prep.inputs import Part
+from data_prep.order import Order
 from data_prep.shards import LIGHT, Written
 from data_prep.tables import FileEntry
 from ovd_models.errors import InputError

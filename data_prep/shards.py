@@ -22,7 +22,7 @@ from pyarrow import fs
 
 from data_prep import inputs, storage, tables
 from data_prep.concepts import Extractor
-from data_prep.dedup import Order
+from data_prep.order import Order
 
 BLOCK = tarfile.BLOCKSIZE
 GROUP_COLUMNS = ["image_id", "shard", "offset", "size", "width", "height", "caption"]

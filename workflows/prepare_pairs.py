@@ -90,7 +90,7 @@ class Run:
     """Processes that crawl; 0 for one for every two cores, which it keeps busy."""
     parts_per_crawler: int = 16
     """Parts a crawler works on at a time, so that slow hosts do not hold up the rest; a kill may lose as many."""
-    waiting_bytes: int = 64 << 20
+    waiting_bytes: int = 16 << 20
     """Of fetched images that wait to be decoded, a crawler; beyond, it asks for no more."""
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from data_prep import dedup, storage
 from data_prep.decode import DecodeConfig, Decoded, decode
-from data_prep.dedup import DECISIONS, DISTANCES, NEW, Corpus, Order, band_masks, survivors
+from data_prep.dedup import DECISIONS, DISTANCES, Corpus, band_masks, survivors
+from data_prep.order import NEW, Order
 from data_prep.shards import LIGHT
 
 PHOTOS = Path("/work/shared/data/coco_photos/images")

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import generations, inputs, tables
-from data_prep.dedup import NEW, Order
 from data_prep.generations import Cut, Published, Work, cut_rejects, plan
 from data_prep.inputs import Columns, Part
+from data_prep.order import NEW, Order
 from ovd_models.errors import InputError
 
 A, B = "aaaaaaaa11111111", "bbbbbbbb22222222"
