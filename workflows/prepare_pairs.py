@@ -45,7 +45,7 @@ from data_prep.nouns import Nouns
 from data_prep.pictograms import GLYPHS
 from data_prep.scores import ScoreConfig, ScoreStage
 from ovd_models.errors import InputError
-from workflows import cli, cluster, pairs_report
+from workflows import cli, cluster
 
 SAMPLED_PARTITIONS = 40
 """Partitions that give the report examples of rejected rows."""
@@ -266,6 +266,8 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
         del files["scores"]
     told = dataclasses.asdict(summary)
     generations.publish(run.storage, run.name, config_hash, summary=told, details=details, files=files)
+    from workflows import pairs_report  # here, for its plots take memory that the crawl can do without
+
     report = pairs_report.write(
         run.storage, run.name, shards.open_staged(staging, "samples", shards.SAMPLES).to_table()
     )
