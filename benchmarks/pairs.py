@@ -219,8 +219,25 @@ def hostile(site: Addresses, options: Options) -> dict[str, float]:
         print(f"hostile {tool:6} {told}, exit code {cost.exit_code}", flush=True)
         if tool == "ours" and (cost.exit_code or kept != job.kept):
             raise SystemExit(f"error: hostile ours: exit code {cost.exit_code}, kept {kept}, expected {job.kept}")
+        if tool == "ours":
+            check_reasons()
         figures["hostile_peak_gb" if tool == "ours" else "hostile_peak_gb_theirs"] = cost.peak_gb
     return figures
+
+
+def check_reasons() -> None:
+    """Every hostile body is rejected, each kind for the reason that says what it did.
+
+    Raises:
+        SystemExit: one is not.
+    """
+    found: dict[str, set[str]] = {}
+    for path in (WORK / "ours" / "rejects" / "bench").glob("*.parquet"):
+        for row in pq.read_table(path, columns=["url", "reason"]).to_pylist():
+            found.setdefault(row["url"].split("/")[3], set()).add(row["reason"])
+    expected = {kind: {reason} for kind, reason in HOSTILE.items()}
+    if found != expected:
+        raise SystemExit(f"error: hostile ours: rejected for {found}, expected {expected}")
 
 
 def index_rows(site: Addresses, options: Options) -> dict[str, float]:
@@ -267,7 +284,8 @@ def spread(addresses: list[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def medians(name: str, costs: dict[str, list[Cost]], images: int) -> dict[str, float]:
-    figures = {}
+    figures: dict[str, float] = {}
+    figures[f"{name}_pairs"] = min(map(len, costs.values()))
     for tool, runs in costs.items():
         figures[f"{name}_{tool}_cpu_ms"] = 1e3 * statistics.median(cost.cpu_seconds for cost in runs) / images
         figures[f"{name}_{tool}_wall_s"] = statistics.median(cost.wall_seconds for cost in runs)
