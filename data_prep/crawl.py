@@ -134,6 +134,8 @@ class Crawler:
 
     async def run(self, task: Callable[..., T], *arguments: Any) -> T:
         """Do something else: this process is at hand, and another one would take a second to start."""
+        if not self._waiting:
+            give_memory_back()
         return await asyncio.get_running_loop().run_in_executor(self._storage, task, *arguments)
 
     async def _decode(self, fetched: Fetched) -> tuple[Fetched, Decoded | Rejection | None]:
@@ -161,11 +163,19 @@ def keep_memory() -> None:
 
     Where there is no glibc, nothing happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(TRIM_THRESHOLD, KEPT_BYTES)
-        mallopt(ARENA_MAX, DECODERS)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
+        library.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+        library.mallopt(ARENA_MAX, DECODERS)
+
+
+def give_memory_back() -> None:
+    """Have the C library and Arrow give back what they keep."""
+    pa.default_memory_pool().release_unused()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 class Crew:
@@ -197,9 +207,8 @@ class Crew:
 
     def crawl(self, parts: Sequence[Part]) -> Iterator[Progress]:
         """Crawl parts; what came of each as soon as it is saved."""
-        found: Iterator[Progress] = self._pool(len(parts)).map_unordered(
-            lambda actor, part: actor.crawl.remote(part), parts
-        )
+        pool: Any = self._pool(len(parts))
+        found: Iterator[Progress] = pool.map_unordered(lambda actor, part: actor.crawl.remote(part), parts)
         return found
 
     def run(self, task: Callable[..., T], each: Sequence[tuple[Any, ...]]) -> list[T]:
@@ -208,7 +217,7 @@ class Crew:
         Raises:
             InputError: a task did.
         """
-        pool = self._pool(len(each))
+        pool: Any = self._pool(len(each))
         try:
             return list(pool.map(lambda actor, arguments: actor.run.remote(task, *arguments), each))
         except ray.exceptions.RayTaskError as error:
