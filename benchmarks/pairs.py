@@ -30,7 +30,6 @@ WORK = BENCH / "pairs"
 COSTS = WORK / "costs.jsonl"
 PEER = BENCH / "venvs" / "img2dataset"
 PACKAGES = ("img2dataset==1.47.0", "setuptools<81", "scikit-image==0.26.0")
-TIMEOUT = 10
 SIDE = 256
 QUALITY = 95
 HOSTS = 400
@@ -49,6 +48,7 @@ class Options:
     urls: int
     pairs: int
     rows_per_shard: int
+    timeout: int
     tree: Path
 
 
@@ -75,7 +75,7 @@ def ours(job: Job, options: Options) -> Cost:
         "storage": storage,
         "fetch.allow-networks": "127.0.0.0/8",
         "fetch.per-host": job.per_host,
-        "fetch.deadline-seconds": TIMEOUT,
+        "fetch.deadline-seconds": options.timeout,
         "decode.max-side": SIDE,
         "decode.jpeg-quality": QUALITY,
         "rows-per-shard": options.rows_per_shard,
@@ -98,7 +98,7 @@ def theirs(job: Job, options: Options) -> Cost:
         "resize_mode": "keep_ratio_largest",
         "image_size": SIDE,
         "encode_quality": QUALITY,
-        "timeout": TIMEOUT,
+        "timeout": options.timeout,
         "processes_count": os.cpu_count(),
         "number_sample_per_shard": options.rows_per_shard,
     }
@@ -152,7 +152,12 @@ def alternate(job: Job, options: Options) -> dict[str, list[Cost]]:
 
 def run_of(job: Job, options: Options) -> dict[str, object]:
     """What has to be the same in runs that are compared."""
-    return {"list": job.name, "urls": len(job.urls), "commit": provenance(options.tree)["commit"]}
+    return {
+        "list": job.name,
+        "urls": len(job.urls),
+        "timeout": options.timeout,
+        "commit": provenance(options.tree)["commit"],
+    }
 
 
 def earlier_costs(job: Job, options: Options) -> dict[str, list[Cost]]:
@@ -356,6 +361,7 @@ def main() -> None:
     parser.add_argument("--urls", type=int, default=10_000, help="URLs of each list")
     parser.add_argument("--pairs", type=int, default=5, help="times that each tool runs")
     parser.add_argument("--rows-per-shard", type=int, default=1000, help="for both")
+    parser.add_argument("--timeout", type=int, default=10, help="seconds, for both; more where the machine is busy")
     parser.add_argument("--tree", type=Path, default=REPOSITORY, help="checkout whose workflow is timed")
     options = Options(**vars(parser.parse_args()))
     install_peer()

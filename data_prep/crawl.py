@@ -113,6 +113,7 @@ class Crawler:
         keep_memory()
         cv2.setNumThreads(1)
         self._steps, self._most, self._waiting = steps, waiting_bytes, 0
+        self._crawled = False
         self._get = steps.fetch()
         self._decoders = ThreadPoolExecutor(DECODERS)
         self._storage = ThreadPoolExecutor(DECODERS)
@@ -120,7 +121,7 @@ class Crawler:
 
     async def crawl(self, part: Part) -> Progress:
         """Read, fetch, decode, filter, score and save a part."""
-        steps, in_thread = self._steps, asyncio.get_running_loop().run_in_executor
+        steps, in_thread, self._crawled = self._steps, asyncio.get_running_loop().run_in_executor, True
         rows = await in_thread(self._storage, steps.read, part)
         got = await self._get.fetch_then(rows["url"].to_pylist(), self._decode)
         rows = with_images(with_status(rows, [fetched for fetched, _ in got]), [image for _, image in got])
@@ -134,8 +135,9 @@ class Crawler:
 
     async def run(self, task: Callable[..., T], *arguments: Any) -> T:
         """Do something else: this process is at hand, and another one would take a second to start."""
-        if not self._waiting:
+        if self._crawled and not self._waiting:
             give_memory_back()
+            self._crawled = False
         return await asyncio.get_running_loop().run_in_executor(self._storage, task, *arguments)
 
     async def _decode(self, fetched: Fetched) -> tuple[Fetched, Decoded | Rejection | None]:
