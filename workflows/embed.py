@@ -4,7 +4,7 @@ boxes --given boxes, or a detector's proposals--> crops at 1x and 1.5x -> region
 pairs --> images and captions ------------------------------------------> embeddings
 
 python workflows/embed.py --config smoke
-python workflows/embed.py --config pictograms --teacher runs/clip/RUN/model
+python workflows/embed.py --config pictograms --teacher runs/runs/clip/RUN/model
 python workflows/embed.py --config photos --teacher ViT-B-32 --pretrained openai
 python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --storage s3://bucket/ovd --embed.gpus 1
 """
