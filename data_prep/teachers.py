@@ -52,8 +52,8 @@ class EmbedConfig:
     """Squares or captions that the teacher looks at together."""
     images_per_shard: int = 64
     """Images of a shard at most: what a killed run computes again."""
-    waiting_bytes: int = 512 << 20
-    """Of decoded images and of rows that wait for the next stage."""
+    waiting_bytes: int = 256 << 20
+    """Of decoded images that wait for an actor."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -230,9 +230,10 @@ class Teacher:
         rows = np.empty((len(place), clip.config.embed_dim), np.float32)
         tokens = clip.tokenize(list(place))
         order = torch.argsort((tokens != 0).sum(1), stable=True)
+        size = max(1, self.config.batch_size // 2)  # smaller: texts of a batch are more alike, and padded less
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            for start in range(0, len(place), self.config.batch_size):
-                chosen = order[start : start + self.config.batch_size]
+            for start in range(0, len(place), size):
+                chosen = order[start : start + size]
                 rows[chosen.numpy()] = clip.encode_tokens(tokens[chosen].to(self.device)).float().cpu().numpy()
         return rows[[place[text] for text in texts]]
 

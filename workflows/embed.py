@@ -250,12 +250,14 @@ def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]
     cluster.start_ray()
     config = run.embed
     actors = count_actors(config)
-    # Two shards at a time on a GPU: one is cut or written beside the passes of another. Without one, one for each core.
-    calls = 2 if config.gpus else max(1, cluster.cores() // actors)
+    cores = cluster.cores()
+    # Two shards at a time on a GPU: one is cut or written beside the passes of another. Without one, one for each core,
+    # and half as many processes decode, which is far less work.
+    calls, decoders = (2, cores) if config.gpus else (max(1, cores // actors), max(1, cores // 2))
     rows = ray.data.read_datasource(
         Shards(missing, task.columns, task.load),
         override_num_blocks=len(missing),
-        compute=ray.data.TaskPoolStrategy(size=cluster.cores()),
+        compute=ray.data.TaskPoolStrategy(size=decoders),
         num_cpus=0.5,
     ).map_batches(
         ShardWorker,
@@ -269,7 +271,7 @@ def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]
         num_cpus=0.5 if config.gpus else 0.5 * calls,
     )
     rows.context.target_max_block_size = None  # a shard stays whole
-    limits = ray.data.ExecutionResources.for_limits(object_store_memory=config.waiting_bytes)
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=config.waiting_bytes * actors)
     rows.context.execution_options.resource_limits = limits
     rows.context.custom_execution_callback_classes = [Pace]
     try:
