@@ -174,6 +174,28 @@ def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: T
 
 
 @pytest.mark.ray
+def test_kinds_of_batches_can_alternate(prepared: Run, trained: Trained) -> None:
+    stage = dataclasses.replace(prepared.joint_stage, steps=4, checkpoint_every=10, log_every=1)
+    run = dataclasses.replace(prepared, box_model=trained.boxes_model, alternate=True, joint_stage=stage)
+    joint = codet.Stage("joint", stage, joint=True)
+    assert [codet.kinds_of_step(run, joint, step) for step in range(3)] == [(True, False), (False, True), (True, False)]
+    found = codet.train(run)
+    uri = tracking.tracking_uri(run.storage)
+    history = tracking.metric_history(uri, found.run_id, "joint/train/loss")
+    assert [step for step, _ in history["joint/train/loss_box"]] == [1, 3]
+    assert [step for step, _ in history["joint/train/loss_concept"]] == [2, 4]
+
+
+@pytest.mark.ray
+def test_where_the_model_looks_is_tracked_as_pictures(prepared: Run, trained: Trained) -> None:
+    (folder,) = (Path(prepared.storage) / "mlartifacts/codet").glob(f"{trained.run_id}/artifacts/images")
+    for name in ("attention", "similarity"):
+        (path,) = folder.glob(f"{name}*.png")
+        with Image.open(path) as picture:
+            assert min(picture.size) > 100
+
+
+@pytest.mark.ray
 def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = dataclasses.replace(codet_study.smoke(), storage=prepared.storage, teacher=prepared.teacher)
     first = codet_study.study(run)
@@ -233,6 +255,10 @@ def test_what_cannot_be_trained_is_told_before_any_work(prepared: Run, trained: 
     )
     assert "model.group_size: 0, expected the group_size, 2" in bad(
         lambda run: replace(run, model=replace(run.model, aggregation="learned")), prepared
+    )
+    odd = replace(prepared.joint_stage, checkpoint_every=15)
+    assert "checkpoint_every: 15, expected a multiple of 10" in bad(
+        lambda run: replace(run, alternate=True, joint_stage=odd), prepared
     )
     assert "no detector checkpoint" in bad(lambda run: replace(run, box_model=str(tmp_path)), prepared)
     wider = replace(prepared.model, detector=replace(prepared.model.detector, head_width=32))
