@@ -93,9 +93,6 @@ def smoke() -> Run:
         training=codet_configs.smoke(),
         seeds=(0,),
         variants=("region-region", "max-size", "both, guidance"),
-        group_sizes=(2,),
-        proposal_counts=(4,),
-        images_per_step=4,
         both_scenes=40,
         planted_groups=4,
     )
