@@ -84,14 +84,6 @@ class Order:
         )
 
 
-def is_among(ids: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which ascending ids are in a long ascending array."""
-    if not len(ids):
-        return np.zeros(0, np.bool_)
-    start, stop = np.searchsorted(among, [ids[0], ids[-1] + 1])
-    return np.isin(ids, among[start:stop])
-
-
 class Corpus:
     """All rows of a corpus by their light columns, and what is decided about the new ones."""
 
@@ -173,14 +165,24 @@ class Corpus:
         )
         self._sql.unregister("near")
 
-    def reject_semantic_duplicates(self, cosine: float) -> None:
+    def reject_semantic_duplicates(self, cosine: float, published: ds.Dataset | pa.Table | None = None) -> None:
         """Images whose `embedding` (float16 bytes) is as near as `cosine` to that of an earlier image that is kept.
 
         Images are compared within clusters, as SemDeDup does (arXiv 2303.09540), each in its two nearest.
+
+        Args:
+            cosine: from which on they are duplicates.
+            published: `image_id` and `embedding` of published rows.
         """
         self._sql.execute(
-            "create or replace table embedded as select id, embedding from rows where embedding is not null"
+            f"create or replace table embedded as select id, embedding from rows where id >= {NEW} and embedding is not null"
         )
+        if published is not None:
+            self._sql.register("published_embeddings", published)
+            self._sql.execute(
+                "insert into embedded select id, known.embedding from rows join published_embeddings known "
+                f"using (image_id) where id < {NEW} and known.embedding is not null"
+            )
         ((count,),) = self._sql.execute("select count(*) from embedded").fetchall()
         clusters = max(1, -(-int(count) // CLUSTER_ROWS))
         _, sample_ND = self._embeddings(f"select * from embedded order by hash(id), id limit {SAMPLE_ROWS}")

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -19,6 +20,7 @@ import ray
 
 from data_prep import inputs, storage, tables
 from data_prep.dedup import Order
+from data_prep.inputs import Part
 from data_prep.shards import LIGHT, Written
 from data_prep.tables import FileEntry
 from ovd_models.errors import InputError
@@ -27,6 +29,7 @@ URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
 GROWING = ("pairs", "rejects", "scores")
 """Tables that get files from every partition."""
 IMAGES = LIGHT.remove(LIGHT.get_field_index("reason"))
+EMBEDDINGS = pa.schema({"image_id": pa.string(), inputs.EMBEDDING: pa.binary()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,10 @@ class Published:
         """`IMAGES` of the kept rows."""
         return self._open([("pairs", path) for path in self.index_files()], IMAGES)
 
+    def embeddings(self) -> ds.Dataset:
+        """`EMBEDDINGS` of the kept rows; null where none was found."""
+        return self._open([("scores", entry.path) for entry in self.files["scores"]], EMBEDDINGS)
+
     def _open(self, files: Sequence[tuple[str, str]], schema: pa.Schema) -> ds.Dataset:
         uris = [storage.join(tables.table_uri(self.storage, table, self.name), path) for table, path in files]
         return tables.open_parquet(uris, schema)
@@ -122,19 +129,24 @@ class Work:
         digest, _, number = partition.partition("-")
         return int(self.order.ids(digest, np.array([int(number) * size]))[0])
 
-    def parts(self, size: int) -> pa.Table:
-        """`part` (its name), `partition` and `number` of every part of `size` rows."""
-        counts = [-(-rows // size) for rows in self.partitions.values()]
-        partition = np.repeat(list(self.partitions), counts)
-        number = np.concatenate([np.arange(count) for count in [0, *counts]])
-        names = [inputs.part_name(*part) for part in zip(partition.tolist(), number.tolist(), strict=True)]
-        return pa.table(
-            {
-                "part": pa.array(names, pa.string()),
-                "partition": pa.array(partition.tolist(), pa.string()),
-                "number": pa.array(number, pa.int64()),
-            }
-        )
+    def parts(self, partition: int, size: int, repeated: npt.NDArray[np.int64]) -> list[Part]:
+        """All parts.
+
+        Args:
+            partition: rows of a partition.
+            size: rows of a part.
+            repeated: ids of rows that are left out, ascending.
+        """
+        parts = []
+        for name, rows in self.partitions.items():
+            first = self.first_id(name, partition)
+            for start in range(0, rows, size):
+                left_out: tuple[int, ...] = ()
+                if name not in self.earlier_rejects:  # whose rows do not follow on each other, and were looked at
+                    among = np.searchsorted(repeated, [first + start, first + start + size])
+                    left_out = tuple((repeated[slice(*among)] - first - start).tolist())
+                parts.append(Part(name, start // size, left_out))
+        return parts
 
     def save(self, staging: str) -> Self:
         """Save and return it."""

@@ -69,12 +69,10 @@ def stage(rows: pa.Table, uri: str, *, plain: Sequence[str] = ()) -> None:
     storage.write_bytes(uri, tables.parquet_bytes(rows, compression))
 
 
-def stage_part(rows: pa.Table, staging: str) -> pa.Table:
-    """Save what came of a part's rows and return the light columns that progress needs."""
+def stage_part(rows: pa.Table, part: inputs.Part, staging: str) -> None:
+    """Save what came of a part's rows, if it has any."""
     if rows.num_rows:
-        part = storage.join(staging, "parts", rows["part"][0].as_py())
-        stage(rows.drop_columns(["part"]), part, plain=["content"])
-    return rows.select(["stage", "reason"])
+        stage(rows, storage.join(staging, "parts", part.name), plain=["content"])
 
 
 def staged(staging: str, kind: str) -> list[str]:
@@ -93,7 +91,7 @@ def open_staged(staging: str, kind: str, schema: pa.Schema) -> ds.Dataset:
 def read_parts(staging: str, partition: str, count: int) -> list[pa.Table]:
     """The staged parts of a partition, in the order of the input; a part without rows was never staged."""
     filesystem, folder = storage.resolve(storage.join(staging, "parts"))
-    names = [f"{folder}/{inputs.part_name(partition, number)}" for number in range(count)]
+    names = [f"{folder}/{inputs.Part(partition, number).name}" for number in range(count)]
     infos = filesystem.get_file_info(names)
     return [pq.read_table(info.path, filesystem=filesystem) for info in infos if info.type == fs.FileType.File]
 
@@ -197,9 +195,7 @@ def _write_pairs(job: ShardJob, kept: pa.Table, stem: str, extractor: Extractor)
 
 
 def _write_scores(job: ShardJob, kept: pa.Table, stem: str) -> list[tables.FileEntry]:
-    scores = {
-        name.removeprefix(inputs.SCORE): kept[name] for name in kept.column_names if name.startswith(inputs.SCORE)
-    }
+    scores = {name.removeprefix(inputs.SCORE): kept[name] for name in _measured(kept)}
     if not scores or not kept.num_rows:
         return []
     rows = pa.table({"image_id": kept["image_id"], **scores})
@@ -290,8 +286,8 @@ def _rejects(rows: pa.Table, earlier: pa.Table | None) -> pa.Table:
 
 
 def _measured(rows: pa.Table) -> list[str]:
-    """Columns that scoring models added."""
-    return [name for name in rows.column_names if name.startswith(inputs.SCORE) or name == "embedding"]
+    """Columns that models added."""
+    return [name for name in rows.column_names if name.startswith(inputs.SCORE) or name == inputs.EMBEDDING]
 
 
 def _samples(rejected: pa.Table) -> pa.Table:

@@ -6,11 +6,14 @@ Shards are cut by the table alone and each is embedded by itself, so the bytes o
 actors nor on where a run was killed.
 """
 
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,9 @@ from data_prep.embeddings import ROWS
 from data_prep.shards import runs_of_size
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
+
+if TYPE_CHECKING:
+    from ovd_models.clip import Clip
 
 Pixels = npt.NDArray[np.uint8]
 SHARD_PIXELS = 32 << 20
@@ -209,7 +215,7 @@ class Teacher:
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             for pixels in ahead(batches, self.pool, self.config.threads + 1):
                 images = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-                found.append(clip.model.encode_image(clip.normalise(images.float() / 255)).float())
+                found.append(clip.image_features(images))
         rows: npt.NDArray[np.float32] = torch.cat(found).cpu().numpy()
         return rows
 
@@ -224,6 +230,15 @@ class Teacher:
                 chosen = order[start : start + self.config.batch_size]
                 rows[chosen.numpy()] = clip.encode_tokens(tokens[chosen].to(self.device)).float().cpu().numpy()
         return rows
+
+
+def store_checkpoint(clip: "Clip", uri: str) -> None:
+    """Write a model into a storage, where the actors of every machine can load it."""
+    from ovd_models.clip import save_clip
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_clip(clip, folder)
+        storage.upload_folder(Path(folder), uri)
 
 
 def margin_of(mean: Sequence[float]) -> Colour:

@@ -5,12 +5,12 @@ pairs --> images and captions ------------------------------------------> embedd
 
 python workflows/embed.py --config smoke
 python workflows/embed.py --config pictograms --teacher runs/clip/RUN/model
+python workflows/embed.py --config photos --teacher ViT-B-32 --pretrained openai
 python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --storage s3://bucket/ovd --embed.gpus 1
 """
 
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,7 +43,9 @@ class Run:
     storage: str = "runs"
     """Folder or URI that holds all tables."""
     teacher: str
-    """Folder or URI of a CLIP checkpoint."""
+    """Folder or URI of a CLIP checkpoint, or with `pretrained` an architecture of open_clip, such as `ViT-B-32`."""
+    pretrained: str = ""
+    """Released weights of that architecture: a tag (`openai`), or a file; kept in `<storage>/teachers`."""
     name: str
     """Name of the tables `regions` and `embeddings`."""
     boxes: str = ""
@@ -117,7 +119,8 @@ def embed(run: Run) -> list[Manifest]:
     """
     if not run.teacher:
         raise InputError("--teacher: missing, expected a CLIP checkpoint; `python workflows/clip.py` makes one")
-    run = dataclasses.replace(run, storage=storage.absolute(run.storage), teacher=storage.absolute(run.teacher))
+    run = dataclasses.replace(run, storage=storage.absolute(run.storage))
+    run = dataclasses.replace(run, teacher=bring_in(run) if run.pretrained else storage.absolute(run.teacher))
     teacher, side, margin = look_at_teacher(run.teacher)
     tasks = []
     if run.boxes:
@@ -125,6 +128,22 @@ def embed(run: Run) -> list[Manifest]:
     if run.pairs:
         tasks.append(pair_task(run, teacher, side, margin))
     return [publish(run, task) for task in tasks]
+
+
+def bring_in(run: Run) -> str:
+    """Released weights as a checkpoint of ours in the storage; returns where it is.
+
+    Raises:
+        InputError: there is no such architecture, or there are no such weights.
+    """
+    file = Path(run.pretrained)
+    tag = f"{file.stem}-{storage.sha256(file.read_bytes())[:8]}" if file.is_file() else run.pretrained
+    checkpoint = storage.join(run.storage, "teachers", f"{run.teacher}-{tag}")
+    if not storage.exists(storage.join(checkpoint, "clip.json")):
+        from ovd_models.clip import ClipConfig, open_clip_model  # here, so that the driver stays small
+
+        teachers.store_checkpoint(open_clip_model(ClipConfig(name=run.teacher), run.pretrained), checkpoint)
+    return checkpoint
 
 
 def look_at_teacher(checkpoint: str) -> tuple[str, int, Colour]:
@@ -135,7 +154,10 @@ def look_at_teacher(checkpoint: str) -> tuple[str, int, Colour]:
     """
     path = storage.join(checkpoint, "clip.json")
     if not storage.exists(path):
-        raise InputError(f"{checkpoint}: no CLIP checkpoint (clip.json); `python workflows/clip.py` makes one")
+        raise InputError(
+            f"{checkpoint}: no CLIP checkpoint (clip.json); `python workflows/clip.py` makes one, and --pretrained "
+            "takes released weights of an architecture"
+        )
     try:
         told = json.loads(storage.read_bytes(path))
         config = told["config"]
@@ -291,12 +313,10 @@ def make_smoke_tables(run: Run) -> Run:
     if not storage.exists(storage.join(teacher, "clip.json")):
         import torch
 
-        from ovd_models.clip import Clip, ClipConfig, save_clip
+        from ovd_models.clip import Clip, ClipConfig
 
         torch.manual_seed(0)
-        with tempfile.TemporaryDirectory() as folder:
-            save_clip(Clip(ClipConfig()), folder)
-            storage.upload_folder(Path(folder), teacher)
+        teachers.store_checkpoint(Clip(ClipConfig()), teacher)
     return dataclasses.replace(run, teacher=teacher)
 
 

@@ -21,7 +21,7 @@ python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --ret
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,21 +30,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
+from ray.util import ActorPool
 
 from data_prep import generations, inputs, scores, shards, storage, tables, webserver, website
 from data_prep.concepts import Extractor, Vocabulary
-from data_prep.decode import DecodeConfig, decode_rows
+from data_prep.crawl import DECODERS, Crawler, Progress, Steps
+from data_prep.decode import DecodeConfig, decode
 from data_prep.dedup import Corpus, CorpusConfig
-from data_prep.fetch import FetchConfig, FetchStage, ReadStage
+from data_prep.fetch import FetchConfig, Fetcher, Reader
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.generations import Published, Work
 from data_prep.groups import write_groups
 from data_prep.inputs import Columns
 from data_prep.nouns import Nouns
-from data_prep.pace import Pace
-from data_prep.parts import Parts
 from data_prep.pictograms import GLYPHS
 from data_prep.scores import ScoreConfig, ScoreStage
 from ovd_models.errors import InputError
@@ -54,6 +53,8 @@ PRODUCER = "workflows/prepare_pairs.py"
 PROGRESS_SECONDS = 5.0
 ALARMING_FAILURES = 0.5
 """Share of failed fetches that is worth a warning."""
+RETRIES = 10
+"""Times that a part is begun again after its process was lost."""
 SAMPLED_PARTITIONS = 40
 """Partitions that give the report examples of rejected rows."""
 
@@ -93,12 +94,12 @@ class Run:
     """Input rows that are saved at a time: what a killed run may have to fetch again."""
     min_images: int = 2
     """Concepts with fewer images are left out."""
-    fetchers: int = 1
-    """Processes that fetch; one keeps some cores busy with decoding."""
-    parts_per_fetcher: int = 6
-    """Parts a fetcher works on at a time, so that one slow host does not hold up the rest."""
-    waiting_bytes: int = 256 << 20
-    """Of fetched images that wait to be decoded, a fetcher."""
+    crawlers: int = 0
+    """Processes that crawl; 0 for one for every two cores, which it keeps busy."""
+    parts_per_crawler: int = 6
+    """Parts a crawler works on at a time, so that one slow host does not hold up the rest."""
+    waiting_bytes: int = 64 << 20
+    """Of fetched images that wait to be decoded, a crawler; beyond, it asks for no more."""
 
 
 def web() -> Run:
@@ -149,7 +150,6 @@ def smoke() -> Run:
     )
 
 
-Get = type[FetchStage] | type[ReadStage]
 CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke, "pictograms": pictograms, "web": web, "cc3m": cc3m, "coyo": coyo, "laion": laion,
 }  # fmt: skip
@@ -184,7 +184,7 @@ def prepare(run: Run) -> Summary:
         if digest in digests[:number]:
             raise InputError(f"{files[number]}: holds the same as {files[digests.index(digest)]}, expected it once")
     cut = partial(inputs.cut_file, columns=run.columns)
-    return _prepare(run, {digest: partial(cut, file) for digest, file in zip(digests, files, strict=True)}, FetchStage)
+    return _prepare(run, {digest: partial(cut, file) for digest, file in zip(digests, files, strict=True)})
 
 
 def prepare_local(run: Run, rows: pa.Table) -> Summary:
@@ -204,10 +204,10 @@ def prepare_local(run: Run, rows: pa.Table) -> Summary:
     rows = rows.set_column(rows.schema.get_field_index("url"), "url", pa.array(uris, pa.string()))
     digest = storage.sha256(tables.parquet_bytes(rows))[: inputs.DIGEST_DIGITS]
     cut = partial(inputs.cut, "rows", [rows], Columns(), digest)
-    return _prepare(run, {digest: cut}, ReadStage)
+    return _prepare(run, {digest: cut}, are_files=True)
 
 
-def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summary:
+def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool = False) -> Summary:
     started = time.monotonic()
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
     extractor = Vocabulary.read(run.vocabulary) if run.vocabulary else Vocabulary.parse(run.names)
@@ -239,7 +239,7 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
         part=run.rows_per_part,
     )
     repeated_urls = find_repeated_urls(run, work, published, staging)
-    progress = crawl(run, work, repeated_urls, staging, get)
+    progress = crawl(run, work, repeated_urls, staging, are_files)
     decisions = decide(run, work, published, staging)
     written = write_shards(run, work, published, pa.concat_tables([repeated_urls, decisions]), staging, concepts)
 
@@ -266,7 +266,7 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
         "files": {name: [dataclasses.asdict(entry) for entry in grown.files[name]] for name in ("rejects", "scores")},
     }
     files = {**grown.files, "concepts": grouped.concepts, "groups": grouped.groups}
-    if not run.scores.scorers:
+    if not run.scores.scorers and not run.corpus.semantic_model:
         del files["scores"]
     publish(run, config_hash, {"summary": dataclasses.asdict(summary)}, details, files)
     report = pairs_report.write(
@@ -286,96 +286,67 @@ def find_repeated_urls(run: Run, work: Work, published: Published | None, stagin
     return corpus.decisions()
 
 
-def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, get: Get) -> list[tuple[float, int]]:
+def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, are_files: bool) -> list[tuple[float, int]]:
     """Fetch, decode and filter; one staged Parquet file a part holds what came of each of its rows.
 
     Returns:
         Seconds and rows done so far, for the report.
     """
-    every = work.parts(run.rows_per_part)
-    done = [path.rpartition("/")[2] for path in shards.staged(staging, "parts")]
-    parts = every.filter(pc.invert(pc.is_in(every["part"], pa.array(done, pa.string()))))
-    if not parts.num_rows:
+    every = work.parts(run.rows_per_shard, run.rows_per_part, repeated_urls["id"].to_numpy())
+    done = {path.rpartition("/")[2] for path in shards.staged(staging, "parts")}
+    parts = [part for part in every if part.name not in done]
+    if not parts:
         return []
     if done:
-        print(f"pairs: {len(done):,} of {every.num_rows:,} parts done by an earlier run", flush=True)
-    source = Parts(staging, parts, work.order, repeated_urls["id"].to_numpy())
-    # Half a CPU each, so that the stages together fit a machine with a single one; as many as there are cores.
-    on_cpus: dict[str, Any] = {
-        "batch_format": "pyarrow",
-        "batch_size": None,
-        "num_cpus": 0.5,
-        "compute": ray.data.TaskPoolStrategy(size=cluster.cores()),
-    }
-    fetchers = min(run.fetchers, parts.num_rows)
-    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // fetchers))
-    save = partial(shards.stage_part, staging=staging)
-    rows = (
-        ray.data.read_datasource(
-            source,
-            num_cpus=0.2,
-            compute=ray.data.TaskPoolStrategy(size=fetchers),  # more would only start more processes
-            override_num_blocks=parts.num_rows,
-        )
-        .map_batches(
-            get,
-            fn_constructor_args=(fetch,),
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(
-                size=fetchers,
-                max_concurrent_calls_per_actor=run.parts_per_fetcher,
-                max_tasks_in_flight_per_actor=run.parts_per_fetcher,
-            ),
-            num_cpus=0.25,  # fetching waits more than it works, and decoding needs the cores
-        )
-        .map_batches(partial(decode_rows, config=run.decode), **on_cpus)
-        .map_batches(partial(filter_rows, config=run.filters), **on_cpus)
-    )
+        print(f"pairs: {len(done):,} of {len(every):,} parts done by an earlier run", flush=True)
+    crawlers = min(run.crawlers or max(1, cluster.cores() // DECODERS), len(parts))
+    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // crawlers))
+    # Half a CPU each, so that a machine with a single one has room for a scoring model too.
+    lasting: dict[str, Any] = {"num_cpus": 0.5, "max_restarts": -1, "max_task_retries": RETRIES}
+    score = []
     if run.scores.scorers or run.corpus.semantic_model:
-        rows = rows.map_batches(
-            ScoreStage,
-            fn_constructor_args=(run.scores, run.corpus.semantic_model),
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=run.scores.actors),
-            num_cpus=0.5,
-            num_gpus=run.scores.gpus,
-        )
-    rows = rows.map_batches(save, **on_cpus)
-    # What is fetched waits for the decoders no longer than need be: it is lost if the run is killed, and memory that
-    # is used again costs less than fresh one.
-    limits = ray.data.ExecutionResources.for_limits(object_store_memory=run.waiting_bytes * fetchers)
-    rows.context.execution_options.resource_limits = limits
-    rows.context.custom_execution_callback_classes = [Pace]
-    return show_progress(rows, work.rows - repeated_urls.num_rows)
+        scorer = ray.remote(ScoreStage).options(**lasting, num_gpus=run.scores.gpus)
+        score = [scorer.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
+    steps = Steps(
+        read=partial(inputs.read_part, staging=staging),
+        fetch=Reader if are_files else partial(Fetcher, fetch),
+        decode=partial(decode, config=run.decode),
+        filter=partial(filter_rows, config=run.filters),
+        score=score,
+        save=partial(shards.stage_part, staging=staging),
+    )
+    crawler = ray.remote(Crawler).options(
+        **lasting, max_concurrency=run.parts_per_crawler, scheduling_strategy="SPREAD"
+    )
+    actors = [crawler.remote(steps, run.waiting_bytes) for _ in range(crawlers)]
+    pool = ActorPool([actor for _ in range(run.parts_per_crawler) for actor in actors])
+    found = pool.map_unordered(lambda actor, part: actor.crawl.remote(part), parts)
+    return show_progress(found, work.rows - repeated_urls.num_rows)
 
 
-def show_progress(rows: ray.data.Dataset, total: int) -> list[tuple[float, int]]:
+def show_progress(parts: Iterable[Progress], total: int) -> list[tuple[float, int]]:
     """Run the crawl, with a line every few seconds, and a warning where most fetches fail."""
     started = shown = time.monotonic()
-    done, kept, failed, warned = 0, 0, 0, False
+    done, good, failed, warned = 0, 0, 0, False
     progress: list[tuple[float, int]] = []
-    batch: pa.Table
-    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        done, kept = done + batch.num_rows, kept + batch["reason"].null_count
-        failed += pc.sum(pc.equal(batch["stage"], "fetch")).as_py() or 0
+    for part in parts:
+        done, good, failed = done + part.rows, good + part.good, failed + part.unfetched
         now = time.monotonic()
         if now - shown >= PROGRESS_SECONDS:
             shown, rate = now, done / (now - started)
             progress.append((round(now - started, 1), done))
-            print(f"pairs: {done:,} of {total:,} rows done, {kept:,} good, {rate:,.0f} rows/s", flush=True)
+            print(f"pairs: {done:,} of {total:,} rows done, {good:,} good, {rate:,.0f} rows/s", flush=True)
             if failed > ALARMING_FAILURES * done and not warned:
                 warned = True
                 print(f"pairs: WARNING: {failed:,} of {done:,} fetches failed; is the network, or its DNS, all right?")
-    print(f"pairs: {done:,} rows done, {kept:,} good, {done / (time.monotonic() - started):,.0f} rows/s", flush=True)
+    print(f"pairs: {done:,} rows done, {good:,} good, {done / (time.monotonic() - started):,.0f} rows/s", flush=True)
     return [*progress, (round(time.monotonic() - started, 1), done)]
 
 
 def decide(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
     """What only the whole corpus can tell: boilerplate captions, and images that come again."""
     semantic = run.corpus.semantic_model
-    schema = shards.LIGHT.append(pa.field("embedding", pa.binary())) if semantic else shards.LIGHT
+    schema = shards.LIGHT.append(generations.EMBEDDINGS.field(inputs.EMBEDDING)) if semantic else shards.LIGHT
     new = shards.open_staged(staging, "parts", schema)
     corpus = Corpus(work.order, new, published.images() if published else None, memory=run.corpus.memory)
     if run.corpus.max_caption_uses is not None:
@@ -384,7 +355,7 @@ def decide(run: Run, work: Work, published: Published | None, staging: str) -> p
     if run.corpus.near_bits is not None:
         corpus.reject_near_duplicates(run.corpus.near_bits)
     if semantic:
-        corpus.reject_semantic_duplicates(run.corpus.semantic_cosine)
+        corpus.reject_semantic_duplicates(run.corpus.semantic_cosine, published.embeddings() if published else None)
     return corpus.decisions()
 
 
@@ -430,8 +401,8 @@ def result_hash(run: Run, vocabulary: Vocabulary) -> str:
         vocabulary="",
         site_pictures=0,
         site_scenes=0,
-        fetchers=0,
-        parts_per_fetcher=0,
+        crawlers=0,
+        parts_per_crawler=0,
         waiting_bytes=0,
         rows_per_part=0,
         corpus=dataclasses.replace(run.corpus, memory=""),

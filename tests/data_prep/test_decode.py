@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data_prep import storage
-from data_prep.decode import DecodeConfig, Decoded, Rejection, decode, decode_rows, perceptual_hash, strip_metadata
+from data_prep.decode import DecodeConfig, Decoded, Rejection, decode, perceptual_hash, strip_metadata, with_images
 from data_prep.website import png_bomb
 
 KEEP = DecodeConfig()
@@ -221,13 +221,12 @@ def test_rows_keep_earlier_failures_and_gain_new_ones() -> None:
     rows = pa.table(
         {
             "row": [3, 4, 5],
-            "content": pa.array([content, None, b"nothing"], pa.large_binary()),
             "stage": pa.array([None, "fetch", None], pa.string()),
             "reason": pa.array([None, "dns", None], pa.string()),
             "detail": pa.array([None, "no such host", None], pa.string()),
         }
     )
-    found = decode_rows(rows, KEEP)
+    found = with_images(rows, [decode(content, KEEP), None, decode(b"nothing", KEEP)])
     assert found["row"].to_pylist() == [3, 4, 5]
     assert found["stage"].to_pylist() == [None, "fetch", "decode"]
     assert found["reason"].to_pylist() == [None, "dns", "not_an_image"]
@@ -235,4 +234,4 @@ def test_rows_keep_earlier_failures_and_gain_new_ones() -> None:
     assert found["image_id"].to_pylist() == [storage.sha256(content), None, None]
     assert found["width"].to_pylist() == [80, None, None]
     assert found["phash"].type == pa.uint64()
-    assert decode_rows(rows.slice(0, 0), KEEP).num_rows == 0
+    assert with_images(rows.slice(0, 0), []).schema.equals(found.schema)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep import dedup, storage
 from data_prep.decode import DecodeConfig, Decoded, decode
-from data_prep.dedup import DECISIONS, DISTANCES, NEW, Corpus, Order, band_masks, is_among, survivors
+from data_prep.dedup import DECISIONS, DISTANCES, NEW, Corpus, Order, band_masks, survivors
 from data_prep.shards import LIGHT
 
 PHOTOS = Path("/work/shared/data/coco_photos/images")
@@ -71,14 +71,6 @@ def test_no_id_is_no_row() -> None:
     assert order.locate(ids.slice(0, 1)).to_pylist() == [None]
     assert order.locate(ids.slice(0, 0)).to_pylist() == []
     assert Order.of({}).locate(ids.slice(0, 0)).to_pylist() == []
-
-
-def test_ids_are_found_in_a_long_array() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        among = np.unique(rng.integers(0, 60, rng.integers(0, 40)))
-        ids = np.unique(rng.integers(0, 60, rng.integers(0, 20)))
-        assert is_among(ids, among).tolist() == [number in set(among.tolist()) for number in ids.tolist()]
 
 
 def test_published_rows_survive_all_new_ones() -> None:

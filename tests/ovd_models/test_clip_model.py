@@ -21,8 +21,6 @@ from ovd_models.clip import (
     Clip,
     ClipConfig,
     ClipTextEncoder,
-    FlatConvNet,
-    encode_tokens,
     load_clip,
     load_text_encoder,
     save_clip,
@@ -66,12 +64,6 @@ def test_the_tiny_model_has_the_size_that_is_promised() -> None:
     assert sum(value.numel() for value in model.model.visual.parameters()) == pytest.approx(0.8e6, rel=0.05)
 
 
-@pytest.mark.parametrize("side", [32, 64, 96])
-def test_the_image_tower_keeps_place(side: int) -> None:
-    tower = FlatConvNet(side)
-    assert tower(torch.zeros(2, 3, side, side)).shape == (2, tower.num_features)
-
-
 def test_cropped_texts_embed_as_whole_ones() -> None:
     model = build()
     for batch in (CAPTIONS, *([caption] for caption in CAPTIONS)):
@@ -88,13 +80,6 @@ def test_exclamation_marks_do_not_crop_the_end(caption: str) -> None:
     assert (tokens[0, : int(tokens.argmax())] == 0).any()
     whole = F.normalize(model.model.text(tokens).float(), dim=-1)
     assert torch.allclose(model.encode_tokens(tokens), whole, atol=1e-5)
-
-
-def test_a_tower_that_is_not_causal_gets_all_tokens() -> None:
-    text = {**TEXT, "no_causal_mask": True, "pool_type": "last"}
-    model = build(ClipConfig(embed_dim=16, text=text))
-    tokens = model.tokenize(["a cat"])
-    assert torch.equal(encode_tokens(model.model.text, tokens), F.normalize(model.model.text(tokens).float(), dim=-1))
 
 
 def test_the_scale_is_clamped_from_above() -> None:

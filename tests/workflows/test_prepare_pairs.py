@@ -135,7 +135,7 @@ def test_rows_do_not_depend_on_partitions_or_on_the_kind_of_storage(
 ) -> None:
     run, _ = crawled
     uri = tmp_path.as_uri()
-    prepare(dataclasses.replace(run, storage=uri, rows_per_shard=90, rows_per_part=7, fetchers=2))
+    prepare(dataclasses.replace(run, storage=uri, rows_per_shard=90, rows_per_part=7, crawlers=2))
     one, other = rows_of(run.storage), rows_of(uri)
     for table in TABLES:
         for rows in (one[table], other[table]):

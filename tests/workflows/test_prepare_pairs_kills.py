@@ -31,7 +31,7 @@ run = prepare_pairs.pictograms()
 fetch = dataclasses.replace(run.fetch, deadline_seconds=10.0)
 run = dataclasses.replace(
     run, name="t", storage=storage, urls=urls, site_pictures=0, site_scenes=0, fetch=fetch,
-    rows_per_shard=200, rows_per_part=16, fetchers=1, parts_per_fetcher=4,
+    rows_per_shard=200, rows_per_part=16, crawlers=1, parts_per_crawler=4,
 )
 if cpus:
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
@@ -131,7 +131,7 @@ def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_
             wait_for_parts(job, tmp_path)
             time.sleep(delay)
             if kind == "actor":
-                for pid in children_named(job, "FetchStage"):
+                for pid in children_named(job, "Crawler"):
                     os.kill(pid, signal.SIGKILL)
                 finish(job)
             else:
