@@ -204,7 +204,7 @@ class Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for actor in self._actors:
+        for actor in (*self._actors, *self._arguments[0].score):
             ray.kill(actor)
 
     def crawl(self, parts: Sequence[Part]) -> Iterator[Progress]:
