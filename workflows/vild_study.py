@@ -11,9 +11,7 @@ python workflows/vild_study.py --config pictograms --teacher runs/runs/clip/<run
 """
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,14 +24,12 @@ from ovd_models.evaluation import evaluate_proposals
 from ovd_models.preprocess import to_tensor
 from ovd_models.rcnn import ProposalNetwork
 from ovd_models.vild import ViLD
-from workflows import cli, prepare_boxes, training, vild, vild_configs, vild_sweep
+from workflows import cli, prepare_boxes, studies, training, vild, vild_configs, vild_sweep
+from workflows.studies import Numbers
 from workflows.teacher import read_categories
 
 LIMITS = (100, 300, 1000)
 """Proposals of an image that recall is measured at."""
-QUANTILE_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Of Student's t with 0, 1, ... degrees of freedom."""
-Numbers = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +88,8 @@ def study(run: Run) -> dict[str, Any]:
     for seed in run.seeds:
         for name, numbers in study_seed(run, seed).items():
             results.setdefault(name, {})[seed] = numbers
-    report = {"seeds": list(run.seeds), "results": results, "differences": differences(results)}
-    name = storage.join(run.storage, "reports", f"vild_study_{run.training.train_table}")
-    storage.write_bytes(f"{name}.json", json.dumps(report, indent=1).encode())
-    storage.write_bytes(f"{name}.md", as_table(report).encode())
+    report = {"seeds": list(run.seeds), "results": results, "differences": studies.differences(results, CLAIMS)}
+    studies.write_report(run.storage, f"vild_study_{run.training.train_table}", report, as_table(report))
     return report
 
 
@@ -149,14 +143,13 @@ def remembered(
 
     A result belongs to the exact settings of its training, which its file's name bears a digest of.
     """
-    label = f"study-{own.rpn_stage.seed}-{name}-{cli.config_hash(dataclasses.replace(own, storage=''))[:8]}"
-    path = storage.join(run.storage, "reports", "vild_study", f"{label}.json")
-    if not storage.exists(path):
-        print(f"study: {label}", flush=True)
-        own = dataclasses.replace(own, config=label, resume=training.find_run(run.storage, "vild", label))
-        storage.write_bytes(path, json.dumps(job(own)).encode())
-    found: dict[str, Any] = json.loads(storage.read_bytes(path))
-    return found
+    label = studies.label_of(own.rpn_stage.seed, name, own)
+
+    def begin() -> dict[str, Any]:
+        resume = training.find_run(run.storage, "vild", label)
+        return job(dataclasses.replace(own, config=label, resume=resume))
+
+    return studies.remembered(run.storage, "vild_study", label, begin)
 
 
 def train_variant(run: vild_configs.Run) -> dict[str, Any]:
@@ -205,7 +198,7 @@ def recall(run: Run, own: vild_configs.Run, name: str, proposals: str) -> Number
 
 # ---------------------------------------------------------------------------------------------------------- report
 
-PAIRS: dict[str, tuple[str, str, str]] = {
+CLAIMS: studies.Claims = {
     "ViLD above ViLD-text": ("ap50_novel", "vild", "text"),
     "ensemble above ViLD-text": ("ap50_novel", "ensemble", "text"),
     "ensemble above ViLD-text, base": ("ap50_base", "ensemble", "text"),
@@ -215,42 +208,16 @@ PAIRS: dict[str, tuple[str, str, str]] = {
 """Claim -> metric, and what is compared with what."""
 
 
-def differences(results: Mapping[str, Mapping[int, Numbers]]) -> dict[str, Numbers]:
-    """Paired differences over seeds: mean, and the half width of its 95 % interval (Student's t)."""
-    found = {}
-    for claim, (metric, one, two) in PAIRS.items():
-        if one in results and two in results:
-            pairs = [results[one][seed][metric] - results[two][seed][metric] for seed in results[one]]
-            found[claim] = paired(pairs)
-    return found
-
-
-def paired(values: Sequence[float]) -> Numbers:
-    """Mean of paired differences and the ends of its 95 % interval; NaN for a single pair."""
-    mean = float(np.mean(values))
-    freedom = len(values) - 1
-    half = QUANTILE_95[freedom] * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if freedom else math.nan
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
-
-
 def as_table(report: Mapping[str, Any]) -> str:
     """The report in Markdown: means over seeds, and each seed."""
-    lines = ["| | base AP50 | novel AP50 | novel AP50 of each seed |", "|---|---|---|---|"]
-    for name, of_seeds in report["results"].items():
-        values = list(of_seeds.values())
-        if "ap50_novel" in values[0]:
-            base, novel = ([entry[key] for entry in values] for key in ("ap50_base", "ap50_novel"))
-            each = ", ".join(f"{value:.3f}" for value in novel)
-            lines.append(f"| {name} | {np.mean(base):.3f} | {np.mean(novel):.3f} | {each} |")
+    lines = studies.ap_table(report["results"])
     lines += ["", "| novel boxes | AR@100 | AR@300 | AR@1000 |", "|---|---|---|---|"]
     for name, of_seeds in report["results"].items():
         values = list(of_seeds.values())
         if "ar100_novel" in values[0]:
             means = " | ".join(f"{np.mean([entry[f'ar{limit}_novel'] for entry in values]):.3f}" for limit in LIMITS)
             lines.append(f"| {name} | {means} |")
-    lines += ["", "| difference | mean | 95 % interval | seeds |", "|---|---|---|---|"]
-    for claim, row in report["differences"].items():
-        lines.append(f"| {claim} | {row['mean']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} | {row['seeds']} |")
+    lines += ["", *studies.difference_table(report["differences"])]
     return "\n".join(lines) + "\n"
 
 
