@@ -113,7 +113,7 @@ def clip_retrieval(options: Options) -> dict[str, float]:
                 flush=True,
             )
             costs[tool].append(cost)
-        record(ratios(costs))  # a run of an hour that is ended keeps what it has
+        record({**ratios(costs), **likeness()})  # a run of an hour that is ended keeps what it has
     return {**ratios(costs), **likeness()}
 
 
