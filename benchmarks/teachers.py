@@ -40,7 +40,7 @@ SHARED = ("torch", "torchgen", "torchvision", "functorch", "triton", "nvidia", "
 """What the peer's environment takes from this one's: the newest versions that both can use, 5.5 GB."""
 SIDE = 256
 QUALITY = 95
-BATCH = 64
+BATCH = 32
 CORES = os.cpu_count() or 1
 LOOK_SECONDS = 1.0
 """Between two looks at memory, which take the processor from what is measured."""
