@@ -43,7 +43,9 @@ class ScoreConfig:
                 raise InputError(f"--scores.minimum {name}: no such scorer, expected one of {sorted(self.scorers)}")
         for name in self.scorers:
             if not name.isidentifier() or name in ("image_id", EMBEDDING):
-                raise InputError(f"--scores.scorers {name!r}: expected another name, of letters, digits and underscores")
+                raise InputError(
+                    f"--scores.scorers {name!r}: expected another name, of letters, digits and underscores"
+                )
 
 
 class Scorer(Protocol):

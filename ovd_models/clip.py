@@ -284,7 +284,8 @@ def save_text_encoder(encoder: ClipTextEncoder, folder: Path) -> None:
 
 def _write(state: dict[str, Tensor], description: dict[str, Any], folder: Path) -> None:
     """The weights first, so that a folder with `clip.json` is whole; beside their name first, since models are mapped
-    from such files."""
+    from such files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / "clip.safetensors.tmp"
     save_file({name: value.contiguous() for name, value in state.items()}, fresh)
