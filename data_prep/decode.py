@@ -175,12 +175,14 @@ def strip_metadata(jpeg: bytes) -> bytes:
 def with_images(rows: pa.Table, results: Sequence[Decoded | Rejection | None]) -> pa.Table:
     """Table rows with what is stored of their pictures, or why there is nothing; None where nothing was fetched.
 
-    Adds the columns of `Decoded` and `image_id`; `stage`, `reason` and `detail` tell of failures, earlier ones stay.
+    Adds the columns of `Decoded` and `size`, the bytes of the content; `stage`, `reason` and `detail` tell of failures,
+    earlier ones stay.
     """
     images = [result if isinstance(result, Decoded) else None for result in results]
     columns = {
         "content": pa.array([image and image.content for image in images], pa.large_binary()),
         "image_id": pa.array([image and image.image_id for image in images], pa.string()),
+        "size": pa.array([image and len(image.content) for image in images], pa.int64()),
         "contrast": pa.array([image and image.contrast for image in images], pa.float32()),
     }
     for name in ("width", "height", "original_width", "original_height", "phash"):

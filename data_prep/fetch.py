@@ -19,7 +19,7 @@ import aiohttp
 import pyarrow as pa
 from yarl import URL
 
-from data_prep import robots, storage
+from data_prep import robots
 from data_prep.addresses import REMEMBERED_HOSTS, CheckedResolver, FetchError, Lookup, look_up, parse_url
 from data_prep.body import Body
 
@@ -32,7 +32,6 @@ KEEP_ALIVE_SECONDS = 4.0
 """Connections wait this long for another URL of their host, lest those to a million hosts use up the open files."""
 GIVEN_UP_SECONDS = 300.0
 """After which one URL may try whether a host answers again."""
-FILES_AT_A_TIME = 16
 ROBOTS_REDIRECTS = 5
 ROBOTS_SHARE = 0.5
 """Part of the deadline that robots.txt may take."""
@@ -60,7 +59,7 @@ class FetchConfig:
     """Requests at a time in one process."""
     per_host: int = 16
     """Requests at a time to one host and port, in one process."""
-    host_failures: int = 8
+    host_failures: int = 4
     """URLs of one host and port in a row without an answer, after which this process leaves the rest of them."""
     dns_cache_seconds: float = 300.0
     dns_threads: int = 32
@@ -382,24 +381,6 @@ class Fetcher:
 def fetch_all(urls: Sequence[str | None], config: FetchConfig) -> list[Fetched]:
     """Fetch a few URLs from code that is not asynchronous."""
     return asyncio.run(Fetcher(config).fetch(urls))
-
-
-class Reader:
-    """Like `Fetcher` for files, by path or URI, that are known to exist."""
-
-    def __init__(self) -> None:
-        self.gate = open_gate()
-        self._slots = asyncio.Semaphore(FILES_AT_A_TIME)
-
-    async def fetch_then(self, urls: Sequence[str | None], then: Then[T]) -> list[T]:
-        """What `then` makes of each file, in their order."""
-        return list(await asyncio.gather(*(self._read(url or "", then) for url in urls)))
-
-    async def _read(self, uri: str, then: Then[T]) -> T:
-        async with self._slots:
-            await self.gate.wait()
-            content = await asyncio.to_thread(storage.read_bytes, uri)
-        return await then(Fetched(content=content))
 
 
 def open_gate() -> asyncio.Event:

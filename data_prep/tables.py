@@ -240,8 +240,15 @@ def open_parquet(uris: Sequence[str], schema: pa.Schema) -> ds.Dataset:
 
 def write_file(storage_uri: str, table: str, name: str, path: str, content: bytes, *, rows: int = 0) -> FileEntry:
     """Write one file of a table, whole or not at all."""
-    storage.write_bytes(storage.join(table_uri(storage_uri, table, name), path), content)
-    return FileEntry(path, len(content), rows, storage.sha256(content))
+    return write_pieces(storage_uri, table, name, path, [content], rows=rows)
+
+
+def write_pieces(
+    storage_uri: str, table: str, name: str, path: str, pieces: Iterable[bytes], *, rows: int = 0
+) -> FileEntry:
+    """`write_file` for what need not be in memory at a time."""
+    size, digest = storage.write_pieces(storage.join(table_uri(storage_uri, table, name), path), pieces)
+    return FileEntry(path, size, rows, digest)
 
 
 def publish(

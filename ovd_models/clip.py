@@ -283,9 +283,7 @@ def save_text_encoder(encoder: ClipTextEncoder, folder: Path) -> None:
 
 
 def _write(state: dict[str, Tensor], description: dict[str, Any], folder: Path) -> None:
-    """The weights first, so that a folder with `clip.json` is whole; beside their name first, since models are mapped
-    from such files.
-    """
+    """Weights, then `clip.json`, so that a folder with it is whole; a file that models are mapped from is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / "clip.safetensors.tmp"
     save_file({name: value.contiguous() for name, value in state.items()}, fresh)

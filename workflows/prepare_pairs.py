@@ -21,24 +21,22 @@ python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --ret
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.util import ActorPool
 
 from data_prep import generations, inputs, scores, shards, storage, tables, webserver, website
 from data_prep.concepts import Extractor, Vocabulary
-from data_prep.crawl import DECODERS, Crawler, Progress, Steps
+from data_prep.crawl import DECODERS, LASTING, Crew, Reader, Steps, follow
 from data_prep.decode import DecodeConfig, decode
 from data_prep.dedup import Corpus, CorpusConfig
-from data_prep.fetch import FetchConfig, Fetcher, Reader
+from data_prep.fetch import FetchConfig, Fetcher
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.generations import Published, Work
 from data_prep.groups import write_groups
@@ -47,14 +45,8 @@ from data_prep.nouns import Nouns
 from data_prep.pictograms import GLYPHS
 from data_prep.scores import ScoreConfig, ScoreStage
 from ovd_models.errors import InputError
-from workflows import cli, cluster, pairs_report
+from workflows import cli, cluster
 
-PRODUCER = "workflows/prepare_pairs.py"
-PROGRESS_SECONDS = 5.0
-ALARMING_FAILURES = 0.5
-"""Share of failed fetches that is worth a warning."""
-RETRIES = 10
-"""Times that a part is begun again after its process was lost."""
 SAMPLED_PARTITIONS = 40
 """Partitions that give the report examples of rejected rows."""
 
@@ -96,9 +88,9 @@ class Run:
     """Concepts with fewer images are left out."""
     crawlers: int = 0
     """Processes that crawl; 0 for one for every two cores, which it keeps busy."""
-    parts_per_crawler: int = 6
-    """Parts a crawler works on at a time, so that one slow host does not hold up the rest."""
-    waiting_bytes: int = 64 << 20
+    parts_per_crawler: int = 16
+    """Parts a crawler works on at a time, so that slow hosts do not hold up the rest; a kill may lose as many."""
+    waiting_bytes: int = 16 << 20
     """Of fetched images that wait to be decoded, a crawler; beyond, it asks for no more."""
 
 
@@ -216,7 +208,9 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
         if not scores.is_class(model):
             scores.check_checkpoint(model)
     config_hash = result_hash(run, extractor)
-    published = find_published(run, config_hash, lists)
+    published = generations.find_published(
+        run.storage, run.name, config_hash, lists=lists, add=run.add, retry=run.retry
+    )
     new = [digest for digest in lists if published is None or digest not in published.sources]
     if published is not None and not new and not run.retry:
         print(f"pairs: {tables.table_uri(run.storage, 'pairs', run.name)} is there already, from the same config")
@@ -230,18 +224,20 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
     cluster.start_ray()
 
-    work = generations.plan(
-        [lists[digest] for digest in new],
-        published,
-        run.retry,
-        staging,
-        partition=run.rows_per_shard,
-        part=run.rows_per_part,
-    )
-    repeated_urls = find_repeated_urls(run, work, published, staging)
-    progress = crawl(run, work, repeated_urls, staging, are_files)
-    decisions = decide(run, work, published, staging)
-    written = write_shards(run, work, published, pa.concat_tables([repeated_urls, decisions]), staging, concepts)
+    with start_crew(run, staging, are_files=are_files) as crew:
+        work = generations.plan(
+            [lists[digest] for digest in new],
+            published,
+            run.retry,
+            staging,
+            partition=run.rows_per_shard,
+            part=run.rows_per_part,
+            run=crew.run,
+        )
+        repeated_urls = find_repeated_urls(run, work, published, staging)
+        progress = crawl(run, work, repeated_urls, staging, crew)
+        decisions = pa.concat_tables([repeated_urls, decide(run, work, published, staging)])
+        written = write_shards(run, work, published, decisions, staging, concepts, crew)
 
     grown = generations.grow(published, work, written)
     generation = published.generation + 1 if published else 0
@@ -268,7 +264,10 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     files = {**grown.files, "concepts": grouped.concepts, "groups": grouped.groups}
     if not run.scores.scorers and not run.corpus.semantic_model:
         del files["scores"]
-    publish(run, config_hash, {"summary": dataclasses.asdict(summary)}, details, files)
+    told = dataclasses.asdict(summary)
+    generations.publish(run.storage, run.name, config_hash, summary=told, details=details, files=files)
+    from workflows import pairs_report  # here, for its plots take memory that the crawl can do without
+
     report = pairs_report.write(
         run.storage, run.name, shards.open_staged(staging, "samples", shards.SAMPLES).to_table()
     )
@@ -286,8 +285,27 @@ def find_repeated_urls(run: Run, work: Work, published: Published | None, stagin
     return corpus.decisions()
 
 
-def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, are_files: bool) -> list[tuple[float, int]]:
-    """Fetch, decode and filter; one staged Parquet file a part holds what came of each of its rows.
+def start_crew(run: Run, staging: str, *, are_files: bool) -> Crew:
+    """What is done to every row, by processes that do it to some rows at a time."""
+    processes = run.crawlers or max(1, cluster.cores() // DECODERS)
+    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // processes))
+    models = []
+    if run.scores.scorers or run.corpus.semantic_model:
+        model = ray.remote(ScoreStage).options(**LASTING, num_gpus=run.scores.gpus)
+        models = [model.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
+    steps = Steps(
+        read=partial(inputs.read_part, staging=staging),
+        fetch=Reader if are_files else partial(Fetcher, fetch),
+        decode=partial(decode, config=run.decode),
+        filter=partial(filter_rows, config=run.filters),
+        score=models,
+        save=partial(shards.stage_part, staging=staging),
+    )
+    return Crew(steps, processes=processes, parts_at_a_time=run.parts_per_crawler, waiting_bytes=run.waiting_bytes)
+
+
+def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, crew: Crew) -> list[tuple[float, int]]:
+    """Fetch, decode, filter and score; one staged Parquet file a part holds what came of each of its rows.
 
     Returns:
         Seconds and rows done so far, for the report.
@@ -299,48 +317,7 @@ def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, are_files
         return []
     if done:
         print(f"pairs: {len(done):,} of {len(every):,} parts done by an earlier run", flush=True)
-    crawlers = min(run.crawlers or max(1, cluster.cores() // DECODERS), len(parts))
-    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // crawlers))
-    # Half a CPU each, so that a machine with a single one has room for a scoring model too.
-    lasting: dict[str, Any] = {"num_cpus": 0.5, "max_restarts": -1, "max_task_retries": RETRIES}
-    score = []
-    if run.scores.scorers or run.corpus.semantic_model:
-        scorer = ray.remote(ScoreStage).options(**lasting, num_gpus=run.scores.gpus)
-        score = [scorer.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
-    steps = Steps(
-        read=partial(inputs.read_part, staging=staging),
-        fetch=Reader if are_files else partial(Fetcher, fetch),
-        decode=partial(decode, config=run.decode),
-        filter=partial(filter_rows, config=run.filters),
-        score=score,
-        save=partial(shards.stage_part, staging=staging),
-    )
-    crawler = ray.remote(Crawler).options(
-        **lasting, max_concurrency=run.parts_per_crawler, scheduling_strategy="SPREAD"
-    )
-    actors = [crawler.remote(steps, run.waiting_bytes) for _ in range(crawlers)]
-    pool = ActorPool([actor for _ in range(run.parts_per_crawler) for actor in actors])
-    found = pool.map_unordered(lambda actor, part: actor.crawl.remote(part), parts)
-    return show_progress(found, work.rows - repeated_urls.num_rows)
-
-
-def show_progress(parts: Iterable[Progress], total: int) -> list[tuple[float, int]]:
-    """Run the crawl, with a line every few seconds, and a warning where most fetches fail."""
-    started = shown = time.monotonic()
-    done, good, failed, warned = 0, 0, 0, False
-    progress: list[tuple[float, int]] = []
-    for part in parts:
-        done, good, failed = done + part.rows, good + part.good, failed + part.unfetched
-        now = time.monotonic()
-        if now - shown >= PROGRESS_SECONDS:
-            shown, rate = now, done / (now - started)
-            progress.append((round(now - started, 1), done))
-            print(f"pairs: {done:,} of {total:,} rows done, {good:,} good, {rate:,.0f} rows/s", flush=True)
-            if failed > ALARMING_FAILURES * done and not warned:
-                warned = True
-                print(f"pairs: WARNING: {failed:,} of {done:,} fetches failed; is the network, or its DNS, all right?")
-    print(f"pairs: {done:,} rows done, {good:,} good, {done / (time.monotonic() - started):,.0f} rows/s", flush=True)
-    return [*progress, (round(time.monotonic() - started, 1), done)]
+    return follow(crew.crawl(parts), work.rows - repeated_urls.num_rows)
 
 
 def decide(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
@@ -360,7 +337,13 @@ def decide(run: Run, work: Work, published: Published | None, staging: str) -> p
 
 
 def write_shards(
-    run: Run, work: Work, published: Published | None, decisions: pa.Table, staging: str, extractor: Extractor
+    run: Run,
+    work: Work,
+    published: Published | None,
+    decisions: pa.Table,
+    staging: str,
+    extractor: Extractor,
+    crew: Crew,
 ) -> list[shards.Written]:
     """One tar shard with its index and its rejects for each partition, in parallel."""
     job = shards.ShardJob(
@@ -375,18 +358,15 @@ def write_shards(
     )
     decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
-    write = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(shards.write_shard)
     shared, concepts = ray.put(job), ray.put(extractor)
-    pending = []
+    each = []
     for count, name in enumerate(work.partitions):
         first = work.first_id(name, run.rows_per_shard)
         start, stop = np.searchsorted(ids, [first, first + run.rows_per_shard])
-        own = decisions.slice(start, stop - start)
-        pending.append(write.remote(shared, name, own, concepts, count < SAMPLED_PARTITIONS))
+        each.append((shared, name, decisions.slice(start, stop - start), concepts, count < SAMPLED_PARTITIONS))
+    written = crew.run(shards.write_shard, each)
     if published is not None:
-        mention = ray.remote(num_cpus=0.5, scheduling_strategy="SPREAD")(shards.stage_published_mentions)
-        ray.get([mention.remote(shared, path, concepts) for path in published.index_files()])
-    written: list[shards.Written] = ray.get(pending)
+        crew.run(shards.stage_published_mentions, [(shared, path, concepts) for path in published.index_files()])
     return written
 
 
@@ -412,45 +392,9 @@ def result_hash(run: Run, vocabulary: Vocabulary) -> str:
     return storage.sha256(parts.encode())[:16]
 
 
-def find_published(run: Run, config_hash: str, lists: Mapping[str, generations.Cut]) -> Published | None:
-    """What is published under the run's name.
-
-    Raises:
-        InputError: it is of another config, or of other lists and the run does not say that rows are to be added;
-            or there is nothing whose rows could be tried again.
-    """
-    for reason in run.retry:
-        if reason not in {known for reasons in tables.REASONS.values() for known in reasons}:
-            raise InputError(f"--retry {reason}: unknown reason, expected those of `rejects`, such as timeout")
-    published = Published.find(run.storage, run.name)
-    uri = tables.table_uri(run.storage, "pairs", run.name)
-    if published is None:
-        if run.retry:
-            raise InputError(f"--retry: {uri} is not published yet, expected a finished crawl")
-        return None
-    if published.config_hash != config_hash:
-        raise InputError(f"{uri}: made from another config, expected the same one, a new --name or an empty place")
-    if not run.add and any(digest not in published.sources for digest in lists):
-        raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")
-    return published
-
-
 def summary_of(published: Published) -> Summary:
     """The summary of published tables."""
     return Summary(**published.details["summary"])
-
-
-def publish(
-    run: Run,
-    config_hash: str,
-    summary: dict[str, object],
-    details: dict[str, object],
-    files: dict[str, list[tables.FileEntry]],
-) -> None:
-    """Write the manifests, that of `pairs` last: it tells that all are there, and all that a later run must know."""
-    for table, entries in sorted(files.items(), key=lambda item: item[0] == "pairs"):
-        told = {**summary, **details} if table == "pairs" else summary
-        tables.publish(run.storage, table, run.name, entries, producer=PRODUCER, config_hash=config_hash, details=told)
 
 
 @contextlib.contextmanager

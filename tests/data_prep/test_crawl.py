@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from data_prep import inputs, shards, tables
-from data_prep.crawl import DECODERS, Crawler, Progress, Steps
+from data_prep.crawl import DECODERS, Crawler, Progress, Reader, Steps
 from data_prep.decode import DecodeConfig, Decoded, Rejection, decode
-from data_prep.fetch import Reader
+from data_prep.fetch import Fetched
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.inputs import Columns, Part
 
@@ -41,7 +41,11 @@ def a_list(root: Path, bodies: list[bytes]) -> str:
     return str(root)
 
 
-def steps_at(staging: str, decoder: Decode = partial(decode, config=DecodeConfig()), **further: object) -> Steps:
+def as_usual(body: bytes) -> Decoded | Rejection:
+    return decode(body, DecodeConfig())
+
+
+def steps_at(staging: str, decoder: Decode = as_usual, **further: object) -> Steps:
     steps = {
         "read": partial(inputs.read_part, staging=staging),
         "fetch": Reader,
@@ -57,7 +61,7 @@ def test_what_came_of_a_part_is_saved_and_counted(tmp_path: Path) -> None:
     staging = a_list(tmp_path, [photo(0), b"<html>", photo(2), photo(3), photo(4)])
     crawler = Crawler(steps_at(staging), 1 << 20)
     assert asyncio.run(crawler.crawl(Part("p", 0, (2,)))) == Progress(rows=3, good=2, unfetched=0)
-    (saved,) = shards.read_parts(staging, "p", 2)
+    (saved,) = [file.read() for file in shards.open_parts(staging, "p", 2)]
     assert saved["row"].to_pylist() == [0, 1, 3]
     assert saved["reason"].to_pylist() == [None, "not_an_image", None]
     assert saved["content"].to_pylist()[::2] == [photo(0), photo(3)]
@@ -121,3 +125,14 @@ def test_scoring_models_take_turns(tmp_path: Path, count: int) -> None:
     asyncio.run(run())
     found = [tables.read_parquet(path)["score_light"][0].as_py() for path in shards.staged(staging, "parts")]
     assert found == [number % count for number in range(3)]
+
+
+def test_local_files_are_read_in_the_place_of_urls(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+
+    async def content(fetched: Fetched) -> tuple[bytes | None, str | None]:
+        return fetched.content, fetched.reason
+
+    found = asyncio.run(Reader().fetch_then([str(tmp_path / name) for name in "cab"], content))
+    assert found == [(b"c", None), (b"a", None), (b"b", None)]

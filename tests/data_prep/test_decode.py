@@ -155,8 +155,9 @@ def test_copies_have_near_hashes_and_other_pictures_far_ones() -> None:
     assert (hashes[0] ^ good(encoded(picture(300, 200, seed=1), "JPEG")).phash).bit_count() > 16
 
 
-def test_a_reduced_decode_looks_like_a_full_one() -> None:
-    image = picture(1600, 1200)
+@pytest.mark.parametrize("size", [(1600, 1200), (1024, 768), (800, 600), (640, 480)])  # by 4, exactly 4, 2 and none
+def test_a_reduced_decode_looks_like_a_full_one(size: tuple[int, int]) -> None:
+    image = picture(*size)
     config = DecodeConfig(max_side=256)
     fast, slow = good(encoded(image, "JPEG", quality=95), config), good(encoded(image, "PNG"), config)
     assert np.abs(pixels(fast.content) - pixels(slow.content)).mean() < 2

@@ -25,7 +25,7 @@ import trustme
 from aiohttp import web
 
 from data_prep import fetch, website
-from data_prep.fetch import FetchConfig, Fetched, Fetcher, Reader, fetch_all, with_status
+from data_prep.fetch import FetchConfig, Fetched, Fetcher, fetch_all, with_status
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LOCAL = FetchConfig(
@@ -187,17 +187,6 @@ def test_what_a_server_says_fits_into_a_table_whatever_its_bytes() -> None:
     rows = asyncio.run(run())
     assert rows["reason"].to_pylist() == ["opt_out"]
     assert rows["detail"].to_pylist()[0].startswith("X-Robots-Tag: noai")
-
-
-def test_local_files_are_read_in_the_place_of_urls(tmp_path: Path) -> None:
-    for name in "abc":
-        (tmp_path / name).write_bytes(name.encode())
-
-    async def content(fetched: Fetched) -> tuple[bytes | None, str | None]:
-        return fetched.content, fetched.reason
-
-    found = asyncio.run(Reader().fetch_then([str(tmp_path / name) for name in "cab"], content))
-    assert found == [(b"c", None), (b"a", None), (b"b", None)]
 
 
 def test_nothing_is_asked_for_while_the_gate_is_closed(served_site: str) -> None:

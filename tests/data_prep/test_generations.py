@@ -1,21 +1,19 @@
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from data_prep import generations, inputs, tables
-from data_prep.dedup import NEW, Order
 from data_prep.generations import Cut, Published, Work, cut_rejects, plan
 from data_prep.inputs import Columns, Part
+from data_prep.order import NEW, Order
 from ovd_models.errors import InputError
 
 A, B = "aaaaaaaa11111111", "bbbbbbbb22222222"
@@ -223,13 +221,9 @@ def test_lists_whose_digests_begin_alike_have_partitions_of_their_own() -> None:
     assert work.first_id(inputs.partition_name(twin, 1), 10) == NEW + 40
 
 
-@pytest.fixture
-def tasks_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's tasks run in this process, at once."""
-    here = SimpleNamespace(
-        remote=lambda **_: lambda task: SimpleNamespace(remote=task), get=list, exceptions=ray.exceptions
-    )
-    monkeypatch.setattr(generations, "ray", here)
+def here(task: Callable[..., inputs.Source], each: Sequence[tuple[Any, ...]]) -> list[inputs.Source]:
+    """Runs tasks in this process."""
+    return [task(*arguments) for arguments in each]
 
 
 def a_list(source: str, **further: Sequence[object]) -> Cut:
@@ -238,10 +232,11 @@ def a_list(source: str, **further: Sequence[object]) -> Cut:
     return partial(inputs.cut, source, [rows], Columns(), source)
 
 
-@pytest.mark.usefixtures("tasks_run_here")
 def test_a_plan_is_made_once_from_new_lists_and_rejected_rows(tmp_path: Path) -> None:
     published, staging = publish(tmp_path), str(tmp_path / "s")
-    work = plan([a_list(B, license=["by", "by"], n=[1, 2])], published, ["dns"], staging, partition=10, part=5)
+    work = plan(
+        [a_list(B, license=["by", "by"], n=[1, 2])], published, ["dns"], staging, partition=10, part=5, run=here
+    )
     again = {f"{A}-000000": 1, f"{A}-000001": 1}
     assert work == Work(
         sources={A: 30, B: 2},
@@ -250,24 +245,21 @@ def test_a_plan_is_made_once_from_new_lists_and_rejected_rows(tmp_path: Path) ->
         retried={"dns": 2},
         earlier_rejects={name: f"{name}.parquet" for name in again},
     )
-    assert plan([], None, [], staging, partition=1, part=1) == work  # what a run that was killed had planned
+    assert plan([], None, [], staging, partition=1, part=1, run=here) == work  # what a run that was killed had planned
 
 
-@pytest.mark.usefixtures("tasks_run_here")
 def test_lists_whose_columns_are_of_different_types_are_told(tmp_path: Path) -> None:
     lists = [a_list(A, n=[1, 2], m=["x", "y"]), a_list(B, n=["1", "2"], m=["x", "y"])]
     with pytest.raises(InputError, match=f"^list {B}: column 'n' holds string, elsewhere int64$"):
-        plan(lists, None, [], str(tmp_path), partition=10, part=5)
+        plan(lists, None, [], str(tmp_path), partition=10, part=5, run=here)
     assert Work.load(str(tmp_path)) is None
 
 
-@pytest.mark.usefixtures("tasks_run_here")
 def test_a_list_whose_columns_differ_from_the_published_ones_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^list {B}: column 'license' holds int64, elsewhere string$"):
-        plan([a_list(B, license=[1, 2])], publish(tmp_path), [], str(tmp_path / "s"), partition=10, part=5)
+        plan([a_list(B, license=[1, 2])], publish(tmp_path), [], str(tmp_path / "s"), partition=10, part=5, run=here)
 
 
-@pytest.mark.usefixtures("tasks_run_here")
 def test_a_column_without_values_fits_every_type(tmp_path: Path) -> None:
     lists = [a_list(A, n=[None, None]), a_list(B, n=[1, 2])]
-    assert plan(lists, None, [], str(tmp_path), partition=10, part=5).columns == {"n": "int64"}
+    assert plan(lists, None, [], str(tmp_path), partition=10, part=5, run=here).columns == {"n": "int64"}

@@ -13,10 +13,11 @@ from PIL import Image
 from data_prep import inputs, shards, storage, tables
 from data_prep.concepts import Vocabulary
 from data_prep.decode import DecodeConfig, decode, with_images
-from data_prep.dedup import DECISIONS, Order
+from data_prep.dedup import DECISIONS
 from data_prep.fetch import Fetched, with_status
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.inputs import Columns
+from data_prep.order import Order
 from data_prep.shards import ShardJob, Written, runs_of_size, write_shard
 
 SAMPLES = [("000", b"first", "one"), ("001", b"x" * 512, "zwei \u00e4"), ("002", b"", "")]
@@ -453,5 +454,5 @@ def test_the_light_columns_of_all_parts_are_opened(tmp_path: Path) -> None:
 
 def test_a_part_without_rows_is_not_staged(tmp_path: Path) -> None:
     shards.stage_part(outcome(listed().slice(0, 0), []), inputs.Part(PARTITION, 0), str(tmp_path))
-    assert shards.read_parts(str(tmp_path), PARTITION, 3) == []
+    assert list(shards.open_parts(str(tmp_path), PARTITION, 3)) == []
     assert list(tmp_path.iterdir()) == []

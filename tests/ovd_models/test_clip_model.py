@@ -288,6 +288,22 @@ def test_the_text_tower_computes_what_clips_does() -> None:
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
+def test_a_loaded_model_can_be_trained_and_saved_where_it_came_from(tmp_path: Path) -> None:
+    save_clip(build(), tmp_path)
+    before = (tmp_path / "clip.safetensors").read_bytes()
+    model, teacher = load_clip(tmp_path)
+    assert all(value.requires_grad for value in model.parameters())
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    ClipLoss()(*model(pictures(3), model.tokenize(WORDS[:3]))).backward()
+    optimiser.step()
+    assert (tmp_path / "clip.safetensors").read_bytes() == before
+    expected = model.encode_images(pictures(3))
+    assert save_clip(model, tmp_path) != teacher
+    again, _ = load_clip(tmp_path)
+    assert torch.equal(again.encode_images(pictures(3)), expected)
+    assert torch.equal(model.encode_images(pictures(3)), expected)  # which still looks into the old file
+
+
 def test_a_model_survives_its_folder(tmp_path: Path) -> None:
     model = build()
     teacher = save_clip(model, tmp_path / "clip")

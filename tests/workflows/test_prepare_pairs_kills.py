@@ -40,6 +40,7 @@ if node_dies_after:
     node = cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False)
     cluster.wait_for_nodes()
+    run = dataclasses.replace(run, crawlers=2)  # one on each
     def kill():
         while not list(Path(storage).glob("staging/pairs/t/*/parts/*.parquet")):
             time.sleep(0.02)
@@ -69,7 +70,7 @@ def start(urls: Path, root: Path, node_dies_after: float = 0.0, cpus: int = 0) -
 
 
 def finish(job: subprocess.Popen[str]) -> str:
-    output, _ = job.communicate(timeout=240)
+    output, _ = job.communicate(timeout=600)
     assert job.returncode == 0, output
     return output
 
