@@ -24,11 +24,10 @@ from measure import provenance
 from torch import Tensor
 from torch.nn import functional as F
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
 from ovd_models.alignment import Alignment, align
 from workflows import codet, codet_configs, tracking
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / "runs" / "bench"
 GROUPS, SIZE, PROPOSALS, WIDTH, TEMPERATURE = 4, 8, 128, 512, 0.1
 Align = Callable[[Tensor, Tensor, Tensor, float], Alignment]

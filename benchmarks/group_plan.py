@@ -12,7 +12,6 @@ import json
 import resource
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,11 @@ import numpy as np
 import pyarrow as pa
 from measure import provenance
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
 from data_prep import tables
 from data_prep.group_stream import Sampling, build_plan, open_file, plan_group, row_groups, scan_kinds
 from data_prep.groups import FILE_ROWS, ROW_GROUP_ROWS
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / "runs" / "bench"
 GROUP_SIZE = 8
 
