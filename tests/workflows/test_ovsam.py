@@ -271,7 +271,12 @@ def test_distracting_names_are_many_different_and_nobodys() -> None:
 def test_a_study_tells_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--teacher: missing"):
         ovsam_study.study(ovsam_study.pictograms())
-    rows = pa.table({"category_id": [1, 2], "name": ["cat", "cup"], "split": ["base", "novel"]})
+    rows = pa.Table.from_pylist(
+        [
+            {"category_id": key, "name": name, "split": split, "synonyms": [], "frequency": "", "image_count": 1}
+            for key, name, split in ((1, "cat", "base"), (2, "cup", "novel"))
+        ]
+    )
     entry = tables.write_part(str(tmp_path), "categories", "smoke", "part-00000.parquet", rows)
     tables.publish(str(tmp_path), "categories", "smoke", [entry], producer="test", config_hash="")
     (tmp_path / "names.txt").write_text("wooden chair\n\nCup\n")
