@@ -131,8 +131,9 @@ class CoDet(nn.Module):
             own = {name: level[start:] for name, level in features.items()}
             sizes = ImageList(batch.tensors[start:], batch.image_sizes[start:])
             losses |= self._group_losses(concepts, sizes, own, proposals.boxes[start:], concepts_CD)
-        if detection is None:  # all parameters take part in every step, as gathering gradients wants it
-            losses["concept"] = losses.get("concept", 0.0) + 0.0 * sum(value.sum() for value in self.parameters())
+        if detection is None:  # gradients of a caption step are gathered over ranks as those of any other
+            unused = 0.0 * torch.stack([value.sum() for value in self.parameters()]).sum()
+            losses["concept"] = losses["concept"] + unused if "concept" in losses else unused
         return losses
 
     def _group_losses(

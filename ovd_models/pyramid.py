@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from ovd_models.clip import ClipConfig, FlatConvNet
+from ovd_models.clip import ClipConfig
 from ovd_models.errors import InputError
+from ovd_models.towers import FlatConvNet
 
 NUM_LEVELS = 4
 

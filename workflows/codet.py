@@ -16,7 +16,7 @@ ray job submit --working-dir . -- python workflows/codet.py --config smoke --sto
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,16 +24,19 @@ from pathlib import Path
 import ray.data
 import ray.train
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_prep import storage, tables
 from data_prep.augmentation import Augmentation
-from data_prep.batching import StreamShape, group_loader, stream
+from data_prep.batching import StreamShape, stream
 from data_prep.box_stream import detection_loader
 from data_prep.collate import DetectionCollate, GroupCollate
+from data_prep.group_stream import group_loader
+from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_codet, load_encoder, save_detector
 from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.codet import CoDet
+from ovd_models.draw_groups import draw_attention, draw_similarity
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.rcnn import RCNN, find_backbone_weights, load_backbone
@@ -90,33 +93,67 @@ def train_worker(
     base_KD, concepts_CD = names.base_embeddings.to(device), names.concept_embeddings.to(device)
 
     meter = Meter()
-    detections = ray.train.get_dataset_shard("boxes").iter_torch_batches(
-        batch_size=run.detection_batch // world, collate_fn=DetectionCollate(), prefetch_batches=2
+    detections = meter.waiting(
+        ray.train.get_dataset_shard("boxes").iter_torch_batches(
+            batch_size=run.detection_batch // world, collate_fn=DetectionCollate(), prefetch_batches=2
+        )
     )
-    groups = iter(())
+    groups: Iterator[ConceptBatch] = iter(())
     if uses_captions(run, stage):
         encoder = load_encoder(storage.local_folder(encoder_folder))
         collate = GroupCollate(len(concepts_CD), encoder if run.model.caption_weight else None)
         shard = ray.train.get_dataset_shard("groups")
-        groups = iter(
+        groups = meter.waiting(
             shard.iter_torch_batches(batch_size=run.groups_per_step // world, collate_fn=collate, prefetch_batches=2)
         )
-    for detection in meter.waiting(detections):
-        concepts = next(meter.waiting(groups)).to(device) if uses_captions(run, stage) else None
+    replaced = 0
+    while not session.done:
+        takes_boxes, takes_captions = kinds_of_step(run, stage, session.step)
+        detection = next(detections).to(device) if takes_boxes else None
+        concepts = next(groups).to(device) if takes_captions else None
         with session.autocast():
-            losses = session.model(detection.to(device), concepts, base_KD, concepts_CD)
+            losses = session.model(detection, concepts, base_KD, concepts_CD)
         session.update(torch.stack(list(losses.values())).sum())
-        meter.add(losses, run.detection_batch + (run.groups_per_step * run.group_size if concepts else 0))
+        images = run.detection_batch * takes_boxes + run.groups_per_step * run.group_size * takes_captions
+        meter.add(losses, images)
+        if concepts is not None and concepts.unreadable:
+            if not replaced:
+                print(
+                    f"codet {stage.name}: replaced an image that cannot be read: {concepts.unreadable[0]}", flush=True
+                )
+            replaced += len(concepts.unreadable)
         if rank == 0 and session.step % stage.settings.log_every == 0:
             metrics = meter.collect()
-            logger.log({f"{stage.name}/{key}": value for key, value in metrics.items()}, session.step)
+            logged = {**metrics, "train/replaced_images": replaced} if replaced else metrics
+            logger.log({f"{stage.name}/{key}": value for key, value in logged.items()}, session.step)
             training.print_progress(f"codet {stage.name}", session.step, stage.settings.steps, metrics)
         if session.due:
             session.checkpoint({})
+            if rank == 0 and concepts is not None:
+                log_attention(session.module, concepts, names, session.step, logger)
             logger.flush()
-        if session.done:
-            break
     logger.flush(wait=True)
+
+
+def kinds_of_step(run: Run, stage: Stage, step: int) -> tuple[bool, bool]:
+    """Whether a step takes boxes, and whether it takes captions: the same on every worker."""
+    captions = uses_captions(run, stage)
+    if captions and run.alternate:
+        return step % 2 == 0, step % 2 == 1
+    return True, captions
+
+
+def log_attention(model: nn.Module, concepts: ConceptBatch, names: Names, step: int, logger: MetricLogger) -> None:
+    """Pictures of the first group: attention over its proposals, and their similarities."""
+    assert isinstance(model, CoDet)
+    size, device = concepts.group_size, concepts.concept_ids.device
+    images = concepts.images[:size]
+    first = ConceptBatch(images, concepts.concept_ids[:1], concepts.mentioned[:size], concepts.captions[:size])
+    (group,) = model.explain(first, names.concept_embeddings.to(device))
+    title = f"step {step}: {names.concepts[int(first.concept_ids)]}"
+    logger.log_image(draw_attention(images, group.boxes, group.attention, title, first.captions), "attention", step)
+    counts = [len(box) for box in group.boxes]
+    logger.log_image(draw_similarity(group.similarity, counts), "similarity", step)
 
 
 def uses_captions(run: Run, stage: Stage) -> bool:
@@ -143,15 +180,17 @@ def train_stage(
         augmentation=Augmentation(flip_probability=run.flip_probability),
     )
     box_shape = StreamShape(rows_per_step=run.detection_batch, workers=workers)
+    pace = 2 if run.alternate and uses_captions(run, stage) else 1  # steps from one batch of a kind to the next
+    last = -(-settings.steps // pace)
     streams: dict[str, Callable[[int], ray.data.Dataset]] = {
-        "boxes": lambda step: stream(boxes, box_shape, step, settings.steps)
+        "boxes": lambda step: stream(boxes, box_shape, step // pace, last)
     }
     if uses_captions(run, stage):
         groups = group_loader(
-            run.storage, run.pairs, seed=settings.seed, group_size=run.group_size, min_side=run.min_group_side
+            run.storage, run.pairs, seed=settings.seed, group_size=run.group_size, sampling=run.sampling
         )
         group_shape = StreamShape(rows_per_step=run.groups_per_step, workers=workers)
-        streams["groups"] = lambda step: stream(groups, group_shape, step, settings.steps)
+        streams["groups"] = lambda step: stream(groups, group_shape, step // pace, last)
     stage_dir = storage.join(run_dir, stage.name)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, stage_dir, logger)
     training.fit(loop, settings, stage_dir, streams)
@@ -211,7 +250,8 @@ def given_boxes(
         found = list(given[name].shape) if name in given else "nothing"
         if found != list(value.shape) and not name.startswith("aggregations."):
             raise InputError(f"--box-model {run.box_model}: {name}: found {found}, expected {list(value.shape)}")
-    weights = {name: given.get(name, value) for name, value in start.items()}
+    same = {name for name, value in start.items() if name in given and given[name].shape == value.shape}
+    weights = {name: given[name] if name in same else value for name, value in start.items()}
     metrics, _ = evaluate.evaluate(evaluate.Run(storage=run.storage, model=str(folder), boxes=f"{run.boxes}-eval"))
     return weights, (run.box_model, metrics, 0.0, time.perf_counter() - started)
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from data_prep.group_stream import Sampling
 from ovd_models.codet import CoDetConfig
 from ovd_models.errors import InputError
 from workflows import training
@@ -37,8 +38,10 @@ class Run:
     """Caption groups in a step, over all workers."""
     group_size: int = 4
     """Images of a group."""
-    min_group_side: int = 0
-    """Captioned images with a shorter side below this take no part, in pixels."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How groups are drawn."""
+    alternate: bool = False
+    """Boxes in even steps, captions in odd ones, on all workers; else both in every step."""
     flip_probability: float = 0.0
     """How often an image with boxes is mirrored."""
     box_stage: Optimisation
@@ -55,6 +58,9 @@ class Run:
             training.check_shared("groups_per_step", self.groups_per_step, stage.workers)
         if self.group_size < 2:
             raise InputError(f"group_size: {self.group_size}, expected at least 2")
+        if self.alternate and self.joint_stage.checkpoint_every % (2 * training.REQUIRED_DIVISOR):
+            expected = f"a multiple of {2 * training.REQUIRED_DIVISOR}, since kinds of batches alternate"
+            raise InputError(f"checkpoint_every: {self.joint_stage.checkpoint_every}, expected {expected}")
         if self.model.aggregation == "learned" and self.model.group_size != self.group_size:
             raise InputError(f"model.group_size: {self.model.group_size}, expected the group_size, {self.group_size}")
 
@@ -69,7 +75,7 @@ def smoke() -> Run:
         detection_batch=2,
         groups_per_step=2,
         group_size=2,
-        min_group_side=100,
+        sampling=Sampling(min_side=100),
         box_stage=quick,
         joint_stage=quick,
     )
@@ -81,7 +87,7 @@ def pictograms() -> Run:
         config="pictograms",
         boxes="pictograms",
         pairs="pictograms",
-        min_group_side=100,
+        sampling=Sampling(min_side=100),
         groups_per_step=2,
         # RoIAlign's backward runs on one core: two processes of one thread are faster than one of two.
         box_stage=Optimisation(steps=300, learning_rate=2e-3, workers=2),

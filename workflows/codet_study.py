@@ -93,9 +93,6 @@ def smoke() -> Run:
         training=codet_configs.smoke(),
         seeds=(0,),
         variants=("region-region", "max-size", "both, guidance"),
-        group_sizes=(2,),
-        proposal_counts=(4,),
-        images_per_step=4,
         both_scenes=40,
         planted_groups=4,
     )
@@ -283,7 +280,9 @@ def plant(concepts: list[str], count: int, size: int) -> Iterator[tuple[ConceptB
     for number in range(count):
         rng = np.random.default_rng([0, 23, number])
         name = known[number % len(known)]
-        shared, images, boxes = world.names.index(name), [], []
+        shared = world.names.index(name)
+        images: list[Tensor] = []
+        boxes: list[Tensor] = []
         while len(images) < size:
             others = rng.choice(len(world.names), size=int(rng.choice(SCENES.object_counts)) - 1, replace=False)
             labels = rng.permutation([shared, *(label for label in others.tolist() if label != shared)])

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import math
 import os
@@ -174,14 +175,36 @@ def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: T
 
 
 @pytest.mark.ray
+def test_kinds_of_batches_can_alternate(prepared: Run, trained: Trained) -> None:
+    stage = dataclasses.replace(prepared.joint_stage, steps=4, checkpoint_every=10, log_every=1)
+    run = dataclasses.replace(prepared, box_model=trained.boxes_model, alternate=True, joint_stage=stage)
+    joint = codet.Stage("joint", stage, joint=True)
+    assert [codet.kinds_of_step(run, joint, step) for step in range(3)] == [(True, False), (False, True), (True, False)]
+    found = codet.train(run)
+    uri = tracking.tracking_uri(run.storage)
+    history = tracking.metric_history(uri, found.run_id, "joint/train/loss")
+    assert [step for step, _ in history["joint/train/loss_box"]] == [1, 3]
+    assert [step for step, _ in history["joint/train/loss_concept"]] == [2, 4]
+
+
+@pytest.mark.ray
+def test_where_the_model_looks_is_tracked_as_pictures(prepared: Run, trained: Trained) -> None:
+    (folder,) = (Path(prepared.storage) / "mlartifacts/codet").glob(f"{trained.run_id}/artifacts/images")
+    for name in ("attention", "similarity"):
+        (path,) = folder.glob(f"{name}*.png")
+        with Image.open(path) as picture:
+            assert min(picture.size) > 100
+
+
+@pytest.mark.ray
 def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = dataclasses.replace(codet_study.smoke(), storage=prepared.storage, teacher=prepared.teacher)
     first = codet_study.study(run)
-    names = ["box supervision", "region-region", "max-size", "both, guidance", "group size 2", "4 proposals"]
+    names = ["box supervision", "region-region", "max-size", "both, guidance"]
     assert list(first["results"]) == names
     assert list(first["differences"]) == ["region-region above max-size"]
     assert all("planted_groups" in first["results"][name][0] for name in names)
-    for ending in ("json", "md", "png"):
+    for ending in ("json", "md"):
         assert (Path(prepared.storage) / f"reports/codet_study.{ending}").exists()
 
     def never(*_: object) -> None:
@@ -189,6 +212,19 @@ def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.
 
     monkeypatch.setattr(codet, "train", never)
     assert codet_study.as_table(codet_study.study(run)) == codet_study.as_table(first)
+
+
+def test_sweeps_are_trainings_of_their_own_and_drawn_as_curves() -> None:
+    named = dict(codet_study.trainings(codet_study.sweeps(), 0))
+    assert [(own.group_size, own.groups_per_step) for name, own in named.items() if "group" in name] == [
+        (2, 8),
+        (4, 4),
+        (8, 2),
+    ]
+    assert [own.model.num_proposals for name, own in named.items() if "proposals" in name] == [2, 4, 8, 16, 32, 64]
+    results = {name: {0: {"ap50_base": 0.5, "ap50_novel": 0.4}} for name in named}
+    with Image.open(io.BytesIO(codet_study.draw_curves(results))) as picture:
+        assert picture.width > picture.height > 200
 
 
 def test_planted_groups_share_an_object_whose_box_is_known() -> None:
@@ -233,6 +269,10 @@ def test_what_cannot_be_trained_is_told_before_any_work(prepared: Run, trained: 
     )
     assert "model.group_size: 0, expected the group_size, 2" in bad(
         lambda run: replace(run, model=replace(run.model, aggregation="learned")), prepared
+    )
+    odd = replace(prepared.joint_stage, checkpoint_every=15)
+    assert "checkpoint_every: 15, expected a multiple of 10" in bad(
+        lambda run: replace(run, alternate=True, joint_stage=odd), prepared
     )
     assert "no detector checkpoint" in bad(lambda run: replace(run, box_model=str(tmp_path)), prepared)
     wider = replace(prepared.model, detector=replace(prepared.model.detector, head_width=32))

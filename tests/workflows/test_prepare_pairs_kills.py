@@ -31,7 +31,7 @@ run = prepare_pairs.pictograms()
 fetch = dataclasses.replace(run.fetch, deadline_seconds=10.0)
 run = dataclasses.replace(
     run, name="t", storage=storage, urls=urls, site_pictures=0, site_scenes=0, fetch=fetch,
-    rows_per_shard=200, rows_per_part=16, fetchers=1, parts_per_fetcher=4,
+    rows_per_shard=200, rows_per_part=16, crawlers=1, parts_per_crawler=4,
 )
 if cpus:
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
@@ -40,6 +40,7 @@ if node_dies_after:
     node = cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False)
     cluster.wait_for_nodes()
+    run = dataclasses.replace(run, crawlers=2)  # one on each
     def kill():
         while not list(Path(storage).glob("staging/pairs/t/*/parts/*.parquet")):
             time.sleep(0.02)
@@ -69,7 +70,7 @@ def start(urls: Path, root: Path, node_dies_after: float = 0.0, cpus: int = 0) -
 
 
 def finish(job: subprocess.Popen[str]) -> str:
-    output, _ = job.communicate(timeout=240)
+    output, _ = job.communicate(timeout=600)
     assert job.returncode == 0, output
     return output
 
@@ -131,7 +132,7 @@ def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_
             wait_for_parts(job, tmp_path)
             time.sleep(delay)
             if kind == "actor":
-                for pid in children_named(job, "FetchStage"):
+                for pid in children_named(job, "Crawler"):
                     os.kill(pid, signal.SIGKILL)
                 finish(job)
             else:
