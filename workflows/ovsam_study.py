@@ -1,7 +1,8 @@
 """The study of OV-SAM's claims: one SAM a seed, from which every variant learns, with intervals over seeds.
 
 each seed: SAM -> its embeddings, once -> OV-SAM from each teacher -> IoU, accuracy, cost beside SAM and the baselines
-                                          OV-SAM of the first teacher -> accuracy as distracting names are added
+                                          OV-SAM of the first teacher -> accuracy as distracting names are added,
+                                                                         and with other parts of CLIP in it
                                                                       -> mask AP of detectors' boxes
 -> paired differences with 95 % intervals -> <storage>/reports/ovsam_study.json, .md
 
@@ -15,7 +16,6 @@ python workflows/ovsam_study.py --config pictograms --teacher ... --other-teache
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep import nouns, storage, tables
+from data_prep import storage, tables
 from data_prep.texts import StoredEncoder, TextStore
 from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder
 from ovd_models.errors import InputError
@@ -35,6 +35,7 @@ from ovd_models.sam_training import SamTrainingConfig
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import cli, ovsam, ovsam_boxes, ovsam_configs, pointing_report, prepare_boxes, studies, training
+from workflows.ovsam_names import competing_names
 from workflows.pointing_report import BASELINES, PROMPT_KINDS
 from workflows.studies import Numbers
 from workflows.training import Optimisation
@@ -42,13 +43,6 @@ from workflows.training import Optimisation
 STUDY = "ovsam_study"
 IMAGE_CROPS = tuple(name for name, config in BASELINES.items() if config.crop == "image")
 FEATURES = tuple(name for name, config in BASELINES.items() if config.crop != "image")
-MODIFIERS = (
-    "ancient", "antique", "bamboo", "broken", "cardboard", "carved", "ceramic", "clay", "concrete", "copper", "cotton",
-    "crystal", "decorated", "dusty", "felt", "folding", "fragile", "frozen", "glass", "heavy", "iron", "knitted",
-    "leather", "marble", "metal", "modern", "oversized", "paper", "plastic", "polished", "portable", "rubber", "rusty",
-    "shiny", "silk", "stone", "striped", "velvet", "wicker", "wooden",
-)  # fmt: skip
-"""What distracting names begin with: no colour, which things of the pictogram world may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +64,8 @@ class Run:
     """A file with a name a line, such as LVIS's and ImageNet-21k's; if empty, names are composed."""
     vocabulary_images: int = 100
     """Of the evaluation set, this many of its first images; all if 0."""
+    fusions: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.1, 0.9), (0.35, 0.65), (0.4, 0.9), (1.0, 1.0))
+    """CLIP's parts in base and in novel names to compare; 0 is the label branch alone, 1 is CLIP."""
     detectors: tuple[str, ...] = ()
     """Folders or URIs of ViLD or CoDet checkpoints, whose boxes are segmented and named."""
     detector_images: int = 0
@@ -87,6 +83,7 @@ def smoke() -> Run:
         training=dataclasses.replace(ovsam_configs.smoke(), text_to_mask=False),
         seeds=(0,),
         vocabulary_sizes=(68, 100),
+        fusions=((1.0, 1.0),),
         vocabulary_images=2,
         detector_images=2,
     )
@@ -103,7 +100,7 @@ def study(run: Run) -> dict[str, Any]:
     """
     if not run.teacher:
         raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
-    names = competing_names(run)
+    names = competing_names(run.storage, run.training.boxes, run.vocabulary_sizes, run.distractors)
     results: dict[str, dict[int, Numbers]] = {}
     report: dict[str, Any] = {}
     for seed in run.seeds:
@@ -124,7 +121,10 @@ def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str,
         own = at_equal_compute(dataclasses.replace(base, teacher=teacher), first)
         yield from named_rows(trained(own, seed, f"teacher_{number}"), f"teacher {number}: ")
     for size in run.vocabulary_sizes:
-        yield f"{size} names", scaled(run, base, seed, first, names[:size])
+        yield f"{size} names", asked_again(run, base, seed, first, names[:size])
+    for fusion in run.fusions:
+        numbers = asked_again(run, base, seed, first, names[: min(run.vocabulary_sizes, default=len(names))], fusion)
+        yield "fusion {:g}, {:g}".format(*fusion), numbers
     for detector in run.detectors:
         for name, numbers in boxed(run, base, seed, first, detector).items():
             yield f"{Path(detector).parent.name}: {name}", numbers
@@ -219,37 +219,26 @@ def at_equal_compute(own: ovsam_configs.Run, first: Mapping[str, Any]) -> ovsam_
 # ------------------------------------------------------------------------------------------------ many names, detectors
 
 
-def competing_names(run: Run) -> list[str]:
-    """The names of the box set and then the distracting ones, as many as are asked for.
+def asked_again(
+    run: Run,
+    own: ovsam_configs.Run,
+    seed: int,
+    first: Mapping[str, Any],
+    names: Sequence[str],
+    fusion: tuple[float, float] | None = None,
+) -> Numbers:
+    """Accuracy by boxes with these names, of which distracting ones are nobody's, or with other parts of CLIP.
 
-    Raises:
-        InputError: there are too few, or a size leaves out names of the set.
+    Args:
+        run: the study.
+        own: the training.
+        seed: of the training.
+        first: what the training gave.
+        names: the set's own first.
+        fusion: CLIP's parts in base and novel names, for OV-SAM alone; if None, its own, beside the baselines.
     """
-    rows = tables.read_table(run.storage, "categories", run.training.boxes).to_pylist()
-    own = [row["name"] for row in rows if row["split"]]
-    wanted = max(run.vocabulary_sizes, default=0)
-    if run.vocabulary_sizes and min(run.vocabulary_sizes) < len(own):
-        raise InputError(f"vocabulary_sizes: {min(run.vocabulary_sizes)}, expected at least the set's {len(own)} names")
-    more = storage.read_bytes(run.distractors).decode().splitlines() if run.distractors else composed_names()
-    names = list(dict.fromkeys([*own, *(name.strip().lower() for name in more if name.strip())]))
-    if len(names) < wanted:
-        origin = run.distractors or "composed names"
-        raise InputError(f"{origin}: {len(names)} names with the set's, expected {wanted}")
-    return names[:wanted]
-
-
-def composed_names() -> list[str]:
-    """45,760 names of things: "wooden alarm clock"; in an order that shows each noun before any comes again."""
-    vocabulary, compounds = nouns.phrases()
-    things = sorted(vocabulary.names[:compounds])
-    pairs = itertools.product(range(len(MODIFIERS)), enumerate(things))
-    return [f"{MODIFIERS[(first + number) % len(MODIFIERS)]} {thing}" for first, (number, thing) in pairs]
-
-
-def scaled(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str, Any], names: Sequence[str]) -> Numbers:
-    """Accuracy of OV-SAM, and of each baseline, by boxes with so many names; distracting ones are nobody's."""
-    digest = storage.sha256("\n".join([*names, str(run.vocabulary_images)]).encode())[:8]
-    label = studies.label_of(seed, f"names-{len(names)}-{digest}", own)
+    told = "\n".join([*names, str(run.vocabulary_images), str(fusion)])
+    label = studies.label_of(seed, f"names-{len(names)}-{storage.sha256(told.encode())[:8]}", own)
 
     def job() -> dict[str, Any]:
         model, info = load_ovsam_folder(storage.local_folder(first["model"]))
@@ -260,12 +249,14 @@ def scaled(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str, Any]
         categories = tables.read_table(run.storage, "categories", own.boxes).to_pylist()
         label_of = {row["category_id"]: names.index(row["name"]) for row in categories if row["split"]}
         rows = tables.read_table(run.storage, "boxes", f"{own.boxes}-eval").to_pylist()[: run.vocabulary_images or None]
-        baselines = {key: SamClip(sam, model.clip, model.config.tower, config) for key, config in BASELINES.items()}
+        if fusion is None:
+            baselines = {key: SamClip(sam, model.clip, model.config.tower, config) for key, config in BASELINES.items()}
+        else:
+            baselines, model.config = {}, dataclasses.replace(model.config, alpha=fusion[0], beta=fusion[1])
         collected, _ = pointing_report.ask(run.storage, rows, label_of, vocabulary, model, sam, baselines, ("box",))
-        summaries = pointing_report.summaries(collected)
         return {
             f"{variant}, {split}": values[f"accuracy_{split}"]
-            for (variant, _), values in summaries.items()
+            for (variant, _), values in pointing_report.summaries(collected).items()
             for split in ("base", "novel")
             if variant != "sam"
         }
@@ -340,11 +331,12 @@ def as_table(report: Mapping[str, Any]) -> str:
             each = ", ".join(f"{numbers['accuracy_novel']:.3f}" for numbers in of_seeds.values())
             lines.append(f"| {name} | {means(results, name, keys)} | {each} |")
     lines += ["", *studies.difference_table(report["differences"]), "", *cost_table(results)]
-    sizes = [name for name in results if name.endswith(" names")]
-    if sizes:
-        lines += ["", "| accuracy | " + " | ".join(sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
-        for key in next(iter(results[sizes[0]].values())):
-            lines.append(f"| {key} | " + " | ".join(means(results, size, [key]) for size in sizes) + " |")
+    for ending in (" names", "fusion "):
+        columns = [name for name in results if name.endswith(ending) or name.startswith(ending)]
+        if columns:
+            lines += ["", "| accuracy | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+            for key in next(iter(results[columns[0]].values())):
+                lines.append(f"| {key} | " + " | ".join(means(results, column, [key]) for column in columns) + " |")
     boxes = [name for name in results if "ap50_novel" in next(iter(results[name].values()))]
     if boxes:
         lines += ["", "| boxes of: masks | mask AP50 base | novel | mask AP base | novel |", "|---|---|---|---|---|"]

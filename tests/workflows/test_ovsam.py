@@ -3,6 +3,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_detections
 from ovd_models.sam import VIT_H, EverythingConfig
 from ovd_models.segments import Prompts, Segments, boxes_of
-from workflows import cli, ovsam, ovsam_boxes, ovsam_configs, ovsam_study, tracking
+from workflows import cli, ovsam, ovsam_boxes, ovsam_configs, ovsam_names, ovsam_study, tracking
 from workflows.ovsam import Trained
 from workflows.ovsam_configs import Run
 from workflows.teacher import read_categories
@@ -227,7 +228,9 @@ def test_a_study_measures_once_and_continues(
     monkeypatch.setattr(ovsam, "train", noted)
     first = ovsam_study.study(run)
     results = first["results"]
-    assert {"sam, box", "ovsam, point", "teacher 1: ovsam, box", "ovsam, cost", "68 names", "100 names"} <= set(results)
+    assert {"sam, box", "ovsam, point", "teacher 1: ovsam, box", "ovsam, cost", "100 names", "fusion 1, 1"} <= set(
+        results
+    )
     assert {"codet: SAM masks", "codet: OV-SAM masks and names"} <= set(results)
     assert set(first["differences"]) >= {"OV-SAM above its SAM, box: IoU", "first teacher above teacher 1, box: IoU"}
     one, other = trainings
@@ -261,7 +264,7 @@ def test_the_best_baseline_is_compared_with() -> None:
 
 
 def test_distracting_names_are_many_different_and_nobodys() -> None:
-    names = ovsam_study.composed_names()
+    names = ovsam_names.composed_names()
     assert len(set(names)) == len(names) > 22_000
     assert not set(names) & set(GLYPHS)
     nouns = [name.split(" ", 1)[1] for name in names[:1000]]
@@ -279,12 +282,12 @@ def test_a_study_tells_what_it_lacks(tmp_path: Path) -> None:
     )
     entry = tables.write_part(str(tmp_path), "categories", "smoke", "part-00000.parquet", rows)
     tables.publish(str(tmp_path), "categories", "smoke", [entry], producer="test", config_hash="")
-    (tmp_path / "names.txt").write_text("wooden chair\n\nCup\n")
-    run = dataclasses.replace(
-        ovsam_study.smoke(), storage=str(tmp_path), distractors=str(tmp_path / "names.txt"), vocabulary_sizes=(2, 3)
-    )
-    assert ovsam_study.competing_names(run) == ["cat", "cup", "wooden chair"]
+    file = tmp_path / "names.txt"
+    file.write_text("wooden chair\n\nCup\n")
+    compete = partial(ovsam_names.competing_names, str(tmp_path), "smoke")
+    assert compete([2, 3], str(file)) == ["cat", "cup", "wooden chair"]
+    assert compete([], "") == ["cat", "cup"]
     with pytest.raises(InputError, match=r"names.txt: 3 names with the set's, expected 4"):
-        ovsam_study.competing_names(dataclasses.replace(run, vocabulary_sizes=(4,)))
+        compete([4], str(file))
     with pytest.raises(InputError, match="expected at least the set's 2 names"):
-        ovsam_study.competing_names(dataclasses.replace(run, vocabulary_sizes=(1, 3)))
+        compete([1, 3], str(file))
