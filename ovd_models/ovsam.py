@@ -207,13 +207,26 @@ class OvSam(nn.Module):
         low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
         masks_PHW = enlarge(low_PLL, encoded.sam, self.config.sam.image_size) > 0
         found = unnamed(masks_PHW, ious_P, low_PLL)
-        if vocabulary is None:
-            return found
-        rois_P5 = F.pad(self.rois_of(low_PLL, boxes_P4), (1, 0))
-        text_KYD = text_of(vocabulary)
+        return found if vocabulary is None else self.name(encoded, found, vocabulary, boxes_P4)
+
+    @torch.no_grad()
+    def name(
+        self, encoded: EncodedOvSam, found: Segments, vocabulary: Vocabulary, boxes_P4: Tensor | None = None
+    ) -> Segments:
+        """The same masks of an encoded image, named.
+
+        Args:
+            encoded: the image.
+            found: its masks.
+            vocabulary: any names; without base flags, all of them count as novel.
+            boxes_P4: the box prompts that asked for the masks, in pixels of the input.
+        """
+        if not len(found):
+            return replace(found, names=vocabulary.names)
+        rois_P5, text_KYD = F.pad(self.rois_of(found.low_res, boxes_P4), (1, 0)), text_of(vocabulary)
         head_PK = self.head_logits(encoded.pyramid, rois_P5, text_KYD)
-        clip_PK = self.clip_logits(encoded, rois_P5, masks_PHW, text_KYD)
-        seen_P = masks_PHW.flatten(1).any(1)
+        clip_PK = self.clip_logits(encoded, rois_P5, found.masks, text_KYD)
+        seen_P = found.masks.flatten(1).any(1)
         alpha, beta = self.config.alpha, self.config.beta
         fused_PK = fuse(head_PK, clip_PK, vocabulary.is_base, seen_P, alpha=alpha, beta=beta)
         return named(found, fused_PK, vocabulary)
@@ -237,9 +250,7 @@ class OvSam(nn.Module):
         grid = torch.from_numpy(build_point_grid(settings.points_per_side)).float()
         points = grid * grid.new_tensor([width, height])
         parts = [
-            self.segment(
-                encoded, Prompts(points=part[:, None], point_labels=torch.ones(len(part), 1).long()), vocabulary
-            )
+            self.segment(encoded, Prompts(points=part[:, None], point_labels=torch.ones(len(part), 1).long()))
             for part in torch.split(points, settings.points_per_batch)
         ]
         keep = [
@@ -251,7 +262,8 @@ class OvSam(nn.Module):
             for part in parts
         ]
         found = concatenate([part.select(rows) for part, rows in zip(parts, keep, strict=True)])
-        return found.select(nms(found.boxes, found.ious, settings.nms_iou))
+        found = found.select(nms(found.boxes, found.ious, settings.nms_iou))
+        return found if vocabulary is None else self.name(encoded, found, vocabulary)
 
 
 def named(segments: Segments, scores_PK: Tensor, vocabulary: Vocabulary) -> Segments:

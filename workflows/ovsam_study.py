@@ -112,7 +112,7 @@ def study(run: Run) -> dict[str, Any]:
 
 
 def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str, Numbers]]:
-    """What one seed measures, by name: `<variant>, <prompt>` or `<variant>, cost`, `<n> names`, `<detector>: <row>`."""
+    """What one seed measures, by name: `<variant>, <prompt>` or `<variant>, cost`, `names: <n>`, `<detector>: <row>`."""
     base = with_seed(run, seed)
     base = dataclasses.replace(base, sam=trained_sam(base, seed))
     first = trained(base, seed, "ovsam")
@@ -121,10 +121,10 @@ def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str,
         own = at_equal_compute(dataclasses.replace(base, teacher=teacher), first)
         yield from named_rows(trained(own, seed, f"teacher_{number}"), f"teacher {number}: ")
     for size in run.vocabulary_sizes:
-        yield f"{size} names", asked_again(run, base, seed, first, names[:size])
+        yield f"names: {size}", asked_again(run, base, seed, first, names[:size])
     for fusion in run.fusions:
         numbers = asked_again(run, base, seed, first, names[: min(run.vocabulary_sizes, default=len(names))], fusion)
-        yield "fusion {:g}, {:g}".format(*fusion), numbers
+        yield f"fusion: {fusion[0]:g}, {fusion[1]:g}", numbers
     for detector in run.detectors:
         for name, numbers in boxed(run, base, seed, first, detector).items():
             yield f"{Path(detector).parent.name}: {name}", numbers
@@ -331,8 +331,8 @@ def as_table(report: Mapping[str, Any]) -> str:
             each = ", ".join(f"{numbers['accuracy_novel']:.3f}" for numbers in of_seeds.values())
             lines.append(f"| {name} | {means(results, name, keys)} | {each} |")
     lines += ["", *studies.difference_table(report["differences"]), "", *cost_table(results)]
-    for ending in (" names", "fusion "):
-        columns = [name for name in results if name.endswith(ending) or name.startswith(ending)]
+    for beginning in ("names: ", "fusion: "):
+        columns = [name for name in results if name.startswith(beginning)]
         if columns:
             lines += ["", "| accuracy | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
             for key in next(iter(results[columns[0]].values())):

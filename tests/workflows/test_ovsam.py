@@ -228,7 +228,7 @@ def test_a_study_measures_once_and_continues(
     monkeypatch.setattr(ovsam, "train", noted)
     first = ovsam_study.study(run)
     results = first["results"]
-    assert {"sam, box", "ovsam, point", "teacher 1: ovsam, box", "ovsam, cost", "100 names", "fusion 1, 1"} <= set(
+    assert {"sam, box", "ovsam, point", "teacher 1: ovsam, box", "ovsam, cost", "names: 100", "fusion: 1, 1"} <= set(
         results
     )
     assert {"codet: SAM masks", "codet: OV-SAM masks and names"} <= set(results)
@@ -238,7 +238,7 @@ def test_a_study_measures_once_and_continues(
     assert len(list((Path(prepared.storage) / "features").glob("smoke-train-*"))) == 2  # the fixture's SAM has its own
     assert one.sam2clip_stage.steps != other.sam2clip_stage.steps
     text = ovsam_study.as_table(first)
-    for part in ("| ovsam, box |", "| OV-SAM's part of |", "| 68 names | 100 names |", "| codet: SAM masks |"):
+    for part in ("| ovsam, box |", "| OV-SAM's part of |", "| names: 68 | names: 100 |", "| codet: SAM masks |"):
         assert part in text, part
 
     def never(*_: object) -> None:
