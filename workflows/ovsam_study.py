@@ -112,7 +112,7 @@ def study(run: Run) -> dict[str, Any]:
 
 
 def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str, Numbers]]:
-    """What one seed measures, by name: `<variant>, <prompt>` or `<variant>, cost`, `names: <n>`, `<detector>: <row>`."""
+    """What one seed measures, by name: `<variant>, <prompt>`, `<variant>, cost`, `names: <n>`, `<detector>: <row>`."""
     base = with_seed(run, seed)
     base = dataclasses.replace(base, sam=trained_sam(base, seed))
     first = trained(base, seed, "ovsam")
