@@ -24,7 +24,7 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_detections
 from ovd_models.sam import VIT_H, EverythingConfig
 from ovd_models.segments import Prompts, Segments, boxes_of
-from workflows import cli, ovsam, ovsam_boxes, ovsam_configs, ovsam_names, ovsam_study, tracking
+from workflows import cli, ovsam, ovsam_boxes, ovsam_configs, ovsam_names, ovsam_study, pointing_report, tracking
 from workflows.ovsam import Trained
 from workflows.ovsam_configs import Run
 from workflows.teacher import read_categories
@@ -247,6 +247,16 @@ def test_a_study_measures_once_and_continues(
     monkeypatch.setattr(ovsam, "train", never)
     monkeypatch.setattr(ovsam, "teach_sam", never)
     assert ovsam_study.as_table(ovsam_study.study(run)) == text
+
+
+def test_operations_of_fused_attention_are_counted() -> None:
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
+    tokens = torch.zeros(1, 4, 8)
+    # Four projections of 4 x 8 x 8, and two products of 2 heads x 4 x 4 x 4; each a multiplication and an addition.
+    expected = 2 * (4 * 4 * 8 * 8 + 2 * 2 * 4 * 4 * 4)
+    with torch.no_grad():
+        assert pointing_report.count_flops(lambda: attention(tokens, tokens, tokens, need_weights=False)) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_the_best_baseline_is_compared_with() -> None:
