@@ -37,10 +37,19 @@ def guidance_weights(text_GD: Tensor, centre_D: Tensor) -> Tensor:
     return magnitude_GD * text_GD.shape[1] / magnitude_GD.sum(1, keepdim=True).clamp(min=1e-12)
 
 
-def usable(region_GgND: Tensor, valid_GgN: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and which of them take part: padding and features that are not finite become zero and do not."""
-    valid_GgN = valid_GgN & torch.isfinite(region_GgND).all(-1)
-    return torch.where(valid_GgN[..., None], region_GgND.float(), 0.0), valid_GgN
+def usable(region_GgND: Tensor, valid_GgN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, unit features (zero ones stay zero), and which take part: neither padding nor what is not finite.
+
+    A feature that is not finite becomes zero.
+    """
+    region_GgND = region_GgND.float()
+    norm_GgN1 = torch.linalg.vector_norm(region_GgND, dim=-1, keepdim=True)
+    finite_GgN1 = torch.isfinite(norm_GgN1)
+    if not bool(finite_GgN1.all()):
+        region_GgND = torch.where(finite_GgN1, region_GgND, 0.0)
+        norm_GgN1 = torch.linalg.vector_norm(region_GgND, dim=-1, keepdim=True)
+    # A product, since the backward pass of a quotient takes twice as long.
+    return region_GgND, region_GgND * norm_GgN1.clamp(min=1e-12).reciprocal(), valid_GgN & finite_GgN1[..., 0]
 
 
 # ------------------------------------------------------------------------------------- what the group shares
@@ -72,8 +81,7 @@ def align(
     """
     if not region_GgND.shape[2]:  # no image has a proposal
         return Alignment(region_GgND.new_zeros(valid_GgN.shape), region_GgND.sum(2))
-    region_GgND, valid_GgN = usable(region_GgND, valid_GgN)
-    unit_GgND = F.normalize(region_GgND, dim=-1)
+    region_GgND, unit_GgND, valid_GgN = usable(region_GgND, valid_GgN)
     guided_GgND = unit_GgND * guidance_GD[:, None, None, :]
     weight_GQS = support_weights(valid_GgN)
     if aggregation == "attention":
@@ -176,8 +184,8 @@ def nearest_to_text(region_GgND: Tensor, valid_GgN: Tensor, text_GD: Tensor) -> 
         valid_GgN: [G, g, N] bool, False where padded.
         text_GD: [G, D] unit embeddings of the groups' concepts.
     """
-    region_GgND, valid_GgN = usable(region_GgND, valid_GgN)
-    return all_on_one(region_GgND, valid_GgN, torch.einsum("gqad,gd->gqa", F.normalize(region_GgND, dim=-1), text_GD))
+    region_GgND, unit_GgND, valid_GgN = usable(region_GgND, valid_GgN)
+    return all_on_one(region_GgND, valid_GgN, torch.einsum("gqad,gd->gqa", unit_GgND, text_GD))
 
 
 def largest(region_GgND: Tensor, valid_GgN: Tensor, area_GgN: Tensor) -> Alignment:
@@ -188,7 +196,8 @@ def largest(region_GgND: Tensor, valid_GgN: Tensor, area_GgN: Tensor) -> Alignme
         valid_GgN: [G, g, N] bool, False where padded.
         area_GgN: [G, g, N] areas of the proposals, in any unit.
     """
-    return all_on_one(*usable(region_GgND, valid_GgN), area_GgN)
+    region_GgND, _, valid_GgN = usable(region_GgND, valid_GgN)
+    return all_on_one(region_GgND, valid_GgN, area_GgN)
 
 
 def all_on_one(region_GgND: Tensor, valid_GgN: Tensor, score_GgN: Tensor) -> Alignment:

@@ -125,6 +125,11 @@ class CoDet(nn.Module):
                     images, detection.boxes, detection.labels, batch.image_sizes, strict=False
                 )
             ]
+            if detection.masks is not None:
+                for target, mask_NHW, image, size in zip(
+                    targets, detection.masks, images, batch.image_sizes, strict=False
+                ):
+                    target["masks"] = resize_masks(mask_NHW, image, size)
             losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)  # type: ignore[arg-type]
         if concepts is not None and concepts_CD is not None:
             start = len(annotated)
@@ -271,6 +276,15 @@ def build_detector(config: CoDetConfig) -> RCNN | CenterNet2:
     if config.architecture == "centernet2":
         return CenterNet2(config.centernet2)
     return C4(config.detector) if config.architecture == "c4" else RCNN(config.detector)
+
+
+def resize_masks(mask_NHW: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[N, H, W] bool masks of a picture, which may have been widened to `image`, as those of the resized one."""
+    height, width = image.shape[-2:]
+    wide_NHW = F.pad(mask_NHW, (0, width - mask_NHW.shape[2], 0, height - mask_NHW.shape[1]))
+    if not len(wide_NHW):
+        return wide_NHW.new_zeros((0, *size))
+    return F.interpolate(wide_NHW[:, None].float(), size, mode="nearest-exact")[:, 0].bool()
 
 
 def gather_captions(caption_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
