@@ -14,6 +14,7 @@ from faster_coco_eval import mask as rle
 from PIL import Image
 
 from data_prep import storage, tables
+from data_prep.left_out import LeftOut
 from data_prep.pictograms import SCENES, Style, World
 from ovd_models.errors import InputError
 from ovd_models.prompts import with_article
@@ -66,6 +67,8 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
 
     Raises:
         InputError: the file is unreadable or a field is missing or wrong; an image file is missing.
+
+    Boxes without area, or outside their image, teach nothing: they are left out, and a line counts and names them.
     """
     raw = _load(Path(path))
     try:
@@ -88,7 +91,10 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
         if not valid:
             raise InputError(f"{path}: annotations[{number}]: bbox {annotation['bbox']!r}, expected 4 finite numbers")
         annotations[image].append(annotation)
-    rows = [_coco_row(entry, annotations[int(entry["id"])], Path(images), Path(path)) for entry in raw["images"]]
+    left = LeftOut()
+    rows = [_coco_row(entry, annotations[int(entry["id"])], Path(images), Path(path), left) for entry in raw["images"]]
+    if left:
+        print(f"{path}: left out: {left}", flush=True)
     splits = {**dict.fromkeys(COCO_BASE, "base"), **dict.fromkeys(COCO_NOVEL, "novel")}
     if not any(name in splits for name in names.values()):
         raise InputError(f"{path}: no category of the COCO 48/17 split, expected names such as 'person' or 'cat'")
@@ -113,7 +119,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _coco_row(
-    image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], folder: Path, origin: Path
+    image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], folder: Path, origin: Path, left: LeftOut
 ) -> dict[str, Any]:
     try:
         file, width, height = folder / str(image["file_name"]), int(image["width"]), int(image["height"])
@@ -133,7 +139,11 @@ def _coco_row(
     for annotation in annotations:
         x, y, w, h = (float(value) for value in annotation["bbox"])
         box = [max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)]
-        if box[2] > box[0] and box[3] > box[1]:  # boxes without area inside the image teach nothing
+        if not (w > 0 and h > 0):
+            left.add("boxes without area", str(image["file_name"]))
+        elif not (box[2] > box[0] and box[3] > box[1]):
+            left.add("boxes outside their image", str(image["file_name"]))
+        else:
             boxes.append(box)
             kept.append(annotation)
             try:

@@ -20,6 +20,7 @@ from data_prep import storage, tables
 from data_prep.augmentation import Annotated, Augmentation, augment
 from data_prep.batching import Integers, plan_epochs, plan_weighted, repeat_factors
 from data_prep.embeddings import Regions, RegionStore
+from data_prep.left_out import LeftOut
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 
@@ -186,27 +187,6 @@ def open_regions(storage_uri: str, source: RegionSource, image_ids: Sequence[str
 # ---------------------------------------------------------------------------------------------------- index
 
 
-@dataclass
-class LeftOut:
-    """What of a box table takes no part in training, and why."""
-
-    crowds: int = 0
-    other_categories: int = 0
-    """Boxes of categories that are not trained with."""
-    no_area: int = 0
-    """Boxes without area, or outside their image."""
-    images_without_boxes: int = 0
-
-    def __str__(self) -> str:
-        parts = {
-            "crowds": self.crowds,
-            "boxes of other categories": self.other_categories,
-            "boxes without area inside the image": self.no_area,
-            "images without boxes": self.images_without_boxes,
-        }
-        return ", ".join(f"{count:,} {name}" for name, count in parts.items() if count) or "nothing"
-
-
 def training_rows(
     rows: Sequence[Mapping[str, Any]], category_ids: Sequence[int], root: str
 ) -> tuple[list[dict[str, Any]], LeftOut]:
@@ -224,20 +204,20 @@ def training_rows(
         for box, category, crowd, mask in zip(
             row["boxes"], row["category_ids"], row["iscrowd"], row["masks"], strict=True
         ):
-            x0, y0, x1, y1 = (
-                min(max(value, 0.0), float(edge))
-                for value, edge in zip(box, 2 * (row["width"], row["height"]), strict=True)
-            )
+            corners = 2 * (float(row["width"]), float(row["height"]))
+            x0, y0, x1, y1 = (min(max(value, 0.0), edge) for value, edge in zip(box, corners, strict=True))
             if category not in row_of:
-                left.other_categories += 1
+                left.add("boxes of other categories", f"category {category} in {row['uri']}")
             elif crowd:
-                left.crowds += 1
+                left.add("crowds", row["uri"])
+            elif not (box[2] > box[0] and box[3] > box[1]):
+                left.add("boxes without area", row["uri"])
             elif not (x1 > x0 and y1 > y0):
-                left.no_area += 1
+                left.add("boxes outside their image", row["uri"])
             else:
                 kept.append(([x0, y0, x1, y1], row_of[category], mask))
         if not kept:
-            left.images_without_boxes += 1
+            left.add("images without boxes", row["uri"])
             continue
         index.append(
             {
@@ -281,7 +261,7 @@ def detection_loader(
     index, left = training_rows(found, category_ids, storage_uri)
     if not index:
         raise InputError(f"boxes/{name}: no image has a box of the {len(category_ids)} training categories")
-    if str(left) != "nothing":
+    if left:
         print(f"boxes/{name}: trains on {len(index):,} images; left out: {left}", flush=True)
     if masks and not all(mask for row in index for mask in row["masks"]):
         raise InputError(f"boxes/{name}: a box has no mask, expected one for each, or model.detector.masks=False")

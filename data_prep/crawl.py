@@ -163,8 +163,9 @@ class Crawler:
 def keep_memory() -> None:
     """Have the C library keep what pictures of usual size took for the next ones: fresh pages cost more than decoding.
 
-    Where there is no glibc, nothing happens.
+    Arrow takes its memory there too, since its own pool keeps as much again. Without glibc nothing else happens.
     """
+    pa.set_memory_pool(pa.system_memory_pool())
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
@@ -173,8 +174,7 @@ def keep_memory() -> None:
 
 
 def give_memory_back() -> None:
-    """Have the C library and Arrow give back what they keep."""
-    pa.default_memory_pool().release_unused()
+    """Have the C library give back what it keeps."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
@@ -204,7 +204,7 @@ class Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for actor in self._actors:
+        for actor in (*self._actors, *self._arguments[0].score):
             ray.kill(actor)
 
     def crawl(self, parts: Sequence[Part]) -> Iterator[Progress]:

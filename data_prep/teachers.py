@@ -48,8 +48,9 @@ class EmbedConfig:
     """GPUs of an actor."""
     threads: int = 1
     """Threads of an actor that cut out crops while the teacher looks at earlier ones; some for each GPU."""
-    batch_size: int = 64
-    """Squares or captions that the teacher looks at together."""
+    batch_size: int = 32
+    """Squares or captions that the teacher looks at together; some hundred on a GPU. On a CPU, activations of larger
+    batches of ViT-B/32 are beyond what the allocator keeps, and their pages are made anew in every layer."""
     images_per_shard: int = 64
     """Images of a shard at most: what a killed run computes again."""
     waiting_bytes: int = 256 << 20
@@ -230,10 +231,9 @@ class Teacher:
         rows = np.empty((len(place), clip.config.embed_dim), np.float32)
         tokens = clip.tokenize(list(place))
         order = torch.argsort((tokens != 0).sum(1), stable=True)
-        size = max(1, self.config.batch_size // 2)  # smaller: texts of a batch are more alike, and padded less
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            for start in range(0, len(place), size):
-                chosen = order[start : start + size]
+            for start in range(0, len(place), self.config.batch_size):
+                chosen = order[start : start + self.config.batch_size]
                 rows[chosen.numpy()] = clip.encode_tokens(tokens[chosen].to(self.device)).float().cpu().numpy()
         return rows[[place[text] for text in texts]]
 

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_loss
-from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign
+from torchvision.ops import Conv2dNormActivation
+
+from ovd_models.region_pool import RegionPool
 
 POOLED = 7
 """Side of a pooled region."""
@@ -36,10 +38,10 @@ def build_box_head(channels: int, width: int, convs: int) -> nn.Module:
 class MaskHead(nn.Module):
     """Class-agnostic masks: 14x14 regions, four convolutions, one deconvolution, 28x28 logits."""
 
-    def __init__(self, channels: int, levels: list[str], samples: int) -> None:
+    def __init__(self, channels: int, strides: Sequence[int], samples: int) -> None:
         super().__init__()
         width = min(MASK_WIDTH, channels)
-        self.pool = MultiScaleRoIAlign(levels, 2 * POOLED, sampling_ratio=samples)
+        self.pool = RegionPool(strides, 2 * POOLED, samples)
         self.layers = MaskRCNNHeads(channels, (width,) * 4, 1)
         self.predictor = MaskRCNNPredictor(width, width, 1)
 

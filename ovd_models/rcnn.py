@@ -24,18 +24,14 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import (
-    FeaturePyramidNetwork,
-    MultiScaleRoIAlign,
-    batched_nms,
-    clip_boxes_to_image,
-)
+from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ovd_models.batches import DetectionBatch, Detections
 from ovd_models.errors import InputError
-from ovd_models.heads import MaskHead, build_box_head
+from ovd_models.heads import POOLED, MaskHead, build_box_head
 from ovd_models.losses import cosine_logits, sigmoid_loss
+from ovd_models.region_pool import RegionPool
 from ovd_models.vocabulary import Vocabulary
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -197,8 +193,7 @@ class RCNN(ProposalNetwork):
     def __init__(self, config: RCNNConfig) -> None:
         super().__init__(config)
         c = config
-        levels = [str(index) for index in range(len(c.strides))]
-        pool = MultiScaleRoIAlign(levels, 7, sampling_ratio=c.roi_samples)
+        pool = RegionPool(c.strides, POOLED, c.roi_samples)
         # RoIHeads gives the sampling of regions and the box coding; classification is ours, below.
         box_head = build_box_head(c.pyramid_channels, c.head_width, c.head_convs)
         self.roi = RoIHeads(
@@ -207,7 +202,7 @@ class RCNN(ProposalNetwork):
         self.box_deltas = nn.Sequential(nn.Linear(c.head_width, c.head_width), nn.ReLU(), nn.Linear(c.head_width, 4))
         self.projection = nn.Linear(c.head_width, c.embed_dim)
         if c.masks:
-            self.mask_head = MaskHead(c.pyramid_channels, levels, c.roi_samples)
+            self.mask_head = MaskHead(c.pyramid_channels, c.strides, c.roi_samples)
 
     def region_features(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> Tensor:
         """[R, head_width] features of boxes of each image, images in order."""

@@ -292,7 +292,7 @@ def count_actors(config: EmbedConfig) -> int:
         return config.actors
     if not config.gpus:
         machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        return max(1, sum(math.ceil(cpus / CORES_OF_AN_ACTOR) for cpus in machines))
+        return max(1, int(sum(math.ceil(cpus / CORES_OF_AN_ACTOR) for cpus in machines)))
     gpus = float(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     if gpus < config.gpus:
         raise InputError(f"--embed.gpus {config.gpus:g}: found {gpus:g}, expected more or --embed.actors")

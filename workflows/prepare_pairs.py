@@ -223,6 +223,7 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     task = f"{config_hash} {sorted(new)} {run.retry} {generation} {run.rows_per_part}"
     staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
     cluster.start_ray()
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it once took, beside what the crawl takes
 
     with start_crew(run, staging, are_files=are_files) as crew:
         work = generations.plan(

@@ -3,6 +3,7 @@
 The loop itself stays visible in each workflow.
 """
 
+import contextlib
 import math
 import os
 import tempfile
@@ -329,24 +330,30 @@ def final_weights(run_dir: str) -> dict[str, Tensor]:
 
 
 class Meter:
-    """Averages of what a loop reports, and the share of time it waited for data."""
+    """Averages of what a loop reports, and the shares of time that went into data and checkpoints."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
-        self._steps, self._images, self._waited = 0, 0, 0.0
+        self._steps, self._images = 0, 0
+        self._spent = dict.fromkeys(("data_wait", "checkpoint"), 0.0)
         self._since = time.perf_counter()
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, timing how long each was waited for."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
+            with self.timing("data_wait"):
+                batch = next(iterator, None)
+            if batch is None:
                 return
-            self._waited += time.perf_counter() - asked
             yield batch
+
+    @contextlib.contextmanager
+    def timing(self, what: Literal["data_wait", "checkpoint"]) -> Iterator[None]:
+        """Count the time of the block."""
+        started = time.perf_counter()
+        yield
+        self._spent[what] += time.perf_counter() - started
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
         """One step's losses and images."""
@@ -360,8 +367,8 @@ class Meter:
         seconds = max(1e-9, time.perf_counter() - self._since)
         result = {f"train/loss_{name}": total / max(1, self._steps) for name, total in self._sums.items()}
         result["train/images_per_second"] = self._images / seconds
-        result["train/data_wait_fraction"] = min(1.0, self._waited / seconds)
-        self._sums, self._steps, self._images, self._waited = {}, 0, 0, 0.0
+        result |= {f"train/{what}_fraction": min(1.0, spent / seconds) for what, spent in self._spent.items()}
+        self._sums, self._steps, self._images, self._spent = {}, 0, 0, dict.fromkeys(self._spent, 0.0)
         self._since = time.perf_counter()
         return result
 

@@ -109,7 +109,8 @@ def train_worker(
             logger.log({f"{name}/{key}": value for key, value in metrics.items()}, session.step)
             training.print_progress(f"vild {name}", session.step, stage.steps, metrics)
         if session.due:
-            session.checkpoint({})
+            with meter.timing("checkpoint"):
+                session.checkpoint({})
             logger.flush()
         if session.done:
             break

@@ -73,11 +73,13 @@ def test_categories_carry_their_split_and_count_images(tmp_path: Path) -> None:
     ]
 
 
-def test_boxes_are_clipped_and_those_without_area_dropped(tmp_path: Path) -> None:
+def test_boxes_are_clipped_and_those_without_area_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     boxes = [[-5, -5, 10, 10], [35, 25, 10, 10], [3, 3, 0, 5], [3, 3, 5, -2], [41, 0, 5, 5], [-9, 0, 9, 9]]
     row = read(tmp_path, coco(*(annotated(1, box) for box in boxes)))[0]
     assert row["boxes"] == [[0, 0, 5, 5], [35, 25, 40, 30]]
     assert [len(row[name]) for name in ("category_ids", "iscrowd", "masks")] == [2, 2, 2]
+    told = "instances.json: left out: 2 boxes without area (a.jpg), 2 boxes outside their image (a.jpg)"
+    assert told in capsys.readouterr().out
 
 
 def test_an_image_without_annotations_is_kept(tmp_path: Path) -> None:

@@ -106,22 +106,28 @@ def test_scenes_keep_boxes_of_training_categories_that_are_no_crowds(ray_cluster
 def test_what_takes_no_part_is_counted() -> None:
     index, left = training_rows(ROWS, [10, 30], "root")
     assert [row["image_id"] for row in index] == ["a", "b"]
-    assert (left.crowds, left.other_categories, left.no_area, left.images_without_boxes) == (1, 2, 2, 2)
     assert str(left) == (
-        "1 crowds, 2 boxes of other categories, 2 boxes without area inside the image, 2 images without boxes"
+        "2 boxes of other categories (category 99 in images/a.png, category 99 in images/other.png), "
+        "1 crowds (images/a.png), 1 boxes without area (images/b.png), 1 boxes outside their image (images/b.png), "
+        "2 images without boxes (images/none.png, images/other.png)"
     )
+
+
+def test_no_more_than_three_places_are_named() -> None:
+    left = training_rows([box_row(name, (16, 8), [], [], []) for name in "abcde"], [10], "root")[1]
+    assert str(left) == "5 images without boxes (images/a.png, images/b.png, images/c.png, ...)"
 
 
 def test_boxes_are_cut_to_their_image() -> None:
     index, left = training_rows([box_row("a", (16, 8), [[-3, 2, 20, 9]], [10], [False])], [10], "root")
     assert index[0]["boxes"] == [0.0, 2.0, 16.0, 8.0]
-    assert str(left) == "nothing"
+    assert not left
 
 
 @pytest.mark.ray
 def test_what_is_left_out_is_printed(ray_cluster: None, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     load(store)
-    assert "boxes/t: trains on 2 images; left out: 1 crowds, 2 boxes of other" in capsys.readouterr().out
+    assert "boxes/t: trains on 2 images; left out: 2 boxes of other categories (category 99" in capsys.readouterr().out
 
 
 @pytest.mark.ray

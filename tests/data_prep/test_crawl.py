@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data_prep import inputs, shards, tables
-from data_prep.crawl import DECODERS, Crawler, Progress, Reader, Steps
+from data_prep import crawl, inputs, shards, tables
+from data_prep.crawl import DECODERS, Crawler, Progress, Reader, Steps, follow
 from data_prep.decode import DecodeConfig, Decoded, Rejection, decode
 from data_prep.fetch import Fetched
 from data_prep.filters import FilterConfig, filter_rows
@@ -136,3 +136,15 @@ def test_local_files_are_read_in_the_place_of_urls(tmp_path: Path) -> None:
 
     found = asyncio.run(Reader().fetch_then([str(tmp_path / name) for name in "cab"], content))
     assert found == [(b"c", None), (b"a", None), (b"b", None)]
+
+
+def test_a_crawl_of_which_most_fetches_fail_warns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(crawl, "PROGRESS_SECONDS", 0.0)
+    good, bad = Progress(rows=10, good=9, unfetched=1), Progress(rows=10, good=2, unfetched=8)
+    done = follow([good, good], 40)
+    assert [rows for _, rows in done] == [10, 20, 20]
+    assert "WARNING" not in capsys.readouterr().out
+    follow([good, bad, bad, bad], 40)
+    assert capsys.readouterr().out.count("WARNING: 17 of 30 fetches failed") == 1

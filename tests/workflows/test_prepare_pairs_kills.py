@@ -86,6 +86,12 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name != "manifest.json"}
 
 
+def totals(root: Path) -> tuple[dict[str, object], object]:
+    """What the manifest of `pairs` counts, and its files."""
+    manifest = tables.read_manifest(str(root), "pairs", "t")
+    return {**manifest.details["summary"], "seconds": 0}, manifest.files
+
+
 def rejects(root: Path) -> list[dict[str, object]]:
     """Without what depends on the moment: a server that fails once does so on the first request only."""
     rows = tables.read_table(str(root), "rejects", "t").drop_columns(["detail", "attempts"])
@@ -145,6 +151,7 @@ def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_
     found, expected = contents(tmp_path), contents(undisturbed.root)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
+    assert totals(tmp_path) == totals(undisturbed.root)
     assert rejects(tmp_path) == rejects(undisturbed.root)
     assert refetched <= MOST_REFETCHED
     assert not list(tmp_path.rglob("*.tmp"))

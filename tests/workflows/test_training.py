@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,6 +199,15 @@ def test_a_meter_counts_what_was_waited_for() -> None:
     meter = Meter()
     assert list(meter.waiting([1, 2, 3])) == [1, 2, 3]
     assert 0 <= meter.collect()["train/data_wait_fraction"] <= 1
+
+
+def test_a_meter_tells_the_share_of_checkpoints() -> None:
+    meter = Meter()
+    with meter.timing("checkpoint"):
+        time.sleep(0.05)
+    found = meter.collect()
+    assert 0.5 < found["train/checkpoint_fraction"] <= 1
+    assert found["train/data_wait_fraction"] == meter.collect()["train/checkpoint_fraction"] == 0
 
 
 # ----------------------------------------------------------------------------------------------------- Ray Train

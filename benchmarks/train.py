@@ -1,0 +1,133 @@
+"""Training of ViLD: the shares of time that go into waiting for data and into checkpoints, and what distillation adds.
+
+make bench-train
+
+The teacher is an untrained CLIP, since time does not depend on what it has learnt. What other benchmarks of training
+found (`runs/bench/alignment.json`) is written into the same file.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import provenance
+
+from data_prep.box_stream import detection_loader
+from data_prep.collate import DetectionCollate
+from ovd_models.batches import DetectionBatch
+from ovd_models.checkpoints import load_encoder
+from ovd_models.clip import Clip, ClipConfig, save_clip
+from ovd_models.vild import ViLD
+from workflows import prepare_boxes, tracking, vild, vild_configs
+from workflows.vild_configs import Run
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BENCH = REPOSITORY / "runs" / "bench"
+WARM_UP = 20
+"""Steps that are not counted: caches and pools fill."""
+CHECKPOINT_EVERY = 100
+VARIANTS = ("text", "vild", "ensemble")
+ROUNDS = 24
+"""Steps of each variant, in turn."""
+
+
+def main() -> None:
+    BENCH.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ovd-") as storage:
+        run = prepare(storage)
+        trained = vild.train(run)
+        figures = {**shares(run, trained.run_id), **overheads(run, trained.proposals, trained.regions)}
+    others = BENCH / "alignment.json"
+    found = json.loads(others.read_text()) if others.exists() else {}
+    figures = {**found, **{name: round(value, 4) for name, value in figures.items()}, **provenance(REPOSITORY)}
+    (BENCH / "train.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+def prepare(storage: str) -> Run:
+    """The config `pictograms` on fewer images, for so many steps that one interval of checkpoints is whole."""
+    prepare_boxes.prepare(
+        dataclasses.replace(prepare_boxes.pictograms(), storage=storage, train_images=320, eval_images=8)
+    )
+    torch.manual_seed(0)
+    save_clip(Clip(ClipConfig()), Path(storage, "teacher"))
+    run = vild_configs.pictograms()
+    return dataclasses.replace(
+        run,
+        storage=storage,
+        teacher=f"{storage}/teacher",
+        model=dataclasses.replace(run.model, variant="vild"),
+        rpn_stage=dataclasses.replace(run.rpn_stage, steps=10, workers=0),
+        detector_stage=dataclasses.replace(
+            run.detector_stage, steps=WARM_UP + CHECKPOINT_EVERY, checkpoint_every=CHECKPOINT_EVERY
+        ),
+    )
+
+
+def shares(run: Run, run_id: str) -> dict[str, float]:
+    """Of the time of the steps after the warm-up, which hold one checkpoint, as every hundred do."""
+    history = tracking.metric_history(tracking.tracking_uri(run.storage), run_id, "detector/train/")
+    column = {
+        name: [value for step, value in history[f"detector/train/{name}"] if step > WARM_UP]
+        for name in ("images_per_second", "data_wait_fraction", "checkpoint_fraction")
+    }
+    seconds = [1 / rate for rate in column["images_per_second"]]  # windows of equally many images
+
+    def share(name: str) -> float:
+        return float(np.average(column[name], weights=seconds))
+
+    return {
+        "vild_data_wait": share("data_wait_fraction"),
+        "checkpoint_overhead": share("checkpoint_fraction"),
+        "vild_images_per_second": 1 / statistics.mean(seconds),
+    }
+
+
+def overheads(run: Run, proposals: str, regions: str) -> dict[str, float]:
+    """What a step with stored embeddings takes beyond one of ViLD-text on the same images; without Ray."""
+    encoder = load_encoder(Path(run.teacher))
+    names = vild.read_names(run, encoder)
+    source = vild.embed_proposals(dataclasses.replace(run, regions=regions), encoder, proposals)
+    loader = detection_loader(
+        run.storage, run.train_table, names.ids, seed=0, augmentation=run.augmentation, regions=source
+    )
+    count = run.detection_batch
+    batches = [DetectionCollate()(loader(np.arange(at * count, (at + 1) * count))) for at in range(8)]
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    models = {}
+    for variant in VARIANTS:
+        own = vild.complete(dataclasses.replace(run, model=dataclasses.replace(run.model, variant=variant)), names)
+        model = ViLD(own.model).train()
+        model.load_state_dict(vild.detector_start(own, proposals))
+        models[variant] = model.to(memory_format=torch.channels_last)
+    ratios: dict[str, list[float]] = {variant: [] for variant in VARIANTS[1:]}
+    text_KD, trained_K = names.vocabulary.embeddings, names.trained
+    for turn in range(-4, ROUNDS):
+        batch = batches[turn % len(batches)]
+        seconds = {variant: timed_step(model, batch, text_KD, trained_K) for variant, model in models.items()}
+        if turn >= 0:
+            for variant, found in ratios.items():
+                found.append(seconds[variant] / seconds["text"] - 1)
+    return {
+        "distillation_overhead": statistics.median(ratios["vild"]),
+        "second_head_overhead": statistics.median(ratios["ensemble"]),
+    }
+
+
+def timed_step(model: ViLD, batch: DetectionBatch, text_KD: torch.Tensor, trained_K: torch.Tensor) -> float:
+    """Seconds of a step's forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    started = time.perf_counter()
+    losses = model(batch, text_KD, trained_K)
+    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
