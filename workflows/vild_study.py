@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,6 +42,7 @@ QUANTILE_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306
 Numbers = dict[str, float]
 Results = dict[str, dict[int, Numbers]]
 """By name, then by seed."""
+Part = Literal["variants", "proposals", "baselines", "supervised_full", "teachers"]
 RPN_BASE, RPN_FULL = "RPN, base boxes", "RPN, base and novel boxes"
 
 
@@ -62,8 +63,8 @@ class Run:
     regions_seed: int = 0
     """Seed of the proposal network whose regions are embedded, once for all seeds."""
     variants: tuple[str, ...] = ("text", "ensemble", "vild", "supervised", "image")
-    supervised_full: bool = True
-    """Also train a supervised detector on boxes of base and novel categories."""
+    parts: tuple[Part, ...] = ("variants", "proposals", "baselines", "supervised_full", "teachers")
+    """What is measured, in this order."""
 
 
 def pictograms() -> Run:
@@ -103,25 +104,26 @@ def study(run: Run) -> dict[str, Any]:
     seeds = {seed: with_seed(run, seed) for seed in run.seeds}
     results: Results = {}
     report = as_report(run, results)
-    for part in parts(run):
+    for measure in measurements(run):
         for seed, own in seeds.items():
-            for name, numbers in part(run, own).items():
+            for name, numbers in measure(run, own).items():
                 results.setdefault(name, {})[seed] = numbers
             report = as_report(run, results)
     return report
 
 
-def parts(run: Run) -> Iterator[Callable[[Run, vild_configs.Run], dict[str, Numbers]]]:
+def measurements(run: Run) -> Iterator[Callable[[Run, vild_configs.Run], dict[str, Numbers]]]:
     """What is measured with every seed, by name, in order."""
-    for variant in run.variants:
-        yield partial(measure_variant, variant=variant)
-    yield measure_proposals
-    if "text" in run.variants:
-        yield measure_baselines
-    if run.supervised_full:
-        yield measure_supervised_full
-    for number, teacher in enumerate((run.teacher, *run.other_teachers) if run.other_teachers else ()):
-        yield partial(measure_teacher, number=number, teacher=teacher)
+    teachers = (run.teacher, *run.other_teachers) if run.other_teachers else ()
+    measures: dict[Part, list[Callable[[Run, vild_configs.Run], dict[str, Numbers]]]] = {
+        "variants": [partial(measure_variant, variant=variant) for variant in run.variants],
+        "proposals": [measure_proposals],
+        "baselines": [measure_baselines],
+        "supervised_full": [measure_supervised_full],
+        "teachers": [partial(measure_teacher, number=number, teacher=own) for number, own in enumerate(teachers)],
+    }
+    for part in run.parts:
+        yield from measures[part]
 
 
 def first_stage(run: Run, own: vild_configs.Run) -> vild_configs.Run:

@@ -153,12 +153,14 @@ def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.
         vild_study.smoke(),
         storage=prepared.storage,
         teacher=prepared.teacher,
+        other_teachers=(prepared.teacher,),
         variants=("text",),
-        supervised_full=False,
+        parts=("variants", "proposals", "baselines", "teachers"),
     )
     first = vild_study.study(run)
     names = {"RPN, base boxes", "RPN, base and novel boxes", "text", "CLIP on crops", "text + CLIP"}
-    assert names <= set(first["results"])
+    assert names | {"teacher", "teacher 1", "ensemble, teacher 1"} <= set(first["results"])
+    assert set(first["results"]["teacher"][0]) == {"top1_base", "top1_novel"}
     assert set(first["results"]["RPN, base boxes"][0]) == {
         f"ar{limit}_{split}" for limit in (100, 300, 1000) for split in ("novel", "base")
     }
@@ -177,6 +179,24 @@ def test_paired_intervals_by_hand() -> None:
     assert found["mean"] == pytest.approx(0.05)
     assert found["high"] - found["mean"] == pytest.approx(4.303 * 0.01 / 3**0.5)
     assert math.isnan(vild_study.paired([0.1])["low"])
+
+
+def test_a_claim_about_an_interval_needs_all_of_it() -> None:
+    text, vild_ = (
+        {seed: {"ap50_novel": value} for seed, value in enumerate(values)}
+        for values in ((0.3, 0.4, 0.5), (0.35, 0.45, 0.56))
+    )
+    (sure,) = vild_study.weigh({"text": text, "vild": vild_})
+    assert (sure["mean"], sure["seeds"], sure["holds"]) == (pytest.approx(0.16 / 3), 3, True)
+    (unsure,) = vild_study.weigh({"text": text, "vild": {**vild_, 2: {"ap50_novel": 0.7}}})
+    assert (unsure["low"] < 0 < unsure["mean"], unsure["holds"]) == (True, False)
+    (one_seed,) = vild_study.weigh({"text": {0: text[0]}, "vild": {0: vild_[0]}})
+    assert not one_seed["holds"]
+    means = vild_study.weigh({"ensemble": text, "supervised": {0: {"ap50_novel": 0.0}}})
+    assert [(row["statement"], row["holds"]) for row in means] == [
+        ("novel AP50 of the ensemble", False),
+        ("novel AP50 of supervised training on base boxes", True),
+    ]
 
 
 def test_the_papers_schedule() -> None:
