@@ -11,6 +11,7 @@ from PIL import Image
 
 import ovd_models
 from data_prep import tables
+from ovd_models.batches import Detections
 from ovd_models.checkpoints import load_vild
 from ovd_models.errors import InputError
 from ovd_models.region_scores import Scoring
@@ -122,6 +123,26 @@ def test_the_teacher_alone_is_measured_on_the_same_regions(prepared: Run, traine
     found = vild_sweep.baselines(detector, seen, prepared.teacher, Scoring(), run)
     assert list(found) == ["CLIP on crops", "CLIP on crops, objectness", "text + CLIP"]
     assert all(0 <= metrics.summary()["ap50_all"] <= 1 for metrics in found.values())
+
+
+def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() -> None:
+    image = Image.new("RGB", (100, 20))
+    boxes = np.array([[at, 0, at + 8, 8] for at in (0, 20, 40, 60, 80)], np.float32)
+    things = [
+        failures.Thing(image, box, name) for box, name in zip(boxes, ("cat", "cow", "cow", "cow", "cat"), strict=True)
+    ]
+    # The first is called by its name, the last one is found nowhere, and one detection is too small to be the second.
+    labels, scores = [0, 0, 1, 0, 0], [0.9, 0.8, 0.95, 0.8, 0.7]
+    moved = boxes.copy()
+    moved[4] = [80, 10, 88, 18]
+    found = Detections(
+        torch.from_numpy(np.concatenate([moved, [[20, 0, 23, 8]]]).astype(np.float32)),
+        torch.tensor([*scores, 1.0]), torch.tensor([*labels, 1]), ("cat", "cow"), 100, 20,
+    )  # fmt: skip
+    wrong = failures.confusions([things], [found], lambda one, two: 0.5)
+    assert [(entry.thing.name, entry.called) for entry in wrong] == [("cow", "cat"), ("cow", "cat")]
+    assert failures.confusions([things, []], [found, found], lambda one, two: 0.5) == wrong
+    assert len(failures.varied(wrong * 3, most=3)) == 3
 
 
 @pytest.mark.ray
