@@ -7,7 +7,8 @@ VENV := .venv
 export OMP_WAIT_POLICY := PASSIVE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHMARKS := bench-demo bench-pairs bench-concepts bench-manifests bench-parity bench-teachers bench-train
+BENCHMARKS := bench-demo bench-pairs bench-concepts bench-manifests bench-parity bench-teachers bench-train \
+	bench-alignment bench-group_plan
 
 .PHONY: help install demo test test-slow lint bench clean
 

@@ -4,6 +4,8 @@ make bench-pairs
 .venv/bin/python benchmarks/pairs.py --only http https --urls 1000 --pairs 1
 
 CPU is that of all processes a tool starts, Ray's included; the web site is served by a process that does not count.
+Figures are medians over all runs of a list on a commit, those of earlier calls included, so that a busy machine can be
+borrowed for a pair at a time (`--pairs 1`, again and again).
 """
 
 import argparse
@@ -14,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,9 +27,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / "runs" / "bench"
 FIGURES = BENCH / "pairs.json"
 WORK = BENCH / "pairs"
+COSTS = WORK / "costs.jsonl"
 PEER = BENCH / "venvs" / "img2dataset"
 PACKAGES = ("img2dataset==1.47.0", "setuptools<81", "scikit-image==0.26.0")
-TIMEOUT = 10
 SIDE = 256
 QUALITY = 95
 HOSTS = 400
@@ -46,6 +48,7 @@ class Options:
     urls: int
     pairs: int
     rows_per_shard: int
+    timeout: int
     tree: Path
 
 
@@ -72,7 +75,7 @@ def ours(job: Job, options: Options) -> Cost:
         "storage": storage,
         "fetch.allow-networks": "127.0.0.0/8",
         "fetch.per-host": job.per_host,
-        "fetch.deadline-seconds": TIMEOUT,
+        "fetch.deadline-seconds": options.timeout,
         "decode.max-side": SIDE,
         "decode.jpeg-quality": QUALITY,
         "rows-per-shard": options.rows_per_shard,
@@ -95,7 +98,7 @@ def theirs(job: Job, options: Options) -> Cost:
         "resize_mode": "keep_ratio_largest",
         "image_size": SIDE,
         "encode_quality": QUALITY,
-        "timeout": TIMEOUT,
+        "timeout": options.timeout,
         "processes_count": os.cpu_count(),
         "number_sample_per_shard": options.rows_per_shard,
     }
@@ -128,7 +131,7 @@ def alternate(job: Job, options: Options) -> dict[str, list[Cost]]:
     Raises:
         SystemExit: a tool failed, or did not keep what it had to.
     """
-    costs: dict[str, list[Cost]] = {tool: [] for tool in TOOLS}
+    costs = earlier_costs(job, options)
     for number in range(options.pairs):
         for tool, (crawl, count) in TOOLS.items():
             cost = crawl(job, options)
@@ -142,6 +145,28 @@ def alternate(job: Job, options: Options) -> dict[str, list[Cost]]:
             if cost.exit_code or kept != job.kept:
                 raise SystemExit(f"error: {told}: exit code {cost.exit_code}, kept {kept}, expected {job.kept}")
             costs[tool].append(cost)
+            with COSTS.open("a") as log:
+                log.write(json.dumps({**run_of(job, options), "tool": tool, "cost": asdict(cost)}) + "\n")
+    return costs
+
+
+def run_of(job: Job, options: Options) -> dict[str, object]:
+    """What has to be the same in runs that are compared."""
+    return {
+        "list": job.name,
+        "urls": len(job.urls),
+        "timeout": options.timeout,
+        "commit": provenance(options.tree)["commit"],
+    }
+
+
+def earlier_costs(job: Job, options: Options) -> dict[str, list[Cost]]:
+    """Of runs of earlier calls."""
+    costs: dict[str, list[Cost]] = {tool: [] for tool in TOOLS}
+    for line in COSTS.read_text().splitlines() if COSTS.exists() else []:
+        run = json.loads(line)
+        if run_of(job, options).items() <= run.items():
+            costs[run["tool"]].append(Cost(**run["cost"]))
     return costs
 
 
@@ -199,8 +224,25 @@ def hostile(site: Addresses, options: Options) -> dict[str, float]:
         print(f"hostile {tool:6} {told}, exit code {cost.exit_code}", flush=True)
         if tool == "ours" and (cost.exit_code or kept != job.kept):
             raise SystemExit(f"error: hostile ours: exit code {cost.exit_code}, kept {kept}, expected {job.kept}")
+        if tool == "ours":
+            check_reasons()
         figures["hostile_peak_gb" if tool == "ours" else "hostile_peak_gb_theirs"] = cost.peak_gb
     return figures
+
+
+def check_reasons() -> None:
+    """Every hostile body is rejected, each kind for the reason that says what it did.
+
+    Raises:
+        SystemExit: one is not.
+    """
+    found: dict[str, set[str]] = {}
+    for path in (WORK / "ours" / "rejects" / "bench").glob("*.parquet"):
+        for row in pq.read_table(path, columns=["url", "reason"]).to_pylist():
+            found.setdefault(row["url"].split("/")[3], set()).add(row["reason"])
+    expected = {kind: {reason} for kind, reason in HOSTILE.items()}
+    if found != expected:
+        raise SystemExit(f"error: hostile ours: rejected for {found}, expected {expected}")
 
 
 def index_rows(site: Addresses, options: Options) -> dict[str, float]:
@@ -247,7 +289,8 @@ def spread(addresses: list[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def medians(name: str, costs: dict[str, list[Cost]], images: int) -> dict[str, float]:
-    figures = {}
+    figures: dict[str, float] = {}
+    figures[f"{name}_pairs"] = min(map(len, costs.values()))
     for tool, runs in costs.items():
         figures[f"{name}_{tool}_cpu_ms"] = 1e3 * statistics.median(cost.cpu_seconds for cost in runs) / images
         figures[f"{name}_{tool}_wall_s"] = statistics.median(cost.wall_seconds for cost in runs)
@@ -318,6 +361,7 @@ def main() -> None:
     parser.add_argument("--urls", type=int, default=10_000, help="URLs of each list")
     parser.add_argument("--pairs", type=int, default=5, help="times that each tool runs")
     parser.add_argument("--rows-per-shard", type=int, default=1000, help="for both")
+    parser.add_argument("--timeout", type=int, default=10, help="seconds, for both; more where the machine is busy")
     parser.add_argument("--tree", type=Path, default=REPOSITORY, help="checkout whose workflow is timed")
     options = Options(**vars(parser.parse_args()))
     install_peer()

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep import shards
-from data_prep.dedup import Corpus, CorpusConfig, Order
+from data_prep.dedup import Corpus, CorpusConfig
 from data_prep.filters import FilterConfig, filter_rows
+from data_prep.order import Order
 
 BLOCK = 10_000
 SOURCE = "0" * 16

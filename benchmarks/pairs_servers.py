@@ -22,7 +22,14 @@ SIZES = ((640, 480), (800, 600), (1024, 768))
 CANVAS = 2048
 HUGE_BYTES = 400_000_000
 BOMB_SIDE = 20_000
-HOSTILE = ("huge", "endless", "unzips", "bomb", "drip")
+HOSTILE = {
+    "huge": "too_large",
+    "endless": "too_large",
+    "unzips": "too_large",
+    "bomb": "too_many_pixels",
+    "drip": "timeout",
+}
+"""Kinds of bodies that no crawler should take, and the reason to reject them for."""
 Address = tuple[str, int]
 
 

@@ -29,7 +29,7 @@ from data_prep.teachers import EmbedConfig, Teacher, embed_regions
 from ovd_models.clip import Clip, load_clip
 
 T = TypeVar("T")
-BATCH = 64
+BATCH = 32
 ROUNDS = 3
 STORED_IMAGES, REGIONS, WIDTH = 2_000, 300, 512
 

@@ -76,28 +76,6 @@ def repeat_factors(images: Sequence[Sequence[int]], threshold: float) -> npt.NDA
     return np.array([max((factor_of[key] for key in categories), default=1.0) for categories in images])
 
 
-def plan_group(seed: int, starts: Integers, stops: Integers, group_size: int, position: int) -> tuple[int, Integers]:
-    """The concept and the rows of `groups` that make the group at a position.
-
-    Concepts are drawn uniformly, the images of a group without replacement.
-
-    Args:
-        seed: of the run.
-        starts: [C] first row of each concept.
-        stops: [C] row after its last one; every concept has at least `group_size` rows.
-        group_size: g.
-        position: of the group in the stream.
-
-    Returns:
-        An index into `starts`, and [g] row numbers.
-    """
-    rng = np.random.default_rng([seed, position])
-    concept = int(rng.integers(len(starts)))
-    size = int(stops[concept] - starts[concept])
-    chosen = rng.choice(size, size=group_size, replace=False)
-    return concept, np.asarray(starts[concept] + chosen, np.int64)
-
-
 # -------------------------------------------------------------------------------------------------- streams
 
 
@@ -161,55 +139,6 @@ class PairLoader:
         return pa.table({"image": pa.array(images, pa.binary()), "caption": chosen["caption"]})
 
 
-@dataclass(frozen=True)
-class GroupLoader:
-    """Caption groups at positions of the stream; a row is a whole group, so its images stay together.
-
-    Columns `images` (raw uint8, one an image), `heights`, `widths`, `captions`, `concept_id` and `mentioned`.
-    """
-
-    groups: ray.ObjectRef[pa.Table]
-    """`shard` (absolute URI), `offset`, `size`, `caption`, `concept_ids` of every membership."""
-    concept_ids: Integers
-    """[C] concepts with enough images."""
-    starts: Integers
-    stops: Integers
-    seed: int
-    group_size: int
-
-    def __call__(self, positions: Integers) -> pa.Table:
-        """The groups at `positions`."""
-        groups: pa.Table = ray.get(self.groups)
-        rows: list[dict[str, object]] = []
-        for position in positions.tolist():
-            concept, members = plan_group(self.seed, self.starts, self.stops, self.group_size, position)
-            chosen = groups.take(members)
-            images = [np.asarray(decode_image(content, name)) for content, name in read_images(chosen)]
-            rows.append(
-                {
-                    "images": [image.tobytes() for image in images],
-                    "heights": [image.shape[0] for image in images],
-                    "widths": [image.shape[1] for image in images],
-                    "captions": chosen["caption"].to_pylist(),
-                    "concept_id": int(self.concept_ids[concept]),
-                    "mentioned": chosen["concept_ids"].to_pylist(),
-                }
-            )
-        return pa.Table.from_pylist(rows, schema=GROUP_ROWS)
-
-
-GROUP_ROWS = pa.schema(
-    {
-        "images": pa.list_(pa.binary()),
-        "heights": pa.list_(pa.int64()),
-        "widths": pa.list_(pa.int64()),
-        "captions": pa.list_(pa.string()),
-        "concept_id": pa.int64(),
-        "mentioned": pa.list_(pa.list_(pa.int64())),
-    }
-)
-
-
 def read_images(rows: pa.Table) -> list[tuple[bytes, str]]:
     """The image bytes of rows with `shard`, `offset` and `size`, one range read each, with a name for messages."""
     shards, offsets, sizes = (rows[name].to_pylist() for name in ("shard", "offset", "size"))
@@ -236,31 +165,6 @@ def pair_loader(storage_uri: str, name: str, *, seed: int, image_size: int, max_
     if not pairs.num_rows:
         raise InputError(f"pairs/{name}: no pair with sides up to {max_side} px")
     return PairLoader(ray.put(pairs), pairs.num_rows, seed, image_size)
-
-
-def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, min_side: int) -> GroupLoader:
-    """All concepts with enough images for a group.
-
-    Args:
-        storage_uri: the storage.
-        name: of the `groups` and `concepts` tables.
-        seed: of the sampling.
-        group_size: g.
-        min_side: memberships of images with a shorter side below this, in pixels, are left out.
-
-    Raises:
-        InputError: a table is missing, or no concept has enough images.
-    """
-    columns = ["concept_id", "shard", "offset", "size", "width", "height", "caption", "concept_ids"]
-    groups = _absolute_shards(tables.read_table(storage_uri, "groups", name, columns), storage_uri, name)
-    shorter = np.minimum(groups["width"].to_numpy(), groups["height"].to_numpy())
-    groups = groups.filter(pa.array(shorter >= min_side))
-    ids, starts, counts = np.unique(groups["concept_id"].to_numpy(), return_index=True, return_counts=True)
-    enough = counts >= group_size
-    if not enough.any():
-        raise InputError(f"groups/{name}: no concept has {group_size} images with sides of {min_side} px or more")
-    starts, stops = starts[enough].astype(np.int64), (starts + counts)[enough].astype(np.int64)
-    return GroupLoader(ray.put(groups), ids[enough].astype(np.int64), starts, stops, seed, group_size)
 
 
 def _absolute_shards(rows: pa.Table, storage_uri: str, name: str) -> pa.Table:

@@ -92,6 +92,7 @@ class GroupCollate(ArrowBatchCollateFn):
             hot,
             tuple(captions),
             None if self.encoder is None else self.encoder.embed_captions(captions),
+            tuple(reason for group in batch["unreadable"].to_pylist() for reason in group),
         )
 
 

@@ -24,7 +24,8 @@ HASH_SIDE = 32
 END_OF_IMAGE = b"\xff\xd9"
 REDUCTIONS = ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2))
 REDUCTION_MARGIN = 1.5
-"""A JPEG is decoded at a fraction of its size if that is still so many times the wanted one: nearer, detail is lost."""
+"""A JPEG is decoded at a fraction of its size if that is the wanted one or still so many times it: between, detail is
+lost when it is reduced once more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class Decoded:
 
     content: bytes
     """JPEG, RGB, upright, without metadata."""
+    image_id: str
+    """SHA-256 of the content."""
     width: int
     height: int
     original_width: int
@@ -105,6 +108,7 @@ def _store(image: ImageFile.ImageFile, content: bytes, config: DecodeConfig) -> 
     grey = cv2.cvtColor(small, cv2.COLOR_BGR2GRAY).astype(np.float32)
     return Decoded(
         content=content,
+        image_id=storage.sha256(content),
         width=stored_size[0],
         height=stored_size[1],
         original_width=size[0],
@@ -120,9 +124,14 @@ def _is_whole(jpeg: bytes) -> bool:
 
 
 def _decode_jpeg(content: bytes, wanted: tuple[int, int], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """BGR pixels at a half, quarter or eighth of the size where that leaves enough of them, else at full size."""
-    ratio = min(size[0] / wanted[0], size[1] / wanted[1]) / REDUCTION_MARGIN
-    flag = next((flag for least, flag in REDUCTIONS if ratio >= least), cv2.IMREAD_COLOR)
+    """BGR pixels at an eighth, quarter or half of the size where that leaves enough of them, else at full size."""
+    ratio = min(size[0] / wanted[0], size[1] / wanted[1])
+    fits = (
+        flag
+        for part, flag in REDUCTIONS
+        if ratio >= part * REDUCTION_MARGIN or size == (part * wanted[0], part * wanted[1])
+    )
+    flag = next(fits, cv2.IMREAD_COLOR)
     pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None:
         raise ValueError("broken pixel data")
@@ -163,29 +172,25 @@ def strip_metadata(jpeg: bytes) -> bytes:
     return b"".join(kept)
 
 
-def decode_rows(rows: pa.Table, config: DecodeConfig) -> pa.Table:
-    """Table rows with fetched `content` -> the same rows with what is stored, or why there is nothing.
+def with_images(rows: pa.Table, results: Sequence[Decoded | Rejection | None]) -> pa.Table:
+    """Table rows with what is stored of their pictures, or why there is nothing; None where nothing was fetched.
 
-    Adds the columns of `Decoded` and `image_id`; `stage`, `reason` and `detail` tell of failures, earlier ones stay.
+    Adds the columns of `Decoded` and `size`, the bytes of the content; `stage`, `reason` and `detail` tell of failures,
+    earlier ones stay.
     """
-    cv2.setNumThreads(1)  # other tasks have the other cores
-    results = [
-        Rejection("", "") if content is None else decode(content, config) for content in rows["content"].to_pylist()
-    ]
     images = [result if isinstance(result, Decoded) else None for result in results]
-    failures = [result if isinstance(result, Rejection) and result.reason else None for result in results]
     columns = {
         "content": pa.array([image and image.content for image in images], pa.large_binary()),
-        "image_id": pa.array([image and storage.sha256(image.content) for image in images], pa.string()),
+        "image_id": pa.array([image and image.image_id for image in images], pa.string()),
+        "size": pa.array([image and len(image.content) for image in images], pa.int64()),
         "contrast": pa.array([image and image.contrast for image in images], pa.float32()),
     }
     for name in ("width", "height", "original_width", "original_height", "phash"):
         kind = tables.SCHEMAS["pairs"].field(name).type
         columns[name] = pa.array([image and getattr(image, name) for image in images], kind)
-    rows = rows.drop_columns(["content"])
     for name, column in columns.items():
         rows = rows.append_column(name, column)
-    return with_failures(rows, "decode", failures)
+    return with_failures(rows, "decode", [result if isinstance(result, Rejection) else None for result in results])
 
 
 def with_failures(rows: pa.Table, stage: str, failures: Sequence[Rejection | None]) -> pa.Table:

@@ -14,7 +14,6 @@ import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Self
 
 import duckdb
 import numpy as np
@@ -22,8 +21,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-NEW = 1 << 50
-"""Added to the ids of rows that are not published yet, so that they come after all that are."""
+from data_prep.order import NEW, Order
+
 HASH_BITS = 64
 CLUSTER_ROWS = 20_000
 """Images that are compared with each other, on average."""
@@ -51,45 +50,6 @@ class CorpusConfig:
     """From this cosine between their embeddings on."""
     memory: str = "1GB"
     """What the search may take before it uses the disk."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """Numbers the rows of all sources: a source's base plus the row in it."""
-
-    bases: dict[str, int]
-
-    @classmethod
-    def of(cls, rows: dict[str, int]) -> Self:
-        """The order of sources by their digests, from the number of rows of each."""
-        digests = sorted(rows)
-        starts = itertools.accumulate((rows[digest] for digest in digests), initial=0)
-        return cls(dict(zip(digests, starts, strict=False)))
-
-    def ids(self, source: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Ids of new rows of a source."""
-        return rows + (self.bases[source] + NEW)
-
-    def locate(self, ids: pa.Array) -> pa.StructArray:
-        """`{source, row}` of ids, published or not; null for null."""
-        digests, starts = list(self.bases), np.array(list(self.bases.values()), np.int64)
-        known = ids.is_valid().to_numpy(zero_copy_only=False)
-        plain = ids.fill_null(0).to_numpy(zero_copy_only=False) % NEW
-        # Of sources without rows, which start where the next one does, the last is meant.
-        source = np.searchsorted(starts, plain, side="right") - 1
-        return pa.StructArray.from_arrays(
-            [pa.array(digests, pa.string()).take(pa.array(source)), pa.array(plain - starts[source], pa.int64())],
-            fields=[pa.field("source", pa.string()), pa.field("row", pa.int64())],
-            mask=pa.array(~known),
-        )
-
-
-def is_among(ids: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which ascending ids are in a long ascending array."""
-    if not len(ids):
-        return np.zeros(0, np.bool_)
-    start, stop = np.searchsorted(among, [ids[0], ids[-1] + 1])
-    return np.isin(ids, among[start:stop])
 
 
 class Corpus:
@@ -122,7 +82,7 @@ class Corpus:
             shared = ", ".join(name for name in published.schema.names if name in new.schema.names)
             self._sql.register("published_rows", published)
             query = (
-                f"select id, {shared} from ({query}) union all by name "
+                f"{query} union all by name "
                 f"select base + row as id, {shared} from published_rows join bases using (source)"
             )
         self._sql.execute(f"create view everything as {query}")
@@ -173,14 +133,25 @@ class Corpus:
         )
         self._sql.unregister("near")
 
-    def reject_semantic_duplicates(self, cosine: float) -> None:
+    def reject_semantic_duplicates(self, cosine: float, published: ds.Dataset | pa.Table | None = None) -> None:
         """Images whose `embedding` (float16 bytes) is as near as `cosine` to that of an earlier image that is kept.
 
         Images are compared within clusters, as SemDeDup does (arXiv 2303.09540), each in its two nearest.
+
+        Args:
+            cosine: from which on they are duplicates.
+            published: `image_id` and `embedding` of published rows.
         """
         self._sql.execute(
-            "create or replace table embedded as select id, embedding from rows where embedding is not null"
+            "create or replace table embedded as select id, embedding from rows "
+            f"where id >= {NEW} and embedding is not null"
         )
+        if published is not None:
+            self._sql.register("published_embeddings", published)
+            self._sql.execute(
+                "insert into embedded select id, known.embedding from rows join published_embeddings known "
+                f"using (image_id) where id < {NEW} and known.embedding is not null"
+            )
         ((count,),) = self._sql.execute("select count(*) from embedded").fetchall()
         clusters = max(1, -(-int(count) // CLUSTER_ROWS))
         _, sample_ND = self._embeddings(f"select * from embedded order by hash(id), id limit {SAMPLE_ROWS}")

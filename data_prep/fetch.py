@@ -11,14 +11,15 @@ import contextlib
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import aiohttp
 import pyarrow as pa
 from yarl import URL
 
-from data_prep import robots, storage
+from data_prep import robots
 from data_prep.addresses import REMEMBERED_HOSTS, CheckedResolver, FetchError, Lookup, look_up, parse_url
 from data_prep.body import Body
 
@@ -58,7 +59,7 @@ class FetchConfig:
     """Requests at a time in one process."""
     per_host: int = 16
     """Requests at a time to one host and port, in one process."""
-    host_failures: int = 8
+    host_failures: int = 4
     """URLs of one host and port in a row without an answer, after which this process leaves the rest of them."""
     dns_cache_seconds: float = 300.0
     dns_threads: int = 32
@@ -85,6 +86,11 @@ class Fetched:
     """Status of the last response, if there was one."""
     attempts: int = 0
     """Times the URL was tried, redirects not counted; 0 if we refused to."""
+
+
+T = TypeVar("T")
+Then = Callable[[Fetched], Coroutine[Any, Any, T]]
+"""What is done with each result."""
 
 
 @dataclass(kw_only=True)
@@ -134,6 +140,10 @@ class _Visit:
     resolving: bool = False
 
 
+async def _as_it_is(fetched: Fetched) -> Fetched:
+    return fetched
+
+
 class Fetcher:
     """Fetches batches of URLs; batches that overlap on an event loop share connections, limits and what was learnt.
 
@@ -157,16 +167,22 @@ class Fetcher:
         )
         self._hosts: OrderedDict[str, _Host] = OrderedDict()
         self._slots = asyncio.Semaphore(config.concurrency)
+        self.gate = open_gate()
+        """No further request is made while it is cleared."""
         self._batches = 0
         self._session: aiohttp.ClientSession | None = None
 
     async def fetch(self, urls: Sequence[str | None]) -> list[Fetched]:
         """One result for each URL, in their order; never raises for a URL's sake."""
+        return await self.fetch_then(urls, _as_it_is)
+
+    async def fetch_then(self, urls: Sequence[str | None], then: Then[T]) -> list[T]:
+        """What `then` makes of each URL's result as soon as that is there, in the order of the URLs."""
         if self._session is None:
             self._session = self._open_session()
         self._batches += 1
         try:
-            return list(await asyncio.gather(*(self._fetch_one(url) for url in urls)))
+            return list(await asyncio.gather(*(self._fetch_one_then(url, then) for url in urls)))
         finally:
             self._batches -= 1
             if not self._batches:  # nobody tells a worker of its end, so no connection outlives the last batch
@@ -191,6 +207,9 @@ class Fetcher:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
         )
+
+    async def _fetch_one_then(self, url: str | None, then: Then[T]) -> T:
+        return await then(await self._fetch_one(url))
 
     async def _fetch_one(self, url: str | None) -> Fetched:
         visit = _Visit(remaining=self.config.deadline_seconds)
@@ -264,6 +283,7 @@ class Fetcher:
             async with host.slots:
                 await self._pause(host, name, visit)
                 async with self._slots:
+                    await self.gate.wait()
                     now = time.monotonic()
                     visit.began = visit.began or now
                     if host.last and host.failures >= self.config.host_failures:
@@ -363,32 +383,16 @@ def fetch_all(urls: Sequence[str | None], config: FetchConfig) -> list[Fetched]:
     return asyncio.run(Fetcher(config).fetch(urls))
 
 
-class FetchStage:
-    """Table rows with a `url` -> the same rows with `content`, or why there is none."""
-
-    def __init__(self, config: FetchConfig) -> None:
-        self.fetcher = Fetcher(config)
-
-    async def __call__(self, rows: pa.Table) -> pa.Table:
-        """Calls may overlap on one event loop; they share its connections."""
-        return with_content(rows, await self.fetcher.fetch(rows["url"].to_pylist()))
+def open_gate() -> asyncio.Event:
+    """A gate that lets everything pass."""
+    gate = asyncio.Event()
+    gate.set()
+    return gate
 
 
-class ReadStage:
-    """Like `FetchStage` for rows whose `url` is a file, by path or URI, that is known to exist."""
-
-    def __init__(self, config: FetchConfig) -> None:
-        """Takes the config only to stand in for the other stage."""
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Read each file."""
-        return with_content(rows, [Fetched(content=storage.read_bytes(uri)) for uri in rows["url"].to_pylist()])
-
-
-def with_content(rows: pa.Table, fetched: Sequence[Fetched]) -> pa.Table:
-    """Append `content`, `stage` ("fetch" for failures, else null), `reason`, `detail`, `http_status`, `attempts`."""
+def with_status(rows: pa.Table, fetched: Sequence[Fetched]) -> pa.Table:
+    """Append `stage` ("fetch" for failures, else null), `reason`, `detail`, `http_status`, `attempts`."""
     columns = {
-        "content": pa.array([result.content for result in fetched], pa.large_binary()),
         "stage": pa.array(["fetch" if result.reason else None for result in fetched], pa.string()),
         "reason": pa.array([result.reason for result in fetched], pa.string()),
         "detail": pa.array([result.detail for result in fetched], pa.string()),

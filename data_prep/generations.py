@@ -7,26 +7,29 @@ Files never change: a new manifest lists the old ones and the new ones, and leav
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import ray
 
 from data_prep import inputs, storage, tables
-from data_prep.dedup import Order
+from data_prep.inputs import Part
+from data_prep.order import Order
 from data_prep.shards import LIGHT, Written
 from data_prep.tables import FileEntry
 from ovd_models.errors import InputError
 
+PRODUCER = "workflows/prepare_pairs.py"
 URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
 GROWING = ("pairs", "rejects", "scores")
 """Tables that get files from every partition."""
 IMAGES = LIGHT.remove(LIGHT.get_field_index("reason"))
+EMBEDDINGS = pa.schema({"image_id": pa.string(), inputs.EMBEDDING: pa.binary()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +90,61 @@ class Published:
         """`IMAGES` of the kept rows."""
         return self._open([("pairs", path) for path in self.index_files()], IMAGES)
 
+    def embeddings(self) -> ds.Dataset:
+        """`EMBEDDINGS` of the kept rows; null where none was found."""
+        return self._open([("scores", entry.path) for entry in self.files["scores"]], EMBEDDINGS)
+
     def _open(self, files: Sequence[tuple[str, str]], schema: pa.Schema) -> ds.Dataset:
         uris = [storage.join(tables.table_uri(self.storage, table, self.name), path) for table, path in files]
         return tables.open_parquet(uris, schema)
+
+
+def find_published(
+    storage_uri: str, name: str, config_hash: str, *, lists: Iterable[str], add: bool, retry: Sequence[str]
+) -> Published | None:
+    """What is published under a name, if a run may go on from it.
+
+    Args:
+        storage_uri: where tables are.
+        name: of the tables.
+        config_hash: of the run.
+        lists: digests of its lists.
+        add: whether rows of other lists are to be added.
+        retry: reasons whose rows are to be tried again.
+
+    Raises:
+        InputError: it is of another config, or of other lists and no rows are to be added; or there is nothing whose
+            rows could be tried again.
+    """
+    for reason in retry:
+        if reason not in {known for reasons in tables.REASONS.values() for known in reasons}:
+            raise InputError(f"--retry {reason}: unknown reason, expected those of `rejects`, such as timeout")
+    published = Published.find(storage_uri, name)
+    uri = tables.table_uri(storage_uri, "pairs", name)
+    if published is None:
+        if retry:
+            raise InputError(f"--retry: {uri} is not published yet, expected a finished crawl")
+        return None
+    if published.config_hash != config_hash:
+        raise InputError(f"{uri}: made from another config, expected the same one, a new --name or an empty place")
+    if not add and any(digest not in published.sources for digest in lists):
+        raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")
+    return published
+
+
+def publish(
+    storage_uri: str,
+    name: str,
+    config_hash: str,
+    *,
+    summary: Mapping[str, Any],
+    details: Mapping[str, Any],
+    files: Mapping[str, Sequence[FileEntry]],
+) -> None:
+    """Write the manifests, that of `pairs` last: it tells that all are there, and all that a later run must know."""
+    for table, entries in sorted(files.items(), key=lambda item: item[0] == "pairs"):
+        told = {"summary": summary, **(details if table == "pairs" else {})}
+        tables.publish(storage_uri, table, name, entries, producer=PRODUCER, config_hash=config_hash, details=told)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,19 +177,24 @@ class Work:
         digest, _, number = partition.partition("-")
         return int(self.order.ids(digest, np.array([int(number) * size]))[0])
 
-    def parts(self, size: int) -> pa.Table:
-        """`part` (its name), `partition` and `number` of every part of `size` rows."""
-        counts = [-(-rows // size) for rows in self.partitions.values()]
-        partition = np.repeat(list(self.partitions), counts)
-        number = np.concatenate([np.arange(count) for count in [0, *counts]])
-        names = [inputs.part_name(*part) for part in zip(partition.tolist(), number.tolist(), strict=True)]
-        return pa.table(
-            {
-                "part": pa.array(names, pa.string()),
-                "partition": pa.array(partition.tolist(), pa.string()),
-                "number": pa.array(number, pa.int64()),
-            }
-        )
+    def parts(self, partition: int, size: int, repeated: npt.NDArray[np.int64]) -> list[Part]:
+        """All parts.
+
+        Args:
+            partition: rows of a partition.
+            size: rows of a part.
+            repeated: ids of rows that are left out, ascending.
+        """
+        parts = []
+        for name, rows in self.partitions.items():
+            first = self.first_id(name, partition)
+            for start in range(0, rows, size):
+                left_out: tuple[int, ...] = ()
+                if name not in self.earlier_rejects:  # whose rows do not follow on each other, and were looked at
+                    among = np.searchsorted(repeated, [first + start, first + start + size])
+                    left_out = tuple((repeated[slice(*among)] - first - start).tolist())
+                parts.append(Part(name, start // size, left_out))
+        return parts
 
     def save(self, staging: str) -> Self:
         """Save and return it."""
@@ -179,7 +239,14 @@ Cut = Callable[..., inputs.Source]
 
 
 def plan(
-    lists: Sequence[Cut], published: Published | None, retry: Sequence[str], staging: str, *, partition: int, part: int
+    lists: Sequence[Cut],
+    published: Published | None,
+    retry: Sequence[str],
+    staging: str,
+    *,
+    partition: int,
+    part: int,
+    run: Callable[[Callable[..., inputs.Source], Sequence[tuple[Any, ...]]], list[inputs.Source]],
 ) -> Work:
     """Cut new lists into partitions, in parallel, and take up the rejected rows that are to be tried again.
 
@@ -190,6 +257,7 @@ def plan(
         staging: folder of the work.
         partition: rows of a partition.
         part: rows of a part.
+        run: runs a function for each of some arguments, as `crawl.Crew.run` does.
 
     Raises:
         InputError: a list is malformed.
@@ -197,13 +265,7 @@ def plan(
     earlier_work = Work.load(staging)
     if earlier_work is not None:
         return earlier_work
-    start: Any = ray.remote(num_cpus=0.5)(lambda cut: cut(staging=staging, partition=partition, part=part))
-    try:
-        sources: list[inputs.Source] = ray.get([start.remote(cut) for cut in lists])
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
-        raise
+    sources = run(_cut, [(cut, staging, partition, part) for cut in lists])
     columns = dict(published.details["columns"]) if published else {}
     for source in sources:
         for name, kind in source.columns.items():
@@ -218,6 +280,10 @@ def plan(
     rows = {**(published.sources if published else {}), **{source.digest: source.rows for source in sources}}
     work = Work(sources=rows, columns=columns, partitions=partitions, retried=retried, earlier_rejects=earlier)
     return work.save(staging)
+
+
+def _cut(cut: Cut, staging: str, partition: int, part: int) -> inputs.Source:
+    return cut(staging=staging, partition=partition, part=part)
 
 
 @dataclass(frozen=True, kw_only=True)

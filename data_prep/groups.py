@@ -20,6 +20,8 @@ from data_prep import tables
 
 BATCH_ROWS = 1 << 16
 FILE_ROWS = 1 << 20
+ROW_GROUP_ROWS = 1 << 12
+"""What is read for one row of `groups`."""
 
 
 @contextlib.contextmanager
@@ -118,7 +120,7 @@ def write_groups(
     with build_groups(mentions, min_images=min_images, memory=memory) as (concepts, groups):
         concept_file = tables.write_part(storage_uri, "concepts", name, f"{stem}-00000.parquet", concepts)
         group_files = [
-            tables.write_part(storage_uri, "groups", name, f"{stem}-{number:05d}.parquet", rows)
+            tables.write_part(storage_uri, "groups", name, f"{stem}-{number:05d}.parquet", rows, ROW_GROUP_ROWS)
             for number, rows in enumerate(in_tables(groups, FILE_ROWS))
         ]
     return Grouped(concepts=[concept_file], groups=group_files, num_concepts=concepts.num_rows)

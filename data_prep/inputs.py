@@ -32,11 +32,12 @@ BLOCK_BYTES = 1 << 20
 DIGEST_DIGITS = 16
 SCORE = "score_"
 """Before a scorer's name in staged rows."""
+EMBEDDING = "embedding"
+"""Of the image by the model that finds duplicates by meaning: a unit row of little-endian float16, as bytes."""
 OWN = ("source", "row", "url", "raw_caption")
 """Columns of our own that every row begins with."""
 STAGED = (
     "id",
-    "part",
     "stage",
     "reason",
     "detail",
@@ -45,7 +46,7 @@ STAGED = (
     "content",
     "duplicate_of",
     "contrast",
-    "embedding",
+    EMBEDDING,
 )
 """Columns that rows get on their way."""
 
@@ -79,14 +80,24 @@ class Source:
         return {partition_name(self.digest, start // size): min(size, self.rows - start) for start in starts}
 
 
+@dataclass(frozen=True)
+class Part:
+    """A run of rows of a partition."""
+
+    partition: str
+    number: int
+    left_out: tuple[int, ...] = ()
+    """Positions of rows that there is nothing to do about."""
+
+    @property
+    def name(self) -> str:
+        """The staged file that holds what came of it."""
+        return f"{self.partition}-{self.number:05d}.parquet"
+
+
 def partition_name(source: str, number: int) -> str:
     """The name of a partition, also of the files made from it."""
     return f"{source}-{number:06d}"
-
-
-def part_name(partition: str, number: int) -> str:
-    """The staged file that holds what came of a part."""
-    return f"{partition}-{number:05d}.parquet"
 
 
 def find_files(uri: str) -> list[str]:
@@ -347,11 +358,12 @@ def write_rows(staging: str, partition: str, rows: pa.Table, part: int) -> None:
     storage.write_bytes(rows_file(staging, partition), tables.parquet_bytes(rows, row_group_size=part))
 
 
-def read_part(staging: str, partition: str, number: int) -> pa.Table:
-    """The input rows of a part of a partition."""
-    filesystem, path = storage.resolve(rows_file(staging, partition))
+def read_part(part: Part, staging: str) -> pa.Table:
+    """The input rows of a part, without those that are left out."""
+    filesystem, path = storage.resolve(rows_file(staging, part.partition))
     with pq.ParquetFile(path, filesystem=filesystem) as file:
-        return file.read_row_group(number)
+        rows = file.read_row_group(part.number)
+    return rows.filter(pa.array(~np.isin(np.arange(rows.num_rows), part.left_out))) if part.left_out else rows
 
 
 def one_line(error: Exception) -> str:

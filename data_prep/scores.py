@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep import storage
 from data_prep.decode import Rejection, with_failures
-from data_prep.inputs import SCORE
+from data_prep.inputs import EMBEDDING, SCORE
 from ovd_models.errors import InputError
 
 BATCH = 64
@@ -42,8 +42,10 @@ class ScoreConfig:
             if name not in self.scorers:
                 raise InputError(f"--scores.minimum {name}: no such scorer, expected one of {sorted(self.scorers)}")
         for name in self.scorers:
-            if not name.isidentifier():
-                raise InputError(f"--scores.scorers {name!r}: expected a name of letters, digits and underscores")
+            if not name.isidentifier() or name in ("image_id", EMBEDDING):
+                raise InputError(
+                    f"--scores.scorers {name!r}: expected another name, of letters, digits and underscores"
+                )
 
 
 class Scorer(Protocol):
@@ -141,7 +143,7 @@ class ScoreStage:
         for name, values in scores.items():
             columns[SCORE + name] = _spread(values, chosen, rows.num_rows, pa.float32())
         if self.embedder is not None:
-            columns["embedding"] = _spread(embeddings, chosen, rows.num_rows, pa.binary())
+            columns[EMBEDDING] = _spread(embeddings, chosen, rows.num_rows, pa.binary())
         for name, column in columns.items():
             rows = rows.append_column(name, column)
         return with_failures(rows, "filter", self._failures(rows))

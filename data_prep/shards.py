@@ -4,13 +4,15 @@ Each partition of the input becomes one WebDataset shard (several if it is large
 """
 
 import io
+import itertools
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -20,7 +22,7 @@ from pyarrow import fs
 
 from data_prep import inputs, storage, tables
 from data_prep.concepts import Extractor
-from data_prep.dedup import Order
+from data_prep.order import Order
 
 BLOCK = tarfile.BLOCKSIZE
 GROUP_COLUMNS = ["image_id", "shard", "offset", "size", "width", "height", "caption"]
@@ -69,12 +71,10 @@ def stage(rows: pa.Table, uri: str, *, plain: Sequence[str] = ()) -> None:
     storage.write_bytes(uri, tables.parquet_bytes(rows, compression))
 
 
-def stage_part(rows: pa.Table, staging: str) -> pa.Table:
-    """Save what came of a part's rows and return the light columns that progress needs."""
+def stage_part(rows: pa.Table, part: inputs.Part, staging: str) -> None:
+    """Save what came of a part's rows, if it has any."""
     if rows.num_rows:
-        part = storage.join(staging, "parts", rows["part"][0].as_py())
-        stage(rows.drop_columns(["part"]), part, plain=["content"])
-    return rows.select(["stage", "reason"])
+        stage(rows, storage.join(staging, "parts", part.name), plain=["content"])
 
 
 def staged(staging: str, kind: str) -> list[str]:
@@ -90,12 +90,14 @@ def open_staged(staging: str, kind: str, schema: pa.Schema) -> ds.Dataset:
     return tables.open_parquet(staged(staging, kind), schema)
 
 
-def read_parts(staging: str, partition: str, count: int) -> list[pa.Table]:
+def open_parts(staging: str, partition: str, count: int) -> Iterator[pq.ParquetFile]:
     """The staged parts of a partition, in the order of the input; a part without rows was never staged."""
     filesystem, folder = storage.resolve(storage.join(staging, "parts"))
-    names = [f"{folder}/{inputs.part_name(partition, number)}" for number in range(count)]
-    infos = filesystem.get_file_info(names)
-    return [pq.read_table(info.path, filesystem=filesystem) for info in infos if info.type == fs.FileType.File]
+    names = [f"{folder}/{inputs.Part(partition, number).name}" for number in range(count)]
+    for info in filesystem.get_file_info(names):
+        if info.type == fs.FileType.File:
+            with pq.ParquetFile(info.path, filesystem=filesystem) as file:
+                yield file
 
 
 def remove_folder(uri: str) -> None:
@@ -156,10 +158,11 @@ def write_shard(job: ShardJob, partition: str, decisions: pa.Table, extractor: E
     rows = with_decisions(read_rows(job, partition), decisions, job.order)
     is_kept = pc.is_null(rows["reason"])
     kept, rejected = rows.filter(is_kept), rows.filter(pc.invert(is_kept))
-    assert not kept["content"].null_count, f"{partition}: a row is neither staged nor rejected"
+    assert not kept["size"].null_count, f"{partition}: a row is neither staged nor rejected"
     stem = f"{partition}{job.suffix}"
+    parts = -(-rows.num_rows // job.part_rows)
     files = {
-        "pairs": _write_pairs(job, kept, stem, extractor) if kept.num_rows else [],
+        "pairs": _write_pairs(job, kept, stem, _contents(job, partition, parts, kept), extractor),
         "rejects": [],
         "scores": _write_scores(job, kept, stem),
     }
@@ -167,10 +170,11 @@ def write_shard(job: ShardJob, partition: str, decisions: pa.Table, extractor: E
     if rejects.num_rows:
         files["rejects"].append(tables.write_part(job.storage, "rejects", job.name, f"{stem}.parquet", rejects))
     if samples and rejected.num_rows:
-        stage(_samples(rejected), storage.join(job.staging, "samples", f"{stem}.parquet"))
+        pictures = dict(_contents(job, partition, parts, rejected))
+        stage(_samples(rejected, pictures), storage.join(job.staging, "samples", f"{stem}.parquet"))
     reasons = dict(sorted(Counter(rejected["reason"].to_pylist()).items()))
     stats = {"partition": partition, "rows": rows.num_rows, "kept": kept.num_rows, "rejected": reasons}
-    stats["image_bytes"] = sum(_sizes(kept))
+    stats["image_bytes"] = sum(kept["size"].to_pylist())
     content = json.dumps(stats, indent=1).encode()
     files["pairs"].append(tables.write_file(job.storage, "pairs", job.name, f"stats/{stem}.json", content))
     written = Written(kept=kept.num_rows, rejected=reasons, files=files)
@@ -184,22 +188,45 @@ def _from_json(content: bytes) -> Written:
     return Written(**raw)
 
 
-def _write_pairs(job: ShardJob, kept: pa.Table, stem: str, extractor: Extractor) -> list[tables.FileEntry]:
+def _contents(job: ShardJob, partition: str, parts: int, rows: pa.Table) -> Iterator[tuple[int, bytes]]:
+    """Row and picture of those of the rows that have one, in their order; a part's pictures are held at a time."""
+    chosen = rows["row"].combine_chunks()
+    for file in open_parts(job.staging, partition, parts):
+        part = file.read(["row", "content"])
+        found = pc.and_(pc.is_in(part["row"], chosen), pc.is_valid(part["content"]))
+        for place in np.flatnonzero(found.to_numpy()).tolist():
+            yield part["row"][place].as_py(), part["content"][place].as_py()
+
+
+def _write_pairs(
+    job: ShardJob, kept: pa.Table, stem: str, contents: Iterator[tuple[int, bytes]], extractor: Extractor
+) -> list[tables.FileEntry]:
     files, index = [], []
     for number, (start, stop) in enumerate(runs_of_size(_members(kept), job.max_bytes - 2 * BLOCK)):
-        shard = f"shards/{stem}{f'-{number}' if number else ''}.tar"
-        tar, pairs = _pack_rows(kept.slice(start, stop - start), shard)
-        files.append(tables.write_file(job.storage, "pairs", job.name, shard, tar))
-        index.append(pairs)
+        rows, shard = kept.slice(start, stop - start), f"shards/{stem}{f'-{number}' if number else ''}.tar"
+        keys = [f"{kept['source'][0].as_py()}-{row:010d}" for row in rows["row"].to_pylist()]
+        images = (content for _, content in itertools.islice(contents, rows.num_rows))
+        offsets: list[int] = []
+        tar = tar_pieces(zip(keys, images, rows["caption"].to_pylist(), strict=True), offsets)
+        files.append(tables.write_pieces(job.storage, "pairs", job.name, shard, tar))
+        index.append(_index(rows, shard, keys, offsets))
+    if not index:
+        return []
     pairs = pa.concat_tables(index)
     stage_mentions(job.staging, stem, pairs, extractor)
     return [*files, tables.write_part(job.storage, "pairs", job.name, f"index/{stem}.parquet", pairs)]
 
 
+def _index(kept: pa.Table, shard: str, keys: Sequence[str], offsets: Sequence[int]) -> pa.Table:
+    """Rows of the `pairs` table."""
+    pairs = kept.drop_columns(["duplicate_of", "id", *STATUS, *_measured(kept)])
+    for name, values in {"shard": [shard] * len(keys), "key": keys, "offset": offsets}.items():
+        pairs = pairs.append_column(name, pa.array(values, tables.SCHEMAS["pairs"].field(name).type))
+    return pairs
+
+
 def _write_scores(job: ShardJob, kept: pa.Table, stem: str) -> list[tables.FileEntry]:
-    scores = {
-        name.removeprefix(inputs.SCORE): kept[name] for name in kept.column_names if name.startswith(inputs.SCORE)
-    }
+    scores = {name.removeprefix(inputs.SCORE): kept[name] for name in _measured(kept)}
     if not scores or not kept.num_rows:
         return []
     rows = pa.table({"image_id": kept["image_id"], **scores})
@@ -226,13 +253,19 @@ def with_decisions(rows: pa.Table, decisions: pa.Table, order: Order) -> pa.Tabl
 
 
 def read_rows(job: ShardJob, partition: str) -> pa.Table:
-    """All rows of a partition with their `id` and what came of them so far; rows that were not tried have no reason."""
+    """All rows of a partition with their `id` and what came of them so far, but their pictures.
+
+    Rows that were not tried have no reason.
+    """
     listed = tables.read_parquet(inputs.rows_file(job.staging, partition))
-    parts = read_parts(job.staging, partition, -(-listed.num_rows // job.part_rows))
+    parts = [
+        file.read([name for name in file.schema_arrow.names if name != "content"])
+        for file in open_parts(job.staging, partition, -(-listed.num_rows // job.part_rows))
+    ]
     tried = pa.concat_tables([listed.slice(0, 0), *parts], promote_options="default")
     missing = listed.filter(pc.invert(pc.is_in(listed["row"], tried["row"].combine_chunks())))
     rows = pa.concat_tables([tried, missing], promote_options="default")
-    for name, kind in {**STATUS, "caption": pa.string(), "content": pa.large_binary()}.items():
+    for name, kind in {**STATUS, "caption": pa.string(), "size": pa.int64()}.items():
         if name not in rows.column_names:
             rows = rows.append_column(name, pa.nulls(rows.num_rows, kind))
     rows = rows.sort_by("row")
@@ -252,37 +285,16 @@ def runs_of_size(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
-def _sizes(rows: pa.Table) -> list[int]:
-    sizes: list[int] = pc.binary_length(rows["content"]).to_pylist()
-    return sizes
-
-
 def _members(rows: pa.Table) -> list[int]:
     """Bytes that each row takes in a tar: a header and whole blocks for the image and for the caption."""
-    sizes = zip(_sizes(rows), pc.binary_length(rows["caption"]).to_pylist(), strict=True)
+    sizes = zip(rows["size"].to_pylist(), pc.binary_length(rows["caption"]).to_pylist(), strict=True)
     return [2 * BLOCK + sum(-(-size // BLOCK) * BLOCK for size in pair) for pair in sizes]
-
-
-def _pack_rows(kept: pa.Table, shard: str) -> tuple[bytes, pa.Table]:
-    """The tar of these rows, and their rows of the index."""
-    keys = [f"{kept['source'][0].as_py()}-{row:010d}" for row in kept["row"].to_pylist()]
-    images = kept["content"].to_pylist()
-    tar, offsets = pack(zip(keys, images, kept["caption"].to_pylist(), strict=True))
-    pairs = kept.drop_columns(["content", "duplicate_of", "id", *STATUS, *_measured(kept)])
-    for name, values in {
-        "shard": [shard] * len(keys),
-        "key": keys,
-        "offset": offsets,
-        "size": [len(image) for image in images],
-    }.items():
-        pairs = pairs.append_column(name, pa.array(values, tables.SCHEMAS["pairs"].field(name).type))
-    return tar, pairs
 
 
 def _rejects(rows: pa.Table, earlier: pa.Table | None) -> pa.Table:
     """Rows of the `rejects` table; the further columns of the input stay, so that a row can be tried again."""
     images = {name for name in tables.SCHEMAS["pairs"].names if name not in ("source", "row", "url")}
-    own = [name for name in rows.column_names if name not in images | {"content", "id", *_measured(rows)}]
+    own = [name for name in rows.column_names if name not in images | {"id", *_measured(rows)}]
     rejects = rows.select(own).append_column("caption", rows["raw_caption"])
     return (
         rejects if earlier is None else pa.concat_tables([rejects, earlier], promote_options="default").sort_by("row")
@@ -290,20 +302,19 @@ def _rejects(rows: pa.Table, earlier: pa.Table | None) -> pa.Table:
 
 
 def _measured(rows: pa.Table) -> list[str]:
-    """Columns that scoring models added."""
-    return [name for name in rows.column_names if name.startswith(inputs.SCORE) or name == "embedding"]
+    """Columns that models added."""
+    return [name for name in rows.column_names if name.startswith(inputs.SCORE) or name == inputs.EMBEDDING]
 
 
-def _samples(rejected: pa.Table) -> pa.Table:
+def _samples(rejected: pa.Table, pictures: Mapping[int, bytes]) -> pa.Table:
     """The first row of each reason, with a small picture where the image could be decoded."""
     found: dict[str, dict[str, Any]] = {}
-    columns = ["reason", "url", "raw_caption", "detail", "content"]
-    for row in rejected.select(columns).to_pylist():
+    for row in rejected.select(["reason", "row", "url", "raw_caption", "detail"]).to_pylist():
         best = found.get(row["reason"])
-        if best is None or (best["content"] is None and row["content"] is not None):
+        if best is None or (best["row"] not in pictures and row["row"] in pictures):
             found[row["reason"]] = row
     for row in found.values():
-        content = row.pop("content")
+        content = pictures.get(row.pop("row"))
         row["picture"] = content and thumbnail(content)
     return pa.Table.from_pylist(list(found.values()), schema=SAMPLES)
 
@@ -342,19 +353,19 @@ def pack(samples: Iterable[tuple[str, bytes, str]]) -> tuple[bytes, list[int]]:
         The file's bytes, which depend on the samples alone, and for each sample the offset of its image's first
         byte, so that one range read of the shard gets the image.
     """
-    buffer, offsets = io.BytesIO(), []
+    offsets: list[int] = []
+    return b"".join(tar_pieces(samples, offsets)), offsets
+
+
+def tar_pieces(samples: Iterable[tuple[str, bytes, str]], offsets: list[int]) -> Iterator[bytes]:
+    """`pack` piece by piece; the offsets are appended to a list as it goes."""
+    position = 0
     for key, image, caption in samples:
-        offsets.append(_add(buffer, f"{key}.jpg", image))
-        _add(buffer, f"{key}.txt", caption.encode())
-    buffer.write(bytes(2 * BLOCK))
-    return buffer.getvalue(), offsets
-
-
-def _add(buffer: io.BytesIO, name: str, content: bytes) -> int:
-    member = tarfile.TarInfo(name)  # owner 0 and time 0 by default
-    member.size, member.mode = len(content), 0o644
-    buffer.write(member.tobuf(tarfile.USTAR_FORMAT))
-    offset = buffer.tell()
-    buffer.write(content)
-    buffer.write(bytes(-len(content) % BLOCK))
-    return offset
+        offsets.append(position + BLOCK)
+        for name, content in ((f"{key}.jpg", image), (f"{key}.txt", caption.encode())):
+            member = tarfile.TarInfo(name)  # owner 0 and time 0 by default
+            member.size, member.mode = len(content), 0o644
+            padding = bytes(-len(content) % BLOCK)
+            yield from (member.tobuf(tarfile.USTAR_FORMAT), content, padding)
+            position += BLOCK + len(content) + len(padding)
+    yield bytes(2 * BLOCK)

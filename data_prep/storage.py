@@ -4,6 +4,7 @@ import hashlib
 import posixpath
 import tempfile
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from pyarrow import fs
@@ -60,13 +61,27 @@ def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Write a file so that a reader sees all of it or none: beside its name first, then moved there."""
+    write_pieces(uri, [content])
+
+
+def write_pieces(uri: str, pieces: Iterable[bytes]) -> tuple[int, str]:
+    """`write_bytes` for what need not be in memory at a time.
+
+    Returns:
+        The file's size and its SHA-256.
+    """
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):  # object stores have no folders, and would get empty objects
         filesystem.create_dir(posixpath.dirname(path), recursive=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    size, digest = 0, hashlib.sha256()
     with filesystem.open_output_stream(temporary) as stream:
-        stream.write(content)
+        for piece in pieces:
+            stream.write(piece)
+            digest.update(piece)
+            size += len(piece)
     filesystem.move(temporary, path)
+    return size, digest.hexdigest()
 
 
 def upload_folder(local: Path, uri: str) -> None:

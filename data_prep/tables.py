@@ -192,16 +192,21 @@ def table_uri(storage_uri: str, table: str, name: str) -> str:
     return storage.join(storage_uri, table, name)
 
 
-def write_part(storage_uri: str, table: str, name: str, path: str, rows: pa.Table) -> FileEntry:
+def write_part(
+    storage_uri: str, table: str, name: str, path: str, rows: pa.Table, row_group_size: int | None = None
+) -> FileEntry:
     """Write one Parquet file of a table (any process may); it is published by `publish` later.
 
-    Columns of the schema come first and in its order; further columns follow as they are.
+    Columns of the schema come first and in its order; further columns follow as they are. Small row groups are for
+    tables whose rows are read one here, one there.
     """
     schema = SCHEMAS[table]
     extra = [column for column in rows.column_names if column not in schema.names]
     fields = list(schema) + [rows.schema.field(column) for column in extra]
     ordered = rows.select([entry.name for entry in fields]).cast(pa.schema(fields))
-    return write_file(storage_uri, table, name, path, parquet_bytes(ordered), rows=rows.num_rows)
+    return write_file(
+        storage_uri, table, name, path, parquet_bytes(ordered, row_group_size=row_group_size), rows=rows.num_rows
+    )
 
 
 def entries_from_json(raw: dict[str, list[dict[str, Any]]]) -> dict[str, list[FileEntry]]:
@@ -235,8 +240,15 @@ def open_parquet(uris: Sequence[str], schema: pa.Schema) -> ds.Dataset:
 
 def write_file(storage_uri: str, table: str, name: str, path: str, content: bytes, *, rows: int = 0) -> FileEntry:
     """Write one file of a table, whole or not at all."""
-    storage.write_bytes(storage.join(table_uri(storage_uri, table, name), path), content)
-    return FileEntry(path, len(content), rows, storage.sha256(content))
+    return write_pieces(storage_uri, table, name, path, [content], rows=rows)
+
+
+def write_pieces(
+    storage_uri: str, table: str, name: str, path: str, pieces: Iterable[bytes], *, rows: int = 0
+) -> FileEntry:
+    """`write_file` for what need not be in memory at a time."""
+    size, digest = storage.write_pieces(storage.join(table_uri(storage_uri, table, name), path), pieces)
+    return FileEntry(path, size, rows, digest)
 
 
 def publish(

@@ -6,11 +6,14 @@ Shards are cut by the table alone and each is embedded by itself, so the bytes o
 actors nor on where a run was killed.
 """
 
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +24,13 @@ from ray.data.block import BlockMetadata
 
 from data_prep import storage, tables
 from data_prep.crops import Colour, CropConfig, Fit, crop_squares, crop_windows, square
-from data_prep.embeddings import ROWS
+from data_prep.embeddings import ROWS, ShardJob, save_shard
 from data_prep.shards import runs_of_size
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
+
+if TYPE_CHECKING:
+    from ovd_models.clip import Clip
 
 Pixels = npt.NDArray[np.uint8]
 SHARD_PIXELS = 32 << 20
@@ -36,17 +42,19 @@ class EmbedConfig:
     """How the work is shared out; results do not depend on it, but for `batch_size` and the last digits."""
 
     actors: int = 0
-    """Processes that hold the teacher; 0: one a core, or as many as the GPUs allow."""
+    """Processes that hold the teacher; 0: one for eight cores, or as many as the GPUs allow. Each works on several
+    shards at a time: two, or without a GPU one for each core that it has."""
     gpus: float = 0
     """GPUs of an actor."""
     threads: int = 1
     """Threads of an actor that cut out crops while the teacher looks at earlier ones; some for each GPU."""
-    batch_size: int = 64
-    """Squares or captions that the teacher looks at together."""
+    batch_size: int = 32
+    """Squares or captions that the teacher looks at together; some hundred on a GPU. On a CPU, activations of larger
+    batches of ViT-B/32 are beyond what the allocator keeps, and their pages are made anew in every layer."""
     images_per_shard: int = 64
     """Images of a shard at most: what a killed run computes again."""
-    waiting_bytes: int = 512 << 20
-    """Of decoded images and of rows that wait for the next stage."""
+    waiting_bytes: int = 256 << 20
+    """Of decoded images that wait for an actor."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -209,21 +217,34 @@ class Teacher:
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             for pixels in ahead(batches, self.pool, self.config.threads + 1):
                 images = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-                found.append(clip.model.encode_image(clip.normalise(images.float() / 255)).float())
+                found.append(clip.image_features(images))
         rows: npt.NDArray[np.float32] = torch.cat(found).cpu().numpy()
         return rows
 
     def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """[N, D] unit rows; texts of like length share a batch, since a batch costs what its longest one does."""
+        """[N, D] unit rows; a repeated text is embedded once.
+
+        Texts of like length share a batch, since a batch costs what its longest one does.
+        """
         torch, clip = self._torch, self.clip
-        rows = np.empty((len(texts), clip.config.embed_dim), np.float32)
-        tokens = clip.tokenize(texts)
+        place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        rows = np.empty((len(place), clip.config.embed_dim), np.float32)
+        tokens = clip.tokenize(list(place))
         order = torch.argsort((tokens != 0).sum(1), stable=True)
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            for start in range(0, len(texts), self.config.batch_size):
+            for start in range(0, len(place), self.config.batch_size):
                 chosen = order[start : start + self.config.batch_size]
                 rows[chosen.numpy()] = clip.encode_tokens(tokens[chosen].to(self.device)).float().cpu().numpy()
-        return rows
+        return rows[[place[text] for text in texts]]
+
+
+def store_checkpoint(clip: "Clip", uri: str) -> None:
+    """Write a model into a storage, where the actors of every machine can load it."""
+    from ovd_models.clip import save_clip
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_clip(clip, folder)
+        storage.upload_folder(Path(folder), uri)
 
 
 def margin_of(mean: Sequence[float]) -> Colour:
@@ -367,3 +388,25 @@ class PairStage:
                 "text_file": pa.array([row.tobytes() for row in texts.astype(ROWS)], pa.large_binary()),
             }
         )
+
+
+class ShardWorker:
+    """An actor that embeds and writes shards, several at a time."""
+
+    def __init__(self, stage: "type[RegionStage] | type[PairStage]", arguments: tuple[Any, ...], job: ShardJob) -> None:
+        """Make the stage.
+
+        Args:
+            stage: what embeds.
+            arguments: its own.
+            job: where shards go.
+        """
+        import torch  # here, so that the data tasks stay small
+
+        self.stage, self.job = stage(*arguments), job
+        if self.stage.teacher.device.type == "cpu":
+            torch.set_num_threads(1)  # each call has a thread of its own
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Embed a shard and write it; returns what `save_shard` tells."""
+        return save_shard(self.stage(rows), self.job)

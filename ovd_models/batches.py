@@ -82,6 +82,8 @@ class ConceptBatch:
     """B captions."""
     caption_embeddings: Tensor | None = None
     """[B, D] unit rows from the frozen text encoder; None where the teacher has no text tower."""
+    unreadable: tuple[str, ...] = ()
+    """Images that others of the same concept stand in for, and why."""
 
     def to(self, device: torch.device) -> "ConceptBatch":
         """The same batch on another device."""

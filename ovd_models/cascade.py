@@ -5,7 +5,6 @@ the federated loss. B images, R regions, N boxes of one image, K classes, D embe
 Boxes are xyxy in pixels of the resized image inside this file, of the original image at its borders.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,7 +17,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
 
 from ovd_models.batches import Detections
@@ -32,8 +31,9 @@ from ovd_models.centernet import (
 )
 from ovd_models.eva import EvaConfig, EvaPyramid
 from ovd_models.losses import cosine_logits, federated_classes, sigmoid_loss
+from ovd_models.masks import encode_masks
 from ovd_models.pyramids import Pyramid, SwinMaps, TimmMaps, pool_regions
-from ovd_models.rcnn import IMAGENET_MEAN, IMAGENET_STD, RCNNConfig, select_detections, widen
+from ovd_models.rcnn import IMAGENET_MEAN, IMAGENET_STD, RCNNConfig, restore_boxes, select_detections, widen
 from ovd_models.vocabulary import Vocabulary
 
 
@@ -274,7 +274,7 @@ class CenterNet2(nn.Module):
         return loss / max(1, goal_R28.numel())
 
     def predict(
-        self, batch: ImageList, features: dict[str, Tensor], text_KD: Tensor, threshold: float, limit: int
+        self, batch: ImageList, features: dict[str, Tensor], vocabulary: Vocabulary, threshold: float, limit: int
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Boxes [N, 4] in resized pixels, scores [N] and classes [N] of every image, best first.
 
@@ -282,9 +282,8 @@ class CenterNet2(nn.Module):
         """
         proposals = self.propose(batch, features)
         outputs = self.cascade(features, proposals.boxes, batch.image_sizes)
-        stages_SRK = torch.stack(
-            [cosine_logits(output.embeddings, text_KD, self.config.temperature).sigmoid() for output in outputs]
-        )
+        logits_RS = [cosine_logits(each.embeddings, vocabulary.embeddings, self.config.temperature) for each in outputs]
+        stages_SRK = torch.stack([vocabulary.strongest(logits).sigmoid() for logits in logits_RS])
         score_RK = combine_scores(stages_SRK, torch.cat(proposals.scores))
         refined = self.stages[-1].refined(outputs[-1])  # type: ignore[operator]
         scores = torch.split(score_RK, [len(entry) for entry in proposals.boxes])
@@ -302,16 +301,22 @@ class CenterNet2(nn.Module):
         score_threshold: float = 0.02,
         max_detections: int = 300,
     ) -> list[Detections]:
-        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` an image."""
+        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` an image, with masks if learnt."""
         padded = [widen(image, self.config.max_size) for image in images]
         batch = self.preprocess(padded)
-        found = self.predict(batch, self.features(batch), vocabulary.embeddings, score_threshold, max_detections)
+        features = self.features(batch)
+        found = self.predict(batch, features, vocabulary, score_threshold, max_detections)
+        masks: list[Tensor] | None = None
+        if self.config.mask_convs:
+            boxes = [box_N4 for box_N4, _, _ in found]
+            masks = list(torch.split(self.mask_logits(features, boxes).sigmoid(), [len(box) for box in boxes]))
         detections = []
-        for image, wide, size, (box_N4, score_N, label_N) in zip(images, padded, batch.image_sizes, found, strict=True):
+        for index, (image, wide, size) in enumerate(zip(images, padded, batch.image_sizes, strict=True)):
+            box_N4, score_N, label_N = found[index]
             height, width = (int(side) for side in image.shape[-2:])
-            restored = resize_boxes(box_N4, list(size), list(wide.shape[-2:])) if len(box_N4) else box_N4
-            inside = clip_boxes_to_image(restored, (height, width))
-            detections.append(Detections(inside, score_N, label_N, vocabulary.names, width, height))
+            inside = restore_boxes(box_N4, image, wide, size)
+            encoded = None if masks is None else encode_masks(masks[index], inside, height, width)
+            detections.append(Detections(inside, score_N, label_N, vocabulary.names, width, height, masks=encoded))
         return detections
 
 
@@ -350,30 +355,3 @@ def match(box_N4: Tensor, target: dict[str, Tensor], iou: float) -> tuple[Tensor
         return matched_N, box_N4
     label_N = target["labels"][matched_N.clamp(min=0)].where(matched_N >= 0, -1)
     return label_N, target["boxes"][matched_N.clamp(min=0)]
-
-
-def paste_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
-    """Masks of boxes as masks of the image, bilinear between the cells' centres.
-
-    Args:
-        probability_NSS: [N, S, S] inside each box.
-        box_N4: [N, 4] in pixels of the image.
-        height: of the image.
-        width: of the image.
-        threshold: from which a pixel belongs to the object.
-
-    Returns:
-        [N, height, width] bool.
-    """
-    rows = max(1, math.floor(2**26 / max(1, height * width)))  # masks at a time, to bound memory
-    pasted = [box_N4.new_zeros((0, height, width), dtype=torch.bool)]
-    for mask_NSS, part_N4 in zip(torch.split(probability_NSS, rows), torch.split(box_N4, rows), strict=True):
-        x_W = torch.arange(width, device=box_N4.device) + 0.5
-        y_H = torch.arange(height, device=box_N4.device) + 0.5
-        left_N1, top_N1, right_N1, bottom_N1 = part_N4[:, :, None].unbind(1)
-        x_NW = (x_W - left_N1) / (right_N1 - left_N1).clamp(min=1e-6) * 2 - 1
-        y_NH = (y_H - top_N1) / (bottom_N1 - top_N1).clamp(min=1e-6) * 2 - 1
-        shape = (len(part_N4), height, width)
-        grid_NHW2 = torch.stack((x_NW[:, None].expand(shape), y_NH[:, :, None].expand(shape)), dim=-1)
-        pasted.append(F.grid_sample(mask_NSS[:, None], grid_NHW2, align_corners=False)[:, 0] >= threshold)
-    return torch.cat(pasted)

@@ -4,7 +4,6 @@ B images or texts, K names, P prompts of a name, D embedding width.
 """
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,70 +18,28 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CustomTextCLIP
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import TextTransformer
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import Normalize
 
 from ovd_models.errors import InputError
 from ovd_models.pretrained import architecture, find_weights, load_released, told_in_one_line
 from ovd_models.prompts import find_prompt_set, prompts_of
+from ovd_models.towers import image_features, text_features
 
 MAX_KNOWN_NAMES = 100_000
 """Embedded names that a text encoder keeps."""
 SENTENCES = 512
 """Sentences that are embedded at a time."""
+FILLS = {"normal_", "uniform_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "trunc_normal_"}
+"""Functions of torch by which a layer draws its first weights."""
 TOKENIZER = "ViT-B-32"
 """The open_clip model whose byte-pair tokenizer is used: all CLIP models of OpenAI's kind share it."""
-
-
-class FlatConvNet(nn.Module):
-    """A small image tower for small images: stride-2 convolutions, flattened without pooling, so place is kept.
-
-    Args:
-        image_size: side of the square input, a multiple of 16.
-        widths: channels of the stem and of the three stages.
-    """
-
-    def __init__(self, image_size: int = 64, widths: Sequence[int] = (24, 48, 96, 144)) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [*_conv_norm_relu(3, widths[0], stride=2)]
-        for width_in, width_out in itertools.pairwise(widths):
-            layers += [*_conv_norm_relu(width_in, width_out, stride=2), *_conv_norm_relu(width_out, width_out)]
-        self.layers = nn.Sequential(*layers)
-        self.num_features = widths[-1] * (image_size // 16) ** 2
-        self.default_cfg: dict[str, Any] = {}
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, num_features]."""
-        return torch.flatten(self.layers(images), 1)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """open_clip's call to remove a classifier; there is none."""
-
-
-def _conv_norm_relu(width_in: int, width_out: int, stride: int = 1) -> tuple[nn.Module, ...]:
-    convolution = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
-    return convolution, nn.BatchNorm2d(width_out), nn.ReLU(inplace=True)
-
-
-@register_model
-def flat_convnet_64(
-    pretrained: bool = False,
-    pretrained_cfg: object = None,
-    pretrained_cfg_overlay: object = None,
-    cache_dir: object = None,
-) -> FlatConvNet:
-    """`FlatConvNet` for 64 px images, under a name that open_clip configs can give as `timm_model_name`.
-
-    The arguments are timm's and of no effect: there are no pretrained weights.
-    """
-    return FlatConvNet()
 
 
 def _tiny_vision() -> dict[str, Any]:
@@ -202,11 +159,15 @@ class Clip(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] uint8 RGB of the model's size -> [B, D] unit rows."""
-        return F.normalize(self.model.encode_image(self.normalise(images.float() / 255)).float(), dim=-1)
+        return F.normalize(self.image_features(images), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] uint8 RGB of the model's size -> [B, D], not normalised."""
+        return image_features(self.model.visual, self.normalise(images.float() / 255)).float()
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, D] unit rows."""
-        return encode_tokens(self.model.text, tokens)
+        return F.normalize(text_features(self.model.text, tokens).float(), dim=-1)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """[B, T] tokens; sentences longer than the context are cut."""
@@ -238,22 +199,6 @@ def _frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-
-
-def encode_tokens(tower: Any, tokens: Tensor) -> Tensor:
-    """[B, T] -> [B, D] unit rows, on the longest sentence's length instead of T.
-
-    Exact for CLIP's own towers, where attention is causal and the end token's feature is taken; others get all of T.
-    """
-    causal = isinstance(tower, TextTransformer) and tower.pool_type == "argmax" and tower.cls_emb is None
-    if not causal or tower.attn_mask is None or not isinstance(tower.text_projection, nn.Parameter):
-        return F.normalize(tower(tokens).float(), dim=-1)
-    length = int(tokens.argmax(1).max()) + 1  # the end token has the highest id; padding shares its id with "!"
-    tokens = tokens[:, :length]
-    hidden = tower.token_embedding(tokens) + tower.positional_embedding[:length]
-    hidden = tower.ln_final(tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length]))
-    pooled = hidden[torch.arange(len(tokens)), tokens.argmax(-1)] @ tower.text_projection
-    return F.normalize(pooled.float(), dim=-1)
 
 
 @torch.no_grad()
@@ -310,7 +255,8 @@ class ClipTextEncoder:
             return torch.empty(0, self.config.embed_dim)
         device = next(self.tower.parameters()).device
         parts = (list(sentences[start : start + SENTENCES]) for start in range(0, len(sentences), SENTENCES))
-        return torch.cat([encode_tokens(self.tower, self.tokenizer(part).to(device)).cpu() for part in parts])
+        rows = [text_features(self.tower, self.tokenizer(part).to(device)).float().cpu() for part in parts]
+        return F.normalize(torch.cat(rows), dim=-1)
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
@@ -323,27 +269,26 @@ def weights_digest(state: dict[str, Tensor]) -> str:
 
 
 def save_clip(model: Clip, folder: str | Path) -> str:
-    """Write `clip.json` and `clip.safetensors`; returns the teacher id.
-
-    The weights are written first, so that a folder with `clip.json` is whole.
-    """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    state = {name: value.contiguous() for name, value in model.model.state_dict().items()}
+    """Write `clip.json` and `clip.safetensors`; returns the teacher id."""
+    state = model.model.state_dict()
     teacher = f"clip:{weights_digest(state)}"
-    save_file(state, target / "clip.safetensors")
-    (target / "clip.json").write_text(json.dumps({"teacher": teacher, "config": asdict(model.config)}, indent=1))
+    _write(state, {"teacher": teacher, "config": asdict(model.config)}, Path(folder))
     return teacher
 
 
 def save_text_encoder(encoder: ClipTextEncoder, folder: Path) -> None:
     """Write the text tower alone in the same form."""
+    state = {f"text.{name}": value for name, value in encoder.tower.state_dict().items()}
+    _write(state, {"teacher": encoder.teacher, "config": asdict(encoder.config)}, folder)
+
+
+def _write(state: dict[str, Tensor], description: dict[str, Any], folder: Path) -> None:
+    """Weights, then `clip.json`, so that a folder with it is whole; a file that models are mapped from is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {f"text.{name}": value.contiguous() for name, value in encoder.tower.state_dict().items()}
-    save_file(state, folder / "clip.safetensors")
-    (folder / "clip.json").write_text(
-        json.dumps({"teacher": encoder.teacher, "config": asdict(encoder.config)}, indent=1)
-    )
+    fresh = folder / "clip.safetensors.tmp"
+    save_file({name: value.contiguous() for name, value in state.items()}, fresh)
+    fresh.replace(folder / "clip.safetensors")
+    (folder / "clip.json").write_text(json.dumps(description, indent=1))
 
 
 def _read(folder: str | Path) -> tuple[ClipConfig, str, dict[str, Tensor]]:
@@ -355,9 +300,27 @@ def _read(folder: str | Path) -> tuple[ClipConfig, str, dict[str, Tensor]]:
         config = ClipConfig(
             **{**raw["config"], "mean": tuple(raw["config"]["mean"]), "std": tuple(raw["config"]["std"])}
         )
-        return config, str(raw["teacher"]), load_file(source / "clip.safetensors")
+        weights = load_file(source / "clip.safetensors")  # mapped: processes that load the same file share its memory
+        return config, str(raw["teacher"]), {name: _wide(value) for name, value in weights.items()}
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise InputError(f"{source}: not a readable CLIP checkpoint ({error})") from error
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+class Unfilled(TorchFunctionMode):
+    """Models are built without the random numbers that they start from, for weights that are about to be loaded."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leave a tensor as it is where it would be filled."""
+        named = kwargs or {}
+        if getattr(func, "__name__", "") in FILLS:
+            return (*args, *named.values())[0]
+        return func(*args, **named)
 
 
 def load_clip(source: str | Path, pretrained: str = "") -> tuple[Clip, str]:
@@ -376,10 +339,10 @@ def load_clip(source: str | Path, pretrained: str = "") -> tuple[Clip, str]:
     if not Path(source).exists() and str(source) in open_clip.list_models():
         raise InputError(f"{source}: an architecture without weights, expected --pretrained with a tag or a file")
     config, teacher, state = _read(source)
-    with told_in_one_line(f"{source}: no model can be built from its config"):
+    with told_in_one_line(f"{source}: no model can be built from its config"), Unfilled():
         model = Clip(config)
     with told_in_one_line(f"{source}: weights do not fit the config"):
-        model.model.load_state_dict(state)
+        model.model.load_state_dict(state, assign=True)
     return model.eval(), teacher
 
 
@@ -413,11 +376,11 @@ def load_text_encoder(source: str | Path, pretrained: str = "") -> ClipTextEncod
         model, teacher = load_clip(source, pretrained)
         return ClipTextEncoder(model.config, model.model.text, teacher)
     config, teacher, state = _read(source)
-    with told_in_one_line(f"{source}: no model can be built from its config"):
+    with told_in_one_line(f"{source}: no model can be built from its config"), Unfilled():
         tower = build_text_tower(config)
     text = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
     with told_in_one_line(f"{source}: weights do not fit the config"):
-        tower.load_state_dict(text)
+        tower.load_state_dict(text, assign=True)
     return ClipTextEncoder(config, tower, teacher)
 
 

@@ -1,7 +1,7 @@
 """CoDet: learn to classify regions from images whose captions share a concept (NeurIPS 2023, arXiv 2310.16667).
 
-G groups, g images of a group, Q = g query images, S = g supports, N proposals of an image, B = G * g images,
-D embedding width, C concepts, K categories with boxes.
+G groups, g images of a group, N proposals of an image, B = G * g images, D embedding width, C concepts, K categories
+with boxes.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,26 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import box_area, clip_boxes_to_image
 
+from ovd_models.alignment import (
+    Aggregation,
+    Alignment,
+    LearnedAggregation,
+    align,
+    guidance_weights,
+    largest,
+    nearest_to_text,
+)
 from ovd_models.batches import ConceptBatch, DetectionBatch, Detections
 from ovd_models.c4 import C4
 from ovd_models.cascade import CenterNet2, CenterNet2Config
 from ovd_models.errors import InputError
 from ovd_models.losses import caption_loss, concept_loss, cosine_logits
-from ovd_models.rcnn import RCNN, RCNNConfig, widen
+from ovd_models.rcnn import RCNN, RCNNConfig, restore_boxes, widen
 from ovd_models.vocabulary import Vocabulary
+
+Supervision = Literal["region_region", "region_text", "max_size", "captions", "boxes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +47,16 @@ class CoDetConfig:
     centernet2: CenterNet2Config = field(default_factory=CenterNet2Config)
     num_proposals: int = 16
     """N: the best proposals of a captioned image that take part."""
+    supervision: Supervision = "region_region"
+    """Which proposal of a captioned image learns its concept: what the group shares (CoDet), the one most similar to
+    the concept's name, the largest (Detic); or none (`captions`: the image-text loss alone; `boxes`: nothing)."""
     text_guidance: bool = True
     centre_guidance: bool = True
     """Take the mean over all concepts from a concept before it guides; the released model does not."""
-    aggregation: Literal["maximum", "learned"] = "maximum"
-    """From similarities to attention: `align`, or the released perceptron, which fits one group size only."""
+    aggregation: Aggregation = "maximum"
+    """From similarities to attention: a rule of `align`, or the released perceptron, which fits one group size only."""
+    top_k: int = 3
+    """Similarities of a support that the aggregation `top_k` takes the mean of."""
     group_size: int = 0
     """Images of a group; only the learned aggregation needs to know."""
     attention_temperature: float = 0.1
@@ -52,85 +68,15 @@ class CoDetConfig:
 
 
 @dataclass(frozen=True)
-class Alignment:
-    """How the proposals of each query image relate to those of its group."""
+class GroupAttention:
+    """Where a model looks in the g images of a group."""
 
-    attention: Tensor
-    """[G, g, N] weights over an image's proposals; each row with a proposal sums to 1."""
-    prototype: Tensor
-    """[G, g, D] attention-weighted mean of the image's region features."""
-
-
-def guidance_weights(text_GD: Tensor, centre_D: Tensor) -> Tensor:
-    """[G, D] weights of embedding dimensions for each group's concept, averaging 1 (CoDet, text guidance).
-
-    The absolute embedding, after the mean over all concepts is taken away: without that, a few large dimensions that
-    all concepts share decide, and guidance hardly depends on the concept.
-    """
-    magnitude_GD = (text_GD - centre_D).abs()
-    return magnitude_GD * text_GD.shape[1] / magnitude_GD.sum(1, keepdim=True).clamp(min=1e-12)
-
-
-def align(region_GgND: Tensor, valid_GgN: Tensor, guidance_GD: Tensor, temperature: float) -> Alignment:
-    """Find in every image what its group shares (CoDet, section 3.2; all queries at once).
-
-    S[a, b] = sum_k w_k p_a[k] p_b[k] between unit features of a query's proposals a and a support's proposals b;
-    for each a the maximum over a support's proposals, the mean over supports, and a softmax over a. So neither the
-    order of images nor that of proposals matters, and padding takes no part.
-
-    Args:
-        region_GgND: [G, g, N, D] region features of any norm.
-        valid_GgN: [G, g, N] bool, False where padded.
-        guidance_GD: [G, D] weights of the dimensions.
-        temperature: divides the similarity before the softmax.
-    """
-    group_size = region_GgND.shape[1]
-    if not region_GgND.shape[2]:  # no image has a proposal
-        return Alignment(region_GgND.new_zeros(valid_GgN.shape), region_GgND.sum(2))
-    unit_GgND = F.normalize(region_GgND, dim=-1)
-    guided_GgND = unit_GgND * guidance_GD[:, None, None, :]
-    similarity_GQNSN = torch.einsum("gqad,gsbd->gqasb", guided_GgND, unit_GgND)
-    hidden = torch.finfo(similarity_GQNSN.dtype).min
-    best_GQNS = similarity_GQNSN.masked_fill(~valid_GgN[:, None, None], hidden).amax(-1)
-    itself_QS = torch.eye(group_size, dtype=torch.bool, device=region_GgND.device)
-    usable_GQS = valid_GgN.any(-1)[:, None, :] & ~itself_QS  # supports: the others, if they have a proposal
-    weight_GQS = usable_GQS / usable_GQS.sum(-1, keepdim=True).clamp(min=1)
-    shared_GQN = torch.where(usable_GQS[:, :, None], best_GQNS, 0.0).mul(weight_GQS[:, :, None]).sum(-1)
-    attention_GgN = torch.softmax((shared_GQN / temperature).masked_fill(~valid_GgN, hidden), dim=-1) * valid_GgN
-    return Alignment(attention_GgN, torch.einsum("gqa,gqad->gqd", attention_GgN, region_GgND))
-
-
-class LearnedAggregation(nn.Module):
-    """The released aggregation: a two-layer perceptron scores each row of the similarity matrix.
-
-    Unlike `align`, it knows the ranks of proposals and the order of supports, fits one group size and one number of
-    proposals only, and gives padding its share of the attention; it is here so that released weights give released
-    results.
-
-    Args:
-        group_size: g.
-        num_proposals: N, which images with fewer are padded to with zero features.
-    """
-
-    def __init__(self, group_size: int, num_proposals: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(num_proposals * (group_size - 1), num_proposals)
-        self.score = nn.Linear(num_proposals, 1)
-        nn.init.kaiming_uniform_(self.hidden.weight, a=1)
-        nn.init.normal_(self.score.weight, std=1e-3)  # attention starts out even
-        for layer in (self.hidden, self.score):
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, region_GgND: Tensor, guidance_GD: Tensor) -> Alignment:
-        """[G, g, N, D] region features, zero where padded, and [G, D] weights of the dimensions."""
-        groups, size, count, _ = region_GgND.shape
-        unit_GgND = F.normalize(region_GgND, dim=-1)
-        similarity_GQNSN = torch.einsum("gqad,gsbd->gqasb", unit_GgND * guidance_GD[:, None, None, :], unit_GgND)
-        others_QS = ~torch.eye(size, dtype=torch.bool, device=region_GgND.device)
-        rows = similarity_GQNSN.transpose(2, 3)[:, others_QS].view(groups, size, size - 1, count, count)
-        score_GgN = self.score(F.relu(self.hidden(rows.transpose(2, 3).flatten(3)))).squeeze(-1)
-        attention_GgN = torch.softmax(score_GgN, dim=-1)
-        return Alignment(attention_GgN, torch.einsum("gqa,gqad->gqd", attention_GgN, region_GgND))
+    boxes: list[Tensor]
+    """g tensors [N, 4], the proposals, in pixels of the images."""
+    attention: list[Tensor]
+    """g tensors [N]."""
+    similarity: Tensor
+    """[M, M] between all proposals of the group, image after image."""
 
 
 class CoDet(nn.Module):
@@ -140,7 +86,7 @@ class CoDet(nn.Module):
         super().__init__()
         self.config = config
         self.detector = build_detector(config)
-        if config.aggregation == "learned":
+        if config.aggregation == "learned" and config.supervision == "region_region":
             if config.group_size < 2:
                 raise InputError(f"group_size: {config.group_size}, expected at least 2 for the learned aggregation")
             stages = len(config.centernet2.stage_ious) if config.architecture == "centernet2" else 1
@@ -150,7 +96,7 @@ class CoDet(nn.Module):
 
     def forward(
         self,
-        detection: DetectionBatch,
+        detection: DetectionBatch | None,
         concepts: ConceptBatch | None,
         categories_KD: Tensor,
         concepts_CD: Tensor | None,
@@ -158,29 +104,41 @@ class CoDet(nn.Module):
         """Weighted losses of one step: both kinds of batch go through the backbone together.
 
         Args:
-            detection: images with boxes.
+            detection: images with boxes; None for a step of captions alone.
             concepts: caption groups; None for box supervision alone.
             categories_KD: [K, D] unit rows that `detection.labels` count.
             concepts_CD: [C, D] unit rows that `concepts.concept_ids` count.
         """
         detector = self.detector
-        captioned = concepts.images if concepts is not None else ()
-        images = [widen(image, detector.config.max_size) for image in (*detection.images, *captioned)]
+        if concepts_CD is None or self.config.supervision == "boxes":
+            concepts = None
+        annotated, captioned = (entry.images if entry is not None else () for entry in (detection, concepts))
+        images = [widen(image, detector.config.max_size) for image in (*annotated, *captioned)]
         batch = detector.preprocess(images)
         features = detector.features(batch)
         proposals = detector.propose(batch, features)
-        targets = [
-            {"boxes": resize_boxes(box, list(image.shape[-2:]), list(size)), "labels": label}
-            for image, box, label, size in zip(
-                images, detection.boxes, detection.labels, batch.image_sizes, strict=False
-            )
-        ]
-        losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)  # type: ignore[arg-type]
+        losses: dict[str, Tensor] = {}
+        if detection is not None:
+            targets = [
+                {"boxes": resize_boxes(box, list(image.shape[-2:]), list(size)), "labels": label}
+                for image, box, label, size in zip(
+                    images, detection.boxes, detection.labels, batch.image_sizes, strict=False
+                )
+            ]
+            if detection.masks is not None:
+                for target, mask_NHW, image, size in zip(
+                    targets, detection.masks, images, batch.image_sizes, strict=False
+                ):
+                    target["masks"] = resize_masks(mask_NHW, image, size)
+            losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)  # type: ignore[arg-type]
         if concepts is not None and concepts_CD is not None:
-            start = detection.num_images
+            start = len(annotated)
             own = {name: level[start:] for name, level in features.items()}
             sizes = ImageList(batch.tensors[start:], batch.image_sizes[start:])
             losses |= self._group_losses(concepts, sizes, own, proposals.boxes[start:], concepts_CD)
+        if detection is None:  # gradients of a caption step are gathered over ranks as those of any other
+            unused = 0.0 * torch.stack([value.sum() for value in self.parameters()]).sum()
+            losses["concept"] = losses["concept"] + unused if "concept" in losses else unused
         return losses
 
     def _group_losses(
@@ -192,58 +150,114 @@ class CoDet(nn.Module):
         concepts_CD: Tensor,
     ) -> dict[str, Tensor]:
         """Region-word and image-text losses of a batch of groups."""
-        config = self.config
-        boxes = [
-            clip_boxes_to_image(entry[: config.num_proposals].detach(), size)
-            for entry, size in zip(proposals, batch.image_sizes, strict=True)
-        ]
-        counts = [len(entry) for entry in boxes]
+        config, temperature = self.config, self.detector.config.temperature
+        boxes = self._best(proposals, batch)
         losses: dict[str, Tensor] = {}
-        for stage, region_RD in enumerate(self._embed_with_image(features, boxes, batch)):
-            rows = torch.split(region_RD, [count + 1 for count in counts])
-            prototype_BD = self._prototypes(stage, [entry[:-1] for entry in rows], concepts, concepts_CD)
-            logits_BC = cosine_logits(prototype_BD, concepts_CD, self.detector.config.temperature)
-            concept_B = concepts.concept_ids.repeat_interleave(concepts.group_size)
-            loss = config.concept_weight * concept_loss(logits_BC, concept_B, concepts.mentioned)
-            losses["concept"] = losses.get("concept", 0.0) + loss
+        for stage, rows in enumerate(self._embed_with_image(features, boxes, batch)):
+            if config.supervision != "captions":
+                aligned = self.align(stage, [entry[:-1] for entry in rows], boxes, concepts, concepts_CD)
+                seen_B = aligned.attention.flatten(0, 1).any(-1)  # an image without proposals teaches nothing
+                logits_BC = cosine_logits(aligned.prototype.flatten(0, 1)[seen_B], concepts_CD, temperature)
+                concept_B = concepts.concept_ids.repeat_interleave(concepts.group_size)[seen_B]
+                loss = config.concept_weight * concept_loss(logits_BC, concept_B, concepts.mentioned[seen_B])
+                losses["concept"] = losses.get("concept", 0.0) + loss
             if config.caption_weight and concepts.caption_embeddings is not None:
                 image_BD = torch.stack([entry[-1] for entry in rows])
                 gathered = gather_captions(concepts.caption_embeddings)
-                loss = config.caption_weight * caption_loss(image_BD, *gathered, self.detector.config.temperature)
+                loss = config.caption_weight * caption_loss(image_BD, *gathered, temperature)
                 losses["caption"] = losses.get("caption", 0.0) + loss
         return losses
 
-    def _embed_with_image(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> list[Tensor]:
-        """[R, D] embeddings in every stage of each image's boxes and, behind them, of the whole image."""
+    def _best(self, proposals: list[Tensor], batch: ImageList) -> list[Tensor]:
+        """B tensors [N, 4]: the best proposals of each image, inside it."""
+        return [
+            clip_boxes_to_image(entry[: self.config.num_proposals].detach(), size)
+            for entry, size in zip(proposals, batch.image_sizes, strict=True)
+        ]
+
+    def _embed_with_image(
+        self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList
+    ) -> list[tuple[Tensor, ...]]:
+        """For every stage B tensors [N + 1, D]: embeddings of each image's boxes and, last, of the whole image."""
         with_whole = [
             torch.cat((entry, entry.new_tensor([[0, 0, width, height]])))
             for entry, (height, width) in zip(boxes, batch.image_sizes, strict=True)
         ]
         if isinstance(self.detector, CenterNet2):
-            return self.detector.region_embeddings(features, with_whole, batch)
-        return [self.detector.projection(self.detector.region_features(features, with_whole, batch))]
-
-    def _prototypes(self, stage: int, regions: list[Tensor], concepts: ConceptBatch, concepts_CD: Tensor) -> Tensor:
-        """[B, D] what each image shares with its group, from the embeddings [N, D] of its proposals."""
-        config, shape = self.config, (len(concepts.concept_ids), concepts.group_size)
-        own_GD = concepts_CD[concepts.concept_ids]
-        centre_D = concepts_CD.mean(0) * config.centre_guidance
-        guidance_GD = guidance_weights(own_GD, centre_D) if config.text_guidance else torch.ones_like(own_GD)
-        region_BND = pad_sequence(regions, batch_first=True)
-        if config.aggregation == "learned":
-            missing = config.num_proposals - region_BND.shape[1]
-            padded = F.pad(region_BND, (0, 0, 0, missing)).view(*shape, config.num_proposals, -1)
-            aligned: Alignment = self.aggregations[stage](padded, guidance_GD)
+            stages = self.detector.region_embeddings(features, with_whole, batch)
         else:
-            lengths_B = torch.tensor([len(entry) for entry in regions], device=region_BND.device)
-            valid_BN = torch.arange(region_BND.shape[1], device=region_BND.device) < lengths_B[:, None]
-            aligned = align(
-                region_BND.view(*shape, *region_BND.shape[1:]),
-                valid_BN.view(*shape, -1),
-                guidance_GD,
-                config.attention_temperature,
-            )
-        return aligned.prototype.flatten(0, 1)
+            stages = [self.detector.projection(self.detector.region_features(features, with_whole, batch))]
+        return [torch.split(region_RD, [len(entry) for entry in with_whole]) for region_RD in stages]
+
+    def align(
+        self, stage: int, regions: list[Tensor], boxes: list[Tensor], concepts: ConceptBatch, concepts_CD: Tensor
+    ) -> Alignment:
+        """Attention over the proposals of a batch of groups, as the config's `supervision` says.
+
+        Args:
+            stage: of the detector.
+            regions: B tensors [N, D], embeddings of each image's proposals.
+            boxes: B tensors [N, 4], the proposals.
+            concepts: the batch.
+            concepts_CD: [C, D] unit rows of all concepts.
+        """
+        config, shape = self.config, (len(concepts.concept_ids), concepts.group_size)
+        region_BND = pad_sequence(regions, batch_first=True)
+        if config.supervision == "region_region" and config.aggregation == "learned":
+            region_BND = F.pad(region_BND, (0, 0, 0, config.num_proposals - region_BND.shape[1]))
+            guidance_GD = self.guidance(concepts.concept_ids, concepts_CD)
+            learned: Alignment = self.aggregations[stage](region_BND.view(*shape, *region_BND.shape[1:]), guidance_GD)
+            return learned
+        count_B1 = torch.tensor([[len(entry)] for entry in regions], device=region_BND.device)
+        valid_BN = torch.arange(region_BND.shape[1], device=region_BND.device) < count_B1
+        region_GgND, valid_GgN = region_BND.view(*shape, *region_BND.shape[1:]), valid_BN.view(*shape, -1)
+        if config.supervision == "region_text":
+            return nearest_to_text(region_GgND, valid_GgN, concepts_CD[concepts.concept_ids])
+        if config.supervision == "max_size":
+            area_BN = pad_sequence([box_area(entry) for entry in boxes], batch_first=True)
+            return largest(region_GgND, valid_GgN, area_BN.view(*shape, -1))
+        return align(
+            region_GgND,
+            valid_GgN,
+            self.guidance(concepts.concept_ids, concepts_CD),
+            config.attention_temperature,
+            aggregation=config.aggregation,
+            top_k=config.top_k,
+        )
+
+    def guidance(self, concept_G: Tensor, concepts_CD: Tensor) -> Tensor:
+        """[G, D] weights of embedding dimensions for concepts [G]."""
+        own_GD = concepts_CD[concept_G]
+        if not self.config.text_guidance:
+            return torch.ones_like(own_GD)
+        return guidance_weights(own_GD, concepts_CD.mean(0) * self.config.centre_guidance)
+
+    @torch.no_grad()
+    def explain(self, concepts: ConceptBatch, concepts_CD: Tensor) -> list[GroupAttention]:
+        """Where the model looks in each group: proposals, attention and similarities, by its last stage."""
+        training = self.training
+        self.eval()
+        detector, size = self.detector, concepts.group_size
+        images = [widen(image, detector.config.max_size) for image in concepts.images]
+        batch = detector.preprocess(images)
+        features = detector.features(batch)
+        boxes = self._best(detector.propose(batch, features).boxes, batch)
+        stages = self._embed_with_image(features, boxes, batch)
+        regions = [entry[:-1] for entry in stages[-1]]
+        attention_BN = self.align(len(stages) - 1, regions, boxes, concepts, concepts_CD).attention.flatten(0, 1)
+        guidance_GD = self.guidance(concepts.concept_ids, concepts_CD)
+        self.train(training)
+        restored = [
+            restore_boxes(box, image, wide, resized)
+            for box, image, wide, resized in zip(boxes, concepts.images, images, batch.image_sizes, strict=True)
+        ]
+        found = []
+        for group, guidance_D in enumerate(guidance_GD):
+            rows = slice(group * size, (group + 1) * size)
+            unit_MD = F.normalize(torch.cat(regions[rows]), dim=1)
+            attention = [row[: len(box)] for row, box in zip(attention_BN[rows], boxes[rows], strict=True)]
+            found.append(GroupAttention(restored[rows], attention, unit_MD * guidance_D @ unit_MD.T))
+        return found
 
     def detect(
         self,
@@ -262,6 +276,15 @@ def build_detector(config: CoDetConfig) -> RCNN | CenterNet2:
     if config.architecture == "centernet2":
         return CenterNet2(config.centernet2)
     return C4(config.detector) if config.architecture == "c4" else RCNN(config.detector)
+
+
+def resize_masks(mask_NHW: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[N, H, W] bool masks of a picture, which may have been widened to `image`, as those of the resized one."""
+    height, width = image.shape[-2:]
+    wide_NHW = F.pad(mask_NHW, (0, width - mask_NHW.shape[2], 0, height - mask_NHW.shape[1]))
+    if not len(wide_NHW):
+        return wide_NHW.new_zeros((0, *size))
+    return F.interpolate(wide_NHW[:, None].float(), size, mode="nearest-exact")[:, 0].bool()
 
 
 def gather_captions(caption_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,26 +1,28 @@
 """OV-SAM: one frozen CLIP that segments like SAM and names what it segments (arXiv 2401.02955).
 
-SAM2CLIP turns CLIP's levels into SAM's image embedding; CLIP2SAM (`ovsam_head.py`) names the masks.
+SAM2CLIP (`ovsam_adapter.py`) turns CLIP's levels into SAM's image embedding; CLIP2SAM (`ovsam_head.py`) names the
+masks.
 
-B images, P prompts of an image, C prompt width, W adapter width, S side of the square input, h side of the
-embedding, L = 4 h, K names, Y synonyms, D embedding width of names.
+B images, P prompts of an image, C prompt width, S side of the square input, h side of the embedding, L = 4 h, K names,
+Y synonyms, D embedding width of names.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from segment_anything.modeling import MaskDecoder
-from segment_anything.modeling.common import LayerNorm2d
-from segment_anything.modeling.image_encoder import Block
 from segment_anything.utils.amg import build_point_grid, calculate_stability_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
 from ovd_models.errors import InputError
-from ovd_models.ovsam_head import RegionNamer, fuse, name_logits, text_of
+from ovd_models.ovsam_adapter import Sam2Clip
+from ovd_models.ovsam_crops import cut_outs
+from ovd_models.ovsam_head import LOGIT_SCALE, RegionNamer, fuse, name_logits, text_of
 from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.sam import (
     IMAGENET_MEAN,
@@ -62,108 +64,13 @@ class OvSamConfig:
     """CLIP's part in the score of base names."""
     beta: float = 0.9
     """CLIP's part in the score of novel names."""
-
-
-class LevelProjection(nn.Module):
-    """One CLIP level on the embedding's grid: a strided convolution, or a transposed one for coarser levels."""
-
-    def __init__(self, channels: int, width: int, stride: int, target_stride: int) -> None:
-        super().__init__()
-        if max(stride, target_stride) % min(stride, target_stride):
-            raise InputError(f"CLIP level of stride {stride}: does not fit SAM's stride {target_stride}")
-        down, up = max(1, target_stride // stride), max(1, stride // target_stride)
-        self.projection: nn.Module = (
-            nn.ConvTranspose2d(channels, width, up, up) if up > 1 else nn.Conv2d(channels, width, down, down)
-        )
-
-    def forward(self, level_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, W, h, h]."""
-        projected: Tensor = self.projection(level_BCHW)
-        return projected
-
-
-class Sam2Clip(nn.Module):
-    """The adapter: CLIP's levels, each projected, summed, and refined by ViTDet blocks to SAM's image embedding.
-
-    Args:
-        channels: of CLIP's levels.
-        strides: of CLIP's levels, in pixels.
-        config: of SAM: width, heads, window, grid and prompt width are its own.
-        depth: number of blocks.
-        grid: height and width of the embedding; a square of SAM's own size if None.
-    """
-
-    pos_embed: Tensor
-
-    def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        config: SamConfig,
-        depth: int,
-        grid: tuple[int, int] | None = None,
-    ) -> None:
-        super().__init__()
-        grid = grid or (config.embedding_side, config.embedding_side)
-        width, out = config.width, config.prompt_width
-        self.patch_embeds = nn.ModuleList(
-            LevelProjection(count, width, stride, config.patch_size)
-            for count, stride in zip(channels, strides, strict=True)
-        )
-        self.level_encoding = nn.Embedding(len(channels), width)
-        self.register_buffer("pos_embed", torch.zeros(1, *grid, width))
-        self.blocks = nn.ModuleList(
-            Block(
-                dim=width,
-                num_heads=config.heads,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                use_rel_pos=True,
-                window_size=config.window if index < depth - 1 else 0,
-                input_size=grid,
-            )
-            for index in range(depth)
-        )
-        self.neck = nn.Sequential(
-            nn.Conv2d(width, out, 1, bias=False),
-            LayerNorm2d(out),
-            nn.Conv2d(out, out, 3, padding=1, bias=False),
-            LayerNorm2d(out),
-        )
-
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """CLIP's levels -> [B, C, h, h]."""
-        hidden_BhhW = self.fused(levels)
-        for block in self.blocks:
-            hidden_BhhW = block(hidden_BhhW)
-        embedding: Tensor = self.neck(hidden_BhhW.permute(0, 3, 1, 2))
-        return embedding
-
-    def fused(self, levels: Sequence[Tensor]) -> Tensor:
-        """[B, h, h, W] the sum of the projected levels, with codes of level and place."""
-        projected = [
-            project(level) + code[:, None, None]
-            for project, level, code in zip(self.patch_embeds, levels, self.level_encoding.weight, strict=True)
-        ]
-        return torch.stack(projected).sum(0).permute(0, 2, 3, 1) + self.pos_embed
-
-
-def distillation_loss(student_BChw: Tensor, teacher_BChw: Tensor, valid_Bhw: Tensor) -> Tensor:
-    """Mean squared difference over the positions that show the image, not its padding; 0 where none does."""
-    difference_Bhw = (student_BChw - teacher_BChw.to(student_BChw.dtype)).square().mean(1)
-    return (difference_Bhw * valid_Bhw).sum() / valid_Bhw.sum().clamp(min=1)
-
-
-def valid_positions(sizes: Sequence[tuple[int, int]], patch: int, side: int) -> Tensor:
-    """[B, h, h] bool: embeddings whose patch shows a pixel of the image.
-
-    Args:
-        sizes: height and width of each resized image, in pixels.
-        patch: pixels between embeddings.
-        side: h.
-    """
-    limits_B2 = torch.tensor([[-(-height // patch), -(-width // patch)] for height, width in sizes]).view(-1, 2)
-    place_h = torch.arange(side)
-    return (place_h[:, None] < limits_B2[:, 0, None, None]) & (place_h < limits_B2[:, 1, None, None])
+    log_scale: float = LOGIT_SCALE
+    """Log of the cosines' factor; a CLIP that learnt a smaller one is too sure of itself with the released one."""
+    clip_view: Literal["features", "cut_out"] = "features"
+    """How CLIP is asked about a mask: by its own head on its last level's features of the mask's box, as the released
+    weights do, or by a second, small look at the picture cut out along the predicted mask."""
+    cut_out_margin: float = 1.5
+    """Side of a cut-out relative to the longer side of the mask's box."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +83,8 @@ class EncodedOvSam:
     """The label branch's levels."""
     top: Tensor
     """CLIP's last level."""
+    image: Tensor
+    """[3, H, W] uint8, for cut-outs."""
 
 
 class OvSam(nn.Module):
@@ -233,7 +142,7 @@ class OvSam(nn.Module):
         padded_size = fit_image(image, self.config.sam.image_size)[1]
         size = (int(image.shape[-2]), int(image.shape[-1]))
         sam = EncodedImage(self.adapter(levels), sizes[0], padded_size, size)
-        return EncodedOvSam(sam, tuple(self.namer.pyramid(levels)), levels[-1])
+        return EncodedOvSam(sam, tuple(self.namer.pyramid(levels)), levels[-1], image)
 
     def decode(self, embedding_PChw: Tensor, sparse_PnC: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits [P, L, L] and predicted qualities [P] of prompts, NaN without an IoU head."""
@@ -261,13 +170,20 @@ class OvSam(nn.Module):
         whole = found_P4.new_tensor([0, 0, side, side])
         return torch.where((found_P4[:, 2:] > found_P4[:, :2]).all(1, keepdim=True), found_P4, whole)
 
-    def opinions(
-        self, pyramid: Sequence[Tensor], top: Tensor, rois_P5: Tensor, text_KYD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [P, K + 1] of the label branch and of CLIP itself for regions of the input."""
-        head_PK = name_logits(self.namer(pyramid, rois_P5), text_KYD)
-        clip_PK = name_logits(self.clip.region_embeddings(top, rois_P5), text_KYD)
-        return head_PK, clip_PK
+    def head_logits(self, pyramid: Sequence[Tensor], rois_P5: Tensor, text_KYD: Tensor) -> Tensor:
+        """[P, K + 1] what the label branch says about regions of the input."""
+        return name_logits(self.namer(pyramid, rois_P5), text_KYD, self.config.log_scale)
+
+    def clip_logits(self, encoded: EncodedOvSam, rois_P5: Tensor, masks_PHW: Tensor, text_KYD: Tensor) -> Tensor:
+        """[P, K + 1] what CLIP itself says about regions of the input, or about the masks cut out of the picture."""
+        if self.config.clip_view == "features":
+            embedding_PD = self.clip.region_embeddings(encoded.top, rois_P5)
+        else:
+            tower, margin = self.config.tower, self.config.cut_out_margin
+            side = int(tower.vision["image_size"])
+            look = partial(cut_outs, mean=self.mean, std=self.std, margin=margin, background="mean", side=side)
+            embedding_PD = self.clip.embed(look(encoded.image, masks_PHW))
+        return name_logits(embedding_PD, text_KYD, self.config.log_scale)
 
     @torch.no_grad()
     def segment(self, image: Tensor | EncodedOvSam, prompts: Prompts, vocabulary: Vocabulary | None = None) -> Segments:
@@ -291,11 +207,26 @@ class OvSam(nn.Module):
         low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
         masks_PHW = enlarge(low_PLL, encoded.sam, self.config.sam.image_size) > 0
         found = unnamed(masks_PHW, ious_P, low_PLL)
-        if vocabulary is None:
-            return found
-        rois_P5 = F.pad(self.rois_of(low_PLL, boxes_P4), (1, 0))
-        head_PK, clip_PK = self.opinions(encoded.pyramid, encoded.top, rois_P5, text_of(vocabulary))
-        seen_P = masks_PHW.flatten(1).any(1)
+        return found if vocabulary is None else self.name(encoded, found, vocabulary, boxes_P4)
+
+    @torch.no_grad()
+    def name(
+        self, encoded: EncodedOvSam, found: Segments, vocabulary: Vocabulary, boxes_P4: Tensor | None = None
+    ) -> Segments:
+        """The same masks of an encoded image, named.
+
+        Args:
+            encoded: the image.
+            found: its masks.
+            vocabulary: any names; without base flags, all of them count as novel.
+            boxes_P4: the box prompts that asked for the masks, in pixels of the input.
+        """
+        if not len(found):
+            return replace(found, names=vocabulary.names)
+        rois_P5, text_KYD = F.pad(self.rois_of(found.low_res, boxes_P4), (1, 0)), text_of(vocabulary)
+        head_PK = self.head_logits(encoded.pyramid, rois_P5, text_KYD)
+        clip_PK = self.clip_logits(encoded, rois_P5, found.masks, text_KYD)
+        seen_P = found.masks.flatten(1).any(1)
         alpha, beta = self.config.alpha, self.config.beta
         fused_PK = fuse(head_PK, clip_PK, vocabulary.is_base, seen_P, alpha=alpha, beta=beta)
         return named(found, fused_PK, vocabulary)
@@ -319,9 +250,7 @@ class OvSam(nn.Module):
         grid = torch.from_numpy(build_point_grid(settings.points_per_side)).float()
         points = grid * grid.new_tensor([width, height])
         parts = [
-            self.segment(
-                encoded, Prompts(points=part[:, None], point_labels=torch.ones(len(part), 1).long()), vocabulary
-            )
+            self.segment(encoded, Prompts(points=part[:, None], point_labels=torch.ones(len(part), 1).long()))
             for part in torch.split(points, settings.points_per_batch)
         ]
         keep = [
@@ -333,7 +262,8 @@ class OvSam(nn.Module):
             for part in parts
         ]
         found = concatenate([part.select(rows) for part, rows in zip(parts, keep, strict=True)])
-        return found.select(nms(found.boxes, found.ious, settings.nms_iou))
+        found = found.select(nms(found.boxes, found.ious, settings.nms_iou))
+        return found if vocabulary is None else self.name(encoded, found, vocabulary)
 
 
 def named(segments: Segments, scores_PK: Tensor, vocabulary: Vocabulary) -> Segments:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd_models.ovsam import OvSam, distillation_loss, valid_positions
-from ovd_models.ovsam_head import label_loss, mask_losses, name_logits, read_points, uncertain_points
+from ovd_models.ovsam import OvSam
+from ovd_models.ovsam_adapter import distillation_loss, valid_positions
+from ovd_models.ovsam_head import label_loss, mask_losses, read_points, uncertain_points
 from ovd_models.sam_training import SampledObjects, jitter_boxes, mask_ious, sample_objects, sample_pixels
 from ovd_models.segments import MaskBatch
 
@@ -108,7 +109,7 @@ class Clip2SamTraining(nn.Module):
         true_P = mask_ious(shown_PSS.flatten(1), objects.masks.flatten(1))
         rois_P4 = self._rois(low_PLL.detach(), true_P, boxes_P4, by_box_P)
         rois_P5 = torch.cat([objects.images[:, None].to(rois_P4), rois_P4], dim=1)
-        logits_PK = name_logits(model.namer(model.namer.pyramid(levels), rois_P5), text_KYD)
+        logits_PK = model.head_logits(model.namer.pyramid(levels), rois_P5, text_KYD)
         points_PN2 = uncertain_points(low_PLL.detach(), settings.num_points, generator)
         target_PN = read_points(objects.masks.float(), points_PN2)
         entropy, dice = mask_losses(read_points(low_PLL, points_PN2), target_PN)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from ovd_models.clip import ClipConfig, FlatConvNet
+from ovd_models.clip import ClipConfig
 from ovd_models.errors import InputError
+from ovd_models.towers import FlatConvNet
 
 NUM_LEVELS = 4
 
@@ -125,10 +126,13 @@ class ClipPyramid(nn.Module):
         if own_side != side:
             images_B3SS = F.interpolate(images_B3SS, (own_side, own_side), mode="bilinear", align_corners=False)
         depth = len(tower.transformer.resblocks)
-        indices = [(depth * (level + 1)) // NUM_LEVELS - 1 for level in range(NUM_LEVELS)]
-        maps = tower.forward_intermediates(images_B3SS, indices, intermediates_only=True)["image_intermediates"]
+        # Rounded up, so that towers of fewer blocks than levels give their last maps twice.
+        indices = [-(-depth * (level + 1) // NUM_LEVELS) - 1 for level in range(NUM_LEVELS)]
+        different = sorted(set(indices))
+        maps = tower.forward_intermediates(images_B3SS, different, intermediates_only=True)["image_intermediates"]
         grid = side // self.strides[0]
-        return [F.interpolate(level, (grid, grid), mode="bilinear", align_corners=False) for level in maps]
+        levels = [F.interpolate(level, (grid, grid), mode="bilinear", align_corners=False) for level in maps]
+        return [levels[different.index(index)] for index in indices]
 
     def head(self, grid_RCpp: Tensor) -> Tensor:
         """CLIP's own head on the last level's features of a region: [R, C, p, p] -> [R, D] of any norm."""
@@ -143,6 +147,13 @@ class ClipPyramid(nn.Module):
         else:
             embedding = tower.head(tower.trunk.forward_head(tower.trunk.norm_pre(grid_RCpp)))
         return embedding
+
+    def embed(self, pictures_R3ss: Tensor) -> Tensor:
+        """Normalised whole pictures [R, 3, s, s] -> [R, D] unit rows; to transformers they come enlarged."""
+        if isinstance(self.tower, VisionTransformer):
+            side = int(self.tower.image_size[0])  # that of the input, to which its place codes were resized
+            pictures_R3ss = F.interpolate(pictures_R3ss, (side, side), mode="bilinear", align_corners=False)
+        return F.normalize(self.tower(pictures_R3ss).float(), dim=-1)
 
     def region_embeddings(self, top_BCHW: Tensor, rois_R5: Tensor) -> Tensor:
         """CLIP's embeddings of boxes: RoIAlign on the last level to the grid of its head, then the head.

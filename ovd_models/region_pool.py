@@ -9,6 +9,7 @@ B images, F channels, R regions, P bins of a side, S samples of a bin and axis.
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +61,14 @@ class RegionPool(nn.Module):
 def align(level: Tensor, region_R5: Tensor, size: int, scale: float, samples: int) -> Tensor:
     """RoIAlign of a map [B, F, H, W] at regions [R, 5], image numbers in order and xyxy in pixels: [R, F, P, P]."""
     if level.device.type != "cpu" or level.shape[-2] * level.shape[-1] > MAX_CELLS:
-        return roi_align(level, region_R5, size, scale, samples)
-    pooled: Tensor = _Align.apply(level, region_R5, size, scale, samples)  # type: ignore[no-untyped-call]
+        return cast(Tensor, roi_align(level, region_R5, size, scale, samples))
+    pooled: Tensor = _Align.apply(level, region_R5, size, scale, samples)
     return pooled
 
 
 class _Align(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         level: Tensor,
         region_R5: Tensor,
@@ -77,10 +78,10 @@ class _Align(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(region_R5)
         ctx.shape, ctx.settings = level.shape, (size, scale, samples)  # type: ignore[attr-defined]
-        return roi_align(level, region_R5, size, scale, samples)
+        return cast(Tensor, roi_align(level, region_R5, size, scale, samples))
 
     @staticmethod
-    def backward(ctx, grad_RFPP: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad_RFPP: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def]
         (region_R5,), (size, scale, samples) = ctx.saved_tensors, ctx.settings
         images, channels, height, width = ctx.shape
         across_RPW = bin_weights(region_R5[:, 1], region_R5[:, 3], width, size, scale, samples).to(grad_RFPP.dtype)

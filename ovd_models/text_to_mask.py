@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd_models.errors import InputError
-from ovd_models.ovsam_baselines import square_crops
+from ovd_models.ovsam_crops import square_crops
 from ovd_models.pyramid import ClipPyramid, TowerConfig
 from ovd_models.sam import EncodedImage, SamModel, fit_image, run_decoder, unnamed
 from ovd_models.sam_training import SampledObjects, SamTraining, SamTrainingConfig, sample_objects
@@ -100,7 +100,7 @@ class TextToMask(nn.Module):
         margin_P = 1 + draws[1] * (self.settings.max_margin - 1)
         rows = torch.arange(count, device=pictures.device)
         crops = square_crops(cut_out, rows, objects.boxes, margin_P, int(self.tower.vision["image_size"]))
-        return F.normalize(self.clip.tower(crops).float(), dim=-1)
+        return self.clip.embed(crops)
 
     def _decode(self, embedding_PChw: Tensor, centred_PD: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits [P, K, L, L] and predicted qualities [P, K] of centred CLIP embeddings."""

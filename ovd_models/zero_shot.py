@@ -16,6 +16,8 @@ from ovd_models.vocabulary import Vocabulary
 
 BATCH = 256
 """Images that are embedded at a time."""
+SCORES = 1 << 24
+"""Logits at a time, 64 MiB: with a million names, images are looked at in smaller parts."""
 LOG_LIMIT = 6.9
 """A fitted temperature lies between 1/1000 and 1000."""
 
@@ -54,14 +56,15 @@ def classify(
         raise InputError(f"top: {top}, expected at least 1")
     if not temperature > 0:
         raise InputError(f"temperature: {temperature}, expected more than 0")
-    if not len(images):
-        return []
-    probabilities_BK = (vocabulary_logits(model, images, vocabulary) / temperature).softmax(1)
-    scores, rows = probabilities_BK.topk(min(top, len(vocabulary)), dim=1)
-    return [
-        Guess(tuple(vocabulary.names[index] for index in row), tuple(score))
-        for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
-    ]
+    guesses = []
+    for part in torch.split(images, max(1, SCORES // len(vocabulary.embeddings))) if len(images) else ():
+        probabilities_BK = (vocabulary_logits(model, part, vocabulary) / temperature).softmax(1)
+        scores, rows = probabilities_BK.topk(min(top, len(vocabulary)), dim=1)
+        guesses += [
+            Guess(tuple(vocabulary.names[index] for index in row), tuple(score))
+            for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
+    return guesses
 
 
 # ------------------------------------------------------------------------------------------------------- calibration

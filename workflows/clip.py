@@ -23,7 +23,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_prep import storage, tables
+from data_prep import storage, tables, teachers
 from data_prep.batching import StreamShape, pair_loader, stream
 from data_prep.collate import PairCollate
 from data_prep.pictograms import PICTURES, World, single_objects
@@ -147,9 +147,7 @@ def first_model(run: Run, run_dir: str) -> tuple[ClipConfig, str]:
     else:
         clip = open_clip_model(run.model, run.pretrained)
     folder = storage.join(run_dir, "first")
-    with tempfile.TemporaryDirectory() as local:
-        save_clip(clip, local)
-        storage.upload_folder(Path(local), folder)
+    teachers.store_checkpoint(clip, folder)
     return clip.config, folder
 
 

@@ -3,10 +3,10 @@
 import logging
 import os
 import signal
+import sys
 import threading
 
 import ray
-import ray.data
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -26,7 +26,8 @@ def start_ray() -> None:
     """Connect to the cluster this job runs on, or start one on this machine; nothing if that was done."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    if "ray.data" in sys.modules:  # else it reads the environment once it is imported, and not all jobs need it
+        ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():

@@ -16,139 +16,36 @@ ray job submit --working-dir . -- python workflows/codet.py --config smoke --sto
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import ray.data
 import ray.train
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_prep import storage, tables
 from data_prep.augmentation import Augmentation
-from data_prep.batching import StreamShape, group_loader, stream
+from data_prep.batching import StreamShape, stream
 from data_prep.box_stream import detection_loader
 from data_prep.collate import DetectionCollate, GroupCollate
-from ovd_models.checkpoints import load_encoder, save_detector
+from data_prep.group_stream import group_loader
+from ovd_models.batches import ConceptBatch
+from ovd_models.checkpoints import load_codet, load_encoder, save_detector
 from ovd_models.clip import Clip, ClipConfig, save_clip
-from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.codet import CoDet
+from ovd_models.draw_groups import draw_attention, draw_similarity
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.rcnn import RCNN, find_backbone_weights, load_backbone
 from ovd_models.vocabulary import TextEncoder
 from workflows import cli, cluster, evaluate, prepare_boxes, prepare_pairs, tracking, training
+from workflows.codet_configs import CONFIGS, Run
 from workflows.teacher import Names, open_encoder, read_names
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training of CoDet."""
-
-    storage: str = "runs"
-    """Folder or URI that holds tables and runs."""
-    config: str
-    """Name of the config, for tracking."""
-    boxes: str
-    """Name of the box set: tables `boxes/<name>-train`, `boxes/<name>-eval`, `categories/<name>`."""
-    pairs: str
-    """Name of the tables `pairs`, `concepts` and `groups`."""
-    teacher: str = ""
-    """Folder or URI of a CLIP checkpoint that embeds names and captions."""
-    texts: str = ""
-    """Instead of a teacher: a .npy file with an embedding for each category of the data, in category-id order."""
-    data: str = ""
-    """A folder with `instances.json` and `images/` (and `captions.tsv`, if there are captions), read first."""
-    backbone_weights: str = "auto"
-    """`auto` (torchvision's, when they are on this machine), `none`, or a file with a state dict."""
-    model: CoDetConfig = field(default_factory=CoDetConfig)
-    detection_batch: int = 8
-    """Images with boxes in a step, over all workers."""
-    groups_per_step: int = 4
-    """Caption groups in a step, over all workers."""
-    group_size: int = 4
-    """Images of a group."""
-    min_group_side: int = 0
-    """Captioned images with a shorter side below this take no part, in pixels."""
-    flip_probability: float = 0.0
-    """How often an image with boxes is mirrored."""
-    box_stage: Optimisation
-    joint_stage: Optimisation
-    resume: str = ""
-    """Continue this run instead of starting a new one."""
-
-    def __post_init__(self) -> None:
-        """Check that batches can be shared among the workers."""
-        for stage in (self.box_stage, self.joint_stage):
-            training.check_shared("detection_batch", self.detection_batch, stage.workers)
-            training.check_shared("groups_per_step", self.groups_per_step, stage.workers)
-        if self.group_size < 2:
-            raise InputError(f"group_size: {self.group_size}, expected at least 2")
-
-
-def smoke() -> Run:
-    """Seconds; builds its own tables and an untrained teacher."""
-    quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
-    return Run(
-        config="smoke",
-        boxes="smoke",
-        pairs="smoke",
-        detection_batch=2,
-        groups_per_step=2,
-        group_size=2,
-        min_group_side=100,
-        box_stage=quick,
-        joint_stage=quick,
-    )
-
-
-def pictograms() -> Run:
-    """The pictogram world: 128 px scenes, a detector of 1.7 M parameters, minutes on two cores."""
-    return Run(
-        config="pictograms",
-        boxes="pictograms",
-        pairs="pictograms",
-        min_group_side=100,
-        groups_per_step=2,
-        # RoIAlign's backward runs on one core: two processes of one thread are faster than one of two.
-        box_stage=Optimisation(steps=300, learning_rate=2e-3, workers=2),
-        joint_stage=Optimisation(steps=500, learning_rate=2e-3, workers=2),
-    )
-
-
-def photos() -> Run:
-    """Photographs in COCO's form, a ResNet-50 with its batch norm frozen, short enough for a laptop."""
-    detector = dataclasses.replace(
-        CoDetConfig().detector,
-        backbone="resnet50",
-        backbone_options={},
-        strides=(4, 8, 16, 32),
-        anchor_sizes=(32, 64, 128, 256),
-        pyramid_channels=128,
-        head_width=512,
-        embed_dim=512,
-        min_size=256,
-        max_size=416,
-        pre_nms=1000,
-        post_nms=300,
-    )
-    return Run(
-        config="photos",
-        boxes="photos",
-        pairs="photos",
-        model=CoDetConfig(detector=detector, num_proposals=32),
-        detection_batch=2,
-        groups_per_step=1,
-        flip_probability=0.5,
-        box_stage=Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5),
-        joint_stage=Optimisation(steps=20, learning_rate=1e-4, checkpoint_every=20, log_every=5),
-    )
-
-
-CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "photos": photos}
 
 
 @dataclass(frozen=True)
@@ -158,7 +55,7 @@ class Stage:
     name: str
     settings: Optimisation
     joint: bool
-    """Whether caption groups take part."""
+    """Whether it is the last one, in which caption groups take part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,33 +93,72 @@ def train_worker(
     base_KD, concepts_CD = names.base_embeddings.to(device), names.concept_embeddings.to(device)
 
     meter = Meter()
-    detections = ray.train.get_dataset_shard("boxes").iter_torch_batches(
-        batch_size=run.detection_batch // world, collate_fn=DetectionCollate(), prefetch_batches=2
+    detections = meter.waiting(
+        ray.train.get_dataset_shard("boxes").iter_torch_batches(
+            batch_size=run.detection_batch // world, collate_fn=DetectionCollate(), prefetch_batches=2
+        )
     )
-    groups = iter(())
-    if stage.joint:
+    groups: Iterator[ConceptBatch] = iter(())
+    if uses_captions(run, stage):
         encoder = load_encoder(storage.local_folder(encoder_folder))
         collate = GroupCollate(len(concepts_CD), encoder if run.model.caption_weight else None)
         shard = ray.train.get_dataset_shard("groups")
-        groups = iter(
+        groups = meter.waiting(
             shard.iter_torch_batches(batch_size=run.groups_per_step // world, collate_fn=collate, prefetch_batches=2)
         )
-    for detection in meter.waiting(detections):
-        concepts = next(meter.waiting(groups)).to(device) if stage.joint else None
+    replaced = 0
+    while not session.done:
+        takes_boxes, takes_captions = kinds_of_step(run, stage, session.step)
+        detection = next(detections).to(device) if takes_boxes else None
+        concepts = next(groups).to(device) if takes_captions else None
         with session.autocast():
-            losses = session.model(detection.to(device), concepts, base_KD, concepts_CD)
+            losses = session.model(detection, concepts, base_KD, concepts_CD)
         session.update(torch.stack(list(losses.values())).sum())
-        meter.add(losses, run.detection_batch + (run.groups_per_step * run.group_size if stage.joint else 0))
+        images = run.detection_batch * takes_boxes + run.groups_per_step * run.group_size * takes_captions
+        meter.add(losses, images)
+        if concepts is not None and concepts.unreadable:
+            if not replaced:
+                print(
+                    f"codet {stage.name}: replaced an image that cannot be read: {concepts.unreadable[0]}", flush=True
+                )
+            replaced += len(concepts.unreadable)
         if rank == 0 and session.step % stage.settings.log_every == 0:
             metrics = meter.collect()
-            logger.log({f"{stage.name}/{key}": value for key, value in metrics.items()}, session.step)
+            logged = {**metrics, "train/replaced_images": replaced} if replaced else metrics
+            logger.log({f"{stage.name}/{key}": value for key, value in logged.items()}, session.step)
             training.print_progress(f"codet {stage.name}", session.step, stage.settings.steps, metrics)
         if session.due:
             session.checkpoint({})
+            if rank == 0 and concepts is not None:
+                log_attention(session.module, concepts, names, session.step, logger)
             logger.flush()
-        if session.done:
-            break
     logger.flush(wait=True)
+
+
+def kinds_of_step(run: Run, stage: Stage, step: int) -> tuple[bool, bool]:
+    """Whether a step takes boxes, and whether it takes captions: the same on every worker."""
+    captions = uses_captions(run, stage)
+    if captions and run.alternate:
+        return step % 2 == 0, step % 2 == 1
+    return True, captions
+
+
+def log_attention(model: nn.Module, concepts: ConceptBatch, names: Names, step: int, logger: MetricLogger) -> None:
+    """Pictures of the first group: attention over its proposals, and their similarities."""
+    assert isinstance(model, CoDet)
+    size, device = concepts.group_size, concepts.concept_ids.device
+    images = concepts.images[:size]
+    first = ConceptBatch(images, concepts.concept_ids[:1], concepts.mentioned[:size], concepts.captions[:size])
+    (group,) = model.explain(first, names.concept_embeddings.to(device))
+    title = f"step {step}: {names.concepts[int(first.concept_ids)]}"
+    logger.log_image(draw_attention(images, group.boxes, group.attention, title, first.captions), "attention", step)
+    counts = [len(box) for box in group.boxes]
+    logger.log_image(draw_similarity(group.similarity, counts), "similarity", step)
+
+
+def uses_captions(run: Run, stage: Stage) -> bool:
+    """Whether a stage reads caption groups."""
+    return stage.joint and run.model.supervision != "boxes"
 
 
 def train_stage(
@@ -244,15 +180,17 @@ def train_stage(
         augmentation=Augmentation(flip_probability=run.flip_probability),
     )
     box_shape = StreamShape(rows_per_step=run.detection_batch, workers=workers)
+    pace = 2 if run.alternate and uses_captions(run, stage) else 1  # steps from one batch of a kind to the next
+    last = -(-settings.steps // pace)
     streams: dict[str, Callable[[int], ray.data.Dataset]] = {
-        "boxes": lambda step: stream(boxes, box_shape, step, settings.steps)
+        "boxes": lambda step: stream(boxes, box_shape, step // pace, last)
     }
-    if stage.joint:
+    if uses_captions(run, stage):
         groups = group_loader(
-            run.storage, run.pairs, seed=settings.seed, group_size=run.group_size, min_side=run.min_group_side
+            run.storage, run.pairs, seed=settings.seed, group_size=run.group_size, sampling=run.sampling
         )
         group_shape = StreamShape(rows_per_step=run.groups_per_step, workers=workers)
-        streams["groups"] = lambda step: stream(groups, group_shape, step, settings.steps)
+        streams["groups"] = lambda step: stream(groups, group_shape, step // pace, last)
     stage_dir = storage.join(run_dir, stage.name)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, stage_dir, logger)
     training.fit(loop, settings, stage_dir, streams)
@@ -274,7 +212,10 @@ def train(run: Run) -> Trained:
     results: dict[str, tuple[str, DetectionMetrics, float, float]] = {}
     with tracking.run(run.storage, experiment="codet", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
         tracked.log_text(cli.to_json(run), "run.json")
-        for stage in (Stage("boxes", run.box_stage, joint=False), Stage("joint", run.joint_stage, joint=True)):
+        stages = [Stage("boxes", run.box_stage, joint=False), Stage("joint", run.joint_stage, joint=True)]
+        if run.box_model:
+            stages, (weights, results["boxes"]) = stages[1:], given_boxes(run, weights)
+        for stage in stages:
             started = time.perf_counter()
             weights = train_stage(run, stage, names, encoder_folder, weights, run_dir, tracked.logger())
             trained = time.perf_counter()
@@ -292,6 +233,27 @@ def train(run: Run) -> Trained:
         eval_seconds=box_eval + joint_eval,
         run_id=tracked.run_id,
     )
+
+
+def given_boxes(
+    run: Run, start: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, DetectionMetrics, float, float]]:
+    """Weights of the detector that `--box-model` names, and its results as a box stage that took no time.
+
+    Raises:
+        InputError: it is no detector of this architecture.
+    """
+    started = time.perf_counter()
+    folder = storage.local_folder(run.box_model)
+    given = load_codet(folder).state_dict()
+    for name, value in start.items():
+        found = list(given[name].shape) if name in given else "nothing"
+        if found != list(value.shape) and not name.startswith("aggregations."):
+            raise InputError(f"--box-model {run.box_model}: {name}: found {found}, expected {list(value.shape)}")
+    same = {name for name, value in start.items() if name in given and given[name].shape == value.shape}
+    weights = {name: given[name] if name in same else value for name, value in start.items()}
+    metrics, _ = evaluate.evaluate(evaluate.Run(storage=run.storage, model=str(folder), boxes=f"{run.boxes}-eval"))
+    return weights, (run.box_model, metrics, 0.0, time.perf_counter() - started)
 
 
 def finish_stage(

@@ -28,7 +28,19 @@ from PIL import Image
 from data_prep import storage, tables
 from data_prep.pictograms import World, contact_sheet
 from ovd_models.errors import InputError
-from workflows import cli, clip, cluster, codet, evaluate, prepare_boxes, prepare_pairs, report, serve, tracking
+from workflows import (
+    cli,
+    clip,
+    cluster,
+    codet,
+    codet_configs,
+    evaluate,
+    prepare_boxes,
+    prepare_pairs,
+    report,
+    serve,
+    tracking,
+)
 
 MARKER = ".ovd-demo"
 
@@ -41,7 +53,7 @@ class Run:
     pairs: prepare_pairs.Run = field(default_factory=prepare_pairs.pictograms)
     boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
     teacher: clip.Run = field(default_factory=clip.pictograms)
-    detector: codet.Run = field(default_factory=codet.pictograms)
+    detector: codet_configs.Run = field(default_factory=codet_configs.pictograms)
     port: int = 0
     """Of the endpoint that is called once; 0 finds a free one."""
 
@@ -54,13 +66,13 @@ def pictograms() -> Run:
 def smoke() -> Run:
     """The same path in little: shows that it runs, not that it learns."""
     few = dataclasses.replace(clip.smoke().optimisation, steps=5, checkpoint_every=5, workers=1)
-    stage = dataclasses.replace(codet.smoke().box_stage, workers=1)
+    stage = dataclasses.replace(codet_configs.smoke().box_stage, workers=1)
     return Run(
         storage="runs/demo-smoke",
         pairs=prepare_pairs.smoke(),
         boxes=prepare_boxes.smoke(),
         teacher=dataclasses.replace(clip.smoke(), optimisation=few),
-        detector=dataclasses.replace(codet.smoke(), box_stage=stage, joint_stage=stage),
+        detector=dataclasses.replace(codet_configs.smoke(), box_stage=stage, joint_stage=stage),
     )
 
 

@@ -4,13 +4,14 @@ boxes --given boxes, or a detector's proposals--> crops at 1x and 1.5x -> region
 pairs --> images and captions ------------------------------------------> embeddings
 
 python workflows/embed.py --config smoke
-python workflows/embed.py --config pictograms --teacher runs/clip/RUN/model
+python workflows/embed.py --config pictograms --teacher runs/runs/clip/RUN/model
+python workflows/embed.py --config photos --teacher ViT-B-32 --pretrained openai
 python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --storage s3://bucket/ovd --embed.gpus 1
 """
 
 import dataclasses
 import json
-import tempfile
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,12 +29,14 @@ from data_prep.crops import Colour, CropConfig, Fit
 from data_prep.embeddings import ShardJob
 from data_prep.pace import Pace
 from data_prep.tables import Manifest
-from data_prep.teachers import EmbedConfig, PairStage, RegionStage, Shards
+from data_prep.teachers import EmbedConfig, PairStage, RegionStage, Shards, ShardWorker
 from ovd_models.errors import InputError
-from workflows import cli, cluster, prepare_boxes, prepare_pairs
+from workflows import cli, cluster
 
 PRODUCER = "workflows/embed.py"
 PROGRESS_SECONDS = 5.0
+CORES_OF_AN_ACTOR = 8
+"""Without a GPU: few processes, since each holds the teacher's working memory, and torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,9 @@ class Run:
     storage: str = "runs"
     """Folder or URI that holds all tables."""
     teacher: str
-    """Folder or URI of a CLIP checkpoint."""
+    """Folder or URI of a CLIP checkpoint, or with `pretrained` an architecture of open_clip, such as `ViT-B-32`."""
+    pretrained: str = ""
+    """Released weights of that architecture: a tag (`openai`), or a file; kept in `<storage>/teachers`."""
     name: str
     """Name of the tables `regions` and `embeddings`."""
     boxes: str = ""
@@ -117,7 +122,8 @@ def embed(run: Run) -> list[Manifest]:
     """
     if not run.teacher:
         raise InputError("--teacher: missing, expected a CLIP checkpoint; `python workflows/clip.py` makes one")
-    run = dataclasses.replace(run, storage=storage.absolute(run.storage), teacher=storage.absolute(run.teacher))
+    run = dataclasses.replace(run, storage=storage.absolute(run.storage))
+    run = dataclasses.replace(run, teacher=bring_in(run) if run.pretrained else storage.absolute(run.teacher))
     teacher, side, margin = look_at_teacher(run.teacher)
     tasks = []
     if run.boxes:
@@ -125,6 +131,22 @@ def embed(run: Run) -> list[Manifest]:
     if run.pairs:
         tasks.append(pair_task(run, teacher, side, margin))
     return [publish(run, task) for task in tasks]
+
+
+def bring_in(run: Run) -> str:
+    """Released weights as a checkpoint of ours in the storage; returns where it is.
+
+    Raises:
+        InputError: there is no such architecture, or there are no such weights.
+    """
+    file = Path(run.pretrained)
+    tag = f"{file.stem}-{storage.sha256(file.read_bytes())[:8]}" if file.is_file() else run.pretrained
+    checkpoint = storage.join(run.storage, "teachers", f"{run.teacher}-{tag}")
+    if not storage.exists(storage.join(checkpoint, "clip.json")):
+        from ovd_models.clip import ClipConfig, open_clip_model  # here, so that the driver stays small
+
+        teachers.store_checkpoint(open_clip_model(ClipConfig(name=run.teacher), run.pretrained), checkpoint)
+    return checkpoint
 
 
 def look_at_teacher(checkpoint: str) -> tuple[str, int, Colour]:
@@ -135,7 +157,10 @@ def look_at_teacher(checkpoint: str) -> tuple[str, int, Colour]:
     """
     path = storage.join(checkpoint, "clip.json")
     if not storage.exists(path):
-        raise InputError(f"{checkpoint}: no CLIP checkpoint (clip.json); `python workflows/clip.py` makes one")
+        raise InputError(
+            f"{checkpoint}: no CLIP checkpoint (clip.json); `python workflows/clip.py` makes one, and --pretrained "
+            "takes released weights of an architecture"
+        )
     try:
         told = json.loads(storage.read_bytes(path))
         config = told["config"]
@@ -223,23 +248,30 @@ def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]
     if not missing:
         return
     cluster.start_ray()
-    config, cores = run.embed, cluster.cores()
-    on_cpus: dict[str, Any] = {"num_cpus": 0.5, "compute": ray.data.TaskPoolStrategy(size=cores)}
-    rows = (
-        ray.data.read_datasource(Shards(missing, task.columns, task.load), override_num_blocks=len(missing), **on_cpus)
-        .map_batches(
-            task.stage,
-            fn_constructor_args=task.arguments,
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=min(count_actors(config), len(missing))),
-            num_cpus=0.5,
-            num_gpus=config.gpus,
-        )
-        .map_batches(partial(embeddings.save_shard, job=job), batch_format="pyarrow", batch_size=None, **on_cpus)
+    config = run.embed
+    actors = count_actors(config)
+    cores = cluster.cores()
+    # Two shards at a time on a GPU: one is cut or written beside the passes of another. Without one, one for each core,
+    # and half as many processes decode, which is far less work.
+    calls, decoders = (2, cores) if config.gpus else (max(1, cores // actors), max(1, cores // 2))
+    rows = ray.data.read_datasource(
+        Shards(missing, task.columns, task.load),
+        override_num_blocks=len(missing),
+        compute=ray.data.TaskPoolStrategy(size=decoders),
+        num_cpus=0.5,
+    ).map_batches(
+        ShardWorker,
+        fn_constructor_args=(task.stage, task.arguments, job),
+        batch_format="pyarrow",
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(
+            size=min(actors, len(missing)), max_concurrent_calls_per_actor=calls, enable_true_multi_threading=True
+        ),
+        num_gpus=config.gpus,
+        num_cpus=0.5 if config.gpus else 0.5 * calls,
     )
     rows.context.target_max_block_size = None  # a shard stays whole
-    limits = ray.data.ExecutionResources.for_limits(object_store_memory=config.waiting_bytes)
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=config.waiting_bytes * actors)
     rows.context.execution_options.resource_limits = limits
     rows.context.custom_execution_callback_classes = [Pace]
     try:
@@ -256,8 +288,11 @@ def count_actors(config: EmbedConfig) -> int:
     Raises:
         InputError: they are to be as many as the GPUs allow, and there is none.
     """
-    if config.actors or not config.gpus:
-        return config.actors or cluster.cores()
+    if config.actors:
+        return config.actors
+    if not config.gpus:
+        machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        return max(1, int(sum(math.ceil(cpus / CORES_OF_AN_ACTOR) for cpus in machines)))
     gpus = float(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     if gpus < config.gpus:
         raise InputError(f"--embed.gpus {config.gpus:g}: found {gpus:g}, expected more or --embed.actors")
@@ -283,6 +318,8 @@ def show_progress(table: str, rows: ray.data.Dataset, total: int) -> None:
 
 def make_smoke_tables(run: Run) -> Run:
     """The run with tables of its own and a teacher that has not learnt anything, made where they are missing."""
+    from workflows import prepare_boxes, prepare_pairs  # here, so that the driver stays small
+
     prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
     if tables.find_manifest(run.storage, "pairs", run.pairs) is None:
         with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=run.storage)) as crawl:
@@ -291,12 +328,10 @@ def make_smoke_tables(run: Run) -> Run:
     if not storage.exists(storage.join(teacher, "clip.json")):
         import torch
 
-        from ovd_models.clip import Clip, ClipConfig, save_clip
+        from ovd_models.clip import Clip, ClipConfig
 
         torch.manual_seed(0)
-        with tempfile.TemporaryDirectory() as folder:
-            save_clip(Clip(ClipConfig()), folder)
-            storage.upload_folder(Path(folder), teacher)
+        teachers.store_checkpoint(Clip(ClipConfig()), teacher)
     return dataclasses.replace(run, teacher=teacher)
 
 

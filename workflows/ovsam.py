@@ -18,7 +18,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,158 +33,21 @@ from data_prep import features, storage, tables
 from data_prep.batching import StreamShape, stream
 from data_prep.collate import FeatureCollate, MaskCollate
 from data_prep.masks import feature_loader, mask_loader
+from data_prep.texts import StoredEncoder, TextStore
 from ovd_models.checkpoints_ovsam import load_sam_folder, save_ovsam, save_sam, save_text_to_mask
 from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
 from ovd_models.errors import InputError
 from ovd_models.ovsam import OvSam, OvSamConfig
 from ovd_models.ovsam_training import Clip2SamConfig, Clip2SamTraining, Sam2ClipTraining
 from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
-from ovd_models.sam import VIT_H, SamConfig, SamModel, load_sam
-from ovd_models.sam_training import SamTraining, SamTrainingConfig
+from ovd_models.sam import SamConfig, SamModel, load_sam
+from ovd_models.sam_training import SamTraining
 from ovd_models.text_to_mask import TextToMask, TextToMaskConfig
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import cli, cluster, pointing_report, prepare_boxes, tracking, training
+from workflows.ovsam_configs import CONFIGS, Run
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training of OV-SAM."""
-
-    storage: str = "runs"
-    """Folder or URI that holds tables and runs."""
-    config: str
-    """Name of the config, for tracking."""
-    boxes: str
-    """Name of the box set: tables `boxes/<name>-train` and `boxes/<name>-eval` with masks, `categories/<name>`."""
-    data: str = ""
-    """A folder with `instances.json` and `images/`, read first."""
-    teacher: str = ""
-    """Folder or URI of a CLIP checkpoint: the image tower that is taken over, and the text tower for names."""
-    sam: str = ""
-    """Folder or URI of a SAM checkpoint, or a published `.pth` file of `sam_model`'s numbers; if empty, a SAM is
-    trained first."""
-    sam_model: SamConfig = field(default_factory=SamConfig)
-    """The SAM to be trained."""
-    sam_training: SamTrainingConfig = field(default_factory=SamTrainingConfig)
-    adapter_depth: int = 2
-    pyramid_width: int = 64
-    label_hidden: int = 256
-    clip2sam: Clip2SamConfig = field(default_factory=Clip2SamConfig)
-    batch_size: int = 8
-    """Images in a step of any stage, over all workers."""
-    rows_per_shard: int = 200
-    """Images in a file of the feature cache."""
-    flip_probability: float = 0.5
-    """How often an image is mirrored, where masks are learnt."""
-    sam_stage: Optimisation
-    sam2clip_stage: Optimisation
-    clip2sam_stage: Optimisation
-    text_to_mask: bool = False
-    """Whether SAM also learns to take a name as its prompt."""
-    text: TextToMaskConfig = field(default_factory=TextToMaskConfig)
-    text_stage: Optimisation = field(default_factory=lambda: Optimisation(steps=500, learning_rate=1e-3))
-    eval_images: int = 0
-    """Of the evaluation set, this many of its first images; all if 0."""
-    resume: str = ""
-    """Continue this run instead of starting a new one."""
-
-    def __post_init__(self) -> None:
-        """Check that batches can be shared among the workers."""
-        for stage in (self.sam_stage, self.sam2clip_stage, self.clip2sam_stage, self.text_stage):
-            training.check_shared("batch_size", self.batch_size, stage.workers)
-
-
-def smoke() -> Run:
-    """Seconds; builds its own tables and an untrained CLIP."""
-    quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
-    sam = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,))
-    return Run(
-        config="smoke",
-        boxes="smoke",
-        sam_model=sam,
-        batch_size=2,
-        rows_per_shard=20,
-        sam_stage=quick,
-        sam2clip_stage=quick,
-        clip2sam_stage=quick,
-        text_to_mask=True,
-        text_stage=quick,
-        eval_images=4,
-    )
-
-
-def pictograms() -> Run:
-    """The pictogram world: 128 px scenes, models of about a million parameters, minutes on two cores."""
-    return Run(
-        config="pictograms",
-        boxes="pictograms",
-        # Small operations keep one core busy: two processes of one thread are faster than one of two.
-        sam_stage=Optimisation(steps=900, learning_rate=2e-3, workers=2),
-        sam2clip_stage=Optimisation(steps=200, learning_rate=2e-3, workers=2),
-        clip2sam_stage=Optimisation(steps=250, learning_rate=2e-3, workers=2),
-        eval_images=100,
-    )
-
-
-def photos() -> Run:
-    """Photographs in COCO's form at 256 px, short enough for a laptop; far too short to be of use."""
-    quick = Optimisation(steps=20, learning_rate=5e-4, checkpoint_every=20, log_every=5, workers=0)
-    return Run(
-        config="photos",
-        boxes="photos",
-        sam_model=SamConfig(image_size=256, patch_size=16, width=128, global_blocks=(1, 3)),
-        batch_size=2,
-        rows_per_shard=20,
-        sam_stage=quick,
-        sam2clip_stage=quick,
-        clip2sam_stage=quick,
-    )
-
-
-def published_recipe(name: str, boxes: str, images: int) -> Run:
-    """The paper's numbers on eight GPUs, two images each; SAM is given by `--sam`, CLIP by `--teacher`."""
-    step = partial(Optimisation, learning_rate=1e-4, warmup=0.01, workers=8, use_gpu=True, checkpoint_every=1000)
-    return Run(
-        config=name,
-        boxes=boxes,
-        sam_model=VIT_H,
-        adapter_depth=5,
-        pyramid_width=256,
-        label_hidden=1024,
-        clip2sam=Clip2SamConfig(prompts_per_image=40, num_points=12544),
-        batch_size=16,
-        rows_per_shard=256,
-        sam_stage=step(steps=1),
-        sam2clip_stage=step(steps=24 * images // 16),
-        clip2sam_stage=step(steps=12 * images // 16, clip_norm=0.01),
-    )
-
-
-def coco_rn50x16() -> Run:
-    """COCO's 48 base categories, CLIP's RN50x16."""
-    return published_recipe("coco_rn50x16", "coco", 118_287)
-
-
-def lvis_rn50x16() -> Run:
-    """LVIS without rare categories, CLIP's RN50x16."""
-    return published_recipe("lvis_rn50x16", "lvis", 100_170)
-
-
-def lvis_convnext_l() -> Run:
-    """LVIS without rare categories, a ConvNeXt-L of open_clip."""
-    return published_recipe("lvis_convnext_l", "lvis", 100_170)
-
-
-CONFIGS: dict[str, Callable[[], Run]] = {
-    "smoke": smoke,
-    "pictograms": pictograms,
-    "photos": photos,
-    "coco_rn50x16": coco_rn50x16,
-    "lvis_rn50x16": lvis_rn50x16,
-    "lvis_convnext_l": lvis_convnext_l,
-}
 
 
 @dataclass(frozen=True)
@@ -278,6 +141,19 @@ def train_sam(run: Run, run_dir: str, logger: MetricLogger) -> str:
     return target
 
 
+def teach_sam(run: Run) -> str:
+    """Train a SAM in a run of its own, for several OV-SAMs to learn from; returns its checkpoint folder.
+
+    Raises:
+        InputError: the table of masks is missing.
+    """
+    run_dir = training.open_run(run.storage, "ovsam", run.config, run.resume)
+    tags = {"boxes": tables.read_manifest(run.storage, "boxes", f"{run.boxes}-train").digest}
+    cluster.start_ray()
+    with tracking.run(run.storage, experiment="ovsam", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
+        return train_sam(run, run_dir, tracked.logger())
+
+
 def open_sam(run: Run, run_dir: str) -> str:
     """The folder of the given SAM; a published file is brought into that form.
 
@@ -369,7 +245,7 @@ class Names:
 
 
 def read_names(run: Run, encoder: ClipTextEncoder) -> Names:
-    """Embed the names of `categories/<boxes>`.
+    """Embed the names of `categories/<boxes>`, or read them from the teacher's `texts`.
 
     Raises:
         InputError: the table is missing.
@@ -377,11 +253,12 @@ def read_names(run: Run, encoder: ClipTextEncoder) -> Names:
     rows = [row for row in tables.read_table(run.storage, "categories", run.boxes).to_pylist() if row["split"]]
     splits = {row["name"]: row["split"] for row in rows}
     base = [name for name, split in splits.items() if split == "base"]
+    stored = StoredEncoder(encoder, TextStore.of(run.storage, encoder.teacher))
     return Names(
         {row["name"]: row["category_id"] for row in rows},
         splits,
-        build_vocabulary(encoder, list(splits), splits),
-        build_vocabulary(encoder, base, splits),
+        build_vocabulary(stored, list(splits), splits),
+        build_vocabulary(stored, base, splits),
     )
 
 
@@ -397,18 +274,23 @@ def open_clip_teacher(run: Run) -> tuple[Clip, ClipTextEncoder]:
     return clip, ClipTextEncoder(clip.config, clip.model.text, teacher)
 
 
-def model_config(run: Run, sam: SamConfig, clip: ClipConfig) -> OvSamConfig:
-    """The OV-SAM of a SAM and a CLIP."""
-    mean, std = clip.statistics
+def model_config(run: Run, sam: SamConfig, clip: Clip) -> OvSamConfig:
+    """The OV-SAM of a SAM and a CLIP, whose cosines count as much as that CLIP learnt."""
+    config, (mean, std) = clip.config, clip.config.statistics
     tower = TowerConfig(
-        embed_dim=clip.embed_dim, vision=dict(clip.vision), mean=mean, std=std, quick_gelu=clip.quick_gelu
+        embed_dim=config.embed_dim, vision=dict(config.vision), mean=mean, std=std, quick_gelu=config.quick_gelu
     )
+    log_scale = float(clip.model.logit_scale.detach())
     return OvSamConfig(
         sam=sam,
         tower=tower,
         adapter_depth=run.adapter_depth,
         pyramid_width=run.pyramid_width,
         label_hidden=run.label_hidden,
+        alpha=run.alpha,
+        beta=run.beta,
+        log_scale=log_scale,
+        clip_view=run.clip_view,
     )
 
 
@@ -432,7 +314,7 @@ def train(run: Run) -> Trained:
         seconds["sam"] = time.perf_counter() - started
         sam, sam_id = load_sam_folder(storage.local_folder(sam_folder))
         torch.manual_seed(run.sam2clip_stage.seed)
-        model = OvSam(model_config(run, sam.config, clip.config))
+        model = OvSam(model_config(run, sam.config, clip))
         model.adopt(sam, clip.model.visual)
         train_adapter(run, model, sam_folder, sam_id, run_dir, logger)
         seconds["sam2clip"] = time.perf_counter() - started - sum(seconds.values())

@@ -4,7 +4,7 @@ boxes/<name>-eval --every object, by its box, its centre, its name--> masks, nam
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep import storage, tables
@@ -95,7 +96,7 @@ def evaluate(
     *,
     limit: int = 0,
 ) -> Report:
-    """Ask every model for every annotated object.
+    """Ask OV-SAM, its teacher and every baseline for every annotated object, and tell what they cost.
 
     Args:
         storage_uri: the storage.
@@ -111,11 +112,44 @@ def evaluate(
         InputError: the table is missing.
     """
     rows = tables.read_table(storage_uri, "boxes", boxes).to_pylist()[: limit or None]
-    label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names)}
+    label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names) if name in category_ids}
+    baselines = {name: SamClip(sam, model.clip, model.config.tower, config) for name, config in BASELINES.items()}
+    collected, pictures = ask(storage_uri, rows, label_of, vocabulary, model, sam, baselines)
+    if text is not None:
+        collected["sam", "text"] = ask_by_name(storage_uri, rows, label_of, vocabulary, text)
+    image = read_row(storage_uri, rows[0], label_of)[0]
+    costs = measure_costs(model, sam, baselines, vocabulary, image)
+    return Report(summaries(collected), costs, collected, tuple(pictures))
+
+
+Collected = dict[tuple[str, str], PointingMetrics]
+"""Variant and prompt kind -> its instances."""
+
+
+def ask(
+    storage_uri: str,
+    rows: list[dict[str, Any]],
+    label_of: Mapping[int, int],
+    vocabulary: Vocabulary,
+    model: OvSam,
+    sam: SamModel,
+    baselines: Mapping[str, SamClip],
+    kinds: Collection[str] = PROMPT_KINDS,
+) -> tuple[Collected, list[Image.Image]]:
+    """Ask every model for every annotated object of the rows, all names competing; also a few pictures.
+
+    Args:
+        storage_uri: the storage.
+        rows: of a `boxes` table.
+        label_of: row of the vocabulary by category id.
+        vocabulary: the names that compete; those that no category bears only distract.
+        model: the OV-SAM.
+        sam: whose masks the baselines name.
+        baselines: by name.
+        kinds: `box`, `point` or both.
+    """
     is_base = [True] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
-    tower = model.config.tower
-    baselines = {name: SamClip(sam, model.clip, tower, config) for name, config in BASELINES.items()}
-    collected: dict[tuple[str, str], PointingMetrics] = {}
+    collected: Collected = {}
     pictures: list[Image.Image] = []
     for row in rows:
         image, masks, labels = read_row(storage_uri, row, label_of)
@@ -123,7 +157,7 @@ def evaluate(
             continue
         novel = [not is_base[label] for label in labels]
         encoded, seen = model.encode(image), sam.encode(image)
-        for kind in PROMPT_KINDS:
+        for kind in kinds:
             prompts = prompts_for(masks, kind)
             by_sam = sam.segment(seen, prompts)
             found = {"sam": by_sam, "ovsam": model.segment(encoded, prompts, vocabulary)}
@@ -134,16 +168,31 @@ def evaluate(
                 metrics.add(ious, segments.labels.tolist(), labels, novel)
             if kind == "box" and len(pictures) < NUM_PICTURES:
                 pictures.append(found["ovsam"].draw(image=Image.fromarray(image.permute(1, 2, 0).numpy())))
-        if text is not None:
-            by_name = text.segment_text(text.sam.encode(image), vocabulary.embeddings[labels])
-            ious = mask_ious(by_name.masks.flatten(1), masks.flatten(1))
-            collected.setdefault(("sam", "text"), PointingMetrics()).add(ious, [-1] * len(labels), labels, novel)
-    summaries = {key: metrics.summary() for key, metrics in collected.items()}
-    for key in summaries:
-        if key[0] == "sam":  # which gives no names
-            summaries[key] |= dict.fromkeys(("accuracy_base", "accuracy_novel", "accuracy_all"), float("nan"))
-    image = read_row(storage_uri, rows[0], label_of)[0]
-    return Report(summaries, costs(model, sam, baselines, vocabulary, image), collected, tuple(pictures))
+    return collected, pictures
+
+
+def ask_by_name(
+    storage_uri: str, rows: list[dict[str, Any]], label_of: Mapping[int, int], vocabulary: Vocabulary, text: TextToMask
+) -> PointingMetrics:
+    """The masks that names alone ask for, beside those of the objects so named."""
+    is_base = [True] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
+    metrics = PointingMetrics()
+    for row in rows:
+        image, masks, labels = read_row(storage_uri, row, label_of)
+        if labels:
+            found = text.segment_text(text.sam.encode(image), vocabulary.embeddings[labels])
+            ious = mask_ious(found.masks.flatten(1), masks.flatten(1))
+            metrics.add(ious, [-1] * len(labels), labels, [not is_base[label] for label in labels])
+    return metrics
+
+
+def summaries(collected: Collected) -> dict[tuple[str, str], dict[str, float]]:
+    """`PointingMetrics.summary` of every row; SAM gives no names, so its accuracies are NaN."""
+    found = {key: metrics.summary() for key, metrics in collected.items()}
+    for (variant, _), values in found.items():
+        if variant == "sam":
+            values |= dict.fromkeys(("accuracy_base", "accuracy_novel", "accuracy_all"), float("nan"))
+    return found
 
 
 def read_row(storage_uri: str, row: Mapping[str, Any], label_of: Mapping[int, int]) -> tuple[Tensor, Tensor, list[int]]:
@@ -164,7 +213,7 @@ def prompts_for(masks: Tensor, kind: str) -> Prompts:
     return Prompts(points=centre_points(masks)[:, None], point_labels=torch.ones(len(masks), 1, dtype=torch.int64))
 
 
-def costs(
+def measure_costs(
     model: OvSam, sam: SamModel, baselines: Mapping[str, SamClip], vocabulary: Vocabulary, image: Tensor
 ) -> dict[str, Cost]:
     """Parameters, operations and times of SAM, OV-SAM and the baselines; their weights stop asking for gradients."""
@@ -176,11 +225,10 @@ def costs(
 
     def cost(parts: list[nn.Module], encode: Callable[[], Any], ask: Callable[[Any, Prompts], Segments]) -> Cost:
         weights = {id(weight): weight.numel() for part in parts for weight in part.parameters()}
-        with FlopCounterMode(display=False) as counter:
-            encoded = encode()
-            ask(encoded, four)
+        flops = count_flops(lambda: ask(encode(), four))
+        encoded = encode()
         times = (median_ms(encode), median_ms(lambda: ask(encoded, one)))
-        return Cost(sum(weights.values()), counter.get_total_flops(), *times)
+        return Cost(sum(weights.values()), flops, *times)
 
     found = {
         "sam": cost([sam], lambda: sam.encode(image), lambda seen, prompts: sam.segment(seen, prompts)),
@@ -193,6 +241,18 @@ def costs(
 
         found[name] = cost([sam, model.clip], lambda: sam.encode(image), ask)
     return found
+
+
+def count_flops(job: Callable[[], Any]) -> int:
+    """Operations of matrix products and convolutions; attention is written out, since fused forms are not counted."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            job()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops()
 
 
 def median_ms(job: Callable[[], Any], repeats: int = 15) -> float:

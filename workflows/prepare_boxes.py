@@ -7,14 +7,13 @@ python workflows/prepare_boxes.py --config coco --data photos/    # photos/insta
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
 
 from data_prep import annotations, storage, tables
 from data_prep.annotations import BoxSet
@@ -23,6 +22,8 @@ from ovd_models.errors import InputError
 from workflows import cli, cluster, prepare_pairs
 
 PRODUCER = "workflows/prepare_boxes.py"
+SCENES = 100
+"""Drawn by a task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +147,13 @@ def draw_scenes(run: Run, name: str, world: World, count: int, *, seed: int, bas
     """Draw in parallel; rows in the order of their numbers."""
     uri = storage.absolute(run.storage)
 
-    def draw_block(block: pa.Table) -> pa.Table:
-        numbers = block["id"].to_pylist()
+    @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+    def draw_part(numbers: range) -> pa.Table:
         rows = list(annotations.draw_boxes(uri, name, world, numbers, seed=seed, base_only=base_only))
         return pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
 
-    drawn = ray.data.range(count, override_num_blocks=min(8, count)).map_batches(
-        draw_block, batch_format="pyarrow", batch_size=None
-    )
-    blocks: Iterator[pa.Table] = iter(drawn.iter_batches(batch_size=None, batch_format="pyarrow"))
-    return pa.concat_tables(list(blocks)).cast(tables.SCHEMAS["boxes"]).sort_by("source_id")
+    parts = [range(start, min(start + SCENES, count)) for start in range(0, count, SCENES)]
+    return pa.concat_tables(ray.get([draw_part.remote(part) for part in parts]))
 
 
 def prepare_captions(run: Run, name: str) -> None:

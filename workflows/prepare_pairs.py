@@ -26,34 +26,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from data_prep import generations, inputs, scores, shards, storage, tables, webserver, website
 from data_prep.concepts import Extractor, Vocabulary
-from data_prep.decode import DecodeConfig, decode_rows
+from data_prep.crawl import DECODERS, LASTING, Crew, Reader, Steps, follow
+from data_prep.decode import DecodeConfig, decode
 from data_prep.dedup import Corpus, CorpusConfig
-from data_prep.fetch import FetchConfig, FetchStage, ReadStage
+from data_prep.fetch import FetchConfig, Fetcher
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.generations import Published, Work
 from data_prep.groups import write_groups
 from data_prep.inputs import Columns
 from data_prep.nouns import Nouns
-from data_prep.pace import Pace
-from data_prep.parts import Parts
 from data_prep.pictograms import GLYPHS
 from data_prep.scores import ScoreConfig, ScoreStage
 from ovd_models.errors import InputError
-from workflows import cli, cluster, pairs_report
+from workflows import cli, cluster
 
-PRODUCER = "workflows/prepare_pairs.py"
-PROGRESS_SECONDS = 5.0
-ALARMING_FAILURES = 0.5
-"""Share of failed fetches that is worth a warning."""
 SAMPLED_PARTITIONS = 40
 """Partitions that give the report examples of rejected rows."""
 
@@ -93,12 +86,12 @@ class Run:
     """Input rows that are saved at a time: what a killed run may have to fetch again."""
     min_images: int = 2
     """Concepts with fewer images are left out."""
-    fetchers: int = 1
-    """Processes that fetch; one keeps some cores busy with decoding."""
-    parts_per_fetcher: int = 6
-    """Parts a fetcher works on at a time, so that one slow host does not hold up the rest."""
-    waiting_bytes: int = 256 << 20
-    """Of fetched images that wait to be decoded, a fetcher."""
+    crawlers: int = 0
+    """Processes that crawl; 0 for one for every two cores, which it keeps busy."""
+    parts_per_crawler: int = 16
+    """Parts a crawler works on at a time, so that slow hosts do not hold up the rest; a kill may lose as many."""
+    waiting_bytes: int = 16 << 20
+    """Of fetched images that wait to be decoded, a crawler; beyond, it asks for no more."""
 
 
 def web() -> Run:
@@ -149,7 +142,6 @@ def smoke() -> Run:
     )
 
 
-Get = type[FetchStage] | type[ReadStage]
 CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke, "pictograms": pictograms, "web": web, "cc3m": cc3m, "coyo": coyo, "laion": laion,
 }  # fmt: skip
@@ -184,7 +176,7 @@ def prepare(run: Run) -> Summary:
         if digest in digests[:number]:
             raise InputError(f"{files[number]}: holds the same as {files[digests.index(digest)]}, expected it once")
     cut = partial(inputs.cut_file, columns=run.columns)
-    return _prepare(run, {digest: partial(cut, file) for digest, file in zip(digests, files, strict=True)}, FetchStage)
+    return _prepare(run, {digest: partial(cut, file) for digest, file in zip(digests, files, strict=True)})
 
 
 def prepare_local(run: Run, rows: pa.Table) -> Summary:
@@ -204,10 +196,10 @@ def prepare_local(run: Run, rows: pa.Table) -> Summary:
     rows = rows.set_column(rows.schema.get_field_index("url"), "url", pa.array(uris, pa.string()))
     digest = storage.sha256(tables.parquet_bytes(rows))[: inputs.DIGEST_DIGITS]
     cut = partial(inputs.cut, "rows", [rows], Columns(), digest)
-    return _prepare(run, {digest: cut}, ReadStage)
+    return _prepare(run, {digest: cut}, are_files=True)
 
 
-def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summary:
+def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool = False) -> Summary:
     started = time.monotonic()
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
     extractor = Vocabulary.read(run.vocabulary) if run.vocabulary else Vocabulary.parse(run.names)
@@ -216,7 +208,9 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
         if not scores.is_class(model):
             scores.check_checkpoint(model)
     config_hash = result_hash(run, extractor)
-    published = find_published(run, config_hash, lists)
+    published = generations.find_published(
+        run.storage, run.name, config_hash, lists=lists, add=run.add, retry=run.retry
+    )
     new = [digest for digest in lists if published is None or digest not in published.sources]
     if published is not None and not new and not run.retry:
         print(f"pairs: {tables.table_uri(run.storage, 'pairs', run.name)} is there already, from the same config")
@@ -229,19 +223,22 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
     task = f"{config_hash} {sorted(new)} {run.retry} {generation} {run.rows_per_part}"
     staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
     cluster.start_ray()
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it once took, beside what the crawl takes
 
-    work = generations.plan(
-        [lists[digest] for digest in new],
-        published,
-        run.retry,
-        staging,
-        partition=run.rows_per_shard,
-        part=run.rows_per_part,
-    )
-    repeated_urls = find_repeated_urls(run, work, published, staging)
-    progress = crawl(run, work, repeated_urls, staging, get)
-    decisions = decide(run, work, published, staging)
-    written = write_shards(run, work, published, pa.concat_tables([repeated_urls, decisions]), staging, concepts)
+    with start_crew(run, staging, are_files=are_files) as crew:
+        work = generations.plan(
+            [lists[digest] for digest in new],
+            published,
+            run.retry,
+            staging,
+            partition=run.rows_per_shard,
+            part=run.rows_per_part,
+            run=crew.run,
+        )
+        repeated_urls = find_repeated_urls(run, work, published, staging)
+        progress = crawl(run, work, repeated_urls, staging, crew)
+        decisions = pa.concat_tables([repeated_urls, decide(run, work, published, staging)])
+        written = write_shards(run, work, published, decisions, staging, concepts, crew)
 
     grown = generations.grow(published, work, written)
     generation = published.generation + 1 if published else 0
@@ -266,9 +263,12 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], get: Get) -> Summar
         "files": {name: [dataclasses.asdict(entry) for entry in grown.files[name]] for name in ("rejects", "scores")},
     }
     files = {**grown.files, "concepts": grouped.concepts, "groups": grouped.groups}
-    if not run.scores.scorers:
+    if not run.scores.scorers and not run.corpus.semantic_model:
         del files["scores"]
-    publish(run, config_hash, {"summary": dataclasses.asdict(summary)}, details, files)
+    told = dataclasses.asdict(summary)
+    generations.publish(run.storage, run.name, config_hash, summary=told, details=details, files=files)
+    from workflows import pairs_report  # here, for its plots take memory that the crawl can do without
+
     report = pairs_report.write(
         run.storage, run.name, shards.open_staged(staging, "samples", shards.SAMPLES).to_table()
     )
@@ -286,96 +286,45 @@ def find_repeated_urls(run: Run, work: Work, published: Published | None, stagin
     return corpus.decisions()
 
 
-def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, get: Get) -> list[tuple[float, int]]:
-    """Fetch, decode and filter; one staged Parquet file a part holds what came of each of its rows.
+def start_crew(run: Run, staging: str, *, are_files: bool) -> Crew:
+    """What is done to every row, by processes that do it to some rows at a time."""
+    processes = run.crawlers or max(1, cluster.cores() // DECODERS)
+    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // processes))
+    models = []
+    if run.scores.scorers or run.corpus.semantic_model:
+        model = ray.remote(ScoreStage).options(**LASTING, num_gpus=run.scores.gpus)
+        models = [model.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
+    steps = Steps(
+        read=partial(inputs.read_part, staging=staging),
+        fetch=Reader if are_files else partial(Fetcher, fetch),
+        decode=partial(decode, config=run.decode),
+        filter=partial(filter_rows, config=run.filters),
+        score=models,
+        save=partial(shards.stage_part, staging=staging),
+    )
+    return Crew(steps, processes=processes, parts_at_a_time=run.parts_per_crawler, waiting_bytes=run.waiting_bytes)
+
+
+def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, crew: Crew) -> list[tuple[float, int]]:
+    """Fetch, decode, filter and score; one staged Parquet file a part holds what came of each of its rows.
 
     Returns:
         Seconds and rows done so far, for the report.
     """
-    every = work.parts(run.rows_per_part)
-    done = [path.rpartition("/")[2] for path in shards.staged(staging, "parts")]
-    parts = every.filter(pc.invert(pc.is_in(every["part"], pa.array(done, pa.string()))))
-    if not parts.num_rows:
+    every = work.parts(run.rows_per_shard, run.rows_per_part, repeated_urls["id"].to_numpy())
+    done = {path.rpartition("/")[2] for path in shards.staged(staging, "parts")}
+    parts = [part for part in every if part.name not in done]
+    if not parts:
         return []
     if done:
-        print(f"pairs: {len(done):,} of {every.num_rows:,} parts done by an earlier run", flush=True)
-    source = Parts(staging, parts, work.order, repeated_urls["id"].to_numpy())
-    # Half a CPU each, so that the stages together fit a machine with a single one; as many as there are cores.
-    on_cpus: dict[str, Any] = {
-        "batch_format": "pyarrow",
-        "batch_size": None,
-        "num_cpus": 0.5,
-        "compute": ray.data.TaskPoolStrategy(size=cluster.cores()),
-    }
-    fetchers = min(run.fetchers, parts.num_rows)
-    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // fetchers))
-    save = partial(shards.stage_part, staging=staging)
-    rows = (
-        ray.data.read_datasource(
-            source,
-            num_cpus=0.2,
-            compute=ray.data.TaskPoolStrategy(size=fetchers),  # more would only start more processes
-            override_num_blocks=parts.num_rows,
-        )
-        .map_batches(
-            get,
-            fn_constructor_args=(fetch,),
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(
-                size=fetchers,
-                max_concurrent_calls_per_actor=run.parts_per_fetcher,
-                max_tasks_in_flight_per_actor=run.parts_per_fetcher,
-            ),
-            num_cpus=0.25,  # fetching waits more than it works, and decoding needs the cores
-        )
-        .map_batches(partial(decode_rows, config=run.decode), **on_cpus)
-        .map_batches(partial(filter_rows, config=run.filters), **on_cpus)
-    )
-    if run.scores.scorers or run.corpus.semantic_model:
-        rows = rows.map_batches(
-            ScoreStage,
-            fn_constructor_args=(run.scores, run.corpus.semantic_model),
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=run.scores.actors),
-            num_cpus=0.5,
-            num_gpus=run.scores.gpus,
-        )
-    rows = rows.map_batches(save, **on_cpus)
-    # What is fetched waits for the decoders no longer than need be: it is lost if the run is killed, and memory that
-    # is used again costs less than fresh one.
-    limits = ray.data.ExecutionResources.for_limits(object_store_memory=run.waiting_bytes * fetchers)
-    rows.context.execution_options.resource_limits = limits
-    rows.context.custom_execution_callback_classes = [Pace]
-    return show_progress(rows, work.rows - repeated_urls.num_rows)
-
-
-def show_progress(rows: ray.data.Dataset, total: int) -> list[tuple[float, int]]:
-    """Run the crawl, with a line every few seconds, and a warning where most fetches fail."""
-    started = shown = time.monotonic()
-    done, kept, failed, warned = 0, 0, 0, False
-    progress: list[tuple[float, int]] = []
-    batch: pa.Table
-    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        done, kept = done + batch.num_rows, kept + batch["reason"].null_count
-        failed += pc.sum(pc.equal(batch["stage"], "fetch")).as_py() or 0
-        now = time.monotonic()
-        if now - shown >= PROGRESS_SECONDS:
-            shown, rate = now, done / (now - started)
-            progress.append((round(now - started, 1), done))
-            print(f"pairs: {done:,} of {total:,} rows done, {kept:,} good, {rate:,.0f} rows/s", flush=True)
-            if failed > ALARMING_FAILURES * done and not warned:
-                warned = True
-                print(f"pairs: WARNING: {failed:,} of {done:,} fetches failed; is the network, or its DNS, all right?")
-    print(f"pairs: {done:,} rows done, {kept:,} good, {done / (time.monotonic() - started):,.0f} rows/s", flush=True)
-    return [*progress, (round(time.monotonic() - started, 1), done)]
+        print(f"pairs: {len(done):,} of {len(every):,} parts done by an earlier run", flush=True)
+    return follow(crew.crawl(parts), work.rows - repeated_urls.num_rows)
 
 
 def decide(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
     """What only the whole corpus can tell: boilerplate captions, and images that come again."""
     semantic = run.corpus.semantic_model
-    schema = shards.LIGHT.append(pa.field("embedding", pa.binary())) if semantic else shards.LIGHT
+    schema = shards.LIGHT.append(generations.EMBEDDINGS.field(inputs.EMBEDDING)) if semantic else shards.LIGHT
     new = shards.open_staged(staging, "parts", schema)
     corpus = Corpus(work.order, new, published.images() if published else None, memory=run.corpus.memory)
     if run.corpus.max_caption_uses is not None:
@@ -384,12 +333,18 @@ def decide(run: Run, work: Work, published: Published | None, staging: str) -> p
     if run.corpus.near_bits is not None:
         corpus.reject_near_duplicates(run.corpus.near_bits)
     if semantic:
-        corpus.reject_semantic_duplicates(run.corpus.semantic_cosine)
+        corpus.reject_semantic_duplicates(run.corpus.semantic_cosine, published.embeddings() if published else None)
     return corpus.decisions()
 
 
 def write_shards(
-    run: Run, work: Work, published: Published | None, decisions: pa.Table, staging: str, extractor: Extractor
+    run: Run,
+    work: Work,
+    published: Published | None,
+    decisions: pa.Table,
+    staging: str,
+    extractor: Extractor,
+    crew: Crew,
 ) -> list[shards.Written]:
     """One tar shard with its index and its rejects for each partition, in parallel."""
     job = shards.ShardJob(
@@ -404,18 +359,15 @@ def write_shards(
     )
     decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
-    write = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(shards.write_shard)
     shared, concepts = ray.put(job), ray.put(extractor)
-    pending = []
+    each = []
     for count, name in enumerate(work.partitions):
         first = work.first_id(name, run.rows_per_shard)
         start, stop = np.searchsorted(ids, [first, first + run.rows_per_shard])
-        own = decisions.slice(start, stop - start)
-        pending.append(write.remote(shared, name, own, concepts, count < SAMPLED_PARTITIONS))
+        each.append((shared, name, decisions.slice(start, stop - start), concepts, count < SAMPLED_PARTITIONS))
+    written = crew.run(shards.write_shard, each)
     if published is not None:
-        mention = ray.remote(num_cpus=0.5, scheduling_strategy="SPREAD")(shards.stage_published_mentions)
-        ray.get([mention.remote(shared, path, concepts) for path in published.index_files()])
-    written: list[shards.Written] = ray.get(pending)
+        crew.run(shards.stage_published_mentions, [(shared, path, concepts) for path in published.index_files()])
     return written
 
 
@@ -430,8 +382,8 @@ def result_hash(run: Run, vocabulary: Vocabulary) -> str:
         vocabulary="",
         site_pictures=0,
         site_scenes=0,
-        fetchers=0,
-        parts_per_fetcher=0,
+        crawlers=0,
+        parts_per_crawler=0,
         waiting_bytes=0,
         rows_per_part=0,
         corpus=dataclasses.replace(run.corpus, memory=""),
@@ -441,45 +393,9 @@ def result_hash(run: Run, vocabulary: Vocabulary) -> str:
     return storage.sha256(parts.encode())[:16]
 
 
-def find_published(run: Run, config_hash: str, lists: Mapping[str, generations.Cut]) -> Published | None:
-    """What is published under the run's name.
-
-    Raises:
-        InputError: it is of another config, or of other lists and the run does not say that rows are to be added;
-            or there is nothing whose rows could be tried again.
-    """
-    for reason in run.retry:
-        if reason not in {known for reasons in tables.REASONS.values() for known in reasons}:
-            raise InputError(f"--retry {reason}: unknown reason, expected those of `rejects`, such as timeout")
-    published = Published.find(run.storage, run.name)
-    uri = tables.table_uri(run.storage, "pairs", run.name)
-    if published is None:
-        if run.retry:
-            raise InputError(f"--retry: {uri} is not published yet, expected a finished crawl")
-        return None
-    if published.config_hash != config_hash:
-        raise InputError(f"{uri}: made from another config, expected the same one, a new --name or an empty place")
-    if not run.add and any(digest not in published.sources for digest in lists):
-        raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")
-    return published
-
-
 def summary_of(published: Published) -> Summary:
     """The summary of published tables."""
     return Summary(**published.details["summary"])
-
-
-def publish(
-    run: Run,
-    config_hash: str,
-    summary: dict[str, object],
-    details: dict[str, object],
-    files: dict[str, list[tables.FileEntry]],
-) -> None:
-    """Write the manifests, that of `pairs` last: it tells that all are there, and all that a later run must know."""
-    for table, entries in sorted(files.items(), key=lambda item: item[0] == "pairs"):
-        told = {**summary, **details} if table == "pairs" else summary
-        tables.publish(run.storage, table, run.name, entries, producer=PRODUCER, config_hash=config_hash, details=told)
 
 
 @contextlib.contextmanager

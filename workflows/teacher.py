@@ -26,6 +26,8 @@ class Names:
     """[K, D] the names that boxes are annotated with in training."""
     concept_embeddings: Tensor
     """[C, D]."""
+    concepts: tuple[str, ...]
+    """C names."""
 
     @property
     def base_ids(self) -> list[int]:
@@ -60,6 +62,7 @@ def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -
         splits,
         build_vocabulary(encoder, base).embeddings,
         build_vocabulary(encoder, concepts).embeddings,
+        tuple(concepts),
     )
 
 

@@ -72,6 +72,7 @@ class MetricLogger:
         self.uri = uri
         self.run_id = run_id
         self._buffer: list[Metric] = []
+        self._pictures: list[tuple[PIL.Image.Image, str, int]] = []
         self._pending: list[RunOperations] = []
         self._client: MlflowClient | None = None
 
@@ -82,6 +83,10 @@ class MetricLogger:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Note the metrics of a step."""
         self._buffer.extend(_metrics(metrics, step))
+
+    def log_image(self, image: PIL.Image.Image, name: str, step: int) -> None:
+        """Note a picture of a series that MLflow shows with a slider."""
+        self._pictures.append((image, name, step))
 
     def flush(self, *, wait: bool = False) -> None:
         """Send what was noted, in the background unless `wait`; a loop's last flush should wait.
@@ -97,6 +102,9 @@ class MetricLogger:
             if sent is not None:
                 self._pending.append(sent)
         self._buffer.clear()
+        for image, name, step in self._pictures:
+            self._client.log_image(self.run_id, image, key=name, step=step)
+        self._pictures.clear()
         while wait and self._pending:
             self._pending.pop(0).wait()  # type: ignore[no-untyped-call]
 

@@ -13,9 +13,8 @@ python workflows/vild_study.py --config pictograms --teacher runs/runs/clip/<run
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -32,14 +31,12 @@ from ovd_models.preprocess import to_tensor
 from ovd_models.rcnn import ProposalNetwork
 from ovd_models.vild import ViLD
 from ovd_models.vocabulary import build_vocabulary
-from workflows import cli, evaluate, failures, prepare_boxes, training, vild, vild_configs, vild_sweep
+from workflows import cli, evaluate, failures, prepare_boxes, studies, training, vild, vild_configs, vild_sweep
+from workflows.studies import Numbers
 from workflows.teacher import read_categories
 
 LIMITS = (100, 300, 1000)
 """Proposals of an image that recall is measured at."""
-QUANTILE_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Of Student's t with 0, 1, ... degrees of freedom."""
-Numbers = dict[str, float]
 Results = dict[str, dict[int, Numbers]]
 """By name, then by seed."""
 Part = Literal["variants", "proposals", "baselines", "supervised_full", "teachers"]
@@ -203,14 +200,13 @@ def remembered(
 
     A result belongs to the exact settings of its training, which its file's name bears a digest of.
     """
-    label = f"study-{own.rpn_stage.seed}-{name}-{cli.config_hash(dataclasses.replace(own, storage=''))[:8]}"
-    path = storage.join(run.storage, "reports", "vild_study", f"{label}.json")
-    if not storage.exists(path):
-        print(f"study: {label}", flush=True)
-        own = dataclasses.replace(own, config=label, resume=training.find_run(run.storage, "vild", label))
-        storage.write_bytes(path, json.dumps(job(own)).encode())
-    found: dict[str, Any] = json.loads(storage.read_bytes(path))
-    return found
+    label = studies.label_of(own.rpn_stage.seed, name, own)
+
+    def begin() -> dict[str, Any]:
+        resume = training.find_run(run.storage, "vild", label)
+        return job(dataclasses.replace(own, config=label, resume=resume))
+
+    return studies.remembered(run.storage, "vild_study", label, begin)
 
 
 def train_rpn(run: vild_configs.Run) -> dict[str, Any]:
@@ -338,7 +334,7 @@ def weigh(results: Results) -> list[dict[str, Any]]:
         one, two = results[claim.one], results[claim.two] if claim.two else {}
         seeds = [seed for seed in one if not claim.two or seed in two]
         values = [one[seed][claim.metric] - (two[seed][claim.metric] if claim.two else 0.0) for seed in seeds]
-        numbers = paired(values)
+        numbers = studies.paired(values)
         tested = (numbers["low"], numbers["high"]) if claim.surely else (numbers["mean"],)
         holds = all(claim.least <= value <= claim.most for value in tested)
         found.append({"statement": claim.statement, **numbers, "each": values, "holds": holds})
@@ -348,18 +344,8 @@ def weigh(results: Results) -> list[dict[str, Any]]:
 def as_report(run: Run, results: Results) -> dict[str, Any]:
     """The report on what is measured so far, written to the storage too."""
     report = {"seeds": list(run.seeds), "results": results, "claims": weigh(results)}
-    name = storage.join(run.storage, "reports", f"vild_study_{run.training.train_table}")
-    storage.write_bytes(f"{name}.json", json.dumps(report, indent=1).encode())
-    storage.write_bytes(f"{name}.md", as_table(report).encode())
+    studies.write_report(run.storage, f"vild_study_{run.training.train_table}", report, as_table(report))
     return report
-
-
-def paired(values: Sequence[float]) -> Numbers:
-    """Mean of paired differences and the ends of its 95 % interval; NaN for a single pair."""
-    mean = float(np.mean(values))
-    freedom = len(values) - 1
-    half = QUANTILE_95[freedom] * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if freedom else math.nan
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
 
 
 def as_table(report: Mapping[str, Any]) -> str:

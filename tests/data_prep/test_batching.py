@@ -1,6 +1,4 @@
 import io
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,17 +13,14 @@ from data_prep import shards, storage, tables
 from data_prep.batching import (
     Integers,
     StreamShape,
-    group_loader,
     pair_loader,
     plan_epochs,
-    plan_group,
     plan_weighted,
     repeat_factors,
     stream,
 )
-from data_prep.collate import GroupCollate, PairCollate
+from data_prep.collate import PairCollate
 from ovd_models.errors import InputError
-from ovd_models.vocabulary import EmbeddingTable
 
 # ------------------------------------------------------------------------------------------------------ plans
 
@@ -79,37 +74,6 @@ def test_positions_may_come_in_any_order() -> None:
 def test_a_table_of_one_row_repeats_it_and_no_position_gives_no_row() -> None:
     assert plan_epochs(0, 1, np.arange(4)).tolist() == [0] * 4
     assert plan_epochs(0, 5, np.arange(0)).tolist() == []
-
-
-STARTS, STOPS = np.array([0, 4, 10]), np.array([4, 10, 200])
-
-
-def test_a_group_is_drawn_without_replacement_inside_its_concept() -> None:
-    for position in range(300):
-        concept, members = plan_group(0, STARTS, STOPS, 4, position)
-        assert len(set(members.tolist())) == 4
-        assert STARTS[concept] <= members.min()
-        assert members.max() < STOPS[concept]
-
-
-def test_concepts_are_drawn_uniformly_however_many_images_they_have() -> None:
-    counts = Counter(plan_group(0, STARTS, STOPS, 2, position)[0] for position in range(3000))
-    # 1000 each, standard deviation sqrt(3000 * 1/3 * 2/3) = 26: five of them are 130
-    assert all(870 < counts[concept] < 1130 for concept in range(3))
-
-
-def test_every_image_of_a_concept_is_drawn_equally_often() -> None:
-    drawn = Counter(
-        row for position in range(2000) for row in plan_group(1, STARTS[:1], STOPS[:1], 2, position)[1].tolist()
-    )
-    assert all(abs(drawn[row] - 1000) < 120 for row in range(4))  # standard deviation sqrt(2000 / 4) = 22
-
-
-def test_a_group_depends_on_seed_and_position_alone() -> None:
-    first = [plan_group(0, STARTS, STOPS, 3, position)[1].tolist() for position in range(20)]
-    assert first == [plan_group(0, STARTS, STOPS, 3, position)[1].tolist() for position in range(20)]
-    assert first != [plan_group(1, STARTS, STOPS, 3, position)[1].tolist() for position in range(20)]
-    assert len({tuple(members) for members in first}) > 15
 
 
 # ---------------------------------------------------------------------------------------------------- streams
@@ -195,7 +159,6 @@ def flat(value: int, height: int, width: int) -> np.ndarray:
 
 
 SIZES = [(10, 20), (30, 40), (64, 64), (64, 48)]  # height, width of pairs 0 .. 3
-MENTIONED = [[0], [0, 1], [0, 1], [1, 2]]
 
 
 def published(root: Path, table: str, name: str, rows: list[dict[str, object]]) -> None:
@@ -209,7 +172,7 @@ def published(root: Path, table: str, name: str, rows: list[dict[str, object]]) 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Four pairs whose pixels are 10, 20, 30, 40, in concepts 0 (three images), 1 (three) and 2 (one); two scenes."""
+    """Four pairs whose pixels are 10, 20, 30, 40."""
     images = [encoded(flat(10 * n + 10, *size)) for n, size in enumerate(SIZES)]
     tar, offsets = shards.pack((f"{n}", image, f"caption {n}") for n, image in enumerate(images))
     storage.write_bytes(f"{tmp_path}/pairs/t/shards/0.tar", tar)
@@ -226,14 +189,6 @@ def store(tmp_path: Path) -> Path:
         for n, (image, offset, size) in enumerate(zip(images, offsets, SIZES, strict=True))
     ]
     published(tmp_path, "pairs", "t", pairs)
-    members = [
-        {**pairs[n], "concept_id": concept, "concept_ids": MENTIONED[n]}
-        for concept in range(3)
-        for n in range(4)
-        if concept in MENTIONED[n]
-    ]
-    columns = tables.SCHEMAS["groups"].names
-    published(tmp_path, "groups", "t", [{key: row[key] for key in columns} for row in members])
     return tmp_path
 
 
@@ -256,67 +211,7 @@ def test_large_pairs_are_left_out_on_demand(ray_cluster: None, store: Path) -> N
         pair_loader(str(store), "t", seed=0, image_size=16, max_side=5)
 
 
-@pytest.mark.ray
-def test_groups_share_their_concept_and_know_what_else_is_mentioned(ray_cluster: None, store: Path) -> None:
-    loader = group_loader(str(store), "t", seed=0, group_size=2, min_side=0)
-    assert loader.concept_ids.tolist() == [0, 1]  # concept 2 has one image
-    batch = GroupCollate(3, None)(loader(np.arange(20)))
-    assert (batch.num_images, batch.group_size, len(batch.concept_ids)) == (40, 2, 20)
-    assert set(batch.concept_ids.tolist()) == {0, 1}
-    for row, (image, caption) in enumerate(zip(batch.images, batch.captions, strict=True)):
-        number = int(caption[-1])
-        assert image.shape == (3, *SIZES[number])
-        assert set(image.unique().tolist()) == {10 * number + 10}
-        assert torch.nonzero(batch.mentioned[row]).flatten().tolist() == MENTIONED[number]
-        assert batch.mentioned[row, batch.concept_ids[row // 2]]
-        if row % 2:
-            assert caption != batch.captions[row - 1]
-    assert batch.caption_embeddings is None
-
-
-@pytest.mark.ray
-def test_small_images_take_no_part_in_groups_on_demand(ray_cluster: None, store: Path) -> None:
-    loader = group_loader(str(store), "t", seed=0, group_size=2, min_side=45)
-    assert loader.concept_ids.tolist() == [1]  # pairs 2 and 3
-    assert {caption for row in loader(np.arange(9)).to_pylist() for caption in row["captions"]} == {
-        "caption 2",
-        "caption 3",
-    }
-    with pytest.raises(InputError, match="groups/t: no concept has 2 images with sides of 500 px or more"):
-        group_loader(str(store), "t", seed=0, group_size=2, min_side=500)
-
-
-@pytest.mark.ray
-def test_captions_are_embedded_by_the_teacher(ray_cluster: None, store: Path) -> None:
-    class Encoder(EmbeddingTable):
-        def embed_captions(self, captions: object) -> torch.Tensor | None:
-            return torch.tensor([[float(str(caption)[-1])] for caption in captions])  # type: ignore[attr-defined]
-
-    encoder = Encoder(("a",), torch.ones(1, 1), "test")
-    loader = group_loader(str(store), "t", seed=0, group_size=3, min_side=0)
-    batch = GroupCollate(3, encoder)(loader(np.arange(2)))
-    assert batch.caption_embeddings is not None
-    assert [f"caption {int(value)}" for value in batch.caption_embeddings[:, 0]] == list(batch.captions)
-    moved = batch.to(torch.device("cpu"))
-    assert moved.captions == batch.captions
-
-
-LOADERS: dict[str, tuple[Callable[[str], object], str]] = {
-    "pairs": (lambda root: pair_loader(root, "t", seed=0, image_size=16, max_side=None), "prepare_pairs"),
-    "groups": (lambda root: group_loader(root, "t", seed=0, group_size=2, min_side=0), "prepare_pairs"),
-}
-
-
-@pytest.mark.parametrize("table", LOADERS)
-def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path, table: str) -> None:
-    load, producer = LOADERS[table]
+def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        load(str(tmp_path))
-    assert str(caught.value) == (f"{tmp_path}/{table}/t: no such table; `python workflows/{producer}.py` makes it")
-
-
-@pytest.mark.ray
-def test_empty_groups_are_told(ray_cluster: None, tmp_path: Path) -> None:
-    published(tmp_path, "groups", "t", [])
-    with pytest.raises(InputError, match="groups/t: no concept has 2 images"):
-        group_loader(str(tmp_path), "t", seed=0, group_size=2, min_side=0)
+        pair_loader(str(tmp_path), "t", seed=0, image_size=16, max_side=None)
+    assert str(caught.value) == f"{tmp_path}/pairs/t: no such table; `python workflows/prepare_pairs.py` makes it"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data_prep import storage
-from data_prep.decode import DecodeConfig, Decoded, Rejection, decode, decode_rows, perceptual_hash, strip_metadata
+from data_prep.decode import DecodeConfig, Decoded, Rejection, decode, perceptual_hash, strip_metadata, with_images
 from data_prep.website import png_bomb
 
 KEEP = DecodeConfig()
@@ -155,8 +155,9 @@ def test_copies_have_near_hashes_and_other_pictures_far_ones() -> None:
     assert (hashes[0] ^ good(encoded(picture(300, 200, seed=1), "JPEG")).phash).bit_count() > 16
 
 
-def test_a_reduced_decode_looks_like_a_full_one() -> None:
-    image = picture(1600, 1200)
+@pytest.mark.parametrize("size", [(1600, 1200), (1024, 768), (800, 600), (640, 480)])  # by 4, exactly 4, 2 and none
+def test_a_reduced_decode_looks_like_a_full_one(size: tuple[int, int]) -> None:
+    image = picture(*size)
     config = DecodeConfig(max_side=256)
     fast, slow = good(encoded(image, "JPEG", quality=95), config), good(encoded(image, "PNG"), config)
     assert np.abs(pixels(fast.content) - pixels(slow.content)).mean() < 2
@@ -221,13 +222,12 @@ def test_rows_keep_earlier_failures_and_gain_new_ones() -> None:
     rows = pa.table(
         {
             "row": [3, 4, 5],
-            "content": pa.array([content, None, b"nothing"], pa.large_binary()),
             "stage": pa.array([None, "fetch", None], pa.string()),
             "reason": pa.array([None, "dns", None], pa.string()),
             "detail": pa.array([None, "no such host", None], pa.string()),
         }
     )
-    found = decode_rows(rows, KEEP)
+    found = with_images(rows, [decode(content, KEEP), None, decode(b"nothing", KEEP)])
     assert found["row"].to_pylist() == [3, 4, 5]
     assert found["stage"].to_pylist() == [None, "fetch", "decode"]
     assert found["reason"].to_pylist() == [None, "dns", "not_an_image"]
@@ -235,4 +235,4 @@ def test_rows_keep_earlier_failures_and_gain_new_ones() -> None:
     assert found["image_id"].to_pylist() == [storage.sha256(content), None, None]
     assert found["width"].to_pylist() == [80, None, None]
     assert found["phash"].type == pa.uint64()
-    assert decode_rows(rows.slice(0, 0), KEEP).num_rows == 0
+    assert with_images(rows.slice(0, 0), []).schema.equals(found.schema)

@@ -25,7 +25,7 @@ import trustme
 from aiohttp import web
 
 from data_prep import fetch, website
-from data_prep.fetch import FetchConfig, Fetched, Fetcher, FetchStage, ReadStage, fetch_all
+from data_prep.fetch import FetchConfig, Fetched, Fetcher, fetch_all, with_status
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LOCAL = FetchConfig(
@@ -162,7 +162,7 @@ def test_opt_out_can_be_switched_off_on_purpose(served_site: str) -> None:
 
 def test_rows_gain_the_columns_of_what_became_of_them(served_site: str) -> None:
     rows = pa.table({"url": [f"{served_site}/images/1.jpg", f"{served_site}/missing/1.jpg"], "caption": ["a", "b"]})
-    found = asyncio.run(FetchStage(LOCAL)(rows)).drop_columns(["url", "content", "detail"]).to_pylist()
+    found = with_status(rows, fetch_all(rows["url"].to_pylist(), LOCAL)).drop_columns(["url", "detail"]).to_pylist()
     assert found == [
         {"caption": "a", "stage": None, "reason": None, "http_status": 200, "attempts": 1},
         {"caption": "b", "stage": "fetch", "reason": "http_status", "http_status": 404, "attempts": 1},
@@ -180,7 +180,7 @@ def test_what_a_server_says_fits_into_a_table_whatever_its_bytes() -> None:
         server = await asyncio.start_server(babble, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         try:
-            return await FetchStage(LOCAL)(pa.table({"url": [f"http://127.0.0.1:{port}/a"]}))
+            return with_status(pa.table({}), await Fetcher(LOCAL).fetch([f"http://127.0.0.1:{port}/a"]))
         finally:
             server.close()
 
@@ -189,11 +189,23 @@ def test_what_a_server_says_fits_into_a_table_whatever_its_bytes() -> None:
     assert rows["detail"].to_pylist()[0].startswith("X-Robots-Tag: noai")
 
 
-def test_local_files_are_rows_with_content(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"abc")
-    rows = ReadStage(LOCAL)(pa.table({"url": [str(tmp_path / "a.jpg")]}))
-    assert rows["content"].to_pylist() == [b"abc"]
-    assert rows["reason"].to_pylist() == [None]
+def test_nothing_is_asked_for_while_the_gate_is_closed(served_site: str) -> None:
+    async def run() -> list[str]:
+        fetcher, events = Fetcher(LOCAL), []
+
+        async def note(fetched: Fetched) -> None:
+            assert fetched.content
+            events.append("fetched")
+
+        fetcher.gate.clear()
+        fetching = asyncio.create_task(fetcher.fetch_then([f"{served_site}/images/{n}.jpg" for n in range(3)], note))
+        await asyncio.sleep(0.2)
+        events.append("opened")
+        fetcher.gate.set()
+        await fetching
+        return events
+
+    assert asyncio.run(run()) == ["opened", "fetched", "fetched", "fetched"]
 
 
 # Deadline and rate

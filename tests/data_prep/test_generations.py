@@ -1,22 +1,19 @@
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from data_prep import generations, inputs, tables
-from data_prep.dedup import NEW, Order
 from data_prep.generations import Cut, Published, Work, cut_rejects, plan
-from data_prep.inputs import Columns
+from data_prep.inputs import Columns, Part
+from data_prep.order import NEW, Order
 from ovd_models.errors import InputError
 
 A, B = "aaaaaaaa11111111", "bbbbbbbb22222222"
@@ -91,7 +88,7 @@ def test_rows_rejected_for_a_reason_are_cut_for_another_try(tmp_path: Path) -> N
     found = cut_rejects(publish(tmp_path), ["timeout"], str(tmp_path / "s"), partition=10, part=1)
     first, last = inputs.partition_name(A, 0), inputs.partition_name(A, 2)
     assert found == ({first: 2, last: 1}, {"timeout": 3}, {first: f"{first}.parquet", last: f"{last}.parquet"})
-    assert inputs.read_part(str(tmp_path / "s"), first, 1)["url"].to_pylist() == ["http://a/3"]
+    assert inputs.read_part(Part(first, 1), str(tmp_path / "s"))["url"].to_pylist() == ["http://a/3"]
 
 
 def test_what_is_tried_again_looks_like_an_input(tmp_path: Path) -> None:
@@ -112,10 +109,8 @@ def test_parts_of_what_is_tried_again_are_row_groups(tmp_path: Path) -> None:
     partitions, retried, earlier = cut_rejects(publish(tmp_path), every, str(tmp_path), partition=10, part=3)
     assert (sum(partitions.values()), sum(retried.values())) == (7, 7)
     work = Work(sources={A: 30}, columns={}, partitions=partitions, retried=retried, earlier_rejects=earlier)
-    found = [
-        inputs.read_part(str(tmp_path), part["partition"], part["number"])["row"].to_pylist()
-        for part in work.parts(3).to_pylist()
-    ]
+    repeated = np.array([NEW + 2])  # as an id of another list might be
+    found = [inputs.read_part(part, str(tmp_path))["row"].to_pylist() for part in work.parts(10, 3, repeated)]
     assert found == [[0, 2, 3], [4], [13, 14], [21]]
 
 
@@ -195,22 +190,18 @@ def test_work_is_saved_and_loaded(tmp_path: Path) -> None:
     assert (work.order, work.rows) == (Order.of({A: 30, B: 7}), 3)
 
 
-def test_parts_cover_every_row_of_every_partition() -> None:
+def test_parts_cover_every_row_of_every_partition_but_those_left_out() -> None:
     work = Work(sources={A: 30}, columns={}, partitions={f"{A}-000000": 10, f"{A}-000001": 4, f"{A}-000002": 5})
-    assert work.parts(5).to_pylist() == [
-        {"part": f"{A}-000000-00000.parquet", "partition": f"{A}-000000", "number": 0},
-        {"part": f"{A}-000000-00001.parquet", "partition": f"{A}-000000", "number": 1},
-        {"part": f"{A}-000001-00000.parquet", "partition": f"{A}-000001", "number": 0},
-        {"part": f"{A}-000002-00000.parquet", "partition": f"{A}-000002", "number": 0},
+    repeated = NEW + np.array([0, 4, 7, 13])
+    assert work.parts(10, 5, repeated) == [
+        Part(f"{A}-000000", 0, (0, 4)),
+        Part(f"{A}-000000", 1, (2,)),
+        Part(f"{A}-000001", 0, (3,)),
+        Part(f"{A}-000002", 0),
     ]
-    assert work.parts(1).num_rows == work.rows == 19
-
-
-def test_work_of_nothing_has_parts_of_the_same_columns() -> None:
-    some = Work(sources={A: 3}, columns={}, partitions={f"{A}-000000": 3})
-    none = Work(sources={A: 3}, columns={}, partitions={})
-    assert none.parts(2).schema.equals(some.parts(2).schema)
-    assert pc.is_in(none.parts(2)["part"], pa.array([], pa.string())).to_pylist() == []
+    assert len(work.parts(10, 1, repeated)) == work.rows == 19
+    assert Part(f"{A}-000001", 2).name == f"{A}-000001-00002.parquet"
+    assert Work(sources={A: 3}, columns={}, partitions={}).parts(10, 5, repeated) == []
 
 
 def test_the_first_id_of_a_partition_is_that_of_its_first_row() -> None:
@@ -230,13 +221,9 @@ def test_lists_whose_digests_begin_alike_have_partitions_of_their_own() -> None:
     assert work.first_id(inputs.partition_name(twin, 1), 10) == NEW + 40
 
 
-@pytest.fixture
-def tasks_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's tasks run in this process, at once."""
-    here = SimpleNamespace(
-        remote=lambda **_: lambda task: SimpleNamespace(remote=task), get=list, exceptions=ray.exceptions
-    )
-    monkeypatch.setattr(generations, "ray", here)
+def here(task: Callable[..., inputs.Source], each: Sequence[tuple[Any, ...]]) -> list[inputs.Source]:
+    """Runs tasks in this process."""
+    return [task(*arguments) for arguments in each]
 
 
 def a_list(source: str, **further: Sequence[object]) -> Cut:
@@ -245,10 +232,11 @@ def a_list(source: str, **further: Sequence[object]) -> Cut:
     return partial(inputs.cut, source, [rows], Columns(), source)
 
 
-@pytest.mark.usefixtures("tasks_run_here")
 def test_a_plan_is_made_once_from_new_lists_and_rejected_rows(tmp_path: Path) -> None:
     published, staging = publish(tmp_path), str(tmp_path / "s")
-    work = plan([a_list(B, license=["by", "by"], n=[1, 2])], published, ["dns"], staging, partition=10, part=5)
+    work = plan(
+        [a_list(B, license=["by", "by"], n=[1, 2])], published, ["dns"], staging, partition=10, part=5, run=here
+    )
     again = {f"{A}-000000": 1, f"{A}-000001": 1}
     assert work == Work(
         sources={A: 30, B: 2},
@@ -257,24 +245,21 @@ def test_a_plan_is_made_once_from_new_lists_and_rejected_rows(tmp_path: Path) ->
         retried={"dns": 2},
         earlier_rejects={name: f"{name}.parquet" for name in again},
     )
-    assert plan([], None, [], staging, partition=1, part=1) == work  # what a run that was killed had planned
+    assert plan([], None, [], staging, partition=1, part=1, run=here) == work  # what a run that was killed had planned
 
 
-@pytest.mark.usefixtures("tasks_run_here")
 def test_lists_whose_columns_are_of_different_types_are_told(tmp_path: Path) -> None:
     lists = [a_list(A, n=[1, 2], m=["x", "y"]), a_list(B, n=["1", "2"], m=["x", "y"])]
     with pytest.raises(InputError, match=f"^list {B}: column 'n' holds string, elsewhere int64$"):
-        plan(lists, None, [], str(tmp_path), partition=10, part=5)
+        plan(lists, None, [], str(tmp_path), partition=10, part=5, run=here)
     assert Work.load(str(tmp_path)) is None
 
 
-@pytest.mark.usefixtures("tasks_run_here")
 def test_a_list_whose_columns_differ_from_the_published_ones_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^list {B}: column 'license' holds int64, elsewhere string$"):
-        plan([a_list(B, license=[1, 2])], publish(tmp_path), [], str(tmp_path / "s"), partition=10, part=5)
+        plan([a_list(B, license=[1, 2])], publish(tmp_path), [], str(tmp_path / "s"), partition=10, part=5, run=here)
 
 
-@pytest.mark.usefixtures("tasks_run_here")
 def test_a_column_without_values_fits_every_type(tmp_path: Path) -> None:
     lists = [a_list(A, n=[None, None]), a_list(B, n=[1, 2])]
-    assert plan(lists, None, [], str(tmp_path), partition=10, part=5).columns == {"n": "int64"}
+    assert plan(lists, None, [], str(tmp_path), partition=10, part=5, run=here).columns == {"n": "int64"}

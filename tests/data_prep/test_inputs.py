@@ -47,8 +47,8 @@ def test_a_list_is_cut_into_partitions_and_parts(tmp_path: Path) -> None:
     first, second = inputs.partition_name(source.digest, 0), inputs.partition_name(source.digest, 1)
     assert source.partitions == {first: 3, second: 2}
     assert (first, second) == (f"{source.digest}-000000", f"{source.digest}-000001")
-    assert inputs.read_part(str(tmp_path), first, 1)["url"].to_pylist() == ["http://a/2"]
-    assert inputs.read_part(str(tmp_path), second, 0)["row"].to_pylist() == [3, 4]
+    assert inputs.read_part(inputs.Part(first, 1), str(tmp_path))["url"].to_pylist() == ["http://a/2"]
+    assert inputs.read_part(inputs.Part(second, 0), str(tmp_path))["row"].to_pylist() == [3, 4]
 
 
 @pytest.mark.parametrize("suffix", [*LISTS, "parquet"])
@@ -279,7 +279,7 @@ def test_further_columns_stay_and_those_that_clash_with_ours_are_renamed() -> No
     assert found.to_pylist()[0]["input_url"] == "other"
 
 
-@pytest.mark.parametrize("name", ["id", "part"])
+@pytest.mark.parametrize("name", ["id", "embedding"])
 def test_columns_that_rows_get_on_their_way_are_renamed_too(name: str) -> None:
     found = inputs.with_our_names(pa.table({"url": ["u"], "caption": ["c"], name: [1]}), Columns(), "d", 0, "here")
     assert found.column_names[-1] == f"input_{name}"
@@ -394,7 +394,7 @@ def test_cuts_are_exact_at_the_boundaries(
             assert file.read()["row"].to_pylist() == numbers[start : start + 6]
         assert sizes == [len(range(at, min(at + 2, count))) for at in range(0, count, 2)]
         for number in range(len(sizes)):
-            part = inputs.read_part(str(tmp_path), name, number)
+            part = inputs.read_part(inputs.Part(name, number), str(tmp_path))
             assert part["row"].to_pylist() == numbers[start : start + count][2 * number : 2 * number + 2]
             assert part["source"].to_pylist() == [source.digest] * part.num_rows
 

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
 
 from data_prep import inputs, shards, storage, tables
 from data_prep.concepts import Vocabulary
-from data_prep.decode import DecodeConfig, decode_rows
-from data_prep.dedup import DECISIONS, Order
-from data_prep.fetch import Fetched, with_content
+from data_prep.decode import DecodeConfig, decode, with_images
+from data_prep.dedup import DECISIONS
+from data_prep.fetch import Fetched, with_status
 from data_prep.filters import FilterConfig, filter_rows
 from data_prep.inputs import Columns
+from data_prep.order import Order
 from data_prep.shards import ShardJob, Written, runs_of_size, write_shard
 
 SAMPLES = [("000", b"first", "one"), ("001", b"x" * 512, "zwei \u00e4"), ("002", b"", "")]
@@ -107,6 +107,12 @@ def listed(first: int = 10, last: int = 19) -> pa.Table:
     return inputs.with_our_names(blocks, Columns(), SOURCE, first, "list")
 
 
+def outcome(rows: pa.Table, fetched: Sequence[Fetched]) -> pa.Table:
+    """Rows with what came of their fetches."""
+    images = [one.content and decode(one.content, DecodeConfig()) for one in fetched]
+    return filter_rows(with_images(with_status(rows, fetched), images), FilterConfig())
+
+
 def stage_crawl(staging: str, rows: pa.Table | None = None, partition: str = PARTITION, part: int = 4) -> None:
     """Stage a partition as a crawl does: its input rows, and what came of each part; the last part first."""
     rows = listed() if rows is None else rows
@@ -114,10 +120,8 @@ def stage_crawl(staging: str, rows: pa.Table | None = None, partition: str = PAR
     for number in reversed(range(-(-rows.num_rows // part))):
         own = rows.slice(number * part, part)
         own = own.filter(pa.array([CRAWLED[row] is not None for row in own["row"].to_pylist()]))
-        own = own.append_column("part", pa.array([inputs.part_name(partition, number)] * own.num_rows, pa.string()))
         fetched = [CRAWLED[row][0] for row in own["row"].to_pylist()]
-        done = filter_rows(decode_rows(with_content(own, fetched), DecodeConfig()), FilterConfig())
-        assert shards.stage_part(done, staging).column_names == ["stage", "reason"]
+        shards.stage_part(outcome(own, fetched), inputs.Part(partition, number), staging)
 
 
 def job(root: Path, **changes: object) -> ShardJob:
@@ -412,10 +416,9 @@ def test_rows_that_are_tried_again_join_the_earlier_rejects(tmp_path: Path) -> N
     shards.remove_folder(shared.staging)
     rows = listed(11, 13)
     shards.stage(rows, inputs.rows_file(again.staging, PARTITION))
-    rows = rows.append_column("part", pa.array([inputs.part_name(PARTITION, 0)] * 3))
     fetched = [Fetched(content=photo(seed), http_status=200, attempts=1) for seed in (11, 12)]
-    rows = decode_rows(with_content(rows, [*fetched, Fetched(reason="timeout", attempts=2)]), DecodeConfig())
-    shards.stage_part(filter_rows(rows, FilterConfig()), again.staging)
+    rows = outcome(rows, [*fetched, Fetched(reason="timeout", attempts=2)])
+    shards.stage_part(rows, inputs.Part(PARTITION, 0), again.staging)
     written = write_shard(again, PARTITION, DECISIONS.empty_table(), CATS, False)
     assert (written.kept, written.rejected) == (2, {"timeout": 1})
     pairs, rejects = published(again, written)
@@ -447,13 +450,9 @@ def test_the_light_columns_of_all_parts_are_opened(tmp_path: Path) -> None:
     assert found.schema.equals(shards.LIGHT)
     assert found["row"].to_pylist() == [10, 11, 12, 13, 14, 16, 18, 19]
     assert found["reason"].to_pylist() == [None, "dns", "not_an_image", "too_small", None, None, None, None]
-    with pq.ParquetFile(shards.staged(shared.staging, "parts")[0]) as file:
-        assert "part" not in file.schema_arrow.names
 
 
 def test_a_part_without_rows_is_not_staged(tmp_path: Path) -> None:
-    none = listed().slice(0, 0).append_column("part", pa.array([], pa.string()))
-    done = filter_rows(decode_rows(with_content(none, []), DecodeConfig()), FilterConfig())
-    assert shards.stage_part(done, str(tmp_path)).num_rows == 0
-    assert shards.read_parts(str(tmp_path), PARTITION, 3) == []
+    shards.stage_part(outcome(listed().slice(0, 0), []), inputs.Part(PARTITION, 0), str(tmp_path))
+    assert list(shards.open_parts(str(tmp_path), PARTITION, 3)) == []
     assert list(tmp_path.iterdir()) == []

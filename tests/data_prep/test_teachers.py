@@ -113,6 +113,15 @@ def test_texts_keep_their_order_whatever_their_length(teacher: Teacher) -> None:
     assert teacher.embed_texts([]).shape == (0, 128)
 
 
+def test_a_repeated_text_is_embedded_once(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    encode = teacher.clip.encode_tokens
+    monkeypatch.setattr(teacher.clip, "encode_tokens", lambda tokens: (seen.append(len(tokens)), encode(tokens))[1])
+    found = teacher.embed_texts(["cat", "dog", "cat", "cat", "dog"])
+    assert sum(seen) == 2
+    assert np.array_equal(found[[0, 1]][[0, 1, 0, 0, 1]], found)
+
+
 def test_work_ahead_keeps_its_order_and_its_bound() -> None:
     running: list[int] = []
     seen: list[int] = []

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from faster_coco_eval import mask as rle
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
@@ -13,13 +14,13 @@ from ovd_models.cascade import (
     combine_scores,
     match,
     overlaps,
-    paste_masks,
 )
 from ovd_models.centernet import CenterNetConfig
-from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.codet import CoDet, CoDetConfig, resize_masks
 from ovd_models.errors import InputError
 from ovd_models.eva import EvaConfig
 from ovd_models.losses import federated_classes, sigmoid_loss
+from ovd_models.masks import encode_masks, paste_masks
 from ovd_models.pyramids import pool_regions
 from ovd_models.vocabulary import Vocabulary
 
@@ -253,6 +254,63 @@ def test_any_image_gives_detections_inside_itself() -> None:
         assert bool((found.boxes >= 0).all())
         assert bool((found.boxes <= torch.tensor([found.width, found.height] * 2)).all())
     assert len(model.detect(images[:1], words, score_threshold=1.0)[0]) == 0
+
+
+def test_detections_carry_masks_inside_their_boxes_where_masks_are_learnt() -> None:
+    torch.manual_seed(0)
+    words = Vocabulary(("red", "blue"), torch.eye(16)[:2])
+    images = [blocks().images[0], torch.zeros(3, 40, 90, dtype=torch.uint8)]
+    for found in CoDet(MODEL).eval().detect(images, words, score_threshold=0.0, max_detections=5):
+        assert found.masks is not None
+        assert len(found.masks) == len(found)
+        for counts, box in zip(found.masks, found.boxes, strict=True):
+            mask = torch.from_numpy(rle.decode({"size": [found.height, found.width], "counts": counts.encode()}))
+            y, x = torch.nonzero(mask, as_tuple=True)
+            assert bool((x + 1 > box[0]).all() and (y + 1 > box[1]).all())
+            assert bool((x < box[2]).all() and (y < box[3]).all())
+    plain = CoDet(dataclasses.replace(MODEL, centernet2=dataclasses.replace(TINY, mask_convs=0))).eval()
+    assert plain.detect(images, words)[0].masks is None
+
+
+def test_encoded_masks_are_the_pasted_ones() -> None:
+    probability = torch.rand(40, 28, 28, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[2.0, 1, 17, 12]]).repeat(40, 1) + torch.arange(40)[:, None] / 10
+    pasted = paste_masks(probability, boxes, 20, 30)
+    for counts, mask in zip(encode_masks(probability, boxes, 20, 30), pasted, strict=True):
+        decoded = rle.decode({"size": [20, 30], "counts": counts.encode()})
+        assert torch.equal(torch.from_numpy(decoded).bool(), mask)
+    assert encode_masks(probability[:0], boxes[:0], 20, 30) == ()
+
+
+def test_masks_of_a_batch_train_the_mask_head() -> None:
+    torch.manual_seed(0)
+    model, batch = CoDet(MODEL), blocks()
+    masks = torch.zeros(1, 64, 64, dtype=torch.bool)
+    masks[0, 20:48, 8:36] = True
+    with_masks = dataclasses.replace(batch, masks=(masks, torch.zeros(1, 64, 64, dtype=torch.bool)))
+    losses = model(with_masks, None, torch.eye(16)[:2], None)
+    assert losses["mask"] > 0
+    assert model(batch, None, torch.eye(16)[:2], None)["mask"] == 0
+
+
+def test_masks_are_resized_with_their_picture_by_hand() -> None:
+    mask = torch.tensor([[[True, False], [False, False]]])
+    image = torch.zeros(3, 2, 4)  # widened by two columns
+    expected = torch.zeros(4, 8, dtype=torch.bool)
+    expected[:2, :2] = True
+    assert torch.equal(resize_masks(mask, image, (4, 8))[0], expected)
+    assert resize_masks(mask[:0], image, (4, 8)).shape == (0, 4, 8)
+
+
+def test_a_name_scores_as_its_best_synonym() -> None:
+    torch.manual_seed(0)
+    model, images = CoDet(MODEL).eval(), blocks().images
+    alone = model.detect(images, Vocabulary(("red",), torch.eye(16)[:1]), score_threshold=0.0, max_detections=5)
+    rows = torch.cat((torch.eye(16)[:1], -torch.eye(16)[:1]))
+    both = Vocabulary(("red",), rows, owners=torch.tensor([0, 0]))
+    for one, two in zip(alone, model.detect(images, both, score_threshold=0.0, max_detections=5), strict=True):
+        assert bool((two.scores >= one.scores - 1e-6).all())
+        assert two.names == ("red",)
 
 
 def test_a_transformer_takes_the_backbones_place() -> None:

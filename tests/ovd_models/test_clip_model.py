@@ -21,8 +21,6 @@ from ovd_models.clip import (
     Clip,
     ClipConfig,
     ClipTextEncoder,
-    FlatConvNet,
-    encode_tokens,
     load_clip,
     load_text_encoder,
     save_clip,
@@ -66,12 +64,6 @@ def test_the_tiny_model_has_the_size_that_is_promised() -> None:
     assert sum(value.numel() for value in model.model.visual.parameters()) == pytest.approx(0.8e6, rel=0.05)
 
 
-@pytest.mark.parametrize("side", [32, 64, 96])
-def test_the_image_tower_keeps_place(side: int) -> None:
-    tower = FlatConvNet(side)
-    assert tower(torch.zeros(2, 3, side, side)).shape == (2, tower.num_features)
-
-
 def test_cropped_texts_embed_as_whole_ones() -> None:
     model = build()
     for batch in (CAPTIONS, *([caption] for caption in CAPTIONS)):
@@ -88,13 +80,6 @@ def test_exclamation_marks_do_not_crop_the_end(caption: str) -> None:
     assert (tokens[0, : int(tokens.argmax())] == 0).any()
     whole = F.normalize(model.model.text(tokens).float(), dim=-1)
     assert torch.allclose(model.encode_tokens(tokens), whole, atol=1e-5)
-
-
-def test_a_tower_that_is_not_causal_gets_all_tokens() -> None:
-    text = {**TEXT, "no_causal_mask": True, "pool_type": "last"}
-    model = build(ClipConfig(embed_dim=16, text=text))
-    tokens = model.tokenize(["a cat"])
-    assert torch.equal(encode_tokens(model.model.text, tokens), F.normalize(model.model.text(tokens).float(), dim=-1))
 
 
 def test_the_scale_is_clamped_from_above() -> None:
@@ -301,6 +286,22 @@ def test_the_text_tower_computes_what_clips_does() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_loaded_model_can_be_trained_and_saved_where_it_came_from(tmp_path: Path) -> None:
+    save_clip(build(), tmp_path)
+    before = (tmp_path / "clip.safetensors").read_bytes()
+    model, teacher = load_clip(tmp_path)
+    assert all(value.requires_grad for value in model.parameters())
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    ClipLoss()(*model(pictures(3), model.tokenize(WORDS[:3]))).backward()
+    optimiser.step()
+    assert (tmp_path / "clip.safetensors").read_bytes() == before
+    expected = model.encode_images(pictures(3))
+    assert save_clip(model, tmp_path) != teacher
+    again, _ = load_clip(tmp_path)
+    assert torch.equal(again.encode_images(pictures(3)), expected)
+    assert torch.equal(model.encode_images(pictures(3)), expected)  # which still looks into the old file
 
 
 def test_a_model_survives_its_folder(tmp_path: Path) -> None:

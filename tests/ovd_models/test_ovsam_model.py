@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from ovd_models.errors import InputError
 from ovd_models.importers_ovsam import account, load_ovsam
-from ovd_models.ovsam import OvSam, OvSamConfig, Sam2Clip, distillation_loss, enlarge, valid_positions
+from ovd_models.ovsam import OvSam, OvSamConfig, enlarge
+from ovd_models.ovsam_adapter import Sam2Clip, distillation_loss, valid_positions
 from ovd_models.ovsam_baselines import BaselineConfig, SamClip
+from ovd_models.ovsam_crops import cut_outs
 from ovd_models.ovsam_head import (
     fuse,
     label_loss,
@@ -186,6 +188,21 @@ def test_a_transformer_is_taken_over_at_another_size() -> None:
     assert torch.equal(same(images)[-1], ClipPyramid(source)(images)[-1])
 
 
+def test_a_transformer_of_fewer_blocks_than_levels_gives_its_last_maps_twice() -> None:
+    shallow = TowerConfig(embed_dim=16, vision={**VIT.vision, "layers": 3})
+    levels = ClipPyramid(build_tower(shallow, 64))(torch.randn(1, 3, 64, 64))
+    assert torch.equal(levels[2], levels[3])
+    assert not torch.equal(levels[0], levels[1]) and not torch.equal(levels[1], levels[2])
+
+
+def test_whole_pictures_are_embedded_by_every_kind_of_tower() -> None:
+    for tower in (TowerConfig(), RESNET, CONVNEXT, VIT):
+        clip = ClipPyramid(build_tower(tower, 128))  # a transformer's place codes are then those of 128 px
+        embedding = clip.embed(torch.randn(2, 3, 64, 64))
+        assert embedding.shape == (2, tower.embed_dim)
+        assert torch.allclose(embedding.norm(dim=1), torch.ones(2), atol=1e-5)
+
+
 def test_a_tower_without_levels_is_told() -> None:
     with pytest.raises(InputError, match="has no levels"):
         ClipPyramid(torch.nn.Linear(2, 2))
@@ -334,12 +351,8 @@ def test_two_images_are_learnt_by_heart(teacher: SamModel) -> None:
     for image, masks, label in zip(batch.images, batch.masks, batch.labels, strict=True):
         for prompts in (Prompts(boxes=boxes_of(masks)), Prompts.create(points=[[32, 28]])):
             found = model.segment(image, prompts, NAMES)
-            head, _ = model.opinions(
-                model.encode(image).pyramid,
-                model.encode(image).top,
-                F.pad(model.rois_of(found.low_res, prompts.boxes), (1, 0)),
-                text_of(NAMES),
-            )
+            rois = F.pad(model.rois_of(found.low_res, prompts.boxes), (1, 0))
+            head = model.head_logits(model.encode(image).pyramid, rois, text_of(NAMES))
             assert head.argmax(1).tolist() == label.tolist()
             union = (found.masks | masks).sum()
             assert (found.masks & masks).sum() / union > 0.7
@@ -368,18 +381,45 @@ def test_baselines_name_sams_masks(teacher: SamModel, config: BaselineConfig) ->
     assert baseline.segment(picture(), prompts).labels.tolist() == [-1, -1]
 
 
-def test_crops_are_squares_around_the_mask(teacher: SamModel) -> None:
-    tower = TowerConfig(mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)
-    clip = ClipPyramid(build_tower(tower, 64))
+def test_cut_outs_are_squares_around_the_mask() -> None:
     image = torch.zeros(3, 80, 80, dtype=torch.uint8)
     image[0], image[:, 20:40, 30:70] = 50, 9  # a wide object on red ground
-    mask = torch.zeros(1, 80, 80, dtype=torch.bool)
-    mask[0, 20:40, 30:70] = True
-    crop = SamClip(teacher, clip, tower, BaselineConfig()).crops(image, mask)[0]
-    assert crop.shape == (3, 64, 64)  # a square of 40 px: the object's 20 rows fill its middle half
-    assert crop[0, 32, 32].item() == pytest.approx(9) and crop[0, 5, 32].item() == pytest.approx(50)
-    alone = SamClip(teacher, clip, tower, BaselineConfig(background="black")).crops(image, mask)[0]
-    assert alone[0, 32, 32].item() == pytest.approx(9) and alone[0, 5, 32].item() == pytest.approx(0)
+    masks = torch.zeros(2, 80, 80, dtype=torch.bool)
+    masks[0, 20:40, 30:70] = True  # and an empty mask, which has the whole image
+    mean, std = torch.full((3, 1, 1), 7.0), torch.ones(3, 1, 1)
+    for background, ground in (("keep", 43.0), ("black", -7.0), ("mean", 0.0)):
+        crops = cut_outs(image, masks, mean=mean, std=std, margin=1.0, background=background, side=64)
+        assert crops.shape == (2, 3, 64, 64)  # a square of 40 px: the object's 20 rows fill its middle half
+        assert crops[0, 0, 32, 32].item() == pytest.approx(2)
+        assert crops[0, 0, 5, 32].item() == pytest.approx(ground)
+    wide = cut_outs(image, masks[:1], mean=mean, std=std, margin=4.0, background="keep", side=64)[0]
+    assert wide[0, 0, 0].item() == 0  # beyond the image's edge is CLIP's mean colour
+    assert cut_outs(image, masks[:0], mean=mean, std=std, margin=1.0, background="mean", side=64).shape == (
+        0,
+        3,
+        64,
+        64,
+    )
+
+
+def test_cut_outs_show_clip_the_masked_thing_alone(teacher: SamModel) -> None:
+    torch.manual_seed(0)
+    model = OvSam(dataclasses.replace(TINY, clip_view="cut_out", log_scale=math.log(20.0), alpha=1.0, beta=1.0)).eval()
+    model.adopt(teacher, build_tower(TINY.tower, 64))
+    prompts = Prompts.create(boxes=[[4, 4, 30, 40], [10, 0, 64, 48]])
+    found = model.segment(picture(), prompts, NAMES)
+    # With CLIP's part at 1, it alone decides: it is what the baseline with the same masks says.
+    options = BaselineConfig(margin=1.5, background="mean")
+    baseline = SamClip(teacher, model.clip, TINY.tower, options).eval()
+    by_clip = baseline.name(picture(), found, NAMES, baseline.encode(picture()))
+    assert torch.equal(found.labels, by_clip.labels)
+    # Elsewhere than around the thing the picture may change without a difference to CLIP.
+    encoded = model.encode(picture())
+    changed = torch.where(found.masks[0], picture(), picture(seed=1))
+    text, rois = text_of(NAMES), torch.zeros(1, 5)
+    one = model.clip_logits(encoded, rois, found.masks[:1], text)
+    two = model.clip_logits(dataclasses.replace(encoded, image=changed), rois, found.masks[:1], text)
+    assert torch.equal(one, two)
 
 
 # ------------------------------------------------------------------------------------------------ metric, importers

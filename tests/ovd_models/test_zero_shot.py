@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
-from ovd_models.vocabulary import build_vocabulary
+from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from ovd_models.zero_shot import calibration_error, classify, fit_temperature, vocabulary_logits
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -33,6 +34,17 @@ def test_the_best_names_come_first_with_probabilities(clip: Clip) -> None:
         assert guesses[row].labels == tuple(NAMES[index] for index in order)
         assert guesses[row].scores == pytest.approx(expected[row][order].tolist(), rel=1e-4)
     assert sum(classify(clip, images[:1], vocabulary, top=9)[0].scores) == pytest.approx(1)
+
+
+def test_one_name_of_a_million_is_found(clip: Clip) -> None:
+    rows = F.normalize(torch.randn(1_000_000, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    images = pictures(20)  # more than are looked at together
+    planted = [7 + 40_000 * number for number in range(20)]
+    rows[planted] = clip.encode_images(images).detach()
+    names = tuple(f"thing {number}" for number in range(len(rows)))
+    found = [guess.labels for guess in classify(clip, images, Vocabulary(names, rows), top=20)]
+    # an untrained model's images are alike, so each finds its own among those of the others
+    assert all(f"thing {row}" in labels for row, labels in zip(planted, found, strict=True))
 
 
 def test_no_image_has_no_guess(clip: Clip) -> None:

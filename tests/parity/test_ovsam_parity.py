@@ -11,7 +11,8 @@ from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor
 
 from ovd_models.importers_ovsam import account, our_name
-from ovd_models.ovsam import RN50X16, LevelProjection, OvSam, Sam2Clip, distillation_loss, enlarge, published
+from ovd_models.ovsam import RN50X16, OvSam, enlarge, published
+from ovd_models.ovsam_adapter import LevelProjection, Sam2Clip, distillation_loss
 from ovd_models.ovsam_head import (
     RegionNamer,
     fuse,

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import math
 import os
@@ -15,10 +16,12 @@ from PIL import Image
 
 import ovd_models
 from data_prep import tables
+from data_prep.pictograms import World
 from ovd_models.checkpoints import load_codet
 from ovd_models.errors import InputError
-from workflows import cli, codet, evaluate, tracking
-from workflows.codet import Run, Trained
+from workflows import cli, codet, codet_configs, codet_study, evaluate, tracking
+from workflows.codet import Trained
+from workflows.codet_configs import Run
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 PHOTOS, TEXTS = SHARED / "coco_photos", SHARED / "lvis/coco_clip_vitb32_a_name.npy"
@@ -28,7 +31,7 @@ SCRIPT = Path(codet.__file__)
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The smoke config with its tables and its untrained teacher."""
-    return codet.prepare_data(dataclasses.replace(codet.smoke(), storage=str(tmp_path_factory.mktemp("codet"))))
+    return codet.prepare_data(dataclasses.replace(codet_configs.smoke(), storage=str(tmp_path_factory.mktemp("codet"))))
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,84 @@ def test_a_run_can_be_repeated(prepared: Run, trained: Trained, pair: Pair) -> N
     assert all(torch.allclose(value, two[name], atol=1e-3) for name, value in one.items())
 
 
+@pytest.mark.ray
+def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: Trained) -> None:
+    run = dataclasses.replace(prepared, box_model=trained.boxes_model)
+    found = codet.train(run)
+    assert (found.boxes_model, found.box_seconds) == (trained.boxes_model, 0.0)
+    assert found.box_supervised.summary() == pytest.approx(trained.box_supervised.summary(), nan_ok=True)
+    # The same joint stage from the same weights as in the run that trained both.
+    one, two = load_codet(trained.model).state_dict(), load_codet(found.model).state_dict()
+    assert all(torch.allclose(value, two[name], atol=1e-3) for name, value in one.items())
+
+
+@pytest.mark.ray
+def test_kinds_of_batches_can_alternate(prepared: Run, trained: Trained) -> None:
+    stage = dataclasses.replace(prepared.joint_stage, steps=4, checkpoint_every=10, log_every=1)
+    run = dataclasses.replace(prepared, box_model=trained.boxes_model, alternate=True, joint_stage=stage)
+    joint = codet.Stage("joint", stage, joint=True)
+    assert [codet.kinds_of_step(run, joint, step) for step in range(3)] == [(True, False), (False, True), (True, False)]
+    found = codet.train(run)
+    uri = tracking.tracking_uri(run.storage)
+    history = tracking.metric_history(uri, found.run_id, "joint/train/loss")
+    assert [step for step, _ in history["joint/train/loss_box"]] == [1, 3]
+    assert [step for step, _ in history["joint/train/loss_concept"]] == [2, 4]
+
+
+@pytest.mark.ray
+def test_where_the_model_looks_is_tracked_as_pictures(prepared: Run, trained: Trained) -> None:
+    (folder,) = (Path(prepared.storage) / "mlartifacts/codet").glob(f"{trained.run_id}/artifacts/images")
+    for name in ("attention", "similarity"):
+        (path,) = folder.glob(f"{name}*.png")
+        with Image.open(path) as picture:
+            assert min(picture.size) > 100
+
+
+@pytest.mark.ray
+def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dataclasses.replace(codet_study.smoke(), storage=prepared.storage, teacher=prepared.teacher)
+    first = codet_study.study(run)
+    names = ["box supervision", "region-region", "max-size", "both, guidance"]
+    assert list(first["results"]) == names
+    assert list(first["differences"]) == ["region-region above max-size"]
+    assert all("planted_groups" in first["results"][name][0] for name in names)
+    for ending in ("json", "md"):
+        assert (Path(prepared.storage) / f"reports/codet_study.{ending}").exists()
+
+    def never(*_: object) -> None:
+        raise AssertionError("done already")
+
+    monkeypatch.setattr(codet, "train", never)
+    assert codet_study.as_table(codet_study.study(run)) == codet_study.as_table(first)
+
+
+def test_sweeps_are_trainings_of_their_own_and_drawn_as_curves() -> None:
+    named = dict(codet_study.trainings(codet_study.sweeps(), 0))
+    assert [(own.group_size, own.groups_per_step) for name, own in named.items() if "group" in name] == [
+        (2, 8),
+        (4, 4),
+        (8, 2),
+    ]
+    assert [own.model.num_proposals for name, own in named.items() if "proposals" in name] == [2, 4, 8, 16, 32, 64]
+    results = {name: {0: {"ap50_base": 0.5, "ap50_novel": 0.4}} for name in named}
+    with Image.open(io.BytesIO(codet_study.draw_curves(results))) as picture:
+        assert picture.width > picture.height > 200
+
+
+def test_planted_groups_share_an_object_whose_box_is_known() -> None:
+    for batch, boxes in codet_study.plant(["anchor", "umbrella"], 3, 3):
+        assert (batch.num_images, batch.group_size) == (3, 3)
+        for image, box in zip(batch.images, boxes, strict=True):
+            assert (image.shape, box.shape) == ((3, 128, 128), (1, 4))
+            assert bool((box[:, 2:] > box[:, :2]).all())
+
+
+def test_in_the_setting_of_both_every_concept_brings_its_partner(tmp_path: Path) -> None:
+    world, rng = World.create(0), np.random.default_rng(0)
+    scene = codet_study.draw_all(rng, world, np.array([3, 7, 40, 41]))
+    assert sorted(scene.labels.tolist()) == [3, 7, 40, 41]
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
@@ -172,7 +253,7 @@ def bad(change: Callable[[Run], Run], prepared: Run) -> str:
 
 
 @pytest.mark.ray
-def test_what_cannot_be_trained_is_told_before_any_work(prepared: Run, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_told_before_any_work(prepared: Run, trained: Trained, tmp_path: Path) -> None:
     replace = dataclasses.replace
     assert "--teacher: missing" in bad(lambda run: replace(run, teacher=""), prepared)
     assert "group_size: 1, expected at least 2" in bad(lambda run: replace(run, group_size=1), prepared)
@@ -186,6 +267,16 @@ def test_what_cannot_be_trained_is_told_before_any_work(prepared: Run, tmp_path:
     assert "no such table; `python workflows/prepare_pairs.py` makes it" in bad(
         lambda run: replace(run, pairs="other"), prepared
     )
+    assert "model.group_size: 0, expected the group_size, 2" in bad(
+        lambda run: replace(run, model=replace(run.model, aggregation="learned")), prepared
+    )
+    odd = replace(prepared.joint_stage, checkpoint_every=15)
+    assert "checkpoint_every: 15, expected a multiple of 10" in bad(
+        lambda run: replace(run, alternate=True, joint_stage=odd), prepared
+    )
+    assert "no detector checkpoint" in bad(lambda run: replace(run, box_model=str(tmp_path)), prepared)
+    wider = replace(prepared.model, detector=replace(prepared.model.detector, head_width=32))
+    assert "expected [32" in bad(lambda run: replace(run, box_model=trained.boxes_model, model=wider), prepared)
     assert "no concept has 1000 images" in bad(lambda run: replace(run, group_size=1000), prepared)
 
 
@@ -277,7 +368,7 @@ def test_photographs_train_checkpoint_evaluate_and_draw(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is absent")
 def test_captions_built_from_names_mention_novel_things(ray_cluster: None, tmp_path: Path) -> None:
-    run = dataclasses.replace(codet.photos(), storage=str(tmp_path), data=str(PHOTOS))
+    run = dataclasses.replace(codet_configs.photos(), storage=str(tmp_path), data=str(PHOTOS))
     codet.prepare_data(run)
     concepts = set(tables.read_table(str(tmp_path), "concepts", "photos", ["name"])["name"].to_pylist())
     categories = tables.read_table(str(tmp_path), "categories", "photos").to_pylist()

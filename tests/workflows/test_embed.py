@@ -1,6 +1,7 @@
 """Region and pair embeddings from end to end, on two workers."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pytest
 import torch
@@ -20,7 +22,7 @@ from data_prep.crops import CropConfig
 from data_prep.embeddings import RegionStore, open_rows
 from data_prep.pictograms import World
 from data_prep.teachers import EmbedConfig, Teacher, embed_regions
-from ovd_models.clip import Clip, ClipConfig, save_clip
+from ovd_models.clip import Clip, ClipConfig, save_clip, weights_digest
 from ovd_models.errors import InputError
 from workflows import embed, search
 
@@ -181,6 +183,30 @@ def test_a_job_that_failed_goes_on_and_gives_the_same_bytes(
         assert f"{done} of 4 shards done" in capsys.readouterr().out
     assert files_of(root) == files_of(undisturbed)
     assert not list((root / "staging").rglob("*.json"))
+
+
+def test_released_weights_are_a_teacher_once_they_are_in_the_storage(tmp_path: Path) -> None:
+    small = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    path = tmp_path / "ViT-for-embed-tests.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": small, "text_cfg": text}))
+    open_clip.add_model_config(path)
+    model = Clip(ClipConfig(name=path.stem))
+    torch.save(model.model.state_dict(), tmp_path / "weights.pt")
+    run = embed.Run(
+        storage=str(tmp_path / "runs"), name="t", pairs="t", teacher=path.stem, pretrained=str(tmp_path / "weights.pt")
+    )
+    checkpoint = embed.bring_in(run)
+    assert checkpoint.startswith(f"{tmp_path}/runs/teachers/{path.stem}-weights-")
+    known_as, side, _ = embed.look_at_teacher(checkpoint)
+    assert (known_as, side) == (f"clip:{weights_digest(model.model.state_dict())}", 32)
+    written = (Path(checkpoint) / "clip.safetensors").stat()
+    assert embed.bring_in(run) == checkpoint
+    assert (Path(checkpoint) / "clip.safetensors").stat() == written
+    with pytest.raises(InputError, match="unknown to open_clip"):
+        embed.bring_in(dataclasses.replace(run, teacher="ViT-for-embed-test"))
+    with pytest.raises(InputError, match="--pretrained openai: no such file and no weights"):
+        embed.embed(dataclasses.replace(run, pretrained="openai"))
 
 
 def test_bad_requests_say_what_is_wrong(root: Path, teacher: str) -> None:

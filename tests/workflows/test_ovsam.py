@@ -2,24 +2,37 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
 import ovd_models
+from data_prep import tables
+from data_prep.collate import decode_masks
+from data_prep.pictograms import GLYPHS
+from ovd_models.batches import Detections
+from ovd_models.checkpoints import save_detector
 from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder, load_text_to_mask
+from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
+from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
+from ovd_models.evaluation import evaluate_detections
 from ovd_models.sam import VIT_H, EverythingConfig
-from ovd_models.segments import Prompts
-from workflows import cli, ovsam, tracking
-from workflows.ovsam import Run, Trained
+from ovd_models.segments import Prompts, Segments, boxes_of
+from workflows import cli, ovsam, ovsam_boxes, ovsam_configs, ovsam_names, ovsam_study, pointing_report, tracking
+from workflows.ovsam import Trained
+from workflows.ovsam_configs import Run
+from workflows.teacher import read_categories
 
 
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return ovsam.prepare_data(dataclasses.replace(ovsam.smoke(), storage=str(tmp_path_factory.mktemp("ovsam"))))
+    return ovsam.prepare_data(dataclasses.replace(ovsam_configs.smoke(), storage=str(tmp_path_factory.mktemp("ovsam"))))
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +130,174 @@ def test_bad_input_is_told_before_any_work(prepared: Run, tmp_path: Path) -> Non
 
 
 def test_every_config_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(ovsam.CONFIGS) == {"smoke", "pictograms", "photos", "coco_rn50x16", "lvis_rn50x16", "lvis_convnext_l"}
-    for name, make in ovsam.CONFIGS.items():
+    assert set(ovsam_configs.CONFIGS) == {
+        "smoke",
+        "pictograms",
+        "photos",
+        "coco_rn50x16",
+        "lvis_rn50x16",
+        "lvis_convnext_l",
+    }
+    for name, make in ovsam_configs.CONFIGS.items():
         run = make()
         assert run.config == name
         json.loads(cli.to_json(run))
         monkeypatch.setattr(sys, "argv", ["ovsam.py", "--config", name, "--sam2clip-stage.steps", "7"])
-        assert cli.parse(ovsam.CONFIGS, ovsam.__doc__).sam2clip_stage.steps == 7
-    assert ovsam.coco_rn50x16().sam_model == VIT_H
+        assert cli.parse(ovsam_configs.CONFIGS, ovsam.__doc__).sam2clip_stage.steps == 7
+    assert ovsam_configs.coco_rn50x16().sam_model == VIT_H
+
+
+def detector_folder(prepared: Run, folder: Path) -> str:
+    """An untrained CoDet with the teacher's text tower."""
+    clip, teacher = load_clip(prepared.teacher)
+    encoder = ClipTextEncoder(clip.config, clip.model.text, teacher)
+    torch.manual_seed(0)
+    rows = tables.read_table(prepared.storage, "categories", prepared.boxes).to_pylist()
+    splits = {row["name"]: row["split"] for row in rows if row["split"]}
+    save_detector(CoDet(CoDetConfig()).eval(), encoder, folder, splits=splits, run={})
+    return str(folder)
+
+
+@pytest.mark.ray
+def test_a_detectors_boxes_get_masks_and_names(prepared: Run, trained: Trained, tmp_path: Path) -> None:
+    run = ovsam_boxes.Run(
+        storage=prepared.storage,
+        model=trained.model,
+        sam=trained.sam,
+        boxes=prepared.boxes,
+        images=2,
+        score_threshold=0.0,
+        max_detections=5,
+    )
+    results = ovsam_boxes.compare(run, detector_folder(prepared, tmp_path / "codet"))
+    assert set(results) == {"SAM masks", "OV-SAM masks", "OV-SAM masks and names"}
+    for values in results.values():
+        assert 0 <= values["ap50_all"] <= 1
+    assert "OV-SAM masks and names" in ovsam_boxes.as_table({"codet": results})
+    nothing = ovsam_boxes.compare(dataclasses.replace(run, score_threshold=2.0), str(tmp_path / "codet"))
+    assert nothing["SAM masks"]["ap50_all"] == 0
+    with pytest.raises(InputError, match="--detectors: missing"):
+        ovsam_boxes.check(run)
+
+
+def answering(segments: Segments) -> Callable[[Prompts], Segments]:
+    return lambda prompts: segments
+
+
+@pytest.mark.ray
+def test_perfect_boxes_masks_and_names_have_an_ap_of_one(prepared: Run) -> None:
+    rows = tables.read_table(prepared.storage, "boxes", f"{prepared.boxes}-eval").to_pylist()[:3]
+    categories, splits = read_categories(prepared.storage, prepared.boxes)
+    names = tuple(categories.values())
+    found = []
+    for row in rows:
+        masks = decode_masks(row["masks"], row["height"], row["width"])
+        labels = torch.tensor([names.index(categories[key]) for key in row["category_ids"]])
+        wrong = Detections(boxes_of(masks), torch.ones(len(masks)), labels * 0, names, row["width"], row["height"])
+        low = torch.zeros(len(masks), 4, 4)
+        segments = Segments(masks, torch.ones(len(masks)), labels, torch.ones(len(masks)), names, low)
+        found.append(ovsam_boxes.masked(wrong, answering(segments)))
+    assert evaluate_detections(rows, found, categories, splits, "segm").summary()["ap_all"] == 1
+    # Without names of their own, the detector's stay.
+    unnamed = dataclasses.replace(segments, names=())
+    assert torch.equal(ovsam_boxes.masked(wrong, answering(unnamed)).labels, wrong.labels)
+
+
+@pytest.mark.ray
+def test_a_study_measures_once_and_continues(
+    prepared: Run, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision = {"image_size": 64, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
+    save_clip(Clip(ClipConfig(vision=vision)), tmp_path / "vit")
+    smoke = ovsam_study.smoke()
+    run = dataclasses.replace(
+        smoke,
+        storage=prepared.storage,
+        teacher=prepared.teacher,
+        other_teachers=(str(tmp_path / "vit"),),
+        detectors=(detector_folder(prepared, tmp_path / "codet" / "model"),),
+        training=dataclasses.replace(smoke.training, eval_images=2),
+    )
+    trainings: list[Run] = []
+    train = ovsam.train
+
+    def noted(own: Run) -> Trained:
+        trainings.append(own)
+        return train(own)
+
+    monkeypatch.setattr(ovsam, "train", noted)
+    first = ovsam_study.study(run)
+    results = first["results"]
+    assert {"sam, box", "ovsam, point", "teacher 1: ovsam, box", "ovsam, cost", "names: 100", "fusion: 1, 1"} <= set(
+        results
+    )
+    assert {"codet: SAM masks", "codet: OV-SAM masks and names"} <= set(results)
+    assert set(first["differences"]) >= {"OV-SAM above its SAM, box: IoU", "first teacher above teacher 1, box: IoU"}
+    one, other = trainings
+    assert one.sam == other.sam  # and with it the cache of its embeddings
+    assert len(list((Path(prepared.storage) / "features").glob("smoke-train-*"))) == 2  # the fixture's SAM has its own
+    assert one.sam2clip_stage.steps != other.sam2clip_stage.steps
+    text = ovsam_study.as_table(first)
+    for part in ("| ovsam, box |", "| OV-SAM's part of |", "| names: 68 | names: 100 |", "| codet: SAM masks |"):
+        assert part in text, part
+
+    def never(*_: object) -> None:
+        raise AssertionError("done already")
+
+    monkeypatch.setattr(ovsam, "train", never)
+    monkeypatch.setattr(ovsam, "teach_sam", never)
+    assert ovsam_study.as_table(ovsam_study.study(run)) == text
+
+
+def test_operations_of_fused_attention_are_counted() -> None:
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
+    tokens = torch.zeros(1, 4, 8)
+    # Four projections of 4 x 8 x 8, and two products of 2 heads x 4 x 4 x 4; each a multiplication and an addition.
+    expected = 2 * (4 * 4 * 8 * 8 + 2 * 2 * 4 * 4 * 4)
+    with torch.no_grad():
+        assert pointing_report.count_flops(lambda: attention(tokens, tokens, tokens, need_weights=False)) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_best_baseline_is_compared_with() -> None:
+    def row(accuracy: float) -> dict[str, float]:
+        return {"accuracy_novel": accuracy, "iou_all": 0.5}
+
+    names = [*ovsam_study.IMAGE_CROPS, *ovsam_study.FEATURES]
+    results = {f"{name}, {kind}": {0: row(0.3), 1: row(0.3)} for name in names for kind in ("box", "point")}
+    results |= {f"{name}, {kind}": {0: row(0.9), 1: row(0.8)} for name in ("ovsam", "sam") for kind in ("box", "point")}
+    results["image crop x1.5, box"] = {0: row(0.7), 1: row(0.6)}
+    found = ovsam_study.compare(results)
+    claim = "OV-SAM above the best baseline of image crops (image crop x1.5), box: novel accuracy"
+    assert found[claim]["mean"] == pytest.approx(0.2)
+    assert found["OV-SAM above its SAM, point: IoU"]["mean"] == 0
+
+
+def test_distracting_names_are_many_different_and_nobodys() -> None:
+    names = ovsam_names.composed_names()
+    assert len(set(names)) == len(names) > 22_000
+    assert not set(names) & set(GLYPHS)
+    nouns = [name.split(" ", 1)[1] for name in names[:1000]]
+    assert len(set(nouns)) == 1000
+
+
+def test_a_study_tells_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--teacher: missing"):
+        ovsam_study.study(ovsam_study.pictograms())
+    rows = pa.Table.from_pylist(
+        [
+            {"category_id": key, "name": name, "split": split, "synonyms": [], "frequency": "", "image_count": 1}
+            for key, name, split in ((1, "cat", "base"), (2, "cup", "novel"))
+        ]
+    )
+    entry = tables.write_part(str(tmp_path), "categories", "smoke", "part-00000.parquet", rows)
+    tables.publish(str(tmp_path), "categories", "smoke", [entry], producer="test", config_hash="")
+    file = tmp_path / "names.txt"
+    file.write_text("wooden chair\n\nCup\n")
+    compete = partial(ovsam_names.competing_names, str(tmp_path), "smoke")
+    assert compete([2, 3], str(file)) == ["cat", "cup", "wooden chair"]
+    assert compete([], "") == ["cat", "cup"]
+    with pytest.raises(InputError, match=r"names.txt: 3 names with the set's, expected 4"):
+        compete([4], str(file))
+    with pytest.raises(InputError, match="expected at least the set's 2 names"):
+        compete([1, 3], str(file))

@@ -135,7 +135,7 @@ def test_rows_do_not_depend_on_partitions_or_on_the_kind_of_storage(
 ) -> None:
     run, _ = crawled
     uri = tmp_path.as_uri()
-    prepare(dataclasses.replace(run, storage=uri, rows_per_shard=90, rows_per_part=7, fetchers=2))
+    prepare(dataclasses.replace(run, storage=uri, rows_per_shard=90, rows_per_part=7, crawlers=2))
     one, other = rows_of(run.storage), rows_of(uri)
     for table in TABLES:
         for rows in (one[table], other[table]):
@@ -177,7 +177,7 @@ def kill_after_parts(run: Run, count: int) -> dict[str, bytes]:
         "run = prepare_pairs.smoke()\n"
         "run = dataclasses.replace(run, name='t', storage=sys.argv[1], urls=sys.argv[2],\n"
         "    fetch=dataclasses.replace(run.fetch, deadline_seconds=5.0),\n"
-        "    site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16)\n"
+        "    site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16, parts_per_crawler=1)\n"
         "prepare_pairs.prepare(run)\n"
     )
     job = subprocess.Popen(

@@ -23,6 +23,7 @@ from data_prep import storage, tables
 from data_prep.fetch import FetchConfig
 from data_prep.inputs import Columns
 from data_prep.scores import ScoreConfig
+from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
 from workflows.prepare_pairs import Run, prepare
@@ -37,6 +38,7 @@ class Shop(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.broken: set[int] = set()
         self.requests: Counter[str] = Counter()
+        self.quality = 95
 
     @property
     def url(self) -> str:
@@ -53,7 +55,7 @@ class Answer(BaseHTTPRequestHandler):
         assert isinstance(shop, Shop)
         shop.requests[self.path] += 1
         stem = self.path[1:].partition("?")[0].removesuffix(".jpg")
-        status, body = (200, picture(int(stem))) if stem.isdigit() else (404, b"")
+        status, body = (200, picture(int(stem), shop.quality)) if stem.isdigit() else (404, b"")
         if stem.isdigit() and int(stem) in shop.broken:
             status, body = 503, b""
         self.send_response(status)
@@ -65,10 +67,10 @@ class Answer(BaseHTTPRequestHandler):
         """Nothing to the console."""
 
 
-def picture(number: int) -> bytes:
+def picture(number: int, quality: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
@@ -87,7 +89,7 @@ def crawl_of(shop: Shop, root: Path, numbers: range, name: str = "list.tsv") -> 
     lines = [f"{shop.url}/{number}.jpg\t{CAPTIONS[number % len(CAPTIONS)]}\n" for number in numbers]
     (root / name).write_text("url\tcaption\n" + "".join(lines))
     fetch = FetchConfig(allow_networks=("127.0.0.1/32",), deadline_seconds=5.0, max_attempts=1)
-    return Run(name="t", storage=str(root / "out"), urls=str(root / name), fetch=fetch, rows_per_shard=4, fetchers=1)
+    return Run(name="t", storage=str(root / "out"), urls=str(root / name), fetch=fetch, rows_per_shard=4, crawlers=1)
 
 
 def rows(run: Run, table: str) -> list[dict[str, object]]:
@@ -221,6 +223,25 @@ def test_scores_are_a_table_and_low_ones_are_rejected(ray_cluster: None, shop: S
     assert table.keys() == {row["image_id"] for row in rows(run, "pairs")}
     assert all(isinstance(value, float) and value >= 0.5 for value in table.values())
     assert not any(name.startswith("score_") for row in rows(run, "pairs") for name in row)
+
+
+@pytest.mark.ray
+def test_added_images_of_like_meaning_fall_to_published_ones(ray_cluster: None, shop: Shop, tmp_path: Path) -> None:
+    save_clip(Clip(ClipConfig()), tmp_path / "clip")
+    first = crawl_of(shop, tmp_path, range(3))
+    first = dataclasses.replace(first, corpus=dataclasses.replace(first.corpus, near_bits=None, semantic_cosine=0.999))
+    first = dataclasses.replace(first, corpus=dataclasses.replace(first.corpus, semantic_model=str(tmp_path / "clip")))
+    assert prepare(first).kept == 3
+    known = {row["image_id"]: row["embedding"] for row in rows(first, "scores")}
+    assert known.keys() == {row["image_id"] for row in rows(first, "pairs")}
+    shop.quality = 94  # other bytes of the same pictures
+    (tmp_path / "more.tsv").write_text(f"url\tcaption\n{shop.url}/7.jpg\ta cat\n{shop.url}/1.jpg?again\ta cat\n")
+    more = dataclasses.replace(first, urls=str(tmp_path / "more.tsv"), add=True)
+    summary = prepare(more)
+    assert (summary.kept, summary.rejected) == (4, {"semantic_duplicate": 1})
+    (reject,) = rows(more, "rejects")
+    digest = storage.sha256((tmp_path / "list.tsv").read_bytes())[:16]
+    assert reject["duplicate_of"] == {"source": digest, "row": 1}
 
 
 def test_a_missing_model_is_told_before_any_work(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ run = prepare_pairs.pictograms()
 fetch = dataclasses.replace(run.fetch, deadline_seconds=10.0)
 run = dataclasses.replace(
     run, name="t", storage=storage, urls=urls, site_pictures=0, site_scenes=0, fetch=fetch,
-    rows_per_shard=200, rows_per_part=16, fetchers=1, parts_per_fetcher=4,
+    rows_per_shard=200, rows_per_part=16, crawlers=1, parts_per_crawler=4,
 )
 if cpus:
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
@@ -40,6 +40,7 @@ if node_dies_after:
     node = cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False)
     cluster.wait_for_nodes()
+    run = dataclasses.replace(run, crawlers=2)  # one on each
     def kill():
         while not list(Path(storage).glob("staging/pairs/t/*/parts/*.parquet")):
             time.sleep(0.02)
@@ -69,7 +70,7 @@ def start(urls: Path, root: Path, node_dies_after: float = 0.0, cpus: int = 0) -
 
 
 def finish(job: subprocess.Popen[str]) -> str:
-    output, _ = job.communicate(timeout=240)
+    output, _ = job.communicate(timeout=600)
     assert job.returncode == 0, output
     return output
 
@@ -83,6 +84,12 @@ def contents(root: Path) -> dict[str, bytes]:
     """Every file of the tables but the manifests, which tell how long it took, and `rejects`."""
     files = [path for table in TABLES if table != "rejects" for path in (root / table).rglob("*.*")]
     return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name != "manifest.json"}
+
+
+def totals(root: Path) -> tuple[dict[str, object], object]:
+    """What the manifest of `pairs` counts, and its files."""
+    manifest = tables.read_manifest(str(root), "pairs", "t")
+    return {**manifest.details["summary"], "seconds": 0}, manifest.files
 
 
 def rejects(root: Path) -> list[dict[str, object]]:
@@ -131,7 +138,7 @@ def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_
             wait_for_parts(job, tmp_path)
             time.sleep(delay)
             if kind == "actor":
-                for pid in children_named(job, "FetchStage"):
+                for pid in children_named(job, "Crawler"):
                     os.kill(pid, signal.SIGKILL)
                 finish(job)
             else:
@@ -144,6 +151,7 @@ def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_
     found, expected = contents(tmp_path), contents(undisturbed.root)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
+    assert totals(tmp_path) == totals(undisturbed.root)
     assert rejects(tmp_path) == rejects(undisturbed.root)
     assert refetched <= MOST_REFETCHED
     assert not list(tmp_path.rglob("*.tmp"))

@@ -15,7 +15,7 @@ from ovd_models.batches import Detections
 from ovd_models.checkpoints import load_vild
 from ovd_models.errors import InputError
 from ovd_models.region_scores import Scoring
-from workflows import cli, evaluate, failures, tracking, vild, vild_configs, vild_study, vild_sweep
+from workflows import cli, evaluate, failures, studies, tracking, vild, vild_configs, vild_study, vild_sweep
 from workflows.vild import Trained
 from workflows.vild_configs import Run
 
@@ -196,10 +196,10 @@ def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.
 
 def test_paired_intervals_by_hand() -> None:
     # Mean 0.05; standard deviation 0.01; 4.303 * 0.01 / sqrt(3) = 0.0248.
-    found = vild_study.paired([0.04, 0.05, 0.06])
+    found = studies.paired([0.04, 0.05, 0.06])
     assert found["mean"] == pytest.approx(0.05)
     assert found["high"] - found["mean"] == pytest.approx(4.303 * 0.01 / 3**0.5)
-    assert math.isnan(vild_study.paired([0.1])["low"])
+    assert math.isnan(studies.paired([0.1])["low"])
 
 
 def test_a_claim_about_an_interval_needs_all_of_it() -> None:

@@ -1,0 +1,109 @@
+"""What OV-SAM costs at its published size beside SAM with CLIP, and how long one more prompt takes.
+
+python benchmarks/ovsam.py
+
+RN50x16 and ViT-H at 1024 px with random weights: nothing is downloaded. Operations are multiplications and additions
+of matrix products and convolutions, for one image and four named boxes; encoders are counted on torch's `meta` device,
+without doing the work. Times are medians on this machine's CPU. Prints a table and writes runs/bench/ovsam.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ovd_models.ovsam import RN50X16, OvSam, published
+from ovd_models.ovsam_head import ROI_SIDE
+from ovd_models.pyramid import ClipPyramid, build_tower
+from ovd_models.sam import VIT_H, SamModel
+from ovd_models.segments import Prompts
+from ovd_models.vocabulary import Vocabulary
+from workflows.pointing_report import count_flops, median_ms
+
+REPOSITORY = Path(__file__).parents[1]
+FIGURES = REPOSITORY / "runs" / "bench" / "ovsam.json"
+SIDE, CROP, NAMES, BOXES = 1024, 384, 65, 4
+
+
+def parameters(modules: Iterable[nn.Module]) -> int:
+    """Of all modules, shared ones once."""
+    return sum(value.numel() for value in {id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def costs() -> dict[str, tuple[int, int]]:
+    """Parameters and operations of OV-SAM, of SAM alone, and of SAM with CLIP on crops or once on the whole image."""
+    with torch.device("meta"):
+        model, sam, whole = OvSam(published(RN50X16)), SamModel(VIT_H), ClipPyramid(build_tower(RN50X16, SIDE))
+        image, crops = torch.empty(1, 3, SIDE, SIDE), torch.empty(BOXES, 3, CROP, CROP)
+        grid = torch.empty(BOXES, whole.channels[-1], whole.grid, whole.grid)
+        regions = torch.empty(BOXES, model.config.pyramid_width, ROI_SIDE, ROI_SIDE)
+        sparse = torch.empty(BOXES, 2, VIT_H.prompt_width)
+        dense = torch.empty(BOXES, VIT_H.prompt_width, VIT_H.embedding_side, VIT_H.embedding_side)
+    for module in (model, sam, whole):  # the counter follows gradients through parameters, and there are none
+        module.eval().requires_grad_(False)
+
+    def ovsam() -> None:
+        levels = model.clip(image)
+        model.namer.pyramid(levels)
+        model.decode(model.adapter(levels).expand(BOXES, -1, -1, -1), sparse, dense)
+        model.namer.roi_conv(regions)
+        model.clip.head(grid)
+
+    decoder = sam.sam.mask_decoder
+    of_sam = count_flops(lambda: decoder(sam.sam.image_encoder(image), dense[:1], sparse, dense, False))
+    both = parameters([sam, whole])
+    return {
+        "OV-SAM": (parameters([model]), count_flops(ovsam)),
+        "SAM": (parameters([sam]), of_sam),
+        "image crop": (both, of_sam + count_flops(lambda: whole.tower(crops))),
+        "feature crop": (both, of_sam + count_flops(lambda: (whole(image), whole.head(grid)))),
+    }
+
+
+def times(repeats: int) -> tuple[float, float]:
+    """Milliseconds of looking at an image, and of one more named prompt on it."""
+    torch.manual_seed(0)
+    model = OvSam(published(RN50X16)).eval()
+    image = torch.randint(0, 256, (3, 768, SIDE), dtype=torch.uint8)
+    texts = F.normalize(torch.randn(NAMES, RN50X16.embed_dim), dim=1)
+    vocabulary = Vocabulary(tuple(map(str, range(NAMES))), texts, torch.ones(NAMES) > 0)
+    encoded, prompt = model.encode(image), Prompts.create(boxes=[[256.0, 192.0, 768.0, 576.0]])
+    return (
+        median_ms(lambda: model.encode(image), repeats),
+        median_ms(lambda: model.segment(encoded, prompt, vocabulary), repeats),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="of what is timed; 0 times nothing")
+    given = parser.parse_args()
+    rows = costs()
+    print("| | parameters | GFLOP |\n|---|---|---|")
+    for name, (count, flops) in rows.items():
+        print(f"| {name} | {count / 1e6:.0f} M | {flops / 1e9:,.0f} |")
+    figures: dict[str, object] = {
+        f"{part}_of_{name.replace(' ', '_')}": round(rows["OV-SAM"][index] / rows[name][index], 3)
+        for name in ("image crop", "feature crop")
+        for index, part in enumerate(("parameters", "flops"))
+    }
+    if given.repeats:
+        encode_ms, prompt_ms = times(given.repeats)
+        figures |= {"encode_ms": encode_ms, "prompt_ms": prompt_ms, "prompt_of_encode": round(prompt_ms / encode_ms, 4)}
+    for name, value in figures.items():
+        print(name, value)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    FIGURES.parent.mkdir(parents=True, exist_ok=True)
+    FIGURES.write_text(json.dumps(figures | {"commit": commit, "machine": machine}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The settings of `codet.py`: one field for everything that affects results, and the named configs."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data_prep.group_stream import Sampling
+from ovd_models.codet import CoDetConfig
+from ovd_models.errors import InputError
+from workflows import training
+from workflows.training import Optimisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training of CoDet."""
+
+    storage: str = "runs"
+    """Folder or URI that holds tables and runs."""
+    config: str
+    """Name of the config, for tracking."""
+    boxes: str
+    """Name of the box set: tables `boxes/<name>-train`, `boxes/<name>-eval`, `categories/<name>`."""
+    pairs: str
+    """Name of the tables `pairs`, `concepts` and `groups`."""
+    teacher: str = ""
+    """Folder or URI of a CLIP checkpoint that embeds names and captions."""
+    texts: str = ""
+    """Instead of a teacher: a .npy file with an embedding for each category of the data, in category-id order."""
+    data: str = ""
+    """A folder with `instances.json` and `images/` (and `captions.tsv`, if there are captions), read first."""
+    backbone_weights: str = "auto"
+    """`auto` (torchvision's, when they are on this machine), `none`, or a file with a state dict."""
+    model: CoDetConfig = field(default_factory=CoDetConfig)
+    detection_batch: int = 8
+    """Images with boxes in a step, over all workers."""
+    groups_per_step: int = 4
+    """Caption groups in a step, over all workers."""
+    group_size: int = 4
+    """Images of a group."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How groups are drawn."""
+    alternate: bool = False
+    """Boxes in even steps, captions in odd ones, on all workers; else both in every step."""
+    flip_probability: float = 0.0
+    """How often an image with boxes is mirrored."""
+    box_stage: Optimisation
+    joint_stage: Optimisation
+    box_model: str = ""
+    """Folder or URI of a detector checkpoint that the joint stage starts from; no box stage is trained then."""
+    resume: str = ""
+    """Continue this run instead of starting a new one."""
+
+    def __post_init__(self) -> None:
+        """Check that batches can be shared among the workers."""
+        for stage in (self.box_stage, self.joint_stage):
+            training.check_shared("detection_batch", self.detection_batch, stage.workers)
+            training.check_shared("groups_per_step", self.groups_per_step, stage.workers)
+        if self.group_size < 2:
+            raise InputError(f"group_size: {self.group_size}, expected at least 2")
+        if self.alternate and self.joint_stage.checkpoint_every % (2 * training.REQUIRED_DIVISOR):
+            expected = f"a multiple of {2 * training.REQUIRED_DIVISOR}, since kinds of batches alternate"
+            raise InputError(f"checkpoint_every: {self.joint_stage.checkpoint_every}, expected {expected}")
+        if self.model.aggregation == "learned" and self.model.group_size != self.group_size:
+            raise InputError(f"model.group_size: {self.model.group_size}, expected the group_size, {self.group_size}")
+
+
+def smoke() -> Run:
+    """Seconds; builds its own tables and an untrained teacher."""
+    quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
+    return Run(
+        config="smoke",
+        boxes="smoke",
+        pairs="smoke",
+        detection_batch=2,
+        groups_per_step=2,
+        group_size=2,
+        sampling=Sampling(min_side=100),
+        box_stage=quick,
+        joint_stage=quick,
+    )
+
+
+def pictograms() -> Run:
+    """The pictogram world: 128 px scenes, a detector of 1.7 M parameters, minutes on two cores."""
+    return Run(
+        config="pictograms",
+        boxes="pictograms",
+        pairs="pictograms",
+        sampling=Sampling(min_side=100),
+        groups_per_step=2,
+        # RoIAlign's backward runs on one core: two processes of one thread are faster than one of two.
+        box_stage=Optimisation(steps=300, learning_rate=2e-3, workers=2),
+        joint_stage=Optimisation(steps=500, learning_rate=2e-3, workers=2),
+    )
+
+
+def photos() -> Run:
+    """Photographs in COCO's form, a ResNet-50 with its batch norm frozen, short enough for a laptop."""
+    detector = dataclasses.replace(
+        CoDetConfig().detector,
+        backbone="resnet50",
+        backbone_options={},
+        strides=(4, 8, 16, 32),
+        anchor_sizes=(32, 64, 128, 256),
+        pyramid_channels=128,
+        head_width=512,
+        embed_dim=512,
+        min_size=256,
+        max_size=416,
+        pre_nms=1000,
+        post_nms=300,
+    )
+    return Run(
+        config="photos",
+        boxes="photos",
+        pairs="photos",
+        model=CoDetConfig(detector=detector, num_proposals=32),
+        detection_batch=2,
+        groups_per_step=1,
+        flip_probability=0.5,
+        box_stage=Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5),
+        joint_stage=Optimisation(steps=20, learning_rate=1e-4, checkpoint_every=20, log_every=5),
+    )
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "photos": photos}

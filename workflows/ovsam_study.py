@@ -1,0 +1,383 @@
+"""The study of OV-SAM's claims: one SAM a seed, from which every variant learns, with intervals over seeds.
+
+each seed: SAM -> its embeddings, once -> OV-SAM from each teacher -> IoU, accuracy, cost beside SAM and the baselines
+                                          OV-SAM of the first teacher -> accuracy as distracting names are added,
+                                                                         and with other parts of CLIP in it
+                                                                      -> mask AP of detectors' boxes
+-> paired differences with 95 % intervals -> <storage>/reports/ovsam_study.json, .md
+
+The baselines that OV-SAM is compared with are those that name novel things best, chosen by their own result. Further
+teachers train for as many steps as give the same number of operations. A killed study continues: each result is a
+file, and a training goes on from its last checkpoint.
+
+python workflows/ovsam_study.py --config pictograms --teacher runs/runs/clip/<run>/model
+python workflows/ovsam_study.py --config pictograms --teacher ... --other-teachers runs/runs/clip/<a ViT's run>/model \
+    --detectors runs/runs/codet/<run>/model runs/runs/vild/<run>/model
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep import storage, tables
+from data_prep.texts import StoredEncoder, TextStore
+from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder
+from ovd_models.errors import InputError
+from ovd_models.ovsam import OvSam
+from ovd_models.ovsam_baselines import SamClip
+from ovd_models.sam import SamConfig
+from ovd_models.sam_training import SamTrainingConfig
+from ovd_models.segments import Prompts
+from ovd_models.vocabulary import Vocabulary, build_vocabulary
+from workflows import cli, ovsam, ovsam_boxes, ovsam_configs, pointing_report, prepare_boxes, studies, training
+from workflows.ovsam_names import competing_names
+from workflows.pointing_report import BASELINES, PROMPT_KINDS
+from workflows.studies import Numbers
+from workflows.training import Optimisation
+
+STUDY = "ovsam_study"
+IMAGE_CROPS = tuple(name for name, config in BASELINES.items() if config.crop == "image")
+FEATURES = tuple(name for name, config in BASELINES.items() if config.crop != "image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One study."""
+
+    storage: str = "runs"
+    """Folder or URI that holds tables and runs."""
+    teacher: str = ""
+    """Folder or URI of the CLIP checkpoint whose image tower is taken over, a convolutional one."""
+    other_teachers: tuple[str, ...] = ()
+    """More CLIP checkpoints, such as a vision transformer's, to compare with at equal compute."""
+    training: ovsam_configs.Run = field(default_factory=ovsam_configs.pictograms)
+    """What is trained; seeds and teachers are the study's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    vocabulary_sizes: tuple[int, ...] = (68, 300, 1_203, 5_000, 22_000)
+    """Names that compete: the set's own, filled up with distracting ones."""
+    distractors: str = ""
+    """A file with a name a line, such as LVIS's and ImageNet-21k's; if empty, names are composed."""
+    vocabulary_images: int = 100
+    """Of the evaluation set, this many of its first images; all if 0."""
+    fusions: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.1, 0.9), (0.35, 0.65), (0.4, 0.9), (1.0, 1.0))
+    """CLIP's parts in base and in novel names to compare; 0 is the label branch alone, 1 is CLIP."""
+    detectors: tuple[str, ...] = ()
+    """Folders or URIs of ViLD or CoDet checkpoints, whose boxes are segmented and named."""
+    detector_images: int = 0
+    """Of the evaluation set, this many of its first images; all if 0."""
+
+
+def pictograms() -> Run:
+    """Three seeds; give it `--teacher`."""
+    return Run()
+
+
+def smoke() -> Run:
+    """One seed, five steps; give it `--teacher`."""
+    return Run(
+        training=dataclasses.replace(ovsam_configs.smoke(), text_to_mask=False),
+        seeds=(0,),
+        vocabulary_sizes=(68, 100),
+        fusions=((1.0, 1.0),),
+        vocabulary_images=2,
+        detector_images=2,
+    )
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {"pictograms": pictograms, "smoke": smoke}
+
+
+def study(run: Run) -> dict[str, Any]:
+    """Train and measure whatever is not there yet; the report is written anew after each result.
+
+    Raises:
+        InputError: the teacher or a table is missing, or there are too few distracting names.
+    """
+    if not run.teacher:
+        raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
+    names = competing_names(run.storage, run.training.boxes, run.vocabulary_sizes, run.distractors)
+    results: dict[str, dict[int, Numbers]] = {}
+    report: dict[str, Any] = {}
+    for seed in run.seeds:
+        for name, numbers in study_seed(run, seed, names):
+            results.setdefault(name, {})[seed] = numbers
+        report = {"seeds": list(run.seeds), "results": results, "differences": compare(results)}
+        studies.write_report(run.storage, STUDY, report, as_table(report))
+    return report
+
+
+def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str, Numbers]]:
+    """What one seed measures, by name: `<variant>, <prompt>`, `<variant>, cost`, `names: <n>`, `<detector>: <row>`."""
+    base = with_seed(run, seed)
+    base = dataclasses.replace(base, sam=trained_sam(base, seed))
+    first = trained(base, seed, "ovsam")
+    yield from named_rows(first, "")
+    for number, teacher in enumerate(run.other_teachers, 1):
+        own = at_equal_compute(dataclasses.replace(base, teacher=teacher), first)
+        yield from named_rows(trained(own, seed, f"teacher_{number}"), f"teacher {number}: ")
+    for size in run.vocabulary_sizes:
+        yield f"names: {size}", asked_again(run, base, seed, first, names[:size])
+    for fusion in run.fusions:
+        numbers = asked_again(run, base, seed, first, names[: min(run.vocabulary_sizes, default=len(names))], fusion)
+        yield f"fusion: {fusion[0]:g}, {fusion[1]:g}", numbers
+    for detector in run.detectors:
+        for name, numbers in boxed(run, base, seed, first, detector).items():
+            yield f"{Path(detector).parent.name}: {name}", numbers
+
+
+def with_seed(run: Run, seed: int) -> ovsam_configs.Run:
+    """The training of a seed."""
+    stages = ("sam_stage", "sam2clip_stage", "clip2sam_stage", "text_stage")
+    seeded = {stage: dataclasses.replace(getattr(run.training, stage), seed=seed) for stage in stages}
+    return dataclasses.replace(run.training, storage=run.storage, teacher=run.teacher, **seeded)
+
+
+# -------------------------------------------------------------------------------------------------------- trainings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamSettings:
+    """All that the weights of a seed's SAM follow from."""
+
+    storage: str
+    boxes: str
+    sam_model: SamConfig
+    sam_training: SamTrainingConfig
+    sam_stage: Optimisation
+    batch_size: int
+    flip_probability: float
+
+
+def trained_sam(own: ovsam_configs.Run, seed: int) -> str:
+    """The folder of a seed's SAM, trained if it is not there; what OV-SAM does with it makes no difference to it."""
+    if own.sam:
+        return own.sam
+    settings = SamSettings(**{entry.name: getattr(own, entry.name) for entry in dataclasses.fields(SamSettings)})
+    label = studies.label_of(seed, "sam", settings)
+
+    def job() -> dict[str, Any]:
+        return {"sam": ovsam.teach_sam(continued(own, label))}
+
+    return str(studies.remembered(own.storage, STUDY, label, job)["sam"])
+
+
+def trained(own: ovsam_configs.Run, seed: int, name: str) -> dict[str, Any]:
+    """Train one OV-SAM and measure it, or read what an earlier study measured.
+
+    A result belongs to the exact settings of its training, which its file's name bears a digest of.
+    """
+    label = studies.label_of(seed, name, own)
+
+    def job() -> dict[str, Any]:
+        found = ovsam.train(continued(own, label))
+        rows = {", ".join(key): dict(values) for key, values in found.report.rows.items()}
+        costs = {f"{key}, cost": dataclasses.asdict(cost) for key, cost in found.report.costs.items()}
+        return {"model": found.model, "sam": found.sam, "seconds": found.seconds, "rows": rows | costs}
+
+    return studies.remembered(own.storage, STUDY, label, job)
+
+
+def continued(own: ovsam_configs.Run, label: str) -> ovsam_configs.Run:
+    """The training under the study's label, from where a killed study left it."""
+    return dataclasses.replace(own, config=label, resume=training.find_run(own.storage, "ovsam", label))
+
+
+def named_rows(answer: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Numbers]]:
+    """The rows of a training; those of SAM, which all teachers share, come with the first alone."""
+    for name, numbers in answer["rows"].items():
+        if not prefix or not name.startswith("sam,"):
+            yield f"{prefix}{name}", numbers
+
+
+def at_equal_compute(own: ovsam_configs.Run, first: Mapping[str, Any]) -> ovsam_configs.Run:
+    """The training of another teacher with as many operations as the first one's: fewer steps, if one takes more."""
+    clip, _ = ovsam.open_clip_teacher(own)
+    sam, _ = load_sam_folder(storage.local_folder(own.sam))
+    side = sam.config.image_size
+    image, prompts = torch.zeros(3, side, side, dtype=torch.uint8), Prompts.create(boxes=[[1, 1, side - 1, side - 1]])
+
+    def operations(model: OvSam) -> int:
+        return pointing_report.count_flops(lambda: model.segment(image, prompts))
+
+    reference = load_ovsam_folder(storage.local_folder(first["model"]))[0]
+    other = OvSam(ovsam.model_config(own, sam.config, clip)).eval().requires_grad_(False)
+    ratio = operations(reference.requires_grad_(False)) / operations(other)
+
+    def scaled(stage: Optimisation) -> Optimisation:
+        return dataclasses.replace(stage, steps=max(1, round(stage.steps * ratio)))
+
+    return dataclasses.replace(
+        own, sam2clip_stage=scaled(own.sam2clip_stage), clip2sam_stage=scaled(own.clip2sam_stage)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ many names, detectors
+
+
+def asked_again(
+    run: Run,
+    own: ovsam_configs.Run,
+    seed: int,
+    first: Mapping[str, Any],
+    names: Sequence[str],
+    fusion: tuple[float, float] | None = None,
+) -> Numbers:
+    """Accuracy by boxes with these names, of which distracting ones are nobody's, or with other parts of CLIP.
+
+    Args:
+        run: the study.
+        own: the training.
+        seed: of the training.
+        first: what the training gave.
+        names: the set's own first.
+        fusion: CLIP's parts in base and novel names, for OV-SAM alone; if None, its own, beside the baselines.
+    """
+    told = "\n".join([*names, str(run.vocabulary_images), str(fusion)])
+    label = studies.label_of(seed, f"names-{len(names)}-{storage.sha256(told.encode())[:8]}", own)
+
+    def job() -> dict[str, Any]:
+        model, info = load_ovsam_folder(storage.local_folder(first["model"]))
+        sam, _ = load_sam_folder(storage.local_folder(first["sam"]))
+        _, encoder = ovsam.open_clip_teacher(own)
+        stored = StoredEncoder(encoder, TextStore.of(run.storage, encoder.teacher))
+        vocabulary: Vocabulary = build_vocabulary(stored, names, info.splits)
+        categories = tables.read_table(run.storage, "categories", own.boxes).to_pylist()
+        label_of = {row["category_id"]: names.index(row["name"]) for row in categories if row["split"]}
+        rows = tables.read_table(run.storage, "boxes", f"{own.boxes}-eval").to_pylist()[: run.vocabulary_images or None]
+        if fusion is None:
+            baselines = {key: SamClip(sam, model.clip, model.config.tower, config) for key, config in BASELINES.items()}
+        else:
+            baselines, model.config = {}, dataclasses.replace(model.config, alpha=fusion[0], beta=fusion[1])
+        collected, _ = pointing_report.ask(run.storage, rows, label_of, vocabulary, model, sam, baselines, ("box",))
+        return {
+            f"{variant}, {split}": values[f"accuracy_{split}"]
+            for (variant, _), values in pointing_report.summaries(collected).items()
+            for split in ("base", "novel")
+            if variant != "sam"
+        }
+
+    return studies.remembered(run.storage, STUDY, label, job)
+
+
+def boxed(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str, Any], detector: str) -> dict[str, Numbers]:
+    """Mask AP on a detector's boxes."""
+    settings = ovsam_boxes.Run(
+        storage=run.storage,
+        model=first["model"],
+        sam=first["sam"],
+        detectors=(detector,),
+        boxes=own.boxes,
+        images=run.detector_images,
+    )
+    digest = storage.sha256(f"{detector} {run.detector_images}".encode())[:8]
+    label = studies.label_of(seed, f"boxes-{digest}", own)
+    return studies.remembered(run.storage, STUDY, label, lambda: dict(ovsam_boxes.compare(settings, detector)))
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def best_of(results: studies.Results, variants: Sequence[str], kind: str) -> str:
+    """Of these variants, the one that names novel things best with a kind of prompt, by its mean over seeds."""
+
+    def accuracy(variant: str) -> float:
+        return float(np.mean([entry["accuracy_novel"] for entry in results[f"{variant}, {kind}"].values()]))
+
+    return max(variants, key=accuracy)
+
+
+def claims_of(results: studies.Results) -> dict[str, tuple[str, str, str]]:
+    """Claim -> metric, and what is compared with what; baselines are the best of their kind."""
+    claims = {}
+    for kind in PROMPT_KINDS:
+        ours = f"ovsam, {kind}"
+        for sort, variants in (("image crops", IMAGE_CROPS), ("features", FEATURES)):
+            best = best_of(results, variants, kind)
+            claim = f"OV-SAM above the best baseline of {sort} ({best}), {kind}: novel accuracy"
+            claims[claim] = ("accuracy_novel", ours, f"{best}, {kind}")
+        claims[f"OV-SAM above its SAM, {kind}: IoU"] = ("iou_all", ours, f"sam, {kind}")
+        for other in sorted(name for name in results if name.startswith("teacher ") and name.endswith(f": {ours}")):
+            teacher = other.partition(":")[0]
+            claims[f"first teacher above {teacher}, {kind}: IoU"] = ("iou_all", ours, other)
+            claims[f"first teacher above {teacher}, {kind}: novel accuracy"] = ("accuracy_novel", ours, other)
+    return claims
+
+
+def compare(results: studies.Results) -> dict[str, Numbers]:
+    """Paired differences of all claims over the seeds."""
+    return studies.differences(results, claims_of(results))
+
+
+def mean_of(results: studies.Results, name: str, key: str) -> float:
+    """Over the seeds."""
+    return float(np.mean([numbers[key] for numbers in results[name].values()]))
+
+
+def as_table(report: Mapping[str, Any]) -> str:
+    """The report in Markdown: means over seeds, and novel accuracy of each seed."""
+    results: studies.Results = report["results"]
+    lines = [
+        "| | IoU base | novel | all | accuracy base | novel | novel accuracy of each seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, of_seeds in results.items():
+        if "iou_all" in next(iter(of_seeds.values())):
+            keys = ("iou_base", "iou_novel", "iou_all", "accuracy_base", "accuracy_novel")
+            each = ", ".join(f"{numbers['accuracy_novel']:.3f}" for numbers in of_seeds.values())
+            lines.append(f"| {name} | {means(results, name, keys)} | {each} |")
+    lines += ["", *studies.difference_table(report["differences"]), "", *cost_table(results)]
+    for beginning in ("names: ", "fusion: "):
+        columns = [name for name in results if name.startswith(beginning)]
+        if columns:
+            lines += ["", "| accuracy | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+            for key in next(iter(results[columns[0]].values())):
+                lines.append(f"| {key} | " + " | ".join(means(results, column, [key]) for column in columns) + " |")
+    boxes = [name for name in results if "ap50_novel" in next(iter(results[name].values()))]
+    if boxes:
+        lines += ["", "| boxes of: masks | mask AP50 base | novel | mask AP base | novel |", "|---|---|---|---|---|"]
+        keys = ("ap50_base", "ap50_novel", "ap_base", "ap_novel")
+        lines += [f"| {name} | {means(results, name, keys)} |" for name in boxes]
+    return "\n".join(lines) + "\n"
+
+
+def means(results: studies.Results, name: str, keys: Sequence[str]) -> str:
+    """Cells with the means over the seeds."""
+    return " | ".join(f"{mean_of(results, name, key):.3f}" for key in keys)
+
+
+def cost_table(results: studies.Results) -> list[str]:
+    """Markdown: what an image with four named boxes takes, and OV-SAM's part of the best baselines'."""
+    lines = ["| cost | parameters | GFLOP | encode | one more prompt |", "|---|---|---|---|---|"]
+    for name in results:
+        if name.endswith(", cost"):
+            parameters, flops, encode, prompt = (
+                mean_of(results, name, key) for key in ("parameters", "flops", "encode_ms", "prompt_ms")
+            )
+            times = f"{encode:.1f} ms | {prompt:.1f} ms"
+            lines.append(f"| {name[:-6]} | {parameters:,.0f} | {flops / 1e9:.2f} | {times} |")
+    lines += ["", "| OV-SAM's part of | parameters | operations |", "|---|---|---|"]
+    for best in dict.fromkeys(best_of(results, variants, "box") for variants in (IMAGE_CROPS, FEATURES)):
+        ratios = (
+            mean_of(results, "ovsam, cost", key) / mean_of(results, f"{best}, cost", key)
+            for key in ("parameters", "flops")
+        )
+        lines.append(f"| {best} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    return lines
+
+
+def main() -> None:
+    """The script: measure, print, tell where the report is."""
+    run = cli.parse(CONFIGS, __doc__)
+    if run.training.config == "smoke":
+        prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
+    print(as_table(study(run)))
+    print(f"report: {storage.join(run.storage, 'reports', f'{STUDY}.json')}")
+
+
+if __name__ == "__main__":
+    cli.execute(main)
