@@ -176,11 +176,12 @@ def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.
         teacher=prepared.teacher,
         other_teachers=(prepared.teacher,),
         variants=("text",),
-        parts=("variants", "proposals", "baselines", "teachers"),
+        parts=("variants", "fusions", "proposals", "baselines", "teachers"),
     )
     first = vild_study.study(run)
     names = {"RPN, base boxes", "RPN, base and novel boxes", "text", "CLIP on crops", "text + CLIP"}
-    assert names | {"teacher", "teacher 1", "ensemble, teacher 1"} <= set(first["results"])
+    names |= {"teacher", "teacher 1", "ensemble, teacher 1", "ensemble, its text head alone"}
+    assert names <= set(first["results"])
     assert set(first["results"]["teacher"][0]) == {"top1_base", "top1_novel"}
     assert set(first["results"]["RPN, base boxes"][0]) == {
         f"ar{limit}_{split}" for limit in (100, 300, 1000) for split in ("novel", "base")
