@@ -327,7 +327,8 @@ def write_vocabulary() -> Path:
 
 def environment(job: Job) -> dict[str, str]:
     trusted = {"SSL_CERT_FILE": str(WORK / "site" / "bundle.pem")} if job.secure else {}
-    return {**os.environ, **trusted}
+    # At Ray's own 15 its processes would wait for whatever else runs here, and img2dataset's would not.
+    return {**os.environ, **trusted, "RAY_worker_niceness": "0"}
 
 
 def as_flags(flags: dict[str, object]) -> list[str]:
