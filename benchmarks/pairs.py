@@ -35,8 +35,6 @@ QUALITY = 95
 HOSTS = 400
 HANGING = HOSTS // 20
 COMPARED = 500
-FILTER = "BOX"
-"""By which data_prep/decode.py reduces images, for the comparison with a full decode."""
 CAP_GB = 8.0
 
 
@@ -303,7 +301,7 @@ def similarity() -> dict[str, float]:
     command = [str(PEER / "bin" / "python"), "-c", "import pairs_similarity; pairs_similarity.main()"]
     folders = [WORK / "ours", WORK / "theirs", WORK / "site" / "pictures"]
     told = subprocess.run(
-        [*command, *map(str, folders), str(COMPARED), FILTER],
+        [*command, *map(str, folders), str(COMPARED)],
         cwd=Path(__file__).parent,
         check=True,
         capture_output=True,
