@@ -139,6 +139,18 @@ def confusions(
     return sorted(wrong, key=lambda entry: -entry.similarity)
 
 
+def varied(wrong: Sequence[Confusion], most: int = 2) -> list[Confusion]:
+    """The first `most` of every pair of names, in order: one frequent confusion would fill the page."""
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    kept = []
+    for entry in wrong:
+        pair = entry.thing.name, entry.called
+        seen[pair] += 1
+        if seen[pair] <= most:
+            kept.append(entry)
+    return kept
+
+
 def other_boxes(box: Boxes, width: int, height: int) -> dict[str, Boxes]:
     """Boxes that a tight one should beat: its four quarters, and one of twice its size."""
     x0, y0, x1, y1 = box.tolist()
@@ -247,7 +259,7 @@ def gallery(run: Run) -> dict[str, Any]:
         "run": run,
         "counts": counts,
         "pairs": collections.Counter((entry.thing.name, entry.called) for entry in wrong).most_common(run.shown),
-        "confusions": [(entry, draw(entry.thing)) for entry in wrong[: run.shown]],
+        "confusions": [(entry, draw(entry.thing)) for entry in varied(wrong)[: run.shown]],
         "distortions": [
             (entry, draw(entry.thing), {fit: page.embed(square) for fit, square in entry.squares.items()})
             for entry in long[: run.shown]

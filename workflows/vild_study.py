@@ -17,14 +17,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 import ovd_models
 from data_prep import storage, tables
 from data_prep.teachers import EmbedConfig, Teacher, embed_regions
-from ovd_models.checkpoints import load_encoder
+from ovd_models.checkpoints import Detector, load_encoder
 from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_proposals
 from ovd_models.preprocess import to_tensor
@@ -39,6 +39,7 @@ LIMITS = (100, 300, 1000)
 """Proposals of an image that recall is measured at."""
 Results = dict[str, dict[int, Numbers]]
 """By name, then by seed."""
+Part = Literal["variants", "fusions", "proposals", "baselines", "supervised_full", "teachers"]
 RPN_BASE, RPN_FULL = "RPN, base boxes", "RPN, base and novel boxes"
 
 
@@ -59,8 +60,8 @@ class Run:
     regions_seed: int = 0
     """Seed of the proposal network whose regions are embedded, once for all seeds."""
     variants: tuple[str, ...] = ("text", "ensemble", "vild", "supervised", "image")
-    supervised_full: bool = True
-    """Also train a supervised detector on boxes of base and novel categories."""
+    parts: tuple[Part, ...] = ("variants", "fusions", "proposals", "baselines", "supervised_full", "teachers")
+    """What is measured, in this order."""
 
 
 def pictograms() -> Run:
@@ -100,25 +101,27 @@ def study(run: Run) -> dict[str, Any]:
     seeds = {seed: with_seed(run, seed) for seed in run.seeds}
     results: Results = {}
     report = as_report(run, results)
-    for part in parts(run):
+    for measure in measurements(run):
         for seed, own in seeds.items():
-            for name, numbers in part(run, own).items():
+            for name, numbers in measure(run, own).items():
                 results.setdefault(name, {})[seed] = numbers
             report = as_report(run, results)
     return report
 
 
-def parts(run: Run) -> Iterator[Callable[[Run, vild_configs.Run], dict[str, Numbers]]]:
+def measurements(run: Run) -> Iterator[Callable[[Run, vild_configs.Run], dict[str, Numbers]]]:
     """What is measured with every seed, by name, in order."""
-    for variant in run.variants:
-        yield partial(measure_variant, variant=variant)
-    yield measure_proposals
-    if "text" in run.variants:
-        yield measure_baselines
-    if run.supervised_full:
-        yield measure_supervised_full
-    for number, teacher in enumerate((run.teacher, *run.other_teachers) if run.other_teachers else ()):
-        yield partial(measure_teacher, number=number, teacher=teacher)
+    teachers = (run.teacher, *run.other_teachers) if run.other_teachers else ()
+    measures: dict[Part, list[Callable[[Run, vild_configs.Run], dict[str, Numbers]]]] = {
+        "variants": [partial(measure_variant, variant=variant) for variant in run.variants],
+        "fusions": [measure_fusions],
+        "proposals": [measure_proposals],
+        "baselines": [measure_baselines],
+        "supervised_full": [measure_supervised_full],
+        "teachers": [partial(measure_teacher, number=number, teacher=own) for number, own in enumerate(teachers)],
+    }
+    for part in run.parts:
+        yield from measures[part]
 
 
 def first_stage(run: Run, own: vild_configs.Run) -> vild_configs.Run:
@@ -149,6 +152,12 @@ def measure_proposals(run: Run, own: vild_configs.Run) -> dict[str, Numbers]:
         RPN_BASE: remembered(run, own, "recall_rpn", partial(recall, base)),
         RPN_FULL: remembered(run, own, "recall_rpn_full", partial(recall, full)),
     }
+
+
+def measure_fusions(run: Run, own: vild_configs.Run) -> dict[str, Numbers]:
+    """AP50 of the ensemble under other scorings, without training it anew."""
+    model = str(trained_variant(run, own, "ensemble")["model"])
+    return remembered(run, own, "fusions", partial(fusions, model))
 
 
 def measure_baselines(run: Run, own: vild_configs.Run) -> dict[str, Numbers]:
@@ -224,12 +233,35 @@ def train_variant(run: vild_configs.Run) -> dict[str, Any]:
     return {"model": trained.model, "metrics": trained.metrics.summary(), "seconds": trained.seconds}
 
 
+def fusions(model: str, run: vild_configs.Run) -> dict[str, Any]:
+    """What an ensemble's two heads say together, fused in other ways."""
+    detector, seen, sweep = recorded(model, run)
+    assert isinstance(detector.model, ViLD)
+    scoring = detector.model.config.scoring
+    ways = {
+        "ensemble, its text head alone": {"base_image": 0.0, "novel_image": 0.0},
+        "ensemble, image head at temperature 20": {"image_temperature": 20.0},
+        "ensemble, image head at temperature 20, lambda 0.8": {
+            "image_temperature": 20.0, "base_image": 0.2, "novel_image": 0.8,
+        },
+    }  # fmt: skip
+    return {
+        name: vild_sweep.measure(detector, seen, seen.records, dataclasses.replace(scoring, **changes), sweep).summary()
+        for name, changes in ways.items()
+    }
+
+
+def recorded(model: str, run: vild_configs.Run) -> tuple[Detector, vild_sweep.Recorded, vild_sweep.Run]:
+    """A detector, the evaluation set as it sees it, and how detections are taken from that."""
+    detector = ovd_models.load(storage.local_folder(model))
+    sweep = vild_sweep.Run(score_threshold=run.score_threshold, max_detections=run.max_detections)
+    return detector, vild_sweep.record(detector, run.storage, f"{run.boxes}-eval", run.boxes), sweep
+
+
 def crop_baselines(model: str, run: vild_configs.Run) -> dict[str, Any]:
     """What the teacher says about crops of a ViLD-text detector's regions."""
-    detector = ovd_models.load(storage.local_folder(model))
+    detector, seen, sweep = recorded(model, run)
     assert isinstance(detector.model, ViLD)
-    sweep = vild_sweep.Run(score_threshold=run.score_threshold, max_detections=run.max_detections)
-    seen = vild_sweep.record(detector, run.storage, f"{run.boxes}-eval", run.boxes)
     found = vild_sweep.baselines(detector, seen, run.teacher, detector.model.config.scoring, sweep)
     return {name: metrics.summary() for name, metrics in found.items()}
 
@@ -353,7 +385,7 @@ def as_table(report: Mapping[str, Any]) -> str:
     lines += table_of(report["results"], {"top-1, base": "top1_base", "top-1, novel": "top1_novel"})
     lines += ["| claim | mean | 95 % interval | seeds | holds |", "|---|---|---|---|---|"]
     for row in report["claims"]:
-        interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
+        interval = f"{row['low']:+.3f} to {row['high']:+.3f}" if row["seeds"] > 1 else "unknown"
         held = "yes" if row["holds"] else "no"
         lines.append(f"| {row['statement']} | {row['mean']:+.3f} | {interval} | {row['seeds']:.0f} | {held} |")
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ from PIL import Image
 
 import ovd_models
 from data_prep import tables
+from ovd_models.batches import Detections
 from ovd_models.checkpoints import load_vild
 from ovd_models.errors import InputError
 from ovd_models.region_scores import Scoring
@@ -124,6 +125,26 @@ def test_the_teacher_alone_is_measured_on_the_same_regions(prepared: Run, traine
     assert all(0 <= metrics.summary()["ap50_all"] <= 1 for metrics in found.values())
 
 
+def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() -> None:
+    image = Image.new("RGB", (100, 20))
+    boxes = np.array([[at, 0, at + 8, 8] for at in (0, 20, 40, 60, 80)], np.float32)
+    things = [
+        failures.Thing(image, box, name) for box, name in zip(boxes, ("cat", "cow", "cow", "cow", "cat"), strict=True)
+    ]
+    # The first is called by its name, the last one is found nowhere, and one detection is too small to be the second.
+    labels, scores = [0, 0, 1, 0, 0], [0.9, 0.8, 0.95, 0.8, 0.7]
+    moved = boxes.copy()
+    moved[4] = [80, 10, 88, 18]
+    found = Detections(
+        torch.from_numpy(np.concatenate([moved, [[20, 0, 23, 8]]]).astype(np.float32)),
+        torch.tensor([*scores, 1.0]), torch.tensor([*labels, 1]), ("cat", "cow"), 100, 20,
+    )  # fmt: skip
+    wrong = failures.confusions([things], [found], lambda one, two: 0.5)
+    assert [(entry.thing.name, entry.called) for entry in wrong] == [("cow", "cat"), ("cow", "cat")]
+    assert failures.confusions([things, []], [found, found], lambda one, two: 0.5) == wrong
+    assert len(failures.varied(wrong * 3, most=3)) == 3
+
+
 @pytest.mark.ray
 def test_failures_are_found_and_written(prepared: Run, trained: Trained, tmp_path: Path) -> None:
     output = tmp_path / "failures.html"
@@ -153,12 +174,15 @@ def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.
         vild_study.smoke(),
         storage=prepared.storage,
         teacher=prepared.teacher,
+        other_teachers=(prepared.teacher,),
         variants=("text",),
-        supervised_full=False,
+        parts=("variants", "fusions", "proposals", "baselines", "teachers"),
     )
     first = vild_study.study(run)
     names = {"RPN, base boxes", "RPN, base and novel boxes", "text", "CLIP on crops", "text + CLIP"}
+    names |= {"teacher", "teacher 1", "ensemble, teacher 1", "ensemble, its text head alone"}
     assert names <= set(first["results"])
+    assert set(first["results"]["teacher"][0]) == {"top1_base", "top1_novel"}
     assert set(first["results"]["RPN, base boxes"][0]) == {
         f"ar{limit}_{split}" for limit in (100, 300, 1000) for split in ("novel", "base")
     }
@@ -177,6 +201,24 @@ def test_paired_intervals_by_hand() -> None:
     assert found["mean"] == pytest.approx(0.05)
     assert found["high"] - found["mean"] == pytest.approx(4.303 * 0.01 / 3**0.5)
     assert math.isnan(studies.paired([0.1])["low"])
+
+
+def test_a_claim_about_an_interval_needs_all_of_it() -> None:
+    text, vild_ = (
+        {seed: {"ap50_novel": value} for seed, value in enumerate(values)}
+        for values in ((0.3, 0.4, 0.5), (0.35, 0.45, 0.56))
+    )
+    (sure,) = vild_study.weigh({"text": text, "vild": vild_})
+    assert (sure["mean"], sure["seeds"], sure["holds"]) == (pytest.approx(0.16 / 3), 3, True)
+    (unsure,) = vild_study.weigh({"text": text, "vild": {**vild_, 2: {"ap50_novel": 0.7}}})
+    assert (unsure["low"] < 0 < unsure["mean"], unsure["holds"]) == (True, False)
+    (one_seed,) = vild_study.weigh({"text": {0: text[0]}, "vild": {0: vild_[0]}})
+    assert not one_seed["holds"]
+    means = vild_study.weigh({"ensemble": text, "supervised": {0: {"ap50_novel": 0.0}}})
+    assert [(row["statement"], row["holds"]) for row in means] == [
+        ("novel AP50 of the ensemble", False),
+        ("novel AP50 of supervised training on base boxes", True),
+    ]
 
 
 def test_the_papers_schedule() -> None:
