@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import provenance
+from measure import forget_peak, provenance, resident_mb
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -94,20 +94,13 @@ def memory_of(name: str) -> float:
     return float(told.stdout)
 
 
-def resident(field: str) -> float:
-    """`VmRSS`, or its highest since the last reset, `VmHWM`, in units of 10^6 bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1e6
-
-
 def print_memory(name: str) -> None:
     arguments = inputs()
     torch.ones(64, 64) @ torch.ones(64, 64)  # lets the matrix library take its buffers
-    Path("/proc/self/clear_refs").write_text("5")  # importing has had a peak of its own
-    before = resident("VmRSS")
+    before = forget_peak()
     for _ in range(3):
         step(WAYS[name], *arguments)
-    print(resident("VmHWM") - before)
+    print(resident_mb("VmHWM") - before)
 
 
 def data_wait(steps: int) -> dict[str, float]:

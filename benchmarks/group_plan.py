@@ -9,7 +9,6 @@ system's cache. Images are not read.
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from measure import provenance
+from measure import forget_peak, provenance, resident_mb
 
 from data_prep import tables
 from data_prep.group_stream import Sampling, build_plan, open_file, plan_group, row_groups, scan_kinds
@@ -60,10 +59,6 @@ def ranges(rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]
     return np.r_[0, stops[:-1]], stops
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
 def measure(rows: int, groups: int, folder: Path) -> dict[str, Any]:
     first = write_file(folder)
     files = [first]
@@ -73,13 +68,13 @@ def measure(rows: int, groups: int, folder: Path) -> dict[str, Any]:
     uris = [str(path) for path in files]
     starts, stops = ranges(rows, np.random.default_rng(1))
     sampling = Sampling(weights="repeat_factor", min_side=256)
-    before, started = peak(), time.perf_counter()
+    before, started = forget_peak(), time.perf_counter()
     kinds = scan_kinds(uris, FILE_ROWS * len(files), sampling)
     scanned = time.perf_counter()
     ids = np.arange(len(starts))
     plan = build_plan(ids, starts, stops, kinds, sampling, seed=0, group_size=GROUP_SIZE)
     built = time.perf_counter()
-    after = peak()
+    planned = resident_mb("VmHWM") - before
     chosen, times = [], []
     for position in range(groups):
         begun = time.perf_counter()
@@ -90,6 +85,7 @@ def measure(rows: int, groups: int, folder: Path) -> dict[str, Any]:
     begun = time.perf_counter()
     next(largest)
     of_largest = time.perf_counter() - begun
+    before_reading = forget_peak()
     few = chosen[: groups // 20]
     begun = time.perf_counter()
     for row in (row for group in few for row in group):
@@ -102,12 +98,12 @@ def measure(rows: int, groups: int, folder: Path) -> dict[str, Any]:
         "largest_concept": int(stops[0] - starts[0]),
         "scan_seconds": scanned - started,
         "build_seconds": built - scanned,
-        "plan_added_peak_mb": after - before,
+        "plan_added_peak_mb": planned,
         "plan_group_ms": 1e3 * statistics.median(times),
         "plan_group_slowest_ms": 1e3 * max(times),
         "first_of_largest_ms": 1e3 * of_largest,
         "row_read_ms": 1e3 * reading,
-        "reading_added_peak_mb": peak() - after,
+        "reading_added_peak_mb": resident_mb("VmHWM") - before_reading,
         "table_gb": len(files) * first.stat().st_size / 1e9,
     }
 

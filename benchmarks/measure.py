@@ -161,6 +161,18 @@ def pss_bytes(pid: int) -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
+def resident_mb(field: str) -> float:
+    """`VmRSS` of this process, or its highest since `forget_peak`, `VmHWM`, in units of 10^6 bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1e6
+
+
+def forget_peak() -> float:
+    """Start this process's highest memory anew, since importing has a peak of its own; returns what it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_mb("VmRSS")
+
+
 def kill(pids: Sequence[int]) -> None:
     """End processes that may be gone already."""
     for pid in pids:

@@ -96,18 +96,19 @@ def build_plan(
 
     Args:
         concept_ids: [C].
-        starts: [C] first row of each concept, rising.
-        stops: [C] row after its last one, the next one's first.
+        starts: [C] first row of each concept.
+        stops: [C] row after its last one.
         kinds: as in `GroupPlan`.
         sampling: the chances.
         seed: of the stream.
         group_size: g.
     """
-    filled = stops > starts
     counts = np.zeros((len(starts), 2), np.int64)
-    for kind in (1, 2) if filled.any() else ():
-        # In whole numbers of the table's own size: a sum of bytes would overflow.
-        counts[filled, kind - 1] = np.add.reduceat(kinds == kind, starts[filled], dtype=np.int64)
+    for kind in (1, 2):
+        of_kind = kinds == kind
+        counts[:, kind - 1] = [
+            np.count_nonzero(of_kind[start:stop]) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+        ]
     enough = (counts >= group_size).any(1)
     counts = counts[enough]
     chances = concept_chances(np.where(counts >= group_size, counts, 0).sum(1), sampling)

@@ -4,6 +4,7 @@ G groups, g images of a group, N proposals of an image, B = G * g images, D embe
 with boxes.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -45,6 +46,9 @@ class CoDetConfig:
     """`fpn` and `c4` are built from `detector`, `centernet2` from `centernet2`."""
     detector: RCNNConfig = field(default_factory=RCNNConfig)
     centernet2: CenterNet2Config = field(default_factory=CenterNet2Config)
+    caption_sizes: tuple[int, ...] = ()
+    """Shorter and greatest longer side of captioned images, in pixels, if they differ from those of images with boxes;
+    both kinds then go through the backbone one after the other."""
     num_proposals: int = 16
     """N: the best proposals of a captioned image that take part."""
     supervision: Supervision = "region_region"
@@ -86,6 +90,14 @@ class CoDet(nn.Module):
         super().__init__()
         self.config = config
         self.detector = build_detector(config)
+        self.caption_transform = copy.copy(self.detector.transform)
+        if config.caption_sizes:
+            if len(config.caption_sizes) != 2:
+                raise InputError(f"caption_sizes: {config.caption_sizes}, expected a shorter and a longer side")
+            self.caption_transform.min_size, self.caption_transform.max_size = (
+                config.caption_sizes[:1],
+                config.caption_sizes[1],
+            )
         if config.aggregation == "learned" and config.supervision == "region_region":
             if config.group_size < 2:
                 raise InputError(f"group_size: {config.group_size}, expected at least 2 for the learned aggregation")
@@ -109,37 +121,47 @@ class CoDet(nn.Module):
             categories_KD: [K, D] unit rows that `detection.labels` count.
             concepts_CD: [C, D] unit rows that `concepts.concept_ids` count.
         """
-        detector = self.detector
         if concepts_CD is None or self.config.supervision == "boxes":
             concepts = None
+        if self.config.caption_sizes and detection is not None and concepts is not None:
+            losses = self._losses(detection, None, categories_KD, None)
+            losses |= self._losses(None, concepts, categories_KD, concepts_CD)
+        else:
+            losses = self._losses(detection, concepts, categories_KD, concepts_CD)
+        if detection is None:  # gradients of a caption step are gathered over ranks as those of any other
+            unused = 0.0 * torch.stack([value.sum() for value in self.parameters()]).sum()
+            losses["concept"] = losses["concept"] + unused if "concept" in losses else unused
+        return losses
+
+    def _losses(
+        self,
+        detection: DetectionBatch | None,
+        concepts: ConceptBatch | None,
+        categories_KD: Tensor,
+        concepts_CD: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Losses of what goes through the backbone together."""
+        detector = self.detector
         annotated, captioned = (entry.images if entry is not None else () for entry in (detection, concepts))
         images = [widen(image, detector.config.max_size) for image in (*annotated, *captioned)]
-        batch = detector.preprocess(images)
+        batch = detector.preprocess(images) if annotated else self._preprocess_captioned(images)
         features = detector.features(batch)
         proposals = detector.propose(batch, features)
         losses: dict[str, Tensor] = {}
         if detection is not None:
-            targets = [
-                {"boxes": resize_boxes(box, list(image.shape[-2:]), list(size)), "labels": label}
-                for image, box, label, size in zip(
-                    images, detection.boxes, detection.labels, batch.image_sizes, strict=False
-                )
-            ]
-            if detection.masks is not None:
-                for target, mask_NHW, image, size in zip(
-                    targets, detection.masks, images, batch.image_sizes, strict=False
-                ):
-                    target["masks"] = resize_masks(mask_NHW, image, size)
+            targets = targets_of(detection, images, batch)
             losses = detector.detection_losses(batch, features, proposals, targets, categories_KD)  # type: ignore[arg-type]
         if concepts is not None and concepts_CD is not None:
             start = len(annotated)
             own = {name: level[start:] for name, level in features.items()}
             sizes = ImageList(batch.tensors[start:], batch.image_sizes[start:])
             losses |= self._group_losses(concepts, sizes, own, proposals.boxes[start:], concepts_CD)
-        if detection is None:  # gradients of a caption step are gathered over ranks as those of any other
-            unused = 0.0 * torch.stack([value.sum() for value in self.parameters()]).sum()
-            losses["concept"] = losses["concept"] + unused if "concept" in losses else unused
         return losses
+
+    def _preprocess_captioned(self, images: Sequence[Tensor]) -> ImageList:
+        """B uint8 images [3, H, W] as the backbone takes captioned ones."""
+        batch, _ = self.caption_transform([image.float() / 255 for image in images])
+        return batch
 
     def _group_losses(
         self,
@@ -239,7 +261,7 @@ class CoDet(nn.Module):
         self.eval()
         detector, size = self.detector, concepts.group_size
         images = [widen(image, detector.config.max_size) for image in concepts.images]
-        batch = detector.preprocess(images)
+        batch = self._preprocess_captioned(images)
         features = detector.features(batch)
         boxes = self._best(detector.propose(batch, features).boxes, batch)
         stages = self._embed_with_image(features, boxes, batch)
@@ -276,6 +298,18 @@ def build_detector(config: CoDetConfig) -> RCNN | CenterNet2:
     if config.architecture == "centernet2":
         return CenterNet2(config.centernet2)
     return C4(config.detector) if config.architecture == "c4" else RCNN(config.detector)
+
+
+def targets_of(detection: DetectionBatch, images: Sequence[Tensor], batch: ImageList) -> list[dict[str, Tensor]]:
+    """`boxes`, `labels` and perhaps `masks` of the images with boxes, which come first, in resized pixels."""
+    targets = []
+    for index, (boxes, labels) in enumerate(zip(detection.boxes, detection.labels, strict=True)):
+        image, size = images[index], batch.image_sizes[index]
+        target = {"boxes": resize_boxes(boxes, list(image.shape[-2:]), list(size)), "labels": labels}
+        if detection.masks is not None:
+            target["masks"] = resize_masks(detection.masks[index], image, size)
+        targets.append(target)
+    return targets
 
 
 def resize_masks(mask_NHW: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -63,7 +63,7 @@ def flat_convnet_64(
 def image_features(tower: Any, images: Tensor) -> Tensor:
     """[B, 3, S, S] normalised -> [B, D], as the tower itself gives them.
 
-    Of a vision transformer's last block only the class token is read, so only that is computed.
+    Of a vision transformer's last block only the class token is read, so only that is computed, gradients aside.
     """
     plain = type(tower) is VisionTransformer and tower.pool_type == "tok" and tower.attn_pool is None
     if not plain or tower.proj is None or tower.output_tokens or not _plain_blocks(tower):
@@ -74,7 +74,8 @@ def image_features(tower: Any, images: Tensor) -> Tensor:
     for block in blocks:
         hidden_BTW = block(hidden_BTW)
     first_B = hidden_BTW.new_zeros(len(hidden_BTW), dtype=torch.long)
-    pooled: Tensor = tower.ln_post(_one_token(last, hidden_BTW, first_B)) @ tower.proj
+    token_BW = last(hidden_BTW)[:, 0] if torch.is_grad_enabled() else _one_token(last, hidden_BTW, first_B)
+    pooled: Tensor = tower.ln_post(token_BW) @ tower.proj
     return pooled
 
 
@@ -82,7 +83,7 @@ def text_features(tower: Any, tokens: Tensor) -> Tensor:
     """[B, T] -> [B, D], as the tower itself gives them.
 
     In CLIP's own towers attention is causal and the end token is read: all behind the longest sentence's end is left
-    out, and of the last block all but the end tokens. Other towers get all of T.
+    out, and without gradients all but the end tokens of the last block. Other towers get all of T.
     """
     causal = type(tower) is TextTransformer and tower.pool_type == "argmax" and tower.cls_emb is None
     plain = causal and tower.attn_mask is not None and isinstance(tower.text_projection, nn.Parameter)
@@ -93,10 +94,14 @@ def text_features(tower: Any, tokens: Tensor) -> Tensor:
     length = int(end_B.max()) + 1
     hidden_BTW = tower.token_embedding(tokens[:, :length]) + tower.positional_embedding[:length]
     *blocks, last = tower.transformer.resblocks
+    mask_TT = tower.attn_mask[:length, :length]
     for block in blocks:
-        hidden_BTW = block(hidden_BTW, attn_mask=tower.attn_mask[:length, :length])
-    later_BT = torch.arange(length, device=tokens.device) > end_B[:, None]
-    pooled: Tensor = tower.ln_final(_one_token(last, hidden_BTW, end_B, later_BT)) @ tower.text_projection
+        hidden_BTW = block(hidden_BTW, attn_mask=mask_TT)
+    if torch.is_grad_enabled():
+        token_BW = last(hidden_BTW, attn_mask=mask_TT)[torch.arange(len(tokens), device=tokens.device), end_B]
+    else:
+        token_BW = _one_token(last, hidden_BTW, end_B, torch.arange(length, device=tokens.device) > end_B[:, None])
+    pooled: Tensor = tower.ln_final(token_BW) @ tower.text_projection
     return pooled
 
 

@@ -38,6 +38,7 @@ def start_ray() -> None:
     # More CPUs on paper than the machine has: training, data tasks and serving wait on each other most of the time,
     # and a pool of exactly the machine's size can deadlock them.
     ray.init(
+        address="local",  # and not the cluster that somebody started here
         num_cpus=max(4, os.cpu_count() or 1),
         include_dashboard=False,
         logging_level=logging.WARNING,

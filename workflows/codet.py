@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from data_prep import storage, tables
-from data_prep.augmentation import Augmentation
 from data_prep.batching import StreamShape, stream
 from data_prep.box_stream import detection_loader
 from data_prep.collate import DetectionCollate, GroupCollate
 from data_prep.group_stream import group_loader
 from ovd_models.batches import ConceptBatch
+from ovd_models.cascade import CenterNet2
 from ovd_models.checkpoints import load_codet, load_encoder, save_detector
 from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.codet import CoDet
@@ -90,6 +90,8 @@ def train_worker(
     model = CoDet(run.model)
     model.load_state_dict(start)
     session = Session(model, stage.settings, device, stage_dir)
+    if isinstance(model.detector, CenterNet2):
+        model.detector.set_image_counts(torch.tensor(names.base_image_counts))
     base_KD, concepts_CD = names.base_embeddings.to(device), names.concept_embeddings.to(device)
 
     meter = Meter()
@@ -177,7 +179,9 @@ def train_stage(
         f"{run.boxes}-train",
         names.base_ids,
         seed=settings.seed,
-        augmentation=Augmentation(flip_probability=run.flip_probability),
+        augmentation=run.augmentation,
+        masks=run.model.architecture == "centernet2" and run.model.centernet2.mask_convs > 0,
+        repeat_threshold=run.repeat_threshold,
     )
     box_shape = StreamShape(rows_per_step=run.detection_batch, workers=workers)
     pace = 2 if run.alternate and uses_captions(run, stage) else 1  # steps from one batch of a kind to the next
@@ -294,7 +298,8 @@ def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
     """Weights to start from, and the run with the embedding width and batch norm that go with them."""
     torch.manual_seed(run.box_stage.seed)
     state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
-    detector = dataclasses.replace(run.model.detector, embed_dim=embed_dim, freeze_norm=state is not None)
+    frozen = state is not None or (bool(run.box_model) and run.model.detector.freeze_norm)
+    detector = dataclasses.replace(run.model.detector, embed_dim=embed_dim, freeze_norm=frozen)
     centernet2 = dataclasses.replace(run.model.centernet2, embed_dim=embed_dim)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, detector=detector, centernet2=centernet2))
     model = CoDet(run.model)

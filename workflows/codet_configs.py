@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from data_prep.augmentation import Augmentation
 from data_prep.group_stream import Sampling
 from ovd_models.codet import CoDetConfig
 from ovd_models.errors import InputError
+from ovd_models.importers import released_architectures
 from workflows import training
 from workflows.training import Optimisation
 
@@ -42,8 +44,10 @@ class Run:
     """How groups are drawn."""
     alternate: bool = False
     """Boxes in even steps, captions in odd ones, on all workers; else both in every step."""
-    flip_probability: float = 0.0
-    """How often an image with boxes is mirrored."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Of images with boxes."""
+    repeat_threshold: float = 0.0
+    """Repeat-factor sampling of images with boxes: those of categories rarer than this part of all come more often."""
     box_stage: Optimisation
     joint_stage: Optimisation
     box_model: str = ""
@@ -118,10 +122,116 @@ def photos() -> Run:
         model=CoDetConfig(detector=detector, num_proposals=32),
         detection_batch=2,
         groups_per_step=1,
-        flip_probability=0.5,
+        augmentation=Augmentation(flip_probability=0.5),
         box_stage=Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5),
         joint_stage=Optimisation(steps=20, learning_rate=1e-4, checkpoint_every=20, log_every=5),
     )
 
 
-CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "photos": photos}
+def coco_r50() -> Run:
+    """OV-COCO as published: R50-C4, groups of two, 16 images with boxes and 64 captioned ones a step, on 8 GPUs."""
+    released = released_architectures()["r50_c4"].config
+    stage = Optimisation(
+        steps=90_000,
+        learning_rate=0.02,
+        weight_decay=1e-4,
+        optimiser="sgd",
+        warmup=1 / 90,
+        decay_at=(2 / 3, 8 / 9),
+        checkpoint_every=1000,
+        log_every=20,
+        workers=8,
+        use_gpu=True,
+    )
+    return Run(
+        config="coco_r50",
+        boxes="coco",
+        pairs="coco",
+        model=dataclasses.replace(
+            released, aggregation="learned", num_proposals=32, group_size=2, caption_sizes=(400, 667)
+        ),
+        detection_batch=16,
+        groups_per_step=32,
+        group_size=2,
+        augmentation=Augmentation(flip_probability=0.5),
+        box_stage=stage,
+        joint_stage=stage,
+    )
+
+
+def lvis_r50() -> Run:
+    """OV-LVIS as published: CenterNet2, groups of eight, 64 images with boxes and 256 captioned ones, on 8 GPUs."""
+    released = released_architectures()["centernet2_r50"].config
+    stage = Optimisation(
+        steps=90_000,
+        learning_rate=2e-4,
+        weight_decay=1e-4,
+        schedule="cosine",
+        warmup=1 / 90,
+        checkpoint_every=1000,
+        log_every=20,
+        workers=8,
+        use_gpu=True,
+    )
+    return Run(
+        config="lvis_r50",
+        boxes="lvis",
+        pairs="cc3m",
+        model=dataclasses.replace(
+            released, aggregation="learned", num_proposals=128, group_size=8, caption_sizes=(400, 667)
+        ),
+        detection_batch=64,
+        groups_per_step=32,
+        group_size=8,
+        augmentation=Augmentation(flip_probability=0.5, side=800),
+        repeat_threshold=1e-3,
+        box_stage=stage,
+        joint_stage=stage,
+    )
+
+
+def lvis_swin_b() -> Run:
+    """The same with Swin-B: half the batch, twice the steps, half the learning rate, larger images."""
+    paper = lvis_r50()
+    released = released_architectures()["centernet2_swin_b"].config
+    stage = dataclasses.replace(paper.joint_stage, steps=180_000, learning_rate=1e-4, warmup=1 / 180)
+    return dataclasses.replace(
+        paper,
+        config="lvis_swin_b",
+        model=dataclasses.replace(paper.model, centernet2=released.centernet2, caption_sizes=(448, 746)),
+        detection_batch=32,
+        groups_per_step=16,
+        augmentation=dataclasses.replace(paper.augmentation, side=896),
+        box_stage=stage,
+        joint_stage=stage,
+    )
+
+
+def lvis_eva() -> Run:
+    """The same with EVA-02-L on 16 GPUs: 32 images with boxes and 256 captioned ones; one learning rate for all of it.
+
+    The published training gives the backbone a quarter of the learning rate.
+    """
+    paper = lvis_r50()
+    released = released_architectures()["centernet2_eva02_l"].config
+    stage = dataclasses.replace(paper.joint_stage, workers=16)
+    return dataclasses.replace(
+        paper,
+        config="lvis_eva",
+        model=dataclasses.replace(paper.model, centernet2=released.centernet2, caption_sizes=(640, 640)),
+        detection_batch=32,
+        augmentation=dataclasses.replace(paper.augmentation, side=1280),
+        box_stage=stage,
+        joint_stage=stage,
+    )
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "photos": photos,
+    "coco_r50": coco_r50,
+    "lvis_r50": lvis_r50,
+    "lvis_swin_b": lvis_swin_b,
+    "lvis_eva": lvis_eva,
+}

@@ -28,6 +28,8 @@ class Names:
     """[C, D]."""
     concepts: tuple[str, ...]
     """C names."""
+    base_image_counts: tuple[int, ...]
+    """K numbers of images that show each of the names with boxes, for the federated loss."""
 
     @property
     def base_ids(self) -> list[int]:
@@ -56,6 +58,8 @@ def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -
         encoder = StoredEncoder(encoder, TextStore.of(storage_uri, encoder.teacher))
     categories, splits = read_categories(storage_uri, boxes)
     base = [name for name in categories.values() if splits[name] == "base"]
+    counts = tables.read_table(storage_uri, "categories", boxes, ["name", "image_count"]).to_pylist()
+    images = {row["name"]: row["image_count"] for row in counts}
     concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist()
     return Names(
         categories,
@@ -63,6 +67,7 @@ def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -
         build_vocabulary(encoder, base).embeddings,
         build_vocabulary(encoder, concepts).embeddings,
         tuple(concepts),
+        tuple(images[name] for name in base),
     )
 
 

@@ -180,7 +180,8 @@ def test_what_a_server_says_fits_into_a_table_whatever_its_bytes() -> None:
         server = await asyncio.start_server(babble, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         try:
-            return with_status(pa.table({}), await Fetcher(LOCAL).fetch([f"http://127.0.0.1:{port}/a"]))
+            url = f"http://127.0.0.1:{port}/a"
+            return with_status(pa.table({"url": [url]}), await Fetcher(LOCAL).fetch([url]))
         finally:
             server.close()
 

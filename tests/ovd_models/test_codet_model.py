@@ -9,6 +9,7 @@ from torchvision.ops import box_area, box_iou
 from ovd_models.alignment import Aggregation
 from ovd_models.batches import ConceptBatch, DetectionBatch
 from ovd_models.codet import CoDet, CoDetConfig, Supervision
+from ovd_models.errors import InputError
 from ovd_models.rcnn import RCNNConfig
 from ovd_models.vocabulary import Vocabulary
 
@@ -199,6 +200,20 @@ def test_a_step_of_captions_alone_uses_every_parameter() -> None:
     assert without_gradient(model, losses) == []
     box_branch = model.detector.box_deltas[0].weight.grad  # type: ignore[index, union-attr]
     assert bool((box_branch == 0).all())
+
+
+def test_captioned_images_may_be_smaller_than_those_with_boxes() -> None:
+    torch.manual_seed(0)
+    model = CoDet(dataclasses.replace(CONFIG, caption_sizes=(32, 64)))
+    assert model.detector.preprocess(blocks().images).image_sizes == [(64, 64)] * 2
+    assert model._preprocess_captioned(groups().images).image_sizes == [(32, 32)] * 4
+    losses = model(blocks(), groups(), unit(2, 16), unit(3, 16, seed=1))
+    assert list(losses) == ["objectness", "rpn_box", "classes", "box", "concept", "caption"]
+    assert without_gradient(model, losses) == []
+    for group in model.explain(groups(), unit(3, 16, seed=1)):
+        assert max(float(entry.max()) for entry in group.boxes) > 32  # in pixels of the images
+    with pytest.raises(InputError, match="expected a shorter and a longer side"):
+        CoDet(dataclasses.replace(CONFIG, caption_sizes=(32,)))
 
 
 def test_images_without_a_proposal_teach_no_concept() -> None:

@@ -16,7 +16,10 @@ from PIL import Image
 
 import ovd_models
 from data_prep import tables
+from data_prep.augmentation import Augmentation
 from data_prep.pictograms import World
+from ovd_models.cascade import CenterNet2Config
+from ovd_models.centernet import CenterNetConfig
 from ovd_models.checkpoints import load_codet
 from ovd_models.errors import InputError
 from workflows import cli, codet, codet_configs, codet_study, evaluate, tracking
@@ -188,6 +191,39 @@ def test_kinds_of_batches_can_alternate(prepared: Run, trained: Trained) -> None
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_the_detector_of_lvis_trains_with_masks_and_is_evaluated(prepared: Run) -> None:
+    small = CenterNet2Config(
+        backbone="resnet10t",
+        backbone_options={"channels": [8, 16, 24, 32], "stem_width": 8},
+        freeze_norm=False,
+        pyramid_channels=64,
+        proposals=CenterNetConfig(num_convs=1, pre_nms=(100, 60), post_nms=(50, 30)),
+        head_width=32,
+        min_size=128,
+        max_size=128,
+        rois_per_image=32,
+        mask_convs=1,
+    )
+    model = dataclasses.replace(
+        prepared.model,
+        architecture="centernet2",
+        centernet2=small,
+        aggregation="learned",
+        num_proposals=8,
+        group_size=2,
+        caption_sizes=(64, 64),
+    )
+    jitter = Augmentation(flip_probability=0.5, side=128)
+    found = codet.train(dataclasses.replace(prepared, model=model, augmentation=jitter, repeat_threshold=0.1))
+    uri = tracking.tracking_uri(prepared.storage)
+    history = tracking.metric_history(uri, found.run_id, "joint/train/loss")
+    assert {"joint/train/loss_mask", "joint/train/loss_classes_2", "joint/train/loss_concept"} <= set(history)
+    evaluation = evaluate.Run(storage=prepared.storage, model=found.model, boxes="smoke-eval", masks=True)
+    assert math.isfinite(evaluate.evaluate(evaluation)[0].summary()["ap50_all"])
+
+
+@pytest.mark.ray
 def test_where_the_model_looks_is_tracked_as_pictures(prepared: Run, trained: Trained) -> None:
     (folder,) = (Path(prepared.storage) / "mlartifacts/codet").glob(f"{trained.run_id}/artifacts/images")
     for name in ("attention", "similarity"):
@@ -239,6 +275,32 @@ def test_in_the_setting_of_both_every_concept_brings_its_partner(tmp_path: Path)
     world, rng = World.create(0), np.random.default_rng(0)
     scene = codet_study.draw_all(rng, world, np.array([3, 7, 40, 41]))
     assert sorted(scene.labels.tolist()) == [3, 7, 40, 41]
+
+
+def test_published_settings() -> None:
+    # Images with boxes, captioned images, images of a group, proposals, weight, guidance, steps.
+    expected = {
+        "coco_r50": (16, 64, 2, 32, 0.1, True, 90_000),
+        "lvis_r50": (64, 256, 8, 128, 0.2, False, 90_000),
+        "lvis_swin_b": (32, 128, 8, 128, 0.2, False, 180_000),
+        "lvis_eva": (32, 256, 8, 128, 0.2, False, 90_000),
+    }
+    for name, make in codet_configs.CONFIGS.items():
+        run = make()
+        assert run.config == name
+        if name in expected:
+            model, stage = run.model, run.joint_stage
+            found = (
+                *(run.detection_batch, run.groups_per_step * run.group_size, run.group_size, model.num_proposals),
+                *(model.concept_weight, model.text_guidance, stage.steps),
+            )
+            assert found == expected[name]
+            assert model.concept_weight == model.caption_weight
+            assert round(stage.warmup * stage.steps) == 1000
+    assert [round(part * 90_000) for part in codet_configs.coco_r50().joint_stage.decay_at] == [60_000, 80_000]
+    assert (
+        codet_configs.lvis_swin_b().model.centernet2.min_size == 2 * codet_configs.lvis_swin_b().model.caption_sizes[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

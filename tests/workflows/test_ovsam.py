@@ -273,6 +273,31 @@ def test_the_best_baseline_is_compared_with() -> None:
     assert found["OV-SAM above its SAM, point: IoU"]["mean"] == 0
 
 
+def test_the_report_has_a_table_for_each_kind_of_result() -> None:
+    splits, seeds = ("base", "novel", "all"), (0, 1)
+    pointing = {f"{value}_{split}": 0.5 for value in ("iou", "accuracy") for split in splits}
+    cost = {"parameters": 2e6, "flops": 3e9, "encode_ms": 4.0, "prompt_ms": 1.0}
+    overlap = {f"{value}_{split}": 0.25 for value in ("ap", "ap50") for split in splits}
+    variants = ["sam", "ovsam", *ovsam_study.IMAGE_CROPS, *ovsam_study.FEATURES]
+    rows = {f"{name}, {kind}": pointing for name in variants for kind in ("box", "point")}
+    rows |= {f"{name}, cost": cost for name in variants}
+    rows |= {"names: 68": {"ovsam, novel": 0.75}, "fusion: 1, 1": {"ovsam, novel": 0.125}}
+    rows |= {"codet: OV-SAM masks and names": overlap}
+    results = {name: dict.fromkeys(seeds, numbers) for name, numbers in rows.items()}
+    text = ovsam_study.as_table({"results": results, "differences": ovsam_study.compare(results)})
+    for line in (
+        "| ovsam, box | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.500, 0.500 |",
+        "| OV-SAM above its SAM, box: IoU | +0.000 | +0.000 to +0.000 | 2 |",
+        "| ovsam | 2,000,000 | 3.00 | 4.0 ms | 1.0 ms |",
+        "| image crop | 1.00 | 1.00 |",
+        "| accuracy | names: 68 |",
+        "| ovsam, novel | 0.750 |",
+        "| ovsam, novel | 0.125 |",
+        "| codet: OV-SAM masks and names | 0.250 | 0.250 | 0.250 | 0.250 |",
+    ):
+        assert line in text.splitlines(), line
+
+
 def test_distracting_names_are_many_different_and_nobodys() -> None:
     names = ovsam_names.composed_names()
     assert len(set(names)) == len(names) > 22_000

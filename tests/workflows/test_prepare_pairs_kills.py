@@ -34,7 +34,7 @@ run = dataclasses.replace(
     rows_per_shard=200, rows_per_part=16, crawlers=1, parts_per_crawler=4,
 )
 if cpus:
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
 if node_dies_after:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     node = cluster.add_node(num_cpus=2)
