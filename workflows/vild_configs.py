@@ -101,7 +101,7 @@ def pictograms() -> Run:
         boxes="pictograms",
         max_proposals=32,
         regions_per_step=32,
-        # RoIAlign's backward runs on one core: two processes of one thread are faster than one of two.
+        # Small operators do not share well among threads: two processes of one thread take less CPU than one of two.
         rpn_stage=Optimisation(steps=200, learning_rate=2e-3, workers=2),
         detector_stage=Optimisation(steps=800, learning_rate=2e-3, workers=2),
     )
