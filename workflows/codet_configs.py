@@ -93,7 +93,7 @@ def pictograms() -> Run:
         pairs="pictograms",
         sampling=Sampling(min_side=100),
         groups_per_step=2,
-        # RoIAlign's backward runs on one core: two processes of one thread are faster than one of two.
+        # Small operators do not share well among threads: two processes of one thread take less CPU than one of two.
         box_stage=Optimisation(steps=300, learning_rate=2e-3, workers=2),
         joint_stage=Optimisation(steps=500, learning_rate=2e-3, workers=2),
     )

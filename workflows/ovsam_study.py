@@ -340,8 +340,8 @@ def as_table(report: Mapping[str, Any]) -> str:
     boxes = [name for name in results if "ap50_novel" in next(iter(results[name].values()))]
     if boxes:
         lines += ["", "| boxes of: masks | mask AP50 base | novel | mask AP base | novel |", "|---|---|---|---|---|"]
-        keys = ("ap50_base", "ap50_novel", "ap_base", "ap_novel")
-        lines += [f"| {name} | {means(results, name, keys)} |" for name in boxes]
+        columns = ["ap50_base", "ap50_novel", "ap_base", "ap_novel"]
+        lines += [f"| {name} | {means(results, name, columns)} |" for name in boxes]
     return "\n".join(lines) + "\n"
 
 

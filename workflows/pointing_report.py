@@ -252,7 +252,7 @@ def count_flops(job: Callable[[], Any]) -> int:
             job()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def median_ms(job: Callable[[], Any], repeats: int = 15) -> float:
