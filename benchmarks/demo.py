@@ -17,7 +17,7 @@ def main() -> None:
     BENCH.mkdir(parents=True, exist_ok=True)
     storage = BENCH / "demo"
     command = [sys.executable, "workflows/demo.py", "--storage", str(storage)]
-    cost = measure(command, log=BENCH / "demo.log", cwd=REPOSITORY, look_seconds=2.0)
+    cost = measure(command, log=BENCH / "demo.log", cwd=REPOSITORY, look_seconds=5.0)
     if cost.exit_code:
         raise SystemExit(f"error: the demo ended with {cost.exit_code}, see {BENCH / 'demo.log'}")
     figures = {

@@ -2,7 +2,8 @@
 
 import time
 
-REST_SECONDS = 0.01
+REST_SECONDS = 0.05
+"""A block of a stream is worth far more."""
 
 
 class Pace:

@@ -108,7 +108,7 @@ def pictograms() -> Run:
             steps=1500,
             learning_rate=2e-3,
             weight_decay=0.2,
-            clip_norm=1e9,
+            clip_norm=None,
             warmup=0.3,
             checkpoint_every=250,
             log_every=25,

@@ -53,8 +53,8 @@ class Optimisation:
     """Keep an average of the weights that decays so much a step, and end with it; 0 keeps none."""
     decay_at: tuple[float, ...] = ()
     """Instead of `schedule`: parts of the steps after which the learning rate falls to a tenth."""
-    clip_norm: float = 5.0
-    """Largest norm of the gradient."""
+    clip_norm: float | None = 5.0
+    """Largest norm of the gradient; None leaves gradients as they are."""
     checkpoint_every: int = 100
     """Steps; a multiple of 5."""
     log_every: int = 10
@@ -73,8 +73,9 @@ class Optimisation:
         if self.steps < 1:
             raise InputError(f"steps: {self.steps}, expected at least 1")
         for name in ("learning_rate", "clip_norm", "log_every"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}: {getattr(self, name)}, expected more than 0")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name}: {value}, expected more than 0")
         if list(self.decay_at) != sorted(self.decay_at) or not all(0 < part < 1 for part in self.decay_at):
             raise InputError(f"decay_at: {self.decay_at}, expected rising parts between 0 and 1")
         for name in ("warmup", "ema_decay"):
@@ -258,8 +259,8 @@ class Session:
         """The bfloat16 context on a GPU, where it pays; nothing on CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def update(self, loss: Tensor) -> float:
-        """One optimiser step; returns the gradient's norm before clipping.
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -268,13 +269,13 @@ class Session:
             raise FloatingPointError(f"loss is {loss.item()} at step {self.step}")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
         self.optimiser.step()
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.module)
         self.step += 1
-        return float(norm)
 
     @property
     def due(self) -> bool:

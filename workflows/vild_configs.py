@@ -165,7 +165,7 @@ def lvis_r50() -> Run:
         weight_decay=4e-5,
         warmup=1 / 180,
         decay_at=(0.9, 0.95, 0.975),
-        clip_norm=1e9,
+        clip_norm=None,
         checkpoint_every=1000,
         log_every=20,
         workers=32,

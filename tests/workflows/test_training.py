@@ -167,12 +167,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(alone
     assert running.step == 0
 
 
-def test_gradients_are_clipped_and_their_norm_before_is_told(alone: None, tmp_path: Path) -> None:
-    running = session(dataclasses.replace(QUICK, clip_norm=0.5), tmp_path)
-    loss = running.model(torch.ones(4, 3)).sum() * 100
-    assert running.update(loss) > 0.5
+@pytest.mark.parametrize("limit", [0.5, None])
+def test_gradients_are_clipped_to_a_norm_or_left_as_they_are(alone: None, tmp_path: Path, limit: float | None) -> None:
+    running = session(dataclasses.replace(QUICK, clip_norm=limit), tmp_path)
+    running.update(running.model(torch.ones(4, 3)).sum() * 100)
     squares = sum(float(value.grad.square().sum()) for value in running.module.parameters() if value.grad is not None)
-    assert math.sqrt(squares) == pytest.approx(0.5, rel=1e-3)
+    if limit is None:
+        assert math.sqrt(squares) > 100
+    else:
+        assert math.sqrt(squares) == pytest.approx(limit, rel=1e-3)
 
 
 def test_a_run_without_a_checkpoint_has_no_step_and_no_weights(tmp_path: Path) -> None:
