@@ -195,7 +195,8 @@ def train_worker(run: Run, run_dir: str, first: str, logger: MetricLogger) -> No
             logger.log(accuracy_metrics(base, novel), session.step)
             print(f"clip {session.step}  zero-shot top-1: base {base:.3f}, novel {novel:.3f}", flush=True)
         if session.due:
-            session.checkpoint({})
+            with meter.timing("checkpoint"):
+                session.checkpoint({})
             logger.flush()
         if session.done:
             break

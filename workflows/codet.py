@@ -130,7 +130,8 @@ def train_worker(
             logger.log({f"{stage.name}/{key}": value for key, value in logged.items()}, session.step)
             training.print_progress(f"codet {stage.name}", session.step, stage.settings.steps, metrics)
         if session.due:
-            session.checkpoint({})
+            with meter.timing("checkpoint"):
+                session.checkpoint({})
             if rank == 0 and concepts is not None:
                 log_attention(session.module, concepts, names, session.step, logger)
             logger.flush()

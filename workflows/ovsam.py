@@ -105,7 +105,8 @@ def train_worker(stage: Stage, batch_size: int, start: dict[str, Tensor], stage_
             logger.log({f"{stage.name}/{key}": value for key, value in metrics.items()}, session.step)
             training.print_progress(f"ovsam {stage.name}", session.step, stage.settings.steps, metrics)
         if session.due:
-            session.checkpoint({})
+            with meter.timing("checkpoint"):
+                session.checkpoint({})
             logger.flush()
         if session.done:
             break
