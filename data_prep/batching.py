@@ -9,8 +9,9 @@ Nothing here imports torch: the data tasks start fast and stay small.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 
 Integers = npt.NDArray[np.int64]
+Batch = TypeVar("Batch")
 
 
 # ---------------------------------------------------------------------------------------------------- plans
@@ -86,7 +88,7 @@ class StreamShape:
     rows_per_step: int
     """Rows that all workers together take in one step."""
     workers: int
-    """Workers among which the stream is split; `rows_per_step` is a multiple of it."""
+    """Workers among which the stream is split; `rows_per_step` is a multiple of it. 0: inside the driver."""
     steps_per_block: int = 5
     """Steps of one worker in a block; checkpoints come at multiples of it, so that a resumed stream is exact."""
 
@@ -100,18 +102,37 @@ class StreamShape:
         return start_step * self.rows_per_step, count, rounds * self.workers
 
 
-def stream(
-    load: Callable[[Integers], pa.Table], shape: StreamShape, start_step: int, stop_step: int
-) -> ray.data.Dataset:
+@dataclass(frozen=True)
+class DriverStream:
+    """A stream that is read where it is used, step by step, so that a debugger reaches what loads it."""
+
+    load: Callable[[Integers], pa.Table]
+    first: int
+    """Position."""
+    count: int
+
+    def iter_torch_batches(
+        self, *, batch_size: int, collate_fn: Callable[[pa.Table], Batch], prefetch_batches: int
+    ) -> Iterator[Batch]:
+        """As of Ray Data's iterators; nothing is fetched ahead."""
+        for start in range(self.first, self.first + self.count, batch_size):
+            yield collate_fn(self.load(np.arange(start, start + batch_size)))
+
+
+Stream = ray.data.Dataset | DriverStream
+
+
+def stream(load: Callable[[Integers], pa.Table], shape: StreamShape, start_step: int, stop_step: int) -> Stream:
     """The rows that `load` makes of each position, in order, from one step to another."""
     first, count, blocks = shape.positions(start_step, stop_step)
+    if not shape.workers:
+        return DriverStream(load, first, count)
 
     def rows(batch: pa.Table) -> pa.Table:
         return load(np.asarray(batch["id"], np.int64) + first)
 
     data = ray.data.range(count, override_num_blocks=blocks)
     data = data.map_batches(rows, batch_format="pyarrow", batch_size=None)
-    # Here and not in Ray Train's `DataConfig`, which does not reach a loop inside the driver.
     data.context.execution_options.preserve_order = True
     data.context.custom_execution_callback_classes = [Pace]  # type: ignore[list-item]
     return data

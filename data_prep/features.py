@@ -38,7 +38,7 @@ def cache_features(
         sam_folder: the SAM's checkpoint, readable on every node.
         teacher: its id.
         rows_per_shard: images in a file.
-        workers: processes that embed at a time.
+        workers: processes that embed at a time; 0 embeds inside the driver, for debugging.
 
     Raises:
         InputError: a table or the checkpoint is missing.
@@ -53,14 +53,18 @@ def cache_features(
     uri = storage.absolute(storage_uri)
     shards = -(-rows.num_rows // rows_per_shard)
     missing = [number for number in range(shards) if not storage.exists(receipt_uri(uri, name, number))]
-    if missing:
+    if missing and not workers:
+        embedder = Embedder(uri, name, rows, sam_folder, rows_per_shard)
+        for number in missing:
+            embedder.write(number)
+    elif missing:
         numbers = ray.data.from_items([{"number": number} for number in missing], override_num_blocks=len(missing))
         numbers.map_batches(
             Embedder,
-            fn_constructor_args=(uri, name, ray.put(rows), sam_folder, rows_per_shard),
+            fn_constructor_args=(uri, name, rows, sam_folder, rows_per_shard),
             batch_size=1,
             batch_format="pyarrow",
-            concurrency=max(1, workers),
+            concurrency=workers,
         ).materialize()
     files = [FileEntry(**entry) for number in range(shards) for entry in read_receipt(uri, name, number)]
     return tables.publish(
@@ -92,11 +96,9 @@ def read_receipt(storage_uri: str, name: str, number: int) -> list[dict[str, Any
 class Embedder:
     """A worker of the cache: takes numbers of shards, writes the shards."""
 
-    def __init__(
-        self, storage_uri: str, name: str, rows: ray.ObjectRef[pa.Table], sam_folder: str, rows_per_shard: int
-    ) -> None:
+    def __init__(self, storage_uri: str, name: str, rows: pa.Table, sam_folder: str, rows_per_shard: int) -> None:
         self.storage_uri, self.name, self.rows_per_shard = storage_uri, name, rows_per_shard
-        self.rows: pa.Table = ray.get(rows)
+        self.rows = rows
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_sam_folder(Path(storage.local_folder(sam_folder)))[0].to(device)
         self.device = torch.device(device)

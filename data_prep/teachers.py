@@ -41,9 +41,9 @@ SHARD_PIXELS = 32 << 20
 class EmbedConfig:
     """How the work is shared out; results do not depend on it, but for `batch_size` and the last digits."""
 
-    actors: int = 0
-    """Processes that hold the teacher; 0: one for eight cores, or as many as the GPUs allow. Each works on several
-    shards at a time: two, or without a GPU one for each core that it has."""
+    actors: int | None = None
+    """Processes that hold the teacher; None: one for eight cores, or as many as the GPUs allow. Each works on several
+    shards at a time: two, or without a GPU one for each core that it has. 0 embeds inside the driver, for debugging."""
     gpus: float = 0
     """GPUs of an actor."""
     threads: int = 1

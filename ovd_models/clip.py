@@ -5,6 +5,7 @@ B images or texts, K names, P prompts of a name, D embedding width.
 
 import hashlib
 import json
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -117,10 +118,11 @@ def _build(config: ClipConfig, vision: dict[str, Any]) -> Any:
     )
 
 
-def _tokenizer(config: ClipConfig) -> Callable[[list[str]], Tensor]:
-    with told_in_one_line(f"tokenizer of {config.name or 'the model'}"):
+@functools.cache  # to build one takes a tenth of a second
+def _tokenizer(name: str, context_length: int) -> Callable[[list[str]], Tensor]:
+    with told_in_one_line(f"tokenizer of {name or 'the model'}"):
         tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(
-            config.name or TOKENIZER, context_length=config.text.get("context_length", 77)
+            name or TOKENIZER, context_length=context_length
         )
     return tokenizer
 
@@ -138,7 +140,7 @@ class Clip(nn.Module):
         super().__init__()
         self.config, self.chunks = config, chunks
         self.model = _build(config, config.vision)
-        self.tokenizer = _tokenizer(config)
+        self.tokenizer = _tokenizer(config.name, config.text.get("context_length", 77))
         self.normalise = Normalize(config.mean, config.std)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -220,7 +222,7 @@ class ClipTextEncoder:
     def __init__(self, config: ClipConfig, tower: nn.Module, teacher: str) -> None:
         self.config, self.teacher, self.prompt_set = config, teacher, config.prompt_set
         self.tower = tower.eval().requires_grad_(False)
-        self.tokenizer = _tokenizer(config)
+        self.tokenizer = _tokenizer(config.name, config.text.get("context_length", 77))
         self._known: dict[str, Tensor] = {}
 
     def embed_names(self, names: Sequence[str]) -> Tensor:

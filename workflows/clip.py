@@ -7,6 +7,8 @@ python workflows/clip.py --config pictograms --model.name ViT-B-32 --pretrained 
 ray job submit --working-dir . -- python workflows/clip.py --config pictograms --storage s3://bucket/ovd
 """
 
+import workflows.startup
+
 import copy
 import dataclasses
 import json
@@ -265,7 +267,7 @@ def train(run: Run) -> Trained:
     loader = pair_loader(
         run.storage, run.pairs, seed=settings.seed, image_size=run.model.image_size, max_side=run.max_side
     )
-    shape = StreamShape(rows_per_step=run.batch_size, workers=max(1, settings.workers))
+    shape = StreamShape(rows_per_step=run.batch_size, workers=settings.workers)
     with tracking.run(
         run.storage, experiment="clip", name=run.config, params=cli.flatten(run), tags={"pairs": digest}
     ) as tracked:
@@ -306,6 +308,8 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
     if run.config == "smoke" and tables.find_manifest(run.storage, "pairs", run.pairs) is None:
+        cluster.start_ray()
+        tracking.prepare(run.storage, "clip")
         with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=run.storage)) as crawl:
             prepare_pairs.prepare(crawl)
     trained = train(run)

@@ -13,6 +13,8 @@ python workflows/codet.py --config photos --data photos/ --texts names.npy
 ray job submit --working-dir . -- python workflows/codet.py --config smoke --storage s3://bucket/ovd
 """
 
+import workflows.startup
+
 import dataclasses
 import tempfile
 import time
@@ -21,13 +23,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import ray.data
 import ray.train
 import torch
 from torch import Tensor, nn
 
 from data_prep import storage, tables
-from data_prep.batching import StreamShape, stream
+from data_prep.batching import Stream, StreamShape, stream
 from data_prep.box_stream import detection_loader
 from data_prep.collate import DetectionCollate, GroupCollate
 from data_prep.group_stream import group_loader
@@ -174,7 +175,7 @@ def train_stage(
     logger: MetricLogger,
 ) -> dict[str, Tensor]:
     """Feed the streams of one stage to the loop; returns the final weights."""
-    settings, workers = stage.settings, max(1, stage.settings.workers)
+    settings = stage.settings
     boxes = detection_loader(
         run.storage,
         f"{run.boxes}-train",
@@ -184,17 +185,15 @@ def train_stage(
         masks=run.model.architecture == "centernet2" and run.model.centernet2.mask_convs > 0,
         repeat_threshold=run.repeat_threshold,
     )
-    box_shape = StreamShape(rows_per_step=run.detection_batch, workers=workers)
+    box_shape = StreamShape(rows_per_step=run.detection_batch, workers=settings.workers)
     pace = 2 if run.alternate and uses_captions(run, stage) else 1  # steps from one batch of a kind to the next
     last = -(-settings.steps // pace)
-    streams: dict[str, Callable[[int], ray.data.Dataset]] = {
-        "boxes": lambda step: stream(boxes, box_shape, step // pace, last)
-    }
+    streams: dict[str, Callable[[int], Stream]] = {"boxes": lambda step: stream(boxes, box_shape, step // pace, last)}
     if uses_captions(run, stage):
         groups = group_loader(
             run.storage, run.pairs, seed=settings.seed, group_size=run.group_size, sampling=run.sampling
         )
-        group_shape = StreamShape(rows_per_step=run.groups_per_step, workers=workers)
+        group_shape = StreamShape(rows_per_step=run.groups_per_step, workers=settings.workers)
         streams["groups"] = lambda step: stream(groups, group_shape, step // pace, last)
     stage_dir = storage.join(run_dir, stage.name)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, stage_dir, logger)
@@ -312,6 +311,8 @@ def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
     if run.config == "smoke" and not run.data:
+        cluster.start_ray()
+        tracking.prepare(run.storage, "codet")
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
         with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=run.storage)) as crawl:
             prepare_pairs.prepare(crawl)

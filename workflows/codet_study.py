@@ -11,6 +11,8 @@ python workflows/codet_study.py --config pictograms --teacher runs/runs/clip/<ru
 python workflows/codet_study.py --config sweeps --teacher runs/runs/clip/<run>/model
 """
 
+import workflows.startup
+
 import dataclasses
 import io
 from collections.abc import Callable, Iterator, Mapping

@@ -9,6 +9,8 @@ novel names; it learns them from captions.
 python workflows/demo.py
 """
 
+import workflows.startup
+
 import contextlib
 import dataclasses
 import io

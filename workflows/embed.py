@@ -9,11 +9,13 @@ python workflows/embed.py --config photos --teacher ViT-B-32 --pretrained openai
 python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --storage s3://bucket/ovd --embed.gpus 1
 """
 
+import workflows.startup
+
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from ray.exceptions import RayTaskError
 
 from data_prep import embeddings, storage, tables, teachers
 from data_prep.crops import Colour, CropConfig, Fit
-from data_prep.embeddings import ShardJob
+from data_prep.embeddings import ShardJob, save_shard
 from data_prep.pace import Pace
 from data_prep.tables import Manifest
 from data_prep.teachers import EmbedConfig, PairStage, RegionStage, Shards, ShardWorker
@@ -109,7 +111,7 @@ class Task:
     load: Callable[[pa.Table], pa.Table]
     """Rows of the source -> rows with pixels."""
     stage: type[RegionStage] | type[PairStage]
-    arguments: tuple[object, ...]
+    arguments: tuple[Any, ...]
     """Of the stage."""
 
 
@@ -247,8 +249,13 @@ def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]
         print(f"{job.table}: {len(done):,} of {len(shards):,} shards done by an earlier run", flush=True)
     if not missing:
         return
-    cluster.start_ray()
     config = run.embed
+    if config.actors == 0:
+        stage = task.stage(*task.arguments)
+        read = (rows for shard in missing for rows in teachers.read_shard(task.columns, task.load, shard))
+        show_progress(job.table, (save_shard(stage(rows), job) for rows in read), len(missing))
+        return
+    cluster.start_ray()
     actors = count_actors(config)
     cores = cluster.cores()
     # Two shards at a time on a GPU: one is cut or written beside the passes of another. Without one, one for each core,
@@ -275,7 +282,8 @@ def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]
     rows.context.execution_options.resource_limits = limits
     rows.context.custom_execution_callback_classes = [Pace]
     try:
-        show_progress(job.table, rows, len(missing))
+        saved = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        show_progress(job.table, saved, len(missing))
     except RayTaskError as error:
         if isinstance(error.cause, InputError):  # of a task; Ray adds lines of its own
             raise InputError(str(error.cause).splitlines()[0]) from None
@@ -288,7 +296,7 @@ def count_actors(config: EmbedConfig) -> int:
     Raises:
         InputError: they are to be as many as the GPUs allow, and there is none.
     """
-    if config.actors:
+    if config.actors is not None:
         return config.actors
     if not config.gpus:
         machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
@@ -299,12 +307,11 @@ def count_actors(config: EmbedConfig) -> int:
     return int(gpus / config.gpus)
 
 
-def show_progress(table: str, rows: ray.data.Dataset, total: int) -> None:
+def show_progress(table: str, saved: Iterable[pa.Table], total: int) -> None:
     """Run the work, with a line every few seconds."""
     started = shown = time.monotonic()
     shards, images, count = 0, 0, 0
-    batch: pa.Table
-    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    for batch in saved:
         shards, images = shards + batch.num_rows, images + sum(batch["images"].to_pylist())
         count += sum(batch["rows"].to_pylist())
         now = time.monotonic()

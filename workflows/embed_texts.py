@@ -8,6 +8,8 @@ python workflows/embed_texts.py --model ViT-B-32 --pretrained openai --boxes pic
 python workflows/embed_texts.py --matrix lvis_clip.npy --categories lvis_v1_categories.json --teacher ViT-B-32:openai
 """
 
+import workflows.startup
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -5,6 +5,8 @@ model, boxes/<name> --detect every image--> Detections -> faster-coco-eval -> me
 python workflows/evaluate.py --model runs/demo/codet --storage runs/demo --boxes pictograms-eval
 """
 
+import workflows.startup
+
 import os
 import time
 from collections.abc import Callable, Sequence

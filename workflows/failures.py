@@ -7,6 +7,8 @@ teacher ----crops of annotated boxes--> long objects that the square resize dist
 python workflows/failures.py --model runs/runs/vild/<run>/model --teacher runs/runs/clip/<run>/model
 """
 
+import workflows.startup
+
 import collections
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -5,6 +5,8 @@
 python workflows/import_weights.py --weights CoDet_OVLVIS_R5021k_4x_ft4x.pth --out runs/codet_lvis --names lvis_v1.json
 """
 
+import workflows.startup
+
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

@@ -14,6 +14,8 @@ python workflows/ovsam.py --config pictograms --teacher ... --sam runs/runs/ovsa
 ray job submit --working-dir . -- python workflows/ovsam.py --config smoke --storage s3://bucket/ovd
 """
 
+import workflows.startup
+
 import dataclasses
 import tempfile
 import time
@@ -118,7 +120,7 @@ def train_stage(
 ) -> dict[str, Tensor]:
     """Feed a stream to the loop; returns the final weights."""
     settings, stage_dir = stage.settings, storage.join(run_dir, stage.name)
-    shape = StreamShape(rows_per_step=run.batch_size, workers=max(1, settings.workers))
+    shape = StreamShape(rows_per_step=run.batch_size, workers=settings.workers)
     streams = {"images": lambda step: stream(load, shape, step, settings.steps)}
     training.fit(partial(train_worker, stage, run.batch_size, start, stage_dir, logger), settings, stage_dir, streams)
     return training.final_weights(stage_dir)
@@ -174,7 +176,7 @@ def train_adapter(run: Run, model: OvSam, sam: str, sam_id: str, run_dir: str, l
     """Cache the SAM's embeddings, then teach the adapter to make them from CLIP's levels."""
     workers = run.sam2clip_stage.workers
     name = f"{run.boxes}-train"
-    features.cache_features(run.storage, name, sam, sam_id, rows_per_shard=run.rows_per_shard, workers=max(1, workers))
+    features.cache_features(run.storage, name, sam, sam_id, rows_per_shard=run.rows_per_shard, workers=workers)
     cache = features.cache_name(name, sam_id)
     load = feature_loader(run.storage, name, cache, sam_id, seed=run.sam2clip_stage.seed)
     build = partial(build_adapter_training, model.config)
@@ -368,6 +370,8 @@ def finish(
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
     if run.config == "smoke" and not run.data:
+        cluster.start_ray()
+        tracking.prepare(run.storage, "ovsam")
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
         if not run.teacher:
             folder = Path(tempfile.mkdtemp(prefix="ovd-"))

@@ -6,6 +6,8 @@ python workflows/ovsam_boxes.py --model runs/runs/ovsam/<run>/model --sam runs/r
     --detectors runs/runs/codet/<run>/model runs/runs/vild/<run>/model
 """
 
+import workflows.startup
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

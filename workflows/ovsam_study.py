@@ -15,6 +15,8 @@ python workflows/ovsam_study.py --config pictograms --teacher ... --other-teache
     --detectors runs/runs/codet/<run>/model runs/runs/vild/<run>/model
 """
 
+import workflows.startup
+
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

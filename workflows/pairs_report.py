@@ -8,6 +8,8 @@ reports/pairs-<name>.html: one file that fetches nothing and runs no script
 python workflows/pairs_report.py --storage runs --name mine
 """
 
+import workflows.startup
+
 import contextlib
 import functools
 import operator

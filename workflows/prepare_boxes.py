@@ -6,6 +6,8 @@ python workflows/prepare_boxes.py --config pictograms
 python workflows/prepare_boxes.py --config coco --data photos/    # photos/instances.json, photos/images/
 """
 
+import workflows.startup
+
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +135,6 @@ def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
 
 def draw(run: Run) -> tuple[BoxSet, BoxSet]:
     """Scenes of the pictogram world: base categories along the long tail, and all of them uniformly."""
-    cluster.start_ray()
     world = World.create(run.seed)
     train = draw_scenes(run, f"{run.name}-train", world, run.train_images, seed=run.seed + 1, base_only=True)
     evaluation = draw_scenes(run, f"{run.name}-eval", world, run.eval_images, seed=run.seed + 2, base_only=False)
@@ -147,13 +148,16 @@ def draw_scenes(run: Run, name: str, world: World, count: int, *, seed: int, bas
     """Draw in parallel; rows in the order of their numbers."""
     uri = storage.absolute(run.storage)
 
-    @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
     def draw_part(numbers: range) -> pa.Table:
         rows = list(annotations.draw_boxes(uri, name, world, numbers, seed=seed, base_only=base_only))
         return pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
 
+    if count <= SCENES:  # sooner than a process starts
+        return draw_part(range(count))
+    cluster.start_ray()
+    task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(draw_part)
     parts = [range(start, min(start + SCENES, count)) for start in range(0, count, SCENES)]
-    return pa.concat_tables(ray.get([draw_part.remote(part) for part in parts]))
+    return pa.concat_tables(ray.get([task.remote(part) for part in parts]))
 
 
 def prepare_captions(run: Run, name: str) -> None:

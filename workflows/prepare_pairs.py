@@ -18,6 +18,8 @@ python workflows/prepare_pairs.py --config web --name mine --urls more.tsv --add
 python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --retry timeout connect
 """
 
+import workflows.startup
+
 import contextlib
 import dataclasses
 import time
@@ -134,7 +136,7 @@ def smoke() -> Run:
     return dataclasses.replace(
         run,
         name="smoke",
-        fetch=dataclasses.replace(run.fetch, deadline_seconds=1.5),
+        fetch=dataclasses.replace(run.fetch, deadline_seconds=1.0, backoff_seconds=0.1),
         site_pictures=120,
         site_scenes=60,
         rows_per_shard=64,

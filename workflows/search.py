@@ -7,6 +7,8 @@ python workflows/search.py --config pictograms --text "red umbrella"
 python workflows/search.py --config pictograms --text "an anchor and a cat" --over captions --prompt-set ""
 """
 
+import workflows.startup
+
 import dataclasses
 import io
 import time

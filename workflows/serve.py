@@ -10,6 +10,8 @@ serve run workflows.serve:app model=runs/demo/codet
 curl -F image=@street.jpg -F 'vocabulary=["red umbrella", "anchor"]' http://127.0.0.1:8000/v1/detect
 """
 
+import workflows.startup
+
 import asyncio
 import contextlib
 import dataclasses

@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -54,6 +55,21 @@ def tracking_uri(storage_uri: str) -> str:
     if folder is None:
         raise InputError(f"--storage {storage_uri}: not a local folder, expected MLFLOW_TRACKING_URI to be set")
     return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def prepare(storage_uri: str, experiment: str) -> None:
+    """Begin to make the database of a new storage, which takes seconds, while the job does other things.
+
+    Raises:
+        InputError: see `tracking_uri`.
+    """
+    uri = tracking_uri(storage_uri)
+
+    def work() -> None:
+        with contextlib.suppress(InputError):  # told by `run`, which opens it once more
+            _open(uri, storage_uri, experiment)
+
+    threading.Thread(target=work).start()  # not a daemon: a half-made database would stay
 
 
 class MetricLogger:
@@ -135,9 +151,9 @@ class TrackedRun:
             self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_image(self, image: PIL.Image.Image | np.ndarray, name: str, step: int | None = None) -> None:
-        """A picture: the file `name`.png, or with a step one of a series that MLflow shows with a slider."""
+        """A picture: the file `name`.jpg, or with a step one of a series that MLflow shows with a slider."""
         if step is None:
-            self.client.log_image(self.run_id, image, artifact_file=f"{name}.png")
+            self.client.log_image(self.run_id, image, artifact_file=f"{name}.jpg")
         else:
             self.client.log_image(self.run_id, image, key=name, step=step)
 

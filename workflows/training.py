@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from data_prep import storage
+from data_prep.batching import Stream
 from ovd_models.errors import InputError
 
 Batch = TypeVar("Batch")
@@ -120,7 +121,7 @@ def fit(
     worker: Callable[[], None],
     settings: Optimisation,
     run_dir: str,
-    streams: Mapping[str, Callable[[int], ray.data.Dataset]],
+    streams: Mapping[str, Callable[[int], Stream]],
 ) -> None:
     """Run a training loop on Ray Train until its last step is checkpointed; continues what `run_dir` holds.
 
@@ -136,7 +137,7 @@ def fit(
     filesystem, path = storage.resolve(parent)
     filesystem.create_dir(path, recursive=True)
 
-    def from_committed(make: Callable[[int], ray.data.Dataset]) -> Callable[[], ray.data.Dataset]:
+    def from_committed(make: Callable[[int], Stream]) -> Callable[[], Stream]:
         # Called whenever a group of workers starts, so that a replaced group gets the rest of the stream.
         return lambda: make(committed_step(run_dir))
 
@@ -159,7 +160,8 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
-        datasets={key: from_committed(make) for key, make in streams.items()},
+        # Inside the driver Ray Train hands on whatever it is given.
+        datasets={key: from_committed(make) for key, make in streams.items()},  # type: ignore[misc]
         dataset_config=ray.train.DataConfig(enable_shard_locality=False, execution_options=options),
     ).fit()
 

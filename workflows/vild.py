@@ -11,6 +11,8 @@ python workflows/vild.py --config pictograms --model.variant text --teacher ... 
 python workflows/vild.py --config lvis_r50 --storage s3://bucket/ovd --teacher s3://bucket/clip
 """
 
+import workflows.startup
+
 import dataclasses
 import tempfile
 import time
@@ -143,7 +145,7 @@ def train_stage(
         repeat_threshold=run.repeat_threshold,
         regions=regions,
     )
-    shape = StreamShape(rows_per_step=run.detection_batch, workers=max(1, stage.workers))
+    shape = StreamShape(rows_per_step=run.detection_batch, workers=stage.workers)
     stage_dir = storage.join(run_dir, name)
     loop = partial(
         train_worker, run, stage, stage_dir, start, names.vocabulary.embeddings, names.trained, tracked.logger()
@@ -334,6 +336,8 @@ def complete(run: Run, names: Names) -> Run:
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
     if run.config == "smoke" and not run.data:
+        cluster.start_ray()
+        tracking.prepare(run.storage, "vild")
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
         if not run.teacher:
             folder = Path(tempfile.mkdtemp(prefix="ovd-"))

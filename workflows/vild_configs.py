@@ -89,6 +89,7 @@ def smoke() -> Run:
         max_proposals=8,
         regions_per_step=4,
         detection_batch=2,
+        embed=EmbedConfig(actors=0),
         rpn_stage=quick,
         detector_stage=quick,
     )

@@ -12,6 +12,8 @@ and what the claims rest on most comes first, so that the report of an unfinishe
 python workflows/vild_study.py --config pictograms --teacher runs/runs/clip/<run>/model
 """
 
+import workflows.startup
+
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping

@@ -7,6 +7,8 @@ python workflows/vild_sweep.py --model runs/runs/vild/<run>/model --boxes pictog
 python workflows/vild_sweep.py --model ... --boxes pictograms-eval --teacher runs/runs/clip/<run>/model
 """
 
+import workflows.startup
+
 import dataclasses
 import itertools
 import os

@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 import torch
 from faster_coco_eval import mask as rle
 
@@ -85,7 +84,7 @@ def test_the_cache_holds_what_sam_sees_and_resumes_by_shard(drawn: str, tmp_path
     name = features.cache_name("s-train", teacher)
     rows = tables.read_table(drawn, "boxes", "s-train", ["image_id", "uri"])
     # an interrupted run left one whole shard, and another without its receipt
-    worker = features.Embedder(drawn, name, ray.put(rows), folder, 3)
+    worker = features.Embedder(drawn, name, rows, folder, 3)
     worker.write(1)
     worker.write(2)
     Path(features.receipt_uri(drawn, name, 2)).unlink()

@@ -106,7 +106,7 @@ def test_the_hash_changes_with_any_field() -> None:
     assert all(len(entry) == 16 for entry in hashes)
 
 
-def ends_with(job: str, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+def ends_with(job: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     def run() -> None:
         if job == "input":
             raise InputError("a.json: bad, expected good")
@@ -117,11 +117,9 @@ def ends_with(job: str, capsys: pytest.CaptureFixture[str]) -> tuple[object, str
 
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(SystemExit) as caught:
-            cli.execute(run)
+        return cli.outcome(run), capsys.readouterr().err
     finally:
         signal.signal(signal.SIGTERM, before)
-    return caught.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -136,6 +134,12 @@ def script(body: str) -> list[str]:
     # A test run in the background ignores Ctrl-C, and so would its children.
     listens = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     return [sys.executable, "-c", f"{listens}from workflows import cli\ndef job():\n{body}\ncli.execute(job)"]
+
+
+def test_a_done_job_says_all_that_it_has_to_say_and_runs_what_was_left_for_the_end() -> None:
+    body = "    import atexit\n    atexit.register(print, 'end')\n    print('done', end=' ')"
+    found = subprocess.run(script(body), capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "done end\n", "")
 
 
 def test_a_failed_job_exits_with_1_and_its_reason_comes_last() -> None:

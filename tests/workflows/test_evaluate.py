@@ -107,11 +107,9 @@ def test_truth_and_detections_stand_side_by_side(run: Run) -> None:
     assert not np.array_equal(np.array(pair)[:, :320], np.array(nothing.draw()))
 
 
-def main(monkeypatch: pytest.MonkeyPatch, run: Run, *flags: str) -> object:
+def main(monkeypatch: pytest.MonkeyPatch, run: Run, *flags: str) -> int:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--storage", run.storage, "--boxes", run.boxes, *flags])
-    with pytest.raises(SystemExit) as caught:
-        cli.execute(evaluate.main)
-    return caught.value.code
+    return cli.outcome(evaluate.main)
 
 
 def test_the_script_prints_and_tracks(
@@ -125,7 +123,7 @@ def test_the_script_prints_and_tracks(
     assert tracking.tracking_uri(run.storage) in lines[-1]
     (table,) = Path(run.storage).glob("mlartifacts/evaluate/*/artifacts/eval/t-eval/per_class.json")
     assert len(json.loads(table.read_text())["data"]) == 68
-    assert len(list(Path(run.storage).glob("mlartifacts/evaluate/*/artifacts/eval/t-eval/picture_*.png"))) == 1
+    assert len(list(Path(run.storage).glob("mlartifacts/evaluate/*/artifacts/eval/t-eval/picture_*.jpg"))) == 1
 
 
 @pytest.mark.parametrize(

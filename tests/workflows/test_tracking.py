@@ -81,7 +81,7 @@ def test_artifacts_lie_in_the_storage_and_not_in_the_working_directory(storage: 
         tracked.log_table({"name": ["anchor"], "ap50": [0.5]}, "per_class.json")
         tracked.log_text("<p>", "report.html")
     files = {path.name for path in (Path(storage) / "mlartifacts").rglob("*") if path.is_file()}
-    assert {"run.json", "model.json", "found.png", "per_class.json", "report.html"} <= files
+    assert {"run.json", "model.json", "found.jpg", "per_class.json", "report.html"} <= files
     assert any(name.startswith("scene+step+3+") for name in files)
     assert {path.name for path in tmp_path.iterdir()} == {"a store", "run.json", "folder"}
 
