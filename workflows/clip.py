@@ -107,7 +107,7 @@ def pictograms() -> Run:
         max_side=64,
         batch_size=96,  # many small steps reach more than few large ones
         optimisation=Optimisation(
-            steps=1300,
+            steps=1600,
             learning_rate=2e-3,
             weight_decay=0.2,
             clip_norm=None,
