@@ -58,7 +58,8 @@ class FetchConfig:
     concurrency: int = 128
     """Requests at a time in one process."""
     per_host: int = 16
-    """Requests at a time to one host and port, in one process."""
+    """Requests at a time to one host and port, in one process; `host_failures` until it has answered once, so that
+    silent hosts do not hold all the requests that may wait at a time."""
     host_failures: int = 4
     """URLs of one host and port in a row without an answer, after which this process leaves the rest of them."""
     dns_cache_seconds: float = 300.0
@@ -98,6 +99,8 @@ class _Host:
     """A host and port."""
 
     slots: asyncio.Semaphore
+    more_slots: int
+    """That it gets once it has answered."""
     users: int = 0
     """URLs that hold a slot or wait for one."""
     answered: float = 0.0
@@ -118,6 +121,9 @@ class _Host:
         now = time.monotonic()
         if failure is None or failure.reason not in SILENCE:
             self.failures, self.answered = 0, now
+            for _ in range(self.more_slots):
+                self.slots.release()
+            self.more_slots = 0
         elif began >= self.answered:
             self.failures, self.last = self.failures + 1, failure.fresh()
             self.given_up_until = now + GIVEN_UP_SECONDS
@@ -305,7 +311,8 @@ class Fetcher:
 
     def _host(self, name: str) -> _Host:
         if name not in self._hosts:
-            self._hosts[name] = _Host(slots=asyncio.Semaphore(self.config.per_host))
+            first = min(self.config.per_host, max(1, self.config.host_failures))
+            self._hosts[name] = _Host(slots=asyncio.Semaphore(first), more_slots=self.config.per_host - first)
             while len(self._hosts) > REMEMBERED_HOSTS and not self._hosts[oldest := next(iter(self._hosts))].users:
                 del self._hosts[oldest]
         self._hosts.move_to_end(name)

@@ -116,7 +116,7 @@ def test_redirects_are_followed_to_the_image(small_site: Path, served_site: str)
 
 
 def test_a_hanging_server_costs_one_deadline_and_holds_up_nobody(served_site: str) -> None:
-    config = replace(LOCAL, deadline_seconds=0.5)
+    config = replace(LOCAL, deadline_seconds=0.5, host_failures=8)
     started = time.monotonic()
     found = fetch_all([f"{served_site}/hangs/{i}.jpg" for i in range(5)] + [f"{served_site}/images/1.jpg"], config)
     assert time.monotonic() - started < 2.0
@@ -513,6 +513,42 @@ def test_a_host_whose_robots_txt_hangs_is_given_up_too() -> None:
     assert time.monotonic() - started < 5.0
     assert {row.reason for row in found} == {"timeout"}
     assert str(found[0].detail).startswith("robots.txt: no answer")
+
+
+def test_silent_hosts_do_not_hold_all_requests_that_a_process_may_make_at_a_time() -> None:
+    running: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        host = request.host.partition(":")[0]
+        running[host] += 1
+        most[host] = max(most[host], running[host])
+        await asyncio.sleep(3600 if host.startswith("dead") else 0.05)
+        running[host] -= 1
+        return web.Response(body=b"x")
+
+    ends: list[float] = []
+
+    async def noted(fetched: Fetched) -> Fetched:
+        if fetched.content:
+            ends.append(time.monotonic())
+        return fetched
+
+    async def run() -> list[Fetched]:
+        config = replace(LOCAL, deadline_seconds=6.0, per_host=8, host_failures=2, concurrency=16)
+        hosts = ["dead1", "dead2", "dead3", "alive"]
+        async with serving(hang) as port:
+            urls = [f"http://{host}.example:{port}/{i}" for host in hosts for i in range(100)]
+            return await Fetcher(config, lambda _: [(2, "127.0.0.1")]).fetch_then(urls, noted)
+
+    started = time.monotonic()
+    found = asyncio.run(run())
+    assert [row.content for row in found[300:]] == [b"x"] * 100
+    assert max(ends) - started < 6.0  # nobody waited for the dead ones
+    assert (
+        max(most[f"dead{i}.example"] for i in (1, 2, 3)) <= 4
+    )  # one more may come between the first end and the second
+    assert most["alive.example"] == 8  # all of its share, once it had answered
 
 
 def test_an_answer_now_and_then_keeps_a_host() -> None:
