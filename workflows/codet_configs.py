@@ -95,7 +95,7 @@ def pictograms() -> Run:
         groups_per_step=2,
         # Small operators do not share well among threads: two processes of one thread take less CPU than one of two.
         box_stage=Optimisation(steps=300, learning_rate=2e-3, workers=2),
-        joint_stage=Optimisation(steps=500, learning_rate=2e-3, workers=2),
+        joint_stage=Optimisation(steps=600, learning_rate=2e-3, workers=2),
     )
 
 
