@@ -90,6 +90,16 @@ class TextStore:
             raise InputError(f"texts/{self.name}: no {name!r} with prompt set {prompt_set!r}; `{made_by}` embeds it")
         return rows_KD
 
+    def read_all(self, prompt_set: str) -> tuple[list[str], Tensor]:
+        """All N names of a prompt set, and their [N, D] unit rows."""
+        names: list[str] = []
+        parts: list[Floats] = []
+        for file, keys in self._keys(prompt_set):
+            if len(keys):
+                names += keys.to_pylist()
+                parts.append(self._embeddings(file, prompt_set))
+        return names, torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, 0)
+
     def fill(self, encoder: TextEncoder, names: Sequence[str]) -> int:
         """Embed the names that are not in the store yet; returns how many there were.
 
@@ -188,6 +198,26 @@ class StoredEncoder:
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor | None:
         """[B, D] unit rows, not stored."""
+        return self.encoder.embed_captions(captions)
+
+
+class PreloadedEncoder:
+    """A text encoder that has its teacher's store in memory, embeds what is not there, and adds nothing to it."""
+
+    def __init__(self, encoder: TextEncoder, store: TextStore) -> None:
+        self.encoder, self.teacher, self.prompt_set = encoder, encoder.teacher, encoder.prompt_set
+        names, self._stored_ND = store.read_all(encoder.prompt_set)
+        self._row_of = {name: row for row, name in enumerate(names)}
+
+    def embed_names(self, names: Sequence[str]) -> Tensor:
+        """[K, D] unit rows."""
+        new = [name for name in dict.fromkeys(names) if name not in self._row_of]
+        embedded = dict(zip(new, self.encoder.embed_names(new), strict=True)) if new else {}
+        rows = [embedded[name] if name in embedded else self._stored_ND[self._row_of[name]] for name in names]
+        return torch.stack(rows) if rows else self.encoder.embed_names(names)
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor | None:
+        """[B, D] unit rows."""
         return self.encoder.embed_captions(captions)
 
 

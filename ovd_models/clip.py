@@ -3,9 +3,9 @@
 B images or texts, K names, P prompts of a name, D embedding width.
 """
 
+import functools
 import hashlib
 import json
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -39,6 +39,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.exceptions import HTTPException
 
 import ovd_models
+from data_prep.texts import PreloadedEncoder, TextStore
 from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
 from ovd_models.preprocess import to_tensor
@@ -57,7 +58,10 @@ class Run:
     model: str = ""
     """The checkpoint: a folder, its URI, or models:/<name>@<alias>."""
     storage: str = "runs"
-    """Where a models:/ URI is looked up."""
+    """Where a models:/ URI and the teacher's `texts` are looked up."""
+    texts: bool = True
+    """Take embeddings of names from the teacher's `texts`, which a replica then holds in memory; other names are
+    embedded."""
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one."""
@@ -118,6 +122,9 @@ class Endpoint:
         self.run = run
         folder = tracking.local_model(run.model, run.storage)
         self.detector = ovd_models.load(folder, device="cuda" if run.gpus else "cpu")
+        if run.texts:
+            store = TextStore.of(run.storage, self.detector.teacher)
+            self.detector.encoder = PreloadedEncoder(self.detector.encoder, store)
         threads = run.threads or len(os.sched_getaffinity(0))
         # One request at a time with all cores beats several that share them; Ray's default is one thread.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))

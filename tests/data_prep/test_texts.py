@@ -8,6 +8,7 @@ import torch
 
 from data_prep import tables, texts
 from data_prep.texts import (
+    PreloadedEncoder,
     StoredEncoder,
     TextStore,
     check_order,
@@ -76,6 +77,24 @@ def test_a_vocabulary_is_looked_up_and_completed(tmp_path: Path) -> None:
         build_vocabulary(stored, [])
 
 
+def test_a_preloaded_store_answers_for_its_names_and_grows_by_none(tmp_path: Path) -> None:
+    teacher = encoder()
+    store = TextStore.of(str(tmp_path), teacher.teacher)
+    empty = PreloadedEncoder(teacher, store)
+    assert torch.equal(empty.embed_names(NAMES), teacher.embed_names(NAMES))
+    planted_ND = np.eye(8, dtype=np.float32)[:2]
+    store.append(["cat", "anchor"], "name", planted_ND)
+    store.append(["dog"], "photo", planted_ND[:1])
+    full = PreloadedEncoder(teacher, store)
+    assert (full.teacher, full.prompt_set) == ("clip:0123", "name")
+    rows_KD = full.embed_names(["dog", "anchor", "cat", "anchor", "dog"])
+    assert torch.equal(rows_KD[1:4], torch.eye(8)[[1, 0, 1]])
+    assert torch.equal(rows_KD[[0, 4]], teacher.embed_names(["dog", "dog"]))  # that of another prompt set is not taken
+    assert store.missing(["dog"], "name") == ["dog"]
+    assert full.embed_names([]).shape == (0, 8)
+    assert full.embed_captions(["a cat"]) is not None
+
+
 def test_a_fill_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "PART", 2)
     names = [f"thing {number}" for number in range(5)]
@@ -96,7 +115,7 @@ def test_a_fill_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert store.missing(names, "name") == names[2:]
     assert store.fill(teacher, names) == 3
     rows = tables.read_table(str(tmp_path), "texts", store.name)
-    assert rows["name"].to_pylist().sort() == names.sort()
+    assert sorted(rows["name"].to_pylist()) == names
     assert rows.num_rows == 5
     assert torch.allclose(store.read(names, "name"), teacher.embed_names(names), atol=1e-5)
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from data_prep.texts import TextStore
 from ovd_models.checkpoints import save_detector
 from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
@@ -271,6 +272,22 @@ def test_unexpected_errors_say_nothing_about_the_inside(checkpoint: Path) -> Non
         response = detect(client)
         assert "secret" not in problem(response, 500)
         assert client.get("/healthz").status_code == 200
+
+
+def test_names_are_looked_up_in_the_teachers_store(checkpoint: Path, tmp_path: Path) -> None:
+    run = serve.Run(model=str(checkpoint), storage=str(tmp_path))
+    teacher = serve.Endpoint(run).detector.encoder
+    known_KD = teacher.embed_names(NAMES[:1])
+    TextStore.of(str(tmp_path), teacher.teacher).append(["parasol"], teacher.prompt_set, known_KD.numpy())
+    with TestClient(serve.build_api(serve.Endpoint(run))) as client:
+        answers = [detect(client, vocabulary=json.dumps([name])).json() for name in (NAMES[0], "parasol")]
+        assert [entry["score"] for entry in answers[0]["detections"]] == [
+            entry["score"] for entry in answers[1]["detections"]
+        ]
+        assert {entry["label"] for entry in answers[1]["detections"]} == {"parasol"}
+    without = serve.Endpoint(serve.Run(model=str(checkpoint), storage=str(tmp_path), texts=False))
+    with pytest.raises(InputError, match="parasol"):
+        without.detector.encoder.embed_names(["parasol"])
 
 
 def test_dead_client_frees_its_place(checkpoint: Path) -> None:
