@@ -210,7 +210,7 @@ def main() -> None:
     print(report.text_table(summary))
     shown = os.path.relpath(folder)
     print(f"report:   {shown}/report.html")
-    print(f"MLflow:   .venv/bin/mlflow ui --backend-store-uri {summary['mlflow_uri']}")
+    print(f"MLflow:   .venv/bin/mlflow ui --backend-store-uri {summary['mlflow_uri']}  (then Model training, top left)")
     print(f"endpoint: .venv/bin/python workflows/serve.py --model {shown}/codet")
 
 

@@ -265,7 +265,8 @@ image-text pairs; each of the others was rejected for a reason.</p>
   <tr><td>{{ stage }}</td><td class="n">{{ "%.0f"|format(seconds) }} s</td></tr>
   {% endfor %}
 </table>
-<p>Runs, metrics and checkpoints: <code>mlflow ui --backend-store-uri {{ summary.mlflow_uri }}</code></p>
+<p>Runs, metrics and checkpoints: <code>mlflow ui --backend-store-uri {{ summary.mlflow_uri }}</code>, then
+<i>Model training</i> at the top left</p>
 </body>
 </html>
 """
