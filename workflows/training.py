@@ -91,20 +91,25 @@ class Optimisation:
 def committed_step(run_dir: str) -> int:
     """The step of the last whole checkpoint below a Ray Train run's folder, 0 if there is none."""
     checkpoint = last_checkpoint(run_dir)
-    if checkpoint is None:
-        return 0
+    return 0 if checkpoint is None else step_of(checkpoint)
+
+
+def step_of(checkpoint: ray.train.Checkpoint) -> int:
+    """The step that a checkpoint was made after."""
     with checkpoint.as_directory() as folder:
         return int(torch.load(Path(folder) / "progress.pt", weights_only=True)["step"])
 
 
 def last_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
-    """The last checkpoint that Ray Train committed, or that a loop inside the driver left."""
+    """The checkpoint of the latest step, of those that Ray Train committed and a loop inside the driver left."""
     filesystem, path = storage.resolve(run_dir)
+    found = []
     if storage.exists(storage.join(run_dir, DRIVER_CHECKPOINT)):
-        return ray.train.Checkpoint(f"{path}/{DRIVER_CHECKPOINT}", filesystem)
-    if not storage.exists(storage.join(run_dir, "checkpoint_manager_snapshot.json")):
-        return None
-    return ray.train.Result.from_path(path, storage_filesystem=filesystem).checkpoint
+        found.append(ray.train.Checkpoint(f"{path}/{DRIVER_CHECKPOINT}", filesystem))
+    if storage.exists(storage.join(run_dir, "checkpoint_manager_snapshot.json")):
+        committed = ray.train.Result.from_path(path, storage_filesystem=filesystem).checkpoint
+        found += [] if committed is None else [committed]
+    return max(found, key=step_of) if len(found) > 1 else next(iter(found), None)
 
 
 class Trainer(TorchTrainer):
@@ -245,7 +250,8 @@ class Session:
         self.model.train()
 
     def _restore(self) -> None:
-        checkpoint = ray.train.get_checkpoint() if self.settings.workers else last_checkpoint(self.run_dir)
+        given = ray.train.get_checkpoint() if self.settings.workers else None
+        checkpoint = given or last_checkpoint(self.run_dir)  # a run begun inside the driver may go on in workers
         if checkpoint is None:
             return
         with checkpoint.as_directory() as folder:

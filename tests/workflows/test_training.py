@@ -278,7 +278,6 @@ def test_two_workers_resume_exactly_after_a_crash(ray_cluster: None, tmp_path: P
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="workers start from nothing, their streams from the driver's checkpoint")
 def test_a_run_begun_inside_the_driver_continues_on_a_worker(ray_cluster: None, tmp_path: Path) -> None:
     whole = run_loop(QUICK, tmp_path / "whole")
     with pytest.raises(Exception, match="a crash in the middle"):
