@@ -11,7 +11,7 @@ Nothing here imports torch: the data tasks start fast and stay small.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,19 @@ from ovd_models.images import decode_image
 
 Integers = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")
+T = TypeVar("T")
+Shared: TypeAlias = ray.ObjectRef[T] | T
+"""What many tasks read: in Ray's object store, or itself where there is no Ray."""
+
+
+def share(value: T) -> Shared[T]:
+    """Put a value where all tasks find it."""
+    return ray.put(value) if ray.is_initialized() else value
+
+
+def shared(value: Shared[T]) -> T:
+    """What was shared."""
+    return ray.get(value) if isinstance(value, ray.ObjectRef) else value
 
 
 # ---------------------------------------------------------------------------------------------------- plans
@@ -145,7 +158,7 @@ class PairLoader:
     Columns `image` (raw uint8 [S, S, 3]) and `caption`.
     """
 
-    index: ray.ObjectRef[pa.Table]
+    index: Shared[pa.Table]
     """`shard` (absolute URI), `offset`, `size`, `caption` of every pair."""
     count: int
     seed: int
@@ -153,8 +166,7 @@ class PairLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        index: pa.Table = ray.get(self.index)
-        chosen = index.take(plan_epochs(self.seed, self.count, positions))
+        chosen = shared(self.index).take(plan_epochs(self.seed, self.count, positions))
         side = self.image_size
         images = [decode_image(content, name).resize((side, side)).tobytes() for content, name in read_images(chosen)]
         return pa.table({"image": pa.array(images, pa.binary()), "caption": chosen["caption"]})
@@ -185,7 +197,7 @@ def pair_loader(storage_uri: str, name: str, *, seed: int, image_size: int, max_
         pairs = pairs.filter(pa.array(longer <= max_side))
     if not pairs.num_rows:
         raise InputError(f"pairs/{name}: no pair with sides up to {max_side} px")
-    return PairLoader(ray.put(pairs), pairs.num_rows, seed, image_size)
+    return PairLoader(share(pairs), pairs.num_rows, seed, image_size)
 
 
 def _absolute_shards(rows: pa.Table, storage_uri: str, name: str) -> pa.Table:

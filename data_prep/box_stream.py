@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray
 
 from data_prep import storage, tables
 from data_prep.augmentation import Annotated, Augmentation, augment
-from data_prep.batching import Integers, plan_epochs, plan_weighted, repeat_factors
+from data_prep.batching import Integers, Shared, plan_epochs, plan_weighted, repeat_factors, share, shared
 from data_prep.embeddings import Regions, RegionStore
 from data_prep.left_out import LeftOut
 from ovd_models.errors import InputError
@@ -59,7 +58,7 @@ class DetectionLoader:
     stored regions `region_boxes` (flat xyxy), `region_valid` and `region_embeddings` (raw float16 rows).
     """
 
-    index: ray.ObjectRef[pa.Table]
+    index: Shared[pa.Table]
     """A row of `INDEX` for every image."""
     count: int
     seed: int
@@ -67,7 +66,7 @@ class DetectionLoader:
     masks: bool = False
     weights: npt.NDArray[np.float64] | None = None
     """[count] how often each image comes in an epoch; once if None."""
-    regions: "ray.ObjectRef[RegionStore] | None" = None
+    regions: Shared[RegionStore] | None = None
     most_regions: int = 0
     """Only so many of an image's regions are drawn from, those of the highest objectness."""
     regions_per_step: int = 0
@@ -75,8 +74,8 @@ class DetectionLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        index: pa.Table = ray.get(self.index)
-        store = None if self.regions is None else ray.get(self.regions)
+        index = shared(self.index)
+        store = None if self.regions is None else shared(self.regions)
         if self.weights is None:
             rows = plan_epochs(self.seed, self.count, positions)
         else:
@@ -266,8 +265,8 @@ def detection_loader(
     if masks and not all(mask for row in index for mask in row["masks"]):
         raise InputError(f"boxes/{name}: a box has no mask, expected one for each, or model.detector.masks=False")
     weights = repeat_factors([row["labels"] for row in index], repeat_threshold) if repeat_threshold else None
-    table = ray.put(pa.Table.from_pylist(index, schema=INDEX))
+    table = share(pa.Table.from_pylist(index, schema=INDEX))
     if regions is None:
         return DetectionLoader(table, len(index), seed, augmentation, masks, weights)
-    store = ray.put(open_regions(storage_uri, regions, [row["image_id"] for row in index]))
+    store = share(open_regions(storage_uri, regions, [row["image_id"] for row in index]))
     return DetectionLoader(table, len(index), seed, augmentation, masks, weights, store, regions.most, regions.per_step)

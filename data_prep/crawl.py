@@ -181,7 +181,7 @@ def give_memory_back() -> None:
 
 
 class Crew:
-    """The processes of a run, each an actor of `Crawler`; they start as they are needed.
+    """The processes of a run, each an actor of `Crawler`, which start as they are needed; or the driver alone.
 
     A process that is lost with its machine starts again elsewhere, and what it had in hand is begun again.
     """
@@ -191,7 +191,7 @@ class Crew:
 
         Args:
             steps: of a part.
-            processes: how many there may be.
+            processes: how many there may be; 0 does everything inside the driver.
             parts_at_a_time: that each works on.
             waiting_bytes: see `Crawler`.
         """
@@ -209,6 +209,8 @@ class Crew:
 
     def crawl(self, parts: Sequence[Part]) -> Iterator[Progress]:
         """Crawl parts; what came of each as soon as it is saved."""
+        if not self._most:
+            return iter(asyncio.run(self._crawl_here(parts)))
         pool: Any = self._pool(len(parts))
         found: Iterator[Progress] = pool.map_unordered(lambda actor, part: actor.crawl.remote(part), parts)
         return found
@@ -219,6 +221,8 @@ class Crew:
         Raises:
             InputError: a task did.
         """
+        if not self._most:
+            return [task(*arguments) for arguments in each]
         pool: Any = self._pool(len(each))
         try:
             return list(pool.map(lambda actor, arguments: actor.run.remote(task, *arguments), each))
@@ -226,6 +230,19 @@ class Crew:
             if isinstance(error.cause, InputError):
                 raise error.cause from None
             raise
+
+    def share(self, value: T) -> Any:
+        """An argument of many tasks, which is sent once to each process."""
+        return ray.put(value) if self._most else value
+
+    async def _crawl_here(self, parts: Sequence[Part]) -> list[Progress]:
+        crawler, slots = Crawler(*self._arguments), asyncio.Semaphore(self._each)
+
+        async def crawl(part: Part) -> Progress:
+            async with slots:
+                return await crawler.crawl(part)
+
+        return list(await asyncio.gather(*(crawl(part) for part in parts)))
 
     def _pool(self, tasks: int) -> ActorPool:
         while len(self._actors) < min(self._most, tasks):

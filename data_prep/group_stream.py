@@ -19,10 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from data_prep import storage, tables
-from data_prep.batching import Integers
+from data_prep.batching import Integers, Shared, share, shared
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 
@@ -235,7 +234,7 @@ class GroupLoader:
     `unreadable`: images that others of the concept stand in for, and why.
     """
 
-    plan: ray.ObjectRef[GroupPlan]
+    plan: Shared[GroupPlan]
     uris: tuple[str, ...]
     """Parquet files of `groups`."""
     firsts: tuple[int, ...]
@@ -247,7 +246,7 @@ class GroupLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The groups at `positions`."""
-        plan: GroupPlan = ray.get(self.plan)
+        plan = shared(self.plan)
         rows = [self.load(plan, position) for position in positions.tolist()]
         return pa.Table.from_pylist(rows, schema=GROUP_ROWS)
 
@@ -319,4 +318,4 @@ def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, sam
         )
     shards = storage.absolute(tables.table_uri(storage_uri, "pairs", name))
     firsts = tuple(np.cumsum([0, *rows])[:-1].tolist())
-    return GroupLoader(ray.put(plan), uris, firsts, shards, f"groups/{name}")
+    return GroupLoader(share(plan), uris, firsts, shards, f"groups/{name}")

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from data_prep import storage, tables
-from data_prep.batching import Integers, plan_epochs
+from data_prep.batching import Integers, Shared, plan_epochs, share, shared
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 
@@ -25,7 +24,7 @@ class MaskLoader:
     the masks, too, are still to be mirrored.
     """
 
-    index: ray.ObjectRef[pa.Table]
+    index: Shared[pa.Table]
     """`uri`, `masks`, `labels` of every image."""
     count: int
     seed: int
@@ -33,8 +32,7 @@ class MaskLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        index: pa.Table = ray.get(self.index)
-        chosen = index.take(plan_epochs(self.seed, self.count, positions))
+        chosen = shared(self.index).take(plan_epochs(self.seed, self.count, positions))
         flips = [self._flip(int(position)) for position in positions]
         pixels = []
         for uri, flip in zip(chosen["uri"].to_pylist(), flips, strict=True):
@@ -86,7 +84,7 @@ def mask_loader(
     if not index:
         raise InputError(f"boxes/{name}: no masks, expected segmentations in the annotation file")
     schema = pa.schema({"uri": pa.string(), "masks": pa.list_(pa.string()), "labels": pa.list_(pa.int64())})
-    return MaskLoader(ray.put(pa.Table.from_pylist(index, schema=schema)), len(index), seed, flip_probability)
+    return MaskLoader(share(pa.Table.from_pylist(index, schema=schema)), len(index), seed, flip_probability)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class FeatureLoader:
     Columns `image` (raw uint8 [H, W, 3]), `height`, `width` and `feature` (raw float16 [C, h, h]).
     """
 
-    index: ray.ObjectRef[pa.Table]
+    index: Shared[pa.Table]
     """`uri`, `file` (absolute URI) and `row` of every image."""
     count: int
     seed: int
@@ -105,8 +103,7 @@ class FeatureLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        index: pa.Table = ray.get(self.index)
-        chosen = index.take(plan_epochs(self.seed, self.count, positions))
+        chosen = shared(self.index).take(plan_epochs(self.seed, self.count, positions))
         size = 2 * int(np.prod(self.shape))
         pixels = [np.asarray(decode_image(storage.read_bytes(uri), uri)) for uri in chosen["uri"].to_pylist()]
         features = [
@@ -143,5 +140,5 @@ def feature_loader(storage_uri: str, name: str, cache: str, teacher: str, *, see
         index.append({"uri": path, "file": storage.join(root, file), "row": row})
     schema = pa.schema({"uri": pa.string(), "file": pa.string(), "row": pa.int64()})
     channels, height, width = manifest.details["shape"]
-    reference = ray.put(pa.Table.from_pylist(index, schema=schema))
+    reference = share(pa.Table.from_pylist(index, schema=schema))
     return FeatureLoader(reference, len(index), seed, (channels, height, width))

@@ -41,7 +41,7 @@ from ovd_models.clip import (
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import build_vocabulary
 from ovd_models.zero_shot import calibration_error, fit_temperature
-from workflows import cli, cluster, prepare_pairs, tracking, training
+from workflows import cli, prepare_pairs, tracking, training
 from workflows.tracking import MetricLogger
 from workflows.training import Meter, Optimisation, Session
 
@@ -263,7 +263,7 @@ def train(run: Run) -> Trained:
     run = dataclasses.replace(run, model=config)
     settings, train_dir = run.optimisation, storage.join(run_dir, "train")
     digest = tables.read_manifest(run.storage, "pairs", run.pairs).digest
-    cluster.start_ray()
+    training.start_ray_for(settings)
     loader = pair_loader(
         run.storage, run.pairs, seed=settings.seed, image_size=run.model.image_size, max_side=run.max_side
     )
@@ -308,9 +308,9 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
     if run.config == "smoke" and tables.find_manifest(run.storage, "pairs", run.pairs) is None:
-        cluster.start_ray()
         tracking.prepare(run.storage, "clip")
-        with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=run.storage)) as crawl:
+        tiny = dataclasses.replace(prepare_pairs.smoke(), storage=run.storage, crawlers=0)
+        with prepare_pairs.site_of(tiny) as crawl:
             prepare_pairs.prepare(crawl)
     trained = train(run)
     print(f"zero-shot top-1: base {trained.top1_base:.3f}, novel {trained.top1_novel:.3f} ({trained.seconds:.0f} s)")

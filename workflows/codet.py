@@ -42,7 +42,7 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.rcnn import RCNN, find_backbone_weights, load_backbone
 from ovd_models.vocabulary import TextEncoder
-from workflows import cli, cluster, evaluate, prepare_boxes, prepare_pairs, tracking, training
+from workflows import cli, evaluate, prepare_boxes, prepare_pairs, tracking, training
 from workflows.codet_configs import CONFIGS, Run
 from workflows.teacher import Names, open_encoder, read_names
 from workflows.tracking import MetricLogger, TrackedRun
@@ -210,7 +210,7 @@ def train(run: Run) -> Trained:
     run_dir = training.open_run(run.storage, "codet", run.config, run.resume)
     encoder_folder, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
     names = read_names(run.storage, run.boxes, run.pairs, encoder)
-    cluster.start_ray()
+    training.start_ray_for(run.box_stage, run.joint_stage)
     run, weights = initial_weights(run, names.base_embeddings.shape[1])
     tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in inputs_of(run).items()}
     results: dict[str, tuple[str, DetectionMetrics, float, float]] = {}
@@ -311,10 +311,10 @@ def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
     if run.config == "smoke" and not run.data:
-        cluster.start_ray()
         tracking.prepare(run.storage, "codet")
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
-        with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=run.storage)) as crawl:
+        tiny = dataclasses.replace(prepare_pairs.smoke(), storage=run.storage, crawlers=0)
+        with prepare_pairs.site_of(tiny) as crawl:
             prepare_pairs.prepare(crawl)
         if not run.teacher:
             folder = Path(tempfile.mkdtemp(prefix="ovd-"))

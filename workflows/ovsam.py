@@ -46,7 +46,7 @@ from ovd_models.sam import SamConfig, SamModel, load_sam
 from ovd_models.sam_training import SamTraining
 from ovd_models.text_to_mask import TextToMask, TextToMaskConfig
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
-from workflows import cli, cluster, pointing_report, prepare_boxes, tracking, training
+from workflows import cli, pointing_report, prepare_boxes, tracking, training
 from workflows.ovsam_configs import CONFIGS, Run
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
@@ -152,7 +152,7 @@ def teach_sam(run: Run) -> str:
     """
     run_dir = training.open_run(run.storage, "ovsam", run.config, run.resume)
     tags = {"boxes": tables.read_manifest(run.storage, "boxes", f"{run.boxes}-train").digest}
-    cluster.start_ray()
+    training.start_ray_for(run.sam_stage)
     with tracking.run(run.storage, experiment="ovsam", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
         return train_sam(run, run_dir, tracked.logger())
 
@@ -306,7 +306,7 @@ def train(run: Run) -> Trained:
     run_dir = training.open_run(run.storage, "ovsam", run.config, run.resume)
     clip, encoder = open_clip_teacher(run)
     names = read_names(run, encoder)
-    cluster.start_ray()
+    training.start_ray_for(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage)
     inputs = {"boxes": f"{run.boxes}-train", "categories": run.boxes}
     tags = {table: tables.read_manifest(run.storage, table, name).digest for table, name in inputs.items()}
     seconds: dict[str, float] = {}
@@ -370,7 +370,6 @@ def finish(
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
     if run.config == "smoke" and not run.data:
-        cluster.start_ray()
         tracking.prepare(run.storage, "ovsam")
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
         if not run.teacher:

@@ -88,8 +88,9 @@ class Run:
     """Input rows that are saved at a time: what a killed run may have to fetch again."""
     min_images: int = 2
     """Concepts with fewer images are left out."""
-    crawlers: int = 0
-    """Processes that crawl; 0 for one for every two cores, which it keeps busy."""
+    crawlers: int | None = None
+    """Processes that crawl; None for one for every two cores, which it keeps busy. 0 crawls inside the driver, for
+    debugging."""
     parts_per_crawler: int = 16
     """Parts a crawler works on at a time, so that slow hosts do not hold up the rest; a kill may lose as many."""
     waiting_bytes: int = 16 << 20
@@ -224,7 +225,8 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     generation = published.generation if published else None
     task = f"{config_hash} {sorted(new)} {run.retry} {generation} {run.rows_per_part}"
     staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
-    cluster.start_ray()
+    if run.crawlers != 0 or run.scores.scorers or run.corpus.semantic_model:
+        cluster.start_ray()
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it once took, beside what the crawl takes
 
     with start_crew(run, staging, are_files=are_files) as crew:
@@ -290,8 +292,8 @@ def find_repeated_urls(run: Run, work: Work, published: Published | None, stagin
 
 def start_crew(run: Run, staging: str, *, are_files: bool) -> Crew:
     """What is done to every row, by processes that do it to some rows at a time."""
-    processes = run.crawlers or max(1, cluster.cores() // DECODERS)
-    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // processes))
+    processes = max(1, cluster.cores() // DECODERS) if run.crawlers is None else run.crawlers
+    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // max(1, processes)))
     models = []
     if run.scores.scorers or run.corpus.semantic_model:
         model = ray.remote(ScoreStage).options(**LASTING, num_gpus=run.scores.gpus)
@@ -361,7 +363,7 @@ def write_shards(
     )
     decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
-    shared, concepts = ray.put(job), ray.put(extractor)
+    shared, concepts = crew.share(job), crew.share(extractor)
     each = []
     for count, name in enumerate(work.partitions):
         first = work.first_id(name, run.rows_per_shard)

@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from data_prep import storage
 from data_prep.batching import Stream
 from ovd_models.errors import InputError
+from workflows import cluster
 
 Batch = TypeVar("Batch")
 DRIVER_CHECKPOINT = "driver_checkpoint"
@@ -110,6 +111,12 @@ def last_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
         committed = ray.train.Result.from_path(path, storage_filesystem=filesystem).checkpoint
         found += [] if committed is None else [committed]
     return max(found, key=step_of) if len(found) > 1 else next(iter(found), None)
+
+
+def start_ray_for(*stages: Optimisation) -> None:
+    """Start Ray, unless all of these train inside the driver."""
+    if any(stage.workers for stage in stages):
+        cluster.start_ray()
 
 
 class Trainer(TorchTrainer):

@@ -34,7 +34,7 @@ from ovd_models.evaluation import DetectionMetrics
 from ovd_models.rcnn import ProposalNetwork, find_backbone_weights, load_backbone
 from ovd_models.vild import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
-from workflows import cli, cluster, embed, evaluate, prepare_boxes, tracking, training
+from workflows import cli, embed, evaluate, prepare_boxes, tracking, training
 from workflows.teacher import open_encoder, read_categories
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
@@ -191,7 +191,7 @@ def begin(run: Run) -> tuple[Run, str, Names, TextEncoder]:
     run_dir = training.open_run(run.storage, "vild", run.config, run.resume)
     _, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
     names = read_names(run, encoder)
-    cluster.start_ray()
+    training.start_ray_for(run.rpn_stage, run.detector_stage)
     return complete(run, names), run_dir, names, encoder
 
 
@@ -336,7 +336,6 @@ def complete(run: Run, names: Names) -> Run:
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
     if run.config == "smoke" and not run.data:
-        cluster.start_ray()
         tracking.prepare(run.storage, "vild")
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
         if not run.teacher:

@@ -84,6 +84,30 @@ def test_the_demos_whole_site_comes_out_as_its_faults_imply(ray_cluster: None, t
 
 
 @pytest.mark.ray
+def test_a_crawl_inside_the_driver_gives_the_same_bytes_and_starts_no_ray(
+    crawled: tuple[Run, Summary], tmp_path: Path
+) -> None:
+    run, summary = crawled
+    program = (
+        "import dataclasses, sys\n"
+        "import ray\n"
+        "from workflows import prepare_pairs\n"
+        "run = dataclasses.replace(prepare_pairs.smoke(), name='t', storage=sys.argv[1], urls=sys.argv[2])\n"
+        "fetch = dataclasses.replace(run.fetch, deadline_seconds=5.0)\n"
+        "run = dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16)\n"
+        "found = prepare_pairs.prepare(dataclasses.replace(run, fetch=fetch, crawlers=0))\n"
+        "print(found.kept, ray.is_initialized())\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), run.urls]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[-1] == f"{summary.kept} False"
+    assert rows_of(tmp_path)["groups"] == rows_of(run.storage)["groups"]
+    assert outcomes_of(rows_of(tmp_path)) == outcomes_of(rows_of(run.storage))
+    assert pair_files(tmp_path) == pair_files(Path(run.storage))
+
+
+@pytest.mark.ray
 def test_every_pair_is_one_range_read_of_its_shard(crawled: tuple[Run, Summary], small_site: Path) -> None:
     run, _ = crawled
     root = tables.table_uri(run.storage, "pairs", run.name)
@@ -162,12 +186,15 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
     assert len(done) >= 20
     assert [path for path in done if after.get(path) != before.get(path)] == []
     assert rows_of(run.storage)["groups"] == rows_of(undisturbed.storage)["groups"]
-    files = [path.relative_to(tmp_path) for path in Path(run.storage, "pairs").rglob("*.*")]
-    assert len(files) > 20
-    for path in files:
-        if path.name != "manifest.json":  # tells how long it took
-            assert (tmp_path / path).read_bytes() == (Path(undisturbed.storage) / path).read_bytes()
+    assert len(pair_files(tmp_path)) >= 20
+    assert pair_files(tmp_path) == pair_files(Path(undisturbed.storage))
     assert not any(tmp_path.rglob("*.tmp"))
+
+
+def pair_files(root: Path) -> dict[str, bytes]:
+    """The bytes of the table `pairs`, but the manifest's, which tells how long it took."""
+    files = [path for path in (root / "pairs").rglob("*.*") if path.name != "manifest.json"]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def kill_after_parts(run: Run, count: int) -> dict[str, bytes]:
