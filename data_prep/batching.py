@@ -11,34 +11,21 @@ Nothing here imports torch: the data tasks start fast and stay small.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray
 import ray.data
 
 from data_prep import storage, tables
 from data_prep.pace import Pace
+from data_prep.shared import Shared, share, shared
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 
 Integers = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")
-T = TypeVar("T")
-Shared: TypeAlias = ray.ObjectRef[T] | T
-"""What many tasks read: in Ray's object store, or itself where there is no Ray."""
-
-
-def share(value: T) -> Shared[T]:
-    """Put a value where all tasks find it."""
-    return ray.put(value) if ray.is_initialized() else value
-
-
-def shared(value: Shared[T]) -> T:
-    """What was shared."""
-    return ray.get(value) if isinstance(value, ray.ObjectRef) else value
 
 
 # ---------------------------------------------------------------------------------------------------- plans

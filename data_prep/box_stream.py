@@ -17,9 +17,10 @@ import pyarrow as pa
 
 from data_prep import storage, tables
 from data_prep.augmentation import Annotated, Augmentation, augment
-from data_prep.batching import Integers, Shared, plan_epochs, plan_weighted, repeat_factors, share, shared
+from data_prep.batching import Integers, plan_epochs, plan_weighted, repeat_factors
 from data_prep.embeddings import Regions, RegionStore
 from data_prep.left_out import LeftOut
+from data_prep.shared import Shared, share, shared
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 

@@ -27,6 +27,7 @@ from data_prep import storage
 from data_prep.decode import Decoded, Rejection, with_images
 from data_prep.fetch import Fetched, Then, open_gate, with_status
 from data_prep.inputs import Part
+from data_prep.shared import shared
 from ovd_models.errors import InputError
 
 PROGRESS_SECONDS = 5.0
@@ -209,20 +210,20 @@ class Crew:
 
     def crawl(self, parts: Sequence[Part]) -> Iterator[Progress]:
         """Crawl parts; what came of each as soon as it is saved."""
-        if not self._most:
-            return iter(asyncio.run(self._crawl_here(parts)))
-        pool: Any = self._pool(len(parts))
-        found: Iterator[Progress] = pool.map_unordered(lambda actor, part: actor.crawl.remote(part), parts)
-        return found
+        if self._most:
+            pool: Any = self._pool(len(parts))
+            yield from pool.map_unordered(lambda actor, part: actor.crawl.remote(part), parts)
+        else:
+            yield from asyncio.run(self._crawl_here(parts))
 
     def run(self, task: Callable[..., T], each: Sequence[tuple[Any, ...]]) -> list[T]:
-        """The results of a task for each of some arguments, in their order.
+        """The results of a task for each of some arguments, which may be shared ones, in their order.
 
         Raises:
             InputError: a task did.
         """
         if not self._most:
-            return [task(*arguments) for arguments in each]
+            return [task(*map(shared, arguments)) for arguments in each]
         pool: Any = self._pool(len(each))
         try:
             return list(pool.map(lambda actor, arguments: actor.run.remote(task, *arguments), each))
@@ -230,10 +231,6 @@ class Crew:
             if isinstance(error.cause, InputError):
                 raise error.cause from None
             raise
-
-    def share(self, value: T) -> Any:
-        """An argument of many tasks, which is sent once to each process."""
-        return ray.put(value) if self._most else value
 
     async def _crawl_here(self, parts: Sequence[Part]) -> list[Progress]:
         crawler, slots = Crawler(*self._arguments), asyncio.Semaphore(self._each)

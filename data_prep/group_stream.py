@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep import storage, tables
-from data_prep.batching import Integers, Shared, share, shared
+from data_prep.batching import Integers
+from data_prep.shared import Shared, share, shared
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep import storage, tables
-from data_prep.batching import Integers, Shared, plan_epochs, share, shared
+from data_prep.batching import Integers, plan_epochs
+from data_prep.shared import Shared, share, shared
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 

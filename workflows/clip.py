@@ -308,10 +308,7 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
     if run.config == "smoke" and tables.find_manifest(run.storage, "pairs", run.pairs) is None:
-        tracking.prepare(run.storage, "clip")
-        tiny = dataclasses.replace(prepare_pairs.smoke(), storage=run.storage, crawlers=0)
-        with prepare_pairs.site_of(tiny) as crawl:
-            prepare_pairs.prepare(crawl)
+        prepare_pairs.prepare_smoke(run.storage)
     trained = train(run)
     print(f"zero-shot top-1: base {trained.top1_base:.3f}, novel {trained.top1_novel:.3f} ({trained.seconds:.0f} s)")
     print(f"model: {trained.model}")

@@ -22,14 +22,19 @@ ENVIRONMENT = {
 }
 
 
-def start_ray() -> None:
-    """Connect to the cluster this job runs on, or start one on this machine; nothing if that was done."""
+def configure_ray() -> None:
+    """What Ray's libraries are told, also where no Ray is started."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "ray.data" in sys.modules:  # else it reads the environment once it is imported, and not all jobs need it
         ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start_ray() -> None:
+    """Connect to the cluster this job runs on, or start one on this machine; nothing if that was done."""
+    configure_ray()
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:

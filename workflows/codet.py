@@ -311,11 +311,8 @@ def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
     if run.config == "smoke" and not run.data:
-        tracking.prepare(run.storage, "codet")
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
-        tiny = dataclasses.replace(prepare_pairs.smoke(), storage=run.storage, crawlers=0)
-        with prepare_pairs.site_of(tiny) as crawl:
-            prepare_pairs.prepare(crawl)
+        prepare_pairs.prepare_smoke(run.storage)
         if not run.teacher:
             folder = Path(tempfile.mkdtemp(prefix="ovd-"))
             save_clip(Clip(ClipConfig()), folder)

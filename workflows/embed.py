@@ -329,8 +329,7 @@ def make_smoke_tables(run: Run) -> Run:
 
     prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
     if tables.find_manifest(run.storage, "pairs", run.pairs) is None:
-        with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=run.storage)) as crawl:
-            prepare_pairs.prepare(crawl)
+        prepare_pairs.prepare_smoke(run.storage)
     teacher = storage.join(run.storage, "runs", "clip", "untrained")
     if not storage.exists(storage.join(teacher, "clip.json")):
         import torch

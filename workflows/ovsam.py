@@ -370,7 +370,6 @@ def finish(
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
     if run.config == "smoke" and not run.data:
-        tracking.prepare(run.storage, "ovsam")
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
         if not run.teacher:
             folder = Path(tempfile.mkdtemp(prefix="ovd-"))

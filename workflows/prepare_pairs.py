@@ -46,6 +46,7 @@ from data_prep.inputs import Columns
 from data_prep.nouns import Nouns
 from data_prep.pictograms import GLYPHS
 from data_prep.scores import ScoreConfig, ScoreStage
+from data_prep.shared import share
 from ovd_models.errors import InputError
 from workflows import cli, cluster
 
@@ -363,15 +364,15 @@ def write_shards(
     )
     decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
-    shared, concepts = crew.share(job), crew.share(extractor)
+    common, concepts = share(job), share(extractor)
     each = []
     for count, name in enumerate(work.partitions):
         first = work.first_id(name, run.rows_per_shard)
         start, stop = np.searchsorted(ids, [first, first + run.rows_per_shard])
-        each.append((shared, name, decisions.slice(start, stop - start), concepts, count < SAMPLED_PARTITIONS))
+        each.append((common, name, decisions.slice(start, stop - start), concepts, count < SAMPLED_PARTITIONS))
     written = crew.run(shards.write_shard, each)
     if published is not None:
-        crew.run(shards.stage_published_mentions, [(shared, path, concepts) for path in published.index_files()])
+        crew.run(shards.stage_published_mentions, [(common, path, concepts) for path in published.index_files()])
     return written
 
 
@@ -415,6 +416,12 @@ def site_of(run: Run) -> Iterator[Run]:
         website.build_site(root, num_pictures=run.site_pictures, num_scenes=run.site_scenes)
     with webserver.serving(root):
         yield dataclasses.replace(run, urls=str(root / "urls.tsv"))
+
+
+def prepare_smoke(storage_uri: str) -> Summary:
+    """The tables of `smoke`, crawled inside the driver."""
+    with site_of(dataclasses.replace(smoke(), storage=storage_uri, crawlers=0)) as run:
+        return prepare(run)
 
 
 def main() -> None:

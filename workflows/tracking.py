@@ -11,7 +11,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 import uuid
 import warnings
@@ -55,21 +54,6 @@ def tracking_uri(storage_uri: str) -> str:
     if folder is None:
         raise InputError(f"--storage {storage_uri}: not a local folder, expected MLFLOW_TRACKING_URI to be set")
     return f"sqlite:///{folder / 'mlflow.db'}"
-
-
-def prepare(storage_uri: str, experiment: str) -> None:
-    """Begin to make the database of a new storage, which takes seconds, while the job does other things.
-
-    Raises:
-        InputError: see `tracking_uri`.
-    """
-    uri = tracking_uri(storage_uri)
-
-    def work() -> None:
-        with contextlib.suppress(InputError):  # told by `run`, which opens it once more
-            _open(uri, storage_uri, experiment)
-
-    threading.Thread(target=work).start()  # not a daemon: a half-made database would stay
 
 
 class MetricLogger:

@@ -115,6 +115,7 @@ def last_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
 
 def start_ray_for(*stages: Optimisation) -> None:
     """Start Ray, unless all of these train inside the driver."""
+    cluster.configure_ray()
     if any(stage.workers for stage in stages):
         cluster.start_ray()
 

@@ -102,8 +102,20 @@ def test_a_crawl_inside_the_driver_gives_the_same_bytes_and_starts_no_ray(
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[-1] == f"{summary.kept} False"
+    rates = [int(line.split()[-2].replace(",", "")) for line in found.stdout.splitlines() if line.endswith("rows/s")]
+    assert rates
+    assert max(rates) < 10_000  # they tell of the whole crawl
     assert rows_of(tmp_path)["groups"] == rows_of(run.storage)["groups"]
     assert outcomes_of(rows_of(tmp_path)) == outcomes_of(rows_of(run.storage))
+    assert pair_files(tmp_path) == pair_files(Path(run.storage))
+
+
+@pytest.mark.ray
+def test_a_crawl_inside_the_driver_of_a_job_that_has_a_ray_gives_the_same_bytes(
+    crawled: tuple[Run, Summary], tmp_path: Path
+) -> None:
+    run, _ = crawled
+    prepare(dataclasses.replace(run, storage=str(tmp_path), crawlers=0))
     assert pair_files(tmp_path) == pair_files(Path(run.storage))
 
 
