@@ -140,7 +140,7 @@ def ours(name: str) -> Cost:
     flags = {"config": "photos", "boxes": "", "pairs": name, "name": "bench", "teacher": checkpoint(), "storage": WORK}
     command = [sys.executable, "workflows/embed.py", *as_flags(flags)]
     # Ray's workers are nicer than others by 15: on a machine that is shared, they would wait for the peer's kind.
-    env = {**environment(), "RAY_worker_niceness": "0"}
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_worker_niceness": "0"}
     return succeed(measure(command, log=WORK / "ours.log", cwd=REPOSITORY, env=env, look_seconds=LOOK_SECONDS), "ours")
 
 
@@ -196,8 +196,8 @@ def crops(options: Options) -> dict[str, float]:
     """Boxes of pictures decoded once beside the plain loop: the tiny CLIP of the pictogram world, and ViT-B/32."""
     figures = {}
     for prefix, model, images, boxes in (
-        ("crop_loop", tiny_checkpoint(), 4, 50),
-        ("crop_loop_vit", checkpoint(), 2, 20),
+        ("crop_loop", tiny_checkpoint(), 32, 50),
+        ("crop_loop_vit", checkpoint(), 4, 20),
     ):
         told = in_process("crops", str(model), str(images), str(boxes))
         figures.update({f"{prefix}_{name}": value for name, value in told.items()})
@@ -306,7 +306,9 @@ def install_peer() -> None:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    """Of a process; threads that wait for each other may spin, as torch's do where nobody forbids it."""
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return {**kept, "PYTHONPATH": str(REPOSITORY)}
 
 
 def as_flags(flags: dict[str, object]) -> list[str]:

@@ -47,7 +47,8 @@ class EmbedConfig:
     gpus: float = 0
     """GPUs of an actor."""
     threads: int = 1
-    """Threads of an actor that cut out crops while the teacher looks at earlier ones; some for each GPU."""
+    """Threads of an actor that cut out crops while a GPU looks at earlier ones; without one, its shards share the
+    cores, and each cuts out its own."""
     batch_size: int = 32
     """Squares or captions that the teacher looks at together; some hundred on a GPU. On a CPU, activations of larger
     batches of ViT-B/32 are beyond what the allocator keeps, and their pages are made anew in every layer."""
@@ -204,18 +205,18 @@ class Teacher:
         self.clip = clip.to(self.device)
         self.side = clip.config.image_size
         self.margin = margin_of(clip.normalise.mean)
-        self.pool = ThreadPoolExecutor(config.threads)
+        self.pool = ThreadPoolExecutor(config.threads) if config.gpus else None
 
     def embed_squares(self, batches: Iterable[Callable[[], Pixels]]) -> npt.NDArray[np.float32]:
         """[N, D] features, not normalised, of N squares.
 
         Args:
-            batches: functions that give the pixels [B, side, side, 3] of the next ones; they run in threads ahead.
+            batches: functions that give the pixels [B, side, side, 3] of the next ones; in threads ahead of a GPU.
         """
         torch, clip = self._torch, self.clip
         found = [torch.empty(0, clip.config.embed_dim, device=self.device)]
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            for pixels in ahead(batches, self.pool, self.config.threads + 1):
+            for pixels in ahead(batches, self.pool, self.config.threads + 1) if self.pool else (b() for b in batches):
                 images = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
                 found.append(clip.image_features(images))
         rows: npt.NDArray[np.float32] = torch.cat(found).cpu().numpy()

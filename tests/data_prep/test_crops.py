@@ -61,6 +61,15 @@ def test_the_thinnest_box_becomes_a_square(fit: Fit, window: tuple[int, int, int
     assert (found == (10, 200, 30)).all()
 
 
+@pytest.mark.parametrize("fit", ["warp", "pad", "centre"])
+def test_crops_look_as_squares_of_their_windows_do(fit: Fit) -> None:
+    image = noise(120, 90)
+    windows = [(0, 0, 120, 90), (3, 5, 40, 42), (7, 0, 27, 90), (60, 60, 120, 71), (1, 1, 9, 8), (50, 10, 51, 11)]
+    found = crop_squares(image, windows, 48, fit, (1, 2, 3)).astype(int)
+    for row, window in zip(found, windows, strict=True):
+        assert np.abs(row - square(image.crop(window), 48, fit, (1, 2, 3))).max() <= 2
+
+
 @pytest.mark.parametrize("scales", [(), (1.0, 0.0), (-1.0,)])
 def test_scales_must_be_positive(scales: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match="scales"):
