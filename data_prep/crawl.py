@@ -214,7 +214,7 @@ class Crew:
             pool: Any = self._pool(len(parts))
             yield from pool.map_unordered(lambda actor, part: actor.crawl.remote(part), parts)
         else:
-            yield from asyncio.run(self._crawl_here(parts))
+            yield from self._crawl_here(parts)
 
     def run(self, task: Callable[..., T], each: Sequence[tuple[Any, ...]]) -> list[T]:
         """The results of a task for each of some arguments, which may be shared ones, in their order.
@@ -223,7 +223,8 @@ class Crew:
             InputError: a task did.
         """
         if not self._most:
-            return [task(*map(shared, arguments)) for arguments in each]
+            with ThreadPoolExecutor(DECODERS) as threads:
+                return list(threads.map(lambda arguments: task(*map(shared, arguments)), each))
         pool: Any = self._pool(len(each))
         try:
             return list(pool.map(lambda actor, arguments: actor.run.remote(task, *arguments), each))
@@ -232,14 +233,21 @@ class Crew:
                 raise error.cause from None
             raise
 
-    async def _crawl_here(self, parts: Sequence[Part]) -> list[Progress]:
-        crawler, slots = Crawler(*self._arguments), asyncio.Semaphore(self._each)
+    def _crawl_here(self, parts: Iterable[Part]) -> Iterator[Progress]:
+        todo, waiting = iter(parts), set[asyncio.Task[Progress]]()
+        with asyncio.Runner() as runner:
+            crawler = runner.run(self._start_here())
+            start = runner.get_loop().create_task
+            while True:
+                waiting |= {start(crawler.crawl(part)) for part in itertools.islice(todo, self._each - len(waiting))}
+                if not waiting:
+                    break
+                done, waiting = runner.run(asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))
+                yield from (task.result() for task in done)
+        give_memory_back()
 
-        async def crawl(part: Part) -> Progress:
-            async with slots:
-                return await crawler.crawl(part)
-
-        return list(await asyncio.gather(*(crawl(part) for part in parts)))
+    async def _start_here(self) -> Crawler:
+        return Crawler(*self._arguments)  # inside a loop, to which its connections belong
 
     def _pool(self, tasks: int) -> ActorPool:
         while len(self._actors) < min(self._most, tasks):

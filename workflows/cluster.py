@@ -54,6 +54,11 @@ def start_ray() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def is_joined() -> bool:
+    """Whether this process has joined a cluster, or its job runs on one."""
+    return ray.is_initialized() or "RAY_ADDRESS" in os.environ
+
+
 def cores() -> int:
     """CPUs that can work at a time: those of the cluster, or of this machine, whose number in Ray is one on paper."""
     cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]

@@ -22,6 +22,7 @@ import workflows.startup
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -90,8 +91,8 @@ class Run:
     min_images: int = 2
     """Concepts with fewer images are left out."""
     crawlers: int | None = None
-    """Processes that crawl; None for one for every two cores, which it keeps busy. 0 crawls inside the driver, for
-    debugging."""
+    """Processes that crawl, each of which keeps two cores busy; 0 crawls inside the driver. None: one for every two
+    cores of the cluster, but none beside the driver on a machine of two cores that belongs to no cluster."""
     parts_per_crawler: int = 16
     """Parts a crawler works on at a time, so that slow hosts do not hold up the rest; a kill may lose as many."""
     waiting_bytes: int = 16 << 20
@@ -226,6 +227,8 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     generation = published.generation if published else None
     task = f"{config_hash} {sorted(new)} {run.retry} {generation} {run.rows_per_part}"
     staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
+    alone = run.crawlers is None and not cluster.is_joined() and (os.cpu_count() or 1) <= DECODERS
+    run = dataclasses.replace(run, crawlers=0) if alone else run  # one process is enough: Ray would take 0.4 GB more
     if run.crawlers != 0 or run.scores.scorers or run.corpus.semantic_model:
         cluster.start_ray()
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it once took, beside what the crawl takes
