@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 Aggregation = Literal["maximum", "top_k", "attention", "learned"]
 """From similarities to one score a proposal; `learned` is `LearnedAggregation`, the others are rules of `align`."""
+Guidance = Literal["support", "dimensions", "none"]
+"""How a concept's name says which of the things that a group shares is meant: it is compared with the proposals as the
+images are, or weighs the dimensions of their similarity (`guidance_weights`, the paper's way), or not at all."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def align(
     guidance_GD: Tensor,
     temperature: float,
     *,
+    text_GD: Tensor | None = None,
     aggregation: Aggregation = "maximum",
     top_k: int = 3,
 ) -> Alignment:
@@ -68,13 +72,14 @@ def align(
 
     S[a, b] = sum_k w_k p_a[k] p_b[k] between unit features of a query's proposals a and a support's proposals b; for
     each a one number a support, the mean over supports, and a softmax over a. So neither the order of images nor that
-    of proposals matters, and padding takes no part.
+    of proposals matters, and padding takes no part. A name, if given, counts as much as all supports together.
 
     Args:
         region_GgND: [G, g, N, D] region features of any norm.
         valid_GgN: [G, g, N] bool, False where padded.
         guidance_GD: [G, D] weights of the dimensions.
         temperature: divides the similarity before the softmax.
+        text_GD: [G, D] unit embeddings of the groups' concepts, whose similarity to a is added.
         aggregation: what a support says about a: its greatest similarity (`maximum`), the mean of its `top_k` greatest,
             or the mean of all, weighted by a softmax over b at the same temperature (`attention`).
         top_k: see above.
@@ -89,6 +94,8 @@ def align(
     else:
         count = 1 if aggregation == "maximum" else min(top_k, unit_GgND.shape[2])
         shared_GQN = best_matches(guided_GgND, unit_GgND, valid_GgN, weight_GQS, count)
+    if text_GD is not None:
+        shared_GQN = shared_GQN + torch.einsum("gqad,gd->gqa", unit_GgND, text_GD)
     hidden = torch.finfo(shared_GQN.dtype).min
     attention_GgN = torch.softmax((shared_GQN / temperature).masked_fill(~valid_GgN, hidden), dim=-1) * valid_GgN
     return Alignment(attention_GgN, torch.einsum("gqa,gqad->gqd", attention_GgN, region_GgND))

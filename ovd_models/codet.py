@@ -21,6 +21,7 @@ from torchvision.ops import box_area, clip_boxes_to_image
 from ovd_models.alignment import (
     Aggregation,
     Alignment,
+    Guidance,
     LearnedAggregation,
     align,
     guidance_weights,
@@ -54,9 +55,10 @@ class CoDetConfig:
     supervision: Supervision = "region_region"
     """Which proposal of a captioned image learns its concept: what the group shares (CoDet), the one most similar to
     the concept's name, the largest (Detic); or none (`captions`: the image-text loss alone; `boxes`: nothing)."""
-    text_guidance: bool = True
+    guidance: Guidance = "support"
+    """How a concept's name chooses among what its group shares."""
     centre_guidance: bool = True
-    """Take the mean over all concepts from a concept before it guides; the released model does not."""
+    """Take the mean over all concepts from a concept before it weighs dimensions; the released model does not."""
     aggregation: Aggregation = "maximum"
     """From similarities to attention: a rule of `align`, or the released perceptron, which fits one group size only."""
     top_k: int = 3
@@ -101,6 +103,8 @@ class CoDet(nn.Module):
         if config.aggregation == "learned" and config.supervision == "region_region":
             if config.group_size < 2:
                 raise InputError(f"group_size: {config.group_size}, expected at least 2 for the learned aggregation")
+            if config.guidance == "support":
+                raise InputError('guidance: "support", expected "dimensions" or "none" for the learned aggregation')
             stages = len(config.centernet2.stage_ious) if config.architecture == "centernet2" else 1
             self.aggregations = nn.ModuleList(
                 LearnedAggregation(config.group_size, config.num_proposals) for _ in range(stages)
@@ -243,6 +247,7 @@ class CoDet(nn.Module):
             valid_GgN,
             self.guidance(concepts.concept_ids, concepts_CD),
             config.attention_temperature,
+            text_GD=concepts_CD[concepts.concept_ids] if config.guidance == "support" else None,
             aggregation=config.aggregation,
             top_k=config.top_k,
         )
@@ -250,7 +255,7 @@ class CoDet(nn.Module):
     def guidance(self, concept_G: Tensor, concepts_CD: Tensor) -> Tensor:
         """[G, D] weights of embedding dimensions for concepts [G]."""
         own_GD = concepts_CD[concept_G]
-        if not self.config.text_guidance:
+        if self.config.guidance != "dimensions":
             return torch.ones_like(own_GD)
         return guidance_weights(own_GD, concepts_CD.mean(0) * self.config.centre_guidance)
 

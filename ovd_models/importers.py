@@ -129,11 +129,12 @@ def released_architectures() -> dict[str, Release]:
     coco = CoDetConfig(
         architecture="c4",
         detector=coco_r50_c4(),
+        guidance="dimensions",
         centre_guidance=False,
         concept_weight=0.1,
         caption_weight=0.1,
     )
-    lvis = CoDetConfig(architecture="centernet2", text_guidance=False, caption_weight=0.2)
+    lvis = CoDetConfig(architecture="centernet2", guidance="none", caption_weight=0.2)
     swin = CenterNet2Config(
         backbone="swin",
         backbone_options={

@@ -112,11 +112,10 @@ VARIANTS: dict[str, Callable[[codet_configs.Run], codet_configs.Run]] = {
     "region-region": lambda run: run,
     "region-text": lambda run: with_model(run, supervision="region_text"),
     "max-size": lambda run: with_model(run, supervision="max_size"),
-    "no guidance": lambda run: with_model(run, text_guidance=False),
+    "no guidance": lambda run: with_model(run, guidance="none"),
+    "guided dimensions": lambda run: with_model(run, guidance="dimensions"),
     "both, guidance": lambda run: dataclasses.replace(run, pairs=f"{run.pairs}-both"),
-    "both, no guidance": lambda run: dataclasses.replace(
-        with_model(run, text_guidance=False), pairs=f"{run.pairs}-both"
-    ),
+    "both, no guidance": lambda run: dataclasses.replace(with_model(run, guidance="none"), pairs=f"{run.pairs}-both"),
     "box supervision, joint steps": lambda run: with_model(run, supervision="boxes"),
     "captions": lambda run: with_model(run, supervision="captions"),
     "top-3": lambda run: with_model(run, aggregation="top_k"),

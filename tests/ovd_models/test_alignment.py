@@ -292,9 +292,21 @@ def test_guidance_chooses_between_two_shared_objects() -> None:
     valid = torch.ones(1, 2, 2, dtype=torch.bool)
     for axis in (0, 1):
         text = torch.eye(4)[axis : axis + 1]
-        guided = align(region, valid, guidance_weights(text, torch.zeros(4)), TAU)
-        assert guided.attention.argmax(-1).tolist() == [[axis, axis]]
-        assert float(guided.attention.amax()) > 0.99
+        for guided in (
+            align(region, valid, guidance_weights(text, torch.zeros(4)), TAU),
+            align(region, valid, torch.ones(1, 4), TAU, text_GD=text),
+        ):
+            assert guided.attention.argmax(-1).tolist() == [[axis, axis]]
+            assert float(guided.attention.amax()) > 0.99
+
+
+def test_a_name_counts_as_much_as_all_supports() -> None:
+    region, text = normal(2, 3, 5, 4), F.normalize(normal(2, 4, seed=1), dim=-1)
+    images = align(region, some_valid(), torch.ones(2, 4), TAU).attention
+    name = torch.softmax(torch.einsum("gqad,gd->gqa", F.normalize(region, dim=-1), text) / TAU, dim=-1)
+    both = images * name
+    found = align(region, some_valid(), torch.ones(2, 4), TAU, text_GD=text)
+    assert torch.allclose(found.attention, both / both.sum(-1, keepdim=True).clamp(min=1e-12), atol=1e-5)
 
 
 def test_gradients_reach_the_query_and_its_supports() -> None:

@@ -234,13 +234,15 @@ def test_the_federated_loss_never_draws_classes_that_no_image_shows() -> None:
 
 def test_the_learned_aggregation_takes_its_place_in_every_stage() -> None:
     torch.manual_seed(0)
-    model = CoDet(dataclasses.replace(MODEL, aggregation="learned", group_size=2))
+    model = CoDet(dataclasses.replace(MODEL, aggregation="learned", guidance="none", group_size=2))
     losses = model(blocks(), groups(), torch.eye(16)[:2], torch.eye(16)[:3])
     assert bool(torch.isfinite(losses["concept"]))
     assert without_gradient(model, losses) == []
     assert len(model.aggregations) == 3
     with pytest.raises(InputError, match="group_size: 0"):
         CoDet(dataclasses.replace(MODEL, aggregation="learned"))
+    with pytest.raises(InputError, match='guidance: "support", expected'):
+        CoDet(dataclasses.replace(MODEL, aggregation="learned", group_size=2))
 
 
 def test_any_image_gives_detections_inside_itself() -> None:

@@ -245,7 +245,7 @@ def test_a_table_whose_names_do_not_fit_its_rows_is_told(folder: Path, names: ob
 
 
 def test_a_config_survives_json() -> None:
-    config = replace(CONFIG, num_proposals=7, text_guidance=False)
+    config = replace(CONFIG, num_proposals=7, guidance="none")
     again = from_json(CoDetConfig, json.loads(json.dumps(asdict(config))))
     assert again == config
     assert isinstance(again.detector.strides, tuple)

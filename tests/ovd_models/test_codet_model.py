@@ -134,7 +134,7 @@ def test_guidance_is_centred_on_all_concepts_unless_the_config_says_otherwise() 
     concepts = F.normalize(unit(3, 16, seed=1) + 3 * unit(1, 16, seed=9), dim=1)  # much in common
     losses = []
     for centred in (True, False):
-        model.config = dataclasses.replace(CONFIG, centre_guidance=centred)
+        model.config = dataclasses.replace(CONFIG, guidance="dimensions", centre_guidance=centred)
         losses.append(model(blocks(), groups(), unit(2, 16), concepts)["concept"].item())
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)
 
@@ -147,7 +147,7 @@ def test_a_co_mentioned_concept_is_not_pushed_away() -> None:
     both = [model(blocks(), entry, unit(2, 16), concepts)["concept"].item() for entry in (plain, batch)]
     assert both[1] < both[0]  # one negative less, each a positive number
     alone = dataclasses.replace(batch, mentioned=torch.ones_like(batch.mentioned))
-    guided = dataclasses.replace(CONFIG, text_guidance=False)
+    guided = dataclasses.replace(CONFIG, guidance="none")
     model.config = guided
     model(blocks(), alone, unit(2, 16), concepts)["concept"].backward()
     assert concepts.grad is not None
@@ -177,7 +177,8 @@ def test_the_config_chooses_what_captions_teach(supervision: Supervision) -> Non
 @pytest.mark.parametrize("aggregation", ["maximum", "top_k", "attention", "learned"])
 def test_every_aggregation_trains(aggregation: Aggregation) -> None:
     torch.manual_seed(0)
-    model = CoDet(dataclasses.replace(CONFIG, aggregation=aggregation, group_size=2, caption_weight=0.0))
+    config = dataclasses.replace(CONFIG, aggregation=aggregation, group_size=2, caption_weight=0.0)
+    model = CoDet(dataclasses.replace(config, guidance="none" if aggregation == "learned" else "support"))
     losses = model(blocks(), groups(), unit(2, 16), unit(3, 16, seed=1))
     assert losses["concept"] > 0
     assert without_gradient(model, losses) == []

@@ -210,6 +210,7 @@ def test_the_detector_of_lvis_trains_with_masks_and_is_evaluated(prepared: Run) 
         architecture="centernet2",
         centernet2=small,
         aggregation="learned",
+        guidance="dimensions",
         num_proposals=8,
         group_size=2,
         caption_sizes=(64, 64),
@@ -280,10 +281,10 @@ def test_in_the_setting_of_both_every_concept_brings_its_partner(tmp_path: Path)
 def test_published_settings() -> None:
     # Images with boxes, captioned images, images of a group, proposals, weight, guidance, steps.
     expected = {
-        "coco_r50": (16, 64, 2, 32, 0.1, True, 90_000),
-        "lvis_r50": (64, 256, 8, 128, 0.2, False, 90_000),
-        "lvis_swin_b": (32, 128, 8, 128, 0.2, False, 180_000),
-        "lvis_eva": (32, 256, 8, 128, 0.2, False, 90_000),
+        "coco_r50": (16, 64, 2, 32, 0.1, "dimensions", 90_000),
+        "lvis_r50": (64, 256, 8, 128, 0.2, "none", 90_000),
+        "lvis_swin_b": (32, 128, 8, 128, 0.2, "none", 180_000),
+        "lvis_eva": (32, 256, 8, 128, 0.2, "none", 90_000),
     }
     for name, make in codet_configs.CONFIGS.items():
         run = make()
@@ -292,7 +293,7 @@ def test_published_settings() -> None:
             model, stage = run.model, run.joint_stage
             found = (
                 *(run.detection_batch, run.groups_per_step * run.group_size, run.group_size, model.num_proposals),
-                *(model.concept_weight, model.text_guidance, stage.steps),
+                *(model.concept_weight, model.guidance, stage.steps),
             )
             assert found == expected[name]
             assert model.concept_weight == model.caption_weight
