@@ -65,7 +65,7 @@ class CoDetConfig:
     """Similarities of a support that the aggregation `top_k` takes the mean of."""
     group_size: int = 0
     """Images of a group; only the learned aggregation needs to know."""
-    attention_temperature: float = 0.1
+    attention_temperature: float = 0.03
     """Divides the similarity before the softmax over a query's proposals."""
     concept_weight: float = 0.2
     """Weight of the region-word loss."""
