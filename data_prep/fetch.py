@@ -12,7 +12,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
@@ -58,8 +58,8 @@ class FetchConfig:
     concurrency: int = 128
     """Requests at a time in one process."""
     per_host: int = 16
-    """Requests at a time to one host and port, in one process; `host_failures` until it has answered once, so that
-    silent hosts do not hold all the requests that may wait at a time."""
+    """Requests at a time to one host and port, in one process; of one that has never answered no more than
+    `host_failures` URLs are tried at all, so that silent hosts do not hold all the requests that may wait at a time."""
     host_failures: int = 4
     """URLs of one host and port in a row without an answer, after which this process leaves the rest of them."""
     dns_cache_seconds: float = 300.0
@@ -99,8 +99,10 @@ class _Host:
     """A host and port."""
 
     slots: asyncio.Semaphore
-    more_slots: int
-    """That it gets once it has answered."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set for an instant when a URL may have to wait no more."""
+    trying: int = 0
+    """URLs that it is asked for, with the pauses between their attempts."""
     users: int = 0
     """URLs that hold a slot or wait for one."""
     answered: float = 0.0
@@ -113,6 +115,21 @@ class _Host:
     paused_until: float = 0.0
     """It asked for no request until then (`Retry-After`)."""
 
+    async def admit(self, most: int) -> None:
+        """Wait, as long as it has never answered, until fewer URLs than would give it up are tried or have failed."""
+        while not self.answered and self.failures < most <= self.trying + self.failures:
+            await self.changed.wait()
+        self.trying += 1
+
+    def leave(self) -> None:
+        """A URL is settled."""
+        self.trying -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed.clear()
+
     def settle(self, failure: FetchError | None, began: float) -> None:
         """Count how a URL that began at a time ended here, None for well.
 
@@ -121,9 +138,7 @@ class _Host:
         now = time.monotonic()
         if failure is None or failure.reason not in SILENCE:
             self.failures, self.answered = 0, now
-            for _ in range(self.more_slots):
-                self.slots.release()
-            self.more_slots = 0
+            self._wake()
         elif began >= self.answered:
             self.failures, self.last = self.failures + 1, failure.fresh()
             self.given_up_until = now + GIVEN_UP_SECONDS
@@ -140,6 +155,8 @@ class _Visit:
     is_robots_txt: bool = False
     host: _Host | None = None
     """Where the last hop went."""
+    hosts: dict[str, _Host] = field(default_factory=dict)
+    """Where all hops went."""
     status: int | None = None
     asked: bool = False
     """Whether this attempt has made a request."""
@@ -219,6 +236,13 @@ class Fetcher:
 
     async def _fetch_one(self, url: str | None) -> Fetched:
         visit = _Visit(remaining=self.config.deadline_seconds)
+        try:
+            return await self._try(url, visit)
+        finally:
+            for host in visit.hosts.values():
+                host.leave()
+
+    async def _try(self, url: str | None, visit: _Visit) -> Fetched:
         for attempt in range(1, self.config.max_attempts + 1):
             visit.asked = False
             try:
@@ -286,6 +310,9 @@ class Fetcher:
         visit.host = host = self._host(name)
         host.users += 1
         try:
+            if name not in visit.hosts:
+                await host.admit(max(1, self.config.host_failures))
+                visit.hosts[name] = host
             async with host.slots:
                 await self._pause(host, name, visit)
                 async with self._slots:
@@ -311,8 +338,7 @@ class Fetcher:
 
     def _host(self, name: str) -> _Host:
         if name not in self._hosts:
-            first = min(self.config.per_host, max(1, self.config.host_failures))
-            self._hosts[name] = _Host(slots=asyncio.Semaphore(first), more_slots=self.config.per_host - first)
+            self._hosts[name] = _Host(slots=asyncio.Semaphore(self.config.per_host))
             while len(self._hosts) > REMEMBERED_HOSTS and not self._hosts[oldest := next(iter(self._hosts))].users:
                 del self._hosts[oldest]
         self._hosts.move_to_end(name)
