@@ -67,6 +67,7 @@ def align(
     text_GD: Tensor | None = None,
     aggregation: Aggregation = "maximum",
     top_k: int = 3,
+    gradient: bool = True,
 ) -> Alignment:
     """Find in every image what its group shares (CoDet, section 3.2; all queries at once).
 
@@ -83,10 +84,12 @@ def align(
         aggregation: what a support says about a: its greatest similarity (`maximum`), the mean of its `top_k` greatest,
             or the mean of all, weighted by a softmax over b at the same temperature (`attention`).
         top_k: see above.
+        gradient: whether one flows through the attention too, and not only through the features that it weighs.
     """
     if not region_GgND.shape[2]:  # no image has a proposal
         return Alignment(region_GgND.new_zeros(valid_GgN.shape), region_GgND.sum(2))
     region_GgND, unit_GgND, valid_GgN = usable(region_GgND, valid_GgN)
+    unit_GgND = unit_GgND if gradient else unit_GgND.detach()
     guided_GgND = unit_GgND * guidance_GD[:, None, None, :]
     weight_GQS = support_weights(valid_GgN)
     if aggregation == "attention":

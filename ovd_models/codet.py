@@ -65,8 +65,11 @@ class CoDetConfig:
     """Similarities of a support that the aggregation `top_k` takes the mean of."""
     group_size: int = 0
     """Images of a group; only the learned aggregation needs to know."""
-    attention_temperature: float = 0.03
+    attention_temperature: float = 0.05
     """Divides the similarity before the softmax over a query's proposals."""
+    attention_gradient: bool = False
+    """Let the region-word loss change what proposals have in common, as the released model does, and not only what the
+    proposals that have something in common are called."""
     concept_weight: float = 0.2
     """Weight of the region-word loss."""
     caption_weight: float = 0.05
@@ -250,6 +253,7 @@ class CoDet(nn.Module):
             text_GD=concepts_CD[concepts.concept_ids] if config.guidance == "support" else None,
             aggregation=config.aggregation,
             top_k=config.top_k,
+            gradient=config.attention_gradient,
         )
 
     def guidance(self, concept_G: Tensor, concepts_CD: Tensor) -> Tensor:

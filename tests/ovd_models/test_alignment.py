@@ -318,6 +318,17 @@ def test_gradients_reach_the_query_and_its_supports() -> None:
     assert bool((region.grad[0, 1:].abs().sum((-2, -1)) > 0).all())  # and each support
 
 
+def test_attention_without_a_gradient_is_the_same_attention() -> None:
+    region = normal(1, 3, 4, 8).requires_grad_()
+    valid, guidance = torch.ones(1, 3, 4, dtype=torch.bool), torch.ones(1, 8)
+    found = align(region, valid, guidance, TAU, gradient=False)
+    assert torch.equal(found.attention, align(region, valid, guidance, TAU).attention)
+    found.prototype[0, 0].sum().backward()
+    assert region.grad is not None
+    assert torch.allclose(region.grad[0, 0], found.attention[0, 0, :, None].expand(4, 8))
+    assert not region.grad[0, 1:].any()
+
+
 # --------------------------------------------------------------------------------------------------- guidance
 
 
