@@ -94,7 +94,7 @@ def crops(checkpoint: str, images: str, boxes: str) -> dict[str, float]:
 
 
 def resampling(teacher: Teacher, pictures: list[Image.Image], box_N4: list[np.ndarray]) -> dict[str, float]:
-    """Milliseconds a crop by `crop_squares`, Pillow and RoIAlign; the latter takes bins' means: how alike that looks."""
+    """Milliseconds a crop by `crop_squares`, Pillow and RoIAlign, whose means of bins look less alike."""
     side = teacher.side
     windows = [crop_windows(boxes, 1.0, *picture.size) for picture, boxes in zip(pictures, box_N4, strict=True)]
     count = sum(map(len, windows))
