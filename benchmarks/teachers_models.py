@@ -94,12 +94,12 @@ def crops(checkpoint: str, images: str, boxes: str) -> dict[str, float]:
 
 
 def resampling(teacher: Teacher, pictures: list[Image.Image], box_N4: list[np.ndarray]) -> dict[str, float]:
-    """Milliseconds a crop by `crop_squares`, Pillow and RoIAlign, whose means of bins look less alike."""
+    """Milliseconds a crop by `crop_squares`, Pillow and RoIAlign, and how alike the latter's means of bins look."""
     side = teacher.side
     windows = [crop_windows(boxes, 1.0, *picture.size) for picture, boxes in zip(pictures, box_N4, strict=True)]
     count = sum(map(len, windows))
 
-    def on_cpu() -> np.ndarray:
+    def by_torch() -> np.ndarray:
         pairs = zip(pictures, windows, strict=True)
         return np.concatenate([crop_squares(picture, own.tolist(), side, "warp") for picture, own in pairs])
 
@@ -115,7 +115,7 @@ def resampling(teacher: Teacher, pictures: list[Image.Image], box_N4: list[np.nd
             parts.append(found.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
         return np.concatenate(parts)
 
-    cpu_seconds, bicubic = timed(on_cpu)
+    torch_seconds, bicubic = timed(by_torch)
     pillow_seconds, _ = timed(by_pillow)
     align_seconds, aligned_pixels = timed(aligned)
     rows = []
@@ -124,7 +124,8 @@ def resampling(teacher: Teacher, pictures: list[Image.Image], box_N4: list[np.nd
         found = teacher.embed_squares(parts)
         rows.append(found / np.linalg.norm(found, axis=1, keepdims=True))
     return {
-        "resize_ms": 1e3 * cpu_seconds / count,
+        "mean_side": float(np.concatenate([own[:, 2:] - own[:, :2] for own in windows]).mean()),
+        "resize_ms": 1e3 * torch_seconds / count,
         "pillow_ms": 1e3 * pillow_seconds / count,
         "roi_align_ms": 1e3 * align_seconds / count,
         "roi_align_lowest_cosine": float((rows[0] * rows[1]).sum(1).min()),

@@ -235,8 +235,8 @@ class Crew:
 
     def _crawl_here(self, parts: Iterable[Part]) -> Iterator[Progress]:
         todo, waiting = iter(parts), set[asyncio.Task[Progress]]()
+        crawler = Crawler(*self._arguments)
         with asyncio.Runner() as runner:
-            crawler = runner.run(self._start_here())
             start = runner.get_loop().create_task
             while True:
                 waiting |= {start(crawler.crawl(part)) for part in itertools.islice(todo, self._each - len(waiting))}
@@ -245,9 +245,6 @@ class Crew:
                 done, waiting = runner.run(asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))
                 yield from (task.result() for task in done)
         give_memory_back()
-
-    async def _start_here(self) -> Crawler:
-        return Crawler(*self._arguments)  # inside a loop, to which its connections belong
 
     def _pool(self, tasks: int) -> ActorPool:
         while len(self._actors) < min(self._most, tasks):

@@ -115,9 +115,13 @@ class _Host:
     paused_until: float = 0.0
     """It asked for no request until then (`Retry-After`)."""
 
+    def has_room(self, most: int) -> bool:
+        """Whether one more URL may be tried: if it has never answered, only as many as would give it up."""
+        return bool(self.answered) or self.failures >= most or self.trying + self.failures < most
+
     async def admit(self, most: int) -> None:
-        """Wait, as long as it has never answered, until fewer URLs than would give it up are tried or have failed."""
-        while not self.answered and self.failures < most <= self.trying + self.failures:
+        """Wait until there is room."""
+        while not self.has_room(most):
             await self.changed.wait()
         self.trying += 1
 
@@ -156,11 +160,17 @@ class _Visit:
     host: _Host | None = None
     """Where the last hop went."""
     hosts: dict[str, _Host] = field(default_factory=dict)
-    """Where all hops went."""
+    """Where it is tried, since hops may go to several."""
     status: int | None = None
     asked: bool = False
     """Whether this attempt has made a request."""
     resolving: bool = False
+
+    def leave(self) -> None:
+        """Be tried nowhere."""
+        for host in self.hosts.values():
+            host.leave()
+        self.hosts.clear()
 
 
 async def _as_it_is(fetched: Fetched) -> Fetched:
@@ -239,8 +249,7 @@ class Fetcher:
         try:
             return await self._try(url, visit)
         finally:
-            for host in visit.hosts.values():
-                host.leave()
+            visit.leave()
 
     async def _try(self, url: str | None, visit: _Visit) -> Fetched:
         for attempt in range(1, self.config.max_attempts + 1):
@@ -311,7 +320,10 @@ class Fetcher:
         host.users += 1
         try:
             if name not in visit.hosts:
-                await host.admit(max(1, self.config.host_failures))
+                most = max(1, self.config.host_failures)
+                if not host.has_room(most):
+                    visit.leave()  # who waits holds nothing that others may wait for
+                await host.admit(most)
                 visit.hosts[name] = host
             async with host.slots:
                 await self._pause(host, name, visit)

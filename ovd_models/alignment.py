@@ -84,7 +84,7 @@ def align(
         aggregation: what a support says about a: its greatest similarity (`maximum`), the mean of its `top_k` greatest,
             or the mean of all, weighted by a softmax over b at the same temperature (`attention`).
         top_k: see above.
-        gradient: whether one flows through the attention too, and not only through the features that it weighs.
+        gradient: whether one flows to the regions through the attention too, and not only through their mean.
     """
     if not region_GgND.shape[2]:  # no image has a proposal
         return Alignment(region_GgND.new_zeros(valid_GgN.shape), region_GgND.sum(2))

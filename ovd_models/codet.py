@@ -69,7 +69,7 @@ class CoDetConfig:
     """Divides the similarity before the softmax over a query's proposals."""
     attention_gradient: bool = False
     """Let the region-word loss change what proposals have in common, as the released model does, and not only what the
-    proposals that have something in common are called."""
+    proposals that have something in common are called. The `learned` aggregation is always trained."""
     concept_weight: float = 0.2
     """Weight of the region-word loss."""
     caption_weight: float = 0.05

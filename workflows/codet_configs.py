@@ -65,6 +65,8 @@ class Run:
         if self.alternate and self.joint_stage.checkpoint_every % (2 * training.REQUIRED_DIVISOR):
             expected = f"a multiple of {2 * training.REQUIRED_DIVISOR}, since kinds of batches alternate"
             raise InputError(f"checkpoint_every: {self.joint_stage.checkpoint_every}, expected {expected}")
+        if self.model.aggregation == "learned" and self.model.guidance == "support":
+            raise InputError('model.guidance: "support", expected "dimensions" or "none" for the learned aggregation')
         if self.model.aggregation == "learned" and self.model.group_size != self.group_size:
             raise InputError(f"model.group_size: {self.model.group_size}, expected the group_size, {self.group_size}")
 

@@ -120,7 +120,7 @@ VARIANTS: dict[str, Callable[[codet_configs.Run], codet_configs.Run]] = {
     "captions": lambda run: with_model(run, supervision="captions"),
     "top-3": lambda run: with_model(run, aggregation="top_k"),
     "attention": lambda run: with_model(run, aggregation="attention"),
-    "learned": lambda run: with_model(run, aggregation="learned", group_size=run.group_size),
+    "learned": lambda run: with_model(run, aggregation="learned", guidance="dimensions", group_size=run.group_size),
 }
 """Name -> what it changes in the training."""
 

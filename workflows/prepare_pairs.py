@@ -206,6 +206,9 @@ def prepare_local(run: Run, rows: pa.Table) -> Summary:
 
 def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool = False) -> Summary:
     started = time.monotonic()
+    for name in ("rows_per_shard", "rows_per_part", "parts_per_crawler"):
+        if getattr(run, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected 1 or more")
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
     extractor = Vocabulary.read(run.vocabulary) if run.vocabulary else Vocabulary.parse(run.names)
     concepts: Extractor = extractor if extractor.names else Nouns()
@@ -227,13 +230,12 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     generation = published.generation if published else None
     task = f"{config_hash} {sorted(new)} {run.retry} {generation} {run.rows_per_part}"
     staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
-    alone = run.crawlers is None and not cluster.is_joined() and (os.cpu_count() or 1) <= DECODERS
-    run = dataclasses.replace(run, crawlers=0) if alone else run  # one process is enough: Ray would take 0.4 GB more
-    if run.crawlers != 0 or run.scores.scorers or run.corpus.semantic_model:
+    processes = count_crawlers(run)
+    if processes or run.scores.scorers or run.corpus.semantic_model:
         cluster.start_ray()
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it once took, beside what the crawl takes
 
-    with start_crew(run, staging, are_files=are_files) as crew:
+    with start_crew(run, processes, staging, are_files=are_files) as crew:
         work = generations.plan(
             [lists[digest] for digest in new],
             published,
@@ -294,9 +296,18 @@ def find_repeated_urls(run: Run, work: Work, published: Published | None, stagin
     return corpus.decisions()
 
 
-def start_crew(run: Run, staging: str, *, are_files: bool) -> Crew:
+def count_crawlers(run: Run) -> int:
+    """Processes that crawl, beside the driver; joins or starts a cluster where their number depends on it."""
+    if run.crawlers is not None:
+        return run.crawlers
+    if not cluster.is_joined() and (os.cpu_count() or 1) <= DECODERS:
+        return 0  # the driver keeps the cores busy, and Ray would take as much memory again
+    cluster.start_ray()
+    return max(1, cluster.cores() // DECODERS)
+
+
+def start_crew(run: Run, processes: int, staging: str, *, are_files: bool) -> Crew:
     """What is done to every row, by processes that do it to some rows at a time."""
-    processes = max(1, cluster.cores() // DECODERS) if run.crawlers is None else run.crawlers
     fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // max(1, processes)))
     models = []
     if run.scores.scorers or run.corpus.semantic_model:

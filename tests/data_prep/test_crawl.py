@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep import crawl, inputs, shards, tables
-from data_prep.crawl import DECODERS, Crawler, Progress, Reader, Steps, follow
+from data_prep.crawl import DECODERS, Crawler, Crew, Progress, Reader, Steps, follow
 from data_prep.decode import DecodeConfig, Decoded, Rejection, decode
 from data_prep.fetch import Fetched
 from data_prep.filters import FilterConfig, filter_rows
@@ -148,3 +148,40 @@ def test_a_crawl_of_which_most_fetches_fail_warns(
     assert "WARNING" not in capsys.readouterr().out
     follow([good, bad, bad, bad], 40)
     assert capsys.readouterr().out.count("WARNING: 17 of 30 fetches failed") == 1
+
+
+# ------------------------------------------------------------------------------------------------- inside the driver
+
+
+def here(steps: Steps) -> Crew:
+    """A crew without processes, that works on two parts at a time."""
+    return Crew(steps, processes=0, parts_at_a_time=2, waiting_bytes=1 << 20)
+
+
+def test_a_crew_without_processes_crawls_every_part(tmp_path: Path) -> None:
+    staging = a_list(tmp_path, [photo(number) for number in range(20)])
+    with here(steps_at(staging)) as crew:
+        assert sum(part.rows for part in crew.crawl([Part("p", number) for number in range(5)])) == 20
+        assert crew.run(max, [(1, 2), (4, 3)]) == [2, 4]
+    assert len(shards.staged(staging, "parts")) == 5
+
+
+def test_a_part_that_fails_ends_a_crew_without_processes(tmp_path: Path) -> None:
+    staging = a_list(tmp_path, [photo(number) for number in range(20)])
+
+    def save(rows: pa.Table, part: Part) -> None:
+        if part.number == 1:
+            raise OSError("the disk is full")
+        shards.stage_part(rows, part, staging=staging)
+
+    with here(steps_at(staging, save=save)) as crew, pytest.raises(OSError, match="the disk is full"):
+        list(crew.crawl([Part("p", number) for number in range(5)]))
+
+
+def test_a_crew_without_processes_can_be_left_early(tmp_path: Path) -> None:
+    staging = a_list(tmp_path, [photo(number) for number in range(20)])
+    with here(steps_at(staging)) as crew:
+        progress = crew.crawl([Part("p", number) for number in range(5)])
+        assert next(progress).rows == 4
+        progress.close()
+    assert len(shards.staged(staging, "parts")) < 5

@@ -68,6 +68,9 @@ def test_crops_look_as_squares_of_their_windows_do(fit: Fit) -> None:
     found = crop_squares(image, windows, 48, fit, (1, 2, 3)).astype(int)
     for row, window in zip(found, windows, strict=True):
         assert np.abs(row - square(image.crop(window), 48, fit, (1, 2, 3))).max() <= 2
+    sharp = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
+    row = crop_squares(sharp, [(0, 0, 30, 90)], 48, fit, (1, 2, 3))[0].astype(int)
+    assert np.abs(row - square(sharp.crop((0, 0, 30, 90)), 48, fit, (1, 2, 3))).max() <= 30
 
 
 @pytest.mark.parametrize("scales", [(), (1.0, 0.0), (-1.0,)])

@@ -21,6 +21,7 @@ from data_prep.pictograms import World
 from ovd_models.cascade import CenterNet2Config
 from ovd_models.centernet import CenterNetConfig
 from ovd_models.checkpoints import load_codet
+from ovd_models.codet import CoDet
 from ovd_models.errors import InputError
 from workflows import cli, codet, codet_configs, codet_study, evaluate, tracking
 from workflows.codet import Trained
@@ -278,6 +279,11 @@ def test_in_the_setting_of_both_every_concept_brings_its_partner(tmp_path: Path)
     assert sorted(scene.labels.tolist()) == [3, 7, 40, 41]
 
 
+@pytest.mark.parametrize("variant", codet_study.VARIANTS)
+def test_every_variant_of_the_study_can_be_built(variant: str) -> None:
+    CoDet(codet_study.VARIANTS[variant](codet_configs.pictograms()).model)
+
+
 def test_published_settings() -> None:
     # Images with boxes, captioned images, images of a group, proposals, weight, guidance, steps.
     expected = {
@@ -331,7 +337,10 @@ def test_what_cannot_be_trained_is_told_before_any_work(prepared: Run, trained: 
         lambda run: replace(run, pairs="other"), prepared
     )
     assert "model.group_size: 0, expected the group_size, 2" in bad(
-        lambda run: replace(run, model=replace(run.model, aggregation="learned")), prepared
+        lambda run: replace(run, model=replace(run.model, aggregation="learned", guidance="none")), prepared
+    )
+    assert 'model.guidance: "support", expected' in bad(
+        lambda run: replace(run, model=replace(run.model, aggregation="learned", group_size=2)), prepared
     )
     odd = replace(prepared.joint_stage, checkpoint_every=15)
     assert "checkpoint_every: 15, expected a multiple of 10" in bad(

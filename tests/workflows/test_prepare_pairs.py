@@ -89,17 +89,19 @@ def test_a_crawl_inside_the_driver_gives_the_same_bytes_and_starts_no_ray(
 ) -> None:
     run, summary = crawled
     program = (
-        "import dataclasses, sys\n"
+        "import dataclasses, os, sys\n"
         "import ray\n"
         "from workflows import prepare_pairs\n"
         "run = dataclasses.replace(prepare_pairs.smoke(), name='t', storage=sys.argv[1], urls=sys.argv[2])\n"
         "fetch = dataclasses.replace(run.fetch, deadline_seconds=5.0)\n"
         "run = dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16)\n"
-        "found = prepare_pairs.prepare(dataclasses.replace(run, fetch=fetch, crawlers=0))\n"
+        "os.cpu_count = lambda: 2\n"
+        "found = prepare_pairs.prepare(dataclasses.replace(run, fetch=fetch))\n"
         "print(found.kept, ray.is_initialized())\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path), run.urls]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, env=alone)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[-1] == f"{summary.kept} False"
     rates = [int(line.split()[-2].replace(",", "")) for line in found.stdout.splitlines() if line.endswith("rows/s")]
@@ -285,6 +287,7 @@ def test_a_list_of_nothing_but_rejects_gives_empty_tables(ray_cluster: None, tmp
         (["--config", "web", "--urls", "none.tsv"], "none.tsv: cannot be read, expected a URL list"),
         (["--config", "web", "--urls", "list.tsv"], "list.tsv: no column 'url', expected it among: link, caption"),
         (["--config", "web"], "--urls: missing, expected"),
+        (["--config", "smoke", "--parts-per-crawler", "0"], "--parts-per-crawler 0: expected 1 or more"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
