@@ -81,7 +81,6 @@ def crops(checkpoint: str, images: str, boxes: str) -> dict[str, float]:
             ours.append(seconds)
     for number, part in enumerate(parts):
         found[number::CORES] = part
-    torch.set_num_threads(CORES)
     cosine = np.concatenate([(a * b.astype(np.float32)).sum(1) for a, b in zip(expected, found, strict=True)])
     count = int(images) * int(boxes)
     return {
@@ -94,7 +93,7 @@ def crops(checkpoint: str, images: str, boxes: str) -> dict[str, float]:
 
 
 def resampling(teacher: Teacher, pictures: list[Image.Image], box_N4: list[np.ndarray]) -> dict[str, float]:
-    """Milliseconds a crop by `crop_squares`, Pillow and RoIAlign, and how alike the latter's means of bins look."""
+    """Milliseconds of a core a crop by `crop_squares`, Pillow and RoIAlign, and how alike the latter's means of bins look."""
     side = teacher.side
     windows = [crop_windows(boxes, 1.0, *picture.size) for picture, boxes in zip(pictures, box_N4, strict=True)]
     count = sum(map(len, windows))
