@@ -195,11 +195,12 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def crops(options: Options) -> dict[str, float]:
     """Boxes of pictures decoded once beside the plain loop: the tiny CLIP of the pictogram world, and ViT-B/32."""
     figures = {}
-    for prefix, model, images, boxes in (
-        ("crop_loop", tiny_checkpoint(), 32, 50),
-        ("crop_loop_vit", checkpoint(), 4, 20),
+    for prefix, model, images, boxes, precision in (
+        ("crop_loop", tiny_checkpoint(), 32, 50, "float32"),
+        ("crop_loop_bfloat16", tiny_checkpoint(), 32, 50, "bfloat16"),
+        ("crop_loop_vit", checkpoint(), 4, 20, "float32"),
     ):
-        told = in_process("crops", str(model), str(images), str(boxes))
+        told = in_process("crops", str(model), str(images), str(boxes), precision)
         figures.update({f"{prefix}_{name}": value for name, value in told.items()})
     return figures
 

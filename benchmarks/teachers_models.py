@@ -1,7 +1,7 @@
 """Timings inside one process, for teachers.py: forward passes alone, crops beside the plain loop, random reads.
 
 python benchmarks/teachers_models.py forward CHECKPOINT IMAGES THREADS
-python benchmarks/teachers_models.py crops CHECKPOINT IMAGES BOXES
+python benchmarks/teachers_models.py crops CHECKPOINT IMAGES BOXES float32|bfloat16
 python benchmarks/teachers_models.py store FOLDER
 """
 
@@ -52,23 +52,24 @@ def forward(checkpoint: str, count: str, threads: str) -> dict[str, float]:
     return {"rate": batches * BATCH / seconds, "cpu_seconds": cpu / (batches * BATCH)}
 
 
-def crops(checkpoint: str, images: str, boxes: str) -> dict[str, float]:
+def crops(checkpoint: str, images: str, boxes: str, bfloat16: str) -> dict[str, float]:
     """Embeddings of boxes: seconds of the plain loop over ours, and how alike they are; ways to resample beside it.
 
     The loop's passes have all cores. Ours work as an actor does (`ShardWorker`): a shard for each core, in a thread.
     """
-    teacher = Teacher(checkpoint, EmbedConfig())
+    teacher = Teacher(checkpoint, EmbedConfig(bfloat16=bfloat16 == "bfloat16"))
     rng = np.random.default_rng(0)
     pictures = [draw(rng) for _ in range(int(images))]
+    arrays = [np.asarray(picture) for picture in pictures]
     box_N4 = [draw_boxes(rng, int(boxes), picture) for picture in pictures]
     config = CropConfig(fit="centre")
 
     def embed_shard(number: int) -> list[np.ndarray]:
         own = slice(number, None, CORES)
-        return embed_regions(teacher, pictures[own], box_N4[own], config)
+        return embed_regions(teacher, arrays[own], box_N4[own], config)
 
     plain_loop(teacher.clip, pictures[:1], [box_N4[0][:2]], config)  # both have warmed up
-    embed_regions(teacher, pictures[:1], [box_N4[0][:2]], config)
+    embed_regions(teacher, arrays[:1], [box_N4[0][:2]], config)
     loop, ours = [], []
     found: list[np.ndarray] = [np.empty(0)] * len(pictures)
     with ThreadPoolExecutor(CORES) as shards_at_a_time:
@@ -93,14 +94,14 @@ def crops(checkpoint: str, images: str, boxes: str) -> dict[str, float]:
 
 
 def resampling(teacher: Teacher, pictures: list[Image.Image], box_N4: list[np.ndarray]) -> dict[str, float]:
-    """Milliseconds of a core a crop by `crop_squares`, Pillow and RoIAlign, and how alike the latter's means of bins look."""
+    """Milliseconds of a core a crop by torch, Pillow and RoIAlign, and how alike the latter's means of bins look."""
     side = teacher.side
     windows = [crop_windows(boxes, 1.0, *picture.size) for picture, boxes in zip(pictures, box_N4, strict=True)]
     count = sum(map(len, windows))
 
     def by_torch() -> np.ndarray:
         pairs = zip(pictures, windows, strict=True)
-        return np.concatenate([crop_squares(picture, own.tolist(), side, "warp") for picture, own in pairs])
+        return np.concatenate([crop_squares(np.asarray(picture), own.tolist(), side, "warp") for picture, own in pairs])
 
     def by_pillow() -> list[np.ndarray]:
         pairs = zip(pictures, windows, strict=True)

@@ -87,21 +87,26 @@ def _long_side(edge: int, shorter: int, side: int) -> int:
 
 
 def crop_squares(
-    image: Image.Image, windows: Sequence[Sequence[int]], side: int, fit: Fit, margin: Colour = (0, 0, 0)
+    pixels_HW3: npt.NDArray[np.uint8],
+    windows: Sequence[Sequence[int]],
+    side: int,
+    fit: Fit,
+    margin: Colour = (0, 0, 0),
 ) -> npt.NDArray[np.uint8]:
-    """[N, side, side, 3] pixels of N windows (xyxy, whole pixels inside an RGB image), fitted as `square` does.
+    """[N, side, side, 3] pixels of N windows (xyxy, whole pixels inside the image), fitted as `square` does.
 
-    Resampled by torch, which takes a third to a fifth of Pillow's time and is within 2 of 255 levels of it where the
-    picture is smooth; sharp edges differ more in windows higher than wide, which Pillow reduces in height first.
+    Resampled by torch, which is faster than Pillow and within 2 of 255 levels of it where the picture is smooth; sharp
+    edges differ more in windows higher than wide, which Pillow reduces in height first.
     """
     import torch
     from torch.nn.functional import interpolate
 
+    pixels_HW3 = np.require(pixels_HW3, requirements="W")  # torch shares its memory, and warns of what is read-only
     squares_NSS3 = np.empty((len(windows), side, side, 3), np.uint8)
     for row, (x0, y0, x1, y1) in enumerate(windows):
-        edges = y1 - y0, x1 - x0
+        edges, window_hw3 = (y1 - y0, x1 - x0), pixels_HW3[y0:y1, x0:x1]
         if fit == "centre" and max(edges) > 3 * min(edges):  # torch would also resample what is outside the square
-            squares_NSS3[row] = square(image.crop((x0, y0, x1, y1)), side, fit)
+            squares_NSS3[row] = square(Image.fromarray(window_hw3), side, fit)
             continue
         if fit == "warp":
             height, width = side, side
@@ -109,7 +114,8 @@ def crop_squares(
             height, width = (_long_side(edge, min(edges), side) for edge in edges)
         else:
             height, width = (max(1, round(side * edge / max(edges))) for edge in edges)
-        window_13hw = torch.from_numpy(np.array(image.crop((x0, y0, x1, y1)))).permute(2, 0, 1)[None]
+        # Views are numpy's: each call into torch gives the GIL away, and a thread beside this one would take it.
+        window_13hw = torch.from_numpy(window_hw3.transpose(2, 0, 1)[None])
         fitted_13hw = interpolate(window_13hw, (height, width), mode="bicubic", antialias=True)
         fitted_hw3 = fitted_13hw.numpy()[0].transpose(1, 2, 0)
         if fit == "pad":

@@ -56,6 +56,9 @@ class EmbedConfig:
     """Images of a shard at most: what a killed run computes again."""
     waiting_bytes: int = 256 << 20
     """Of decoded images that wait for an actor."""
+    bfloat16: bool | None = None
+    """Compute in bfloat16; None: on a GPU. A CPU with instructions for it is faster with convolutions, not with
+    transformers."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -198,10 +201,13 @@ class Teacher:
         import torch  # here, so that the data tasks stay small
 
         from ovd_models.clip import load_clip
+        from ovd_models.towers import fold_norms
 
         self._torch, self.config = torch, config
         self.device = torch.device("cuda" if config.gpus else "cpu")
+        self.half = bool(config.gpus) if config.bfloat16 is None else config.bfloat16
         clip, self.id = load_clip(storage.local_folder(checkpoint))
+        fold_norms(clip.model.visual)
         self.clip = clip.to(self.device)
         self.side = clip.config.image_size
         self.margin = margin_of(clip.normalise.mean)
@@ -215,7 +221,7 @@ class Teacher:
         """
         torch, clip = self._torch, self.clip
         found = [torch.empty(0, clip.config.embed_dim, device=self.device)]
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.half):
             for pixels in ahead(batches, self.pool, self.config.threads + 1) if self.pool else (b() for b in batches):
                 images = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
                 found.append(clip.image_features(images))
@@ -232,7 +238,7 @@ class Teacher:
         rows = np.empty((len(place), clip.config.embed_dim), np.float32)
         tokens = clip.tokenize(list(place))
         order = torch.argsort((tokens != 0).sum(1), stable=True)
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.half):
             for start in range(0, len(place), self.config.batch_size):
                 chosen = order[start : start + self.config.batch_size]
                 rows[chosen.numpy()] = clip.encode_tokens(tokens[chosen].to(self.device)).float().cpu().numpy()
@@ -266,7 +272,7 @@ def ahead(batches: Iterable[Callable[[], Pixels]], pool: ThreadPoolExecutor, dep
 
 
 def embed_regions(
-    teacher: Teacher, images: Sequence[Image.Image], boxes: Sequence[npt.NDArray[np.float32]], crops: CropConfig
+    teacher: Teacher, images: Sequence[Pixels], boxes: Sequence[npt.NDArray[np.float32]], crops: CropConfig
 ) -> list[npt.NDArray[np.float16]]:
     """What the teacher sees in the boxes of some images, each decoded once (ViLD, section 3.3).
 
@@ -274,7 +280,7 @@ def embed_regions(
 
     Args:
         teacher: f.
-        images: RGB pictures.
+        images: RGB pictures [H, W, 3] of any sizes.
         boxes: [N, 4] xyxy of each, in its pixels.
         crops: which crops stand for a box.
 
@@ -285,7 +291,7 @@ def embed_regions(
     places: list[npt.NDArray[np.int64]] = []
     total = 0
     for image, box_N4 in zip(images, boxes, strict=True):
-        every = np.concatenate([crop_windows(box_N4, scale, *image.size) for scale in crops.scales])
+        every = np.concatenate([crop_windows(box_N4, scale, *image.shape[1::-1]) for scale in crops.scales])
         distinct, place = np.unique(every, axis=0, return_inverse=True)
         windows.append(distinct)
         places.append(total + place.reshape(len(crops.scales), -1))
@@ -301,6 +307,7 @@ def embed_regions(
         ]
         return np.concatenate(parts)
 
+    images = [np.require(image, requirements="W") for image in images]  # copied here once, else for every batch
     side, margin = teacher.side, teacher.margin
     feature_WD = teacher.embed_squares(partial(cut, start) for start in range(0, total, teacher.config.batch_size))
     return [unit(feature_WD[place].sum(0)).astype(ROWS) for place in places]
@@ -338,8 +345,8 @@ class RegionStage:
         """Embed a shard."""
         sizes = zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)
         images = [
-            Image.frombuffer("RGB", size, pixels.as_buffer(), "raw", "RGB", 0, 1)
-            for size, pixels in zip(sizes, rows["pixels"], strict=True)
+            np.frombuffer(pixels.as_buffer(), np.uint8).reshape(height, width, 3)
+            for (width, height), pixels in zip(sizes, rows["pixels"], strict=True)
         ]
         boxes, scores = self._boxes(rows, images)
         embeddings = embed_regions(self.teacher, images, boxes, self.crops)
@@ -355,14 +362,14 @@ class RegionStage:
         )
 
     def _boxes(
-        self, rows: pa.Table, images: Sequence[Image.Image]
+        self, rows: pa.Table, images: Sequence[Pixels]
     ) -> tuple[list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]]:
         """[N, 4] boxes of each image and [N] how sure it is that they hold something."""
         if self.detector is None:
             given = [np.array(boxes, np.float32).reshape(-1, 4) for boxes in rows["boxes"].to_pylist()]
             return given, [np.ones(len(boxes), np.float32) for boxes in given]
         # One at a time: a batch pads images to the largest, and their proposals would depend on their neighbours.
-        proposals = [self.detector.propose([image], self.max_proposals)[0] for image in images]
+        proposals = [self.detector.propose([Image.fromarray(image)], self.max_proposals)[0] for image in images]
         return [boxes.numpy() for boxes, _ in proposals], [scores.numpy() for _, scores in proposals]
 
 

@@ -11,6 +11,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from timm.models import register_model
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class FlatConvNet(nn.Module):
@@ -58,6 +59,16 @@ def flat_convnet_64(
 
 
 # -------------------------------------------------------------------------------------------------------- short cuts
+
+
+def fold_norms(tower: nn.Module) -> None:
+    """Make batch norms part of the convolutions that they follow in a sequence; in evaluation nothing else changes."""
+    for layers in tower.modules():
+        if isinstance(layers, nn.Sequential):
+            for (name, convolution), (after, norm) in itertools.pairwise(list(layers.named_children())):
+                if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+                    setattr(layers, name, fuse_conv_bn_eval(convolution, norm))
+                    setattr(layers, after, nn.Identity())
 
 
 def image_features(tower: Any, images: Tensor) -> Tensor:

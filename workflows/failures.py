@@ -184,7 +184,7 @@ class Judge:
 
     def probabilities(self, image: Image.Image, boxes: Boxes, fit: Fit = "warp") -> Tensor:
         """[N, K] of the names, for boxes [N, 4] at their own size."""
-        (rows,) = embed_regions(self.teacher, [image], [boxes], CropConfig(scales=(1.0,), fit=fit))
+        (rows,) = embed_regions(self.teacher, [np.asarray(image)], [boxes], CropConfig(scales=(1.0,), fit=fit))
         region_ND = torch.from_numpy(rows.astype(np.float32))
         return (self.temperature * region_ND @ self.text_KD.T).softmax(1)
 
@@ -199,7 +199,9 @@ def distortions(things: Sequence[Thing], judge: Judge, least: float) -> list[Dis
         squares, said, right = {}, {}, []
         for fit in FITS:
             window = crop_windows(thing.box[None], 1.0, *thing.image.size)
-            pixels = crop_squares(thing.image, window.tolist(), judge.teacher.side, fit, judge.teacher.margin)
+            pixels = crop_squares(
+                np.asarray(thing.image), window.tolist(), judge.teacher.side, fit, judge.teacher.margin
+            )
             (probability_K,) = judge.probabilities(thing.image, thing.box[None], fit)
             squares[fit] = Image.fromarray(pixels[0])
             own = float(probability_K[judge.row_of[thing.name]])

@@ -303,7 +303,9 @@ def name_objects(own: vild_configs.Run) -> Numbers:
     for row in tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist():
         things = failures.things_of(row, evaluate.open_image(where, row), categories)
         if things:
-            (rows,) = embed_regions(teacher, [things[0].image], [np.stack([thing.box for thing in things])], own.crops)
+            (rows,) = embed_regions(
+                teacher, [np.asarray(things[0].image)], [np.stack([thing.box for thing in things])], own.crops
+            )
             for thing, best in zip(things, (rows @ text_KD.T).argmax(1).tolist(), strict=True):
                 right[splits[thing.name]].append(names[best] == thing.name)
     return {f"top1_{split}": float(np.mean(values)) for split, values in right.items()}

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import ovd_models
@@ -133,8 +132,8 @@ def crop_encoder(teacher: str, crops: CropConfig) -> RegionEncoder:
     model = Teacher(teacher, EmbedConfig(batch_size=128))
 
     def encode(image: Tensor, boxes: Tensor) -> Tensor:
-        picture = Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
-        (rows,) = embed_regions(model, [picture], [boxes.cpu().numpy()], crops)
+        picture_HW3 = image.cpu().permute(1, 2, 0).numpy()
+        (rows,) = embed_regions(model, [picture_HW3], [boxes.cpu().numpy()], crops)
         return torch.from_numpy(rows.astype(np.float32)).to(boxes.device)
 
     return encode

@@ -35,7 +35,7 @@ def test_boxes_without_area_give_the_pixel_they_lie_on() -> None:
 
 def test_no_box_gives_no_window() -> None:
     assert crop_windows(np.empty((0, 4), np.float32), 1.5, 10, 10).shape == (0, 4)
-    assert crop_squares(noise(10, 10), [], 8, "warp").shape == (0, 8, 8, 3)
+    assert crop_squares(np.asarray(noise(10, 10)), [], 8, "warp").shape == (0, 8, 8, 3)
 
 
 @pytest.mark.parametrize("size", [(97, 41), (40, 130), (64, 64), (20, 21)])
@@ -57,7 +57,7 @@ def test_pad_keeps_the_whole_picture_inside_a_margin() -> None:
 @pytest.mark.parametrize("window", [(5, 0, 6, 100_000), (0, 7, 9, 8)])
 def test_the_thinnest_box_becomes_a_square(fit: Fit, window: tuple[int, int, int, int]) -> None:
     image = Image.new("RGB", (9, 100_000), (10, 200, 30))
-    found = crop_squares(image, [window], 224, fit, (10, 200, 30))
+    found = crop_squares(np.asarray(image), [window], 224, fit, (10, 200, 30))
     assert (found == (10, 200, 30)).all()
 
 
@@ -65,11 +65,11 @@ def test_the_thinnest_box_becomes_a_square(fit: Fit, window: tuple[int, int, int
 def test_crops_look_as_squares_of_their_windows_do(fit: Fit) -> None:
     image = noise(120, 90)
     windows = [(0, 0, 120, 90), (3, 5, 40, 42), (7, 0, 27, 90), (60, 60, 120, 71), (1, 1, 9, 8), (50, 10, 51, 11)]
-    found = crop_squares(image, windows, 48, fit, (1, 2, 3)).astype(int)
+    found = crop_squares(np.asarray(image), windows, 48, fit, (1, 2, 3)).astype(int)
     for row, window in zip(found, windows, strict=True):
         assert np.abs(row - square(image.crop(window), 48, fit, (1, 2, 3))).max() <= 2
     sharp = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
-    row = crop_squares(sharp, [(0, 0, 30, 90)], 48, fit, (1, 2, 3))[0].astype(int)
+    row = crop_squares(np.asarray(sharp), [(0, 0, 30, 90)], 48, fit, (1, 2, 3))[0].astype(int)
     assert np.abs(row - square(sharp.crop((0, 0, 30, 90)), 48, fit, (1, 2, 3))).max() <= 30
 
 

@@ -39,6 +39,7 @@ def noise(width: int, height: int, seed: int) -> Image.Image:
 
 
 IMAGES = [noise(120, 90, 0), noise(64, 64, 1), noise(50, 130, 2)]
+PIXELS = [np.asarray(image) for image in IMAGES]
 BOXES: list[npt.NDArray[np.float32]] = [
     np.array([[10, 10, 60, 50], [0, 0, 120, 90], [30.5, 20.2, 33.1, 80], [7, 7, 7, 7]], np.float32),
     np.empty((0, 4), np.float32),
@@ -80,7 +81,7 @@ def plain_loop(checkpoint: str, image: Image.Image, boxes: npt.NDArray[np.float3
 @pytest.mark.parametrize("fit", ["warp", "pad", "centre"])
 def test_batched_crops_are_those_of_the_plain_loop(fit: Fit, checkpoint: str, teacher: Teacher) -> None:
     crops = CropConfig(fit=fit)
-    found = embed_regions(teacher, IMAGES, BOXES, crops)
+    found = embed_regions(teacher, PIXELS, BOXES, crops)
     for image, boxes, rows in zip(IMAGES, BOXES, found, strict=True):
         assert rows.dtype == np.dtype("<f2")
         expected = plain_loop(checkpoint, image, boxes, crops).numpy()
@@ -90,15 +91,22 @@ def test_batched_crops_are_those_of_the_plain_loop(fit: Fit, checkpoint: str, te
 
 
 def test_an_image_without_boxes_gives_no_rows(teacher: Teacher) -> None:
-    assert [rows.shape for rows in embed_regions(teacher, IMAGES[:1], BOXES[1:2], CropConfig())] == [(0, 128)]
+    assert [rows.shape for rows in embed_regions(teacher, PIXELS[:1], BOXES[1:2], CropConfig())] == [(0, 128)]
     assert embed_regions(teacher, [], [], CropConfig()) == []
+
+
+def test_bfloat16_rows_are_nearly_those_of_float32(checkpoint: str, teacher: Teacher) -> None:
+    half = Teacher(checkpoint, EmbedConfig(bfloat16=True))
+    pairs = zip(*(embed_regions(each, PIXELS, BOXES, CropConfig()) for each in (teacher, half)), strict=True)
+    cosines = np.concatenate([(a.astype(np.float32) * b).sum(1) for a, b in pairs])
+    assert 1 - 1e-3 < cosines.min() < 1 - 1e-7
 
 
 def test_rows_do_not_depend_on_the_batches(checkpoint: str, teacher: Teacher) -> None:
     wide = Teacher(checkpoint, EmbedConfig(batch_size=64, threads=3))
     for narrow, broad in zip(
-        embed_regions(teacher, IMAGES, BOXES, CropConfig()),
-        embed_regions(wide, IMAGES, BOXES, CropConfig()),
+        embed_regions(teacher, PIXELS, BOXES, CropConfig()),
+        embed_regions(wide, PIXELS, BOXES, CropConfig()),
         strict=True,
     ):
         assert np.abs(narrow.astype(np.float32) - broad).max(initial=0) < 1e-3
@@ -213,7 +221,7 @@ def test_region_stage_gives_rows_of_the_table(checkpoint: str) -> None:
     found = RegionStage(checkpoint, EmbedConfig(), CropConfig())(PICTURES)
     assert found["count"].to_pylist() == [4, 0, 2]
     assert found["scores"].to_pylist() == [[1.0] * 4, [], [1.0] * 2]
-    expected = embed_regions(Teacher(checkpoint, EmbedConfig()), IMAGES, BOXES, CropConfig())
+    expected = embed_regions(Teacher(checkpoint, EmbedConfig()), PIXELS, BOXES, CropConfig())
     assert found["file"].to_pylist() == [entry.tobytes() for entry in expected]
 
 
@@ -231,7 +239,9 @@ def test_proposals_of_a_detector_are_embedded(checkpoint: str, tmp_path: Path) -
         assert row["scores"] == scores.tolist() == sorted(row["scores"], reverse=True)
         assert (boxes >= 0).all()
         assert (boxes <= torch.tensor(image.size).repeat(2)).all()
-        (expected,) = embed_regions(Teacher(checkpoint, EmbedConfig()), [image], [boxes.numpy()], CropConfig())
+        (expected,) = embed_regions(
+            Teacher(checkpoint, EmbedConfig()), [np.asarray(image)], [boxes.numpy()], CropConfig()
+        )
         assert np.abs(np.frombuffer(row["file"], "<f2").reshape(-1, 128) - expected).max() < 1e-3
 
 

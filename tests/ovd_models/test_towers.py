@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ from open_clip.model import CustomTextCLIP
 from torch import Tensor, nn
 
 from ovd_models.clip import Clip, ClipConfig
-from ovd_models.towers import FlatConvNet, image_features, text_features
+from ovd_models.towers import FlatConvNet, fold_norms, image_features, text_features
 
 VISION: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 3}
 TEXT: dict[str, Any] = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
@@ -33,6 +34,18 @@ def tokens() -> Tensor:
 def test_the_small_image_tower_keeps_place(side: int) -> None:
     tower = FlatConvNet(side)
     assert tower(torch.zeros(2, 3, side, side)).shape == (2, tower.num_features)
+
+
+def test_folded_norms_change_nothing_in_evaluation() -> None:
+    torch.manual_seed(0)
+    tower = FlatConvNet(32)
+    for _ in range(3):
+        tower(5 * torch.randn(8, 3, 32, 32) + 1)  # the norms learn statistics that are not their first ones
+    images, folded = pixels(4), copy.deepcopy(tower.eval())
+    fold_norms(folded)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    with torch.no_grad():
+        assert torch.allclose(folded(images), tower(images), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_regions_and_pairs_of_two_workers_are_what_the_teacher_says(
         found = store[row["image_id"]]
         assert np.array_equal(found.boxes, own)
         assert found.scores.tolist() == [1.0] * len(own)
-        (expected,) = embed_regions(alone, [image], [own], CropConfig())
+        (expected,) = embed_regions(alone, [np.asarray(image)], [own], CropConfig())
         assert np.abs(found.embeddings.astype(np.float32) - expected).max(initial=0) < 1e-3
     assert pairs.details["images"] == IMAGES
     texts = open_rows(str(root), "embeddings", "t", {"teacher": alone.id}, "text_file")
