@@ -199,6 +199,7 @@ def crops(options: Options) -> dict[str, float]:
         ("crop_loop", tiny_checkpoint(), 32, 50, "float32"),
         ("crop_loop_bfloat16", tiny_checkpoint(), 32, 50, "bfloat16"),
         ("crop_loop_vit", checkpoint(), 4, 20, "float32"),
+        ("crop_loop_vit_bfloat16", checkpoint(), 4, 20, "bfloat16"),
     ):
         told = in_process("crops", str(model), str(images), str(boxes), precision)
         figures.update({f"{prefix}_{name}": value for name, value in told.items()})

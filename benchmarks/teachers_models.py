@@ -71,7 +71,6 @@ def crops(checkpoint: str, images: str, boxes: str, bfloat16: str) -> dict[str, 
     plain_loop(teacher.clip, pictures[:1], [box_N4[0][:2]], config)  # both have warmed up
     embed_regions(teacher, arrays[:1], [box_N4[0][:2]], config)
     loop, ours = [], []
-    found: list[np.ndarray] = [np.empty(0)] * len(pictures)
     with ThreadPoolExecutor(CORES) as shards_at_a_time:
         for _ in range(ROUNDS):
             torch.set_num_threads(CORES)
@@ -80,9 +79,8 @@ def crops(checkpoint: str, images: str, boxes: str, bfloat16: str) -> dict[str, 
             torch.set_num_threads(1)
             seconds, parts = timed(lambda: list(shards_at_a_time.map(embed_shard, range(CORES))))
             ours.append(seconds)
-    for number, part in enumerate(parts):
-        found[number::CORES] = part
-    cosine = np.concatenate([(a * b.astype(np.float32)).sum(1) for a, b in zip(expected, found, strict=True)])
+    same = [pair for number, part in enumerate(parts) for pair in zip(expected[number::CORES], part, strict=True)]
+    cosine = np.concatenate([(a * b.astype(np.float32)).sum(1) for a, b in same])
     count = int(images) * int(boxes)
     return {
         "ratio": statistics.median(loop) / statistics.median(ours),

@@ -64,26 +64,32 @@ def square(image: Image.Image, side: int, fit: Fit, margin: Colour = (0, 0, 0)) 
         margin: the colour around the picture, for `pad`.
     """
     width, height = image.size
-    if fit == "warp":
-        fitted = image.resize((side, side), Image.Resampling.BICUBIC)
-    elif fit == "centre":
+    new_width, new_height = _fitted((width, height), side, fit)
+    x, y = (_outside(edge, side) for edge in (new_width, new_height))
+    if fit == "pad":
+        fitted = Image.new("RGB", (side, side), margin)
+        fitted.paste(image.resize((new_width, new_height), Image.Resampling.BICUBIC), (-x, -y))
+    else:
         # Only what stays inside is resampled: of a box one pixel wide, the rest would be a thousand times as much.
-        scale_x, scale_y = (_long_side(edge, min(width, height), side) / edge for edge in (width, height))
-        x, y = (round((_long_side(edge, min(width, height), side) - side) / 2.0) for edge in (width, height))
+        scale_x, scale_y = new_width / width, new_height / height
         visible = (x / scale_x, y / scale_y, min((x + side) / scale_x, width), min((y + side) / scale_y, height))
         fitted = image.resize((side, side), Image.Resampling.BICUBIC, box=visible)
-    else:
-        size = tuple(max(1, round(side * edge / max(width, height))) for edge in (width, height))
-        fitted = Image.new("RGB", (side, side), margin)
-        fitted.paste(
-            image.resize((size[0], size[1]), Image.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2)
-        )
     return np.asarray(fitted)
 
 
-def _long_side(edge: int, shorter: int, side: int) -> int:
-    """Pixels of an edge once the shorter one has `side`."""
-    return int(side * edge / shorter)
+def _fitted(edges: tuple[int, int], side: int, fit: Fit) -> tuple[int, int]:
+    """Two edges once both (`warp`), the shorter (`centre`) or the longer one (`pad`) has `side` pixels."""
+    first, second = edges
+    if fit == "warp":
+        return side, side
+    if fit == "centre":
+        return int(side * first / min(edges)), int(side * second / min(edges))
+    return max(1, round(side * first / max(edges))), max(1, round(side * second / max(edges)))
+
+
+def _outside(edge: int, side: int) -> int:
+    """Pixels of an edge before the square begins; below 0, of the margin. Half pixels as torchvision's `CenterCrop`."""
+    return round((edge - side) / 2.0) if edge >= side else -((side - edge) // 2)
 
 
 def crop_squares(
@@ -108,21 +114,15 @@ def crop_squares(
         if fit == "centre" and max(edges) > 3 * min(edges):  # torch would also resample what is outside the square
             squares_NSS3[row] = square(Image.fromarray(window_hw3), side, fit)
             continue
-        if fit == "warp":
-            height, width = side, side
-        elif fit == "centre":
-            height, width = (_long_side(edge, min(edges), side) for edge in edges)
-        else:
-            height, width = (max(1, round(side * edge / max(edges))) for edge in edges)
+        height, width = _fitted(edges, side, fit)
+        y, x = (_outside(edge, side) for edge in (height, width))
         # Views are numpy's: each call into torch gives the GIL away, and a thread beside this one would take it.
         window_13hw = torch.from_numpy(window_hw3.transpose(2, 0, 1)[None])
         fitted_13hw = interpolate(window_13hw, (height, width), mode="bicubic", antialias=True)
         fitted_hw3 = fitted_13hw.numpy()[0].transpose(1, 2, 0)
         if fit == "pad":
-            y, x = (side - height) // 2, (side - width) // 2
             squares_NSS3[row] = margin
-            squares_NSS3[row, y : y + height, x : x + width] = fitted_hw3
+            squares_NSS3[row, -y : height - y, -x : width - x] = fitted_hw3
         else:
-            y, x = round((height - side) / 2.0), round((width - side) / 2.0)
             squares_NSS3[row] = fitted_hw3[y : y + side, x : x + side]
     return squares_NSS3

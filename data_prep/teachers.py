@@ -39,7 +39,7 @@ SHARD_PIXELS = 32 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """How the work is shared out; results do not depend on it, but for `batch_size` and the last digits."""
+    """How the work is shared out; results depend on `bfloat16` and, in their last digits, on `batch_size` alone."""
 
     actors: int | None = None
     """Processes that hold the teacher; None: one for eight cores, or as many as the GPUs allow. Each works on several

@@ -231,7 +231,7 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     task = f"{config_hash} {sorted(new)} {run.retry} {generation} {run.rows_per_part}"
     staging = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
     processes = count_crawlers(run)
-    if processes or run.scores.scorers or run.corpus.semantic_model:
+    if run.scores.scorers or run.corpus.semantic_model:
         cluster.start_ray()
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it once took, beside what the crawl takes
 
@@ -297,13 +297,12 @@ def find_repeated_urls(run: Run, work: Work, published: Published | None, stagin
 
 
 def count_crawlers(run: Run) -> int:
-    """Processes that crawl, beside the driver; joins or starts a cluster where their number depends on it."""
-    if run.crawlers is not None:
-        return run.crawlers
-    if not cluster.is_joined() and (os.cpu_count() or 1) <= DECODERS:
-        return 0  # the driver keeps the cores busy, and Ray would take as much memory again
+    """Processes that crawl, beside the driver; where there are any, Ray is started."""
+    alone = not cluster.is_joined() and (os.cpu_count() or 1) <= DECODERS
+    if run.crawlers == 0 or (run.crawlers is None and alone):
+        return 0  # the driver keeps two cores busy, and Ray would take as much memory again
     cluster.start_ray()
-    return max(1, cluster.cores() // DECODERS)
+    return run.crawlers or max(1, cluster.cores() // DECODERS)
 
 
 def start_crew(run: Run, processes: int, staging: str, *, are_files: bool) -> Crew:
