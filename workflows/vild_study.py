@@ -242,9 +242,8 @@ def fusions(model: str, run: vild_configs.Run) -> dict[str, Any]:
     scoring = detector.model.config.scoring
     ways = {
         "ensemble, its text head alone": {"base_image": 0.0, "novel_image": 0.0},
-        "ensemble, image head at temperature 20": {"image_temperature": 20.0},
-        "ensemble, image head at temperature 20, lambda 0.8": {
-            "image_temperature": 20.0, "base_image": 0.2, "novel_image": 0.8,
+        "ensemble, ViLD's own scoring": {
+            "image_temperature": scoring.temperature, "base_image": 1 / 3, "novel_image": 2 / 3,
         },
     }  # fmt: skip
     return {
