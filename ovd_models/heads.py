@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_loss
@@ -62,24 +61,3 @@ def mask_loss(logits_RSS: Tensor, boxes: list[Tensor], matched: list[Tensor], ma
     whole = [mask.float() for mask in masks]
     labels = [torch.zeros(len(mask), dtype=torch.int64, device=logits_RSS.device) for mask in masks]
     return cast(Tensor, maskrcnn_loss(logits_RSS[:, None].float(), boxes, whole, labels, matched))
-
-
-def paste_masks(logits_NSS: Tensor, box_N4: Tensor, height: int, width: int) -> Tensor:
-    """[N, S, S] logits at their boxes [N, 4] -> [N, H, W] bool masks of the whole image.
-
-    A pixel belongs to a mask where the logits, sampled bilinearly at its centre, are above 0.
-    """
-    if not len(box_N4):
-        return logits_NSS.new_zeros((0, height, width), dtype=torch.bool)
-    y_H = torch.arange(height, device=box_N4.device) + 0.5
-    x_W = torch.arange(width, device=box_N4.device) + 0.5
-    left_N, top_N, right_N, bottom_N = box_N4.float().unbind(1)
-    across_NW = (x_W - left_N[:, None]) / (right_N - left_N).clamp(min=1e-6)[:, None] * 2 - 1
-    down_NH = (y_H - top_N[:, None]) / (bottom_N - top_N).clamp(min=1e-6)[:, None] * 2 - 1
-    count = len(box_N4)
-    grid_NHW2 = torch.stack(
-        [across_NW[:, None, :].expand(count, height, width), down_NH[:, :, None].expand(count, height, width)], -1
-    )
-    inside_NHW = (grid_NHW2.abs() <= 1).all(-1)
-    sampled = F.grid_sample(logits_NSS[:, None].float(), grid_NHW2, padding_mode="border", align_corners=False)
-    return (sampled[:, 0] > 0) & inside_NHW

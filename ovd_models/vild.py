@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from faster_coco_eval import mask as rle
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
@@ -16,8 +15,9 @@ from torchvision.models.detection.transform import resize_boxes
 
 from ovd_models.batches import DetectionBatch, Detections
 from ovd_models.errors import InputError
-from ovd_models.heads import build_box_head, mask_loss, paste_masks
+from ovd_models.heads import build_box_head, mask_loss
 from ovd_models.losses import cosine_logits, distillation_loss, softmax_loss
+from ovd_models.masks import encode_masks
 from ovd_models.questions import Question
 from ovd_models.rcnn import RCNN, Proposals, RCNNConfig, RegionSample, restore_boxes, widen
 from ovd_models.region_scores import RegionRecord, Scoring, find
@@ -266,16 +266,6 @@ class ViLD(nn.Module):
             self.detector.mask_head(features, boxes, batch.image_sizes), [len(entry) for entry in boxes]
         )
         return [
-            replace(entry, masks=encode_masks(rows, entry.boxes, entry.height, entry.width))
+            replace(entry, masks=encode_masks(rows.sigmoid(), entry.boxes, entry.height, entry.width))
             for entry, rows in zip(found, logits, strict=True)
         ]
-
-
-def encode_masks(logits_NSS: Tensor, box_N4: Tensor, height: int, width: int) -> tuple[str, ...]:
-    """COCO RLE counts of N masks; a few at a time, since each is as large as the image."""
-    counts: list[str] = []
-    for start in range(0, len(box_N4), 32):
-        masks = paste_masks(logits_NSS[start : start + 32], box_N4[start : start + 32], height, width)
-        columns = masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        counts += [entry["counts"].decode() for entry in rle.encode(columns.copy(order="F"))]
-    return tuple(counts)
