@@ -62,6 +62,8 @@ class Run:
     regions_seed: int = 0
     """Seed of the proposal network whose regions are embedded, once for all seeds."""
     variants: tuple[str, ...] = ("text", "ensemble", "vild", "supervised", "image")
+    one_head_weight: float = 0.5
+    """w of `vild`, whose one head needs more of it than the second head of the ensemble, which does nothing else."""
     parts: tuple[Part, ...] = ("variants", "fusions", "proposals", "baselines", "supervised_full", "teachers")
     """What is measured, in this order."""
 
@@ -142,7 +144,7 @@ def measure_variant(run: Run, own: vild_configs.Run, variant: str) -> dict[str, 
 
 def trained_variant(run: Run, own: vild_configs.Run, variant: str) -> dict[str, Any]:
     """One variant's checkpoint and metrics."""
-    return remembered(run, with_variant(first_stage(run, own), variant), variant, train_variant)
+    return remembered(run, with_variant(run, first_stage(run, own), variant), variant, train_variant)
 
 
 def measure_proposals(run: Run, own: vild_configs.Run) -> dict[str, Numbers]:
@@ -171,7 +173,7 @@ def measure_baselines(run: Run, own: vild_configs.Run) -> dict[str, Numbers]:
 def measure_supervised_full(run: Run, own: vild_configs.Run) -> dict[str, Numbers]:
     """AP50 of a supervised detector that has seen boxes of base and novel categories."""
     own = dataclasses.replace(
-        with_variant(first_stage(run, own), "supervised"), train_boxes=f"{own.boxes}-full", novel_boxes=True
+        with_variant(run, first_stage(run, own), "supervised"), train_boxes=f"{own.boxes}-full", novel_boxes=True
     )
     return {"supervised, novel boxes too": remembered(run, own, "supervised_full", train_variant)["metrics"]}
 
@@ -197,9 +199,10 @@ def with_seed(run: Run, seed: int) -> vild_configs.Run:
     )
 
 
-def with_variant(run: vild_configs.Run, variant: str) -> vild_configs.Run:
+def with_variant(run: Run, own: vild_configs.Run, variant: str) -> vild_configs.Run:
     """The training of a variant; its scoring is the config's."""
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, variant=variant))
+    weight = run.one_head_weight if variant == "vild" else own.model.image_weight
+    return dataclasses.replace(own, model=dataclasses.replace(own.model, variant=variant, image_weight=weight))
 
 
 def remembered(
