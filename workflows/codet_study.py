@@ -348,6 +348,7 @@ def draw_curves(results: studies.Results) -> bytes:
             means = [float(np.mean([entry[f"ap50_{split}"] for entry in of.values()])) for of in points.values()]
             axis.plot(list(points), means, marker="o", label=split)
         axis.set(xlabel=label, ylabel="AP50", xscale="log", xticks=list(points), xticklabels=list(points))
+        axis.minorticks_off()
         axis.legend()
     sink = io.BytesIO()
     figure.savefig(sink, dpi=110, bbox_inches="tight")
