@@ -2,6 +2,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from faster_coco_eval import mask as rle
@@ -13,6 +14,7 @@ from ovd_models.batches import DetectionBatch, StoredRegions
 from ovd_models.checkpoints import load_codet, load_detector, load_vild, save_detector
 from ovd_models.errors import InputError
 from ovd_models.heads import build_box_head
+from ovd_models.masks import encode_masks, paste_masks
 from ovd_models.questions import Question
 from ovd_models.rcnn import ProposalNetwork, RCNNConfig
 from ovd_models.region_scores import Scoring
@@ -255,6 +257,19 @@ def test_the_papers_head_has_four_convolutions_and_two_layers_all_with_batch_nor
     assert kinds.count(nn.Linear) == kinds.count(nn.BatchNorm1d) == 2
     assert head(torch.randn(5, 16, 7, 7)).shape == (5, 32)
     assert not any(layer.bias is not None for layer in head.modules() if isinstance(layer, nn.Conv2d))
+
+
+def test_a_pasted_mask_fills_its_box_and_nothing_else() -> None:
+    logits = torch.full((1, 28, 28), 9.0)
+    logits[0, :, 14:] = -9.0  # the left half
+    (mask,) = paste_masks(logits.sigmoid(), torch.tensor([[4.0, 2, 24, 12]]), 20, 30)
+    expected = torch.zeros(20, 30, dtype=torch.bool)
+    expected[2:12, 4:14] = True
+    assert torch.equal(mask, expected)
+    assert paste_masks(logits[:0], torch.zeros(0, 4), 20, 30).shape == (0, 20, 30)
+    assert encode_masks(logits[:0], torch.zeros(0, 4), 20, 30) == ()
+    (counts,) = encode_masks(logits.sigmoid(), torch.tensor([[4.0, 2, 24, 12]]), 20, 30)
+    assert np.array_equal(rle.decode({"size": [20, 30], "counts": counts}), expected.numpy())
 
 
 def test_a_coarser_level_serves_proposals_alone() -> None:
