@@ -21,6 +21,7 @@ import ray.train
 import torch
 from pyarrow import fs
 from ray.train.torch import TorchTrainer
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -45,8 +46,9 @@ class Optimisation:
     steps: int
     learning_rate: float
     weight_decay: float = 0.05
-    optimiser: Literal["adamw", "sgd"] = "adamw"
-    """`sgd` has a momentum of 0.9 and decays matrices and kernels alone."""
+    optimiser: Literal["adamw", "sgd", "muon"] = "adamw"
+    """`sgd` has a momentum of 0.9; `muon` takes orthogonalised steps for matrices and kernels, and AdamW's, half as
+    long, for all else. Both decay matrices and kernels alone."""
     warmup: float = 0.1
     """Part of the steps in which the learning rate rises."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
@@ -189,7 +191,17 @@ def prepare_worker(settings: Optimisation) -> torch.device:
 
 
 def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
-    """AdamW over all weights, or SGD with momentum."""
+    """AdamW over all weights, SGD with momentum, or Muon."""
+    if settings.optimiser == "muon":
+        muon: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            "muon",
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(0.9, 0.999),
+            fallback_lr_scale=0.5,
+        )
+        return muon
     if settings.optimiser == "adamw":
         return torch.optim.AdamW(
             model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True

@@ -3,6 +3,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -139,22 +140,41 @@ def test_a_checkpoint_is_due_at_its_multiples_and_at_the_end(alone: None, tmp_pa
     assert [number + 1 for number, flag in enumerate(due) if flag] == [5, 10, 12]
 
 
-def test_a_resumed_session_continues_as_if_undisturbed(alone: None, tmp_path: Path) -> None:
-    whole = session(QUICK, tmp_path / "whole")
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "muon"])
+def test_a_resumed_session_continues_as_if_undisturbed(
+    alone: None, tmp_path: Path, optimiser: Literal["adamw", "sgd", "muon"]
+) -> None:
+    settings = dataclasses.replace(QUICK, optimiser=optimiser)
+    whole = session(settings, tmp_path / "whole")
     losses = [step(whole, number) for number in range(10)]
 
-    first = session(QUICK, tmp_path / "halves")
+    first = session(settings, tmp_path / "halves")
     for number in range(5):
         step(first, number)
     first.checkpoint({})
     assert training.committed_step(str(tmp_path / "halves")) == 5
     step(first, 5)  # lost with the crash
-    second = session(QUICK, tmp_path / "halves", seed=9)
+    second = session(settings, tmp_path / "halves", seed=9)
     assert second.step == 5
     assert [step(second, number) for number in range(5, 10)] == losses[5:]
     for name, value in whole.module.state_dict().items():
         assert torch.equal(value, second.module.state_dict()[name]), name
     assert second.optimiser.param_groups[0]["lr"] == whole.optimiser.param_groups[0]["lr"]
+
+
+def test_muon_steps_alike_in_all_directions_and_decays_matrices_alone(alone: None, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, optimiser="muon", weight_decay=0.0, clip_norm=None)
+    torch.manual_seed(0)
+    running = Session(nn.Linear(8, 16), settings, torch.device("cpu"), str(tmp_path))
+    matrix, before = running.module.weight, running.module.weight.detach().clone()
+    running.update(running.model(torch.randn(64, 8) * torch.logspace(0.5, -0.5, 8)).square().mean())
+    assert matrix.grad is not None
+    of_gradient, of_step = torch.linalg.svdvals(matrix.grad), torch.linalg.svdvals(matrix.detach() - before)
+    assert of_gradient.max() / of_gradient.min() > 30
+    assert of_step.max() / of_step.min() < 1.5
+    decayed = dataclasses.replace(settings, weight_decay=0.05)
+    for group in training.build_optimiser(running.module, decayed).param_groups:
+        assert {value.ndim > 1 for value in group["params"]} == {group["weight_decay"] > 0}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(alone: None, tmp_path: Path) -> None:
