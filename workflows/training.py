@@ -21,7 +21,7 @@ import ray.train
 import torch
 from pyarrow import fs
 from ray.train.torch import TorchTrainer
-from timm.optim import create_optimizer_v2
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -192,24 +192,16 @@ def prepare_worker(settings: Optimisation) -> torch.device:
 
 def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
     """AdamW over all weights, SGD with momentum, or Muon."""
-    if settings.optimiser == "muon":
-        muon: torch.optim.Optimizer = create_optimizer_v2(
-            model,
-            "muon",
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=(0.9, 0.999),
-            fallback_lr_scale=0.5,
-        )
-        return muon
+    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimiser == "adamw":
-        return torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
     kernels = [value for value in model.parameters() if value.ndim > 1]
     others = [value for value in model.parameters() if value.ndim <= 1]
-    groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
+    groups = [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    muon: torch.optim.Optimizer = Muon(groups, lr=rate, momentum=0.9, betas=(0.9, 0.999), fallback_lr_scale=0.5)
+    return muon
 
 
 def build_schedule(

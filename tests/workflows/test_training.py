@@ -165,15 +165,16 @@ def test_a_resumed_session_continues_as_if_undisturbed(
 def test_muon_steps_alike_in_all_directions_and_decays_matrices_alone(alone: None, tmp_path: Path) -> None:
     settings = dataclasses.replace(QUICK, optimiser="muon", weight_decay=0.0, clip_norm=None)
     torch.manual_seed(0)
-    running = Session(nn.Linear(8, 16), settings, torch.device("cpu"), str(tmp_path))
-    matrix, before = running.module.weight, running.module.weight.detach().clone()
+    layer = nn.Linear(8, 16)
+    running = Session(layer, settings, torch.device("cpu"), str(tmp_path))
+    matrix, before = layer.weight, layer.weight.detach().clone()
     running.update(running.model(torch.randn(64, 8) * torch.logspace(0.5, -0.5, 8)).square().mean())
     assert matrix.grad is not None
     of_gradient, of_step = torch.linalg.svdvals(matrix.grad), torch.linalg.svdvals(matrix.detach() - before)
     assert of_gradient.max() / of_gradient.min() > 30
     assert of_step.max() / of_step.min() < 1.5
     decayed = dataclasses.replace(settings, weight_decay=0.05)
-    for group in training.build_optimiser(running.module, decayed).param_groups:
+    for group in training.build_optimiser(layer, decayed).param_groups:
         assert {value.ndim > 1 for value in group["params"]} == {group["weight_decay"] > 0}
 
 
