@@ -103,8 +103,8 @@ def pictograms() -> Run:
         # Small operations keep one core busy: two processes of one thread are faster than one of two. AdamW takes twice
         # the steps of Muon to the same loss.
         sam_stage=Optimisation(steps=1800, learning_rate=2e-3, optimiser="muon", workers=2),
-        sam2clip_stage=Optimisation(steps=800, learning_rate=2e-3, workers=2),
-        clip2sam_stage=Optimisation(steps=600, learning_rate=1e-3, workers=2),
+        sam2clip_stage=Optimisation(steps=1000, learning_rate=3e-3, optimiser="muon", workers=2),
+        clip2sam_stage=Optimisation(steps=1200, learning_rate=2e-3, optimiser="muon", workers=2),
         eval_images=100,
     )
 
