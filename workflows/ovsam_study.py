@@ -18,6 +18,7 @@ python workflows/ovsam_study.py --config pictograms --teacher ... --other-teache
 import workflows.startup
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,23 +297,47 @@ def best_of(results: studies.Results, variants: Sequence[str], kind: str) -> str
 def claims_of(results: studies.Results) -> dict[str, tuple[str, str, str]]:
     """Claim -> metric, and what is compared with what; baselines are the best of their kind."""
     claims = {}
-    for kind in PROMPT_KINDS:
+    for kind in asked_for(results):
         ours = f"ovsam, {kind}"
         for sort, variants in (("image crops", IMAGE_CROPS), ("features", FEATURES)):
             best = best_of(results, variants, kind)
             claim = f"OV-SAM above the best baseline of {sort} ({best}), {kind}: novel accuracy"
             claims[claim] = ("accuracy_novel", ours, f"{best}, {kind}")
+        if kind not in PROMPT_KINDS:
+            continue
         claims[f"OV-SAM above its SAM, {kind}: IoU"] = ("iou_all", ours, f"sam, {kind}")
         for other in sorted(name for name in results if name.startswith("teacher ") and name.endswith(f": {ours}")):
             teacher = other.partition(":")[0]
             claims[f"first teacher above {teacher}, {kind}: IoU"] = ("iou_all", ours, other)
             claims[f"first teacher above {teacher}, {kind}: novel accuracy"] = ("accuracy_novel", ours, other)
+    for ours in (name for name in results if name.startswith("ovsam, fusion: ")):
+        best = best_of(results, IMAGE_CROPS, "box")
+        claim = f"{ours} above the best baseline of image crops ({best}), box: novel accuracy"
+        claims[claim] = ("accuracy_novel", ours, f"{best}, box")
     return claims
+
+
+def asked_for(results: studies.Results) -> list[str]:
+    """The kinds of prompt, and the sizes of the vocabulary, that OV-SAM and baselines were measured with."""
+    return [name.removeprefix("ovsam, ") for name in results if re.fullmatch(r"ovsam, (box|point|names: \d+)", name)]
+
+
+def by_variant(results: studies.Results) -> studies.Results:
+    """The results, and those of `names: <n>` and `fusion: <parts>` as a row for each variant too."""
+    rows: dict[str, dict[int, Numbers]] = {}
+    for name, of_seeds in results.items():
+        if name.startswith(("names: ", "fusion: ")):
+            for seed, numbers in of_seeds.items():
+                for key, value in numbers.items():
+                    variant, _, split = key.rpartition(", ")
+                    rows.setdefault(f"{variant}, {name}", {}).setdefault(seed, {})[f"accuracy_{split}"] = value
+    return {**results, **rows}
 
 
 def compare(results: studies.Results) -> dict[str, Numbers]:
     """Paired differences of all claims over the seeds."""
-    return studies.differences(results, claims_of(results))
+    rows = by_variant(results)
+    return studies.differences(rows, claims_of(rows))
 
 
 def mean_of(results: studies.Results, name: str, key: str) -> float:

@@ -276,6 +276,15 @@ def test_the_best_baseline_is_compared_with() -> None:
     assert found[claim]["mean"] == pytest.approx(0.2)
     assert found["OV-SAM above its SAM, point: IoU"]["mean"] == 0
 
+    results["names: 300"] = dict.fromkeys((0, 1), {f"{name}, novel": 0.3 for name in names} | {"ovsam, novel": 0.4})
+    results["names: 300"][1] = results["names: 300"][0] | {"mask features, novel": 0.2, "roi features, novel": 0.1}
+    results["fusion: 1, 1"] = {0: {"ovsam, novel": 0.75}, 1: {"ovsam, novel": 0.75}}
+    found = ovsam_study.compare(results)
+    claim = "OV-SAM above the best baseline of features (roi features x1.5), names: 300: novel accuracy"
+    assert found[claim]["mean"] == pytest.approx(0.1)
+    claim = "ovsam, fusion: 1, 1 above the best baseline of image crops (image crop x1.5), box: novel accuracy"
+    assert found[claim]["mean"] == pytest.approx(0.1)
+
 
 def test_the_report_has_a_table_for_each_kind_of_result() -> None:
     splits, seeds = ("base", "novel", "all"), (0, 1)
@@ -285,7 +294,7 @@ def test_the_report_has_a_table_for_each_kind_of_result() -> None:
     variants = ["sam", "ovsam", *ovsam_study.IMAGE_CROPS, *ovsam_study.FEATURES]
     rows = {f"{name}, {kind}": pointing for name in variants for kind in ("box", "point")}
     rows |= {f"{name}, cost": cost for name in variants}
-    rows |= {"names: 68": {"ovsam, novel": 0.75}, "fusion: 1, 1": {"ovsam, novel": 0.125}}
+    rows |= {"names: 68": {f"{name}, novel": 0.75 for name in variants[1:]}, "fusion: 1, 1": {"ovsam, novel": 0.125}}
     rows |= {"codet: OV-SAM masks and names": overlap}
     results = {name: dict.fromkeys(seeds, numbers) for name, numbers in rows.items()}
     text = ovsam_study.as_table({"results": results, "differences": ovsam_study.compare(results)})
