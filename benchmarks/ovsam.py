@@ -53,7 +53,7 @@ def costs() -> dict[str, tuple[int, int]]:
         levels = model.clip(image)
         model.namer.pyramid(levels)
         model.decode(model.adapter(levels).expand(BOXES, -1, -1, -1), sparse, dense)
-        model.namer.roi_conv(regions)
+        model.namer.embed(regions)
         model.clip.head(grid)
 
     decoder = sam.sam.mask_decoder

@@ -55,7 +55,7 @@ class OvSamConfig:
     """Blocks of the adapter; the last one attends to the whole image, the others to windows."""
     pyramid_width: int = 64
     label_hidden: int = 256
-    """Width of the label branch before its last layer; 0 leaves that layer out, as in the released weights."""
+    """Width of the label branch's MLP; 0 leaves it out, as in the released weights."""
     label_token: bool = False
     """Whether the mask decoder gets the released weights' label token, which only disturbs the masks."""
     iou_head: bool = True

@@ -29,8 +29,9 @@ class RegionNamer(nn.Module):
         strides: of the levels, in pixels of the input.
         width: C, of the pyramid.
         embed_dim: D.
-        hidden: width of a layer between pooling and the embedding; with 0 the embedding is the average of rectified
-            projections, as in the released weights, which leaves it no negative coordinate.
+        hidden: width of the MLP that makes the embedding of a convolved region, as the paper has it; with 0 the
+            embedding is the average of rectified projections, as in the released weights, which leaves it no negative
+            coordinate and no order of the region's parts.
     """
 
     def __init__(
@@ -39,8 +40,14 @@ class RegionNamer(nn.Module):
         super().__init__()
         self.strides = tuple(strides)
         self.fpn = FeaturePyramidNetwork(list(channels), width)
-        self.roi_conv = nn.Conv2d(width, hidden or embed_dim, 1, bias=False)
-        self.output = nn.Linear(hidden, embed_dim) if hidden else nn.Identity()
+        if hidden:
+            self.roi_conv = nn.Conv2d(width, width, 3, padding=1)
+            side = ROI_SIDE // 2
+            mlp = nn.Linear(width * side * side, hidden), nn.ReLU(), nn.Linear(hidden, embed_dim)
+            self.output = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), *mlp)
+        else:
+            self.roi_conv = nn.Conv2d(width, embed_dim, 1, bias=False)
+            self.output = nn.Sequential(nn.AvgPool2d(ROI_SIDE), nn.Flatten())
 
     def pyramid(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """CLIP's levels [B, C_i, H_i, W_i] -> as many of [B, C, H_i, W_i]."""
@@ -48,8 +55,11 @@ class RegionNamer(nn.Module):
 
     def forward(self, pyramid: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
         """[R, D] embeddings of any norm of regions [R, 5] (image index and xyxy, pixels of the input)."""
-        pooled_RCpp = self.pool(pyramid, rois_R5)
-        embedding: Tensor = self.output(F.relu(self.roi_conv(pooled_RCpp)).mean((2, 3)))
+        return self.embed(self.pool(pyramid, rois_R5))
+
+    def embed(self, pooled_RCpp: Tensor) -> Tensor:
+        """[R, C, 12, 12] -> [R, D]."""
+        embedding: Tensor = self.output(F.relu(self.roi_conv(pooled_RCpp)))
         return embedding
 
     def pool(self, pyramid: Sequence[Tensor], rois_R5: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from ovd_models.ovsam_adapter import Sam2Clip, distillation_loss, valid_position
 from ovd_models.ovsam_baselines import BaselineConfig, SamClip
 from ovd_models.ovsam_crops import cut_outs
 from ovd_models.ovsam_head import (
+    ROI_SIDE,
+    RegionNamer,
     fuse,
     label_loss,
     mask_losses,
@@ -402,12 +404,24 @@ def test_cut_outs_are_squares_around_the_mask() -> None:
     )
 
 
-def test_cut_outs_show_clip_the_masked_thing_alone(teacher: SamModel) -> None:
+def test_the_order_of_a_regions_parts_counts_for_the_mlp_alone() -> None:
     torch.manual_seed(0)
+    pooled = torch.rand(2, 8, ROI_SIDE, ROI_SIDE)
+    for hidden in (0, 16):
+        namer = RegionNamer((4, 8), (4, 8), 8, 24, hidden)
+        one, two = namer.embed(pooled), namer.embed(pooled.flip(3))
+        assert one.shape == (2, 24)
+        assert torch.allclose(one, two, atol=1e-6) == (hidden == 0)
+        assert bool((one < 0).any()) == (hidden > 0)
+
+
+def test_cut_outs_show_clip_the_masked_thing_alone(teacher: SamModel) -> None:
+    torch.manual_seed(2)
     model = OvSam(dataclasses.replace(TINY, clip_view="cut_out", log_scale=math.log(20.0), alpha=1.0, beta=1.0)).eval()
     model.adopt(teacher, build_tower(TINY.tower, 64))
     prompts = Prompts.create(boxes=[[4, 4, 30, 40], [10, 0, 64, 48]])
     found = model.segment(picture(), prompts, NAMES)
+    assert found.masks.flatten(1).any(1).all()  # else the head would decide alone
     # With CLIP's part at 1, it alone decides: it is what the baseline with the same masks says.
     options = BaselineConfig(margin=1.5, background="mean")
     baseline = SamClip(teacher, model.clip, TINY.tower, options).eval()
