@@ -93,15 +93,15 @@ def pictograms() -> Run:
         boxes="pictograms",
         # Strokes are about three pixels wide: the annotated masks themselves, averaged to every second pixel as patches
         # of 8 pixels would have them, keep an IoU of 0.85 only. Patches of 4 give maps of the image's own size.
-        # The width of the prompts is that of the masks too: with 64 it takes nearly three times the steps.
+        # The width of the prompts is that of the masks too, which come far later with less.
         sam_model=SamConfig(patch_size=4, width=96, heads=2, global_blocks=(), prompt_width=128),
         # Three pixels wide strokes are a small part of a picture: the paper's weight of 1 leaves them to the last.
         sam_training=SamTrainingConfig(dice_weight=5.0),
         pyramid_width=32,
         clip_view="cut_out",
         batch_size=4,
-        # Small operations keep one core busy: two processes of one thread are faster than one of two. AdamW takes twice
-        # the steps of Muon to the same loss.
+        # Small operations keep one core busy: two processes of one thread are faster than one of two. AdamW takes more
+        # steps to the same loss of SAM.
         sam_stage=Optimisation(steps=1800, learning_rate=2e-3, optimiser="muon", workers=2),
         sam2clip_stage=Optimisation(steps=1000, learning_rate=3e-3, optimiser="muon", workers=2),
         clip2sam_stage=Optimisation(steps=1200, learning_rate=2e-3, optimiser="muon", workers=2),

@@ -18,7 +18,6 @@ python workflows/ovsam_study.py --config pictograms --teacher ... --other-teache
 import workflows.startup
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -295,9 +294,9 @@ def best_of(results: studies.Results, variants: Sequence[str], kind: str) -> str
 
 
 def claims_of(results: studies.Results) -> dict[str, tuple[str, str, str]]:
-    """Claim -> metric, and what is compared with what; baselines are the best of their kind."""
+    """Claim -> metric, and what is compared with what, by rows of `by_variant`; baselines are the best of their kind."""
     claims = {}
-    for kind in asked_for(results):
+    for kind in (*PROMPT_KINDS, *(name for name in results if name.startswith("names: "))):
         ours = f"ovsam, {kind}"
         for sort, variants in (("image crops", IMAGE_CROPS), ("features", FEATURES)):
             best = best_of(results, variants, kind)
@@ -315,11 +314,6 @@ def claims_of(results: studies.Results) -> dict[str, tuple[str, str, str]]:
         claim = f"{ours} above the best baseline of image crops ({best}), box: novel accuracy"
         claims[claim] = ("accuracy_novel", ours, f"{best}, box")
     return claims
-
-
-def asked_for(results: studies.Results) -> list[str]:
-    """The kinds of prompt, and the sizes of the vocabulary, that OV-SAM and baselines were measured with."""
-    return [name.removeprefix("ovsam, ") for name in results if re.fullmatch(r"ovsam, (box|point|names: \d+)", name)]
 
 
 def by_variant(results: studies.Results) -> studies.Results:

@@ -168,7 +168,6 @@ def test_failures_are_found_and_written(prepared: Run, trained: Trained, tmp_pat
     assert 'src="http' not in text
 
 
-@pytest.mark.ray
 def test_in_a_study_the_one_head_variant_alone_has_a_weight_of_its_own() -> None:
     run = dataclasses.replace(vild_study.pictograms(), one_head_weight=0.7)
     weights = {
@@ -179,6 +178,7 @@ def test_in_a_study_the_one_head_variant_alone_has_a_weight_of_its_own() -> None
     assert weights == {"vild": 0.7, "ensemble": usual, "image": usual}
 
 
+@pytest.mark.ray
 def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = dataclasses.replace(
         vild_study.smoke(),
