@@ -294,7 +294,7 @@ def best_of(results: studies.Results, variants: Sequence[str], kind: str) -> str
 
 
 def claims_of(results: studies.Results) -> dict[str, tuple[str, str, str]]:
-    """Claim -> metric, and what is compared with what, by rows of `by_variant`; baselines are the best of their kind."""
+    """Claim -> metric, and what is compared with what (rows of `by_variant`); baselines are the best of their sort."""
     claims = {}
     for kind in (*PROMPT_KINDS, *(name for name in results if name.startswith("names: "))):
         ours = f"ovsam, {kind}"
