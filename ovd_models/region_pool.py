@@ -1,8 +1,8 @@
-"""RoIAlign over the levels of a pyramid, with a backward that is fast on CPU.
+"""RoIAlign over the levels of a pyramid, fast on CPU.
 
 torchvision's backward scatters sample by sample on one core, and takes a third of a training step of a small detector.
-A bin is the mean of bilinear samples on a grid, so pooling is a product with two small matrices, one an axis; its
-backward is products with their transposes, which BLAS does many times faster.
+A bin is the mean of bilinear samples on a grid, so pooling is a product with two small matrices, one an axis, which
+BLAS does many times faster, as it does the gradient's products with their transposes.
 
 B images, F channels, R regions, P bins of a side, S samples of a bin and axis.
 """
@@ -17,7 +17,7 @@ from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
 MAX_CELLS = 96 * 96
-"""Of a map: the products take time in proportion to it; on larger ones torchvision's backward is no slower."""
+"""Of a map: the products take time in proportion to it; on larger ones torchvision is no slower."""
 
 
 class RegionPool(nn.Module):
@@ -60,40 +60,21 @@ class RegionPool(nn.Module):
 
 def align(level: Tensor, region_R5: Tensor, size: int, scale: float, samples: int) -> Tensor:
     """RoIAlign of a map [B, F, H, W] at regions [R, 5], image numbers in order and xyxy in pixels: [R, F, P, P]."""
-    if level.device.type != "cpu" or level.shape[-2] * level.shape[-1] > MAX_CELLS:
+    images, channels, height, width = level.shape
+    if level.device.type != "cpu" or height * width > MAX_CELLS:
         return cast(Tensor, roi_align(level, region_R5, size, scale, samples))
-    pooled: Tensor = _Align.apply(level, region_R5, size, scale, samples)
-    return pooled
-
-
-class _Align(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        level: Tensor,
-        region_R5: Tensor,
-        size: int,
-        scale: float,
-        samples: int,
-    ) -> Tensor:
-        ctx.save_for_backward(region_R5)
-        ctx.shape, ctx.settings = level.shape, (size, scale, samples)  # type: ignore[attr-defined]
-        return cast(Tensor, roi_align(level, region_R5, size, scale, samples))
-
-    @staticmethod
-    def backward(ctx, grad_RFPP: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def]
-        (region_R5,), (size, scale, samples) = ctx.saved_tensors, ctx.settings
-        images, channels, height, width = ctx.shape
-        across_RPW = bin_weights(region_R5[:, 1], region_R5[:, 3], width, size, scale, samples).to(grad_RFPP.dtype)
-        down_RPH = bin_weights(region_R5[:, 2], region_R5[:, 4], height, size, scale, samples).to(grad_RFPP.dtype)
-        counts = torch.bincount(region_R5[:, 0].long(), minlength=images).tolist()
-        rows_RPF = grad_RFPP.transpose(1, 2).reshape(len(region_R5), size * channels, size)
-        grad_BHFW = grad_RFPP.new_zeros(images, height, channels * width)
-        parts = (torch.split(values, counts) for values in (rows_RPF, across_RPW, down_RPH))
-        for target, rows, across, down in zip(grad_BHFW, *parts, strict=True):
-            # Along the rows of the map region by region; down its columns all regions of the image at once.
-            torch.mm(down.flatten(0, 1).T, (rows @ across).view(-1, channels * width), out=target)
-        return grad_BHFW.view(images, height, channels, width).transpose(1, 2), None, None, None, None
+    across_RPW = bin_weights(region_R5[:, 1], region_R5[:, 3], width, size, scale, samples).to(level.dtype)
+    down_RPH = bin_weights(region_R5[:, 2], region_R5[:, 4], height, size, scale, samples).to(level.dtype)
+    counts = torch.bincount(region_R5[:, 0].long(), minlength=images).tolist()
+    level_BHFW = level.transpose(1, 2).reshape(images, height, channels * width)
+    with torch.autocast(level.device.type, enabled=False):
+        # Down the columns of the map all regions of an image at once; along its rows region by region.
+        parts = (torch.split(weights, counts) for weights in (down_RPH, across_RPW))
+        pooled = [
+            (down.flatten(0, 1) @ rows).view(len(down), size * channels, width) @ across.mT
+            for rows, down, across in zip(level_BHFW, *parts, strict=True)
+        ]
+    return torch.cat(pooled).view(len(region_R5), size, channels, size).transpose(1, 2)
 
 
 def bin_weights(start_R: Tensor, stop_R: Tensor, cells: int, size: int, scale: float, samples: int) -> Tensor:

@@ -98,13 +98,14 @@ def pictograms() -> Run:
         # Three pixels wide strokes are a small part of a picture: the paper's weight of 1 leaves them to the last.
         sam_training=SamTrainingConfig(dice_weight=5.0),
         pyramid_width=32,
+        alpha=0.4,
         clip_view="cut_out",
         batch_size=4,
         # Small operations keep one core busy: two processes of one thread are faster than one of two. AdamW takes more
-        # steps to the same loss of SAM.
+        # steps to the same loss of SAM; but with Muon the label branch learns base names alone.
         sam_stage=Optimisation(steps=1800, learning_rate=2e-3, optimiser="muon", workers=2),
         sam2clip_stage=Optimisation(steps=1000, learning_rate=3e-3, optimiser="muon", workers=2),
-        clip2sam_stage=Optimisation(steps=1200, learning_rate=2e-3, optimiser="muon", workers=2),
+        clip2sam_stage=Optimisation(steps=1200, learning_rate=1e-3, workers=2),
         eval_images=100,
     )
 

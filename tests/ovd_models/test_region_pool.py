@@ -54,7 +54,7 @@ def test_no_region_gives_no_rows_and_no_gradient(count: int) -> None:
     assert pooled.shape == (0, 3, 7, 7)
 
 
-def test_large_maps_take_torchvisions_own_backward() -> None:
+def test_large_maps_take_torchvisions_own_operator() -> None:
     level = torch.ones(1, 1, 100, 100, requires_grad=True)
     align(level, torch.tensor([[0.0, 0.0, 0.0, 40.0, 40.0]]), 2, 1.0, 2).sum().backward()
     assert level.grad is not None
