@@ -68,8 +68,9 @@ class RegionNamer(nn.Module):
         pooled_RCpp = pyramid[0].new_zeros(len(rois_R5), pyramid[0].shape[1], ROI_SIDE, ROI_SIDE)
         for index, (level, stride) in enumerate(zip(pyramid, self.strides, strict=True)):
             rows = torch.nonzero(level_R == index).flatten()
-            pooled = roi_align(level, rois_R5[rows].to(level.dtype), ROI_SIDE, 1 / stride, -1, aligned=True)
-            pooled_RCpp = pooled_RCpp.index_copy(0, rows, pooled)
+            # In float32 also under autocast: bfloat16 moves the edges of a region by pixels.
+            pooled = roi_align(level.float(), rois_R5[rows].float(), ROI_SIDE, 1 / stride, -1, aligned=True)
+            pooled_RCpp = pooled_RCpp.index_copy(0, rows, pooled.to(pooled_RCpp.dtype))
         return pooled_RCpp
 
 
@@ -83,10 +84,11 @@ def region_levels(rois_R5: Tensor, first_stride: int, num_levels: int) -> Tensor
 def name_logits(embedding_RD: Tensor, text_KYD: Tensor, log_scale: float = LOGIT_SCALE) -> Tensor:
     """[R, D] embeddings and [K, Y, D] unit rows -> [R, K + 1] scaled cosines, the best of a name's synonyms each.
 
-    The last column is the background: a zero vector, whose logit is always 0.
+    The last column is the background: a zero vector, whose logit is always 0. In float32 also under autocast.
     """
-    cosine_RKY = torch.einsum("rd,kyd->rky", F.normalize(embedding_RD, dim=-1), text_KYD)
-    return F.pad(cosine_RKY.amax(-1) * torch.tensor(log_scale).exp(), (0, 1))
+    with torch.autocast(embedding_RD.device.type, enabled=False):
+        cosine_RKY = torch.einsum("rd,kyd->rky", F.normalize(embedding_RD.float(), dim=-1), text_KYD.float())
+        return F.pad(cosine_RKY.amax(-1) * torch.tensor(log_scale).exp(), (0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------- losses
@@ -197,5 +199,9 @@ def fuse(
 
 
 def text_of(vocabulary: Vocabulary) -> Tensor:
-    """[K, 1, D]: a vocabulary's rows in the form of `name_logits`."""
-    return vocabulary.embeddings[:, None]
+    """[K, Y, D]: a vocabulary's rows in the form of `name_logits`; a name of fewer synonyms has its last one again."""
+    if vocabulary.owners is None:
+        return vocabulary.embeddings[:, None]
+    counts_K = torch.bincount(vocabulary.owners, minlength=len(vocabulary))
+    first_K, turn_Y = counts_K.cumsum(0) - counts_K, torch.arange(int(counts_K.max()), device=counts_K.device)
+    return vocabulary.embeddings[first_K[:, None] + torch.minimum(turn_Y, counts_K[:, None] - 1)]

@@ -12,6 +12,7 @@ from open_clip.model import CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
@@ -41,18 +42,23 @@ def build_tower(config: TowerConfig, image_size: int) -> nn.Module:
 
     Args:
         config: of the tower.
-        image_size: side of the pictures that come; transformers get as many position codes, others do not mind.
+        image_size: side of the images that come; a transformer gets as many place codes, and keeps those of CLIP's own
+            size as `own_places` for pictures of that size. Others do not mind.
     """
     vision = dict(config.vision)
+    patch, own_side = int(vision.get("patch_size", 1)), int(vision["image_size"])
     if (
         "patch_size" in vision
         and "timm_model_name" not in vision
         and not isinstance(vision.get("layers"), list | tuple)
     ):
-        vision["image_size"] = image_size // int(vision["patch_size"]) * int(vision["patch_size"])
+        vision["image_size"] = image_size // patch * patch
     # open_clip builds towers in pairs: the smallest text tower is built and dropped.
     text = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
     tower: nn.Module = CustomTextCLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu).visual
+    if isinstance(tower, VisionTransformer):
+        own_places = resize_places(tower.positional_embedding.detach(), own_side // patch)
+        tower.register_buffer("own_places", own_places)
     return tower
 
 
@@ -94,11 +100,11 @@ class ClipPyramid(nn.Module):
         return super().train(False)
 
     def load_tower(self, state: Mapping[str, Tensor]) -> None:
-        """Take over an image tower's weights; a transformer's place codes are resized to this one's grid."""
-        wanted = self.tower.state_dict()
+        """Take over an image tower's weights; a transformer's place codes are resized to this one's grid too."""
         name = "positional_embedding"
-        if isinstance(self.tower, VisionTransformer) and state[name].shape != wanted[name].shape:
-            state = {**state, name: resize_places(state[name], int(self.tower.grid_size[0]))}
+        if isinstance(self.tower, VisionTransformer):
+            own_places = state.get("own_places", state[name])
+            state = {**state, "own_places": own_places, name: resize_places(own_places, int(self.tower.grid_size[0]))}
         self.tower.load_state_dict(state)
 
     @torch.no_grad()
@@ -149,11 +155,12 @@ class ClipPyramid(nn.Module):
         return embedding
 
     def embed(self, pictures_R3ss: Tensor) -> Tensor:
-        """Normalised whole pictures [R, 3, s, s] -> [R, D] unit rows; to transformers they come enlarged."""
+        """Normalised whole pictures [R, 3, s, s] of CLIP's own size -> [R, D] unit rows."""
+        places = {}
         if isinstance(self.tower, VisionTransformer):
-            side = int(self.tower.image_size[0])  # that of the input, to which its place codes were resized
-            pictures_R3ss = F.interpolate(pictures_R3ss, (side, side), mode="bilinear", align_corners=False)
-        return F.normalize(self.tower(pictures_R3ss).float(), dim=-1)
+            places["positional_embedding"] = self.tower.get_buffer("own_places")
+        found_RD: Tensor = functional_call(self.tower, places, (pictures_R3ss,))
+        return F.normalize(found_RD.float(), dim=-1)
 
     def region_embeddings(self, top_BCHW: Tensor, rois_R5: Tensor) -> Tensor:
         """CLIP's embeddings of boxes: RoIAlign on the last level to the grid of its head, then the head.
@@ -187,6 +194,8 @@ class ClipPyramid(nn.Module):
 def resize_places(codes_NW: Tensor, side: int) -> Tensor:
     """Place codes [1 + g * g, W] of a transformer, its class token's first -> [1 + side * side, W]."""
     before = round((len(codes_NW) - 1) ** 0.5)
+    if before == side:
+        return codes_NW
     grid_1Wgg = codes_NW[1:].T.reshape(1, -1, before, before)
     resized = F.interpolate(grid_1Wgg, (side, side), mode="bicubic", align_corners=False, antialias=True)
     return torch.cat([codes_NW[:1], resized[0].flatten(1).T])

@@ -140,9 +140,10 @@ class ProposalNetwork(nn.Module):
         """Class-agnostic proposals of every image."""
         levels = list(features.values())
         objectness, deltas = self.rpn.head(levels)
-        anchors = self.rpn.anchor_generator(batch, levels)
+        # Boxes are float32 also under autocast: bfloat16 would put them on a grid of pixels.
+        anchors = self.rpn.anchor_generator(batch, [level.float() for level in levels])
         per_level = [int(level[0].numel()) for level in objectness]
-        objectness_flat, deltas_flat = concat_box_prediction_layers(objectness, deltas)
+        objectness_flat, deltas_flat = (values.float() for values in concat_box_prediction_layers(objectness, deltas))
         decoded = self.rpn.box_coder.decode(deltas_flat.detach(), anchors).view(len(anchors), -1, 4)
         boxes, scores = self.rpn.filter_proposals(decoded, objectness_flat, batch.image_sizes, per_level)
         return Proposals(boxes, scores, anchors, objectness_flat, deltas_flat)

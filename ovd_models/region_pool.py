@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
-MAX_CELLS = 96 * 96
-"""Of a map: the products take time in proportion to it; on larger ones torchvision is no slower."""
+MAX_CELLS = 40 * 40
+MAX_CELLS_TRAINING = 64 * 64
+"""Of a map: the products take time in proportion to it; torchvision's forward is slow on smaller maps only, its
+backward on larger ones too."""
 
 
 class RegionPool(nn.Module):
@@ -61,8 +63,10 @@ class RegionPool(nn.Module):
 def align(level: Tensor, region_R5: Tensor, size: int, scale: float, samples: int) -> Tensor:
     """RoIAlign of a map [B, F, H, W] at regions [R, 5], image numbers in order and xyxy in pixels: [R, F, P, P]."""
     images, channels, height, width = level.shape
-    if level.device.type != "cpu" or height * width > MAX_CELLS:
+    learns = torch.is_grad_enabled() and level.requires_grad
+    if level.device.type != "cpu" or height * width > (MAX_CELLS_TRAINING if learns else MAX_CELLS):
         return cast(Tensor, roi_align(level, region_R5, size, scale, samples))
+    region_R5 = region_R5.detach()
     across_RPW = bin_weights(region_R5[:, 1], region_R5[:, 3], width, size, scale, samples).to(level.dtype)
     down_RPH = bin_weights(region_R5[:, 2], region_R5[:, 4], height, size, scale, samples).to(level.dtype)
     counts = torch.bincount(region_R5[:, 0].long(), minlength=images).tolist()

@@ -117,7 +117,10 @@ class SampledObjects:
 
 
 def sample_objects(batch: MaskBatch, side: int, count: int, generator: torch.Generator | None) -> SampledObjects:
-    """Draw `count` objects of each image that has any, with replacement, their masks brought to the model's input."""
+    """Draw `count` objects of each image that has any, with replacement, their masks brought to the model's input.
+
+    Those of which nothing is left at that size are dropped.
+    """
     images, masks, labels = [], [], []
     for index, (mask_NHW, label_N) in enumerate(zip(batch.masks, batch.labels, strict=True)):
         if not len(mask_NHW):
@@ -132,7 +135,9 @@ def sample_objects(batch: MaskBatch, side: int, count: int, generator: torch.Gen
         empty = torch.zeros(0, side, side, dtype=torch.bool, device=device)
         return SampledObjects(nothing, empty, nothing, torch.zeros(0, 4, device=device))
     masks_PSS = torch.cat(masks)
-    return SampledObjects(torch.cat(images), masks_PSS, torch.cat(labels), boxes_of(masks_PSS))
+    kept_P = masks_PSS.flatten(1).any(1)
+    masks_PSS = masks_PSS[kept_P]
+    return SampledObjects(torch.cat(images)[kept_P], masks_PSS, torch.cat(labels)[kept_P], boxes_of(masks_PSS))
 
 
 def fit_masks(masks_NHW: Tensor, side: int) -> Tensor:

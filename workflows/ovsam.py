@@ -174,10 +174,17 @@ def open_sam(run: Run, run_dir: str) -> str:
 
 def train_adapter(run: Run, model: OvSam, sam: str, sam_id: str, run_dir: str, logger: MetricLogger) -> None:
     """Cache the SAM's embeddings, then teach the adapter to make them from CLIP's levels."""
-    workers = run.sam2clip_stage.workers
-    name = f"{run.boxes}-train"
-    features.cache_features(run.storage, name, sam, sam_id, rows_per_shard=run.rows_per_shard, workers=workers)
-    cache = features.cache_name(name, sam_id)
+    settings, name = run.sam2clip_stage, f"{run.boxes}-train"
+    features.cache_features(
+        run.storage,
+        name,
+        sam,
+        sam_id,
+        rows_per_shard=run.rows_per_shard,
+        workers=settings.workers,
+        gpus=float(settings.use_gpu),
+    )
+    cache = features.cache_name(run.storage, name, sam_id)
     load = feature_loader(run.storage, name, cache, sam_id, seed=run.sam2clip_stage.seed)
     build = partial(build_adapter_training, model.config)
     stage = Stage("sam2clip", run.sam2clip_stage, build, (), False, FeatureCollate(load.shape))

@@ -7,8 +7,9 @@ each seed: SAM -> its embeddings, once -> OV-SAM from each teacher -> IoU, accur
 -> paired differences with 95 % intervals -> <storage>/reports/ovsam_study.json, .md
 
 The baselines that OV-SAM is compared with are those that name novel things best, chosen by their own result. Further
-teachers train for as many steps as give the same number of operations. A killed study continues: each result is a
-file, and a training goes on from its last checkpoint.
+teachers train for as many steps as give the same number of operations. Distracting names and other parts of CLIP are
+tried on other scenes than the main table's. A killed study continues: each result is a file, and a training goes on
+from its last checkpoint.
 
 python workflows/ovsam_study.py --config pictograms --teacher runs/runs/clip/<run>/model
 python workflows/ovsam_study.py --config pictograms --teacher ... --other-teachers runs/runs/clip/<a ViT's run>/model \
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from data_prep import storage, tables
 from data_prep.texts import StoredEncoder, TextStore
@@ -32,9 +34,10 @@ from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder
 from ovd_models.errors import InputError
 from ovd_models.ovsam import OvSam
 from ovd_models.ovsam_baselines import SamClip
+from ovd_models.ovsam_training import Clip2SamTraining, FeatureBatch, Sam2ClipTraining
 from ovd_models.sam import SamConfig
 from ovd_models.sam_training import SamTrainingConfig
-from ovd_models.segments import Prompts
+from ovd_models.segments import MaskBatch
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import cli, ovsam, ovsam_boxes, ovsam_configs, pointing_report, prepare_boxes, studies, training
 from workflows.ovsam_names import competing_names
@@ -65,7 +68,8 @@ class Run:
     distractors: str = ""
     """A file with a name a line, such as LVIS's and ImageNet-21k's; if empty, names are composed."""
     vocabulary_images: int = 100
-    """Of the evaluation set, this many of its first images; all if 0."""
+    """Of the evaluation set, this many images after those of the main table, or of all if there are none; all if 0.
+    So parts of CLIP can be chosen here without a look at the main table's scenes."""
     fusions: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.1, 0.9), (0.35, 0.65), (0.4, 0.9), (1.0, 1.0))
     """CLIP's parts in base and in novel names to compare; 0 is the label branch alone, 1 is CLIP."""
     detectors: tuple[str, ...] = ()
@@ -95,7 +99,7 @@ CONFIGS: dict[str, Callable[[], Run]] = {"pictograms": pictograms, "smoke": smok
 
 
 def study(run: Run) -> dict[str, Any]:
-    """Train and measure whatever is not there yet; the report is written anew after each result.
+    """Train and measure whatever is not there yet; the report is written anew after each seed.
 
     Raises:
         InputError: the teacher or a table is missing, or there are too few distracting names.
@@ -199,22 +203,33 @@ def named_rows(answer: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Nu
 def at_equal_compute(own: ovsam_configs.Run, first: Mapping[str, Any]) -> ovsam_configs.Run:
     """The training of another teacher with as many operations as the first one's: fewer steps, if one takes more."""
     clip, _ = ovsam.open_clip_teacher(own)
-    sam, _ = load_sam_folder(storage.local_folder(own.sam))
-    side = sam.config.image_size
-    image, prompts = torch.zeros(3, side, side, dtype=torch.uint8), Prompts.create(boxes=[[1, 1, side - 1, side - 1]])
-
-    def operations(model: OvSam) -> int:
-        return pointing_report.count_flops(lambda: model.segment(image, prompts))
-
     reference = load_ovsam_folder(storage.local_folder(first["model"]))[0]
-    other = OvSam(ovsam.model_config(own, sam.config, clip)).eval().requires_grad_(False)
-    ratio = operations(reference.requires_grad_(False)) / operations(other)
+    other = OvSam(ovsam.model_config(own, reference.config.sam, clip))
+    ratios = [
+        theirs / ours for theirs, ours in zip(step_operations(reference, own), step_operations(other, own), strict=True)
+    ]
+    stages = (own.sam2clip_stage, own.clip2sam_stage)
+    scaled = [
+        dataclasses.replace(stage, steps=max(1, round(stage.steps * ratio)))
+        for stage, ratio in zip(stages, ratios, strict=True)
+    ]
+    return dataclasses.replace(own, sam2clip_stage=scaled[0], clip2sam_stage=scaled[1])
 
-    def scaled(stage: Optimisation) -> Optimisation:
-        return dataclasses.replace(stage, steps=max(1, round(stage.steps * ratio)))
 
-    return dataclasses.replace(
-        own, sam2clip_stage=scaled(own.sam2clip_stage), clip2sam_stage=scaled(own.clip2sam_stage)
+def step_operations(model: OvSam, own: ovsam_configs.Run) -> tuple[int, int]:
+    """Of a step of `sam2clip` and of `clip2sam` with one image, forward and backward."""
+    sam = model.config.sam
+    image = torch.zeros(3, sam.image_size, sam.image_size, dtype=torch.uint8)
+    features = torch.zeros(1, sam.prompt_width, sam.embedding_side, sam.embedding_side)
+    masks = MaskBatch((image,), (torch.ones_like(image[:1], dtype=torch.bool),), (torch.zeros(1, dtype=torch.int64),))
+    text_KYD = torch.zeros(1, 1, model.config.tower.embed_dim)
+
+    def operations(module: nn.Module, *inputs: Any) -> int:
+        return pointing_report.count_flops(lambda: torch.stack(list(module(*inputs).values())).sum().backward())
+
+    return (
+        operations(Sam2ClipTraining(model), FeatureBatch((image,), features)),
+        operations(Clip2SamTraining(model, own.clip2sam), masks, text_KYD),
     )
 
 
@@ -239,7 +254,7 @@ def asked_again(
         names: the set's own first.
         fusion: CLIP's parts in base and novel names, for OV-SAM alone; if None, its own, beside the baselines.
     """
-    told = "\n".join([*names, str(run.vocabulary_images), str(fusion)])
+    told = "\n".join([*names, str(own.eval_images), str(run.vocabulary_images), str(fusion)])
     label = studies.label_of(seed, f"names-{len(names)}-{storage.sha256(told.encode())[:8]}", own)
 
     def job() -> dict[str, Any]:
@@ -250,7 +265,9 @@ def asked_again(
         vocabulary: Vocabulary = build_vocabulary(stored, names, info.splits)
         categories = tables.read_table(run.storage, "categories", own.boxes).to_pylist()
         label_of = {row["category_id"]: names.index(row["name"]) for row in categories if row["split"]}
-        rows = tables.read_table(run.storage, "boxes", f"{own.boxes}-eval").to_pylist()[: run.vocabulary_images or None]
+        rows = tables.read_table(run.storage, "boxes", f"{own.boxes}-eval").to_pylist()
+        others = rows[own.eval_images :] if own.eval_images else []
+        rows = (others or rows)[: run.vocabulary_images or None]
         if fusion is None:
             baselines = {key: SamClip(sam, model.clip, model.config.tower, config) for key, config in BASELINES.items()}
         else:
@@ -309,10 +326,11 @@ def claims_of(results: studies.Results) -> dict[str, tuple[str, str, str]]:
             teacher = other.partition(":")[0]
             claims[f"first teacher above {teacher}, {kind}: IoU"] = ("iou_all", ours, other)
             claims[f"first teacher above {teacher}, {kind}: novel accuracy"] = ("accuracy_novel", ours, other)
-    for ours in (name for name in results if name.startswith("ovsam, fusion: ")):
-        best = best_of(results, IMAGE_CROPS, "box")
+    same_images = next((name for name in results if name.startswith("names: ")), None)
+    for ours in (name for name in results if name.startswith("ovsam, fusion: ") and same_images):
+        best = best_of(results, IMAGE_CROPS, str(same_images))
         claim = f"{ours} above the best baseline of image crops ({best}), box: novel accuracy"
-        claims[claim] = ("accuracy_novel", ours, f"{best}, box")
+        claims[claim] = ("accuracy_novel", ours, f"{best}, {same_images}")
     return claims
 
 

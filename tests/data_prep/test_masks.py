@@ -81,14 +81,15 @@ def test_the_cache_holds_what_sam_sees_and_resumes_by_shard(drawn: str, tmp_path
     torch.manual_seed(0)
     folder = str(tmp_path / "sam")
     teacher = save_sam(SamModel(SAM), folder, run={})
-    name = features.cache_name("s-train", teacher)
+    name = features.cache_name(drawn, "s-train", teacher)
     rows = tables.read_table(drawn, "boxes", "s-train", ["image_id", "uri"])
-    # an interrupted run left one whole shard, and another without its receipt
-    worker = features.Embedder(drawn, name, rows, folder, 3)
+    # an interrupted run left one whole shard, and another without its receipt; one before it had shards of another size
+    features.Embedder(drawn, name, rows, folder, 2, False).write(0)
+    worker = features.Embedder(drawn, name, rows, folder, 3, False)
     worker.write(1)
     worker.write(2)
-    Path(features.receipt_uri(drawn, name, 2)).unlink()
-    whole = Path(drawn) / "features" / name / "part-00001.f16"
+    Path(features.receipt_uri(drawn, name, features.part_name(3, 2))).unlink()
+    whole = Path(drawn) / "features" / name / "part-3-00001.f16"
     before = whole.stat().st_mtime_ns
     manifest = features.cache_features(drawn, "s-train", folder, teacher, rows_per_shard=3, workers=1)
     assert whole.stat().st_mtime_ns == before

@@ -179,6 +179,11 @@ def test_a_transformer_is_taken_over_at_another_size() -> None:
     source, clip = build_tower(VIT, 64), ClipPyramid(build_tower(VIT, 128))
     clip.load_tower(source.state_dict())
     assert torch.equal(clip.tower.class_embedding, source.class_embedding)
+    pictures = torch.randn(2, 3, 64, 64)  # of its own size, as it was trained on
+    assert torch.allclose(clip.embed(pictures), F.normalize(source.eval()(pictures), dim=-1), atol=1e-6)
+    again = ClipPyramid(build_tower(VIT, 128))
+    again.load_state_dict(clip.state_dict())
+    assert torch.equal(again.embed(pictures), clip.embed(pictures))
     codes = torch.cat([torch.zeros(1, 2), torch.arange(4.0)[:, None].expand(-1, 2)])  # 0 1 / 2 3
     resized = resize_places(codes, 4)
     assert resized.shape == (17, 2)

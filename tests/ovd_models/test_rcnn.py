@@ -94,6 +94,18 @@ def test_an_image_is_detected_alike_alone_and_in_a_batch_of_its_size(detector: R
         assert torch.allclose(alone.boxes, expected.boxes, atol=1e-2)
 
 
+def test_boxes_are_exact_under_autocast(detector: RCNN) -> None:
+    # bfloat16 knows every fourth pixel only beyond 512.
+    batch = detector.preprocess([torch.zeros(3, 64, 1024, dtype=torch.uint8)])
+    batch.image_sizes = [(64, 1024)]
+    annotated = torch.tensor([[901.0, 11.0, 914.0, 23.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        proposals = detector.train().propose(batch, detector.features(batch))
+        sample = detector.sample_regions(proposals.boxes, [{"boxes": annotated, "labels": torch.tensor([0])}])
+    assert {value.dtype for value in (*proposals.boxes, *proposals.anchors, proposals.deltas)} == {torch.float32}
+    assert annotated[0].tolist() in sample.boxes[0].tolist()
+
+
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1), (3, 200)])
 def test_extreme_images_are_detected(detector: RCNN, shape: tuple[int, int]) -> None:
     found = detector.detect([torch.zeros(3, *shape, dtype=torch.uint8)], words(2), score_threshold=0.0)[0]
