@@ -137,6 +137,10 @@ class Detections:
         """The best name of each object: suppression across names, where `detect` suppresses within each name."""
         return self._select(nms(self.boxes, self.scores, iou))
 
+    def with_area(self) -> "Detections":
+        """Those whose boxes can be asked about; a box that was cut off at the image's edge may have no side."""
+        return self._select(torch.nonzero((self.boxes[:, 2:] > self.boxes[:, :2]).all(1)).squeeze(1))
+
     def _select(self, rows: Tensor) -> "Detections":
         masks = None if self.masks is None else tuple(self.masks[row] for row in rows.tolist())
         return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], masks=masks)

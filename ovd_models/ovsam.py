@@ -64,6 +64,8 @@ class OvSamConfig:
     """CLIP's part in the score of base names."""
     beta: float = 0.9
     """CLIP's part in the score of novel names."""
+    novel_bias: float = 0.0
+    """What the log scores of novel names gain, see `fuse`."""
     log_scale: float = LOGIT_SCALE
     """Log of the cosines' factor; a CLIP that learnt a smaller one is too sure of itself with the released one."""
     clip_view: Literal["features", "cut_out"] = "features"
@@ -198,16 +200,25 @@ class OvSam(nn.Module):
             InputError: the prompts do not fit the image, see `Prompts.checked`.
         """
         encoded = self.encode(image) if isinstance(image, Tensor) else image
+        found, boxes_P4 = self.masks(encoded, prompts)
+        return found if vocabulary is None else self.name(encoded, found, vocabulary, boxes_P4)
+
+    @torch.no_grad()
+    def masks(self, encoded: EncodedOvSam, prompts: Prompts) -> tuple[Segments, Tensor | None]:
+        """One mask a prompt of an encoded image, and the box prompts [P, 4] in pixels of the input, if they are boxes.
+
+        Raises:
+            InputError: the prompts do not fit the image, see `Prompts.checked`.
+        """
         height, width = encoded.sam.size
-        prompts = prompts.checked(width, height).to(encoded.top.device)
+        prompts = prompts.checked(width, height, 4 * self.config.sam.embedding_side).to(encoded.top.device)
         scale = partial(scale_prompts, encoded=encoded.sam)
         boxes_P4 = None if prompts.boxes is None else scale(prompts.boxes.view(-1, 2, 2)).view(-1, 4)
         points = None if prompts.points is None else (scale(prompts.points), prompts.point_labels)
         sparse, dense = self.prompt_encoder(points, boxes_P4, None if prompts.masks is None else prompts.masks[:, None])
         low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
         masks_PHW = enlarge(low_PLL, encoded.sam, self.config.sam.image_size) > 0
-        found = unnamed(masks_PHW, ious_P, low_PLL)
-        return found if vocabulary is None else self.name(encoded, found, vocabulary, boxes_P4)
+        return unnamed(masks_PHW, ious_P, low_PLL), boxes_P4
 
     @torch.no_grad()
     def name(
@@ -223,13 +234,19 @@ class OvSam(nn.Module):
         """
         if not len(found):
             return replace(found, names=vocabulary.names)
+        head_PK, clip_PK, seen_P = self.opinions(encoded, found, vocabulary, boxes_P4)
+        parts = {"alpha": self.config.alpha, "beta": self.config.beta, "novel_bias": self.config.novel_bias}
+        return named(found, fuse(head_PK, clip_PK, vocabulary.is_base, seen_P, **parts), vocabulary)
+
+    @torch.no_grad()
+    def opinions(
+        self, encoded: EncodedOvSam, found: Segments, vocabulary: Vocabulary, boxes_P4: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `fuse` takes: logits [P, K + 1] of the label branch and of CLIP, and [P] whether CLIP saw anything."""
         rois_P5, text_KYD = F.pad(self.rois_of(found.low_res, boxes_P4), (1, 0)), text_of(vocabulary)
         head_PK = self.head_logits(encoded.pyramid, rois_P5, text_KYD)
         clip_PK = self.clip_logits(encoded, rois_P5, found.masks, text_KYD)
-        seen_P = found.masks.flatten(1).any(1)
-        alpha, beta = self.config.alpha, self.config.beta
-        fused_PK = fuse(head_PK, clip_PK, vocabulary.is_base, seen_P, alpha=alpha, beta=beta)
-        return named(found, fused_PK, vocabulary)
+        return head_PK, clip_PK, found.masks.flatten(1).any(1)
 
     def everything(
         self, image: Tensor, vocabulary: Vocabulary | None = None, settings: EverythingConfig | None = None
@@ -249,19 +266,14 @@ class OvSam(nn.Module):
         height, width = encoded.sam.size
         grid = torch.from_numpy(build_point_grid(settings.points_per_side)).float()
         points = grid * grid.new_tensor([width, height])
-        parts = [
-            self.segment(encoded, Prompts(points=part[:, None], point_labels=torch.ones(len(part), 1).long()))
-            for part in torch.split(points, settings.points_per_batch)
-        ]
-        keep = [
-            torch.nonzero(
-                (part.ious >= settings.min_iou)
-                & (calculate_stability_score(part.low_res, 0.0, 1.0) >= settings.min_stability)
-                & part.masks.flatten(1).any(1)
-            ).flatten()
-            for part in parts
-        ]
-        found = concatenate([part.select(rows) for part, rows in zip(parts, keep, strict=True)])
+        parts = []
+        for clicks in torch.split(points, settings.points_per_batch):  # masks of the picture's size: few at a time
+            prompts = Prompts(points=clicks[:, None], point_labels=torch.ones(len(clicks), 1).long())
+            part, _ = self.masks(encoded, prompts)
+            good = (part.ious >= settings.min_iou) & part.masks.flatten(1).any(1)
+            good &= calculate_stability_score(part.low_res, 0.0, 1.0) >= settings.min_stability
+            parts.append(part.select(torch.nonzero(good).flatten()))
+        found = concatenate(parts)
         found = found.select(nms(found.boxes, found.ious, settings.nms_iou))
         return found if vocabulary is None else self.name(encoded, found, vocabulary)
 
@@ -311,16 +323,3 @@ def published(tower: TowerConfig) -> OvSamConfig:
 
 RN50X16 = TowerConfig(embed_dim=768, vision={"image_size": 384, "layers": [6, 8, 18, 8], "width": 96})
 """CLIP's largest but one ResNet."""
-CONVNEXT_L = TowerConfig(
-    embed_dim=768,
-    vision={
-        "timm_model_name": "convnext_large",
-        "timm_model_pretrained": False,
-        "timm_pool": "",
-        "timm_proj": "mlp",
-        "timm_drop": 0.0,
-        "timm_drop_path": 0.1,
-        "image_size": 320,
-    },
-)
-"""open_clip's `convnext_large_d_320`."""

@@ -11,6 +11,9 @@ from torchvision.ops import roi_align
 
 from ovd_models.segments import boxes_of
 
+MASKS_AT_A_TIME = 16
+"""A picture of the image's size is made for each mask."""
+
 Background = Literal["keep", "mean", "black"]
 """What is around the mask in a crop: left as it is, CLIP's mean colour, or black."""
 
@@ -43,8 +46,12 @@ def cut_outs(
         rows = torch.zeros(len(masks_PHW), dtype=torch.int64, device=image_3HW.device)
         return square_crops(colours[None], rows, boxes_P4, margin_P, side)
     fill = -mean / std if background == "black" else torch.zeros_like(mean)
-    pictures = torch.where(masks_PHW[:, None], colours, fill)
-    return square_crops(pictures, torch.arange(len(masks_PHW), device=image_3HW.device), boxes_P4, margin_P, side)
+    parts = (values.split(MASKS_AT_A_TIME) for values in (masks_PHW, boxes_P4, margin_P))
+    crops = []
+    for masks, boxes, margins in zip(*parts, strict=True):
+        rows = torch.arange(len(masks), device=masks.device)
+        crops.append(square_crops(torch.where(masks[:, None], colours, fill), rows, boxes, margins, side))
+    return torch.cat(crops)
 
 
 def square_crops(pictures_B3HW: Tensor, source_P: Tensor, boxes_P4: Tensor, margin_P: Tensor, side: int) -> Tensor:

@@ -166,12 +166,13 @@ def fuse(
     *,
     alpha: float = 0.1,
     beta: float = 0.9,
+    novel_bias: float = 0.0,
     takes_part_K: Tensor | None = None,
 ) -> Tensor:
     """Log scores of the label branch and of CLIP as their geometric mean, computed without leaving log space.
 
-    Base names: p_head^(1 - alpha) p_clip^alpha; novel ones: p_head^(1 - beta) p_clip^beta. The background counts as
-    base.
+    Base names: p_head^(1 - alpha) p_clip^alpha; novel ones: p_head^(1 - beta) p_clip^beta, times e^novel_bias. The
+    background counts as base.
 
     Args:
         head_PK: [P, K + 1] logits.
@@ -180,19 +181,21 @@ def fuse(
         seen_P: [P] bool, False where CLIP saw nothing of the mask: the head decides alone.
         alpha: CLIP's part in base names.
         beta: CLIP's part in novel names.
+        novel_bias: what novel names gain, since the label branch has learnt base ones (calibrated stacking, arXiv
+            1605.04253); 0 in the paper.
         takes_part_K: [K] bool; the others get `OUTSIDE`.
 
     Returns:
         [P, K + 1].
     """
     if is_base_K is None:
-        is_base_K = torch.zeros(head_PK.shape[1] - 1, dtype=torch.bool, device=head_PK.device)
+        is_base_K, novel_bias = torch.zeros(head_PK.shape[1] - 1, dtype=torch.bool, device=head_PK.device), 0.0
     part_K = F.pad(torch.where(is_base_K, alpha, beta), (0, 1), value=alpha)
     part_PK = part_K.expand_as(head_PK)
     if seen_P is not None:
         part_PK = part_PK * seen_P[:, None]
     log_head, log_clip = head_PK.float().log_softmax(-1), clip_PK.float().log_softmax(-1)
-    fused_PK = (1 - part_PK) * log_head + part_PK * log_clip
+    fused_PK = (1 - part_PK) * log_head + part_PK * log_clip + F.pad(novel_bias * ~is_base_K, (0, 1))
     if takes_part_K is not None:
         fused_PK = fused_PK.masked_fill(~F.pad(takes_part_K, (0, 1), value=True), OUTSIDE)
     return fused_PK

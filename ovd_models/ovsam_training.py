@@ -4,7 +4,6 @@ B images, P prompts of all images, C prompt width, h embedding side, L = 4 h, S 
 Y synonyms, D embedding width, N sampled points.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,8 +137,3 @@ class Clip2SamTraining(nn.Module):
         """[P, 4] where names are learnt: as at test time, unless a click's mask missed the object."""
         missed_P = by_box_P | (true_P < self.settings.min_predicted_iou)
         return torch.where(missed_P[:, None], boxes_P4, self.model.rois_of(low_PLL, None))
-
-
-def trainable(module: nn.Module) -> Sequence[str]:
-    """Names of the weights that a stage learns."""
-    return [name for name, weight in module.named_parameters() if weight.requires_grad]

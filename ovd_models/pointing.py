@@ -39,7 +39,6 @@ class PointingMetrics:
     ious: list[float] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
     novel: list[bool] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
 
     def add(self, ious_N: Tensor, predicted_N: Sequence[int], labels_N: Sequence[int], novel_N: Sequence[bool]) -> None:
         """One image's instances.
@@ -53,7 +52,6 @@ class PointingMetrics:
         self.ious += ious_N.tolist()
         self.right += [one == other for one, other in zip(predicted_N, labels_N, strict=True)]
         self.novel += list(novel_N)
-        self.labels += list(labels_N)
 
     def summary(self) -> dict[str, float]:
         """`iou_base`, `iou_novel`, `iou_all`, `accuracy_base` and so on; NaN where there is no instance."""

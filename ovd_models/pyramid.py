@@ -58,7 +58,7 @@ def build_tower(config: TowerConfig, image_size: int) -> nn.Module:
     tower: nn.Module = CustomTextCLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu).visual
     if isinstance(tower, VisionTransformer):
         own_places = resize_places(tower.positional_embedding.detach(), own_side // patch)
-        tower.register_buffer("own_places", own_places)
+        tower.register_buffer("own_places", own_places.clone())  # files of weights hold no memory twice
     return tower
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.utils.transforms import ResizeLongestSide
@@ -174,7 +173,6 @@ class EncodedImage:
     """Height and width before resizing, with the edge that an extremely long image gets."""
     size: tuple[int, int]
     """Height and width of the original image."""
-    image: Image.Image | None = None
 
 
 def add_edge(image: Tensor, side: int) -> Tensor:
@@ -238,7 +236,7 @@ class SamModel(nn.Module):
         """
         encoded = self.encode(image) if isinstance(image, Tensor) else image
         height, width = encoded.size
-        prompts = prompts.checked(width, height).to(encoded.embedding.device)
+        prompts = prompts.checked(width, height, 4 * self.config.embedding_side).to(encoded.embedding.device)
         predictor = self.predictor(encoded)
         scale = partial(scale_prompts, encoded=encoded)
         several = is_ambiguous(prompts)
@@ -263,8 +261,13 @@ class SamModel(nn.Module):
         for row, entry in enumerate(found):
             masks[row] = entry["segmentation"][:height, :width]
         ious = torch.tensor([float(entry["predicted_iou"]) for entry in found])
-        logits_PLL = F.interpolate(torch.from_numpy(masks).float()[:, None], (side, side), mode="area")[:, 0] - 0.5
-        return unnamed(torch.from_numpy(masks), ious, 20 * logits_PLL)
+        masks_PHW = torch.from_numpy(masks)
+        edge = (0, max(0, height - width), 0, max(0, width - height))  # of the model's square
+        shares = [
+            F.interpolate(F.pad(part.float(), edge)[:, None], (side, side), mode="area")[:, 0]
+            for part in masks_PHW.split(settings.points_per_batch)
+        ]
+        return unnamed(masks_PHW, ious, 20 * (torch.cat(shares) - 0.5))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 P prompts of one image, n points of a prompt, N objects of an image, L side of a mask decoder's map.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ class Prompts:
         Raises:
             InputError: a list is not of this form.
         """
+        for field, values in (("points", points), ("point_labels", point_labels), ("boxes", boxes)):
+            if values is not None and not isinstance(values, Sized):
+                raise InputError(f"{field}: {values!r}, expected a list")
         has_points, has_boxes = points is not None and len(points) > 0, boxes is not None and len(boxes) > 0
         if not (has_points or has_boxes or masks is not None):
             raise InputError("prompts: empty, expected points or boxes")
@@ -74,18 +77,25 @@ class Prompts:
         values = (self.points, self.point_labels, self.boxes, self.masks)
         return Prompts(*(None if value is None else value.to(device) for value in values))
 
-    def checked(self, width: int, height: int) -> "Prompts":
+    def checked(self, width: int, height: int, mask_side: int) -> "Prompts":
         """The prompts as a model may take them for an image of this size: boxes cut off at its edges.
+
+        Args:
+            width: of the image.
+            height: of the image.
+            mask_side: L.
 
         Raises:
             InputError: there is none; a point or a whole box lies outside; a box has no area; points contradict each
-                other, or none of them is on the thing.
+                other, or none of them is on the thing; or masks have another side.
         """
         given = [len(value) for value in (self.points, self.boxes, self.masks) if value is not None]
         if not given:
             raise InputError("prompts: empty, expected points or boxes")
         if len(set(given)) > 1:
             raise InputError(f"prompts: {given[0]} and {given[1]} given, expected as many points as boxes")
+        if self.masks is not None and self.masks.shape[1:] != (mask_side, mask_side):
+            raise InputError(f"masks: shape {list(self.masks.shape)}, expected logits [P, {mask_side}, {mask_side}]")
         if self.points is not None:
             self._check_points(self.points, width, height)
         if self.boxes is None:
@@ -121,9 +131,12 @@ def _padded(points: Sequence[Any], labels: Sequence[Any] | None) -> tuple[Tensor
         marks = [torch.full((len(row),), ON) for row in rows]
     else:
         try:
-            marks = [torch.tensor(np.atleast_1d(np.asarray(entry))).view(-1).long() for entry in labels]
+            given = [torch.tensor(np.atleast_1d(np.asarray(entry))).view(-1) for entry in labels]
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError("point_labels: expected 0 or 1 for each point") from error
+        marks = [entry.long() for entry in given]
+        if not all(torch.equal(mark.to(entry), entry) for mark, entry in zip(marks, given, strict=True)):
+            raise InputError("point_labels: expected 0 or 1 for each point")
         if [len(row) for row in rows] != [len(mark) for mark in marks]:
             raise InputError("point_labels: expected one label for each point")
     for index, row in enumerate(rows):

@@ -299,6 +299,7 @@ def model_config(run: Run, sam: SamConfig, clip: Clip) -> OvSamConfig:
         label_hidden=run.label_hidden,
         alpha=run.alpha,
         beta=run.beta,
+        novel_bias=run.novel_bias,
         log_scale=log_scale,
         clip_view=run.clip_view,
     )

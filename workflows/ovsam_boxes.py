@@ -97,7 +97,7 @@ def of_image(
     answer: Detections = detector.detect(
         image, list(vocabulary.names), score_threshold=run.score_threshold, max_detections=run.max_detections
     )
-    boxed = replace(answer, image=None)
+    boxed = replace(answer, image=None).with_area()
     objects = boxed.distinct()
     model = segmenter.model
     encoded, seen = model.encode(image), sam.encode(image)

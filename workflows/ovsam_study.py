@@ -19,10 +19,11 @@ python workflows/ovsam_study.py --config pictograms --teacher ... --other-teache
 import workflows.startup
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder
 from ovd_models.errors import InputError
 from ovd_models.ovsam import OvSam
 from ovd_models.ovsam_baselines import SamClip
+from ovd_models.ovsam_head import fuse
 from ovd_models.ovsam_training import Clip2SamTraining, FeatureBatch, Sam2ClipTraining
 from ovd_models.sam import SamConfig
 from ovd_models.sam_training import SamTrainingConfig
@@ -70,8 +72,12 @@ class Run:
     vocabulary_images: int = 100
     """Of the evaluation set, this many images after those of the main table, or of all if there are none; all if 0.
     So parts of CLIP can be chosen here without a look at the main table's scenes."""
-    fusions: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.1, 0.9), (0.35, 0.65), (0.4, 0.9), (1.0, 1.0))
-    """CLIP's parts in base and in novel names to compare; 0 is the label branch alone, 1 is CLIP."""
+    alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0)
+    """CLIP's parts in base names to try; 0 is the label branch alone, 1 is CLIP."""
+    betas: tuple[float, ...] = (0.0, 0.7, 0.8, 0.9, 1.0)
+    """CLIP's parts in novel names to try with each."""
+    novel_biases: tuple[float, ...] = (0.0, 0.5, 1.0)
+    """What novel names gain, to try with each."""
     detectors: tuple[str, ...] = ()
     """Folders or URIs of ViLD or CoDet checkpoints, whose boxes are segmented and named."""
     detector_images: int = 0
@@ -89,7 +95,9 @@ def smoke() -> Run:
         training=dataclasses.replace(ovsam_configs.smoke(), text_to_mask=False),
         seeds=(0,),
         vocabulary_sizes=(68, 100),
-        fusions=((1.0, 1.0),),
+        alphas=(1.0,),
+        betas=(1.0,),
+        novel_biases=(0.0, 1.0),
         vocabulary_images=2,
         detector_images=2,
     )
@@ -118,7 +126,10 @@ def study(run: Run) -> dict[str, Any]:
 
 
 def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str, Numbers]]:
-    """What one seed measures, by name: `<variant>, <prompt>`, `<variant>, cost`, `names: <n>`, `<detector>: <row>`."""
+    """What one seed measures, by name.
+
+    `<variant>, <prompt>`, `<variant>, cost`, `names: <n>`, `fusions`, `<detector>: <row>`.
+    """
     base = with_seed(run, seed)
     base = dataclasses.replace(base, sam=trained_sam(base, seed))
     first = trained(base, seed, "ovsam")
@@ -128,9 +139,7 @@ def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str,
         yield from named_rows(trained(own, seed, f"teacher_{number}"), f"teacher {number}: ")
     for size in run.vocabulary_sizes:
         yield f"names: {size}", asked_again(run, base, seed, first, names[:size])
-    for fusion in run.fusions:
-        numbers = asked_again(run, base, seed, first, names[: min(run.vocabulary_sizes, default=len(names))], fusion)
-        yield f"fusion: {fusion[0]:g}, {fusion[1]:g}", numbers
+    yield "fusions", fused(run, base, seed, first)
     for detector in run.detectors:
         for name, numbers in boxed(run, base, seed, first, detector).items():
             yield f"{Path(detector).parent.name}: {name}", numbers
@@ -236,15 +245,8 @@ def step_operations(model: OvSam, own: ovsam_configs.Run) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------ many names, detectors
 
 
-def asked_again(
-    run: Run,
-    own: ovsam_configs.Run,
-    seed: int,
-    first: Mapping[str, Any],
-    names: Sequence[str],
-    fusion: tuple[float, float] | None = None,
-) -> Numbers:
-    """Accuracy by boxes with these names, of which distracting ones are nobody's, or with other parts of CLIP.
+def asked_again(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str, Any], names: Sequence[str]) -> Numbers:
+    """Accuracy by boxes with these names, of which distracting ones are nobody's.
 
     Args:
         run: the study.
@@ -252,9 +254,8 @@ def asked_again(
         seed: of the training.
         first: what the training gave.
         names: the set's own first.
-        fusion: CLIP's parts in base and novel names, for OV-SAM alone; if None, its own, beside the baselines.
     """
-    told = "\n".join([*names, str(own.eval_images), str(run.vocabulary_images), str(fusion)])
+    told = "\n".join([*names, str(own.eval_images), str(run.vocabulary_images)])
     label = studies.label_of(seed, f"names-{len(names)}-{storage.sha256(told.encode())[:8]}", own)
 
     def job() -> dict[str, Any]:
@@ -265,13 +266,8 @@ def asked_again(
         vocabulary: Vocabulary = build_vocabulary(stored, names, info.splits)
         categories = tables.read_table(run.storage, "categories", own.boxes).to_pylist()
         label_of = {row["category_id"]: names.index(row["name"]) for row in categories if row["split"]}
-        rows = tables.read_table(run.storage, "boxes", f"{own.boxes}-eval").to_pylist()
-        others = rows[own.eval_images :] if own.eval_images else []
-        rows = (others or rows)[: run.vocabulary_images or None]
-        if fusion is None:
-            baselines = {key: SamClip(sam, model.clip, model.config.tower, config) for key, config in BASELINES.items()}
-        else:
-            baselines, model.config = {}, dataclasses.replace(model.config, alpha=fusion[0], beta=fusion[1])
+        rows = other_images(run, own)[: run.vocabulary_images or None]
+        baselines = {key: SamClip(sam, model.clip, model.config.tower, config) for key, config in BASELINES.items()}
         collected, _ = pointing_report.ask(run.storage, rows, label_of, vocabulary, model, sam, baselines, ("box",))
         return {
             f"{variant}, {split}": values[f"accuracy_{split}"]
@@ -279,6 +275,49 @@ def asked_again(
             for split in ("base", "novel")
             if variant != "sam"
         }
+
+    return studies.remembered(run.storage, STUDY, label, job)
+
+
+def other_images(run: Run, own: ovsam_configs.Run) -> list[dict[str, Any]]:
+    """The evaluation set's images that the main table does not use; all where it uses all."""
+    rows = tables.read_table(run.storage, "boxes", f"{own.boxes}-eval").to_pylist()
+    return (rows[own.eval_images :] if own.eval_images else []) or rows
+
+
+def fused(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str, Any]) -> Numbers:
+    """Accuracy by boxes with other parts of CLIP: `<alpha>, <beta>, <novel bias>: <split>` -> accuracy.
+
+    Label branch and CLIP are asked once, on all `other_images`.
+    """
+    settings = list(itertools.product(run.alphas, run.betas, run.novel_biases))
+    told = f"{settings} {own.eval_images}"
+    label = studies.label_of(seed, f"fusions-{storage.sha256(told.encode())[:8]}", own)
+
+    def job() -> dict[str, Any]:
+        model, _ = load_ovsam_folder(storage.local_folder(first["model"]))
+        _, encoder = ovsam.open_clip_teacher(own)
+        names = ovsam.read_names(own, encoder)
+        vocabulary = names.vocabulary
+        label_of = {names.ids[name]: label for label, name in enumerate(vocabulary.names)}
+        parts, told = [], []
+        for row in other_images(run, own):
+            image, masks, labels = pointing_report.read_row(run.storage, row, label_of)
+            if labels:
+                encoded = model.encode(image)
+                found, boxes_P4 = model.masks(encoded, pointing_report.prompts_for(masks, "box"))
+                parts.append(model.opinions(encoded, found, vocabulary, boxes_P4))
+                told += labels
+        head_PK, clip_PK, seen_P = (torch.cat(part) for part in zip(*parts, strict=True))
+        label_P, is_base_K = torch.tensor(told), cast(torch.Tensor, vocabulary.is_base)
+        base_P = is_base_K[label_P]
+        accuracies = {}
+        for alpha, beta, bias in settings:
+            scores_PK = fuse(head_PK, clip_PK, is_base_K, seen_P, alpha=alpha, beta=beta, novel_bias=bias)
+            right_P = (scores_PK[:, :-1].argmax(1) == label_P).double()
+            for split, rows_P in (("base", base_P), ("novel", ~base_P)):
+                accuracies[f"{alpha:g}, {beta:g}, {bias:g}: {split}"] = float(right_P[rows_P].mean())
+        return accuracies
 
     return studies.remembered(run.storage, STUDY, label, job)
 
@@ -326,19 +365,14 @@ def claims_of(results: studies.Results) -> dict[str, tuple[str, str, str]]:
             teacher = other.partition(":")[0]
             claims[f"first teacher above {teacher}, {kind}: IoU"] = ("iou_all", ours, other)
             claims[f"first teacher above {teacher}, {kind}: novel accuracy"] = ("accuracy_novel", ours, other)
-    same_images = next((name for name in results if name.startswith("names: ")), None)
-    for ours in (name for name in results if name.startswith("ovsam, fusion: ") and same_images):
-        best = best_of(results, IMAGE_CROPS, str(same_images))
-        claim = f"{ours} above the best baseline of image crops ({best}), box: novel accuracy"
-        claims[claim] = ("accuracy_novel", ours, f"{best}, {same_images}")
     return claims
 
 
 def by_variant(results: studies.Results) -> studies.Results:
-    """The results, and those of `names: <n>` and `fusion: <parts>` as a row for each variant too."""
+    """The results, and those of `names: <n>` as a row for each variant too."""
     rows: dict[str, dict[int, Numbers]] = {}
     for name, of_seeds in results.items():
-        if name.startswith(("names: ", "fusion: ")):
+        if name.startswith("names: "):
             for seed, numbers in of_seeds.items():
                 for key, value in numbers.items():
                     variant, _, split = key.rpartition(", ")
@@ -370,18 +404,38 @@ def as_table(report: Mapping[str, Any]) -> str:
             each = ", ".join(f"{numbers['accuracy_novel']:.3f}" for numbers in of_seeds.values())
             lines.append(f"| {name} | {means(results, name, keys)} | {each} |")
     lines += ["", *studies.difference_table(report["differences"]), "", *cost_table(results)]
-    for beginning in ("names: ", "fusion: "):
-        columns = [name for name in results if name.startswith(beginning)]
-        if columns:
-            lines += ["", "| accuracy | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-            for key in next(iter(results[columns[0]].values())):
-                lines.append(f"| {key} | " + " | ".join(means(results, column, [key]) for column in columns) + " |")
+    columns = [name for name in results if name.startswith("names: ")]
+    if columns:
+        lines += ["", "| accuracy | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+        for key in next(iter(results[columns[0]].values())):
+            lines.append(f"| {key} | " + " | ".join(means(results, column, [key]) for column in columns) + " |")
+    if "fusions" in results:
+        lines += ["", *fusion_table(results)]
     boxes = [name for name in results if "ap50_novel" in next(iter(results[name].values()))]
     if boxes:
         lines += ["", "| boxes of: masks | mask AP50 base | novel | mask AP base | novel |", "|---|---|---|---|---|"]
         columns = ["ap50_base", "ap50_novel", "ap_base", "ap_novel"]
         lines += [f"| {name} | {means(results, name, columns)} |" for name in boxes]
     return "\n".join(lines) + "\n"
+
+
+def fusion_table(results: studies.Results) -> list[str]:
+    """Markdown: parts of CLIP, those of the greatest harmonic mean of base and novel accuracy first."""
+    settings = dict.fromkeys(key.partition(":")[0] for key in next(iter(results["fusions"].values())))
+
+    def accuracies(setting: str) -> tuple[float, float]:
+        base, novel = (mean_of(results, "fusions", f"{setting}: {split}") for split in ("base", "novel"))
+        return base, novel
+
+    def harmonic(setting: str) -> float:
+        base, novel = accuracies(setting)
+        return 2 * base * novel / max(base + novel, 1e-9)
+
+    lines = ["| alpha, beta, novel bias (other images) | accuracy base | novel | harmonic mean |", "|---|---|---|---|"]
+    for setting in sorted(settings, key=harmonic, reverse=True):
+        base, novel = accuracies(setting)
+        lines.append(f"| {setting} | {base:.3f} | {novel:.3f} | {harmonic(setting):.3f} |")
+    return lines
 
 
 def means(results: studies.Results, name: str, keys: Sequence[str]) -> str:

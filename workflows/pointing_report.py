@@ -60,8 +60,6 @@ class Report:
     rows: Mapping[tuple[str, str], Mapping[str, float]]
     """Variant and prompt kind -> `PointingMetrics.summary`."""
     costs: Mapping[str, Cost]
-    instances: Mapping[tuple[str, str], PointingMetrics]
-    """Object by object, for paired comparisons."""
     pictures: tuple[Image.Image, ...]
 
     def metrics(self, prefix: str) -> dict[str, float]:
@@ -119,7 +117,7 @@ def evaluate(
         collected["sam", "text"] = ask_by_name(storage_uri, rows, label_of, vocabulary, text)
     image = read_row(storage_uri, rows[0], label_of)[0]
     costs = measure_costs(model, sam, baselines, vocabulary, image)
-    return Report(summaries(collected), costs, collected, tuple(pictures))
+    return Report(summaries(collected), costs, tuple(pictures))
 
 
 Collected = dict[tuple[str, str], PointingMetrics]

@@ -25,7 +25,7 @@ from ovd_models.ovsam_head import (
     text_of,
     uncertain_points,
 )
-from ovd_models.ovsam_training import Clip2SamConfig, Clip2SamTraining, FeatureBatch, Sam2ClipTraining, trainable
+from ovd_models.ovsam_training import Clip2SamConfig, Clip2SamTraining, FeatureBatch, Sam2ClipTraining
 from ovd_models.pointing import PointingMetrics, centre_points
 from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower, resize_places
 from ovd_models.sam import EncodedImage, EverythingConfig, SamConfig, SamModel
@@ -47,6 +47,10 @@ NAMES = Vocabulary(("anchor", "cat", "cup"), unit(3, 128), torch.tensor([True, T
 
 def picture(height: int = 48, width: int = 64, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def learnt_by(training: torch.nn.Module) -> list[str]:
+    return [name for name, weight in training.named_parameters() if weight.requires_grad]
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +252,7 @@ def test_the_adapter_learns_a_teachers_embedding(teacher: SamModel) -> None:
         optimiser.step()
         first, last = (loss.item(), last) if step == 0 else (first, loss.item())
     assert last < 0.3 * first
-    assert all(name.startswith("model.adapter.") for name in trainable(training))
+    assert all(name.startswith("model.adapter.") for name in learnt_by(training))
 
 
 # ------------------------------------------------------------------------------------------------------------ head
@@ -268,6 +272,15 @@ def test_a_name_is_as_near_as_its_nearest_synonym() -> None:
     assert name_logits(torch.zeros(0, 2), text).shape == (0, 3)
 
 
+def test_every_synonym_of_a_name_is_asked() -> None:
+    rows, owners = unit(5, 8), torch.tensor([0, 0, 0, 1, 2])
+    text = text_of(Vocabulary(("cat", "cup", "die"), rows, None, owners))
+    assert torch.equal(text[0], rows[:3])
+    assert torch.equal(text[1:], rows[3:, None].expand(-1, 3, -1))
+    assert name_logits(rows, text)[:, :3].argmax(1).tolist() == owners.tolist()
+    assert torch.equal(text_of(NAMES)[:, 0], NAMES.embeddings)
+
+
 def test_fusion_by_hand() -> None:
     head, clip = torch.tensor([[0.0, 0.0, 0.0]]), torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
     third = math.log(1 / 3)
@@ -281,6 +294,9 @@ def test_fusion_by_hand() -> None:
     assert nobody_knows[0] == pytest.approx(0.1 * third + 0.9 * math.log(0.5))
     unseen = fuse(head, clip, None, torch.tensor([False]))[0].tolist()
     assert unseen == pytest.approx([third] * 3)
+    biased = fuse(head, clip, torch.tensor([True, False]), novel_bias=2.0)[0].tolist()
+    assert biased == pytest.approx([expected[0], expected[1] + 2, expected[2]])
+    assert fuse(head, clip, None, novel_bias=2.0)[0].tolist() == nobody_knows
     excluded = fuse(head, clip, None, takes_part_K=torch.tensor([True, False]))[0].tolist()
     assert excluded[1] == -1000
     half = fuse(torch.tensor([[6e4, 0.0, 0]]).half(), torch.tensor([[0, 6e4, 0.0]]).half(), torch.tensor([True, False]))
@@ -329,7 +345,7 @@ def test_every_weight_of_the_stage_takes_part(teacher: SamModel) -> None:
     sum(losses.values()).backward()
     for name, weight in training.named_parameters():
         assert (weight.grad is not None) == weight.requires_grad, name
-    learnt = {name.split(".")[1] for name in trainable(training)}
+    learnt = {name.split(".")[1] for name in learnt_by(training)}
     assert learnt == {"mask_decoder", "namer", "label_token"}
 
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from segment_anything import SamPredictor
 from torch import Tensor
+from torch.nn import functional as F
 
 from ovd_models.errors import InputError
 from ovd_models.sam import VIT_B, EverythingConfig, SamConfig, SamModel, build_sam, load_sam, run_decoder
@@ -128,6 +129,9 @@ def test_everything_is_what_the_automatic_mask_generator_finds(model: SamModel) 
     assert found.masks.shape[1:] == (48, 64)
     assert len(found) >= 1
     assert found.ious.tolist() == sorted(found.ious.tolist(), reverse=True)
+    # The logits lie in the model's square, 64 x 64, of which the picture is the upper three quarters.
+    shares = F.interpolate(F.pad(found.masks.float(), (0, 0, 0, 16))[:, None], (32, 32), mode="area")[:, 0]
+    assert torch.allclose(found.low_res, 20 * (shares - 0.5))
     nothing = model.everything(picture(), dataclasses.replace(settings, min_iou=99.0))
     assert nothing.masks.shape == (0, 48, 64)
     assert nothing.to_list() == []
@@ -152,6 +156,10 @@ def test_prompts_that_make_no_sense_are_told(model: SamModel) -> None:
     assert "expected x0 < x1" in refused(model, boxes=[[0, 0, math.inf, 9]])
     assert "on the thing and beside it" in refused(model, points=[[[3, 3], [3, 3]]], point_labels=[[1, 0]])
     assert "none is on the thing" in refused(model, points=[[3, 3]], point_labels=[[0]])
+    assert "expected 0 or 1" in refused(model, points=[[3, 3]], point_labels=[[0.9]])
+    assert "points: 5, expected a list" in refused(model, points=5)
+    assert "boxes: 7, expected a list" in refused(model, boxes=7)
+    assert "expected logits [P, 32, 32]" in refused(model, boxes=[[1, 1, 5, 5]], masks=torch.zeros(1, 8, 8))
     assert "point_labels[0][0]: 7" in refused(model, points=[[3, 3]], point_labels=[[7]])
     assert "expected one label for each point" in refused(model, points=[[3, 3]], point_labels=[[1, 0]])
     assert "prompts: empty" in refused(model)
@@ -282,6 +290,14 @@ def test_images_without_objects_are_left_out_of_the_prompts() -> None:
     objects = sample_objects(batch, 64, 3, None)
     assert objects.images.tolist() == [0, 0, 0]
     assert objects.boxes.tolist() == [[16, 8, 48, 32]] * 3
+
+
+def test_objects_of_which_nothing_is_left_are_not_asked_for() -> None:
+    thin = torch.zeros(1, 640, 640, dtype=torch.bool)
+    thin[0, 7:9, 100:300] = True  # between the rows that are looked at
+    batch = MaskBatch((torch.zeros(3, 640, 640, dtype=torch.uint8),), (thin,), (torch.zeros(1, dtype=torch.int64),))
+    objects = sample_objects(batch, 64, 3, None)
+    assert (len(objects.labels), objects.boxes.shape, objects.masks.shape) == (0, (0, 4), (0, 64, 64))
 
 
 def test_a_step_without_any_object_is_zero_and_has_gradients() -> None:
