@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from data_prep import storage, tables
 from data_prep.left_out import LeftOut
 from data_prep.pictograms import SCENES, Style, World
 from ovd_models.errors import InputError
-from ovd_models.prompts import with_article
+from ovd_models.images import upright_size
+from ovd_models.prompts import clean_name, with_article
 
 COCO_NOVEL = (
     "airplane", "bus", "cat", "dog", "cow", "elephant", "umbrella", "tie", "snowboard", "skateboard", "cup", "knife",
@@ -59,11 +60,14 @@ def digest(folder: str | Path) -> str:
 
 
 def read_coco(path: str | Path, images: str | Path) -> BoxSet:
-    """An annotation file of COCO's form, split by `COCO_BASE` and `COCO_NOVEL`.
+    """An annotation file of COCO's or LVIS's form.
+
+    LVIS, whose categories tell how frequent they are, is split by that: rare ones are novel. COCO is split by
+    `COCO_BASE` and `COCO_NOVEL`.
 
     Args:
         path: the json file.
-        images: folder of the image files.
+        images: folder of the image files, under their names in `coco_url` (LVIS) or `file_name` (COCO).
 
     Raises:
         InputError: the file is unreadable or a field is missing or wrong; an image file is missing.
@@ -92,17 +96,49 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
             raise InputError(f"{path}: annotations[{number}]: bbox {annotation['bbox']!r}, expected 4 finite numbers")
         annotations[image].append(annotation)
     left = LeftOut()
-    rows = [_coco_row(entry, annotations[int(entry["id"])], Path(images), Path(path), left) for entry in raw["images"]]
+    name_of = _lvis_file if is_lvis(raw) else _coco_file
+    rows = [
+        _coco_row(entry, name_of, annotations[int(entry["id"])], Path(images), Path(path), left)
+        for entry in raw["images"]
+    ]
     if left:
         print(f"{path}: left out: {left}", flush=True)
-    splits = {**dict.fromkeys(COCO_BASE, "base"), **dict.fromkeys(COCO_NOVEL, "novel")}
-    if not any(name in splits for name in names.values()):
-        raise InputError(f"{path}: no category of the COCO 48/17 split, expected names such as 'person' or 'cat'")
-    categories = [
-        {"category_id": key, "name": name, "synonyms": [], "frequency": "", "split": splits.get(name, "")}
-        for key, name in sorted(names.items())
-    ]
+    if is_lvis(raw):
+        categories = _lvis_categories(raw["categories"], Path(path))
+    else:
+        splits = {**dict.fromkeys(COCO_BASE, "base"), **dict.fromkeys(COCO_NOVEL, "novel")}
+        if not any(name in splits for name in names.values()):
+            raise InputError(f"{path}: no category of the COCO 48/17 split, expected names such as 'person' or 'cat'")
+        categories = [
+            {"category_id": key, "name": name, "synonyms": [], "frequency": "", "split": splits.get(name, "")}
+            for key, name in sorted(names.items())
+        ]
     return _box_set(categories, rows)
+
+
+def is_lvis(raw: Mapping[str, Any]) -> bool:
+    """Whether an annotation file says how frequent its categories are."""
+    return any("frequency" in entry for entry in raw["categories"])
+
+
+def _lvis_categories(entries: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for entry in sorted(entries, key=lambda entry: int(entry["id"])):
+        frequency = entry.get("frequency")
+        if frequency not in ("r", "c", "f"):
+            raise InputError(f"{path}: category {entry['id']}: frequency {frequency!r}, expected 'r', 'c' or 'f'")
+        name = clean_name(str(entry["name"]))
+        synonyms = [clean_name(str(word)) for word in entry.get("synonyms", ())]
+        rows.append(
+            {
+                "category_id": int(entry["id"]),
+                "name": name,
+                "synonyms": [word for word in dict.fromkeys(synonyms) if word != name],
+                "frequency": frequency,
+                "split": "novel" if frequency == "r" else "base",
+            }
+        )
+    return rows
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -118,14 +154,28 @@ def _load(path: Path) -> dict[str, Any]:
     return dict(raw)
 
 
+def _coco_file(image: Mapping[str, Any]) -> str:
+    return str(image["file_name"])
+
+
+def _lvis_file(image: Mapping[str, Any]) -> str:
+    """The official files name images by their address alone."""
+    return str(image["coco_url"]).rpartition("/")[2] if image.get("coco_url") else str(image["file_name"])
+
+
 def _coco_row(
-    image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], folder: Path, origin: Path, left: LeftOut
+    image: Mapping[str, Any],
+    name_of: Callable[[Mapping[str, Any]], str],
+    annotations: Sequence[Mapping[str, Any]],
+    folder: Path,
+    origin: Path,
+    left: LeftOut,
 ) -> dict[str, Any]:
     try:
-        file, width, height = folder / str(image["file_name"]), int(image["width"]), int(image["height"])
+        file, width, height = folder / name_of(image), int(image["width"]), int(image["height"])
         content = file.read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
-            size = opened.size
+            size = upright_size(opened)  # as it is decoded
     except KeyError as error:
         raise InputError(f"{origin}: image {image.get('id')}: no field {error}") from error
     except (TypeError, ValueError) as error:
@@ -140,9 +190,9 @@ def _coco_row(
         x, y, w, h = (float(value) for value in annotation["bbox"])
         box = [max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)]
         if not (w > 0 and h > 0):
-            left.add("boxes without area", str(image["file_name"]))
+            left.add("boxes without area", file.name)
         elif not (box[2] > box[0] and box[3] > box[1]):
-            left.add("boxes outside their image", str(image["file_name"]))
+            left.add("boxes outside their image", file.name)
         else:
             boxes.append(box)
             kept.append(annotation)

@@ -70,6 +70,18 @@ def orientation(image: Image.Image) -> Image.Transpose | None:
     return TURNS.get(image.getexif().get(0x0112, 1))
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after `upright`, without decoding the picture."""
+    width, height = image.size
+    lying = (
+        Image.Transpose.ROTATE_90,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.TRANSVERSE,
+    )
+    return (height, width) if orientation(image) in lying else (width, height)
+
+
 def upright(image: Image.Image) -> Image.Image:
     """The picture as its camera's orientation says; the other EXIF fields, which may be damaged, are let go."""
     turn = orientation(image)

@@ -227,8 +227,14 @@ class ViLD(nn.Module):
         max_detections: int = 100,
         scoring: Scoring | None = None,
     ) -> list[Detections]:
-        """Answer a question about recorded images."""
+        """Answer a question about recorded images.
+
+        Raises:
+            InputError: a `supervised` model is asked for attributes or children.
+        """
         closed, known = self._closed(question.names)
+        if known is not None and (question.attributes is not None or question.children is not None):
+            raise InputError("question: a supervised model knows its names alone, expected no attributes or children")
         found = []
         for record in records:
             entry = find(

@@ -277,7 +277,12 @@ def finish_stage(
         save_detector(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
         storage.upload_folder(Path(folder), target)
         metrics, pictures = evaluate.evaluate(
-            evaluate.Run(storage=run.storage, model=folder, boxes=f"{run.boxes}-eval")
+            evaluate.Run(
+                storage=run.storage,
+                model=folder,
+                boxes=f"{run.boxes}-eval",
+                device=training.device_of(run.joint_stage),
+            )
         )
         prefix = f"eval/{run.boxes}" if stage.joint else f"eval/{run.boxes}/box_supervised"
         evaluate.log(tracked, metrics, pictures, prefix, stage.settings.steps)

@@ -4,6 +4,7 @@ COCO json, or the pictogram world --read or draw--> boxes, categories --strip no
 
 python workflows/prepare_boxes.py --config pictograms
 python workflows/prepare_boxes.py --config coco --data photos/    # photos/instances.json, photos/images/
+python workflows/prepare_boxes.py --config coco --name lvis --data lvis_train/ --eval-data lvis_val/    # LVIS
 """
 
 import workflows.startup
@@ -37,11 +38,13 @@ class Run:
     name: str
     """Name of the tables, before `-train` and `-eval`."""
     data: str = ""
-    """A folder with `instances.json` and `images/`; the pictogram world if empty."""
+    """A folder with `instances.json`, of COCO's or LVIS's form, and `images/`; the pictogram world if empty."""
+    eval_data: str = ""
+    """Another such folder, with the same categories, for evaluation; without one, images of `data` are held out."""
     train_images: int = 2400
     """Drawn scenes for training."""
     eval_images: int = 300
-    """Drawn scenes for evaluation; of a COCO folder, this many of its images are held out."""
+    """Drawn scenes for evaluation; of a folder without `eval_data`, this many of its images are held out."""
     seed: int = 0
 
 
@@ -73,7 +76,8 @@ def prepare(run: Run) -> None:
         raise InputError("--data: missing, expected a folder with instances.json and images/")
     config_hash = cli.config_hash(dataclasses.replace(run, storage=""))
     if run.data:  # what the file says, too
-        config_hash = storage.sha256(f"{config_hash} {annotations.digest(run.data)}".encode())[:16]
+        told = [annotations.digest(folder) for folder in (run.data, run.eval_data) if folder]
+        config_hash = storage.sha256(" ".join([config_hash, *told]).encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
         if done.config_hash != config_hash:
@@ -119,9 +123,17 @@ def prepare_full(run: Run) -> None:
 
 
 def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
-    """A COCO folder, the last images in a seeded order held out."""
-    folder = Path(run.data)
-    whole = annotations.read_coco(folder / "instances.json", folder / "images")
+    """A COCO or LVIS folder, and the one for evaluation; without that, the last images in a seeded order held out."""
+    whole, *others = (
+        annotations.read_coco(Path(folder, "instances.json"), Path(folder, "images"))
+        for folder in (run.data, run.eval_data)
+        if folder
+    )
+    if others:
+        columns = ["category_id", "name"]
+        if not whole.categories.select(columns).equals(others[0].categories.select(columns)):
+            raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
+        return whole, others[0]
     count = whole.boxes.num_rows
     if not 0 < run.eval_images < count:
         raise InputError(f"eval_images: {run.eval_images}, expected 1 to {count - 1} of the {count} images")

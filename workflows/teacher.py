@@ -1,6 +1,7 @@
 """The teacher of a detector: its text encoder, and the names that it embeds."""
 
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +42,13 @@ def read_categories(storage_uri: str, boxes: str) -> tuple[dict[int, str], dict[
     """Category id -> name of those with a split, and `base` or `novel` by name.
 
     Raises:
-        InputError: the table is missing.
+        InputError: the table is missing, or two categories have the same name.
     """
     rows = tables.read_table(storage_uri, "categories", boxes, ["category_id", "name", "split"]).to_pylist()
     taking_part = [row for row in rows if row["split"]]
+    twice = [name for name, count in Counter(row["name"] for row in taking_part).items() if count > 1]
+    if twice:
+        raise InputError(f"categories/{boxes}: {twice[0]!r} is the name of several categories, expected one for each")
     return {row["category_id"]: row["name"] for row in taking_part}, {row["name"]: row["split"] for row in taking_part}
 
 

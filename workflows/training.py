@@ -204,6 +204,11 @@ def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Opt
     return muon
 
 
+def device_of(settings: Optimisation) -> str:
+    """Where a trained model is evaluated: in the driver, on a GPU if training took some and the driver has one."""
+    return "cuda" if settings.use_gpu and torch.cuda.is_available() else "cpu"
+
+
 def build_schedule(
     optimiser: torch.optim.Optimizer, settings: Optimisation
 ) -> torch.optim.lr_scheduler.OneCycleLR | torch.optim.lr_scheduler.LambdaLR:

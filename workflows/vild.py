@@ -28,8 +28,9 @@ from data_prep import storage, tables
 from data_prep.batching import StreamShape, stream
 from data_prep.box_stream import RegionSource, detection_loader
 from data_prep.collate import DetectionCollate
-from ovd_models.checkpoints import load_vild, save_detector
+from ovd_models.checkpoints import load_vild, read_info, save_detector
 from ovd_models.clip import Clip, ClipConfig, save_clip
+from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.rcnn import ProposalNetwork, find_backbone_weights, load_backbone
 from ovd_models.vild import ViLD
@@ -167,6 +168,8 @@ def train(run: Run) -> Trained:
     with tracking.run(run.storage, experiment="vild", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
         tracked.log_text(cli.to_json(run), "run.json")
         started = clock()
+        if run.proposals:
+            check_proposals(run)
         proposals = run.proposals or train_proposals(run, names, encoder, run_dir, tracked)
         seconds["rpn"], started = clock() - started, clock()
         regions = embed_proposals(run, encoder, proposals) if run.model.distils else None
@@ -223,6 +226,22 @@ def train_proposals(run: Run, names: Names, encoder: TextEncoder, run_dir: str, 
     target = storage.join(run_dir, "proposals")
     save(run, model, encoder, names, target)
     return target
+
+
+def check_proposals(run: Run) -> None:
+    """Whether the given proposals are of this detector's first stage, and have seen no box that this run must not.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    folder = storage.local_folder(run.proposals)
+    theirs, ours = load_vild(folder).config.detector, run.model.detector
+    for name in ("backbone", "backbone_options", "freeze_norm", "strides", "anchor_sizes", "pyramid_channels"):
+        if getattr(theirs, name) != getattr(ours, name):
+            found, expected = getattr(theirs, name), getattr(ours, name)
+            raise InputError(f"--proposals {run.proposals}: {name} is {found!r}, expected {expected!r}")
+    if read_info(folder).run.get("novel_boxes") and not run.novel_boxes:
+        raise InputError(f"--proposals {run.proposals}: learnt from novel boxes, expected proposals of base boxes")
 
 
 def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSource:
@@ -284,6 +303,7 @@ def finish(
             score_threshold=run.score_threshold,
             max_detections=run.max_detections,
             masks=run.measure_masks,
+            device=training.device_of(run.detector_stage),
         )
     )
     prefix = f"eval/{run.boxes}"

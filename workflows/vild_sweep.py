@@ -123,13 +123,15 @@ def measure(
     return evaluate_detections(seen.rows, found, seen.names, seen.splits)
 
 
-def crop_encoder(teacher: str, crops: CropConfig) -> RegionEncoder:
+def crop_encoder(teacher: str, crops: CropConfig, expected: str) -> RegionEncoder:
     """The teacher of a checkpoint, looking at boxes as `embed.py` does.
 
     Raises:
-        InputError: there is no such checkpoint.
+        InputError: there is no such checkpoint, or its id is not the expected one.
     """
     model = Teacher(teacher, EmbedConfig(batch_size=128))
+    if model.id != expected:
+        raise InputError(f"--teacher {teacher}: is {model.id}, the detector learnt from {expected}")
 
     def encode(image: Tensor, boxes: Tensor) -> Tensor:
         picture_HW3 = image.cpu().permute(1, 2, 0).numpy()
@@ -160,7 +162,7 @@ def baselines(detector: Detector, seen: Recorded, teacher: str, base: Scoring, r
     highly as tight ones.
     """
     best = [entry.top(run.max_crops) for entry in seen.records]
-    encoder = crop_encoder(teacher, run.crops)
+    encoder = crop_encoder(teacher, run.crops, detector.teacher)
     crops = with_teacher(best, seen.images, encoder, keep_text=False)
     fused = [dataclasses.replace(entry, image=own.image) for entry, own in zip(best, crops, strict=True)]
     found = {

@@ -26,6 +26,8 @@ from ovd_models.errors import InputError
 
 PHOTOS = Path(__file__).parents[2].parent / "shared/data/coco_photos"
 photos = pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is absent")
+LVIS = PHOTOS.parent / "lvis/lvis_val_100.json"
+lvis = pytest.mark.skipif(not LVIS.exists(), reason=f"{LVIS} is absent")
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 17, "name": "cat"}, {"id": 7, "name": "hair drier"}]
 
 
@@ -257,6 +259,52 @@ def test_scenes_depend_on_number_and_seed_and_base_scenes_show_base_only(tmp_pat
     novel = {row["category_id"] for row in pictogram_categories(world, {}) if row["split"] == "novel"}
     assert len(novel) == 17
     assert not novel & {key for row in first for key in row["category_ids"]}
+
+
+def test_lvis_is_split_by_frequency_and_names_images_by_their_address(tmp_path: Path) -> None:
+    categories = [
+        {"id": 2, "name": "aerosol_can", "frequency": "c", "synonyms": ["aerosol_can", "spray_can"]},
+        {"id": 1, "name": "acorn", "frequency": "r"},
+    ]
+    image = {"id": 5, "coco_url": "http://images.cocodataset.org/val2017/a.jpg", "width": 40, "height": 30}
+    content = coco(annotated(2, [1, 1, 5, 5]), categories=categories, images=[{**image, "neg_category_ids": [1]}])
+    assert read(tmp_path, content)[0]["neg_category_ids"] == [1]
+    found = read_coco(tmp_path / "instances.json", tmp_path / "images").categories.to_pylist()
+    assert [(row["name"], row["split"], row["frequency"], row["synonyms"], row["image_count"]) for row in found] == [
+        ("acorn", "novel", "r", [], 0),
+        ("aerosol can", "base", "c", ["spray can"], 1),
+    ]
+    categories[1]["frequency"] = "x"
+    with pytest.raises(InputError, match="category 1: frequency 'x', expected 'r', 'c' or 'f'"):
+        read(tmp_path, {**content, "categories": categories})
+
+
+@lvis
+def test_the_real_lvis_file_is_read(tmp_path: Path) -> None:
+    raw = json.loads(LVIS.read_text())
+    raw["images"] = raw["images"][:5]
+    kept = {image["id"] for image in raw["images"]}
+    raw["annotations"] = [entry for entry in raw["annotations"] if entry["image_id"] in kept]
+    for image in raw["images"]:
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["coco_url"].rpartition("/")[2])
+    (tmp_path / "lvis.json").write_text(json.dumps(raw))
+    found = read_coco(tmp_path / "lvis.json", tmp_path)
+    assert sum(len(boxes) for boxes in found.boxes["boxes"].to_pylist()) == len(raw["annotations"]) > 0
+    assert all(mask for masks in found.boxes["masks"].to_pylist() for mask in masks)
+    assert len(set(found.categories["name"].to_pylist())) == len(raw["categories"])
+    rare = sum(entry["frequency"] == "r" for entry in raw["categories"])
+    assert found.categories["split"].to_pylist().count("novel") == rare > 0
+
+
+def test_sizes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.new("RGB", (30, 40)).save(tmp_path / "images/b.jpg", exif=exif)
+    images = [{"id": 5, "file_name": "b.jpg", "width": 40, "height": 30}]
+    assert [row["width"] for row in read(tmp_path, coco(annotated(1, [1, 1, 39, 9]), images=images))] == [40]
+    with pytest.raises(InputError, match=r"40 x 30 pixels, .* says 30 x 40"):
+        read(tmp_path, coco(images=[{**images[0], "width": 30, "height": 40}]))
 
 
 @photos

@@ -210,6 +210,8 @@ def test_a_supervised_detector_never_finds_other_names() -> None:
     assert found.names == vocabulary.names
     (nothing,) = model.detect([scene(0)[0]], Vocabulary(("name 7",), text(1)), score_threshold=0.0)
     assert len(nothing) == 0
+    with pytest.raises(InputError, match="no attributes or children"):
+        model.detect([scene(0)[0]], Question(vocabulary, attributes=Vocabulary(("red",), text(1))))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

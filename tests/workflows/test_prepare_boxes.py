@@ -59,6 +59,18 @@ def test_a_folder_becomes_a_training_and_an_evaluation_set(tmp_path: Path) -> No
     ]
 
 
+def test_a_folder_of_its_own_is_for_evaluation(tmp_path: Path) -> None:
+    other = folder_of(tmp_path / "val", count=3)
+    run = photos(tmp_path, eval_data=str(other))
+    prepare(run)
+    assert (len(read(run, "train")), len(read(run, "eval"))) == (6, 3)
+    content = json.loads((other / "instances.json").read_text())
+    content["categories"][3]["name"] = "toaster"
+    (other / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="other categories than"):
+        prepare(dataclasses.replace(run, storage=str(tmp_path / "again")))
+
+
 def test_the_split_follows_the_seed(tmp_path: Path) -> None:
     first = photos(tmp_path)
     runs = [first, *(dataclasses.replace(first, name=f"n{seed}", seed=seed) for seed in (0, 1, 2, 3))]

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import ovd_models
 from data_prep import tables
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import load_vild
+from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.errors import InputError
 from ovd_models.region_scores import Scoring
 from workflows import cli, evaluate, failures, studies, tracking, vild, vild_configs, vild_study, vild_sweep
@@ -102,7 +104,9 @@ def test_supervised_training_finds_no_novel_name(prepared: Run, trained: Trained
 
 
 @pytest.mark.ray
-def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(prepared: Run, trained: Trained) -> None:
+def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
+    prepared: Run, trained: Trained, tmp_path: Path
+) -> None:
     detector = ovd_models.load(trained.model)
     seen = vild_sweep.record(detector, prepared.storage, "smoke-eval", "smoke")
     run = vild_sweep.Run(score_threshold=prepared.score_threshold)
@@ -110,6 +114,9 @@ def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(prepared: R
     metrics, _ = evaluate.evaluate(evaluate.Run(storage=prepared.storage, model=trained.model, boxes="smoke-eval"))
     for name, value in metrics.summary().items():
         assert own.summary()[name] == pytest.approx(value, nan_ok=True)
+    save_clip(Clip(ClipConfig()), tmp_path / "other")
+    with pytest.raises(InputError, match=f"the detector learnt from {detector.teacher}"):
+        vild_sweep.baselines(detector, seen, str(tmp_path / "other"), Scoring(), run)
     grid = list(vild_sweep.scorings(vild_sweep.Run(temperature=(10.0, 20.0)), Scoring()))
     assert len(grid) == 4 * 2 * 2
     assert all(entry.base_image + entry.novel_image == pytest.approx(1) for entry in grid)
@@ -264,6 +271,13 @@ def test_what_cannot_be_trained_is_told(prepared: Run, trained: Trained, tmp_pat
     assert "no CLIP checkpoint" in bad(lambda run: replace(run, teacher=str(tmp_path)), prepared)
     assert "boxes/nowhere: no such table" in bad(lambda run: replace(run, train_boxes="nowhere"), prepared)
     assert "no such table; `python workflows/embed.py`" in bad(lambda run: replace(run, regions="nowhere"), given)
+    wider = replace(prepared.model, detector=replace(prepared.model.detector, pyramid_channels=128))
+    assert "pyramid_channels is 64, expected 128" in bad(lambda run: replace(run, model=wider), given)
+    info = json.loads(Path(trained.proposals, "config.json").read_text())
+    shutil.copytree(trained.proposals, tmp_path / "seen")
+    Path(tmp_path, "seen", "config.json").write_text(json.dumps({**info, "run": {**info["run"], "novel_boxes": True}}))
+    told = bad(lambda run: replace(run, proposals=str(tmp_path / "seen")), prepared)
+    assert "learnt from novel boxes, expected proposals of base boxes" in told
     other = replace(prepared.crops, fit="pad")
     assert "made with crops" in bad(lambda run: replace(run, regions=trained.regions, crops=other), given)
     texts = tmp_path / "texts.npy"
