@@ -360,7 +360,15 @@ def finish(
         save_ovsam(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
         storage.upload_folder(Path(folder), target)
         report = pointing_report.evaluate(
-            run.storage, f"{run.boxes}-eval", names.ids, names.vocabulary, model, sam, text, limit=run.eval_images
+            run.storage,
+            f"{run.boxes}-eval",
+            names.ids,
+            names.vocabulary,
+            model,
+            sam,
+            text,
+            limit=run.eval_images,
+            device=training.device_of(run.clip2sam_stage),
         )
         tracked.log_metrics(report.metrics(f"eval/{run.boxes}"), run.clip2sam_stage.steps)
         for number, picture in enumerate(report.pictures):

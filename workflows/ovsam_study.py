@@ -65,7 +65,7 @@ class Run:
     training: ovsam_configs.Run = field(default_factory=ovsam_configs.pictograms)
     """What is trained; seeds and teachers are the study's."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    vocabulary_sizes: tuple[int, ...] = (68, 300, 1_203, 5_000, 22_000)
+    vocabulary_sizes: tuple[int, ...] = (68, 1_203, 5_000, 22_000)
     """Names that compete: the set's own, filled up with distracting ones."""
     distractors: str = ""
     """A file with a name a line, such as LVIS's and ImageNet-21k's; if empty, names are composed."""

@@ -93,6 +93,7 @@ def evaluate(
     text: TextToMask | None = None,
     *,
     limit: int = 0,
+    device: str = "cpu",
 ) -> Report:
     """Ask OV-SAM, its teacher and every baseline for every annotated object, and tell what they cost.
 
@@ -105,18 +106,24 @@ def evaluate(
         sam: its teacher.
         text: a SAM that takes names as prompts, if there is one.
         limit: of images; all if 0.
+        device: where the models work; they stay there.
 
     Raises:
         InputError: the table is missing.
     """
+    vocabulary = vocabulary.to(torch.device(device))
+    for part in (model, sam, *([text] if text is not None else [])):
+        part.to(device)
     rows = tables.read_table(storage_uri, "boxes", boxes).to_pylist()[: limit or None]
     label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names) if name in category_ids}
-    baselines = {name: SamClip(sam, model.clip, model.config.tower, config) for name, config in BASELINES.items()}
+    baselines = {
+        name: SamClip(sam, model.clip, model.config.tower, config).to(device) for name, config in BASELINES.items()
+    }
     collected, pictures = ask(storage_uri, rows, label_of, vocabulary, model, sam, baselines)
     if text is not None:
         collected["sam", "text"] = ask_by_name(storage_uri, rows, label_of, vocabulary, text)
     image = read_row(storage_uri, rows[0], label_of)[0]
-    costs = measure_costs(model, sam, baselines, vocabulary, image)
+    costs = measure_costs(model, sam, baselines, vocabulary, image.to(device))
     return Report(summaries(collected), costs, tuple(pictures))
 
 
@@ -154,6 +161,8 @@ def ask(
         if not labels:
             continue
         novel = [not is_base[label] for label in labels]
+        device = vocabulary.embeddings.device
+        picture, image, masks = image, image.to(device), masks.to(device)
         encoded, seen = model.encode(image), sam.encode(image)
         for kind in kinds:
             prompts = prompts_for(masks, kind)
@@ -165,7 +174,7 @@ def ask(
                 metrics = collected.setdefault((variant, kind), PointingMetrics())
                 metrics.add(ious, segments.labels.tolist(), labels, novel)
             if kind == "box" and len(pictures) < NUM_PICTURES:
-                pictures.append(found["ovsam"].draw(image=Image.fromarray(image.permute(1, 2, 0).numpy())))
+                pictures.append(found["ovsam"].draw(image=Image.fromarray(picture.permute(1, 2, 0).numpy())))
     return collected, pictures
 
 
@@ -178,8 +187,9 @@ def ask_by_name(
     for row in rows:
         image, masks, labels = read_row(storage_uri, row, label_of)
         if labels:
-            found = text.segment_text(text.sam.encode(image), vocabulary.embeddings[labels])
-            ious = mask_ious(found.masks.flatten(1), masks.flatten(1))
+            device = vocabulary.embeddings.device
+            found = text.segment_text(text.sam.encode(image.to(device)), vocabulary.embeddings[labels])
+            ious = mask_ious(found.masks.flatten(1), masks.to(device).flatten(1))
             metrics.add(ious, [-1] * len(labels), labels, [not is_base[label] for label in labels])
     return metrics
 
@@ -259,5 +269,7 @@ def median_ms(job: Callable[[], Any], repeats: int = 15) -> float:
     for _ in range(repeats):
         started = time.perf_counter()
         job()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - started))
     return float(np.median(times))
