@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from ovd_models.errors import InputError
 
-MARKERS = ("clip.json", "table.json", "config.json")
+MARKERS = ("clip.json", "table.json", "config.json", "progress.pt")
 """Files that are written last into a checkpoint's folder."""
 
 

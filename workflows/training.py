@@ -32,7 +32,8 @@ from ovd_models.errors import InputError
 from workflows import cluster
 
 Batch = TypeVar("Batch")
-DRIVER_CHECKPOINT = "driver_checkpoint"
+DRIVER_CHECKPOINTS = ("driver_checkpoint/a", "driver_checkpoint/b")
+"""Written in turn, so that one is whole at any time."""
 MIN_SCHEDULE_STEPS = 10
 """One cycle has no shorter form."""
 REQUIRED_DIVISOR = 5
@@ -106,9 +107,11 @@ def step_of(checkpoint: ray.train.Checkpoint) -> int:
 def last_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
     """The checkpoint of the latest step, of those that Ray Train committed and a loop inside the driver left."""
     filesystem, path = storage.resolve(run_dir)
-    found = []
-    if storage.exists(storage.join(run_dir, DRIVER_CHECKPOINT)):
-        found.append(ray.train.Checkpoint(f"{path}/{DRIVER_CHECKPOINT}", filesystem))
+    found = [
+        ray.train.Checkpoint(f"{path}/{name}", filesystem)
+        for name in DRIVER_CHECKPOINTS
+        if storage.exists(storage.join(run_dir, name, "progress.pt"))
+    ]
     if storage.exists(storage.join(run_dir, "checkpoint_manager_snapshot.json")):
         committed = ray.train.Result.from_path(path, storage_filesystem=filesystem).checkpoint
         found += [] if committed is None else [committed]
@@ -330,7 +333,11 @@ class Session:
             }
             torch.save(progress, Path(folder) / "progress.pt")
             if not self.settings.workers:  # Ray Train keeps no checkpoints of a loop inside the driver
-                storage.upload_folder(Path(folder), storage.join(self.run_dir, DRIVER_CHECKPOINT))
+                before = last_checkpoint(self.run_dir)
+                first, second = DRIVER_CHECKPOINTS
+                name = second if before is not None and before.path.endswith(first) else first
+                # Its step, by which the latest is known, comes last.
+                storage.upload_folder(Path(folder), storage.join(self.run_dir, name))
                 return
             ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
 

@@ -354,6 +354,20 @@ def test_a_run_with_cosine_and_average_resumes_exactly(alone: None, tmp_path: Pa
     assert whole.optimiser.param_groups[0]["lr"] == second.optimiser.param_groups[0]["lr"] == pytest.approx(0)
 
 
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(alone: None, tmp_path: Path) -> None:
+    running = session(QUICK, tmp_path)
+    for _ in range(3):
+        step(running, running.step)
+        running.checkpoint({})
+    assert {path.name for path in (tmp_path / "driver_checkpoint").iterdir()} == {"a", "b"}
+    third = {name: value.clone() for name, value in running.module.state_dict().items()}
+    # The fourth goes where the second was; the kill comes before its last file.
+    (tmp_path / "driver_checkpoint/b/model.pt").write_bytes(b"half")
+    again = session(QUICK, tmp_path)
+    assert again.step == 3
+    assert all(torch.equal(value, third[name]) for name, value in again.module.state_dict().items())
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_a_decay_that_makes_no_sense_is_told(decay: float) -> None:
     with pytest.raises(InputError, match=r"ema_decay: .*, expected 0 to less than 1"):
