@@ -235,8 +235,17 @@ class OvSam(nn.Module):
         if not len(found):
             return replace(found, names=vocabulary.names)
         head_PK, clip_PK, seen_P = self.opinions(encoded, found, vocabulary, boxes_P4)
-        parts = {"alpha": self.config.alpha, "beta": self.config.beta, "novel_bias": self.config.novel_bias}
-        return named(found, fuse(head_PK, clip_PK, vocabulary.is_base, seen_P, **parts), vocabulary)
+        own = self.config
+        fused_PK = fuse(
+            head_PK,
+            clip_PK,
+            vocabulary.is_base,
+            seen_P,
+            alpha=own.alpha,
+            beta=own.beta,
+            novel_bias=own.novel_bias,
+        )
+        return named(found, fused_PK, vocabulary)
 
     @torch.no_grad()
     def opinions(

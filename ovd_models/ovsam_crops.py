@@ -46,7 +46,7 @@ def cut_outs(
         rows = torch.zeros(len(masks_PHW), dtype=torch.int64, device=image_3HW.device)
         return square_crops(colours[None], rows, boxes_P4, margin_P, side)
     fill = -mean / std if background == "black" else torch.zeros_like(mean)
-    parts = (values.split(MASKS_AT_A_TIME) for values in (masks_PHW, boxes_P4, margin_P))
+    parts = (torch.split(values, MASKS_AT_A_TIME) for values in (masks_PHW, boxes_P4, margin_P))
     crops = []
     for masks, boxes, margins in zip(*parts, strict=True):
         rows = torch.arange(len(masks), device=masks.device)

@@ -265,7 +265,7 @@ class SamModel(nn.Module):
         edge = (0, max(0, height - width), 0, max(0, width - height))  # of the model's square
         shares = [
             F.interpolate(F.pad(part.float(), edge)[:, None], (side, side), mode="area")[:, 0]
-            for part in masks_PHW.split(settings.points_per_batch)
+            for part in torch.split(masks_PHW, settings.points_per_batch)
         ]
         return unnamed(masks_PHW, ious, 20 * (torch.cat(shares) - 0.5))
 
