@@ -71,19 +71,20 @@ def our_name(name: str) -> str | None:
     return None
 
 
-def load_ovsam(model: OvSam, *paths: str | Path) -> None:
-    """Fill a model from published files; together they must hold every weight, or all but a whole part.
+def load_ovsam(model: OvSam, *paths: str | Path, tower: Mapping[str, Tensor] | None = None) -> None:
+    """Fill a model from published files; together they must hold every weight.
 
     Args:
         model: of the numbers that `ovsam.published` gives.
-        paths: later files override earlier ones: CLIP, the adapter, then the naming head.
+        paths: later files override earlier ones: SAM, CLIP, the adapter, then the naming head.
+        tower: the weights of CLIP's image tower in open_clip's names, before those of the files.
 
     Raises:
         InputError: a file is unreadable, or holds a tensor that the model has no place for; or a weight of the model is
             in none.
     """
     wanted = model.state_dict()
-    state: dict[str, Tensor] = {}
+    state = {f"clip.tower.{name}": value for name, value in (tower or {}).items()}
     for path in paths:
         raw = read_state(path)
         if all(name.startswith(("image_encoder.", "prompt_encoder.", "mask_decoder.")) for name in raw):

@@ -314,13 +314,13 @@ def single_mask(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str
     return {name: state[name][: len(value)] for name, value in wanted.items()}
 
 
-def published(tower: TowerConfig) -> OvSamConfig:
-    """The released models' numbers around a CLIP tower; CLIP, too, gets SAM's normalisation there."""
+def published(tower: TowerConfig, sam: SamConfig = VIT_H) -> OvSamConfig:
+    """The released models' numbers around a CLIP tower and a SAM; CLIP, too, gets SAM's normalisation there."""
     (red, green, blue), (red_std, green_std, blue_std) = IMAGENET_MEAN, IMAGENET_STD
     mean = (red / 255, green / 255, blue / 255)
     std = (red_std / 255, green_std / 255, blue_std / 255)
     return OvSamConfig(
-        sam=VIT_H,
+        sam=sam,
         tower=replace(tower, mean=mean, std=std),
         adapter_depth=5,
         pyramid_width=256,

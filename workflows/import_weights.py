@@ -1,8 +1,10 @@
-"""Released CoDet and Detic weights as a checkpoint folder of ours.
+"""Released CoDet, Detic and OV-SAM weights as a checkpoint folder of ours.
 
 .pth or .pkl --translate, name by name--> model.safetensors, config.json, text/
 
 python workflows/import_weights.py --weights CoDet_OVLVIS_R5021k_4x_ft4x.pth --out runs/codet_lvis --names lvis_v1.json
+python workflows/import_weights.py --config ovsam --clip RN50x16 --pretrained openai --sam sam_vit_h_4b8939.pth \
+    --adapter sam2clip_vith_rn50x16.pth --head clip2sam_coco_rn50x16.pth --out runs/ovsam_coco --names coco.json
 """
 
 import workflows.startup
@@ -16,8 +18,14 @@ from typing import Any
 import numpy as np
 
 from ovd_models.checkpoints import save_detector
+from ovd_models.checkpoints_ovsam import save_ovsam
+from ovd_models.clip import ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
 from ovd_models.importers import Imported, load_codet_release
+from ovd_models.importers_ovsam import load_ovsam
+from ovd_models.ovsam import OvSam, published
+from ovd_models.pyramid import TowerConfig
+from ovd_models.sam import VIT_H, SamConfig
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder
 from workflows import cli
 
@@ -38,12 +46,38 @@ class Run:
     text encoder or, if it has none, looked up in the file's table."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OvSamRun:
+    """The released files of one OV-SAM; where one holds several parts, the others may be left out."""
+
+    clip: str = "RN50x16"
+    """CLIP as open_clip calls it, or a checkpoint folder of ours: the image tower, and the text tower for names."""
+    pretrained: str = "openai"
+    """Its weights: a tag of open_clip's, or a file; empty for a folder of ours."""
+    sam: str = ""
+    """SAM's file, for what OV-SAM takes over from it."""
+    sam_model: SamConfig = VIT_H
+    adapter: str = ""
+    """SAM2CLIP's file."""
+    head: str = ""
+    """CLIP2SAM's file."""
+    out: str = ""
+    """Folder of the checkpoint."""
+    names: str = ""
+    """The default vocabulary, as for `codet`."""
+
+
 def codet() -> Run:
     """A released CoDet or Detic detector; give it `--weights` and `--out`."""
     return Run()
 
 
-CONFIGS: dict[str, Callable[[], Run]] = {"codet": codet}
+def ovsam() -> OvSamRun:
+    """A released OV-SAM; give it `--sam`, `--adapter`, `--head` and `--out`."""
+    return OvSamRun()
+
+
+CONFIGS: dict[str, Callable[[], Run | OvSamRun]] = {"codet": codet, "ovsam": ovsam}
 
 
 def read_names(path: str) -> dict[str, str]:
@@ -102,9 +136,33 @@ def convert(run: Run) -> None:
     print(f"{run.out}: {imported.model.config.architecture} with {len(splits)} default names")
 
 
+def convert_ovsam(run: OvSamRun) -> None:
+    """Write the checkpoint folder.
+
+    Raises:
+        InputError: a flag is missing, or the files do not hold what they should.
+    """
+    files = [path for path in (run.sam, run.adapter, run.head) if path]
+    if not files or not run.out:
+        raise InputError(f"--{'out' if files else 'head'}: missing, expected a path")
+    splits = read_names(run.names)
+    clip, teacher = load_clip(run.clip, run.pretrained)
+    config = clip.config
+    tower = TowerConfig(embed_dim=config.embed_dim, vision=dict(config.vision), quick_gelu=config.quick_gelu)
+    model = OvSam(published(tower, run.sam_model))
+    load_ovsam(model, *files, tower=clip.model.visual.state_dict())
+    encoder = ClipTextEncoder(config, clip.model.text, teacher)
+    save_ovsam(model, encoder, run.out, splits=splits, run=asdict(run))
+    print(f"{run.out}: OV-SAM with {len(splits)} default names")
+
+
 def main() -> None:
-    """Convert one file."""
-    convert(cli.parse(CONFIGS, __doc__))
+    """Convert one release."""
+    run = cli.parse(CONFIGS, __doc__)
+    if isinstance(run, OvSamRun):
+        convert_ovsam(run)
+    else:
+        convert(run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from ovsam_release import published_form
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -485,30 +486,7 @@ def test_published_files_load_and_strangers_are_told(tmp_path: Any) -> None:
     config = dataclasses.replace(TINY, tower=RESNET, label_hidden=0, label_token=True, iou_head=False)
     torch.manual_seed(0)
     source, target = OvSam(config), OvSam(config)
-    back = {
-        "clip.tower.attnpool.": "backbone.head.",
-        "clip.tower.conv1.": "backbone.stem.0.",
-        "clip.tower.bn1.": "backbone.stem.1.",
-        "clip.tower.conv2.": "backbone.stem.3.",
-        "clip.tower.bn2.": "backbone.stem.4.",
-        "clip.tower.conv3.": "backbone.stem.6.",
-        "clip.tower.bn3.": "backbone.stem.7.",
-        "clip.tower.": "backbone.",
-        "adapter.": "neck.",
-        "prompt_encoder.": "pe.",
-        "mask_decoder.": "mask_decoder.mask_decoder.",
-        "label_token.": "mask_decoder.label_token.",
-        "namer.roi_conv.": "mask_decoder.roi_conv.0.conv.",
-    }
-    published: dict[str, Tensor] = {"mask_decoder.label_mlp.layers.0.weight": torch.zeros(2)}
-    for name, value in source.state_dict().items():
-        for ours, theirs in back.items():
-            if name.startswith(ours):
-                published[theirs + name.removeprefix(ours)] = value
-                break
-        else:
-            kind, number, _, rest = name.removeprefix("namer.fpn.").split(".", 3)
-            published[f"fpn_neck.{'lateral' if kind == 'inner_blocks' else 'fpn'}_convs.{number}.conv.{rest}"] = value
+    published = published_form(source)
     path = tmp_path / "ovsam.pth"
     torch.save({"meta": {"epoch": 3}, "state_dict": published}, path)
     load_ovsam(target, path)

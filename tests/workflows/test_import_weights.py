@@ -1,17 +1,25 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ovsam_release import published_form
+from PIL import Image
 
 import ovd_models
 from benchmarks import parity
-from ovd_models import importers
+from ovd_models import importers, load_segmenter
+from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.codet import CoDet
 from ovd_models.errors import InputError
+from ovd_models.ovsam import OvSam, published
+from ovd_models.pyramid import TowerConfig
+from ovd_models.sam import SamConfig, SamModel
+from ovd_models.segments import Prompts
 from workflows import import_weights
-from workflows.import_weights import Run
+from workflows.import_weights import OvSamRun, Run
 
 
 @pytest.fixture
@@ -89,3 +97,48 @@ def test_a_released_file_becomes_a_detector_that_finds_what_the_released_one_fou
     assert torch.allclose(found.scores, pack["det_scores"], atol=1e-4)
     assert torch.allclose(found.boxes, pack["det_boxes"], atol=1e-2)
     assert torch.equal(found.labels, pack["det_classes"])
+
+
+def test_a_released_ovsam_becomes_a_checkpoint_that_segments_and_names(lvis: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+    clip = Clip(ClipConfig(vision=vision)).eval()
+    save_clip(clip, tmp_path / "clip")
+    sam = SamModel(
+        SamConfig(
+            image_size=64, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,), prompt_width=32
+        )
+    )
+    torch.save(sam.sam.state_dict(), tmp_path / "sam.pth")
+    config = clip.config
+    source = OvSam(published(TowerConfig(embed_dim=config.embed_dim, vision=vision), sam.config))
+    released = published_form(source)
+    parts = {"adapter.pth": ("neck.",), "head.pth": ("mask_decoder.", "fpn_neck.")}
+    for name, prefixes in parts.items():
+        torch.save(
+            {"state_dict": {key: released[key] for key in released if key.startswith(prefixes)}}, tmp_path / name
+        )
+    run = OvSamRun(
+        clip=str(tmp_path / "clip"),
+        pretrained="",
+        sam=str(tmp_path / "sam.pth"),
+        sam_model=sam.config,
+        adapter=str(tmp_path / "adapter.pth"),
+        head=str(tmp_path / "head.pth"),
+        out=str(tmp_path / "out"),
+        names=str(lvis),
+    )
+    import_weights.convert_ovsam(run)
+    segmenter = load_segmenter(run.out)
+    state = segmenter.model.state_dict()
+    for name, value in source.state_dict().items():
+        if name.startswith(("adapter.", "mask_decoder.", "namer.", "label_token.")):
+            assert torch.equal(state[name], value), name
+    assert torch.equal(state["clip.tower.conv1.weight"], clip.model.visual.state_dict()["conv1.weight"])
+    found = segmenter.segment(Image.new("RGB", (64, 48)), Prompts.create(boxes=[[4, 4, 30, 30]]), ["anchor", "cup"])
+    assert found.masks.shape == (1, 48, 64)
+    assert found.names == ("anchor", "cup")
+    with pytest.raises(InputError, match="no weight for"):
+        import_weights.convert_ovsam(dataclasses.replace(run, head=""))
+    with pytest.raises(InputError, match="--out: missing"):
+        import_weights.convert_ovsam(dataclasses.replace(run, out=""))
