@@ -46,9 +46,9 @@ def build_tower(config: TowerConfig, image_size: int) -> nn.Module:
             size as `own_places` for pictures of that size. Others do not mind.
     """
     vision = dict(config.vision)
-    patch, own_side = int(vision.get("patch_size", 1)), int(vision["image_size"])
+    patch, own_side = int(vision.get("patch_size") or 1), int(vision["image_size"])
     if (
-        "patch_size" in vision
+        vision.get("patch_size")
         and "timm_model_name" not in vision
         and not isinstance(vision.get("layers"), list | tuple)
     ):

@@ -10,6 +10,7 @@ python workflows/prepare_boxes.py --config coco --name lvis --data lvis_train/ -
 import workflows.startup
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Run:
     eval_data: str = ""
     """Another such folder, with the same categories, for evaluation; without one, images of `data` are held out."""
     train_images: int = 2400
-    """Drawn scenes for training."""
+    """Drawn scenes for training; 0 where a folder is read."""
     eval_images: int = 300
     """Drawn scenes for evaluation; of a folder without `eval_data`, this many of its images are held out."""
     seed: int = 0
@@ -60,7 +61,7 @@ def pictograms() -> Run:
 
 def coco() -> Run:
     """A folder of COCO's form; give it `--data`."""
-    return Run(name="photos", eval_images=20)
+    return Run(name="photos", train_images=0, eval_images=20)
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "coco": coco}
@@ -72,12 +73,12 @@ def prepare(run: Run) -> None:
     Raises:
         InputError: the annotation file is unreadable, or the names hold tables of another config.
     """
-    if run.name == "photos" and not run.data:
+    if not run.data and (run.eval_data or not run.train_images):
         raise InputError("--data: missing, expected a folder with instances.json and images/")
-    config_hash = cli.config_hash(dataclasses.replace(run, storage=""))
-    if run.data:  # what the file says, too
-        told = [annotations.digest(folder) for folder in (run.data, run.eval_data) if folder]
-        config_hash = storage.sha256(" ".join([config_hash, *told]).encode())[:16]
+    settings = dataclasses.asdict(dataclasses.replace(run, storage=""))
+    del settings["eval_data"]  # what its file says counts, as of the other folder
+    told = [annotations.digest(folder) for folder in (run.data, run.eval_data) if folder]
+    config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *told]).encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
         if done.config_hash != config_hash:

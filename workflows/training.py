@@ -101,7 +101,13 @@ def committed_step(run_dir: str) -> int:
 def step_of(checkpoint: ray.train.Checkpoint) -> int:
     """The step that a checkpoint was made after."""
     with checkpoint.as_directory() as folder:
-        return int(torch.load(Path(folder) / "progress.pt", weights_only=True)["step"])
+        return int(torch.load(Path(folder) / "progress.pt", weights_only=True, map_location="cpu")["step"])
+
+
+def other_than(name: str) -> str:
+    """The other one of `DRIVER_CHECKPOINTS`."""
+    first, second = DRIVER_CHECKPOINTS
+    return second if name == first else first
 
 
 def last_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
@@ -264,6 +270,7 @@ class Session:
         self.schedule = build_schedule(self.optimiser, settings)
         decay = settings.ema_decay
         self.average = AveragedModel(self.module, avg_fn=moving_average(decay), use_buffers=True) if decay else None
+        self._next = DRIVER_CHECKPOINTS[0]
         self._restore()
         world = ray.train.get_context().get_world_size()
         self.model = DistributedDataParallel(self.module) if world > 1 else self.module
@@ -282,6 +289,8 @@ class Session:
         self.optimiser.load_state_dict(progress["optimiser"])
         self.schedule.load_state_dict(progress["schedule"])
         self.step = int(progress["step"])
+        if checkpoint.path.endswith(self._next):  # it stays while the next one is written
+            self._next = other_than(self._next)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The bfloat16 context on a GPU, where it pays; nothing on CPU."""
@@ -333,11 +342,8 @@ class Session:
             }
             torch.save(progress, Path(folder) / "progress.pt")
             if not self.settings.workers:  # Ray Train keeps no checkpoints of a loop inside the driver
-                before = last_checkpoint(self.run_dir)
-                first, second = DRIVER_CHECKPOINTS
-                name = second if before is not None and before.path.endswith(first) else first
-                # Its step, by which the latest is known, comes last.
-                storage.upload_folder(Path(folder), storage.join(self.run_dir, name))
+                storage.upload_folder(Path(folder), storage.join(self.run_dir, self._next))
+                self._next = other_than(self._next)
                 return
             ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
 

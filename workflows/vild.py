@@ -164,12 +164,12 @@ def train(run: Run) -> Trained:
     run, run_dir, names, encoder = begin(run)
     tags = {"boxes": run.train_table, "categories": run.boxes}
     tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in tags.items()}
+    if run.proposals:
+        check_proposals(run)
     seconds, clock = {}, time.perf_counter
     with tracking.run(run.storage, experiment="vild", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
         tracked.log_text(cli.to_json(run), "run.json")
         started = clock()
-        if run.proposals:
-            check_proposals(run)
         proposals = run.proposals or train_proposals(run, names, encoder, run_dir, tracked)
         seconds["rpn"], started = clock() - started, clock()
         regions = embed_proposals(run, encoder, proposals) if run.model.distils else None

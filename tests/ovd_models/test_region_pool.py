@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
+from ovd_models import region_pool
 from ovd_models.region_pool import RegionPool, align, bin_weights
 
 STRIDES = (4, 8, 16)
@@ -54,8 +57,17 @@ def test_no_region_gives_no_rows_and_no_gradient(count: int) -> None:
     assert pooled.shape == (0, 3, 7, 7)
 
 
-def test_large_maps_take_torchvisions_own_operator() -> None:
-    level = torch.ones(1, 1, 100, 100, requires_grad=True)
-    align(level, torch.tensor([[0.0, 0.0, 0.0, 40.0, 40.0]]), 2, 1.0, 2).sum().backward()
-    assert level.grad is not None
-    assert float(level.grad.sum()) == pytest.approx(4.0)
+def test_large_maps_take_torchvisions_own_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[int] = []
+
+    def noted(level: Tensor, *settings: Any) -> Tensor:
+        sides.append(level.shape[-1])
+        return roi_align(level, *settings)
+
+    monkeypatch.setattr(region_pool, "roi_align", noted)
+    region = torch.tensor([[0.0, 0.0, 0.0, 40.0, 40.0]])
+    for side, learns in ((100, True), (50, False), (50, True), (30, False)):
+        level = torch.ones(1, 1, side, side, requires_grad=learns)
+        pooled = align(level, region, 2, 0.5, 2)
+        assert float(pooled.sum()) == pytest.approx(4.0)
+    assert sides == [100, 50]

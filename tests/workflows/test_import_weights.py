@@ -101,7 +101,7 @@ def test_a_released_file_becomes_a_detector_that_finds_what_the_released_one_fou
 
 def test_a_released_ovsam_becomes_a_checkpoint_that_segments_and_names(lvis: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
     clip = Clip(ClipConfig(vision=vision)).eval()
     save_clip(clip, tmp_path / "clip")
     sam = SamModel(

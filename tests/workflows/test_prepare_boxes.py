@@ -113,9 +113,11 @@ def test_a_folder_without_annotations_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_the_coco_config_asks_for_its_folder(ray_cluster: None, tmp_path: Path) -> None:
-    run = dataclasses.replace(prepare_boxes.coco(), storage=str(tmp_path), train_images=2, eval_images=2)
-    with pytest.raises(InputError, match="data"):
-        prepare(run)
+    run = dataclasses.replace(prepare_boxes.coco(), storage=str(tmp_path))
+    drawn = dataclasses.replace(prepare_boxes.smoke(), storage=str(tmp_path))
+    for wrong in (run, dataclasses.replace(run, name="lvis"), dataclasses.replace(drawn, eval_data="elsewhere")):
+        with pytest.raises(InputError, match="--data: missing"):
+            prepare(wrong)
 
 
 @pytest.mark.ray
