@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,13 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
             raise InputError(f"{path}: annotations[{number}]: bbox {annotation['bbox']!r}, expected 4 finite numbers")
         annotations[image].append(annotation)
     left = LeftOut()
-    name_of = _lvis_file if is_lvis(raw) else _coco_file
+    lvis = any("frequency" in entry for entry in raw["categories"])
     rows = [
-        _coco_row(entry, name_of, annotations[int(entry["id"])], Path(images), Path(path), left)
-        for entry in raw["images"]
+        _coco_row(entry, lvis, annotations[int(entry["id"])], Path(images), Path(path), left) for entry in raw["images"]
     ]
     if left:
         print(f"{path}: left out: {left}", flush=True)
-    if is_lvis(raw):
+    if lvis:
         categories = _lvis_categories(raw["categories"], Path(path))
     else:
         splits = {**dict.fromkeys(COCO_BASE, "base"), **dict.fromkeys(COCO_NOVEL, "novel")}
@@ -114,11 +113,6 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
             for key, name in sorted(names.items())
         ]
     return _box_set(categories, rows)
-
-
-def is_lvis(raw: Mapping[str, Any]) -> bool:
-    """Whether an annotation file says how frequent its categories are."""
-    return any("frequency" in entry for entry in raw["categories"])
 
 
 def _lvis_categories(entries: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:
@@ -154,25 +148,19 @@ def _load(path: Path) -> dict[str, Any]:
     return dict(raw)
 
 
-def _coco_file(image: Mapping[str, Any]) -> str:
-    return str(image["file_name"])
-
-
-def _lvis_file(image: Mapping[str, Any]) -> str:
-    """The official files name images by their address alone."""
-    return str(image["coco_url"]).rpartition("/")[2] if image.get("coco_url") else str(image["file_name"])
-
-
 def _coco_row(
     image: Mapping[str, Any],
-    name_of: Callable[[Mapping[str, Any]], str],
+    lvis: bool,
     annotations: Sequence[Mapping[str, Any]],
     folder: Path,
     origin: Path,
     left: LeftOut,
 ) -> dict[str, Any]:
     try:
-        file, width, height = folder / name_of(image), int(image["width"]), int(image["height"])
+        # LVIS's official files name images by their address alone.
+        by_address = lvis and image.get("coco_url")
+        name = str(image["coco_url"]).rpartition("/")[2] if by_address else str(image["file_name"])
+        file, width, height = folder / name, int(image["width"]), int(image["height"])
         content = file.read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
             size = upright_size(opened)  # as it is decoded

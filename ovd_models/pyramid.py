@@ -36,6 +36,13 @@ class TowerConfig:
     quick_gelu: bool = False
     """As OpenAI's transformers were trained."""
 
+    @classmethod
+    def of(cls, config: ClipConfig) -> "TowerConfig":
+        """The image tower of a CLIP."""
+        mean, std = config.statistics
+        vision = dict(config.vision)
+        return cls(embed_dim=config.embed_dim, vision=vision, mean=mean, std=std, quick_gelu=config.quick_gelu)
+
 
 def build_tower(config: TowerConfig, image_size: int) -> nn.Module:
     """open_clip's image tower of a config, with random weights.

@@ -141,7 +141,7 @@ class ProposalNetwork(nn.Module):
         levels = list(features.values())
         objectness, deltas = self.rpn.head(levels)
         # Boxes are float32 also under autocast: bfloat16 would put them on a grid of pixels.
-        anchors = self.rpn.anchor_generator(batch, [level.float() for level in levels])
+        anchors = self.rpn.anchor_generator(batch, [level[:1, :1].float() for level in levels])
         per_level = [int(level[0].numel()) for level in objectness]
         objectness_flat, deltas_flat = (values.float() for values in concat_box_prediction_layers(objectness, deltas))
         decoded = self.rpn.box_coder.decode(deltas_flat.detach(), anchors).view(len(anchors), -1, 4)

@@ -26,12 +26,12 @@ from torchvision.ops import box_iou
 import ovd_models
 from data_prep import tables
 from data_prep.crops import CropConfig, Fit, crop_squares, crop_windows
-from data_prep.teachers import EmbedConfig, Teacher, embed_regions
+from data_prep.teachers import Teacher, embed_regions
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import build_vocabulary
 from workflows import cli, evaluate, page, tracking
-from workflows.teacher import read_categories
+from workflows.teacher import open_teacher, read_categories
 
 Boxes = npt.NDArray[np.float32]
 FITS: tuple[Fit, ...] = get_args(Fit)
@@ -240,10 +240,7 @@ def gallery(run: Run) -> dict[str, Any]:
     categories, _ = read_categories(run.storage, run.categories or run.boxes.rsplit("-", 1)[0])
     names = list(categories.values())
     text_KD = build_vocabulary(detector.encoder, names).embeddings
-    teacher = Teacher(run.teacher, EmbedConfig(batch_size=128))
-    if teacher.id != detector.teacher:
-        raise InputError(f"--teacher {run.teacher}: is {teacher.id}, the detector learnt from {detector.teacher}")
-    judge = Judge(teacher, names, text_KD, run.temperature)
+    judge = Judge(open_teacher(run.teacher, detector.teacher), names, text_KD, run.temperature)
     row_of = {name: row for row, name in enumerate(names)}
     similarity_KK = text_KD @ text_KD.T
 

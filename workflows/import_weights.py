@@ -147,11 +147,9 @@ def convert_ovsam(run: OvSamRun) -> None:
         raise InputError(f"--{'out' if files else 'head'}: missing, expected a path")
     splits = read_names(run.names)
     clip, teacher = load_clip(run.clip, run.pretrained)
-    config = clip.config
-    tower = TowerConfig(embed_dim=config.embed_dim, vision=dict(config.vision), quick_gelu=config.quick_gelu)
-    model = OvSam(published(tower, run.sam_model))
+    model = OvSam(published(TowerConfig.of(clip.config), run.sam_model))
     load_ovsam(model, *files, tower=clip.model.visual.state_dict())
-    encoder = ClipTextEncoder(config, clip.model.text, teacher)
+    encoder = ClipTextEncoder(clip.config, clip.model.text, teacher)
     save_ovsam(model, encoder, run.out, splits=splits, run=asdict(run))
     print(f"{run.out}: OV-SAM with {len(splits)} default names")
 

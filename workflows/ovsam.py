@@ -286,14 +286,10 @@ def open_clip_teacher(run: Run) -> tuple[Clip, ClipTextEncoder]:
 
 def model_config(run: Run, sam: SamConfig, clip: Clip) -> OvSamConfig:
     """The OV-SAM of a SAM and a CLIP, whose cosines count as much as that CLIP learnt."""
-    config, (mean, std) = clip.config, clip.config.statistics
-    tower = TowerConfig(
-        embed_dim=config.embed_dim, vision=dict(config.vision), mean=mean, std=std, quick_gelu=config.quick_gelu
-    )
     log_scale = float(clip.model.logit_scale.detach())
     return OvSamConfig(
         sam=sam,
-        tower=tower,
+        tower=TowerConfig.of(clip.config),
         adapter_depth=run.adapter_depth,
         pyramid_width=run.pyramid_width,
         label_hidden=run.label_hidden,

@@ -303,16 +303,16 @@ def fused(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str, Any])
         names = ovsam.read_names(own, encoder)
         vocabulary = names.vocabulary
         label_of = {names.ids[name]: label for label, name in enumerate(vocabulary.names)}
-        parts, told = [], []
+        parts, wanted = [], []
         for row in other_images(run, own):
             image, masks, labels = pointing_report.read_row(run.storage, row, label_of)
             if labels:
                 encoded = model.encode(image)
                 found, boxes_P4 = model.masks(encoded, pointing_report.prompts_for(masks, "box"))
                 parts.append(model.opinions(encoded, found, vocabulary, boxes_P4))
-                told += labels
+                wanted += labels
         head_PK, clip_PK, seen_P = (torch.cat(part) for part in zip(*parts, strict=True))
-        label_P, is_base_K = torch.tensor(told), cast(torch.Tensor, vocabulary.is_base)
+        label_P, is_base_K = torch.tensor(wanted), cast(torch.Tensor, vocabulary.is_base)
         base_P = is_base_K[label_P]
         accuracies = {}
         for alpha, beta, bias in settings:

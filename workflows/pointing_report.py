@@ -161,8 +161,7 @@ def ask(
         if not labels:
             continue
         novel = [not is_base[label] for label in labels]
-        device = vocabulary.embeddings.device
-        picture, image, masks = image, image.to(device), masks.to(device)
+        image, masks = image.to(vocabulary.embeddings.device), masks.to(vocabulary.embeddings.device)
         encoded, seen = model.encode(image), sam.encode(image)
         for kind in kinds:
             prompts = prompts_for(masks, kind)
@@ -174,7 +173,7 @@ def ask(
                 metrics = collected.setdefault((variant, kind), PointingMetrics())
                 metrics.add(ious, segments.labels.tolist(), labels, novel)
             if kind == "box" and len(pictures) < NUM_PICTURES:
-                pictures.append(found["ovsam"].draw(image=Image.fromarray(picture.permute(1, 2, 0).numpy())))
+                pictures.append(found["ovsam"].draw(image=Image.fromarray(image.permute(1, 2, 0).cpu().numpy())))
     return collected, pictures
 
 

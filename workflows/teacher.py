@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data_prep import storage, tables
+from data_prep.teachers import EmbedConfig, Teacher
 from data_prep.texts import StoredEncoder, TextStore, read_matrix
 from ovd_models.checkpoints import load_encoder, save_encoder
 from ovd_models.clip import ClipTextEncoder
@@ -73,6 +74,22 @@ def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -
         tuple(concepts),
         tuple(images[name] for name in base),
     )
+
+
+def open_teacher(teacher: str, expected: str) -> Teacher:
+    """The teacher that a detector learnt from, to look at crops.
+
+    Args:
+        teacher: of a CLIP checkpoint.
+        expected: the id that the detector knows.
+
+    Raises:
+        InputError: there is no such checkpoint, or its id is not the expected one.
+    """
+    model = Teacher(teacher, EmbedConfig(batch_size=128))
+    if model.id != expected:
+        raise InputError(f"--teacher {teacher}: is {model.id}, the detector learnt from {expected}")
+    return model
 
 
 def open_encoder(storage_uri: str, boxes: str, run_dir: str, *, teacher: str, texts: str) -> tuple[str, TextEncoder]:

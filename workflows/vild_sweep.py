@@ -23,7 +23,7 @@ from torch import Tensor
 import ovd_models
 from data_prep import storage, tables
 from data_prep.crops import CropConfig
-from data_prep.teachers import EmbedConfig, Teacher, embed_regions
+from data_prep.teachers import embed_regions
 from ovd_models.checkpoints import Detector
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
@@ -33,7 +33,7 @@ from ovd_models.questions import Question, build_question
 from ovd_models.region_scores import RegionEncoder, RegionRecord, Scoring, with_teacher
 from ovd_models.vild import ViLD
 from workflows import cli, tracking
-from workflows.teacher import read_categories
+from workflows.teacher import open_teacher, read_categories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +129,7 @@ def crop_encoder(teacher: str, crops: CropConfig, expected: str) -> RegionEncode
     Raises:
         InputError: there is no such checkpoint, or its id is not the expected one.
     """
-    model = Teacher(teacher, EmbedConfig(batch_size=128))
-    if model.id != expected:
-        raise InputError(f"--teacher {teacher}: is {model.id}, the detector learnt from {expected}")
+    model = open_teacher(teacher, expected)
 
     def encode(image: Tensor, boxes: Tensor) -> Tensor:
         picture_HW3 = image.cpu().permute(1, 2, 0).numpy()
