@@ -128,7 +128,8 @@ def study(run: Run) -> dict[str, Any]:
 def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str, Numbers]]:
     """What one seed measures, by name.
 
-    `<variant>, <prompt>`, `<variant>, cost`, `names: <n>`, `fusions`, `<detector>: <row>`.
+    `<variant>, <prompt>`, `<variant>, cost`, `names: <n>`, `fusions`, `<detector>: <row>`; those of further teachers
+    begin with `teacher <n>: `.
     """
     base = with_seed(run, seed)
     base = dataclasses.replace(base, sam=trained_sam(base, seed))
@@ -136,7 +137,9 @@ def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str,
     yield from named_rows(first, "")
     for number, teacher in enumerate(run.other_teachers, 1):
         own = at_equal_compute(dataclasses.replace(base, teacher=teacher), first)
-        yield from named_rows(trained(own, seed, f"teacher_{number}"), f"teacher {number}: ")
+        other = trained(own, seed, f"teacher_{number}")
+        yield from named_rows(other, f"teacher {number}: ")
+        yield f"teacher {number}: fusions", fused(run, own, seed, other)
     for size in run.vocabulary_sizes:
         yield f"names: {size}", asked_again(run, base, seed, first, names[:size])
     yield "fusions", fused(run, base, seed, first)
@@ -412,8 +415,9 @@ def as_table(report: Mapping[str, Any]) -> str:
         lines += ["", "| accuracy | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
         for key in next(iter(results[columns[0]].values())):
             lines.append(f"| {key} | " + " | ".join(means(results, column, [key]) for column in columns) + " |")
-    if "fusions" in results:
-        lines += ["", *fusion_table(results)]
+    for name in results:
+        if name.endswith("fusions"):
+            lines += ["", *fusion_table(results, name)]
     boxes = [name for name in results if "ap50_novel" in next(iter(results[name].values()))]
     if boxes:
         lines += ["", "| boxes of: masks | mask AP50 base | novel | mask AP base | novel |", "|---|---|---|---|---|"]
@@ -422,19 +426,22 @@ def as_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def fusion_table(results: studies.Results) -> list[str]:
+def fusion_table(results: studies.Results, name: str) -> list[str]:
     """Markdown: parts of CLIP, those of the greatest harmonic mean of base and novel accuracy first."""
-    settings = dict.fromkeys(key.partition(":")[0] for key in next(iter(results["fusions"].values())))
+    settings = dict.fromkeys(key.partition(":")[0] for key in next(iter(results[name].values())))
 
     def accuracies(setting: str) -> tuple[float, float]:
-        base, novel = (mean_of(results, "fusions", f"{setting}: {split}") for split in ("base", "novel"))
+        base, novel = (mean_of(results, name, f"{setting}: {split}") for split in ("base", "novel"))
         return base, novel
 
     def harmonic(setting: str) -> float:
         base, novel = accuracies(setting)
         return 2 * base * novel / max(base + novel, 1e-9)
 
-    lines = ["| alpha, beta, novel bias (other images) | accuracy base | novel | harmonic mean |", "|---|---|---|---|"]
+    lines = [
+        f"| {name}: alpha, beta, novel bias (other images) | accuracy base | novel | harmonic mean |",
+        "|---|---|---|---|",
+    ]
     for setting in sorted(settings, key=harmonic, reverse=True):
         base, novel = accuracies(setting)
         lines.append(f"| {setting} | {base:.3f} | {novel:.3f} | {harmonic(setting):.3f} |")

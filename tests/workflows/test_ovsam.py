@@ -237,14 +237,15 @@ def test_a_study_measures_once_and_continues(
     first = ovsam_study.study(run)
     results = first["results"]
     assert {"sam, box", "ovsam, point", "teacher 1: ovsam, box", "ovsam, cost", "names: 100", "fusions"} <= set(results)
-    assert {"codet: SAM masks", "codet: OV-SAM masks and names"} <= set(results)
+    assert {"codet: SAM masks", "codet: OV-SAM masks and names", "teacher 1: fusions"} <= set(results)
     assert set(first["differences"]) >= {"OV-SAM above its SAM, box: IoU", "first teacher above teacher 1, box: IoU"}
     one, other = trainings
     assert one.sam == other.sam  # and with it the cache of its embeddings
     assert len(caches() - before) <= 1  # one for both; none where its weights came out as those of the fixture's SAM
     assert one.sam2clip_stage.steps != other.sam2clip_stage.steps
     text = ovsam_study.as_table(first)
-    assert set(results["fusions"][0]) == {f"1, 1, {bias}: {split}" for bias in (0, 1) for split in ("base", "novel")}
+    for name in ("fusions", "teacher 1: fusions"):
+        assert set(results[name][0]) == {f"1, 1, {bias}: {split}" for bias in (0, 1) for split in ("base", "novel")}
     for part in ("| ovsam, box |", "| OV-SAM's part of |", "| names: 68 | names: 100 |", "| codet: SAM masks |"):
         assert part in text, part
 
@@ -296,6 +297,7 @@ def test_the_report_has_a_table_for_each_kind_of_result() -> None:
     rows |= {f"{name}, cost": cost for name in variants}
     rows |= {"names: 68": {f"{name}, novel": 0.75 for name in variants[1:]}}
     rows |= {"fusions": {"0, 0, 0: base": 0.5, "0, 0, 0: novel": 0.25, "1, 1, 0.5: base": 0.6, "1, 1, 0.5: novel": 0.4}}
+    rows |= {"teacher 1: fusions": {"1, 1, 0: base": 0.25, "1, 1, 0: novel": 0.75}}
     rows |= {"codet: OV-SAM masks and names": overlap}
     results = {name: dict.fromkeys(seeds, numbers) for name, numbers in rows.items()}
     text = ovsam_study.as_table({"results": results, "differences": ovsam_study.compare(results)})
@@ -307,6 +309,8 @@ def test_the_report_has_a_table_for_each_kind_of_result() -> None:
         "| accuracy | names: 68 |",
         "| ovsam, novel | 0.750 |",
         "| 1, 1, 0.5 | 0.600 | 0.400 | 0.480 |",
+        "| teacher 1: fusions: alpha, beta, novel bias (other images) | accuracy base | novel | harmonic mean |",
+        "| 1, 1, 0 | 0.250 | 0.750 | 0.375 |",
         "| codet: OV-SAM masks and names | 0.250 | 0.250 | 0.250 | 0.250 |",
     ):
         assert line in text.splitlines(), line
