@@ -31,7 +31,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BENCHMARKS)  ## Every benchmark of benchmarks/
+bench: $(BENCHMARKS)  ## The benchmarks, but for the trainings of clip_towers
 bench-%: benchmarks/%.py $(INSTALLED)
 	$(BIN)/python $<
 

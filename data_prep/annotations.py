@@ -32,7 +32,12 @@ COCO_BASE = (
     "toilet", "tv", "laptop", "mouse", "remote", "microwave", "oven", "toaster", "refrigerator", "book", "clock",
     "vase", "toothbrush",
 )  # fmt: skip
-"""Its 48 base categories; the other 15 of COCO's 80 take no part."""
+"""Its 48 base categories."""
+COCO_OTHERS = (
+    "traffic light", "fire hydrant", "stop sign", "parking meter", "sports ball", "baseball bat", "baseball glove",
+    "tennis racket", "wine glass", "hot dog", "potted plant", "dining table", "cell phone", "hair drier", "teddy bear",
+)  # fmt: skip
+"""The other 15 of COCO's 80, which take no part in it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
     """An annotation file of COCO's or LVIS's form.
 
     LVIS, whose categories tell how frequent they are, is split by that: rare ones are novel. COCO is split by
-    `COCO_BASE` and `COCO_NOVEL`.
+    `COCO_BASE` and `COCO_NOVEL`. If any name is not COCO's, all categories are base.
 
     Args:
         path: the json file.
@@ -105,11 +110,16 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
     if lvis:
         categories = _lvis_categories(raw["categories"], Path(path))
     else:
-        splits = {**dict.fromkeys(COCO_BASE, "base"), **dict.fromkeys(COCO_NOVEL, "novel")}
-        if not any(name in splits for name in names.values()):
-            raise InputError(f"{path}: no category of the COCO 48/17 split, expected names such as 'person' or 'cat'")
+        splits = dict.fromkeys(names.values(), "base")
+        coco = {
+            **dict.fromkeys(COCO_BASE, "base"),
+            **dict.fromkeys(COCO_NOVEL, "novel"),
+            **dict.fromkeys(COCO_OTHERS, ""),
+        }
+        if splits.keys() <= coco.keys():
+            splits = coco
         categories = [
-            {"category_id": key, "name": name, "synonyms": [], "frequency": "", "split": splits.get(name, "")}
+            {"category_id": key, "name": name, "synonyms": [], "frequency": "", "split": splits[name]}
             for key, name in sorted(names.items())
         ]
     return _box_set(categories, rows)

@@ -78,7 +78,7 @@ class ClipConfig:
     """See `ovd_models/prompts.py`; empty: `colours`, or `vild` where `name` is given."""
 
     def __post_init__(self) -> None:
-        """Look the name up and fill what was left open."""
+        """Look the name up."""
         put = partial(object.__setattr__, self)
         if self.name:
             found = architecture(self.name)
@@ -86,18 +86,26 @@ class ClipConfig:
                 put(key, found[source])
             put("quick_gelu", self.quick_gelu or bool(found.get("quick_gelu")))
             put("loss", "siglip" if "init_logit_bias" in found else self.loss)
-        half = (0.5, 0.5, 0.5)
-        put("mean", self.mean or (OPENAI_DATASET_MEAN if self.name else half))
-        put("std", self.std or (OPENAI_DATASET_STD if self.name else half))
-        put("max_logit_scale", self.max_logit_scale or (100.0 if self.name else 50.0))
-        put("prompt_set", self.prompt_set or ("vild" if self.name else "colours"))
-        find_prompt_set(self.prompt_set)
+        find_prompt_set(self.templates)
+
+    # What is left open stays None or empty: a flag that names an architecture changes what it stands for.
 
     @property
     def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Mean and standard deviation of the images' normalisation."""
-        assert self.mean and self.std, "filled in above"
-        return self.mean, self.std
+        half = (0.5, 0.5, 0.5)
+        mean, std = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) if self.name else (half, half)
+        return self.mean or mean, self.std or std
+
+    @property
+    def logit_scale_bound(self) -> float:
+        """Upper bound of the temperature's inverse in training."""
+        return self.max_logit_scale or (100.0 if self.name else 50.0)
+
+    @property
+    def templates(self) -> str:
+        """The prompt set that names are put into."""
+        return self.prompt_set or ("vild" if self.name else "colours")
 
     @property
     def image_size(self) -> int:
@@ -141,7 +149,7 @@ class Clip(nn.Module):
         self.config, self.chunks = config, chunks
         self.model = _build(config, config.vision)
         self.tokenizer = _tokenizer(config.name, config.text.get("context_length", 77))
-        self.normalise = Normalize(config.mean, config.std)
+        self.normalise = Normalize(*config.statistics)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, S, S] uint8, [B, T] tokens -> unit image and text features [B, D], the scale, SigLIP's bias if any."""
@@ -186,7 +194,7 @@ class Clip(nn.Module):
     @torch.no_grad()
     def clamp_scale(self) -> None:
         """Keep the logit scale at or below its bound; called after every optimiser step."""
-        self.model.logit_scale.clamp_(max=math.log(self.config.max_logit_scale or math.inf))
+        self.model.logit_scale.clamp_(max=math.log(self.config.logit_scale_bound))
 
 
 @contextmanager
@@ -220,7 +228,7 @@ class ClipTextEncoder:
     """
 
     def __init__(self, config: ClipConfig, tower: nn.Module, teacher: str) -> None:
-        self.config, self.teacher, self.prompt_set = config, teacher, config.prompt_set
+        self.config, self.teacher, self.prompt_set = config, teacher, config.templates
         self.tower = tower.eval().requires_grad_(False)
         self.tokenizer = _tokenizer(config.name, config.text.get("context_length", 77))
         self._known: dict[str, Tensor] = {}
@@ -299,9 +307,8 @@ def _read(folder: str | Path) -> tuple[ClipConfig, str, dict[str, Tensor]]:
         raise InputError(f"{source}: no CLIP checkpoint (clip.json); `python workflows/clip.py` makes one")
     try:
         raw = json.loads((source / "clip.json").read_text())
-        config = ClipConfig(
-            **{**raw["config"], "mean": tuple(raw["config"]["mean"]), "std": tuple(raw["config"]["std"])}
-        )
+        statistics = {key: tuple(raw["config"][key]) for key in ("mean", "std") if raw["config"][key] is not None}
+        config = ClipConfig(**{**raw["config"], **statistics})
         weights = load_file(source / "clip.safetensors")  # mapped: processes that load the same file share its memory
         return config, str(raw["teacher"]), {name: _wide(value) for name, value in weights.items()}
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:

@@ -42,6 +42,11 @@ class DetectionMetrics:
             f"{value}_{name}": self.mean(value, split) for value in ("ap50", "ap") for name, split in splits.items()
         }
 
+    @property
+    def headline(self) -> str:
+        """Key of the summary by which checkpoints compete: novel AP50, or that of all where no name is novel."""
+        return "ap50_novel" if any(entry.split == "novel" for entry in self.categories) else "ap50_all"
+
 
 def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> dict[str, Any]:
     """Rows of a `boxes` table as COCO json; boxes of categories outside `names` are left out.

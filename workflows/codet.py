@@ -287,9 +287,12 @@ def finish_stage(
         prefix = f"eval/{run.boxes}" if stage.joint else f"eval/{run.boxes}/box_supervised"
         evaluate.log(tracked, metrics, pictures, prefix, stage.settings.steps)
         if stage.joint:
-            value = metrics.summary()["ap50_novel"]
             tracking.register(
-                tracked, Path(folder), name=f"ovd-codet-{run.boxes}", metric=f"{prefix}/ap50_novel", value=value
+                tracked,
+                Path(folder),
+                name=f"ovd-codet-{run.boxes}",
+                metric=f"{prefix}/{metrics.headline}",
+                value=metrics.summary()[metrics.headline],
             )
     return target, metrics
 

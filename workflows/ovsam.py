@@ -369,12 +369,13 @@ def finish(
         tracked.log_metrics(report.metrics(f"eval/{run.boxes}"), run.clip2sam_stage.steps)
         for number, picture in enumerate(report.pictures):
             tracked.log_image(picture, f"eval/{run.boxes}/picture_{number:02d}")
+        headline = "accuracy_novel" if "novel" in names.splits.values() else "accuracy_all"
         tracking.register(
             tracked,
             Path(folder),
             name=f"ovd-ovsam-{run.boxes}",
-            metric=f"eval/{run.boxes}/ovsam/box/accuracy_novel",
-            value=report.rows["ovsam", "box"]["accuracy_novel"],
+            metric=f"eval/{run.boxes}/ovsam/box/{headline}",
+            value=report.rows["ovsam", "box"][headline],
         )
     return target, report
 

@@ -11,6 +11,7 @@ import workflows.startup
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,10 @@ class Run:
     name: str
     """Name of the tables, before `-train` and `-eval`."""
     data: str = ""
-    """A folder with `instances.json`, of COCO's or LVIS's form, and `images/`; the pictogram world if empty."""
+    """A folder with `instances.json`, of COCO's or LVIS's form, and `images/`; the pictogram world if empty.
+
+    COCO's names are split into 48 base and 17 novel ones, LVIS's by `frequency` (`r` is novel); others are base.
+    """
     eval_data: str = ""
     """Another such folder, with the same categories, for evaluation; without one, images of `data` are held out."""
     train_images: int = 2400
@@ -94,7 +98,11 @@ def prepare(run: Run) -> None:
     for (table, name), rows in parts.items():
         entry = tables.write_part(run.storage, table, name, "part-00000.parquet", rows)
         tables.publish(run.storage, table, name, [entry], producer=PRODUCER, config_hash=config_hash)
-    print(f"boxes: {train.boxes.num_rows:,} images for training, {evaluation.boxes.num_rows:,} for evaluation")
+    splits = Counter(train.categories["split"].to_pylist())
+    print(
+        f"boxes: {train.boxes.num_rows:,} images for training, {evaluation.boxes.num_rows:,} for evaluation; "
+        f"names: {splits['base']} base, {splits['novel']} novel, {splits['']} that take no part"
+    )
 
 
 def prepare_full(run: Run) -> None:
@@ -198,7 +206,9 @@ def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
     prepare(run)
-    print(f"next: python workflows/codet.py --storage {run.storage}")
+    config = "photos" if run.data else run.name if run.name in CONFIGS else "pictograms"
+    flags = f"--config {config} --boxes {run.name} --storage {run.storage} --teacher <CLIP>"
+    print(f"next: python workflows/codet.py {flags}")
 
 
 if __name__ == "__main__":

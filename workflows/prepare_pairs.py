@@ -440,12 +440,13 @@ def prepare_smoke(storage_uri: str) -> Summary:
 def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
+    training = f"--config pictograms --pairs {run.name} --max-side None" if run.urls else f"--config {run.name}"
     with site_of(run) as run:
         summary = prepare(run)
     print(f"pairs: {summary.kept:,} of {summary.input:,} rows kept, {summary.concepts} concepts, {summary.seconds:g} s")
     for reason, count in summary.rejected.items():
         print(f"    {reason:20} {count:,}")
-    print(f"next: python workflows/clip.py --storage {run.storage}")
+    print(f"next: python workflows/clip.py {training} --storage {run.storage}")
 
 
 if __name__ == "__main__":

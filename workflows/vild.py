@@ -312,8 +312,8 @@ def finish(
         tracked,
         storage.local_folder(target),
         name=f"ovd-vild-{run.boxes}",
-        metric=f"{prefix}/ap50_novel",
-        value=metrics.summary()["ap50_novel"],
+        metric=f"{prefix}/{metrics.headline}",
+        value=metrics.summary()[metrics.headline],
     )
     return target, metrics
 

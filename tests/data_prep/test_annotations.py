@@ -13,6 +13,7 @@ from data_prep import storage, tables
 from data_prep.annotations import (
     COCO_BASE,
     COCO_NOVEL,
+    COCO_OTHERS,
     category_captions,
     count_images,
     draw_boxes,
@@ -51,7 +52,7 @@ def read(folder: Path, content: dict[str, Any] | str) -> list[dict[str, Any]]:
 
 def test_the_split_has_48_base_and_17_novel_names() -> None:
     assert (len(set(COCO_BASE)), len(set(COCO_NOVEL))) == (48, 17)
-    assert not set(COCO_BASE) & set(COCO_NOVEL)
+    assert len({*COCO_BASE, *COCO_NOVEL, *COCO_OTHERS}) == 80
 
 
 def test_a_file_becomes_rows_with_corners(tmp_path: Path) -> None:
@@ -73,6 +74,15 @@ def test_categories_carry_their_split_and_count_images(tmp_path: Path) -> None:
         (7, "hair drier", "", 0),
         (17, "cat", "novel", 0),
     ]
+
+
+def test_names_of_ones_own_are_all_base(tmp_path: Path) -> None:
+    content = coco(annotated(17, [1, 1, 5, 5]), categories=[*CATEGORIES, {"id": 8, "name": "forklift"}])
+    read(tmp_path, content)
+    found = read_coco(tmp_path / "instances.json", tmp_path / "images").categories.to_pylist()
+    assert {row["name"]: row["split"] for row in found} == dict.fromkeys(
+        ("person", "hair drier", "forklift", "cat"), "base"
+    )
 
 
 def test_boxes_are_clipped_and_those_without_area_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +139,6 @@ def drop(key: str) -> Callable[[dict[str, Any]], None]:
         (coco(annotated(1, [1, 1, float("nan"), 5])), "expected 4 finite numbers"),
         (coco(annotated(1, [1, 1, float("inf"), 5])), "expected 4 finite numbers"),
         ({**coco(), "annotations": ["x"]}, "annotations[0]:"),
-        (coco(categories=[{"id": 1, "name": "unicorn"}]), "no category of the COCO 48/17 split"),
     ],
 )
 def test_a_malformed_file_is_told_by_name_and_field(

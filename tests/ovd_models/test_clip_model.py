@@ -95,7 +95,7 @@ def test_the_scale_is_clamped_from_above() -> None:
 def test_a_name_is_the_mean_of_its_prompts() -> None:
     model = build()
     encoder = ClipTextEncoder(CONFIG, model.model.text, "clip:test")
-    rows = model.encode_tokens(model.tokenize(prompts_of("anchor", CONFIG.prompt_set)))
+    rows = model.encode_tokens(model.tokenize(prompts_of("anchor", CONFIG.templates)))
     assert torch.allclose(encoder.embed_names(["cat", "anchor"])[1], F.normalize(rows.mean(0), dim=0), atol=1e-5)
 
 

@@ -57,6 +57,14 @@ def test_a_category_without_boxes_is_nan_and_counts_in_no_mean() -> None:
     assert math.isnan(metrics.mean("ap50", "base"))
 
 
+def test_checkpoints_compete_by_all_names_where_none_is_novel() -> None:
+    rows, answers = [row([BOX], [3])], [found((BOX, "cat", 0.9))]
+    assert measure(rows, answers).headline == "ap50_novel"
+    own = evaluate_detections(rows, answers, NAMES, dict.fromkeys(SPLITS, "base"))
+    assert own.summary()[own.headline] == pytest.approx(1.0)
+    assert math.isnan(own.summary()["ap50_novel"])
+
+
 def test_a_false_positive_above_the_true_one_halves_the_precision() -> None:
     # Best first: wrong, right. Precision at the only recall step is 1/2, so the interpolated curve is 1/2 everywhere.
     metrics = measure([row([BOX], [3])], [found((OTHER, "cat", 0.9), (BOX, "cat", 0.5))])

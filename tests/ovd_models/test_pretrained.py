@@ -7,7 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.constants import INCEPTION_MEAN, OPENAI_DATASET_MEAN
+from open_clip.constants import INCEPTION_MEAN, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from safetensors.torch import save_file
@@ -83,7 +83,7 @@ def test_a_file_of_weights_gives_open_clips_features(
     save(peer, tmp_path / file)
     model, teacher = load_clip(NAME, str(tmp_path / file))
     assert not model.training
-    assert model.config.mean == OPENAI_DATASET_MEAN
+    assert model.config.statistics == (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
     for ours, theirs in features(model, peer):
         assert torch.allclose(ours, theirs, atol=tolerance)
     encoder = load_text_encoder(NAME, str(tmp_path / file))
@@ -147,7 +147,7 @@ def test_pictures_are_resized_as_open_clip_does() -> None:
     model = Clip(ClipConfig(name=NAME, resize_mode="shortest"))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 110, 3), np.uint8))
     theirs = open_clip.image_transform(
-        32, is_train=False, mean=OPENAI_DATASET_MEAN, std=model.config.std, resize_mode="shortest"
+        32, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD, resize_mode="shortest"
     )(picture)
     assert torch.allclose(model.normalise(model.prepare([picture]).float() / 255)[0], theirs, atol=1e-5)
     assert model.prepare([]).shape == (0, 3, 32, 32)

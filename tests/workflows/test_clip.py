@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 from data_prep import tables
 from data_prep.pictograms import PICTURES, World, single_objects
 from ovd_models.clip import Clip, load_clip, load_text_encoder
 from ovd_models.errors import InputError
-from workflows import clip, prepare_pairs, tracking, training
+from workflows import cli, clip, prepare_pairs, tracking, training
 from workflows.clip import Run, Trained, random_shift, zero_shot
 
 
@@ -69,6 +70,16 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run
 @pytest.fixture(scope="module")
 def trained(prepared: Run) -> Trained:
     return clip.train(prepared)
+
+
+def test_a_flag_that_names_an_architecture_brings_its_settings() -> None:
+    model = cli.parse(clip.CONFIGS, "", ["--model.name", "ViT-B-32"]).model
+    assert model.statistics == (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    assert (model.image_size, model.logit_scale_bound, model.templates) == (224, 100, "vild")
+    told = ["--model.name", "ViT-B-32", "--model.max-logit-scale", "30", "--model.text.layers", "4"]
+    assert cli.parse(clip.CONFIGS, "", told).model.logit_scale_bound == 30
+    tiny = cli.parse(clip.CONFIGS, "", ["--model.text.layers", "4"]).model
+    assert (tiny.text["layers"], tiny.logit_scale_bound, tiny.templates) == (4, 50, "colours")
 
 
 @pytest.mark.ray
