@@ -225,6 +225,10 @@ def _rle(segmentation: Any, height: int, width: int) -> str:
         merged = rle.frPyObjects(segmentation, height, width)
     else:
         merged = segmentation
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"size {segmentation['size']} of an image of {height} x {width}")
+        rle.decode(merged)  # raises if the counts are of another size
     counts = merged["counts"]
     return counts.decode() if isinstance(counts, bytes) else str(counts)
 

@@ -18,6 +18,7 @@ from data_prep.tables import FileEntry, Manifest
 from ovd_models.checkpoints_ovsam import load_sam_folder
 from ovd_models.images import decode_image
 from ovd_models.preprocess import to_tensor
+from ovd_models.sam import SamConfig
 
 PRODUCER = "workflows/ovsam.py"
 
@@ -33,7 +34,15 @@ def cache_name(storage_uri: str, boxes: str, teacher: str) -> str:
 
 
 def cache_features(
-    storage_uri: str, boxes: str, sam_folder: str, teacher: str, *, rows_per_shard: int, workers: int, gpus: float = 0.0
+    storage_uri: str,
+    boxes: str,
+    sam_folder: str,
+    teacher: str,
+    config: SamConfig,
+    *,
+    rows_per_shard: int,
+    workers: int,
+    gpus: float = 0.0,
 ) -> Manifest:
     """Publish `features/<cache_name>`; shards that an interrupted run left whole are kept.
 
@@ -42,6 +51,7 @@ def cache_features(
         boxes: name of the `boxes` table whose images are embedded.
         sam_folder: the SAM's checkpoint, readable on every node.
         teacher: its id.
+        config: its numbers.
         rows_per_shard: images in a file.
         workers: processes that embed at a time; 0 embeds inside the driver, for debugging.
         gpus: of each process; without any it embeds on the CPU.
@@ -54,8 +64,6 @@ def cache_features(
     if done is not None:
         return done
     rows = tables.read_table(storage_uri, "boxes", boxes, ["image_id", "uri"])
-    model, _ = load_sam_folder(storage.local_folder(sam_folder))
-    side = model.config.embedding_side
     uri = storage.absolute(storage_uri)
     shards = -(-rows.num_rows // rows_per_shard)
     parts = [part_name(rows_per_shard, number) for number in range(shards)]
@@ -84,8 +92,8 @@ def cache_features(
         config_hash=teacher,
         details={
             "teacher": teacher,
-            "shape": [model.config.prompt_width, side, side],
-            "preprocessing": {"image_size": model.config.image_size, "resize": "longest side, segment-anything's"},
+            "shape": [config.prompt_width, config.embedding_side, config.embedding_side],
+            "preprocessing": {"image_size": config.image_size, "resize": "longest side, segment-anything's"},
         },
     )
 

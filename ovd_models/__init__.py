@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ovd_models.checkpoints import Detector
-    from ovd_models.checkpoints_ovsam import Segmenter
+    from ovd_models.checkpoints_ovsam import Segmenter, TextSegmenter
 
 
 def load(folder: str | Path, device: str = "cpu") -> "Detector":
@@ -33,3 +33,14 @@ def load_segmenter(folder: str | Path, device: str = "cpu") -> "Segmenter":
     from ovd_models import checkpoints_ovsam
 
     return checkpoints_ovsam.load_segmenter(folder, device)
+
+
+def load_text_segmenter(folder: str | Path, device: str = "cpu") -> "TextSegmenter":
+    """The model of a text-to-mask checkpoint folder, ready for any names.
+
+    Raises:
+        InputError: the folder holds no such checkpoint that this program reads.
+    """
+    from ovd_models import checkpoints_ovsam
+
+    return checkpoints_ovsam.load_text_segmenter(folder, device)

@@ -2,7 +2,7 @@
 
 model.safetensors     the weights
 config.json           method, model config, resolved run, names; written last
-text/                 OV-SAM's text encoder, or a table of embedded names
+text/                 the text encoder, or a table of embedded names; SAM has none
 """
 
 import json
@@ -65,13 +65,17 @@ def load_sam_folder(folder: str | Path) -> tuple[SamModel, str]:
     return model.eval(), sam_id(model)
 
 
-def save_text_to_mask(model: TextToMask, folder: str | Path, *, run: dict[str, Any]) -> None:
-    """Write the checkpoint folder of a SAM that takes CLIP's embeddings as prompts, its CLIP image tower with it."""
+def save_text_to_mask(
+    model: TextToMask, encoder: TextEncoder, folder: str | Path, *, splits: dict[str, str], run: dict[str, Any]
+) -> None:
+    """Write a complete checkpoint folder of a SAM that takes names as prompts; `splits` as for `save_ovsam`."""
+    save_encoder(encoder, Path(folder) / "text")
     parts = {"sam": asdict(model.sam.config), "tower": asdict(model.tower), "text": asdict(model.settings)}
-    _save(model, folder, {"method": "text_to_mask", "model": parts, "vocabulary": [], "splits": {}, "run": run})
+    info = {"method": "text_to_mask", "model": parts, "vocabulary": list(splits), "splits": splits, "run": run}
+    _save(model, folder, info)
 
 
-def load_text_to_mask(folder: str | Path) -> TextToMask:
+def load_text_to_mask(folder: str | Path) -> tuple[TextToMask, CheckpointInfo]:
     """The text-to-mask model of a checkpoint folder, in evaluation mode.
 
     Raises:
@@ -85,7 +89,7 @@ def load_text_to_mask(folder: str | Path) -> TextToMask:
         model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     except (RuntimeError, TypeError, KeyError, ValueError, OSError, SafetensorError) as error:
         raise InputError(f"{folder}: not a readable text_to_mask checkpoint ({_last_line(error)})") from error
-    return model.eval()
+    return model.eval(), info
 
 
 def save_ovsam(
@@ -151,8 +155,8 @@ class Segmenter:
         Raises:
             InputError: the image cannot be read, the prompts do not fit it, or a name cannot be embedded.
         """
-        tensor = self._open(image)
-        return self._on_cpu(self.model.segment(tensor, prompts, self.names(names)), tensor)
+        tensor = _opened(image, self.device)
+        return _with_picture(self.model.segment(tensor, prompts, self.names(names)), tensor)
 
     def everything(
         self, image: ImageLike, names: Sequence[str] | None = None, settings: EverythingConfig | None = None
@@ -162,16 +166,8 @@ class Segmenter:
         Raises:
             InputError: the image cannot be read, or a name cannot be embedded.
         """
-        tensor = self._open(image)
-        return self._on_cpu(self.model.everything(tensor, self.names(names), settings), tensor)
-
-    def _open(self, image: ImageLike) -> torch.Tensor:
-        opened = open_image(image) if isinstance(image, str | Path) else image
-        return to_tensor(opened).to(self.device)
-
-    def _on_cpu(self, found: Segments, tensor: torch.Tensor) -> Segments:
-        picture = Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy())
-        return replace(found.to(torch.device("cpu")), image=picture)
+        tensor = _opened(image, self.device)
+        return _with_picture(self.model.everything(tensor, self.names(names), settings), tensor)
 
 
 def load_segmenter(folder: str | Path, device: str = "cpu") -> Segmenter:
@@ -182,3 +178,49 @@ def load_segmenter(folder: str | Path, device: str = "cpu") -> Segmenter:
     """
     model, info = load_ovsam_folder(folder)
     return Segmenter(model, load_encoder(Path(folder) / "text"), info, device)
+
+
+class TextSegmenter:
+    """A trained text-to-mask model with its text encoder: names in, masks out."""
+
+    def __init__(self, model: TextToMask, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
+
+    def segment(self, image: ImageLike, names: Sequence[str] | None = None) -> Segments:
+        """One mask a name; its score, the model's estimate of the mask, is low where nothing is so named.
+
+        Args:
+            image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB).
+            names: any names; those of the checkpoint if None.
+
+        Raises:
+            InputError: the image cannot be read, or a name cannot be embedded.
+        """
+        tensor = _opened(image, self.device)
+        chosen = names if names is not None else self.info.vocabulary
+        vocabulary = build_vocabulary(self.encoder, chosen, self.info.splits).to(self.device)
+        found = self.model.segment_text(tensor, vocabulary.embeddings)
+        labels = torch.arange(len(vocabulary), device=self.device)
+        return _with_picture(replace(found, labels=labels, scores=found.ious, names=vocabulary.names), tensor)
+
+
+def load_text_segmenter(folder: str | Path, device: str = "cpu") -> TextSegmenter:
+    """The text-to-mask model of a checkpoint folder, with its text encoder.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is broken.
+    """
+    model, info = load_text_to_mask(folder)
+    return TextSegmenter(model, load_encoder(Path(folder) / "text"), info, device)
+
+
+def _opened(image: ImageLike, device: torch.device) -> torch.Tensor:
+    """[3, H, W] uint8."""
+    return to_tensor(open_image(image) if isinstance(image, str | Path) else image).to(device)
+
+
+def _with_picture(found: Segments, tensor: torch.Tensor) -> Segments:
+    """Segments on the CPU, with the picture that they are of."""
+    picture = Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy())
+    return replace(found.to(torch.device("cpu")), image=picture)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import Normalize
 
 from ovd_models.errors import InputError
-from ovd_models.pretrained import architecture, find_weights, load_released, told_in_one_line
+from ovd_models.pretrained import architecture, find_weights, load_released, offline, told_in_one_line
 from ovd_models.prompts import find_prompt_set, prompts_of
 from ovd_models.towers import image_features, text_features
 
@@ -118,7 +118,7 @@ def _build(config: ClipConfig, vision: dict[str, Any]) -> Any:
     scale, bias = (math.log(10), -10.0) if config.loss == "siglip" else (2.7, None)
     return CustomTextCLIP(
         config.embed_dim,
-        dict(vision),
+        offline(vision),
         dict(config.text),
         quick_gelu=config.quick_gelu,
         init_logit_scale=scale,

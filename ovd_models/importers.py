@@ -3,15 +3,12 @@
 K names, C concepts, D embedding width.
 """
 
-import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +18,7 @@ from ovd_models.cascade import CenterNet2Config
 from ovd_models.clip import ClipConfig, ClipTextEncoder, build_text_tower, weights_digest
 from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
+from ovd_models.weights import read_state
 
 Rules = Sequence[tuple[str, str]]
 """(pattern, replacement): applied one after the other to our name, they give the released one."""
@@ -315,56 +313,3 @@ def load_text(state: dict[str, Tensor], origin: str) -> ClipTextEncoder:
     except RuntimeError as error:
         raise InputError(f"{origin}: text encoder: {str(error).splitlines()[-1].strip()}") from error
     return ClipTextEncoder(config, tower, f"clip-vit-b-32:{weights_digest(tower.state_dict())}")
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a released file; no code of the file is run.
-
-    Raises:
-        InputError: the file cannot be read, or holds anything but tensors and plain values.
-    """
-    source = Path(path)
-    try:
-        if source.suffix == ".pkl":
-            with source.open("rb") as stream:
-                raw = ArrayUnpickler(stream, encoding="latin1").load()
-        else:
-            raw = torch.load(source, weights_only=True, map_location="cpu")
-    except Exception as error:  # there is no end to what a broken pickle raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{source}: cannot be read safely, expected tensors or arrays by name ({reason})") from error
-    inner = raw.get("model", raw) if isinstance(raw, dict) else raw
-    if not isinstance(inner, dict) or not inner:
-        raise InputError(f"{source}: expected tensors by name, perhaps under `model`")
-    state: dict[str, Tensor] = {}
-    for name, value in inner.items():
-        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "fiu" else value
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{source}: {name} is a {type(value).__name__}, expected a tensor or an array of numbers")
-        state[str(name).removeprefix("module.")] = tensor
-    return state
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads a pickle of plain values and numpy arrays, and refuses to look up anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The few callables that pickled arrays are made of."""
-        allowed = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("_codecs", "encode"): _encode,
-        }
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.zeros(0).__reduce__()[0]
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which arrays do not need")
-        return allowed[module, name]
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """How protocol 2 spells bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
-    return text.encode("latin1")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ovd_models.errors import InputError
 from ovd_models.ovsam import OvSam
-from ovd_models.sam import read_state
+from ovd_models.weights import read_state
 
 STEM = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
 RULES: tuple[tuple[str, str], ...] = (

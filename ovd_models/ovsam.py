@@ -32,6 +32,7 @@ from ovd_models.sam import (
     EverythingConfig,
     SamConfig,
     SamModel,
+    add_edge,
     build_mask_decoder,
     build_prompt_encoder,
     fit_image,
@@ -141,8 +142,8 @@ class OvSam(nn.Module):
         """Look at an image [3, H, W] uint8 once."""
         pixels, sizes = self.preprocess([image])
         levels = self.clip(pixels)
-        padded_size = fit_image(image, self.config.sam.image_size)[1]
-        size = (int(image.shape[-2]), int(image.shape[-1]))
+        edged = add_edge(image, self.config.sam.image_size)
+        size, padded_size = ((int(entry.shape[-2]), int(entry.shape[-1])) for entry in (image, edged))
         sam = EncodedImage(self.adapter(levels), sizes[0], padded_size, size)
         return EncodedOvSam(sam, tuple(self.namer.pyramid(levels)), levels[-1], image)
 

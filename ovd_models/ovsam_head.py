@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 
+from ovd_models.sam_training import dice_loss
 from ovd_models.vocabulary import Vocabulary
 
 LOGIT_SCALE = 4.6052
@@ -109,17 +110,10 @@ def label_loss(logits_RK: Tensor, labels_R: Tensor, background_weight: float = 0
 
 
 def mask_losses(logits_RN: Tensor, target_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice of sampled points, averaged over masks; 0 for none.
-
-    The dice is 1 - (2 sum p t + 1) / (sum p + sum t + 1).
-    """
+    """Cross-entropy and dice of sampled points, averaged over masks; 0 for none."""
     if not len(logits_RN):
         return logits_RN.sum(), logits_RN.sum()
-    entropy = F.binary_cross_entropy_with_logits(logits_RN, target_RN)
-    probability = logits_RN.sigmoid()
-    overlap_R = 2 * (probability * target_RN).sum(1) + 1
-    dice = 1 - overlap_R / (probability.sum(1) + target_RN.sum(1) + 1)
-    return entropy, dice.mean()
+    return F.binary_cross_entropy_with_logits(logits_RN, target_RN), dice_loss(logits_RN, target_RN).mean()
 
 
 def read_points(maps_RHW: Tensor, points_RN2: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import difflib
 import socket
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,17 @@ CONNECT_SECONDS = 5
 """The hub's own client tries for 50 seconds where there is no network."""
 
 
+def offline(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's `vision_cfg`, such that timm fetches nothing: configs of checkpoints are other people's.
+
+    Raises:
+        InputError: its tower lies in a hub or in another folder.
+    """
+    if ":" in str(vision.get("timm_model_name", "")):
+        raise InputError(f"timm_model_name {vision['timm_model_name']!r}: an address, expected a name that timm knows")
+    return {**vision, "timm_model_pretrained": False}
+
+
 def architecture(name: str) -> dict[str, Any]:
     """open_clip's config of an architecture: `embed_dim`, `vision_cfg`, `text_cfg` and perhaps `quick_gelu` and others.
 
@@ -42,7 +53,7 @@ def architecture(name: str) -> dict[str, Any]:
     if not isinstance(config["vision_cfg"].get("image_size", 224), int):
         raise InputError(f"model {name}: takes images that are not square")
     config["vision_cfg"].setdefault("image_size", 224)
-    config["vision_cfg"]["timm_model_pretrained"] = False  # weights come from `find_weights` alone
+    config["vision_cfg"] = offline(config["vision_cfg"])  # weights come from `find_weights` alone
     config["text_cfg"]["hf_model_pretrained"] = False
     return config
 

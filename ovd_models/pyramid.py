@@ -18,6 +18,7 @@ from torchvision.ops import roi_align
 
 from ovd_models.clip import ClipConfig
 from ovd_models.errors import InputError
+from ovd_models.pretrained import offline
 from ovd_models.towers import FlatConvNet
 
 NUM_LEVELS = 4
@@ -52,7 +53,7 @@ def build_tower(config: TowerConfig, image_size: int) -> nn.Module:
         image_size: side of the images that come; a transformer gets as many place codes, and keeps those of CLIP's own
             size as `own_places` for pictures of that size. Others do not mind.
     """
-    vision = dict(config.vision)
+    vision = offline(config.vision)
     patch, own_side = int(vision.get("patch_size") or 1), int(vision["image_size"])
     if (
         vision.get("patch_size")

@@ -5,7 +5,6 @@ L = 4 h side of the decoder's maps.
 """
 
 import math
-import pickle
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from ovd_models.errors import InputError
 from ovd_models.segments import Prompts, Segments
+from ovd_models.weights import load_strict, read_state
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -256,15 +256,16 @@ class SamModel(nn.Module):
         height, width = image.shape[-2:]
         pixels = add_edge(image, self.config.image_size).permute(1, 2, 0).cpu().numpy()
         found = generate(self.sam, pixels, settings)
-        side = 4 * self.config.embedding_side
         masks = np.zeros((len(found), height, width), bool)
         for row, entry in enumerate(found):
             masks[row] = entry["segmentation"][:height, :width]
         ious = torch.tensor([float(entry["predicted_iou"]) for entry in found])
         masks_PHW = torch.from_numpy(masks)
-        edge = (0, max(0, height - width), 0, max(0, width - height))  # of the model's square
+        side = 4 * self.config.embedding_side
+        size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
+        edge = (0, side - size[1], 0, side - size[0])  # of the model's square; a long picture's own would be huge
         shares = [
-            F.interpolate(F.pad(part.float(), edge)[:, None], (side, side), mode="area")[:, 0]
+            F.pad(F.interpolate(part[:, None].float(), size, mode="area")[:, 0], edge)
             for part in torch.split(masks_PHW, settings.points_per_batch)
         ]
         return unnamed(masks_PHW, ious, 20 * (torch.cat(shares) - 0.5))
@@ -328,35 +329,3 @@ def load_sam(path: str | Path, config: SamConfig) -> SamModel:
     model = SamModel(config)
     load_strict(model.sam, state, path)
     return model.eval()
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a `.pth` file, bare or under `state_dict` or `model`.
-
-    Raises:
-        InputError: the file cannot be read as one.
-    """
-    try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: cannot be read ({reason}), expected a PyTorch state dict") from error
-    for key in ("state_dict", "model"):
-        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
-            raw = raw[key]
-    if not isinstance(raw, dict) or not raw or not all(isinstance(value, Tensor) for value in raw.values()):
-        raise InputError(f"{path}: no state dict, expected names with tensors")
-    return raw
-
-
-def load_strict(module: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
-    """Load weights that must fit exactly.
-
-    Raises:
-        InputError: a name or a shape does not fit; the message names the first.
-    """
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise InputError(f"{origin}: weights do not fit ({lines[min(1, len(lines) - 1)].strip()})") from error

@@ -161,6 +161,8 @@ class SamTraining(nn.Module):
         super().__init__()
         self.model = SamModel(config)
         self.settings = training
+        if not training.clicks + training.repeats:  # no round has a mask before it, and workers expect gradients
+            self.model.sam.prompt_encoder.mask_downscaling.requires_grad_(False)
 
     def forward(self, batch: MaskBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Weighted losses `focal`, `dice` and `iou`: the mean over prompts and over rounds of prompting.

@@ -96,6 +96,8 @@ class Prompts:
             raise InputError(f"prompts: {given[0]} and {given[1]} given, expected as many points as boxes")
         if self.masks is not None and self.masks.shape[1:] != (mask_side, mask_side):
             raise InputError(f"masks: shape {list(self.masks.shape)}, expected logits [P, {mask_side}, {mask_side}]")
+        if self.masks is not None and not bool(torch.isfinite(self.masks).all()):
+            raise InputError("masks: not all finite, expected logits")
         if self.points is not None:
             self._check_points(self.points, width, height)
         if self.boxes is None:
@@ -152,7 +154,7 @@ def _numbers(values: Any, field: str, width: int) -> Tensor:
     """[..., width] float32."""
     try:
         array = np.asarray(values, np.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{field}: expected lists of {width} numbers") from error
     if array.ndim not in (1, 2) or array.shape[-1] != width:
         raise InputError(f"{field}: shape {list(array.shape)}, expected lists of {width} numbers")

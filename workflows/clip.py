@@ -263,6 +263,7 @@ def train(run: Run) -> Trained:
     run = dataclasses.replace(run, model=config)
     settings, train_dir = run.optimisation, storage.join(run_dir, "train")
     digest = tables.read_manifest(run.storage, "pairs", run.pairs).digest
+    training.hold_to_inputs(run_dir, {"pairs": digest})
     training.start_ray_for(settings)
     loader = pair_loader(
         run.storage, run.pairs, seed=settings.seed, image_size=run.model.image_size, max_side=run.max_side

@@ -35,7 +35,6 @@ from data_prep.group_stream import group_loader
 from ovd_models.batches import ConceptBatch
 from ovd_models.cascade import CenterNet2
 from ovd_models.checkpoints import load_codet, load_encoder, save_detector
-from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.codet import CoDet
 from ovd_models.draw_groups import draw_attention, draw_similarity
 from ovd_models.errors import InputError
@@ -44,7 +43,7 @@ from ovd_models.rcnn import RCNN, find_backbone_weights, load_backbone
 from ovd_models.vocabulary import TextEncoder
 from workflows import cli, evaluate, prepare_boxes, prepare_pairs, tracking, training
 from workflows.codet_configs import CONFIGS, Run
-from workflows.teacher import Names, open_encoder, read_names
+from workflows.teacher import Names, open_encoder, read_names, untrained_teacher
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
 
@@ -213,6 +212,7 @@ def train(run: Run) -> Trained:
     training.start_ray_for(run.box_stage, run.joint_stage)
     run, weights = initial_weights(run, names.base_embeddings.shape[1])
     tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in inputs_of(run).items()}
+    training.hold_to_inputs(run_dir, {**tags, "teacher": encoder.teacher})
     results: dict[str, tuple[str, DetectionMetrics, float, float]] = {}
     with tracking.run(run.storage, experiment="codet", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
         tracked.log_text(cli.to_json(run), "run.json")
@@ -322,9 +322,7 @@ def prepare_data(run: Run) -> Run:
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
         prepare_pairs.prepare_smoke(run.storage)
         if not run.teacher:
-            folder = Path(tempfile.mkdtemp(prefix="ovd-"))
-            save_clip(Clip(ClipConfig()), folder)
-            run = dataclasses.replace(run, teacher=str(folder))
+            run = dataclasses.replace(run, teacher=untrained_teacher(run.storage))
     elif run.data:
         boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
         prepare_boxes.prepare(boxes)

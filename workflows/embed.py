@@ -326,19 +326,12 @@ def show_progress(table: str, saved: Iterable[pa.Table], total: int) -> None:
 def make_smoke_tables(run: Run) -> Run:
     """The run with tables of its own and a teacher that has not learnt anything, made where they are missing."""
     from workflows import prepare_boxes, prepare_pairs  # here, so that the driver stays small
+    from workflows.teacher import untrained_teacher
 
     prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
     if tables.find_manifest(run.storage, "pairs", run.pairs) is None:
         prepare_pairs.prepare_smoke(run.storage)
-    teacher = storage.join(run.storage, "runs", "clip", "untrained")
-    if not storage.exists(storage.join(teacher, "clip.json")):
-        import torch
-
-        from ovd_models.clip import Clip, ClipConfig
-
-        torch.manual_seed(0)
-        teachers.store_checkpoint(Clip(ClipConfig()), teacher)
-    return dataclasses.replace(run, teacher=teacher)
+    return dataclasses.replace(run, teacher=untrained_teacher(run.storage))
 
 
 def main() -> None:

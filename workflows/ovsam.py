@@ -37,7 +37,7 @@ from data_prep.collate import FeatureCollate, MaskCollate
 from data_prep.masks import feature_loader, mask_loader
 from data_prep.texts import StoredEncoder, TextStore
 from ovd_models.checkpoints_ovsam import load_sam_folder, save_ovsam, save_sam, save_text_to_mask
-from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
+from ovd_models.clip import Clip, ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
 from ovd_models.ovsam import OvSam, OvSamConfig
 from ovd_models.ovsam_training import Clip2SamConfig, Clip2SamTraining, Sam2ClipTraining
@@ -48,6 +48,7 @@ from ovd_models.text_to_mask import TextToMask, TextToMaskConfig
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import cli, pointing_report, prepare_boxes, tracking, training
 from workflows.ovsam_configs import CONFIGS, Run
+from workflows.teacher import untrained_teacher
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
 
@@ -164,7 +165,7 @@ def open_sam(run: Run, run_dir: str) -> str:
         InputError: the file is not a SAM of `sam_model`.
     """
     if not run.sam.endswith(".pth"):
-        return run.sam
+        return storage.absolute(run.sam)  # actors of the cache have other working folders
     target = storage.join(run_dir, "sam_model")
     with tempfile.TemporaryDirectory() as folder:
         save_sam(load_sam(run.sam, run.sam_model), folder, run=dataclasses.asdict(run))
@@ -180,6 +181,7 @@ def train_adapter(run: Run, model: OvSam, sam: str, sam_id: str, run_dir: str, l
         name,
         sam,
         sam_id,
+        model.config.sam,
         rows_per_shard=run.rows_per_shard,
         workers=settings.workers,
         gpus=float(settings.use_gpu),
@@ -307,12 +309,17 @@ def train(run: Run) -> Trained:
     Raises:
         InputError: a table or the teacher is missing or does not fit.
     """
+    if run.needs_sam and not run.sam:
+        raise InputError("--sam: missing, expected a SAM checkpoint, since this config trains none")
     run_dir = training.open_run(run.storage, "ovsam", run.config, run.resume)
     clip, encoder = open_clip_teacher(run)
     names = read_names(run, encoder)
-    training.start_ray_for(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage)
     inputs = {"boxes": f"{run.boxes}-train", "categories": run.boxes}
     tags = {table: tables.read_manifest(run.storage, table, name).digest for table, name in inputs.items()}
+    pointing_report.read_rows(run.storage, f"{run.boxes}-eval", names.ids, run.eval_images)  # before days of training
+    sam_source = storage.absolute(run.sam) if run.sam else "its own"
+    training.hold_to_inputs(run_dir, {**tags, "teacher": encoder.teacher, "sam": sam_source})
+    training.start_ray_for(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage)
     seconds: dict[str, float] = {}
     with tracking.run(run.storage, experiment="ovsam", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
         tracked.log_text(cli.to_json(run), "run.json")
@@ -332,7 +339,7 @@ def train(run: Run) -> Trained:
         if run.text_to_mask:
             text = train_text(run, model.config, sam, clip, names, run_dir, logger)
             with tempfile.TemporaryDirectory() as folder:
-                save_text_to_mask(text, folder, run=dataclasses.asdict(run))
+                save_text_to_mask(text, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
                 storage.upload_folder(Path(folder), storage.join(run_dir, "text_model"))
             seconds["text"] = time.perf_counter() - started - sum(seconds.values())
         target, report = finish(run, model.eval(), sam, text, encoder, names, run_dir, tracked)
@@ -385,9 +392,7 @@ def prepare_data(run: Run) -> Run:
     if run.config == "smoke" and not run.data:
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
         if not run.teacher:
-            folder = Path(tempfile.mkdtemp(prefix="ovd-"))
-            save_clip(Clip(ClipConfig()), folder)
-            run = dataclasses.replace(run, teacher=str(folder))
+            run = dataclasses.replace(run, teacher=untrained_teacher(run.storage))
     elif run.data:
         boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
         prepare_boxes.prepare(boxes)

@@ -30,6 +30,8 @@ class Run:
     sam: str = ""
     """Folder or URI of a SAM checkpoint, or a published `.pth` file of `sam_model`'s numbers; if empty, a SAM is
     trained first."""
+    needs_sam: bool = False
+    """Whether `sam` must be given: these published numbers want a published SAM."""
     sam_model: SamConfig = field(default_factory=SamConfig)
     """The SAM to be trained."""
     sam_training: SamTrainingConfig = field(default_factory=SamTrainingConfig)
@@ -139,6 +141,7 @@ def published_recipe(name: str, boxes: str, images: int) -> Run:
     return Run(
         config=name,
         boxes=boxes,
+        needs_sam=True,
         sam_model=VIT_H,
         adapter_depth=5,
         pyramid_width=256,
@@ -146,9 +149,10 @@ def published_recipe(name: str, boxes: str, images: int) -> Run:
         clip2sam=Clip2SamConfig(prompts_per_image=40, num_points=12544),
         batch_size=16,
         rows_per_shard=256,
-        sam_stage=step(steps=1),
+        sam_stage=step(steps=1),  # not run
         sam2clip_stage=step(steps=24 * images // 16, schedule="cosine"),
         clip2sam_stage=step(steps=12 * images // 16, decay_at=(8 / 12, 11 / 12), clip_norm=0.01),
+        text_stage=step(steps=12 * images // 16),
     )
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep import storage, tables
 from data_prep.collate import decode_masks
+from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 from ovd_models.ovsam import OvSam
 from ovd_models.ovsam_baselines import BaselineConfig, SamClip
@@ -109,12 +110,12 @@ def evaluate(
         device: where the models work; they stay there.
 
     Raises:
-        InputError: the table is missing.
+        InputError: see `read_rows`.
     """
     vocabulary = vocabulary.to(torch.device(device))
     for part in (model, sam, *([text] if text is not None else [])):
         part.to(device)
-    rows = tables.read_table(storage_uri, "boxes", boxes).to_pylist()[: limit or None]
+    rows = read_rows(storage_uri, boxes, category_ids, limit)
     label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names) if name in category_ids}
     baselines = {
         name: SamClip(sam, model.clip, model.config.tower, config).to(device) for name, config in BASELINES.items()
@@ -125,6 +126,23 @@ def evaluate(
     image = read_row(storage_uri, rows[0], label_of)[0]
     costs = measure_costs(model, sam, baselines, vocabulary, image.to(device))
     return Report(summaries(collected), costs, tuple(pictures))
+
+
+def read_rows(storage_uri: str, boxes: str, category_ids: Mapping[str, int], limit: int) -> list[dict[str, Any]]:
+    """The first rows of a `boxes` table, all if `limit` is 0.
+
+    Raises:
+        InputError: the table is missing, or no row has a mask of one of the categories.
+    """
+    rows: list[dict[str, Any]] = tables.read_table(storage_uri, "boxes", boxes).to_pylist()[: limit or None]
+    known = set(category_ids.values())
+    if not any(
+        mask and key in known and not crowd
+        for row in rows
+        for mask, key, crowd in zip(row["masks"], row["category_ids"], row["iscrowd"], strict=True)
+    ):
+        raise InputError(f"boxes/{boxes}: no mask of a category with a split, expected some to measure by")
+    return rows
 
 
 Collected = dict[tuple[str, str], PointingMetrics]

@@ -5,13 +5,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data_prep import storage, tables
-from data_prep.teachers import EmbedConfig, Teacher
+from data_prep.teachers import EmbedConfig, Teacher, store_checkpoint
 from data_prep.texts import StoredEncoder, TextStore, read_matrix
 from ovd_models.checkpoints import load_encoder, save_encoder
-from ovd_models.clip import ClipTextEncoder
+from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
 
@@ -90,6 +91,15 @@ def open_teacher(teacher: str, expected: str) -> Teacher:
     if model.id != expected:
         raise InputError(f"--teacher {teacher}: is {model.id}, the detector learnt from {expected}")
     return model
+
+
+def untrained_teacher(storage_uri: str) -> str:
+    """The checkpoint of a CLIP that has not learnt anything, always the same, for smoke runs; made if it is missing."""
+    folder = storage.join(storage_uri, "runs", "clip", "untrained")
+    if not storage.exists(storage.join(folder, "clip.json")):
+        torch.manual_seed(0)
+        store_checkpoint(Clip(ClipConfig()), folder)
+    return folder
 
 
 def open_encoder(storage_uri: str, boxes: str, run_dir: str, *, teacher: str, texts: str) -> tuple[str, TextEncoder]:

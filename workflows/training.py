@@ -4,6 +4,7 @@ The loop itself stays visible in each workflow.
 """
 
 import contextlib
+import json
 import math
 import os
 import tempfile
@@ -423,6 +424,26 @@ def open_run(storage_uri: str, workflow: str, config: str, resume: str) -> str:
     if resume and not storage.exists(run_dir):
         raise InputError(f"--resume {resume}: no such run, {run_dir} does not exist")
     return run_dir
+
+
+def hold_to_inputs(run_dir: str, inputs: Mapping[str, str]) -> None:
+    """Note what a run learns from in its `inputs.json`, and hold a resumed run to that.
+
+    Args:
+        run_dir: its folder.
+        inputs: name -> digest of a table, id of a teacher and so on.
+
+    Raises:
+        InputError: an input is another one than the run began with.
+    """
+    uri = storage.join(run_dir, "inputs.json")
+    if not storage.exists(uri):
+        storage.write_bytes(uri, json.dumps(dict(inputs), indent=1).encode())
+        return
+    before = json.loads(storage.read_bytes(uri))
+    for name, value in inputs.items():
+        if before.get(name, value) != value:
+            raise InputError(f"{run_dir}: began with {name} {before[name]}, now has {value}, expected the same")
 
 
 def find_run(storage_uri: str, workflow: str, config: str) -> str:

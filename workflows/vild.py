@@ -29,14 +29,13 @@ from data_prep.batching import StreamShape, stream
 from data_prep.box_stream import RegionSource, detection_loader
 from data_prep.collate import DetectionCollate
 from ovd_models.checkpoints import load_vild, read_info, save_detector
-from ovd_models.clip import Clip, ClipConfig, save_clip
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.rcnn import ProposalNetwork, find_backbone_weights, load_backbone
 from ovd_models.vild import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import cli, embed, evaluate, prepare_boxes, tracking, training
-from workflows.teacher import open_encoder, read_categories
+from workflows.teacher import open_encoder, read_categories, untrained_teacher
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
 from workflows.vild_configs import CONFIGS, Run
@@ -164,6 +163,7 @@ def train(run: Run) -> Trained:
     run, run_dir, names, encoder = begin(run)
     tags = {"boxes": run.train_table, "categories": run.boxes}
     tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in tags.items()}
+    training.hold_to_inputs(run_dir, {**tags, "teacher": encoder.teacher})
     if run.proposals:
         check_proposals(run)
     seconds, clock = {}, time.perf_counter
@@ -358,9 +358,7 @@ def prepare_data(run: Run) -> Run:
     if run.config == "smoke" and not run.data:
         prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
         if not run.teacher:
-            folder = Path(tempfile.mkdtemp(prefix="ovd-"))
-            save_clip(Clip(ClipConfig()), folder)
-            run = dataclasses.replace(run, teacher=str(folder))
+            run = dataclasses.replace(run, teacher=untrained_teacher(run.storage))
     elif run.data:
         prepare_boxes.prepare(
             dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)

@@ -159,9 +159,20 @@ def test_a_malformed_file_is_told_by_name_and_field(
         coco(annotated(1, [1, 1, 5, 5], segmentation={"size": [30, 40]})),
         coco(annotated(1, [1, 1, 5, 5], segmentation=[["x"]])),
         coco(annotated(1, [1, 1, 5, 5], segmentation="x")),
+        coco(annotated(1, [1, 1, 5, 5], segmentation={"size": [4, 4], "counts": [0, 16]})),
+        coco(annotated(1, [1, 1, 5, 5], segmentation={"size": [30, 40], "counts": "0`0"})),
         coco(images=[{"id": 5, "file_name": "a.jpg", "width": 30, "height": 40}]),  # the file has 40 x 30
     ],
-    ids=["width null", "width text", "rle without counts", "polygon of text", "mask of text", "another size"],
+    ids=[
+        "width null",
+        "width text",
+        "rle without counts",
+        "polygon of text",
+        "mask of text",
+        "rle of another size",
+        "short rle",
+        "another size",
+    ],
 )
 def test_wrong_types_and_sizes_are_told(tmp_path: Path, content: dict[str, Any]) -> None:
     with pytest.raises(InputError):

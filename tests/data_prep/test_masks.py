@@ -91,7 +91,7 @@ def test_the_cache_holds_what_sam_sees_and_resumes_by_shard(drawn: str, tmp_path
     Path(features.receipt_uri(drawn, name, features.part_name(3, 2))).unlink()
     whole = Path(drawn) / "features" / name / "part-3-00001.f16"
     before = whole.stat().st_mtime_ns
-    manifest = features.cache_features(drawn, "s-train", folder, teacher, rows_per_shard=3, workers=1)
+    manifest = features.cache_features(drawn, "s-train", folder, teacher, SAM, rows_per_shard=3, workers=1)
     assert whole.stat().st_mtime_ns == before
     assert (manifest.rows, manifest.details["shape"], manifest.details["teacher"]) == (7, [16, 4, 4], teacher)
 

@@ -8,6 +8,7 @@ from ovsam_release import published_form
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd_models.clip import Clip, ClipConfig
 from ovd_models.errors import InputError
 from ovd_models.importers_ovsam import account, load_ovsam
 from ovd_models.ovsam import OvSam, OvSamConfig, enlarge
@@ -140,6 +141,15 @@ CONVNEXT = TowerConfig(
     embed_dim=16,
     vision={"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "mlp", "image_size": 64},
 )
+
+
+def test_a_checkpoints_config_reaches_no_hub() -> None:
+    for name in ("hf-hub:somebody/net", "local-dir:/tmp"):
+        vision = {**CONVNEXT.vision, "timm_model_name": name, "timm_model_pretrained": True}
+        with pytest.raises(InputError, match="an address, expected a name that timm knows"):
+            build_tower(TowerConfig(embed_dim=16, vision=vision), 64)
+        with pytest.raises(InputError, match="an address, expected a name that timm knows"):
+            Clip(ClipConfig(vision=vision))
 
 
 @pytest.mark.parametrize(

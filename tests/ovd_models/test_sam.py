@@ -137,6 +137,16 @@ def test_everything_is_what_the_automatic_mask_generator_finds(model: SamModel) 
     assert nothing.to_list() == []
 
 
+def test_everything_of_a_long_picture_takes_no_square_of_its_length(model: SamModel) -> None:
+    settings = EverythingConfig(points_per_side=2, min_iou=-9, min_stability=0.0)
+    torch.manual_seed(0)
+    found = model.everything(torch.randint(0, 255, (3, 9, 20_000), dtype=torch.uint8), settings)
+    assert len(found) >= 1 and found.masks.shape[1:] == (9, 20_000)
+    shares = found.masks.float().mean(1).view(len(found), 32, 625).mean(2)  # one row of the 32 x 32 is the picture
+    assert torch.allclose(found.low_res[:, 0], 20 * (shares - 0.5), atol=1e-4)
+    assert bool((found.low_res[:, 1:] == -10).all())
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -167,6 +177,8 @@ def test_prompts_that_make_no_sense_are_told(model: SamModel) -> None:
     assert "points[0]: empty" in refused(model, points=[np.zeros((0, 2))])
     assert "boxes: shape [1, 3]" in refused(model, boxes=[[1, 2, 3]])
     assert "boxes: expected lists of 4 numbers" in refused(model, boxes=[["a", 2, 3, 4]])
+    assert "points[0]: expected lists of 2 numbers" in refused(model, points=[[10**400, 1]])
+    assert "masks: not all finite" in refused(model, boxes=[[1, 1, 5, 5]], masks=torch.full((1, 32, 32), math.nan))
     assert "1 and 2 given" in refused(model, points=[[3, 3]], boxes=[[1, 1, 5, 5], [2, 2, 9, 9]])
     assert "given without points" in refused(model, boxes=[[1, 1, 5, 5]], point_labels=[[1]])
 
@@ -310,11 +322,12 @@ def test_a_step_without_any_object_is_zero_and_has_gradients() -> None:
     assert all(weight.grad is not None for weight in training.parameters())
 
 
-def test_every_weight_takes_part_in_a_step() -> None:
-    training = SamTraining(TINY, SamTrainingConfig())
+@pytest.mark.parametrize("rounds", [{}, {"clicks": 0}, {"clicks": 0, "repeats": 1}])
+def test_every_weight_takes_part_in_a_step(rounds: dict[str, int]) -> None:
+    training = SamTraining(TINY, SamTrainingConfig(**rounds))
     losses = training(squares(), torch.Generator().manual_seed(0))
     sum(losses.values()).backward()
-    unused = [name for name, weight in training.named_parameters() if weight.grad is None]
+    unused = [name for name, weight in training.named_parameters() if weight.requires_grad and weight.grad is None]
     assert unused == []
 
 

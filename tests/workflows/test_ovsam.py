@@ -17,7 +17,7 @@ from data_prep.collate import decode_masks
 from data_prep.pictograms import GLYPHS
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import save_detector
-from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder, load_text_to_mask
+from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder
 from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
 from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
@@ -82,10 +82,15 @@ def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained) -> No
 
 @pytest.mark.ray
 def test_names_are_prompts_too(prepared: Run, trained: Trained) -> None:
-    model = load_text_to_mask(Path(trained.model).parent / "text_model")
-    names = load_ovsam_folder(trained.model)[1].vocabulary
-    found = model.segment_text(torch.zeros(3, 50, 70, dtype=torch.uint8), torch.eye(128)[: len(names)])
-    assert found.masks.shape == (len(names), 50, 70)
+    segmenter = ovd_models.load_text_segmenter(Path(trained.model).parent / "text_model")
+    image = torch.zeros(3, 50, 70, dtype=torch.uint8)
+    assert segmenter.segment(image).names == load_ovsam_folder(trained.model)[1].vocabulary
+    found = segmenter.segment(image, ["umbrella", "red cat"])
+    assert found.masks.shape == (2, 50, 70)
+    assert [found.names[label] for label in found.labels.tolist()] == ["umbrella", "red cat"]
+    expected = segmenter.model.segment_text(image, segmenter.encoder.embed_names(["umbrella", "red cat"]))
+    assert torch.equal(found.scores, expected.ious) and torch.equal(found.masks, expected.masks)
+    assert found.draw().size[0] >= 70
     with pytest.raises(InputError, match="checkpoint of method 'text_to_mask'"):
         load_ovsam_folder(Path(trained.model).parent / "text_model")
 
@@ -127,6 +132,30 @@ def test_bad_input_is_told_before_any_work(prepared: Run, tmp_path: Path) -> Non
     assert "no such table; `python workflows/prepare_boxes.py` makes it" in refused(boxes="other")
     assert "batch_size: 0" in refused(batch_size=0)
     assert "cannot be read" in refused(sam=str(tmp_path / "none.pth"))
+    assert "--sam: missing" in refused(needs_sam=True)
+    categories = tables.read_table(prepared.storage, "categories", prepared.boxes)
+    unmarked = categories.set_column(
+        categories.schema.get_field_index("split"), "split", pa.array([""] * len(categories), pa.string())
+    )
+    for table, name, rows in (
+        ("categories", "bare", unmarked),
+        ("boxes", "bare-train", tables.read_table(prepared.storage, "boxes", f"{prepared.boxes}-train")),
+        ("boxes", "bare-eval", tables.read_table(prepared.storage, "boxes", f"{prepared.boxes}-eval")),
+    ):
+        entry = tables.write_part(prepared.storage, table, name, "part-00000.parquet", rows)
+        tables.publish(prepared.storage, table, name, [entry], producer="test", config_hash="")
+    assert "boxes/bare-eval: no mask of a category" in refused(boxes="bare")
+
+
+@pytest.mark.ray
+def test_a_resumed_run_keeps_its_sam_and_its_teacher(prepared: Run, trained: Trained, tmp_path: Path) -> None:
+    again = dataclasses.replace(prepared, resume=Path(trained.model).parent.name)
+    with pytest.raises(InputError, match=r"began with sam its own, now has .*sam_model, expected the same"):
+        ovsam.train(dataclasses.replace(again, sam=trained.sam))
+    torch.manual_seed(1)
+    save_clip(Clip(ClipConfig()), tmp_path / "other")
+    with pytest.raises(InputError, match=r"began with teacher clip:\w+, now has clip:\w+"):
+        ovsam.train(dataclasses.replace(again, teacher=str(tmp_path / "other")))
 
 
 def test_every_config_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,86 @@
+"""Files of weights, read without running anything that they hold."""
+
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ovd_models.errors import InputError
+
+NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8")
+"""The types of arrays that become tensors."""
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a released file, bare or under `state_dict` or `model`.
+
+    Args:
+        path: `.pkl` with arrays, or what torch saves.
+
+    Raises:
+        InputError: the file cannot be read, or holds anything but tensors and plain values.
+    """
+    source = Path(path)
+    try:
+        if source.suffix == ".pkl":
+            with source.open("rb") as stream:
+                raw = ArrayUnpickler(stream, encoding="latin1").load()
+        else:
+            raw = torch.load(source, weights_only=True, map_location="cpu")
+    except Exception as error:  # there is no end to what a broken pickle raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{source}: cannot be read safely, expected tensors or arrays by name ({reason})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
+            raw = raw[key]
+    if not isinstance(raw, dict) or not raw:
+        raise InputError(f"{source}: expected tensors by name, perhaps under `state_dict` or `model`")
+    state: dict[str, Tensor] = {}
+    for name, value in raw.items():
+        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype in NUMBERS else value
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{source}: {name} is a {type(value).__name__}, expected a tensor or an array of numbers")
+        state[str(name).removeprefix("module.")] = tensor
+    return state
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads a pickle of plain values and numpy arrays, and refuses to look up anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The few callables that pickled arrays are made of."""
+        allowed = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): _encode,
+        }
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np.zeros(0).__reduce__()[0]
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which arrays do not need")
+        return allowed[module, name]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How protocol 2 spells bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
+    """Load weights that must fit exactly.
+
+    Raises:
+        InputError: a name or a shape does not fit; the message names the first.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise InputError(f"{origin}: weights do not fit ({lines[min(1, len(lines) - 1)].strip()})") from error
