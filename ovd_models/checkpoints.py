@@ -9,13 +9,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovd_models.batches import Detections
 from ovd_models.clip import ClipTextEncoder, load_text_encoder, save_text_encoder
@@ -31,6 +31,7 @@ from ovd_models.vocabulary import EmbeddingTable, TextEncoder
 
 FORMAT = 1
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,10 @@ def from_json(kind: type[T], raw: dict[str, Any]) -> T:
     return kind(**values)
 
 
-class Detector:
-    """A trained detector with its text encoder: names in, boxes out."""
+class Opened(Generic[M]):
+    """A trained model with its text encoder and what its checkpoint folder tells."""
 
-    def __init__(self, model: CoDet | ViLD, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
+    def __init__(self, model: M, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
 
@@ -224,6 +225,18 @@ class Detector:
     def vocabulary(self) -> tuple[str, ...]:
         """Default names."""
         return self.info.vocabulary
+
+    def read(self, image: ImageLike) -> Tensor:
+        """[3, H, W] uint8 on the model's device.
+
+        Raises:
+            InputError: the image cannot be read.
+        """
+        return to_tensor(open_image(image) if isinstance(image, str | Path) else image).to(self.device)
+
+
+class Detector(Opened[CoDet | ViLD]):
+    """A trained detector: names in, boxes out."""
 
     def detect(
         self,
@@ -267,8 +280,7 @@ class Detector:
         ).to(self.device)
         several = isinstance(image, list | tuple)
         images: list[ImageLike] = list(image) if isinstance(image, list | tuple) else [cast(ImageLike, image)]
-        opened = [open_image(entry) if isinstance(entry, str | Path) else entry for entry in images]
-        tensors = [to_tensor(entry).to(self.device) for entry in opened]
+        tensors = [self.read(entry) for entry in images]
         if not tensors:
             return []
         if isinstance(self.model, ViLD):
@@ -286,7 +298,7 @@ class Detector:
         found: list[Detections] = []
         for tensor, result in zip(tensors, results, strict=True):
             on_cpu = replace(result, boxes=result.boxes.cpu(), scores=result.scores.cpu(), labels=result.labels.cpu())
-            found.append(replace(on_cpu, image=_as_picture(tensor)))
+            found.append(replace(on_cpu, image=as_picture(tensor)))
         return found if several else found[0]
 
     def propose(self, images: Sequence[ImageLike], limit: int) -> list[tuple[Tensor, Tensor]]:
@@ -299,14 +311,14 @@ class Detector:
         Raises:
             InputError: an image cannot be read.
         """
-        tensors = [to_tensor(image).to(self.device) for image in images]
+        tensors = [self.read(image) for image in images]
         detector = self.model.detector
         if not isinstance(detector, ProposalNetwork):
             raise InputError(f"{type(detector).__name__}: gives no proposals of its own, expected an R-CNN")
         return [(boxes.cpu(), scores.cpu()) for boxes, scores in detector.find_proposals(tensors, limit)]
 
 
-def _as_picture(tensor: Tensor) -> Image.Image:
+def as_picture(tensor: Tensor) -> Image.Image:
     """The picture as it was looked at: upright."""
     return Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy())
 

@@ -12,17 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ovd_models.checkpoints import FORMAT, CheckpointInfo, from_json, load_encoder, read_info, save_encoder
+from ovd_models.checkpoints import (
+    FORMAT,
+    CheckpointInfo,
+    Opened,
+    as_picture,
+    from_json,
+    load_encoder,
+    read_info,
+    save_encoder,
+)
 from ovd_models.clip import weights_digest
 from ovd_models.errors import InputError
-from ovd_models.images import open_image
 from ovd_models.ovsam import OvSam, OvSamConfig
-from ovd_models.preprocess import ImageLike, to_tensor
+from ovd_models.preprocess import ImageLike
 from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.sam import EverythingConfig, SamConfig, SamModel
 from ovd_models.segments import Prompts, Segments
@@ -127,17 +134,8 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
 
 
-class Segmenter:
-    """A trained OV-SAM with its text encoder: prompts and names in, named masks out."""
-
-    def __init__(self, model: OvSam, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
-
-    @property
-    def vocabulary(self) -> tuple[str, ...]:
-        """Default names."""
-        return self.info.vocabulary
+class Segmenter(Opened[OvSam]):
+    """A trained OV-SAM: prompts and names in, named masks out."""
 
     def names(self, names: Sequence[str] | None = None) -> Vocabulary:
         """Embedded names, those that had masks in training marked as base; the default ones if None."""
@@ -155,7 +153,7 @@ class Segmenter:
         Raises:
             InputError: the image cannot be read, the prompts do not fit it, or a name cannot be embedded.
         """
-        tensor = _opened(image, self.device)
+        tensor = self.read(image)
         return _with_picture(self.model.segment(tensor, prompts, self.names(names)), tensor)
 
     def everything(
@@ -166,7 +164,7 @@ class Segmenter:
         Raises:
             InputError: the image cannot be read, or a name cannot be embedded.
         """
-        tensor = _opened(image, self.device)
+        tensor = self.read(image)
         return _with_picture(self.model.everything(tensor, self.names(names), settings), tensor)
 
 
@@ -180,12 +178,8 @@ def load_segmenter(folder: str | Path, device: str = "cpu") -> Segmenter:
     return Segmenter(model, load_encoder(Path(folder) / "text"), info, device)
 
 
-class TextSegmenter:
-    """A trained text-to-mask model with its text encoder: names in, masks out."""
-
-    def __init__(self, model: TextToMask, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
+class TextSegmenter(Opened[TextToMask]):
+    """A trained text-to-mask model: names in, masks out."""
 
     def segment(self, image: ImageLike, names: Sequence[str] | None = None) -> Segments:
         """One mask a name; its score, the model's estimate of the mask, is low where nothing is so named.
@@ -197,8 +191,8 @@ class TextSegmenter:
         Raises:
             InputError: the image cannot be read, or a name cannot be embedded.
         """
-        tensor = _opened(image, self.device)
-        chosen = names if names is not None else self.info.vocabulary
+        tensor = self.read(image)
+        chosen = names if names is not None else self.vocabulary
         vocabulary = build_vocabulary(self.encoder, chosen, self.info.splits).to(self.device)
         found = self.model.segment_text(tensor, vocabulary.embeddings)
         labels = torch.arange(len(vocabulary), device=self.device)
@@ -215,12 +209,6 @@ def load_text_segmenter(folder: str | Path, device: str = "cpu") -> TextSegmente
     return TextSegmenter(model, load_encoder(Path(folder) / "text"), info, device)
 
 
-def _opened(image: ImageLike, device: torch.device) -> torch.Tensor:
-    """[3, H, W] uint8."""
-    return to_tensor(open_image(image) if isinstance(image, str | Path) else image).to(device)
-
-
 def _with_picture(found: Segments, tensor: torch.Tensor) -> Segments:
     """Segments on the CPU, with the picture that they are of."""
-    picture = Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy())
-    return replace(found.to(torch.device("cpu")), image=picture)
+    return replace(found.to(torch.device("cpu")), image=as_picture(tensor))

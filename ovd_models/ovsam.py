@@ -43,6 +43,9 @@ from ovd_models.sam import (
 from ovd_models.segments import Prompts, Segments, boxes_of, concatenate
 from ovd_models.vocabulary import Vocabulary
 
+MASK_PIXELS = 1 << 26
+"""Logits of masks are enlarged to so many pixels of pictures at a time, 256 MB."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OvSamConfig:
@@ -218,7 +221,9 @@ class OvSam(nn.Module):
         points = None if prompts.points is None else (scale(prompts.points), prompts.point_labels)
         sparse, dense = self.prompt_encoder(points, boxes_P4, None if prompts.masks is None else prompts.masks[:, None])
         low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
-        masks_PHW = enlarge(low_PLL, encoded.sam, self.config.sam.image_size) > 0
+        few = max(1, MASK_PIXELS // (height * width))
+        parts = [enlarge(part, encoded.sam, self.config.sam.image_size) > 0 for part in torch.split(low_PLL, few)]
+        masks_PHW = torch.cat(parts)
         return unnamed(masks_PHW, ious_P, low_PLL), boxes_P4
 
     @torch.no_grad()

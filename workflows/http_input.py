@@ -16,7 +16,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ovd_models.errors import InputError
 from ovd_models.images import FORMATS, has_image_magic, to_rgb, upright
+from ovd_models.segments import Prompts
 
 LOGGER = logging.getLogger("ray.serve")
 RETRY_AFTER_SECONDS = 1
@@ -37,6 +39,9 @@ class Limits:
     max_names: int = 2_000
     max_name_characters: int = 100
     max_detections: int = 1_000
+    max_prompts: int = 32
+    """Each is answered by a mask of the image's size."""
+    max_prompt_characters: int = 10_000
 
 
 class ProblemError(Exception):
@@ -163,6 +168,33 @@ def parse_vocabulary(text: str, limits: Limits) -> tuple[str, ...]:
         if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
             raise bad(f"entry {index} holds half of a surrogate pair, expected text")
     return tuple(dict.fromkeys(name.strip() for name in names))
+
+
+def parse_prompts(text: str, limits: Limits) -> Prompts:
+    """Prompts from a JSON object of `points`, `point_labels` and `boxes`.
+
+    Raises:
+        ProblemError: 422, and what is wrong.
+    """
+
+    def bad(detail: str) -> ProblemError:
+        return ProblemError(422, "Bad prompts", f"prompts: {detail}")
+
+    if len(text) > limits.max_prompt_characters:
+        raise bad(f"{len(text):,} characters, at most {limits.max_prompt_characters:,} are accepted")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        raise bad('not JSON, expected an object as {"points": [[120, 80]]}') from None
+    if not isinstance(fields, dict) or not fields.keys() <= {"points", "point_labels", "boxes"}:
+        raise bad("expected an object of points, point_labels and boxes")
+    try:
+        prompts = Prompts.create(**fields)
+    except InputError as error:
+        raise bad(str(error)) from error
+    if len(prompts) > limits.max_prompts:
+        raise bad(f"{len(prompts):,} given, at most {limits.max_prompts:,} are accepted")
+    return prompts
 
 
 def decode(content: bytes, max_pixels: int) -> PIL.Image.Image:

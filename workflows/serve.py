@@ -1,13 +1,14 @@
-"""Serve: a trained detector behind HTTP; every request names what it wants found.
+"""Serve: a trained detector, or an OV-SAM, behind HTTP; every request names what it wants found.
 
 checkpoint folder or models:/ URI --> replicas of Endpoint (Ray Serve)
-multipart image, names --> Gate (bytes, queue) --> decode --> detect --> JSON
+multipart image, names --> Gate (bytes, queue) --> decode --> detect, or segment what is pointed at --> JSON
 
 python workflows/serve.py --model runs/demo/codet --port 8000
 python workflows/serve.py --model models:/ovd-codet-pictograms@champion --storage runs
 serve run workflows.serve:app model=runs/demo/codet
 
 curl -F image=@street.jpg -F 'vocabulary=["red umbrella", "anchor"]' http://127.0.0.1:8000/v1/detect
+curl -F image=@street.jpg -F 'prompts={"points": [[120, 80]]}' http://127.0.0.1:8000/v1/segment      # an OV-SAM
 """
 
 import workflows.startup
@@ -20,11 +21,11 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
 import ray
 import torch
@@ -40,13 +41,26 @@ from starlette.exceptions import HTTPException
 
 import ovd_models
 from data_prep.texts import PreloadedEncoder, TextStore
-from ovd_models.checkpoints import read_info
+from ovd_models.checkpoints import Detector, read_info
+from ovd_models.checkpoints_ovsam import Segmenter
 from ovd_models.errors import InputError
 from ovd_models.preprocess import to_tensor
 from workflows import cli, cluster, tracking
-from workflows.http_input import RETRY_AFTER_SECONDS, Gate, Limits, ProblemError, as_problem, decode, parse_vocabulary
+from workflows.http_input import (
+    RETRY_AFTER_SECONDS,
+    Gate,
+    Limits,
+    ProblemError,
+    as_problem,
+    decode,
+    parse_prompts,
+    parse_vocabulary,
+)
 
+T = TypeVar("T")
 APP_NAME = "ovd"
+SERVED = ("codet", "vild", "ovsam")
+"""Methods whose checkpoints have a route."""
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Torch's threads sleep while they wait for each other: spinning, they answer 30 times slower on a busy machine."""
 
@@ -99,6 +113,35 @@ class Found(BaseModel):
     detections: list[Detection]
 
 
+class Mask(BaseModel):
+    """COCO's run-length encoding."""
+
+    size: tuple[int, int]
+    """Height and width of the image."""
+    counts: str
+
+
+class Segment(BaseModel):
+    """What a prompt points at."""
+
+    mask: Mask
+    box: tuple[float, float, float, float]
+    """Tight around the mask: x0, y0, x1, y1 in pixels of the image; zeros for an empty mask."""
+    label: str
+    score: float
+    """The name's probability among those asked for."""
+    iou: float | None
+    """The model's own estimate of the mask's quality, if it makes one."""
+
+
+class Segmented(BaseModel):
+    """The answer of `/v1/segment`, one entry a prompt, in their order."""
+
+    width: int
+    height: int
+    segments: list[Segment]
+
+
 class Model(BaseModel):
     """The answer of `/v1/model`."""
 
@@ -115,16 +158,23 @@ class Health(BaseModel):
     status: str
 
 
+Picture = Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")]
+Vocabulary = Annotated[
+    str | None, Form(description='JSON list of names, as ["red umbrella", "anchor"]; default: the model\'s own')
+]
+
+
 class Endpoint:
-    """A replica: the detector and its routes."""
+    """A replica: the detector or segmenter, and its routes."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         folder = tracking.local_model(run.model, run.storage)
-        self.detector = ovd_models.load(folder, device="cuda" if run.gpus else "cpu")
+        load = ovd_models.load_segmenter if read_info(folder).method == "ovsam" else ovd_models.load
+        self.served: Detector | Segmenter = load(folder, device="cuda" if run.gpus else "cpu")
         if run.texts:
-            store = TextStore.of(run.storage, self.detector.teacher)
-            self.detector.encoder = PreloadedEncoder(self.detector.encoder, store)
+            store = TextStore.of(run.storage, self.served.teacher)
+            self.served.encoder = PreloadedEncoder(self.served.encoder, store)
         threads = run.threads or len(os.sched_getaffinity(0))
         # One request at a time with all cores beats several that share them; Ray's default is one thread.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
@@ -139,21 +189,18 @@ class Endpoint:
 
     async def model(self) -> Model:
         """What is served."""
-        served = self.detector
         return Model(
-            method=served.method,
+            method=self.served.method,
             checkpoint=self.run.model,
-            teacher=served.teacher,
-            prompt_set=served.prompt_set,
-            vocabulary=list(served.vocabulary),
+            teacher=self.served.teacher,
+            prompt_set=self.served.prompt_set,
+            vocabulary=list(self.served.vocabulary),
         )
 
     async def detect(
         self,
-        image: Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")],
-        vocabulary: Annotated[
-            str | None, Form(description='JSON list of names, as ["red umbrella", "anchor"]; default: the model\'s own')
-        ] = None,
+        image: Picture,
+        vocabulary: Vocabulary = None,
         score_threshold: Annotated[float, Form(ge=0, le=1, allow_inf_nan=False)] = 0.05,
         max_detections: Annotated[int, Form(ge=1)] = 100,
         masks: Annotated[bool, Form(description="not offered by this model")] = False,
@@ -165,37 +212,66 @@ class Endpoint:
             raise ProblemError(
                 422, "Bad parameter", f"max_detections: {max_detections}, at most {self.run.limits.max_detections}"
             )
-        names = self.detector.vocabulary if vocabulary is None else parse_vocabulary(vocabulary, self.run.limits)
-        content = await image.read()
+        detector = cast(Detector, self.served)
 
-        def answer() -> Found:
-            picture = decode(content, self.run.limits.max_pixels)
-            found = self.detector.detect(
-                to_tensor(picture), names, score_threshold=score_threshold, max_detections=max_detections
-            )
+        def answer(picture: torch.Tensor, names: Sequence[str]) -> Found:
+            found = detector.detect(picture, names, score_threshold=score_threshold, max_detections=max_detections)
             detections = [Detection(**entry) for entry in found.to_list()]
             return Found(width=found.width, height=found.height, detections=detections)
 
+        return await self._answer(image, vocabulary, answer, "Bad vocabulary")
+
+    async def segment(
+        self,
+        image: Picture,
+        prompts: Annotated[
+            str,
+            Form(description='JSON object with a list for each thing: "points", perhaps "point_labels", or "boxes"'),
+        ],
+        vocabulary: Vocabulary = None,
+    ) -> Segmented:
+        """Segment what each prompt points at, and name it."""
+        segmenter, asked = cast(Segmenter, self.served), parse_prompts(prompts, self.run.limits)
+
+        def answer(picture: torch.Tensor, names: Sequence[str]) -> Segmented:
+            segments = [Segment(**entry) for entry in segmenter.segment(picture, asked, names).to_list()]
+            return Segmented(width=picture.shape[2], height=picture.shape[1], segments=segments)
+
+        return await self._answer(image, vocabulary, answer, "Bad prompts or vocabulary")
+
+    async def _answer(
+        self, image: UploadFile, vocabulary: str | None, answer: Callable[[torch.Tensor, Sequence[str]], T], title: str
+    ) -> T:
+        """What the model says of a picture and names; what it refuses becomes a problem with this title."""
+        names = self.served.vocabulary if vocabulary is None else parse_vocabulary(vocabulary, self.run.limits)
+        content = await image.read()
+
+        def job() -> T:
+            return answer(to_tensor(decode(content, self.run.limits.max_pixels)), names)
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, answer)
+            return await asyncio.get_running_loop().run_in_executor(self.pool, job)
         except InputError as error:
-            raise ProblemError(422, "Bad vocabulary", str(error)) from error
+            raise ProblemError(422, title, str(error)) from error
 
 
 def build_api(endpoint: Endpoint) -> FastAPI:
     """The HTTP interface of one replica."""
-    api = FastAPI(title="ovd-ray", description="Open-vocabulary object detection", version=version("ovd-ray"))
+    api = FastAPI(title="ovd-ray", description="Open-vocabulary vision", version=version("ovd-ray"))
     errors: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": {"application/problem+json": {}}}
         for status, text in {
             400: "undecodable image", 408: "body too slow", 413: "too many bytes or pixels", 415: "not an image",
-            422: "bad vocabulary or parameter", 503: "queue full",
+            422: "bad vocabulary, prompts or parameter", 503: "queue full",
         }.items()
     }  # fmt: skip
     api.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     api.add_api_route("/healthz", endpoint.healthz)
     api.add_api_route("/v1/model", endpoint.model)
-    api.add_api_route("/v1/detect", endpoint.detect, methods=["POST"], responses=errors)
+    if isinstance(endpoint.served, Segmenter):
+        api.add_api_route("/v1/segment", endpoint.segment, methods=["POST"], responses=errors)
+    else:
+        api.add_api_route("/v1/detect", endpoint.detect, methods=["POST"], responses=errors)
 
     async def problem(request: Request, error: Exception) -> JSONResponse:
         return as_problem(error).response()
@@ -204,6 +280,17 @@ def build_api(endpoint: Endpoint) -> FastAPI:
         api.add_exception_handler(kind, problem)
     api.add_middleware(Gate, limits=endpoint.run.limits)
     return api
+
+
+def check(run: Run) -> None:
+    """Before any work, where a wrong checkpoint is one line; in a replica it would be a failed deployment.
+
+    Raises:
+        InputError: there is no such checkpoint, or its method is not served.
+    """
+    method = read_info(tracking.local_model(run.model, run.storage)).method
+    if method not in SERVED:
+        raise InputError(f"{run.model}: a checkpoint of method {method!r}, expected one of {', '.join(SERVED)}")
 
 
 def deployment(run: Run) -> Application:
@@ -236,7 +323,7 @@ def app(args: dict[str, Any]) -> Application:
     except ValidationError as error:
         fault = error.errors()[0]
         raise InputError(f"{fault['loc'][0]}: {fault['msg']}") from error
-    read_info(tracking.local_model(run.model, run.storage))
+    check(run)
     return deployment(run)
 
 
@@ -247,8 +334,7 @@ def serving(run: Run) -> Iterator[str]:
     Raises:
         InputError: there is no such checkpoint, or the port is taken.
     """
-    # Here a wrong checkpoint is one line; in a replica it would be a failed deployment.
-    read_info(tracking.local_model(run.model, run.storage))
+    check(run)
     port = free_port(run.host, run.port)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -280,7 +366,7 @@ def free_port(host: str, port: int) -> int:
 def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
-    read_info(tracking.local_model(run.model, run.storage))
+    check(run)
     free_port(run.host, run.port)
     with contextlib.suppress(KeyboardInterrupt):  # the normal end of an endpoint
         cluster.start_ray()

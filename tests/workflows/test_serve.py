@@ -22,10 +22,15 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+import ovd_models
 from data_prep.texts import TextStore
 from ovd_models.checkpoints import save_detector
+from ovd_models.checkpoints_ovsam import Segmenter, save_ovsam, save_sam
 from ovd_models.codet import CoDet, CoDetConfig
 from ovd_models.errors import InputError
+from ovd_models.ovsam import OvSam, OvSamConfig
+from ovd_models.sam import SamConfig, SamModel
+from ovd_models.segments import Prompts
 from ovd_models.vocabulary import EmbeddingTable
 from workflows import serve, tracking
 from workflows.http_input import Limits
@@ -267,7 +272,7 @@ def test_unexpected_errors_say_nothing_about_the_inside(checkpoint: Path) -> Non
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret")
 
-    endpoint.detector.detect = broken  # type: ignore[method-assign]
+    endpoint.served.detect = broken  # type: ignore[method-assign]
     with TestClient(serve.build_api(endpoint)) as client:
         response = detect(client)
         assert "secret" not in problem(response, 500)
@@ -276,7 +281,7 @@ def test_unexpected_errors_say_nothing_about_the_inside(checkpoint: Path) -> Non
 
 def test_names_are_looked_up_in_the_teachers_store(checkpoint: Path, tmp_path: Path) -> None:
     run = serve.Run(model=str(checkpoint), storage=str(tmp_path))
-    teacher = serve.Endpoint(run).detector.encoder
+    teacher = serve.Endpoint(run).served.encoder
     known_KD = teacher.embed_names(NAMES[:1])
     TextStore.of(str(tmp_path), teacher.teacher).append(["parasol"], teacher.prompt_set, known_KD.numpy())
     with TestClient(serve.build_api(serve.Endpoint(run))) as client:
@@ -287,7 +292,78 @@ def test_names_are_looked_up_in_the_teachers_store(checkpoint: Path, tmp_path: P
         assert {entry["label"] for entry in answers[1]["detections"]} == {"parasol"}
     without = serve.Endpoint(serve.Run(model=str(checkpoint), storage=str(tmp_path), texts=False))
     with pytest.raises(InputError, match="parasol"):
-        without.detector.encoder.embed_names(["parasol"])
+        without.served.encoder.embed_names(["parasol"])
+
+
+@pytest.fixture(scope="module")
+def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, Segmenter]]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("segmenter")
+    sam = SamConfig(image_size=64, patch_size=8, width=32, depth=1, heads=2, window=4, global_blocks=())
+    model = OvSam(OvSamConfig(sam=sam))
+    rows = np.random.default_rng(0).normal(size=(len(NAMES), model.config.tower.embed_dim))
+    table = EmbeddingTable.from_array(NAMES, rows.astype(np.float32), "table")
+    save_ovsam(model, table, folder, splits=dict.fromkeys(NAMES, "base"), run={})
+    api = serve.build_api(serve.Endpoint(serve.Run(model=str(folder), limits=LIMITS)))
+    with TestClient(api) as client:
+        yield client, ovd_models.load_segmenter(folder)
+
+
+def segment(client: httpx.Client, prompts: object, **fields: Any) -> httpx.Response:
+    files = {"image": ("picture.png", encoded(Image.open(io.BytesIO(picture())), "PNG"), "image/png")}
+    told = prompts if isinstance(prompts, str) else json.dumps(prompts)
+    return client.post("/v1/segment", files=files, data={"prompts": told, **fields})
+
+
+def test_what_is_pointed_at_is_segmented_and_named(segmenting: tuple[TestClient, Segmenter]) -> None:
+    client, segmenter = segmenting
+    assert client.get("/v1/model").json()["method"] == "ovsam"
+    assert set(client.get("/openapi.json").json()["paths"]) == {"/healthz", "/v1/model", "/v1/segment"}
+    pixels = Image.open(io.BytesIO(picture()))
+    for given in ({"points": [[40, 30], [90, 60]]}, {"boxes": [[10, 5, 60, 50]]}):
+        answer = segment(client, given, vocabulary=json.dumps(["anchor", "snowman"]))
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        assert (found["width"], found["height"]) == (96, 64)
+        expected = segmenter.segment(pixels, Prompts.create(**given), ["anchor", "snowman"]).to_list()
+        assert [entry["mask"] for entry in found["segments"]] == [entry["mask"] for entry in expected]
+        assert [entry["label"] for entry in found["segments"]] == [entry["label"] for entry in expected]
+        assert [entry["score"] for entry in found["segments"]] == pytest.approx([entry["score"] for entry in expected])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ("points", "not JSON"),
+        ("[1]", "an object of points"),
+        ({"point": [[1, 1]]}, "an object of points"),
+        ({}, "empty"),
+        ({"points": [[1]]}, "points[0]"),
+        ({"points": [["a", 1]]}, "points[0]"),
+        ('{"points": [[NaN, 1]]}', "lies outside"),
+        ({"points": [[96, 1]]}, "lies outside the image of 96 x 64"),
+        ({"boxes": [[5, 5, 5, 9]]}, "boxes[0]"),
+        ({"points": [[1, 1]], "point_labels": [[0]]}, "none is on the thing"),
+        ({"boxes": [[1, 1, 9, 9]] * 33}, "at most 32"),
+        ({"points": [[1, 1]] * 3_000}, "at most 10,000"),
+    ],
+)
+def test_bad_prompts_are_refused(segmenting: tuple[TestClient, Segmenter], prompts: object, expected: str) -> None:
+    assert expected in problem(segment(segmenting[0], prompts), 422)
+
+
+def test_a_segmenters_names_and_pictures_are_checked_too(segmenting: tuple[TestClient, Segmenter]) -> None:
+    client = segmenting[0]
+    assert "zebra" in problem(segment(client, {"points": [[1, 1]]}, vocabulary='["zebra"]'), 422)
+    files = {"image": ("picture.png", b"<html>", "image/png")}
+    problem(client.post("/v1/segment", files=files, data={"prompts": '{"points": [[1, 1]]}'}), 415)
+    problem(client.post("/v1/detect", files=files), 404)
+
+
+def test_a_checkpoint_without_a_route_is_told(tmp_path: Path) -> None:
+    save_sam(SamModel(SamConfig(depth=1, global_blocks=())), tmp_path, run={})
+    with pytest.raises(InputError, match="a checkpoint of method 'sam', expected one of codet, vild, ovsam"):
+        serve.check(serve.Run(model=str(tmp_path)))
 
 
 def test_dead_client_frees_its_place(checkpoint: Path) -> None:
