@@ -68,7 +68,7 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
     """An annotation file of COCO's or LVIS's form.
 
     LVIS, whose categories tell how frequent they are, is split by that: rare ones are novel. COCO is split by
-    `COCO_BASE` and `COCO_NOVEL`. If any name is not COCO's, all categories are base.
+    `COCO_BASE` and `COCO_NOVEL`. If a name is not COCO's, or none of its base ones is there, all categories are base.
 
     Args:
         path: the json file.
@@ -116,7 +116,7 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
             **dict.fromkeys(COCO_NOVEL, "novel"),
             **dict.fromkeys(COCO_OTHERS, ""),
         }
-        if splits.keys() <= coco.keys():
+        if splits.keys() <= coco.keys() and any(coco[name] == "base" for name in splits):
             splits = coco
         categories = [
             {"category_id": key, "name": name, "synonyms": [], "frequency": "", "split": splits[name]}

@@ -182,7 +182,9 @@ class TextSegmenter(Opened[TextToMask]):
     """A trained text-to-mask model: names in, masks out."""
 
     def segment(self, image: ImageLike, names: Sequence[str] | None = None) -> Segments:
-        """One mask a name; its score, the model's estimate of the mask, is low where nothing is so named.
+        """One mask a name; its score is the model's own estimate of the mask.
+
+        It is learnt from things that are there: of a name that nothing bears it makes a mask too.
 
         Args:
             image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB).

@@ -282,23 +282,28 @@ def save_clip(model: Clip, folder: str | Path) -> str:
     """Write `clip.json` and `clip.safetensors`; returns the teacher id."""
     state = model.model.state_dict()
     teacher = f"clip:{weights_digest(state)}"
-    _write(state, {"teacher": teacher, "config": asdict(model.config)}, Path(folder))
+    _write(state, teacher, model.config, Path(folder))
     return teacher
 
 
 def save_text_encoder(encoder: ClipTextEncoder, folder: Path) -> None:
     """Write the text tower alone in the same form."""
     state = {f"text.{name}": value for name, value in encoder.tower.state_dict().items()}
-    _write(state, {"teacher": encoder.teacher, "config": asdict(encoder.config)}, folder)
+    _write(state, encoder.teacher, encoder.config, folder)
 
 
-def _write(state: dict[str, Tensor], description: dict[str, Any], folder: Path) -> None:
-    """Weights, then `clip.json`, so that a folder with it is whole; a file that models are mapped from is replaced."""
+def _write(state: dict[str, Tensor], teacher: str, config: ClipConfig, folder: Path) -> None:
+    """Weights, then `clip.json`, so that a folder with it is whole; a file that models are mapped from is replaced.
+
+    What the config left open is written as what it stood for.
+    """
+    mean, std = config.statistics
+    whole = replace(config, mean=mean, std=std, max_logit_scale=config.logit_scale_bound, prompt_set=config.templates)
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / "clip.safetensors.tmp"
     save_file({name: value.contiguous() for name, value in state.items()}, fresh)
     fresh.replace(folder / "clip.safetensors")
-    (folder / "clip.json").write_text(json.dumps(description, indent=1))
+    (folder / "clip.json").write_text(json.dumps({"teacher": teacher, "config": asdict(whole)}, indent=1))
 
 
 def _read(folder: str | Path) -> tuple[ClipConfig, str, dict[str, Tensor]]:
@@ -307,8 +312,9 @@ def _read(folder: str | Path) -> tuple[ClipConfig, str, dict[str, Tensor]]:
         raise InputError(f"{source}: no CLIP checkpoint (clip.json); `python workflows/clip.py` makes one")
     try:
         raw = json.loads((source / "clip.json").read_text())
-        statistics = {key: tuple(raw["config"][key]) for key in ("mean", "std") if raw["config"][key] is not None}
-        config = ClipConfig(**{**raw["config"], **statistics})
+        config = ClipConfig(
+            **{**raw["config"], "mean": tuple(raw["config"]["mean"]), "std": tuple(raw["config"]["std"])}
+        )
         weights = load_file(source / "clip.safetensors")  # mapped: processes that load the same file share its memory
         return config, str(raw["teacher"]), {name: _wide(value) for name, value in weights.items()}
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:

@@ -7,6 +7,7 @@ B images, P prompts of an image, C prompt width, S side of the square input, h s
 Y synonyms, D embedding width of names.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,11 +41,8 @@ from ovd_models.sam import (
     scale_prompts,
     unnamed,
 )
-from ovd_models.segments import Prompts, Segments, boxes_of, concatenate
+from ovd_models.segments import PIXELS_AT_A_TIME, Prompts, Segments, boxes_of, concatenate
 from ovd_models.vocabulary import Vocabulary
-
-MASK_PIXELS = 1 << 26
-"""Logits of masks are enlarged to so many pixels of pictures at a time, 256 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +219,7 @@ class OvSam(nn.Module):
         points = None if prompts.points is None else (scale(prompts.points), prompts.point_labels)
         sparse, dense = self.prompt_encoder(points, boxes_P4, None if prompts.masks is None else prompts.masks[:, None])
         low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
-        few = max(1, MASK_PIXELS // (height * width))
+        few = max(1, PIXELS_AT_A_TIME // math.prod(encoded.sam.padded_size))
         parts = [enlarge(part, encoded.sam, self.config.sam.image_size) > 0 for part in torch.split(low_PLL, few)]
         masks_PHW = torch.cat(parts)
         return unnamed(masks_PHW, ious_P, low_PLL), boxes_P4

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from ovd_models.segments import boxes_of
-
-MASKS_AT_A_TIME = 16
-"""A picture of the image's size is made for each mask."""
+from ovd_models.segments import PIXELS_AT_A_TIME, boxes_of
 
 Background = Literal["keep", "mean", "black"]
 """What is around the mask in a crop: left as it is, CLIP's mean colour, or black."""
@@ -46,7 +43,8 @@ def cut_outs(
         rows = torch.zeros(len(masks_PHW), dtype=torch.int64, device=image_3HW.device)
         return square_crops(colours[None], rows, boxes_P4, margin_P, side)
     fill = -mean / std if background == "black" else torch.zeros_like(mean)
-    parts = (torch.split(values, MASKS_AT_A_TIME) for values in (masks_PHW, boxes_P4, margin_P))
+    few = max(1, PIXELS_AT_A_TIME // image_3HW.numel())  # a picture of the image's size is made for each mask
+    parts = (torch.split(values, few) for values in (masks_PHW, boxes_P4, margin_P))
     crops = []
     for masks, boxes, margins in zip(*parts, strict=True):
         rows = torch.arange(len(masks), device=masks.device)

@@ -18,6 +18,8 @@ from torchvision.ops import masks_to_boxes
 from ovd_models.draw import colour_of, draw_boxes
 from ovd_models.errors import InputError
 
+PIXELS_AT_A_TIME = 1 << 26
+"""So many pixels of masks are made in float32 at a time, 256 MB, however large the picture is."""
 ON, OFF, PADDING = 1, 0, -1
 """Labels of a point: on the thing, beside it, none (prompts of fewer points are filled up with it)."""
 

@@ -3,6 +3,7 @@
 B images, P prompts, D width of CLIP's space, C prompt width, L side of the decoder's maps, S side of the input.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,10 @@ from ovd_models.ovsam_crops import square_crops
 from ovd_models.pyramid import ClipPyramid, TowerConfig
 from ovd_models.sam import EncodedImage, SamModel, fit_image, run_decoder, unnamed
 from ovd_models.sam_training import SampledObjects, SamTraining, SamTrainingConfig, sample_objects
-from ovd_models.segments import MaskBatch, Segments
+from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Segments, concatenate
 
 CENTRE_MOMENTUM = 0.99
+NAMES_AT_A_TIME = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +115,19 @@ class TextToMask(nn.Module):
 
     @torch.no_grad()
     def segment_text(self, image: Tensor | EncodedImage, text_PD: Tensor) -> Segments:
-        """One mask a name: the thing, if it is there; `ious` tell how sure the model is.
+        """One mask a name, with the model's own estimate of its quality.
 
         Args:
             image: [3, H, W] uint8, or what the SAM's `encode` made of it.
             text_PD: unit rows of names.
         """
         encoded = self.sam.encode(image) if isinstance(image, Tensor) else image
-        count = len(text_PD)
-        low_PKLL, ious_PK = self._decode(encoded.embedding.expand(count, -1, -1, -1), text_PD - self.text_centre)
-        masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
         height, width = encoded.size
-        return unnamed(masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0])
+        parts = []
+        few = max(1, min(NAMES_AT_A_TIME, PIXELS_AT_A_TIME // math.prod(encoded.padded_size)))
+        for rows_PD in torch.split(text_PD, few):
+            embedding_PChw = encoded.embedding.expand(len(rows_PD), -1, -1, -1)
+            low_PKLL, ious_PK = self._decode(embedding_PChw, rows_PD - self.text_centre)
+            masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
+            parts.append(unnamed(masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
+        return concatenate(parts)

@@ -43,7 +43,7 @@ from ovd_models.rcnn import RCNN, find_backbone_weights, load_backbone
 from ovd_models.vocabulary import TextEncoder
 from workflows import cli, evaluate, prepare_boxes, prepare_pairs, tracking, training
 from workflows.codet_configs import CONFIGS, Run
-from workflows.teacher import Names, open_encoder, read_names, untrained_teacher
+from workflows.teacher import Names, open_encoder, read_names, share_encoder, untrained_teacher
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
 
@@ -207,12 +207,13 @@ def train(run: Run) -> Trained:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
     run_dir = training.open_run(run.storage, "codet", run.config, run.resume)
-    encoder_folder, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
+    encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
     names = read_names(run.storage, run.boxes, run.pairs, encoder)
     training.start_ray_for(run.box_stage, run.joint_stage)
     run, weights = initial_weights(run, names.base_embeddings.shape[1])
     tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in inputs_of(run).items()}
     training.hold_to_inputs(run_dir, {**tags, "teacher": encoder.teacher})
+    encoder_folder = share_encoder(encoder, run_dir)
     results: dict[str, tuple[str, DetectionMetrics, float, float]] = {}
     with tracking.run(run.storage, experiment="codet", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
         tracked.log_text(cli.to_json(run), "run.json")

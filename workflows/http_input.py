@@ -22,6 +22,8 @@ from ovd_models.segments import Prompts
 
 LOGGER = logging.getLogger("ray.serve")
 RETRY_AFTER_SECONDS = 1
+MAX_SIDE = 65_535
+"""Of an image: models widen thin ones, to a part of their length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,11 @@ class Limits:
     max_name_characters: int = 100
     max_detections: int = 1_000
     max_prompts: int = 32
-    """Each is answered by a mask of the image's size."""
+    max_points: int = 32
+    """Of a prompt."""
     max_prompt_characters: int = 10_000
+    max_mask_pixels: int = 200_000_000
+    """Of all masks of an answer, each of which has the image's size."""
 
 
 class ProblemError(Exception):
@@ -194,6 +199,8 @@ def parse_prompts(text: str, limits: Limits) -> Prompts:
         raise bad(str(error)) from error
     if len(prompts) > limits.max_prompts:
         raise bad(f"{len(prompts):,} given, at most {limits.max_prompts:,} are accepted")
+    if prompts.points is not None and prompts.points.shape[1] > limits.max_points:
+        raise bad(f"{prompts.points.shape[1]:,} points in one, at most {limits.max_points:,} are accepted")
     return prompts
 
 
@@ -208,11 +215,13 @@ def decode(content: bytes, max_pixels: int) -> PIL.Image.Image:
     try:
         image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
         size = f"{image.width} x {image.height} pixels"
-        picture = to_rgb(upright(image)) if image.width * image.height <= max_pixels else None
+        fits = image.width * image.height <= max_pixels and max(image.size) <= MAX_SIDE
+        picture = to_rgb(upright(image)) if fits else None
     except PIL.Image.DecompressionBombError:
         picture, size = None, "too many pixels"
     except Exception as error:  # decoders raise whatever their format's parser meets
         raise ProblemError(400, "Undecodable image", f"image: broken or truncated ({type(error).__name__})") from error
     if picture is None:
-        raise ProblemError(413, "Image too large", f"image: {size}, at most {max_pixels:,} pixels are accepted")
+        most = f"at most {max_pixels:,} pixels are accepted, {MAX_SIDE:,} a side"
+        raise ProblemError(413, "Image too large", f"image: {size}, {most}")
     return picture

@@ -36,7 +36,7 @@ from data_prep.batching import StreamShape, stream
 from data_prep.collate import FeatureCollate, MaskCollate
 from data_prep.masks import feature_loader, mask_loader
 from data_prep.texts import StoredEncoder, TextStore
-from ovd_models.checkpoints_ovsam import load_sam_folder, save_ovsam, save_sam, save_text_to_mask
+from ovd_models.checkpoints_ovsam import load_sam_folder, sam_id, save_ovsam, save_sam, save_text_to_mask
 from ovd_models.clip import Clip, ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
 from ovd_models.ovsam import OvSam, OvSamConfig
@@ -158,36 +158,44 @@ def teach_sam(run: Run) -> str:
         return train_sam(run, run_dir, tracked.logger())
 
 
-def open_sam(run: Run, run_dir: str) -> str:
-    """The folder of the given SAM; a published file is brought into that form.
+def open_sam(run: Run) -> tuple[SamModel, str]:
+    """The SAM that `--sam` gives, and its id.
 
     Raises:
-        InputError: the file is not a SAM of `sam_model`.
+        InputError: there is none, or the file is not a SAM of `sam_model`.
     """
+    if not run.sam.endswith(".pth"):
+        return load_sam_folder(storage.local_folder(run.sam))
+    sam = load_sam(run.sam, run.sam_model)
+    return sam, sam_id(sam)
+
+
+def share_sam(run: Run, sam: SamModel, run_dir: str) -> str:
+    """The folder of the given SAM, for other processes; a published file is brought into that form."""
     if not run.sam.endswith(".pth"):
         return storage.absolute(run.sam)  # actors of the cache have other working folders
     target = storage.join(run_dir, "sam_model")
     with tempfile.TemporaryDirectory() as folder:
-        save_sam(load_sam(run.sam, run.sam_model), folder, run=dataclasses.asdict(run))
+        save_sam(sam, folder, run=dataclasses.asdict(run))
         storage.upload_folder(Path(folder), target)
     return target
 
 
-def train_adapter(run: Run, model: OvSam, sam: str, sam_id: str, run_dir: str, logger: MetricLogger) -> None:
+def train_adapter(run: Run, model: OvSam, sam: str, sam_name: str, run_dir: str, logger: MetricLogger) -> None:
     """Cache the SAM's embeddings, then teach the adapter to make them from CLIP's levels."""
     settings, name = run.sam2clip_stage, f"{run.boxes}-train"
     features.cache_features(
         run.storage,
         name,
         sam,
-        sam_id,
+        sam_name,
         model.config.sam,
         rows_per_shard=run.rows_per_shard,
         workers=settings.workers,
         gpus=float(settings.use_gpu),
     )
-    cache = features.cache_name(run.storage, name, sam_id)
-    load = feature_loader(run.storage, name, cache, sam_id, seed=run.sam2clip_stage.seed)
+    cache = features.cache_name(run.storage, name, sam_name)
+    load = feature_loader(run.storage, name, cache, sam_name, seed=run.sam2clip_stage.seed)
     build = partial(build_adapter_training, model.config)
     stage = Stage("sam2clip", run.sam2clip_stage, build, (), False, FeatureCollate(load.shape))
     module = Sam2ClipTraining(model)
@@ -317,20 +325,20 @@ def train(run: Run) -> Trained:
     inputs = {"boxes": f"{run.boxes}-train", "categories": run.boxes}
     tags = {table: tables.read_manifest(run.storage, table, name).digest for table, name in inputs.items()}
     pointing_report.read_rows(run.storage, f"{run.boxes}-eval", names.ids, run.eval_images)  # before days of training
-    sam_source = storage.absolute(run.sam) if run.sam else "its own"
-    training.hold_to_inputs(run_dir, {**tags, "teacher": encoder.teacher, "sam": sam_source})
+    given = open_sam(run) if run.sam else None
+    training.hold_to_inputs(run_dir, {**tags, "teacher": encoder.teacher, "sam": given[1] if given else "its own"})
     training.start_ray_for(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage)
     seconds: dict[str, float] = {}
     with tracking.run(run.storage, experiment="ovsam", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
         tracked.log_text(cli.to_json(run), "run.json")
         logger, started = tracked.logger(), time.perf_counter()
-        sam_folder = open_sam(run, run_dir) if run.sam else train_sam(run, run_dir, logger)
+        sam_folder = share_sam(run, given[0], run_dir) if given else train_sam(run, run_dir, logger)
         seconds["sam"] = time.perf_counter() - started
-        sam, sam_id = load_sam_folder(storage.local_folder(sam_folder))
+        sam, sam_name = given or load_sam_folder(storage.local_folder(sam_folder))
         torch.manual_seed(run.sam2clip_stage.seed)
         model = OvSam(model_config(run, sam.config, clip))
         model.adopt(sam, clip.model.visual)
-        train_adapter(run, model, sam_folder, sam_id, run_dir, logger)
+        train_adapter(run, model, sam_folder, sam_name, run_dir, logger)
         seconds["sam2clip"] = time.perf_counter() - started - sum(seconds.values())
         base_ids = [names.ids[name] for name in names.base.names]
         train_head(run, model, names.base, base_ids, run_dir, logger)

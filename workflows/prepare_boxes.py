@@ -206,8 +206,8 @@ def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
     prepare(run)
-    config = "photos" if run.data else run.name if run.name in CONFIGS else "pictograms"
-    flags = f"--config {config} --boxes {run.name} --storage {run.storage} --teacher <CLIP>"
+    config = "photos" if run.data else "smoke" if run.name == "smoke" else "pictograms"
+    flags = f"--config {config} --boxes {run.name} --storage {run.storage} --pairs <PAIRS> --teacher <CLIP>"
     print(f"next: python workflows/codet.py {flags}")
 
 

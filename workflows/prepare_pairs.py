@@ -440,7 +440,8 @@ def prepare_smoke(storage_uri: str) -> Summary:
 def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
-    training = f"--config pictograms --pairs {run.name} --max-side None" if run.urls else f"--config {run.name}"
+    config = "smoke" if run.name == "smoke" else "pictograms"
+    training = f"--config {config} --pairs {run.name}" + (" --max-side None" if run.urls else "")
     with site_of(run) as run:
         summary = prepare(run)
     print(f"pairs: {summary.kept:,} of {summary.input:,} rows kept, {summary.concepts} concepts, {summary.seconds:g} s")

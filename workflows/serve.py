@@ -234,6 +234,10 @@ class Endpoint:
         segmenter, asked = cast(Segmenter, self.served), parse_prompts(prompts, self.run.limits)
 
         def answer(picture: torch.Tensor, names: Sequence[str]) -> Segmented:
+            pixels, most = len(asked) * picture[0].numel(), self.run.limits.max_mask_pixels
+            if pixels > most:
+                detail = f"{len(asked)} masks of the image have {pixels:,} pixels, at most {most:,} are answered"
+                raise ProblemError(422, "Bad prompts", f"prompts: {detail}")
             segments = [Segment(**entry) for entry in segmenter.segment(picture, asked, names).to_list()]
             return Segmented(width=picture.shape[2], height=picture.shape[1], segments=segments)
 

@@ -102,21 +102,24 @@ def untrained_teacher(storage_uri: str) -> str:
     return folder
 
 
-def open_encoder(storage_uri: str, boxes: str, run_dir: str, *, teacher: str, texts: str) -> tuple[str, TextEncoder]:
-    """The teacher's text encoder, and a folder that workers load it from.
+def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str) -> TextEncoder:
+    """The teacher's text encoder.
 
     Raises:
         InputError: neither `teacher` nor `texts` is given, or what is given does not fit.
     """
     if texts:
         rows = tables.read_table(storage_uri, "categories", boxes, ["name"])["name"].to_pylist()
-        encoder: TextEncoder = read_matrix(texts, rows)
-    elif teacher:
-        encoder = load_encoder(storage.local_folder(teacher))
-    else:
-        raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`), or --texts")
+        return read_matrix(texts, rows)
+    if teacher:
+        return load_encoder(storage.local_folder(teacher))
+    raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`), or --texts")
+
+
+def share_encoder(encoder: TextEncoder, run_dir: str) -> str:
+    """A folder of the run that workers load the encoder from."""
     folder = storage.join(run_dir, "encoder")
     with tempfile.TemporaryDirectory() as local:
         save_encoder(encoder, Path(local))
         storage.upload_folder(Path(local), folder)
-    return folder, encoder
+    return folder

@@ -427,7 +427,7 @@ def open_run(storage_uri: str, workflow: str, config: str, resume: str) -> str:
 
 
 def hold_to_inputs(run_dir: str, inputs: Mapping[str, str]) -> None:
-    """Note what a run learns from in its `inputs.json`, and hold a resumed run to that.
+    """Note what a run learns from in its `inputs.json`, and hold it to what is noted there.
 
     Args:
         run_dir: its folder.
@@ -437,13 +437,12 @@ def hold_to_inputs(run_dir: str, inputs: Mapping[str, str]) -> None:
         InputError: an input is another one than the run began with.
     """
     uri = storage.join(run_dir, "inputs.json")
-    if not storage.exists(uri):
-        storage.write_bytes(uri, json.dumps(dict(inputs), indent=1).encode())
-        return
-    before = json.loads(storage.read_bytes(uri))
+    before = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
     for name, value in inputs.items():
         if before.get(name, value) != value:
             raise InputError(f"{run_dir}: began with {name} {before[name]}, now has {value}, expected the same")
+    if not inputs.keys() <= before.keys():
+        storage.write_bytes(uri, json.dumps({**before, **inputs}, indent=1).encode())
 
 
 def find_run(storage_uri: str, workflow: str, config: str) -> str:

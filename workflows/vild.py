@@ -173,6 +173,8 @@ def train(run: Run) -> Trained:
         proposals = run.proposals or train_proposals(run, names, encoder, run_dir, tracked)
         seconds["rpn"], started = clock() - started, clock()
         regions = embed_proposals(run, encoder, proposals) if run.model.distils else None
+        if regions:
+            training.hold_to_inputs(run_dir, {"regions": regions.name})
         seconds["embed"], started = clock() - started, clock()
         start = detector_start(run, proposals)
         weights = train_stage(run, "detector", names, start, run_dir, regions, tracked)
@@ -192,7 +194,7 @@ def train(run: Run) -> Trained:
 def begin(run: Run) -> tuple[Run, str, Names, TextEncoder]:
     """What both stages need: the run with what follows from its data, its folder, the names and what embeds them."""
     run_dir = training.open_run(run.storage, "vild", run.config, run.resume)
-    _, encoder = open_encoder(run.storage, run.boxes, run_dir, teacher=run.teacher, texts=run.texts)
+    encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
     names = read_names(run, encoder)
     training.start_ray_for(run.rpn_stage, run.detector_stage)
     return complete(run, names), run_dir, names, encoder

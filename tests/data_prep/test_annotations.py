@@ -76,13 +76,13 @@ def test_categories_carry_their_split_and_count_images(tmp_path: Path) -> None:
     ]
 
 
-def test_names_of_ones_own_are_all_base(tmp_path: Path) -> None:
-    content = coco(annotated(17, [1, 1, 5, 5]), categories=[*CATEGORIES, {"id": 8, "name": "forklift"}])
-    read(tmp_path, content)
+@pytest.mark.parametrize(
+    "names", [("person", "hair drier", "forklift", "cat"), ("hair drier", "stop sign"), ("cat", "dog")]
+)
+def test_names_of_ones_own_are_all_base(tmp_path: Path, names: tuple[str, ...]) -> None:
+    read(tmp_path, coco(categories=[{"id": key, "name": name} for key, name in enumerate(names)]))
     found = read_coco(tmp_path / "instances.json", tmp_path / "images").categories.to_pylist()
-    assert {row["name"]: row["split"] for row in found} == dict.fromkeys(
-        ("person", "hair drier", "forklift", "cat"), "base"
-    )
+    assert {row["name"]: row["split"] for row in found} == dict.fromkeys(names, "base")
 
 
 def test_boxes_are_clipped_and_those_without_area_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -325,6 +325,8 @@ def test_text_halves_of_both_kinds_of_folder_agree(tmp_path: Path) -> None:
     assert torch.equal(encoder.embed_names(["cat", "a snowman"]), again.embed_names(["cat", "a snowman"]))
     assert again.teacher == encoder.teacher
     assert again.prompt_set == "colours"
+    config = json.loads((tmp_path / "text" / "clip.json").read_text())["config"]  # nothing is left open there
+    assert (config["mean"], config["max_logit_scale"], config["prompt_set"]) == ([0.5] * 3, 50, "colours")
 
 
 def test_the_teacher_id_changes_with_any_weight() -> None:

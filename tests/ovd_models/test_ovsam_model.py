@@ -8,6 +8,7 @@ from ovsam_release import published_form
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd_models import ovsam, ovsam_crops
 from ovd_models.clip import Clip, ClipConfig
 from ovd_models.errors import InputError
 from ovd_models.importers_ovsam import account, load_ovsam
@@ -74,6 +75,18 @@ def test_what_is_pointed_at_gets_a_mask_and_a_name(model: OvSam) -> None:
     assert found.masks.shape == (2, 48, 64)
     assert all(0 < score < 1 for score in found.scores.tolist())
     assert {entry["label"] for entry in found.to_list()} <= set(NAMES.names)
+
+
+def test_masks_of_large_pictures_are_made_in_parts(model: OvSam, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Prompts.create(boxes=[[4, 4, 30, 40], [10, 0, 64, 48], [1, 2, 9, 9]])
+    cut_out = OvSam(dataclasses.replace(TINY, clip_view="cut_out")).eval()
+    cut_out.load_state_dict(model.state_dict())
+    whole = cut_out.segment(picture(), asked, NAMES)
+    for module in (ovsam, ovsam_crops):
+        monkeypatch.setattr(module, "PIXELS_AT_A_TIME", 1)
+    parts = cut_out.segment(picture(), asked, NAMES)
+    assert torch.equal(parts.masks, whole.masks)
+    assert torch.allclose(parts.scores, whole.scores, atol=1e-5)
 
 
 def test_without_a_vocabulary_masks_have_no_names(model: OvSam) -> None:

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd_models import text_to_mask
 from ovd_models.errors import InputError
 from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.sam import SamConfig, SamModel
@@ -53,6 +54,15 @@ def test_names_give_the_masks_of_what_they_name(model: TextToMask) -> None:
     ious = mask_ious(found.masks.flatten(1), batch.masks[0].flatten(1))
     swapped = mask_ious(found.masks.flatten(1), batch.masks[0].flip(0).flatten(1))
     assert (ious > swapped + 0.3).all(), (ious, swapped)
+
+
+def test_many_names_are_asked_for_in_parts(model: TextToMask, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, names = two_squares().images[0], F.normalize(torch.randn(5, 128), dim=-1)
+    whole = model.eval().segment_text(image, names)
+    monkeypatch.setattr(text_to_mask, "NAMES_AT_A_TIME", 2)
+    parts = model.segment_text(image, names)
+    assert parts.masks.shape == (5, 64, 64)
+    assert torch.allclose(parts.low_res, whole.low_res, atol=1e-4)
 
 
 def test_only_decoder_and_projection_learn(model: TextToMask) -> None:

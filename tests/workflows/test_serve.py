@@ -36,7 +36,9 @@ from workflows import serve, tracking
 from workflows.http_input import Limits
 
 NAMES = ("anchor", "umbrella", "snowman")
-LIMITS = Limits(max_queued=3, max_bytes=600_000, max_pixels=4_000_000, max_names=20, body_seconds=3.0)
+LIMITS = Limits(
+    max_queued=3, max_bytes=600_000, max_pixels=4_000_000, max_names=20, body_seconds=3.0, max_mask_pixels=8_000_000
+)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,7 @@ def test_extreme_shapes_are_answered(client: httpx.Client, size: tuple[int, int]
         (png_that_declares(50, 50), 400),
         (png_that_declares(2_001, 2_000), 413),
         (png_that_declares(60_000, 60_000), 413),
+        (png_that_declares(65_536, 1), 413),
     ],
 )
 def test_bad_images_are_refused(client: httpx.Client, content: bytes, status: int) -> None:
@@ -346,6 +349,7 @@ def test_what_is_pointed_at_is_segmented_and_named(segmenting: tuple[TestClient,
         ({"points": [[1, 1]], "point_labels": [[0]]}, "none is on the thing"),
         ({"boxes": [[1, 1, 9, 9]] * 33}, "at most 32"),
         ({"points": [[1, 1]] * 3_000}, "at most 10,000"),
+        ({"points": [[[1, 1]] * 33, [[1, 1]]]}, "33 points in one, at most 32"),
     ],
 )
 def test_bad_prompts_are_refused(segmenting: tuple[TestClient, Segmenter], prompts: object, expected: str) -> None:
@@ -357,6 +361,9 @@ def test_a_segmenters_names_and_pictures_are_checked_too(segmenting: tuple[TestC
     assert "zebra" in problem(segment(client, {"points": [[1, 1]]}, vocabulary='["zebra"]'), 422)
     files = {"image": ("picture.png", b"<html>", "image/png")}
     problem(client.post("/v1/segment", files=files, data={"prompts": '{"points": [[1, 1]]}'}), 415)
+    large = {"image": ("picture.png", encoded(Image.new("RGB", (2_000, 1_500)), "PNG"), "image/png")}
+    answer = client.post("/v1/segment", files=large, data={"prompts": '{"points": [[1, 1], [2, 2], [3, 3]]}'})
+    assert "3 masks of the image have 9,000,000 pixels, at most 8,000,000" in problem(answer, 422)
     problem(client.post("/v1/detect", files=files), 404)
 
 
