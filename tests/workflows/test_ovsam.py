@@ -133,14 +133,12 @@ def test_bad_input_is_told_before_any_work(prepared: Run, tmp_path: Path) -> Non
     assert "batch_size: 0" in refused(batch_size=0)
     assert "cannot be read" in refused(sam=str(tmp_path / "none.pth"))
     assert "--sam: missing" in refused(needs_sam=True)
-    categories = tables.read_table(prepared.storage, "categories", prepared.boxes)
-    unmarked = categories.set_column(
-        categories.schema.get_field_index("split"), "split", pa.array([""] * len(categories), pa.string())
-    )
+    evaluated = tables.read_table(prepared.storage, "boxes", f"{prepared.boxes}-eval")
+    bare = [{**row, "masks": [""] * len(row["masks"])} for row in evaluated.to_pylist()]
     for table, name, rows in (
-        ("categories", "bare", unmarked),
+        ("categories", "bare", tables.read_table(prepared.storage, "categories", prepared.boxes)),
         ("boxes", "bare-train", tables.read_table(prepared.storage, "boxes", f"{prepared.boxes}-train")),
-        ("boxes", "bare-eval", tables.read_table(prepared.storage, "boxes", f"{prepared.boxes}-eval")),
+        ("boxes", "bare-eval", pa.Table.from_pylist(bare, schema=evaluated.schema)),
     ):
         entry = tables.write_part(prepared.storage, table, name, "part-00000.parquet", rows)
         tables.publish(prepared.storage, table, name, [entry], producer="test", config_hash="")
@@ -150,7 +148,7 @@ def test_bad_input_is_told_before_any_work(prepared: Run, tmp_path: Path) -> Non
 @pytest.mark.ray
 def test_a_resumed_run_keeps_its_sam_and_its_teacher(prepared: Run, trained: Trained, tmp_path: Path) -> None:
     again = dataclasses.replace(prepared, resume=Path(trained.model).parent.name)
-    with pytest.raises(InputError, match=r"began with sam its own, now has .*sam_model, expected the same"):
+    with pytest.raises(InputError, match=r"began with sam its own, now has sam:\w+, expected the same"):
         ovsam.train(dataclasses.replace(again, sam=trained.sam))
     torch.manual_seed(1)
     save_clip(Clip(ClipConfig()), tmp_path / "other")
