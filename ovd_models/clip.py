@@ -88,7 +88,13 @@ class ClipConfig:
             put("loss", "siglip" if "init_logit_bias" in found else self.loss)
         find_prompt_set(self.templates)
 
-    # What is left open stays None or empty: a flag that names an architecture changes what it stands for.
+    def filled(self) -> "ClipConfig":
+        """The config of a model that is built: what was left open is what it stands for.
+
+        Till then it stays None or empty, since a flag that names an architecture changes it.
+        """
+        mean, std = self.statistics
+        return replace(self, mean=mean, std=std, max_logit_scale=self.logit_scale_bound, prompt_set=self.templates)
 
     @property
     def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -146,7 +152,7 @@ class Clip(nn.Module):
 
     def __init__(self, config: ClipConfig, chunks: int = 1) -> None:
         super().__init__()
-        self.config, self.chunks = config, chunks
+        self.config, self.chunks = config.filled(), chunks
         self.model = _build(config, config.vision)
         self.tokenizer = _tokenizer(config.name, config.text.get("context_length", 77))
         self.normalise = Normalize(*config.statistics)
@@ -228,7 +234,7 @@ class ClipTextEncoder:
     """
 
     def __init__(self, config: ClipConfig, tower: nn.Module, teacher: str) -> None:
-        self.config, self.teacher, self.prompt_set = config, teacher, config.templates
+        self.config, self.teacher, self.prompt_set = config.filled(), teacher, config.templates
         self.tower = tower.eval().requires_grad_(False)
         self.tokenizer = _tokenizer(config.name, config.text.get("context_length", 77))
         self._known: dict[str, Tensor] = {}
@@ -293,17 +299,12 @@ def save_text_encoder(encoder: ClipTextEncoder, folder: Path) -> None:
 
 
 def _write(state: dict[str, Tensor], teacher: str, config: ClipConfig, folder: Path) -> None:
-    """Weights, then `clip.json`, so that a folder with it is whole; a file that models are mapped from is replaced.
-
-    What the config left open is written as what it stood for.
-    """
-    mean, std = config.statistics
-    whole = replace(config, mean=mean, std=std, max_logit_scale=config.logit_scale_bound, prompt_set=config.templates)
+    """Weights, then `clip.json`, so that a folder with it is whole; a file that models are mapped from is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / "clip.safetensors.tmp"
     save_file({name: value.contiguous() for name, value in state.items()}, fresh)
     fresh.replace(folder / "clip.safetensors")
-    (folder / "clip.json").write_text(json.dumps({"teacher": teacher, "config": asdict(whole)}, indent=1))
+    (folder / "clip.json").write_text(json.dumps({"teacher": teacher, "config": asdict(config)}, indent=1))
 
 
 def _read(folder: str | Path) -> tuple[ClipConfig, str, dict[str, Tensor]]:
