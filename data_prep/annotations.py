@@ -221,13 +221,11 @@ def _rle(segmentation: Any, height: int, width: int) -> str:
         return ""
     if isinstance(segmentation, list):
         merged = rle.merge(rle.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        merged = rle.frPyObjects(segmentation, height, width)
     else:
-        merged = segmentation
-    if isinstance(segmentation, dict):
         if list(segmentation["size"]) != [height, width]:
             raise ValueError(f"size {segmentation['size']} of an image of {height} x {width}")
+        listed = isinstance(segmentation["counts"], list)
+        merged = rle.frPyObjects(segmentation, height, width) if listed else segmentation
         rle.decode(merged)  # raises if the counts are of another size
     counts = merged["counts"]
     return counts.decode() if isinstance(counts, bytes) else str(counts)

@@ -139,8 +139,13 @@ def train_sam(run: Run, run_dir: str, logger: MetricLogger) -> str:
     torch.manual_seed(seed)
     module = build()
     module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
+    return store_sam(run, module.model, target)
+
+
+def store_sam(run: Run, sam: SamModel, target: str) -> str:
+    """Write a SAM's checkpoint folder to the storage; returns it."""
     with tempfile.TemporaryDirectory() as folder:
-        save_sam(module.model, folder, run=dataclasses.asdict(run))
+        save_sam(sam, folder, run=dataclasses.asdict(run))
         storage.upload_folder(Path(folder), target)
     return target
 
@@ -174,11 +179,7 @@ def share_sam(run: Run, sam: SamModel, run_dir: str) -> str:
     """The folder of the given SAM, for other processes; a published file is brought into that form."""
     if not run.sam.endswith(".pth"):
         return storage.absolute(run.sam)  # actors of the cache have other working folders
-    target = storage.join(run_dir, "sam_model")
-    with tempfile.TemporaryDirectory() as folder:
-        save_sam(sam, folder, run=dataclasses.asdict(run))
-        storage.upload_folder(Path(folder), target)
-    return target
+    return store_sam(run, sam, storage.join(run_dir, "sam_model"))
 
 
 def train_adapter(run: Run, model: OvSam, sam: str, sam_name: str, run_dir: str, logger: MetricLogger) -> None:
