@@ -110,19 +110,24 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
     if lvis:
         categories = _lvis_categories(raw["categories"], Path(path))
     else:
-        splits = dict.fromkeys(names.values(), "base")
-        coco = {
-            **dict.fromkeys(COCO_BASE, "base"),
-            **dict.fromkeys(COCO_NOVEL, "novel"),
-            **dict.fromkeys(COCO_OTHERS, ""),
-        }
-        if splits.keys() <= coco.keys() and any(coco[name] == "base" for name in splits):
-            splits = coco
+        splits = coco_splits(names.values()) or dict.fromkeys(names.values(), "base")
         categories = [
             {"category_id": key, "name": name, "synonyms": [], "frequency": "", "split": splits[name]}
             for key, name in sorted(names.items())
         ]
     return _box_set(categories, rows)
+
+
+def coco_splits(names: Iterable[str]) -> dict[str, str] | None:
+    """`base`, `novel` or "" (takes no part) of COCO's names; None if one is not COCO's, or none of them is base."""
+    coco = {
+        **dict.fromkeys(COCO_BASE, "base"),
+        **dict.fromkeys(COCO_NOVEL, "novel"),
+        **dict.fromkeys(COCO_OTHERS, ""),
+    }
+    splits = {name: coco.get(name) for name in names}
+    known = {name: split for name, split in splits.items() if split is not None}
+    return known if len(known) == len(splits) and "base" in known.values() else None
 
 
 def _lvis_categories(entries: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:

@@ -138,9 +138,13 @@ class Segmenter(Opened[OvSam]):
     """A trained OV-SAM: prompts and names in, named masks out."""
 
     def names(self, names: Sequence[str] | None = None) -> Vocabulary:
-        """Embedded names, those that had masks in training marked as base; the default ones if None."""
+        """Embedded names, those that had masks in training marked as base; the default ones if None.
+
+        Where the checkpoint knows none of them, none is marked, and no name gains over another by `novel_bias`.
+        """
         chosen = names if names is not None else self.vocabulary
-        return build_vocabulary(self.encoder, chosen, self.info.splits).to(self.device)
+        known = self.info.splits if any(name in self.info.splits for name in chosen) else None
+        return build_vocabulary(self.encoder, chosen, known).to(self.device)
 
     def segment(self, image: ImageLike, prompts: Prompts, names: Sequence[str] | None = None) -> Segments:
         """Masks and names of what the prompts point at.

@@ -87,14 +87,15 @@ def load_ovsam(model: OvSam, *paths: str | Path, tower: Mapping[str, Tensor] | N
     state = {f"clip.tower.{name}": value for name, value in (tower or {}).items()}
     for path in paths:
         raw = read_state(path)
-        if all(name.startswith(("image_encoder.", "prompt_encoder.", "mask_decoder.")) for name in raw):
+        if "image_encoder.pos_embed" in raw:
             state |= from_sam(raw, wanted)
         elif any(name.startswith(("visual.", "attnpool.")) for name in raw):
             state |= from_clip(raw)
         else:
             sorted_names = account(raw)
             if sorted_names.unaccounted:
-                raise InputError(f"{path}: tensor {sorted_names.unaccounted[0]!r}, expected those of an OV-SAM file")
+                unknown = sorted_names.unaccounted[0]
+                raise InputError(f"{path}: tensor {unknown!r}, expected those of a whole SAM, a CLIP or an OV-SAM file")
             state |= {ours: raw[name] for name, ours in sorted_names.used.items()}
     for name, value in wanted.items():
         if name not in state:

@@ -11,12 +11,13 @@ import workflows.startup
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.annotations import coco_splits
 from ovd_models.checkpoints import save_detector
 from ovd_models.checkpoints_ovsam import save_ovsam
 from ovd_models.clip import ClipTextEncoder, load_clip
@@ -40,7 +41,7 @@ class Run:
     """Folder of the checkpoint."""
     names: str = ""
     """The default vocabulary: a text file with a name a line, or COCO's or LVIS's json, sorted by id as released tables
-    are."""
+    are. COCO's 15 names that are neither base nor novel are embedded, but not asked for by default."""
     table: str = ""
     """A .npy of raw embeddings, one row for each of `names`; where it is missing, names are embedded by the file's own
     text encoder or, if it has none, looked up in the file's table."""
@@ -81,7 +82,10 @@ CONFIGS: dict[str, Callable[[], Run | OvSamRun]] = {"codet": codet, "ovsam": ovs
 
 
 def read_names(path: str) -> dict[str, str]:
-    """Names in the order of released tables, each `base` or, where the json calls it rare, `novel`.
+    """Names in the order of released tables, each `base`, `novel` or "", which takes no part.
+
+    LVIS's rare names are novel, COCO's those of the usual split; of others nobody knows what taught them, so they count
+    as novel.
 
     Raises:
         InputError: the file cannot be read, or has another form.
@@ -91,15 +95,18 @@ def read_names(path: str) -> dict[str, str]:
     try:
         text = Path(path).read_text()
         if not path.endswith(".json"):
-            return {line.strip(): "base" for line in text.splitlines() if line.strip()}
-        raw: Any = json.loads(text)
-        categories = sorted(raw["categories"] if isinstance(raw, dict) else raw, key=lambda entry: int(entry["id"]))
-        return {
-            str(entry["name"]).replace("_", " "): "novel" if entry.get("frequency") == "r" else "base"
-            for entry in categories
-        }
+            names = [line.strip() for line in text.splitlines() if line.strip()]
+        else:
+            raw: Any = json.loads(text)
+            categories = sorted(raw["categories"] if isinstance(raw, dict) else raw, key=lambda entry: int(entry["id"]))
+            names = [str(entry["name"]).replace("_", " ") for entry in categories]
+            if any("frequency" in entry for entry in categories):
+                rare = [entry.get("frequency") == "r" for entry in categories]
+                return {name: "novel" if novel else "base" for name, novel in zip(names, rare, strict=True)}
+        return coco_splits(names) or dict.fromkeys(names, "novel")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: no names ({type(error).__name__}), expected a name a line or LVIS's json") from error
+        expected = "a name a line, or COCO's or LVIS's json"
+        raise InputError(f"{path}: no names ({type(error).__name__}), expected {expected}") from error
 
 
 def choose_encoder(run: Run, imported: Imported, names: tuple[str, ...]) -> TextEncoder:
@@ -132,8 +139,9 @@ def convert(run: Run) -> None:
     splits = read_names(run.names)
     imported = load_codet_release(run.weights)
     encoder = choose_encoder(run, imported, tuple(splits))
-    save_detector(imported.model, encoder, run.out, splits=splits, run=asdict(run))
-    print(f"{run.out}: {imported.model.config.architecture} with {len(splits)} default names")
+    taking_part = {name: split for name, split in splits.items() if split}
+    save_detector(imported.model, encoder, run.out, splits=taking_part, run=asdict(run))
+    print(f"{run.out}: {imported.model.config.architecture} with {len(taking_part)} default names")
 
 
 def convert_ovsam(run: OvSamRun) -> None:
@@ -145,11 +153,11 @@ def convert_ovsam(run: OvSamRun) -> None:
     files = [path for path in (run.sam, run.adapter, run.head) if path]
     if not files or not run.out:
         raise InputError(f"--{'out' if files else 'head'}: missing, expected a path")
-    splits = read_names(run.names)
+    splits = {name: split for name, split in read_names(run.names).items() if split}
     clip, teacher = load_clip(run.clip, run.pretrained)
     model = OvSam(published(TowerConfig.of(clip.config), run.sam_model))
     load_ovsam(model, *files, tower=clip.model.visual.state_dict())
-    encoder = ClipTextEncoder(clip.config, clip.model.text, teacher)
+    encoder = ClipTextEncoder(replace(clip.config, prompt_set="ovsam"), clip.model.text, teacher)
     save_ovsam(model, encoder, run.out, splits=splits, run=asdict(run))
     print(f"{run.out}: OV-SAM with {len(splits)} default names")
 

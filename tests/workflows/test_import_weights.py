@@ -11,7 +11,7 @@ from PIL import Image
 import ovd_models
 from benchmarks import parity
 from ovd_models import importers, load_segmenter
-from ovd_models.clip import Clip, ClipConfig, save_clip
+from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, save_clip
 from ovd_models.codet import CoDet
 from ovd_models.errors import InputError
 from ovd_models.ovsam import OvSam, published
@@ -33,13 +33,24 @@ def lvis(tmp_path: Path) -> Path:
 def test_names_come_in_the_order_of_their_ids_rare_ones_novel(lvis: Path, tmp_path: Path) -> None:
     assert import_weights.read_names(str(lvis)) == {"anchor": "base", "tennis ball": "novel"}
     assert list(import_weights.read_names(str(lvis))) == ["anchor", "tennis ball"]
-    (tmp_path / "names.txt").write_text("cat\n\n dog \n")
-    assert import_weights.read_names(str(tmp_path / "names.txt")) == {"cat": "base", "dog": "base"}
     assert import_weights.read_names("") == {}
     (tmp_path / "broken.json").write_text('{"categories": [{}]}')
     for path in ("broken.json", "missing.txt"):
         with pytest.raises(InputError, match=path):
             import_weights.read_names(str(tmp_path / path))
+
+
+def test_names_of_coco_are_split_and_nobodys_are_novel(tmp_path: Path) -> None:
+    coco = [{"id": 9, "name": "traffic light"}, {"id": 2, "name": "car"}, {"id": 1, "name": "dog"}]
+    (tmp_path / "coco.json").write_text(json.dumps({"categories": coco}))
+    found = import_weights.read_names(str(tmp_path / "coco.json"))
+    assert list(found.items()) == [("dog", "novel"), ("car", "base"), ("traffic light", "")]
+    for text, expected in (
+        ("dog\n\n car \n", {"dog": "novel", "car": "base"}),
+        ("dog\ngryphon\ncar", dict.fromkeys(("dog", "gryphon", "car"), "novel")),
+    ):
+        (tmp_path / "names.txt").write_text(text)
+        assert import_weights.read_names(str(tmp_path / "names.txt")) == expected
 
 
 def test_missing_flags_and_files_are_one_line(tmp_path: Path) -> None:
@@ -138,6 +149,15 @@ def test_a_released_ovsam_becomes_a_checkpoint_that_segments_and_names(lvis: Pat
     found = segmenter.segment(Image.new("RGB", (64, 48)), Prompts.create(boxes=[[4, 4, 30, 30]]), ["anchor", "cup"])
     assert found.masks.shape == (1, 48, 64)
     assert found.names == ("anchor", "cup")
+    assert segmenter.names().is_base.tolist() == [True, False]
+    assert segmenter.names(["cup", "anchor"]).is_base.tolist() == [False, True]
+    assert segmenter.names(["cup", "kite"]).is_base is None  # none that it knows: none gains over another
+    released = ClipTextEncoder(dataclasses.replace(config, prompt_set="ovsam"), clip.model.text, "any")
+    assert torch.allclose(segmenter.names(["cup"]).embeddings, released.embed_names(["cup"]), atol=1e-5)
+    torch.save({name: value for name, value in sam.sam.state_dict().items() if "image_encoder" not in name}, run.sam)
+    with pytest.raises(InputError, match=r"sam\.pth: tensor .* expected those of a whole SAM"):
+        import_weights.convert_ovsam(run)
+    torch.save(sam.sam.state_dict(), run.sam)
     with pytest.raises(InputError, match="no weight for"):
         import_weights.convert_ovsam(dataclasses.replace(run, head=""))
     with pytest.raises(InputError, match="--out: missing"):
