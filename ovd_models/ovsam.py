@@ -41,7 +41,7 @@ from ovd_models.sam import (
     scale_prompts,
     unnamed,
 )
-from ovd_models.segments import PIXELS_AT_A_TIME, Prompts, Segments, boxes_of, concatenate
+from ovd_models.segments import PIXELS_AT_A_TIME, Prompts, Segments, boxes_of
 from ovd_models.vocabulary import Vocabulary
 
 
@@ -219,10 +219,13 @@ class OvSam(nn.Module):
         points = None if prompts.points is None else (scale(prompts.points), prompts.point_labels)
         sparse, dense = self.prompt_encoder(points, boxes_P4, None if prompts.masks is None else prompts.masks[:, None])
         low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
-        few = max(1, PIXELS_AT_A_TIME // math.prod(encoded.sam.padded_size))
-        parts = [enlarge(part, encoded.sam, self.config.sam.image_size) > 0 for part in torch.split(low_PLL, few)]
-        masks_PHW = torch.cat(parts)
-        return unnamed(masks_PHW, ious_P, low_PLL), boxes_P4
+        return unnamed(self.full_size(low_PLL, encoded.sam), ious_P, low_PLL), boxes_P4
+
+    def full_size(self, low_PLL: Tensor, encoded: EncodedImage) -> Tensor:
+        """[P, L, L] logits -> masks [P, H, W] of the original image; its logits are made a few at a time."""
+        few = max(1, PIXELS_AT_A_TIME // math.prod(encoded.padded_size))
+        side = self.config.sam.image_size
+        return torch.cat([enlarge(part, encoded, side) > 0 for part in torch.split(low_PLL, few)])
 
     @torch.no_grad()
     def name(
@@ -280,14 +283,16 @@ class OvSam(nn.Module):
         grid = torch.from_numpy(build_point_grid(settings.points_per_side)).float()
         points = grid * grid.new_tensor([width, height])
         parts = []
-        for clicks in torch.split(points, settings.points_per_batch):  # masks of the picture's size: few at a time
+        for clicks in torch.split(points, settings.points_per_batch):
             prompts = Prompts(points=clicks[:, None], point_labels=torch.ones(len(clicks), 1).long())
             part, _ = self.masks(encoded, prompts)
             good = (part.ious >= settings.min_iou) & part.masks.flatten(1).any(1)
             good &= calculate_stability_score(part.low_res, 0.0, 1.0) >= settings.min_stability
-            parts.append(part.select(torch.nonzero(good).flatten()))
-        found = concatenate(parts)
-        found = found.select(nms(found.boxes, found.ious, settings.nms_iou))
+            # not the masks: before suppression there are hundreds, each of the picture's size
+            parts.append((part.low_res[good], part.ious[good], part.boxes[good]))
+        low_PLL, ious_P, boxes_P4 = map(torch.cat, zip(*parts, strict=True))
+        best = nms(boxes_P4, ious_P, settings.nms_iou)
+        found = unnamed(self.full_size(low_PLL[best], encoded.sam), ious_P[best], low_PLL[best])
         return found if vocabulary is None else self.name(encoded, found, vocabulary)
 
 

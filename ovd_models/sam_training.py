@@ -68,6 +68,33 @@ def best_of(loss_PK: Tensor) -> Tensor:
     return weight_PK
 
 
+def prompt_losses(
+    low_PKLL: Tensor, ious_PK: Tensor, target_PSS: Tensor, settings: SamTrainingConfig, *, ambiguous: bool
+) -> dict[str, Tensor]:
+    """Weighted losses `focal`, `dice` and `iou` of prompts that are alike.
+
+    Args:
+        low_PKLL: [P, K, L, L] logits.
+        ious_PK: [P, K] the qualities that the model predicts.
+        target_PSS: [P, S, S] bool.
+        settings: the weights.
+        ambiguous: whether all masks count; else the first one alone.
+    """
+    masks = slice(None) if ambiguous else slice(1)
+    size = target_PSS.shape[1:]
+    logits_PKN = F.interpolate(low_PKLL[:, masks], size, mode="bilinear", align_corners=False).flatten(2)
+    target_PKN = target_PSS.flatten(1)[:, None].expand_as(logits_PKN)
+    focal_PK = settings.focal_weight * focal_loss(logits_PKN, target_PKN.float())
+    dice_PK = settings.dice_weight * dice_loss(logits_PKN, target_PKN.float())
+    weight_PK = best_of((focal_PK + dice_PK).detach())
+    error_PK = (ious_PK[:, masks] - mask_ious(logits_PKN > 0, target_PKN)) ** 2
+    return {
+        "focal": (focal_PK * weight_PK).sum() / weight_PK.sum(),
+        "dice": (dice_PK * weight_PK).sum() / weight_PK.sum(),
+        "iou": settings.iou_weight * error_PK.mean(),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------ prompts
 
 
@@ -183,29 +210,6 @@ class SamTraining(nn.Module):
         losses = [rounds.ask(click=index <= self.settings.clicks) for index in range(count)]
         return {name: torch.stack([entry[name] for entry in losses]).mean() for name in losses[0]}
 
-    def losses(self, low_PKLL: Tensor, ious_PK: Tensor, target_PSS: Tensor, *, ambiguous: bool) -> dict[str, Tensor]:
-        """Weighted losses of prompts that are alike.
-
-        Args:
-            low_PKLL: [P, K, L, L] logits.
-            ious_PK: [P, K] the qualities that the model predicts.
-            target_PSS: [P, S, S] bool.
-            ambiguous: whether all masks count; else the first one alone.
-        """
-        config, masks = self.settings, slice(None) if ambiguous else slice(1)
-        size = target_PSS.shape[1:]
-        logits_PKN = F.interpolate(low_PKLL[:, masks], size, mode="bilinear", align_corners=False).flatten(2)
-        target_PKN = target_PSS.flatten(1)[:, None].expand_as(logits_PKN)
-        focal_PK = config.focal_weight * focal_loss(logits_PKN, target_PKN.float())
-        dice_PK = config.dice_weight * dice_loss(logits_PKN, target_PKN.float())
-        weight_PK = best_of((focal_PK + dice_PK).detach())
-        error_PK = (ious_PK[:, masks] - mask_ious(logits_PKN > 0, target_PKN)) ** 2
-        return {
-            "focal": (focal_PK * weight_PK).sum() / weight_PK.sum(),
-            "dice": (dice_PK * weight_PK).sum() / weight_PK.sum(),
-            "iou": config.iou_weight * error_PK.mean(),
-        }
-
 
 class _Rounds:
     """The conversation about one batch of objects: what was asked so far, and the last answer."""
@@ -244,11 +248,12 @@ class _Rounds:
         masks_PSS = self.objects.masks
         with_box, without = self.order[: self.by_box], self.order[self.by_box :]
         best_P = torch.zeros_like(self.order)
+        settings = self.training.settings
         if not first:
-            losses = self.training.losses(low_PKLL, ious_PK, masks_PSS, ambiguous=False)
+            losses = prompt_losses(low_PKLL, ious_PK, masks_PSS, settings, ambiguous=False)
         else:  # a lone click may mean several things, of which the user is shown the best
             parts = [
-                self.training.losses(low_PKLL[rows], ious_PK[rows], masks_PSS[rows], ambiguous=ambiguous)
+                prompt_losses(low_PKLL[rows], ious_PK[rows], masks_PSS[rows], settings, ambiguous=ambiguous)
                 for rows, ambiguous in ((with_box, False), (without, True))
                 if len(rows)
             ]

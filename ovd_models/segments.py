@@ -3,7 +3,7 @@
 P prompts of one image, n points of a prompt, N objects of an image, L side of a mask decoder's map.
 """
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,24 +201,16 @@ class Segments:
         """[P, 4] float32 xyxy, tight around the masks, edges exclusive; zeros for an empty mask."""
         return boxes_of(self.masks)
 
-    def select(self, rows: Tensor) -> "Segments":
-        """Those of the given row numbers, in their order."""
-        return self._each(lambda value: value[rows])
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Segments":
-        """The same change to every field with a row a prompt."""
-        return replace(
-            self,
-            masks=change(self.masks),
-            ious=change(self.ious),
-            labels=change(self.labels),
-            scores=change(self.scores),
-            low_res=change(self.low_res),
-        )
-
     def to(self, device: torch.device) -> "Segments":
         """The same segments on another device."""
-        return self._each(lambda value: value.to(device))
+        return replace(
+            self,
+            masks=self.masks.to(device),
+            ious=self.ious.to(device),
+            labels=self.labels.to(device),
+            scores=self.scores.to(device),
+            low_res=self.low_res.to(device),
+        )
 
     def to_list(self) -> list[dict[str, Any]]:
         """`[{"mask": COCO RLE, "box", "label", "score", "iou"}]`, as the HTTP endpoint answers; unknowns are None."""

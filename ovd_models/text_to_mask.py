@@ -14,7 +14,7 @@ from ovd_models.errors import InputError
 from ovd_models.ovsam_crops import square_crops
 from ovd_models.pyramid import ClipPyramid, TowerConfig
 from ovd_models.sam import EncodedImage, SamModel, fit_image, run_decoder, unnamed
-from ovd_models.sam_training import SampledObjects, SamTraining, SamTrainingConfig, sample_objects
+from ovd_models.sam_training import SampledObjects, SamTrainingConfig, prompt_losses, sample_objects
 from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Segments, concatenate
 
 CENTRE_MOMENTUM = 0.99
@@ -45,19 +45,13 @@ class TextToMask(nn.Module):
 
     def __init__(self, sam: SamModel, clip: ClipPyramid, tower: TowerConfig, config: TextToMaskConfig) -> None:
         super().__init__()
-        self.training_step = SamTraining(sam.config, SamTrainingConfig())
-        self.training_step.model = sam
-        sam.requires_grad_(False)
+        self.sam = sam.requires_grad_(False)
+        """Its mask decoder is taught."""
         sam.sam.mask_decoder.requires_grad_(True)
         self.clip, self.tower, self.settings = clip, tower, config
         self.token = nn.Linear(tower.embed_dim, sam.config.prompt_width)
         self.register_buffer("image_centre", torch.zeros(tower.embed_dim))
         self.register_buffer("text_centre", torch.zeros(tower.embed_dim))
-
-    @property
-    def sam(self) -> SamModel:
-        """The model whose decoder is taught."""
-        return self.training_step.model
 
     def set_text_centre(self, text_KD: Tensor) -> None:
         """Centre names at the mean of these: unit rows of names as they come, at least two.
@@ -84,7 +78,7 @@ class TextToMask(nn.Module):
         if self.training:
             self.image_centre.lerp_(image_PD.mean(0), 1 - CENTRE_MOMENTUM if self.image_centre.any() else 1.0)
         low_PKLL, ious_PK = self._decode(embedding_BChw[objects.images], image_PD - self.image_centre)
-        return self.training_step.losses(low_PKLL, ious_PK, objects.masks, ambiguous=False)
+        return prompt_losses(low_PKLL, ious_PK, objects.masks, SamTrainingConfig(), ambiguous=False)
 
     def _normalise(self, image: Tensor, side: int) -> Tensor:
         """[3, S, S] as CLIP wants it, padded with its mean colour."""

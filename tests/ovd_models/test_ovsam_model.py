@@ -7,6 +7,7 @@ import torch
 from ovsam_release import published_form
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import nms
 
 from ovd_models import ovsam, ovsam_crops
 from ovd_models.clip import Clip, ClipConfig
@@ -140,6 +141,13 @@ def test_everything_names_every_mask(model: OvSam) -> None:
     assert len(found) >= 1
     assert (found.labels >= 0).all()
     assert found.ious.tolist() == sorted(found.ious.tolist(), reverse=True)
+    height, width = picture().shape[1:]
+    places = [[width * (0.5 + x) / 4, height * (0.5 + y) / 4] for y in range(4) for x in range(4)]
+    every = model.segment(picture(), Prompts.create(points=places), NAMES)
+    filled = torch.nonzero(every.masks.flatten(1).any(1)).flatten()
+    best = filled[nms(every.boxes[filled], every.ious[filled], settings.nms_iou)]
+    assert torch.equal(found.masks, every.masks[best])
+    assert torch.equal(found.labels, every.labels[best])
     assert len(model.everything(picture(), NAMES, dataclasses.replace(settings, min_iou=99.0))) == 0
     silent = OvSam(dataclasses.replace(TINY, iou_head=False)).eval()
     with pytest.raises(InputError, match="no IoU head"):
