@@ -1,8 +1,10 @@
-"""Evaluate: AP of a detector on an annotated set, by base, novel and all names, with pictures.
+"""Evaluate a checkpoint on an annotated set, by base, novel and all names, with pictures.
 
-model, boxes/<name> --detect every image--> Detections -> faster-coco-eval -> metrics, per-class table, pictures
+detector, boxes/<name> --detect every image--> Detections -> faster-coco-eval -> AP, per-class table, pictures
+OV-SAM,   boxes/<name> --every object by its box, by a click--> named masks -> IoU, accuracy, cost, pictures
 
 python workflows/evaluate.py --model runs/demo/codet --storage runs/demo --boxes pictograms-eval
+python workflows/evaluate.py --model runs/runs/ovsam/<run>/model --sam runs/runs/ovsam/<run>/sam_model
 """
 
 import workflows.startup
@@ -11,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +22,13 @@ from PIL import Image
 import ovd_models
 from data_prep import storage, tables
 from ovd_models.batches import Detections
+from ovd_models.checkpoints import read_info
+from ovd_models.checkpoints_ovsam import load_sam_folder, load_segmenter
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.images import decode_image
-from workflows import cli, tracking
+from workflows import cli, pointing_report, tracking
+from workflows.teacher import read_categories
 from workflows.tracking import TrackedRun
 
 
@@ -33,12 +39,16 @@ class Run:
     storage: str = "runs"
     """Folder or URI that holds all tables."""
     model: str = ""
-    """Folder or URI of a detector checkpoint, or an MLflow `models:/` URI."""
+    """Folder or URI of a detector's or an OV-SAM's checkpoint, or an MLflow `models:/` URI."""
     boxes: str = "pictograms-eval"
     """Name of the `boxes` table."""
     categories: str = ""
     """Name of the `categories` table; that of `boxes` up to the last dash if empty."""
     device: str = "cpu"
+    sam: str = ""
+    """For an OV-SAM: folder or URI of the SAM to measure beside it, with CLIP on that one's masks as baselines."""
+    images: int = 0
+    """So many of the table's first images; all if 0."""
     batch_size: int = 16
     score_threshold: float = 0.01
     max_detections: int = 100
@@ -46,6 +56,11 @@ class Run:
     """Compare masks instead of boxes; the detector must predict them."""
     num_pictures: int = 8
     """Images that are drawn."""
+
+    @property
+    def categories_table(self) -> str:
+        """Name of the `categories` table."""
+        return self.categories or self.boxes.rsplit("-", 1)[0]
 
 
 def default() -> Run:
@@ -66,11 +81,8 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
         raise InputError(f"batch_size: {run.batch_size}, expected at least 1")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     detector = ovd_models.load(tracking.local_model(run.model, run.storage), run.device)
-    rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()
-    table = run.categories or run.boxes.rsplit("-", 1)[0]
-    categories = [row for row in tables.read_table(run.storage, "categories", table).to_pylist() if row["split"]]
-    names = {row["category_id"]: row["name"] for row in categories}
-    splits = {row["name"]: row["split"] for row in categories}
+    rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.images or None]
+    names, splits = read_categories(run.storage, run.categories_table)
     found: list[Detections] = []
     for start in range(0, len(rows), run.batch_size):
         images = [open_image(run, row) for row in rows[start : start + run.batch_size]]
@@ -81,6 +93,26 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
         found += [*results[:drawn], *(replace(result, image=None) for result in results[drawn:])]
     pictures = [draw_pair(row, result, names) for row, result in zip(rows[: run.num_pictures], found, strict=False)]
     return evaluate_detections(rows, found, names, splits, "segm" if run.masks else "bbox"), pictures
+
+
+def evaluate_segmenter(run: Run) -> pointing_report.Report:
+    """IoU and accuracy of an OV-SAM, all names of the set competing; those that had masks in its training are base.
+
+    Raises:
+        InputError: a model or a table is missing, or no object has a mask.
+    """
+    segmenter = load_segmenter(tracking.local_model(run.model, run.storage))
+    categories, _ = read_categories(run.storage, run.categories_table)
+    return pointing_report.evaluate(
+        run.storage,
+        run.boxes,
+        {name: category_id for category_id, name in categories.items()},
+        segmenter.names(list(categories.values())),
+        segmenter.model,
+        load_sam_folder(storage.local_folder(run.sam))[0] if run.sam else None,
+        limit=run.images,
+        device=run.device,
+    )
 
 
 def open_image(run: Run, row: dict[str, Any]) -> Image.Image:
@@ -131,12 +163,21 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
     started = time.perf_counter()
-    metrics, pictures = evaluate(run)
-    with tracking.run(run.storage, experiment="evaluate", name=run.boxes, params=cli.flatten(run)) as tracked:
-        log(tracked, metrics, pictures, f"eval/{run.boxes}", 0)
-    for name, value in metrics.summary().items():
-        print(f"{name:12} {value:.3f}")
-    print(f"{time.perf_counter() - started:.0f} s; pictures and the per-class table are in MLflow: {tracked.uri}")
+    folder = tracking.local_model(run.model, run.storage)
+    local = replace(run, model=str(folder))
+    start_run = partial(tracking.run, run.storage, experiment="evaluate", name=run.boxes, params=cli.flatten(run))
+    if read_info(folder).method == "ovsam":
+        report = evaluate_segmenter(local)
+        with start_run() as tracked:
+            report.log(tracked, f"eval/{run.boxes}", 0)
+        print(report.table())
+    else:
+        metrics, pictures = evaluate(local)
+        with start_run() as tracked:
+            log(tracked, metrics, pictures, f"eval/{run.boxes}", 0)
+        for name, value in metrics.summary().items():
+            print(f"{name:12} {value:.3f}")
+    print(f"{time.perf_counter() - started:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}")
 
 
 if __name__ == "__main__":

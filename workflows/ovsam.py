@@ -48,7 +48,7 @@ from ovd_models.text_to_mask import TextToMask, TextToMaskConfig
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import cli, pointing_report, prepare_boxes, tracking, training
 from workflows.ovsam_configs import CONFIGS, Run
-from workflows.teacher import untrained_teacher
+from workflows.teacher import read_categories, untrained_teacher
 from workflows.tracking import MetricLogger, TrackedRun
 from workflows.training import Meter, Optimisation, Session
 
@@ -269,14 +269,13 @@ def read_names(run: Run, encoder: ClipTextEncoder) -> Names:
     """Embed the names of `categories/<boxes>`, or read them from the teacher's `texts`.
 
     Raises:
-        InputError: the table is missing.
+        InputError: see `read_categories`.
     """
-    rows = [row for row in tables.read_table(run.storage, "categories", run.boxes).to_pylist() if row["split"]]
-    splits = {row["name"]: row["split"] for row in rows}
+    categories, splits = read_categories(run.storage, run.boxes)
     base = [name for name, split in splits.items() if split == "base"]
     stored = StoredEncoder(encoder, TextStore.of(run.storage, encoder.teacher))
     return Names(
-        {row["name"]: row["category_id"] for row in rows},
+        {name: category_id for category_id, name in categories.items()},
         splits,
         build_vocabulary(stored, list(splits), splits),
         build_vocabulary(stored, base, splits),
@@ -323,6 +322,8 @@ def train(run: Run) -> Trained:
     run_dir = training.open_run(run.storage, "ovsam", run.config, run.resume)
     clip, encoder = open_clip_teacher(run)
     names = read_names(run, encoder)
+    if run.text_to_mask and len(names.base) < 2:
+        raise InputError(f"categories/{run.boxes}: {len(names.base)} base names, expected at least 2 for text prompts")
     inputs = {"boxes": f"{run.boxes}-train", "categories": run.boxes}
     tags = {table: tables.read_manifest(run.storage, table, name).digest for table, name in inputs.items()}
     pointing_report.read_rows(run.storage, f"{run.boxes}-eval", names.ids, run.eval_images)  # before days of training
@@ -382,9 +383,7 @@ def finish(
             limit=run.eval_images,
             device=training.device_of(run.clip2sam_stage),
         )
-        tracked.log_metrics(report.metrics(f"eval/{run.boxes}"), run.clip2sam_stage.steps)
-        for number, picture in enumerate(report.pictures):
-            tracked.log_image(picture, f"eval/{run.boxes}/picture_{number:02d}")
+        report.log(tracked, f"eval/{run.boxes}", run.clip2sam_stage.steps)
         headline = "accuracy_novel" if "novel" in names.splits.values() else "accuracy_all"
         tracking.register(
             tracked,

@@ -10,7 +10,6 @@ import workflows.startup
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from faster_coco_eval import mask as rle
 from torch import Tensor
@@ -142,7 +141,7 @@ def main() -> None:
     """The script: measure and print."""
     run = cli.parse(CONFIGS, __doc__)
     check(run)
-    print(as_table({Path(detector).parent.name: compare(run, detector) for detector in run.detectors}))
+    print(as_table({detector: compare(run, detector) for detector in run.detectors}))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -145,7 +144,7 @@ def study_seed(run: Run, seed: int, names: Sequence[str]) -> Iterator[tuple[str,
     yield "fusions", fused(run, base, seed, first)
     for detector in run.detectors:
         for name, numbers in boxed(run, base, seed, first, detector).items():
-            yield f"{Path(detector).parent.name}: {name}", numbers
+            yield f"{detector}: {name}", numbers
 
 
 def with_seed(run: Run, seed: int) -> ovsam_configs.Run:

@@ -28,6 +28,7 @@ from ovd_models.sam_training import mask_ious
 from ovd_models.segments import Prompts, Segments, boxes_of
 from ovd_models.text_to_mask import TextToMask
 from ovd_models.vocabulary import Vocabulary
+from workflows.tracking import TrackedRun
 
 BASELINES: dict[str, BaselineConfig] = {
     "image crop": BaselineConfig(),
@@ -72,6 +73,12 @@ class Report:
         }
         return {name: value for name, value in flat.items() if np.isfinite(value)}
 
+    def log(self, tracked: TrackedRun, prefix: str, step: int) -> None:
+        """Metrics and pictures under `prefix`."""
+        tracked.log_metrics(self.metrics(prefix), step)
+        for number, picture in enumerate(self.pictures):
+            tracked.log_image(picture, f"{prefix}/picture_{number:02d}")
+
     def table(self) -> str:
         """Rows for a person."""
         lines = [f"{'':30}{'IoU':>21}{'accuracy':>24}", f"{'':30}" + f"{'base':>8}{'novel':>8}{'all':>8}" * 2]
@@ -90,13 +97,13 @@ def evaluate(
     category_ids: Mapping[str, int],
     vocabulary: Vocabulary,
     model: OvSam,
-    sam: SamModel,
+    sam: SamModel | None,
     text: TextToMask | None = None,
     *,
     limit: int = 0,
     device: str = "cpu",
 ) -> Report:
-    """Ask OV-SAM, its teacher and every baseline for every annotated object, and tell what they cost.
+    """Ask OV-SAM and, if its teacher is given, that and every baseline for every object, and tell what they cost.
 
     Args:
         storage_uri: the storage.
@@ -104,7 +111,7 @@ def evaluate(
         category_ids: by name.
         vocabulary: the names that compete, base ones marked.
         model: the OV-SAM.
-        sam: its teacher.
+        sam: its teacher, or None.
         text: a SAM that takes names as prompts, if there is one.
         limit: of images; all if 0.
         device: where the models work; they stay there.
@@ -113,12 +120,15 @@ def evaluate(
         InputError: see `read_rows`.
     """
     vocabulary = vocabulary.to(torch.device(device))
-    for part in (model, sam, *([text] if text is not None else [])):
-        part.to(device)
+    for part in (model, sam, text):
+        if part is not None:
+            part.to(device)
     rows = read_rows(storage_uri, boxes, category_ids, limit)
     label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names) if name in category_ids}
     baselines = {
-        name: SamClip(sam, model.clip, model.config.tower, config).to(device) for name, config in BASELINES.items()
+        name: SamClip(sam, model.clip, model.config.tower, config).to(device)
+        for name, config in BASELINES.items()
+        if sam is not None
     }
     collected, pictures = ask(storage_uri, rows, label_of, vocabulary, model, sam, baselines)
     if text is not None:
@@ -155,7 +165,7 @@ def ask(
     label_of: Mapping[int, int],
     vocabulary: Vocabulary,
     model: OvSam,
-    sam: SamModel,
+    sam: SamModel | None,
     baselines: Mapping[str, SamClip],
     kinds: Collection[str] = PROMPT_KINDS,
 ) -> tuple[Collected, list[Image.Image]]:
@@ -167,11 +177,11 @@ def ask(
         label_of: row of the vocabulary by category id.
         vocabulary: the names that compete; those that no category bears only distract.
         model: the OV-SAM.
-        sam: whose masks the baselines name.
+        sam: whose masks the baselines name; None if there are no baselines.
         baselines: by name.
         kinds: `box`, `point` or both.
     """
-    is_base = [True] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
+    is_base = [False] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
     collected: Collected = {}
     pictures: list[Image.Image] = []
     for row in rows:
@@ -180,12 +190,14 @@ def ask(
             continue
         novel = [not is_base[label] for label in labels]
         image, masks = image.to(vocabulary.embeddings.device), masks.to(vocabulary.embeddings.device)
-        encoded, seen = model.encode(image), sam.encode(image)
+        encoded, seen = model.encode(image), None if sam is None else sam.encode(image)
         for kind in kinds:
             prompts = prompts_for(masks, kind)
-            by_sam = sam.segment(seen, prompts)
-            found = {"sam": by_sam, "ovsam": model.segment(encoded, prompts, vocabulary)}
-            found |= {name: each.name(image, by_sam, vocabulary, seen) for name, each in baselines.items()}
+            found = {"ovsam": model.segment(encoded, prompts, vocabulary)}
+            if sam is not None and seen is not None:
+                by_sam = sam.segment(seen, prompts)
+                others = {name: each.name(image, by_sam, vocabulary, seen) for name, each in baselines.items()}
+                found = {"sam": by_sam, **found, **others}
             for variant, segments in found.items():
                 ious = mask_ious(segments.masks.flatten(1), masks.flatten(1))
                 metrics = collected.setdefault((variant, kind), PointingMetrics())
@@ -199,7 +211,7 @@ def ask_by_name(
     storage_uri: str, rows: list[dict[str, Any]], label_of: Mapping[int, int], vocabulary: Vocabulary, text: TextToMask
 ) -> PointingMetrics:
     """The masks that names alone ask for, beside those of the objects so named."""
-    is_base = [True] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
+    is_base = [False] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
     metrics = PointingMetrics()
     for row in rows:
         image, masks, labels = read_row(storage_uri, row, label_of)
@@ -239,14 +251,13 @@ def prompts_for(masks: Tensor, kind: str) -> Prompts:
 
 
 def measure_costs(
-    model: OvSam, sam: SamModel, baselines: Mapping[str, SamClip], vocabulary: Vocabulary, image: Tensor
+    model: OvSam, sam: SamModel | None, baselines: Mapping[str, SamClip], vocabulary: Vocabulary, image: Tensor
 ) -> dict[str, Cost]:
-    """Parameters, operations and times of SAM, OV-SAM and the baselines; their weights stop asking for gradients."""
+    """Parameters, operations and times of all models that are given; their weights stop asking for gradients."""
     height, width = image.shape[-2:]
     box = [[width * 0.25, height * 0.25, width * 0.75, height * 0.75]]
     one, four = Prompts.create(boxes=box), Prompts.create(boxes=box * 4)
-    for module in (model, sam):  # the counter follows gradients through parameters, and there are none
-        module.requires_grad_(False)
+    model.requires_grad_(False)  # the counter follows gradients through parameters, and there are none
 
     def cost(parts: list[nn.Module], encode: Callable[[], Any], ask: Callable[[Any, Prompts], Segments]) -> Cost:
         weights = {id(weight): weight.numel() for part in parts for weight in part.parameters()}
@@ -255,10 +266,11 @@ def measure_costs(
         times = (median_ms(encode), median_ms(lambda: ask(encoded, one)))
         return Cost(sum(weights.values()), flops, *times)
 
-    found = {
-        "sam": cost([sam], lambda: sam.encode(image), lambda seen, prompts: sam.segment(seen, prompts)),
-        "ovsam": cost([model], lambda: model.encode(image), lambda seen, p: model.segment(seen, p, vocabulary)),
-    }
+    own = cost([model], lambda: model.encode(image), lambda seen, prompts: model.segment(seen, prompts, vocabulary))
+    if sam is None:
+        return {"ovsam": own}
+    sam.requires_grad_(False)
+    found = {"sam": cost([sam], lambda: sam.encode(image), sam.segment), "ovsam": own}
     for name, baseline in baselines.items():
 
         def ask(seen: Any, prompts: Prompts, baseline: SamClip = baseline) -> Segments:

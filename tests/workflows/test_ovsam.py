@@ -24,7 +24,17 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_detections
 from ovd_models.sam import VIT_H, EverythingConfig
 from ovd_models.segments import Prompts, Segments, boxes_of
-from workflows import cli, ovsam, ovsam_boxes, ovsam_configs, ovsam_names, ovsam_study, pointing_report, tracking
+from workflows import (
+    cli,
+    evaluate,
+    ovsam,
+    ovsam_boxes,
+    ovsam_configs,
+    ovsam_names,
+    ovsam_study,
+    pointing_report,
+    tracking,
+)
 from workflows.ovsam import Trained
 from workflows.ovsam_configs import Run
 from workflows.teacher import read_categories
@@ -81,6 +91,31 @@ def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained) -> No
 
 
 @pytest.mark.ray
+def test_a_checkpoint_is_measured_again(
+    prepared: Run, trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = evaluate.Run(
+        storage=prepared.storage,
+        model=trained.model,
+        boxes=f"{prepared.boxes}-eval",
+        images=prepared.eval_images,
+        sam=trained.sam,
+    )
+    again = evaluate.evaluate_segmenter(run)
+    assert set(again.rows) == {key for key in trained.report.rows if key[1] != "text"}
+    for key, values in again.rows.items():
+        assert values == pytest.approx(trained.report.rows[key], abs=1e-3, nan_ok=True)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["evaluate.py", "--storage", run.storage, "--boxes", run.boxes, "--model", run.model, "--images", "1"],
+    )
+    assert cli.outcome(evaluate.main) == 0
+    printed = capsys.readouterr().out
+    assert "ovsam, box" in printed and "image crop" not in printed and tracking.tracking_uri(run.storage) in printed
+
+
+@pytest.mark.ray
 def test_names_are_prompts_too(prepared: Run, trained: Trained) -> None:
     segmenter = ovd_models.load_text_segmenter(Path(trained.model).parent / "text_model")
     image = torch.zeros(3, 50, 70, dtype=torch.uint8)
@@ -133,6 +168,23 @@ def test_bad_input_is_told_before_any_work(prepared: Run, tmp_path: Path) -> Non
     assert "batch_size: 0" in refused(batch_size=0)
     assert "cannot be read" in refused(sam=str(tmp_path / "none.pth"))
     assert "--sam: missing" in refused(needs_sam=True)
+    categories = tables.read_table(prepared.storage, "categories", prepared.boxes)
+    named, splits = categories.schema.get_field_index("name"), categories.schema.get_field_index("split")
+    for name, changed, message in (
+        (
+            "twice",
+            categories.set_column(named, "name", [["anchor"] * len(categories)]),
+            "'anchor' is the name of several",
+        ),
+        (
+            "lone",
+            categories.set_column(splits, "split", [["base"] + ["novel"] * (len(categories) - 1)]),
+            "1 base names",
+        ),
+    ):
+        entry = tables.write_part(prepared.storage, "categories", name, "part-00000.parquet", changed)
+        tables.publish(prepared.storage, "categories", name, [entry], producer="test", config_hash="")
+        assert message in refused(boxes=name)
     evaluated = tables.read_table(prepared.storage, "boxes", f"{prepared.boxes}-eval")
     bare = [{**row, "masks": [""] * len(row["masks"])} for row in evaluated.to_pylist()]
     for table, name, rows in (
@@ -264,7 +316,8 @@ def test_a_study_measures_once_and_continues(
     first = ovsam_study.study(run)
     results = first["results"]
     assert {"sam, box", "ovsam, point", "teacher 1: ovsam, box", "ovsam, cost", "names: 100", "fusions"} <= set(results)
-    assert {"codet: SAM masks", "codet: OV-SAM masks and names", "teacher 1: fusions"} <= set(results)
+    (detector,) = run.detectors
+    assert {f"{detector}: SAM masks", f"{detector}: OV-SAM masks and names", "teacher 1: fusions"} <= set(results)
     assert set(first["differences"]) >= {"OV-SAM above its SAM, box: IoU", "first teacher above teacher 1, box: IoU"}
     one, other = trainings
     assert one.sam == other.sam  # and with it the cache of its embeddings
@@ -273,7 +326,7 @@ def test_a_study_measures_once_and_continues(
     text = ovsam_study.as_table(first)
     for name in ("fusions", "teacher 1: fusions"):
         assert set(results[name][0]) == {f"1, 1, {bias}: {split}" for bias in (0, 1) for split in ("base", "novel")}
-    for part in ("| ovsam, box |", "| OV-SAM's part of |", "| names: 68 | names: 100 |", "| codet: SAM masks |"):
+    for part in ("| ovsam, box |", "| OV-SAM's part of |", "| names: 68 | names: 100 |", f"| {detector}: SAM masks |"):
         assert part in text, part
 
     def never(*_: object) -> None:
