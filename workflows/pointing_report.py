@@ -210,7 +210,7 @@ def ask(
 def ask_by_name(
     storage_uri: str, rows: list[dict[str, Any]], label_of: Mapping[int, int], vocabulary: Vocabulary, text: TextToMask
 ) -> PointingMetrics:
-    """The masks that names alone ask for, beside those of the objects so named."""
+    """The masks that names alone ask for; accurate are those that agree best with an object that is so named."""
     is_base = [False] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
     metrics = PointingMetrics()
     for row in rows:
@@ -218,16 +218,19 @@ def ask_by_name(
         if labels:
             device = vocabulary.embeddings.device
             found = text.segment_text(text.sam.encode(image.to(device)), vocabulary.embeddings[labels])
-            ious = mask_ious(found.masks.flatten(1), masks.to(device).flatten(1))
-            metrics.add(ious, [-1] * len(labels), labels, [not is_base[label] for label in labels])
+            asked_PM, objects_PM = found.masks.flatten(1).float(), masks.to(device).flatten(1).float()
+            common_PP = asked_PM @ objects_PM.T
+            ious_PP = common_PP / (asked_PM.sum(1, keepdim=True) + objects_PM.sum(1) - common_PP)
+            best = [labels[index] for index in ious_PP.argmax(1).tolist()]
+            metrics.add(ious_PP.diagonal(), best, labels, [not is_base[label] for label in labels])
     return metrics
 
 
 def summaries(collected: Collected) -> dict[tuple[str, str], dict[str, float]]:
-    """`PointingMetrics.summary` of every row; SAM gives no names, so its accuracies are NaN."""
+    """`PointingMetrics.summary` of every row; SAM gives no names, so its accuracies with boxes and clicks are NaN."""
     found = {key: metrics.summary() for key, metrics in collected.items()}
-    for (variant, _), values in found.items():
-        if variant == "sam":
+    for (variant, kind), values in found.items():
+        if variant == "sam" and kind in PROMPT_KINDS:
             values |= dict.fromkeys(("accuracy_base", "accuracy_novel", "accuracy_all"), float("nan"))
     return found
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -24,6 +25,7 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_detections
 from ovd_models.sam import VIT_H, EverythingConfig
 from ovd_models.segments import Prompts, Segments, boxes_of
+from ovd_models.vocabulary import Vocabulary
 from workflows import (
     cli,
     evaluate,
@@ -85,6 +87,7 @@ def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained) -> No
     assert {"sam", "ovsam", "image crop", "mask features", "roi features"} <= {variant for variant, _ in report.rows}
     assert 0 <= report.rows["ovsam", "box"]["iou_all"] <= 1
     assert math.isnan(report.rows["sam", "box"]["accuracy_all"])
+    assert 0 <= report.rows["sam", "text"]["accuracy_all"] <= 1
     assert report.costs["ovsam"].parameters > 0 and report.costs["sam"].flops > 0
     text = report.table()
     assert "ovsam, point" in text and "GFLOP" in text
@@ -128,6 +131,28 @@ def test_names_are_prompts_too(prepared: Run, trained: Trained) -> None:
     assert found.draw().size[0] >= 70
     with pytest.raises(InputError, match="checkpoint of method 'text_to_mask'"):
         load_ovsam_folder(Path(trained.model).parent / "text_model")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("shift", "expected"), [(0, 1.0), (1, 0.0)])
+def test_masks_of_names_are_right_where_they_agree_with_what_is_so_named(
+    prepared: Run, trained: Trained, monkeypatch: pytest.MonkeyPatch, shift: int, expected: float
+) -> None:
+    categories, _ = read_categories(prepared.storage, prepared.boxes)
+    label_of = {key: label for label, key in enumerate(categories)}
+    rows = [
+        row
+        for row in tables.read_table(prepared.storage, "boxes", f"{prepared.boxes}-eval").to_pylist()
+        if len(row["category_ids"]) > 1 and len(set(row["category_ids"])) == len(row["category_ids"])
+    ]
+    assert rows
+    masks = iter([pointing_report.read_row(prepared.storage, row, label_of)[1].roll(shift, 0) for row in rows])
+    text = ovd_models.load_text_segmenter(Path(trained.model).parent / "text_model").model
+    monkeypatch.setattr(text, "segment_text", lambda *_: SimpleNamespace(masks=next(masks)))
+    vocabulary = Vocabulary(tuple(categories.values()), torch.zeros(len(categories), 2))
+    summary = pointing_report.ask_by_name(prepared.storage, rows, label_of, vocabulary, text).summary()
+    assert summary["accuracy_all"] == expected
+    assert (summary["iou_all"] == 1) == (shift == 0)
 
 
 @pytest.mark.ray
