@@ -34,7 +34,7 @@ from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.sam import EverythingConfig, SamConfig, SamModel
 from ovd_models.segments import Prompts, Segments
 from ovd_models.text_to_mask import TextToMask, TextToMaskConfig
-from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
+from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary, clean_names
 
 
 def _save(model: nn.Module, folder: str | Path, info: dict[str, Any]) -> None:
@@ -140,9 +140,9 @@ class Segmenter(Opened[OvSam]):
     def names(self, names: Sequence[str] | None = None) -> Vocabulary:
         """Embedded names, those that had masks in training marked as base; the default ones if None.
 
-        Where the checkpoint knows none of them, none is marked, and no name gains over another by `novel_bias`.
+        Where the checkpoint knows none of them, nothing is marked, and `novel_bias` raises none above the background.
         """
-        chosen = names if names is not None else self.vocabulary
+        chosen = clean_names(names if names is not None else self.vocabulary)
         known = self.info.splits if any(name in self.info.splits for name in chosen) else None
         return build_vocabulary(self.encoder, chosen, known).to(self.device)
 

@@ -18,8 +18,6 @@ LOGIT_SCALE = 4.6052
 ROI_SIDE = 12
 FINEST_SCALE = 14
 """A region of this many strides of the first level, or less than twice it, is pooled from that level."""
-OUTSIDE = -1000.0
-"""Score of a name that takes no part."""
 
 
 class RegionNamer(nn.Module):
@@ -161,7 +159,6 @@ def fuse(
     alpha: float = 0.1,
     beta: float = 0.9,
     novel_bias: float = 0.0,
-    takes_part_K: Tensor | None = None,
 ) -> Tensor:
     """Log scores of the label branch and of CLIP as their geometric mean, computed without leaving log space.
 
@@ -177,7 +174,6 @@ def fuse(
         beta: CLIP's part in novel names.
         novel_bias: what novel names gain, since the label branch has learnt base ones (calibrated stacking, arXiv
             1605.04253); 0 in the paper.
-        takes_part_K: [K] bool; the others get `OUTSIDE`.
 
     Returns:
         [P, K + 1].
@@ -189,10 +185,7 @@ def fuse(
     if seen_P is not None:
         part_PK = part_PK * seen_P[:, None]
     log_head, log_clip = head_PK.float().log_softmax(-1), clip_PK.float().log_softmax(-1)
-    fused_PK = (1 - part_PK) * log_head + part_PK * log_clip + F.pad(novel_bias * ~is_base_K, (0, 1))
-    if takes_part_K is not None:
-        fused_PK = fused_PK.masked_fill(~F.pad(takes_part_K, (0, 1), value=True), OUTSIDE)
-    return fused_PK
+    return (1 - part_PK) * log_head + part_PK * log_clip + F.pad(novel_bias * ~is_base_K, (0, 1))
 
 
 def text_of(vocabulary: Vocabulary) -> Tensor:

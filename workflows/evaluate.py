@@ -50,6 +50,7 @@ class Run:
     images: int = 0
     """So many of the table's first images; all if 0."""
     batch_size: int = 16
+    """Of a detector, as the three settings below."""
     score_threshold: float = 0.01
     max_detections: int = 100
     masks: bool = False
@@ -111,6 +112,7 @@ def evaluate_segmenter(run: Run) -> pointing_report.Report:
         segmenter.model,
         load_sam_folder(storage.local_folder(run.sam))[0] if run.sam else None,
         limit=run.images,
+        num_pictures=run.num_pictures,
         device=run.device,
     )
 

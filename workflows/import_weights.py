@@ -25,6 +25,7 @@ from ovd_models.errors import InputError
 from ovd_models.importers import Imported, load_codet_release
 from ovd_models.importers_ovsam import load_ovsam
 from ovd_models.ovsam import OvSam, published
+from ovd_models.prompts import clean_name
 from ovd_models.pyramid import TowerConfig
 from ovd_models.sam import VIT_H, SamConfig
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder
@@ -99,7 +100,7 @@ def read_names(path: str) -> dict[str, str]:
         else:
             raw: Any = json.loads(text)
             categories = sorted(raw["categories"] if isinstance(raw, dict) else raw, key=lambda entry: int(entry["id"]))
-            names = [str(entry["name"]).replace("_", " ") for entry in categories]
+            names = [clean_name(str(entry["name"])) for entry in categories]
             if any("frequency" in entry for entry in categories):
                 rare = [entry.get("frequency") == "r" for entry in categories]
                 return {name: "novel" if novel else "base" for name, novel in zip(names, rare, strict=True)}

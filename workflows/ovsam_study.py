@@ -207,7 +207,7 @@ def continued(own: ovsam_configs.Run, label: str) -> ovsam_configs.Run:
 def named_rows(answer: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Numbers]]:
     """The rows of a training; those of SAM, which all teachers share, come with the first alone."""
     for name, numbers in answer["rows"].items():
-        if not prefix or not name.startswith("sam,"):
+        if not prefix or name not in ("sam, box", "sam, point", "sam, cost"):
             yield f"{prefix}{name}", numbers
 
 

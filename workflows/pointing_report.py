@@ -40,7 +40,6 @@ BASELINES: dict[str, BaselineConfig] = {
 }
 """The paper leaves padding and background open: several, so that the best can be compared with."""
 PROMPT_KINDS = ("box", "point")
-NUM_PICTURES = 6
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,7 @@ def evaluate(
     text: TextToMask | None = None,
     *,
     limit: int = 0,
+    num_pictures: int = 6,
     device: str = "cpu",
 ) -> Report:
     """Ask OV-SAM and, if its teacher is given, that and every baseline for every object, and tell what they cost.
@@ -114,6 +114,7 @@ def evaluate(
         sam: its teacher, or None.
         text: a SAM that takes names as prompts, if there is one.
         limit: of images; all if 0.
+        num_pictures: images that are drawn.
         device: where the models work; they stay there.
 
     Raises:
@@ -130,7 +131,7 @@ def evaluate(
         for name, config in BASELINES.items()
         if sam is not None
     }
-    collected, pictures = ask(storage_uri, rows, label_of, vocabulary, model, sam, baselines)
+    collected, pictures = ask(storage_uri, rows, label_of, vocabulary, model, sam, baselines, num_pictures=num_pictures)
     if text is not None:
         collected["sam", "text"] = ask_by_name(storage_uri, rows, label_of, vocabulary, text)
     image = read_row(storage_uri, rows[0], label_of)[0]
@@ -168,6 +169,7 @@ def ask(
     sam: SamModel | None,
     baselines: Mapping[str, SamClip],
     kinds: Collection[str] = PROMPT_KINDS,
+    num_pictures: int = 0,
 ) -> tuple[Collected, list[Image.Image]]:
     """Ask every model for every annotated object of the rows, all names competing; also a few pictures.
 
@@ -180,6 +182,7 @@ def ask(
         sam: whose masks the baselines name; None if there are no baselines.
         baselines: by name.
         kinds: `box`, `point` or both.
+        num_pictures: images that are drawn with their boxes' answers.
     """
     is_base = [False] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
     collected: Collected = {}
@@ -202,7 +205,7 @@ def ask(
                 ious = mask_ious(segments.masks.flatten(1), masks.flatten(1))
                 metrics = collected.setdefault((variant, kind), PointingMetrics())
                 metrics.add(ious, segments.labels.tolist(), labels, novel)
-            if kind == "box" and len(pictures) < NUM_PICTURES:
+            if kind == "box" and len(pictures) < num_pictures:
                 pictures.append(found["ovsam"].draw(image=Image.fromarray(image.permute(1, 2, 0).cpu().numpy())))
     return collected, pictures
 
@@ -221,7 +224,8 @@ def ask_by_name(
             asked_PM, objects_PM = found.masks.flatten(1).float(), masks.to(device).flatten(1).float()
             common_PP = asked_PM @ objects_PM.T
             ious_PP = common_PP / (asked_PM.sum(1, keepdim=True) + objects_PM.sum(1) - common_PP)
-            best = [labels[index] for index in ious_PP.argmax(1).tolist()]
+            best_P = torch.where(ious_PP.any(1), ious_PP.argmax(1), -1)
+            best = [labels[index] if index >= 0 else -1 for index in best_P.tolist()]
             metrics.add(ious_PP.diagonal(), best, labels, [not is_base[label] for label in labels])
     return metrics
 

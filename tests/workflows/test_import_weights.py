@@ -25,7 +25,7 @@ from workflows.import_weights import OvSamRun, Run
 @pytest.fixture
 def lvis(tmp_path: Path) -> Path:
     path = tmp_path / "lvis.json"
-    categories = [{"id": 2, "name": "tennis_ball", "frequency": "r"}, {"id": 1, "name": "anchor", "frequency": "f"}]
+    categories = [{"id": 2, "name": "tennis_ball", "frequency": "r"}, {"id": 1, "name": "Anchor", "frequency": "f"}]
     path.write_text(json.dumps({"categories": categories}))
     return path
 
@@ -150,7 +150,7 @@ def test_a_released_ovsam_becomes_a_checkpoint_that_segments_and_names(lvis: Pat
     assert found.masks.shape == (1, 48, 64)
     assert found.names == ("anchor", "cup")
     assert segmenter.names().is_base.tolist() == [True, False]
-    assert segmenter.names(["cup", "anchor"]).is_base.tolist() == [False, True]
+    assert segmenter.names(["cup", " anchor "]).is_base.tolist() == [False, True]
     assert segmenter.names(["cup", "kite"]).is_base is None  # none that it knows: none gains over another
     released = ClipTextEncoder(dataclasses.replace(config, prompt_set="ovsam"), clip.model.text, "any")
     assert torch.allclose(segmenter.names(["cup"]).embeddings, released.embed_names(["cup"]), atol=1e-5)

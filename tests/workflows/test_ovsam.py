@@ -134,9 +134,9 @@ def test_names_are_prompts_too(prepared: Run, trained: Trained) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("shift", "expected"), [(0, 1.0), (1, 0.0)])
+@pytest.mark.parametrize(("shift", "shown", "expected"), [(0, True, 1.0), (1, True, 0.0), (0, False, 0.0)])
 def test_masks_of_names_are_right_where_they_agree_with_what_is_so_named(
-    prepared: Run, trained: Trained, monkeypatch: pytest.MonkeyPatch, shift: int, expected: float
+    prepared: Run, trained: Trained, monkeypatch: pytest.MonkeyPatch, shift: int, shown: bool, expected: float
 ) -> None:
     categories, _ = read_categories(prepared.storage, prepared.boxes)
     label_of = {key: label for label, key in enumerate(categories)}
@@ -146,13 +146,13 @@ def test_masks_of_names_are_right_where_they_agree_with_what_is_so_named(
         if len(row["category_ids"]) > 1 and len(set(row["category_ids"])) == len(row["category_ids"])
     ]
     assert rows
-    masks = iter([pointing_report.read_row(prepared.storage, row, label_of)[1].roll(shift, 0) for row in rows])
+    masks = iter([pointing_report.read_row(prepared.storage, row, label_of)[1].roll(shift, 0) & shown for row in rows])
     text = ovd_models.load_text_segmenter(Path(trained.model).parent / "text_model").model
     monkeypatch.setattr(text, "segment_text", lambda *_: SimpleNamespace(masks=next(masks)))
     vocabulary = Vocabulary(tuple(categories.values()), torch.zeros(len(categories), 2))
     summary = pointing_report.ask_by_name(prepared.storage, rows, label_of, vocabulary, text).summary()
     assert summary["accuracy_all"] == expected
-    assert (summary["iou_all"] == 1) == (shift == 0)
+    assert (summary["iou_all"] == 1) == (expected == 1)
 
 
 @pytest.mark.ray
