@@ -69,7 +69,8 @@ def difference_table(found: Mapping[str, Numbers]) -> list[str]:
     """Markdown: paired differences with their intervals."""
     lines = ["| difference | mean | 95 % interval | seeds |", "|---|---|---|---|"]
     for claim, row in found.items():
-        lines.append(f"| {claim} | {row['mean']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} | {row['seeds']} |")
+        interval = f"{row['low']:+.3f} to {row['high']:+.3f}" if row["seeds"] > 1 else "none from one seed"
+        lines.append(f"| {claim} | {row['mean']:+.3f} | {interval} | {row['seeds']} |")
     return lines
 
 
