@@ -113,6 +113,7 @@ def pictograms() -> Run:
         sam_stage=Optimisation(steps=1800, learning_rate=2e-3, optimiser="muon", workers=2),
         sam2clip_stage=Optimisation(steps=1000, learning_rate=3e-3, optimiser="muon", workers=2),
         clip2sam_stage=Optimisation(steps=1200, learning_rate=2e-3, optimiser="muon", workers=2),
+        text_stage=Optimisation(steps=1200, learning_rate=2e-3, optimiser="muon", workers=2),
         eval_images=100,
     )
 
