@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -414,12 +415,12 @@ class Meter:
 
 
 def open_run(storage_uri: str, workflow: str, config: str, resume: str) -> str:
-    """The folder of the run to continue, or of a new one, named after its config and when it began.
+    """The folder of the run to continue, or of a new one, named after its config and the microsecond it began in.
 
     Raises:
         InputError: there is no run of the name to continue.
     """
-    name = resume or f"{config}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = resume or f"{config}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = storage.absolute(storage.join(storage_uri, "runs", workflow, name))
     if resume and not storage.exists(run_dir):
         raise InputError(f"--resume {resume}: no such run, {run_dir} does not exist")

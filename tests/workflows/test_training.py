@@ -266,6 +266,14 @@ def run_loop(settings: Optimisation, folder: Path, stop_after: int = 0) -> dict[
     return training.final_weights(str(folder))
 
 
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    folders = [training.open_run(str(tmp_path), "clip", "smoke", "") for _ in range(5)]
+    assert len(set(folders)) == 5
+    for folder in folders:
+        Path(folder).mkdir(parents=True)
+    assert training.find_run(str(tmp_path), "clip", "smoke") == Path(folders[-1]).name
+
+
 @pytest.mark.ray
 def test_a_run_inside_the_driver_resumes_exactly(ray_cluster: None, tmp_path: Path) -> None:
     whole = run_loop(QUICK, tmp_path / "whole")
