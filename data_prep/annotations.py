@@ -119,15 +119,14 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
 
 
 def coco_splits(names: Iterable[str]) -> dict[str, str] | None:
-    """`base`, `novel` or "" (takes no part) of COCO's names; None if one is not COCO's, or none of them is base."""
+    """COCO's names as `base`, `novel` or "" (takes no part); None if a given one is not COCO's, or none is base."""
     coco = {
         **dict.fromkeys(COCO_BASE, "base"),
         **dict.fromkeys(COCO_NOVEL, "novel"),
         **dict.fromkeys(COCO_OTHERS, ""),
     }
-    splits = {name: coco.get(name) for name in names}
-    known = {name: split for name, split in splits.items() if split is not None}
-    return known if len(known) == len(splits) and "base" in known.values() else None
+    given = set(names)
+    return coco if given <= coco.keys() and given & set(COCO_BASE) else None
 
 
 def _lvis_categories(entries: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:

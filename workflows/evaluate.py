@@ -156,8 +156,7 @@ def log(
         "ap50": [entry.ap50 for entry in metrics.categories],
     }
     tracked.log_table(columns, f"{prefix}/per_class.json")
-    for number, picture in enumerate(pictures):
-        tracked.log_image(picture, f"{prefix}/picture_{number:02d}")
+    tracked.log_pictures(pictures, prefix)
 
 
 def main() -> None:

@@ -104,7 +104,8 @@ def read_names(path: str) -> dict[str, str]:
             if any("frequency" in entry for entry in categories):
                 rare = [entry.get("frequency") == "r" for entry in categories]
                 return {name: "novel" if novel else "base" for name, novel in zip(names, rare, strict=True)}
-        return coco_splits(names) or dict.fromkeys(names, "novel")
+        splits = coco_splits(names) or dict.fromkeys(names, "novel")
+        return {name: splits[name] for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         expected = "a name a line, or COCO's or LVIS's json"
         raise InputError(f"{path}: no names ({type(error).__name__}), expected {expected}") from error

@@ -75,8 +75,7 @@ class Report:
     def log(self, tracked: TrackedRun, prefix: str, step: int) -> None:
         """Metrics and pictures under `prefix`."""
         tracked.log_metrics(self.metrics(prefix), step)
-        for number, picture in enumerate(self.pictures):
-            tracked.log_image(picture, f"{prefix}/picture_{number:02d}")
+        tracked.log_pictures(self.pictures, prefix)
 
     def table(self) -> str:
         """Rows for a person."""
@@ -184,14 +183,14 @@ def ask(
         kinds: `box`, `point` or both.
         num_pictures: images that are drawn with their boxes' answers.
     """
-    is_base = [False] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
+    novel_K = novel_names(vocabulary)
     collected: Collected = {}
     pictures: list[Image.Image] = []
     for row in rows:
         image, masks, labels = read_row(storage_uri, row, label_of)
         if not labels:
             continue
-        novel = [not is_base[label] for label in labels]
+        novel = [novel_K[label] for label in labels]
         image, masks = image.to(vocabulary.embeddings.device), masks.to(vocabulary.embeddings.device)
         encoded, seen = model.encode(image), None if sam is None else sam.encode(image)
         for kind in kinds:
@@ -214,7 +213,7 @@ def ask_by_name(
     storage_uri: str, rows: list[dict[str, Any]], label_of: Mapping[int, int], vocabulary: Vocabulary, text: TextToMask
 ) -> PointingMetrics:
     """The masks that names alone ask for; accurate are those that agree best with an object that is so named."""
-    is_base = [False] * len(vocabulary) if vocabulary.is_base is None else vocabulary.is_base.tolist()
+    novel_K = novel_names(vocabulary)
     metrics = PointingMetrics()
     for row in rows:
         image, masks, labels = read_row(storage_uri, row, label_of)
@@ -226,8 +225,13 @@ def ask_by_name(
             ious_PP = common_PP / (asked_PM.sum(1, keepdim=True) + objects_PM.sum(1) - common_PP)
             best_P = torch.where(ious_PP.any(1), ious_PP.argmax(1), -1)
             best = [labels[index] if index >= 0 else -1 for index in best_P.tolist()]
-            metrics.add(ious_PP.diagonal(), best, labels, [not is_base[label] for label in labels])
+            metrics.add(ious_PP.diagonal(), best, labels, [novel_K[label] for label in labels])
     return metrics
+
+
+def novel_names(vocabulary: Vocabulary) -> list[bool]:
+    """Whether each name is novel: all of them, where nobody knows."""
+    return [True] * len(vocabulary) if vocabulary.is_base is None else (~vocabulary.is_base).tolist()
 
 
 def summaries(collected: Collected) -> dict[tuple[str, str], dict[str, float]]:

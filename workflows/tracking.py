@@ -141,6 +141,11 @@ class TrackedRun:
         else:
             self.client.log_image(self.run_id, image, key=name, step=step)
 
+    def log_pictures(self, images: Sequence[PIL.Image.Image], prefix: str) -> None:
+        """Numbered pictures below `prefix`."""
+        for number, image in enumerate(images):
+            self.log_image(image, f"{prefix}/picture_{number:02d}")
+
     def log_table(self, columns: Mapping[str, Sequence[object]], path: str) -> None:
         """A table that MLflow can compare between runs; `path` ends in `.json`."""
         with warnings.catch_warnings():
