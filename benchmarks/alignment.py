@@ -23,8 +23,10 @@ from measure import forget_peak, provenance, resident_mb
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd_models.alignment import Alignment, align
-from workflows import codet, codet_configs, tracking
+from ovd_models.codet.alignment import Alignment, align
+from workflows import codet
+from workflows.common import tracking
+from workflows.configs import codet as codet_configs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / "runs" / "bench"

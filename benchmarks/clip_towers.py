@@ -19,9 +19,9 @@ import torch
 from open_clip.loss import ClipLoss
 from torch.utils.flop_counter import FlopCounterMode
 
-from ovd_models.clip import Clip, ClipConfig
+from ovd_models.clip.model import Clip, ClipConfig
 from workflows import clip
-from workflows.training import build_optimiser
+from workflows.common.training import build_optimiser
 
 TIMED_STEPS = 7
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.nouns import NOUN_TAGS, TOKEN, Nouns, hanta
+from data_prep.concepts.nouns import NOUN_TAGS, TOKEN, Nouns, hanta
 
 LABELS = Path(__file__).parent / "concept_labels.tsv"
 CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions_700.txt"

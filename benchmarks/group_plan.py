@@ -20,8 +20,8 @@ import pyarrow as pa
 from measure import forget_peak, provenance, resident_mb
 
 from data_prep import tables
-from data_prep.group_stream import Sampling, build_plan, open_file, plan_group, row_groups, scan_kinds
-from data_prep.groups import FILE_ROWS, ROW_GROUP_ROWS
+from data_prep.concepts.groups import FILE_ROWS, ROW_GROUP_ROWS
+from data_prep.streams.group_loader import Sampling, build_plan, open_file, plan_group, row_groups, scan_kinds
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / "runs" / "bench"

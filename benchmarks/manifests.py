@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ovd_models import importers
+from ovd_models.importers import codet as importers
 
 REPOSITORY = Path(__file__).parents[1]
 MANIFESTS = Path("/work/shared/parity/manifests")

@@ -21,13 +21,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ovd_models.ovsam import RN50X16, OvSam, published
-from ovd_models.ovsam_head import ROI_SIDE
-from ovd_models.pyramid import ClipPyramid, build_tower
-from ovd_models.sam import VIT_H, SamModel
+from ovd_models.ovsam.clip_pyramid import ClipPyramid, build_tower
+from ovd_models.ovsam.head import ROI_SIDE
+from ovd_models.ovsam.model import RN50X16, OvSam, published
+from ovd_models.sam.model import VIT_H, SamModel
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import Vocabulary
-from workflows.pointing_report import count_flops, median_ms
+from workflows.reports.pointing import count_flops, median_ms
 
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = REPOSITORY / "runs" / "bench" / "ovsam.json"

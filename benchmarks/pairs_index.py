@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import shards
-from data_prep.dedup import Corpus, CorpusConfig
-from data_prep.filters import FilterConfig, filter_rows
-from data_prep.order import Order
+from data_prep.pairs import shards
+from data_prep.pairs.dedup import Corpus, CorpusConfig
+from data_prep.pairs.filters import FilterConfig, filter_rows
+from data_prep.pairs.order import Order
 
 BLOCK = 10_000
 SOURCE = "0" * 16

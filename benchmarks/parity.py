@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from ovd_models.alignment import LearnedAggregation, guidance_weights
-from ovd_models.cascade import CenterNet2, combine_scores
-from ovd_models.centernet import (
+from ovd_models.codet.alignment import LearnedAggregation, guidance_weights
+from ovd_models.codet.model import CoDet
+from ovd_models.detectors.centernet import (
     CenterNetConfig,
     CenterNetHead,
     centre_losses,
@@ -33,11 +33,11 @@ from ovd_models.centernet import (
     decode,
     flatten_levels,
 )
-from ovd_models.codet import CoDet
-from ovd_models.importers import TEXT_PREFIX, Release, load_text, recognise, released_names, translate
+from ovd_models.detectors.centernet2 import CenterNet2, combine_scores
+from ovd_models.detectors.masks import paste_masks
+from ovd_models.detectors.rcnn import select_detections
+from ovd_models.importers.codet import TEXT_PREFIX, Release, load_text, recognise, released_names, translate
 from ovd_models.losses import caption_loss, concept_loss, cosine_logits, federated_classes, sigmoid_loss
-from ovd_models.masks import paste_masks
-from ovd_models.rcnn import select_detections
 
 ROOT = Path("/work/shared")
 PACKS = ROOT / "parity"

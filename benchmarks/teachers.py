@@ -27,8 +27,9 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from pairs_servers import make_pictures
 from PIL import Image
 
-from data_prep import shards, storage, tables
-from ovd_models.clip import Clip, ClipConfig, save_clip
+from data_prep import storage, tables
+from data_prep.pairs import shards
+from ovd_models.clip.model import Clip, ClipConfig, save_clip
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / "runs" / "bench"

@@ -23,11 +23,12 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.ops import roi_align
 
-from data_prep import embeddings, shards
-from data_prep.crops import CropConfig, crop_squares, crop_windows, square
-from data_prep.embeddings import ROWS, RegionStore, ShardJob
-from data_prep.teachers import EmbedConfig, Teacher, embed_regions
-from ovd_models.clip import Clip, load_clip
+from data_prep.embeddings import stores as embeddings
+from data_prep.embeddings.crops import CropConfig, crop_squares, crop_windows, square
+from data_prep.embeddings.stores import ROWS, RegionStore, ShardJob
+from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions
+from data_prep.pairs import shards
+from ovd_models.clip.model import Clip, load_clip
 
 T = TypeVar("T")
 BATCH = 32

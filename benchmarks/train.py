@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from measure import provenance
 
-from data_prep.box_stream import detection_loader
-from data_prep.collate import DetectionCollate
+from data_prep.streams.box_loader import detection_loader
+from data_prep.streams.collate import DetectionCollate
 from ovd_models.batches import DetectionBatch
 from ovd_models.checkpoints import load_encoder
-from ovd_models.clip import Clip, ClipConfig, save_clip
-from ovd_models.vild import ViLD
-from workflows import prepare_boxes, tracking, vild, vild_configs
-from workflows.vild_configs import Run
+from ovd_models.clip.model import Clip, ClipConfig, save_clip
+from ovd_models.vild.model import ViLD
+from workflows import prepare_boxes, vild
+from workflows.common import tracking
+from workflows.configs import vild as vild_configs
+from workflows.configs.vild import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / "runs" / "bench"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ovd_models.checkpoints import Detector
-    from ovd_models.checkpoints_ovsam import Segmenter, TextSegmenter
+    from ovd_models.ovsam.checkpoints import Segmenter, TextSegmenter
 
 
 def load(folder: str | Path, device: str = "cpu") -> "Detector":
@@ -30,7 +30,7 @@ def load_segmenter(folder: str | Path, device: str = "cpu") -> "Segmenter":
     Raises:
         InputError: the folder holds no OV-SAM checkpoint that this program reads.
     """
-    from ovd_models import checkpoints_ovsam
+    from ovd_models.ovsam import checkpoints as checkpoints_ovsam
 
     return checkpoints_ovsam.load_segmenter(folder, device)
 
@@ -41,6 +41,6 @@ def load_text_segmenter(folder: str | Path, device: str = "cpu") -> "TextSegment
     Raises:
         InputError: the folder holds no such checkpoint that this program reads.
     """
-    from ovd_models import checkpoints_ovsam
+    from ovd_models.ovsam import checkpoints as checkpoints_ovsam
 
     return checkpoints_ovsam.load_text_segmenter(folder, device)

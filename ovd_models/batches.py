@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import nms
 
-from ovd_models.draw import draw_boxes
+from ovd_models.drawing import draw_boxes
 
 
 def _move(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:

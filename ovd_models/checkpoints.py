@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ovd_models.batches import Detections
-from ovd_models.clip import ClipTextEncoder, load_text_encoder, save_text_encoder
-from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.clip.model import ClipTextEncoder, load_text_encoder, save_text_encoder
+from ovd_models.codet.model import CoDet, CoDetConfig
+from ovd_models.detectors.questions import build_question
+from ovd_models.detectors.rcnn import ProposalNetwork
+from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.images import open_image
 from ovd_models.preprocess import ImageLike, to_tensor
-from ovd_models.questions import build_question
-from ovd_models.rcnn import ProposalNetwork
-from ovd_models.region_scores import Scoring
-from ovd_models.vild import ViLD, ViLDConfig
+from ovd_models.vild.model import ViLD, ViLDConfig
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder
 
 FORMAT = 1

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from ovd_models.draw import colour_of, draw_boxes
+from ovd_models.drawing import colour_of, draw_boxes
 from ovd_models.errors import InputError
 
 PIXELS_AT_A_TIME = 1 << 26

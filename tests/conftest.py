@@ -19,7 +19,7 @@ os.environ.update(  # before anything imports ray
 
 import pytest
 
-from data_prep import webserver, website
+from data_prep.pictograms import webserver, website
 
 
 @pytest.fixture(scope="session")

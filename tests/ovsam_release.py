@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ovd_models.ovsam import OvSam
+from ovd_models.ovsam.model import OvSam
 
 PUBLISHED = {
     "clip.tower.attnpool.": "backbone.head.",

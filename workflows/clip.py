@@ -25,11 +25,12 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_prep import storage, tables, teachers
-from data_prep.batching import StreamShape, pair_loader, stream
-from data_prep.collate import PairCollate
-from data_prep.pictograms import PICTURES, World, single_objects
-from ovd_models.clip import (
+from data_prep import storage, tables
+from data_prep.embeddings import teachers
+from data_prep.pictograms.world import PICTURES, World, single_objects
+from data_prep.streams.collate import PairCollate
+from data_prep.streams.plans import StreamShape, pair_loader, stream
+from ovd_models.clip.model import (
     Clip,
     ClipConfig,
     ClipTextEncoder,
@@ -38,12 +39,13 @@ from ovd_models.clip import (
     save_clip,
     zero_shot_logits,
 )
+from ovd_models.clip.zero_shot import calibration_error, fit_temperature
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import build_vocabulary
-from ovd_models.zero_shot import calibration_error, fit_temperature
-from workflows import cli, prepare_pairs, tracking, training
-from workflows.tracking import MetricLogger
-from workflows.training import Meter, Optimisation, Session
+from workflows import prepare_pairs
+from workflows.common import cli, tracking, training
+from workflows.common.tracking import MetricLogger
+from workflows.common.training import Meter, Optimisation, Session
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,24 +28,25 @@ import torch
 from torch import Tensor, nn
 
 from data_prep import storage, tables
-from data_prep.batching import Stream, StreamShape, stream
-from data_prep.box_stream import detection_loader
-from data_prep.collate import DetectionCollate, GroupCollate
-from data_prep.group_stream import group_loader
+from data_prep.streams.box_loader import detection_loader
+from data_prep.streams.collate import DetectionCollate, GroupCollate
+from data_prep.streams.group_loader import group_loader
+from data_prep.streams.plans import Stream, StreamShape, stream
 from ovd_models.batches import ConceptBatch
-from ovd_models.cascade import CenterNet2
 from ovd_models.checkpoints import load_codet, load_encoder, save_detector
-from ovd_models.codet import CoDet
-from ovd_models.draw_groups import draw_attention, draw_similarity
+from ovd_models.codet.drawing import draw_attention, draw_similarity
+from ovd_models.codet.model import CoDet
+from ovd_models.detectors.centernet2 import CenterNet2
+from ovd_models.detectors.rcnn import RCNN, find_backbone_weights, load_backbone
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
-from ovd_models.rcnn import RCNN, find_backbone_weights, load_backbone
 from ovd_models.vocabulary import TextEncoder
-from workflows import cli, evaluate, prepare_boxes, prepare_pairs, tracking, training
-from workflows.codet_configs import CONFIGS, Run
-from workflows.teacher import Names, open_encoder, read_names, share_encoder, untrained_teacher
-from workflows.tracking import MetricLogger, TrackedRun
-from workflows.training import Meter, Optimisation, Session
+from workflows import evaluate, prepare_boxes, prepare_pairs
+from workflows.common import cli, tracking, training
+from workflows.common.teacher import Names, open_encoder, read_names, share_encoder, untrained_teacher
+from workflows.common.tracking import MetricLogger, TrackedRun
+from workflows.common.training import Meter, Optimisation, Session
+from workflows.configs.codet import CONFIGS, Run
 
 
 @dataclass(frozen=True)

@@ -28,21 +28,12 @@ import requests
 from PIL import Image
 
 from data_prep import storage, tables
-from data_prep.pictograms import World, contact_sheet
+from data_prep.pictograms.world import World, contact_sheet
 from ovd_models.errors import InputError
-from workflows import (
-    cli,
-    clip,
-    cluster,
-    codet,
-    codet_configs,
-    evaluate,
-    prepare_boxes,
-    prepare_pairs,
-    report,
-    serve,
-    tracking,
-)
+from workflows import clip, codet, evaluate, prepare_boxes, prepare_pairs, serve
+from workflows.common import cli, cluster, tracking
+from workflows.configs import codet as codet_configs
+from workflows.reports import demo as report
 
 MARKER = ".ovd-demo"
 

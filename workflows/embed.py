@@ -26,14 +26,16 @@ import ray
 import ray.data
 from ray.exceptions import RayTaskError
 
-from data_prep import embeddings, storage, tables, teachers
-from data_prep.crops import Colour, CropConfig, Fit
-from data_prep.embeddings import ShardJob, save_shard
+from data_prep import storage, tables
+from data_prep.embeddings import stores as embeddings
+from data_prep.embeddings import teachers
+from data_prep.embeddings.crops import Colour, CropConfig, Fit
+from data_prep.embeddings.stores import ShardJob, save_shard
+from data_prep.embeddings.teachers import EmbedConfig, PairStage, RegionStage, Shards, ShardWorker
 from data_prep.pace import Pace
 from data_prep.tables import Manifest
-from data_prep.teachers import EmbedConfig, PairStage, RegionStage, Shards, ShardWorker
 from ovd_models.errors import InputError
-from workflows import cli, cluster
+from workflows.common import cli, cluster
 
 PRODUCER = "workflows/embed.py"
 PROGRESS_SECONDS = 5.0
@@ -145,7 +147,7 @@ def bring_in(run: Run) -> str:
     tag = f"{file.stem}-{storage.sha256(file.read_bytes())[:8]}" if file.is_file() else run.pretrained
     checkpoint = storage.join(run.storage, "teachers", f"{run.teacher}-{tag}")
     if not storage.exists(storage.join(checkpoint, "clip.json")):
-        from ovd_models.clip import ClipConfig, open_clip_model  # here, so that the driver stays small
+        from ovd_models.clip.model import ClipConfig, open_clip_model  # here, so that the driver stays small
 
         teachers.store_checkpoint(open_clip_model(ClipConfig(name=run.teacher), run.pretrained), checkpoint)
     return checkpoint
@@ -326,7 +328,7 @@ def show_progress(table: str, saved: Iterable[pa.Table], total: int) -> None:
 def make_smoke_tables(run: Run) -> Run:
     """The run with tables of its own and a teacher that has not learnt anything, made where they are missing."""
     from workflows import prepare_boxes, prepare_pairs  # here, so that the driver stays small
-    from workflows.teacher import untrained_teacher
+    from workflows.common.teacher import untrained_teacher
 
     prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
     if tables.find_manifest(run.storage, "pairs", run.pairs) is None:

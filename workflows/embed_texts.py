@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from data_prep import storage, tables
-from data_prep.texts import TextStore, check_order, import_matrix, read_categories, read_matrix
-from ovd_models.clip import ClipTextEncoder, load_text_encoder
+from data_prep.embeddings.texts import TextStore, check_order, import_matrix, read_categories, read_matrix
+from ovd_models.clip.model import ClipTextEncoder, load_text_encoder
 from ovd_models.errors import InputError
 from ovd_models.prompts import clean_name, find_prompt_set
 from ovd_models.vocabulary import clean_names
-from workflows import cli
+from workflows.common import cli
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,14 @@ import ovd_models
 from data_prep import storage, tables
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import read_info
-from ovd_models.checkpoints_ovsam import load_sam_folder, load_segmenter
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.images import decode_image
-from workflows import cli, pointing_report, tracking
-from workflows.teacher import read_categories
-from workflows.tracking import TrackedRun
+from ovd_models.ovsam.checkpoints import load_sam_folder, load_segmenter
+from workflows.common import cli, tracking
+from workflows.common.teacher import read_categories
+from workflows.common.tracking import TrackedRun
+from workflows.reports import pointing as pointing_report
 
 
 @dataclass(frozen=True, kw_only=True)

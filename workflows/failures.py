@@ -25,13 +25,15 @@ from torchvision.ops import box_iou
 
 import ovd_models
 from data_prep import tables
-from data_prep.crops import CropConfig, Fit, crop_squares, crop_windows
-from data_prep.teachers import Teacher, embed_regions
+from data_prep.embeddings.crops import CropConfig, Fit, crop_squares, crop_windows
+from data_prep.embeddings.teachers import Teacher, embed_regions
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import build_vocabulary
-from workflows import cli, evaluate, page, tracking
-from workflows.teacher import open_teacher, read_categories
+from workflows import evaluate
+from workflows.common import cli, tracking
+from workflows.common.teacher import open_teacher, read_categories
+from workflows.reports import page
 
 Boxes = npt.NDArray[np.float32]
 FITS: tuple[Fit, ...] = get_args(Fit)

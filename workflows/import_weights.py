@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.annotations import coco_splits
+from data_prep.boxes.annotations import coco_splits
 from ovd_models.checkpoints import save_detector
-from ovd_models.checkpoints_ovsam import save_ovsam
-from ovd_models.clip import ClipTextEncoder, load_clip
+from ovd_models.clip.model import ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
-from ovd_models.importers import Imported, load_codet_release
-from ovd_models.importers_ovsam import load_ovsam
-from ovd_models.ovsam import OvSam, published
+from ovd_models.importers.codet import Imported, load_codet_release
+from ovd_models.importers.ovsam import load_ovsam
+from ovd_models.ovsam.checkpoints import save_ovsam
+from ovd_models.ovsam.clip_pyramid import TowerConfig
+from ovd_models.ovsam.model import OvSam, published
 from ovd_models.prompts import clean_name
-from ovd_models.pyramid import TowerConfig
-from ovd_models.sam import VIT_H, SamConfig
+from ovd_models.sam.model import VIT_H, SamConfig
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder
-from workflows import cli
+from workflows.common import cli
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,26 +31,29 @@ import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 from torch import Tensor, nn
 
-from data_prep import features, storage, tables
-from data_prep.batching import StreamShape, stream
-from data_prep.collate import FeatureCollate, MaskCollate
-from data_prep.masks import feature_loader, mask_loader
-from data_prep.texts import StoredEncoder, TextStore
-from ovd_models.checkpoints_ovsam import load_sam_folder, sam_id, save_ovsam, save_sam, save_text_to_mask
-from ovd_models.clip import Clip, ClipTextEncoder, load_clip
+from data_prep import storage, tables
+from data_prep.embeddings import features
+from data_prep.embeddings.texts import StoredEncoder, TextStore
+from data_prep.streams.collate import FeatureCollate, MaskCollate
+from data_prep.streams.mask_loader import feature_loader, mask_loader
+from data_prep.streams.plans import StreamShape, stream
+from ovd_models.clip.model import Clip, ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
-from ovd_models.ovsam import OvSam, OvSamConfig
-from ovd_models.ovsam_training import Clip2SamConfig, Clip2SamTraining, Sam2ClipTraining
-from ovd_models.pyramid import ClipPyramid, TowerConfig, build_tower
-from ovd_models.sam import SamConfig, SamModel, load_sam
-from ovd_models.sam_training import SamTraining
-from ovd_models.text_to_mask import TextToMask, TextToMaskConfig
+from ovd_models.ovsam.checkpoints import load_sam_folder, sam_id, save_ovsam, save_sam, save_text_to_mask
+from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
+from ovd_models.ovsam.model import OvSam, OvSamConfig
+from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig
+from ovd_models.ovsam.training import Clip2SamConfig, Clip2SamTraining, Sam2ClipTraining
+from ovd_models.sam.model import SamConfig, SamModel, load_sam
+from ovd_models.sam.training import SamTraining
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
-from workflows import cli, pointing_report, prepare_boxes, tracking, training
-from workflows.ovsam_configs import CONFIGS, Run
-from workflows.teacher import read_categories, untrained_teacher
-from workflows.tracking import MetricLogger, TrackedRun
-from workflows.training import Meter, Optimisation, Session
+from workflows import prepare_boxes
+from workflows.common import cli, tracking, training
+from workflows.common.teacher import read_categories, untrained_teacher
+from workflows.common.tracking import MetricLogger, TrackedRun
+from workflows.common.training import Meter, Optimisation, Session
+from workflows.configs.ovsam import CONFIGS, Run
+from workflows.reports import pointing as pointing_report
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from data_prep import shards, storage, tables
-from workflows import cli, page
-from workflows.pairs_template import TEMPLATE
+from data_prep import storage, tables
+from data_prep.pairs import shards
+from workflows.common import cli
+from workflows.reports import page
+from workflows.reports.pairs_template import TEMPLATE
 
 Row = dict[str, Any]
 TABLES = ("pairs", "rejects", "concepts", "groups")

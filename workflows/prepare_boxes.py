@@ -20,11 +20,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from data_prep import annotations, storage, tables
-from data_prep.annotations import BoxSet
-from data_prep.pictograms import World
+from data_prep import storage, tables
+from data_prep.boxes import annotations
+from data_prep.boxes.annotations import BoxSet
+from data_prep.pictograms.world import World
 from ovd_models.errors import InputError
-from workflows import cli, cluster, prepare_pairs
+from workflows import prepare_pairs
+from workflows.common import cli, cluster
 
 PRODUCER = "workflows/prepare_boxes.py"
 SCENES = 100

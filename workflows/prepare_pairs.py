@@ -34,22 +34,24 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from data_prep import generations, inputs, scores, shards, storage, tables, webserver, website
-from data_prep.concepts import Extractor, Vocabulary
-from data_prep.crawl import DECODERS, LASTING, Crew, Reader, Steps, follow
-from data_prep.decode import DecodeConfig, decode
-from data_prep.dedup import Corpus, CorpusConfig
-from data_prep.fetch import FetchConfig, Fetcher
-from data_prep.filters import FilterConfig, filter_rows
-from data_prep.generations import Published, Work
-from data_prep.groups import write_groups
-from data_prep.inputs import Columns
-from data_prep.nouns import Nouns
-from data_prep.pictograms import GLYPHS
-from data_prep.scores import ScoreConfig, ScoreStage
+from data_prep import storage, tables
+from data_prep.concepts.groups import write_groups
+from data_prep.concepts.names import Extractor, Vocabulary
+from data_prep.concepts.nouns import Nouns
+from data_prep.pairs import generations, inputs, scores, shards
+from data_prep.pairs.crawl import DECODERS, LASTING, Crew, Reader, Steps, follow
+from data_prep.pairs.decode import DecodeConfig, decode
+from data_prep.pairs.dedup import Corpus, CorpusConfig
+from data_prep.pairs.fetch import FetchConfig, Fetcher
+from data_prep.pairs.filters import FilterConfig, filter_rows
+from data_prep.pairs.generations import Published, Work
+from data_prep.pairs.inputs import Columns
+from data_prep.pairs.scores import ScoreConfig, ScoreStage
+from data_prep.pictograms import webserver, website
+from data_prep.pictograms.world import GLYPHS
 from data_prep.shared import share
 from ovd_models.errors import InputError
-from workflows import cli, cluster
+from workflows.common import cli, cluster
 
 SAMPLED_PARTITIONS = 40
 """Partitions that give the report examples of rejected rows."""

@@ -25,15 +25,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from data_prep import storage, tables
-from data_prep.batching import read_images
-from data_prep.embeddings import FlatRows, open_rows
-from data_prep.nearest import nearest
-from ovd_models.clip import load_text_encoder
-from ovd_models.draw import draw_boxes
+from data_prep.embeddings.nearest import nearest
+from data_prep.embeddings.stores import FlatRows, open_rows
+from data_prep.streams.plans import read_images
+from ovd_models.clip.model import load_text_encoder
+from ovd_models.drawing import draw_boxes
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 from ovd_models.prompts import prompts_of
-from workflows import cli, embed
+from workflows import embed
+from workflows.common import cli
 
 STORES = {"regions": ("regions", "file"), "images": ("embeddings", "file"), "captions": ("embeddings", "text_file")}
 TILE = 224

@@ -40,13 +40,13 @@ from ray.serve.schema import LoggingConfig
 from starlette.exceptions import HTTPException
 
 import ovd_models
-from data_prep.texts import PreloadedEncoder, TextStore
+from data_prep.embeddings.texts import PreloadedEncoder, TextStore
 from ovd_models.checkpoints import Detector, read_info
-from ovd_models.checkpoints_ovsam import Segmenter
 from ovd_models.errors import InputError
+from ovd_models.ovsam.checkpoints import Segmenter
 from ovd_models.preprocess import to_tensor
-from workflows import cli, cluster, tracking
-from workflows.http_input import (
+from workflows.common import cli, cluster, tracking
+from workflows.serving.requests import (
     RETRY_AFTER_SECONDS,
     Gate,
     Limits,

@@ -25,20 +25,21 @@ import torch
 from torch import Tensor, nn
 
 from data_prep import storage, tables
-from data_prep.batching import StreamShape, stream
-from data_prep.box_stream import RegionSource, detection_loader
-from data_prep.collate import DetectionCollate
+from data_prep.streams.box_loader import RegionSource, detection_loader
+from data_prep.streams.collate import DetectionCollate
+from data_prep.streams.plans import StreamShape, stream
 from ovd_models.checkpoints import load_vild, read_info, save_detector
+from ovd_models.detectors.rcnn import ProposalNetwork, find_backbone_weights, load_backbone
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
-from ovd_models.rcnn import ProposalNetwork, find_backbone_weights, load_backbone
-from ovd_models.vild import ViLD
+from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
-from workflows import cli, embed, evaluate, prepare_boxes, tracking, training
-from workflows.teacher import open_encoder, read_categories, untrained_teacher
-from workflows.tracking import MetricLogger, TrackedRun
-from workflows.training import Meter, Optimisation, Session
-from workflows.vild_configs import CONFIGS, Run
+from workflows import embed, evaluate, prepare_boxes
+from workflows.common import cli, tracking, training
+from workflows.common.teacher import open_encoder, read_categories, untrained_teacher
+from workflows.common.tracking import MetricLogger, TrackedRun
+from workflows.common.training import Meter, Optimisation, Session
+from workflows.configs.vild import CONFIGS, Run
 
 
 @dataclass(frozen=True)

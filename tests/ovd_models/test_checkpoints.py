@@ -18,10 +18,10 @@ from ovd_models.checkpoints import (
     read_info,
     save_detector,
 )
-from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, save_clip
-from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, save_clip
+from ovd_models.codet.model import CoDet, CoDetConfig
+from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.errors import InputError
-from ovd_models.rcnn import RCNNConfig
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, Vocabulary, build_vocabulary
 
 NAMES = ("anchor", "umbrella", "snowman")

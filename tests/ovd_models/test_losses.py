@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-from ovd_models.codet import gather_captions
+from ovd_models.codet.model import gather_captions
 from ovd_models.losses import (
     caption_loss,
     concept_loss,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ovd_models.batches import Detections
-from ovd_models.draw import colour_of, draw_boxes
+from ovd_models.drawing import colour_of, draw_boxes
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image, open_image
 from ovd_models.preprocess import to_tensor

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd_models.importers_ovsam import account
-from ovd_models.ovsam import RN50X16, OvSam, enlarge, published
-from ovd_models.ovsam_head import fuse, name_logits
-from ovd_models.sam import EncodedImage
+from ovd_models.importers.ovsam import account
+from ovd_models.ovsam.head import fuse, name_logits
+from ovd_models.ovsam.model import RN50X16, OvSam, enlarge, published
+from ovd_models.sam.model import EncodedImage
 
 PARITY = Path("/work/shared/parity")
 PACK = PARITY / "goldens/ovsam_full/ovsam_coco_rn50x16.npz"

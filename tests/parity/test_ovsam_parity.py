@@ -10,10 +10,10 @@ import torch
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor
 
-from ovd_models.importers_ovsam import account, our_name
-from ovd_models.ovsam import RN50X16, OvSam, enlarge, published
-from ovd_models.ovsam_adapter import LevelProjection, Sam2Clip, distillation_loss
-from ovd_models.ovsam_head import (
+from ovd_models.importers.ovsam import account, our_name
+from ovd_models.ovsam.adapter import LevelProjection, Sam2Clip, distillation_loss
+from ovd_models.ovsam.clip_pyramid import ClipPyramid
+from ovd_models.ovsam.head import (
     RegionNamer,
     fuse,
     label_loss,
@@ -22,10 +22,10 @@ from ovd_models.ovsam_head import (
     read_points,
     region_levels,
 )
-from ovd_models.pointing import PointingMetrics, centre_points, mask_depth
-from ovd_models.pyramid import ClipPyramid
-from ovd_models.sam import EncodedImage, SamConfig, build_mask_decoder, build_prompt_encoder, run_decoder
-from ovd_models.sam_training import mask_ious
+from ovd_models.ovsam.metrics import PointingMetrics, centre_points, mask_depth
+from ovd_models.ovsam.model import RN50X16, OvSam, enlarge, published
+from ovd_models.sam.model import EncodedImage, SamConfig, build_mask_decoder, build_prompt_encoder, run_decoder
+from ovd_models.sam.training import mask_ious
 from ovd_models.segments import boxes_of
 
 PARITY = Path("/work/shared/parity")

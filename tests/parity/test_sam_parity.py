@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ovd_models.sam import EverythingConfig, SamConfig, SamModel, scale_prompts
+from ovd_models.sam.model import EverythingConfig, SamConfig, SamModel, scale_prompts
 from ovd_models.segments import Prompts
 
 PACKS = Path(__file__).parents[2].parent / "shared/parity/goldens/sam"

@@ -9,11 +9,12 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 from data_prep import tables
-from data_prep.pictograms import PICTURES, World, single_objects
-from ovd_models.clip import Clip, load_clip, load_text_encoder
+from data_prep.pictograms.world import PICTURES, World, single_objects
+from ovd_models.clip.model import Clip, load_clip, load_text_encoder
 from ovd_models.errors import InputError
-from workflows import cli, clip, prepare_pairs, tracking, training
+from workflows import clip, prepare_pairs
 from workflows.clip import Run, Trained, random_shift, zero_shot
+from workflows.common import cli, tracking, training
 
 
 def test_a_shift_moves_each_image_by_itself_and_repeats_its_edges() -> None:

@@ -16,16 +16,19 @@ from PIL import Image
 
 import ovd_models
 from data_prep import tables
-from data_prep.augmentation import Augmentation
-from data_prep.pictograms import World
-from ovd_models.cascade import CenterNet2Config
-from ovd_models.centernet import CenterNetConfig
+from data_prep.pictograms.world import World
+from data_prep.streams.augmentation import Augmentation
 from ovd_models.checkpoints import load_codet
-from ovd_models.codet import CoDet
+from ovd_models.codet.model import CoDet
+from ovd_models.detectors.centernet import CenterNetConfig
+from ovd_models.detectors.centernet2 import CenterNet2Config
 from ovd_models.errors import InputError
-from workflows import cli, codet, codet_configs, codet_study, evaluate, tracking
+from workflows import codet, evaluate
 from workflows.codet import Trained
-from workflows.codet_configs import Run
+from workflows.common import cli, tracking
+from workflows.configs import codet as codet_configs
+from workflows.configs.codet import Run
+from workflows.studies import codet as codet_study
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 PHOTOS, TEXTS = SHARED / "coco_photos", SHARED / "lvis/coco_clip_vitb32_a_name.npy"

@@ -17,12 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import annotations, shards, storage, tables
-from data_prep.crops import CropConfig
-from data_prep.embeddings import RegionStore, open_rows
-from data_prep.pictograms import World
-from data_prep.teachers import EmbedConfig, Teacher, embed_regions
-from ovd_models.clip import Clip, ClipConfig, save_clip, weights_digest
+from data_prep import storage, tables
+from data_prep.boxes import annotations
+from data_prep.embeddings.crops import CropConfig
+from data_prep.embeddings.stores import RegionStore, open_rows
+from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions
+from data_prep.pairs import shards
+from data_prep.pictograms.world import World
+from ovd_models.clip.model import Clip, ClipConfig, save_clip, weights_digest
 from ovd_models.errors import InputError
 from workflows import embed, search
 
@@ -30,7 +32,7 @@ IMAGES = 10
 PROGRAM = """
 import sys
 import ray
-from data_prep.teachers import EmbedConfig
+from data_prep.embeddings.teachers import EmbedConfig
 from workflows import embed
 
 storage, teacher, shards = sys.argv[1:]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ovd_models.clip import Clip, ClipConfig, load_text_encoder, save_clip
+from ovd_models.clip.model import Clip, ClipConfig, load_text_encoder, save_clip
 from ovd_models.errors import InputError
 from workflows import embed_texts
 from workflows.embed_texts import Run

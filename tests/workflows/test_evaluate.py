@@ -11,14 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import annotations, tables
-from data_prep.pictograms import World
+from data_prep import tables
+from data_prep.boxes import annotations
+from data_prep.pictograms.world import World
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import Detector, save_detector
-from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable
-from workflows import cli, evaluate, tracking
+from workflows import evaluate
+from workflows.common import cli, tracking
 from workflows.evaluate import Run
 
 WORLD = World.create(0)

@@ -10,13 +10,14 @@ from PIL import Image
 
 import ovd_models
 from benchmarks import parity
-from ovd_models import importers, load_segmenter
-from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, save_clip
-from ovd_models.codet import CoDet
+from ovd_models import load_segmenter
+from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, save_clip
+from ovd_models.codet.model import CoDet
 from ovd_models.errors import InputError
-from ovd_models.ovsam import OvSam, published
-from ovd_models.pyramid import TowerConfig
-from ovd_models.sam import SamConfig, SamModel
+from ovd_models.importers import codet as importers
+from ovd_models.ovsam.clip_pyramid import TowerConfig
+from ovd_models.ovsam.model import OvSam, published
+from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.segments import Prompts
 from workflows import import_weights
 from workflows.import_weights import OvSamRun, Run

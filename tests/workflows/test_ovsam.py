@@ -14,32 +14,27 @@ from PIL import Image
 
 import ovd_models
 from data_prep import tables
-from data_prep.collate import decode_masks
-from data_prep.pictograms import GLYPHS
+from data_prep.pictograms.world import GLYPHS
+from data_prep.streams.collate import decode_masks
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import save_detector
-from ovd_models.checkpoints_ovsam import load_ovsam_folder, load_sam_folder
-from ovd_models.clip import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
-from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
+from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_detections
-from ovd_models.sam import VIT_H, EverythingConfig
+from ovd_models.ovsam.checkpoints import load_ovsam_folder, load_sam_folder
+from ovd_models.sam.model import VIT_H, EverythingConfig
 from ovd_models.segments import Prompts, Segments, boxes_of
 from ovd_models.vocabulary import Vocabulary
-from workflows import (
-    cli,
-    evaluate,
-    ovsam,
-    ovsam_boxes,
-    ovsam_configs,
-    ovsam_names,
-    ovsam_study,
-    pointing_report,
-    tracking,
-)
+from workflows import evaluate, ovsam
+from workflows.common import cli, tracking
+from workflows.common.teacher import read_categories
+from workflows.configs import ovsam as ovsam_configs
+from workflows.configs.ovsam import Run
 from workflows.ovsam import Trained
-from workflows.ovsam_configs import Run
-from workflows.teacher import read_categories
+from workflows.reports import pointing as pointing_report
+from workflows.studies import ovsam as ovsam_study
+from workflows.studies import ovsam_boxes, ovsam_names
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data_prep import shards, storage, tables, website
-from data_prep.groups import build_groups
+from data_prep import storage, tables
+from data_prep.concepts.groups import build_groups
+from data_prep.pairs import shards
+from data_prep.pictograms import website
 from ovd_models.errors import InputError
-from workflows import page, pairs_report
+from workflows import pairs_report
+from workflows.reports import page
 
 CHROMIUM = Path("/usr/bin/chromium")
 SOURCE = "0123456789abcdef"

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import storage, tables, webserver, website
+from data_prep import storage, tables
+from data_prep.pictograms import webserver, website
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
 from workflows.prepare_pairs import Run, Summary, prepare, prepare_local

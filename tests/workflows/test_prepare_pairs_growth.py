@@ -20,10 +20,10 @@ import pytest
 from PIL import Image
 
 from data_prep import storage, tables
-from data_prep.fetch import FetchConfig
-from data_prep.inputs import Columns
-from data_prep.scores import ScoreConfig
-from ovd_models.clip import Clip, ClipConfig, save_clip
+from data_prep.pairs.fetch import FetchConfig
+from data_prep.pairs.inputs import Columns
+from data_prep.pairs.scores import ScoreConfig
+from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
 from workflows.prepare_pairs import Run, prepare

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import tables, webserver, website
-from data_prep.website import FaultRates
+from data_prep import tables
+from data_prep.pictograms import webserver, website
+from data_prep.pictograms.website import FaultRates
 
 pytestmark = pytest.mark.slow
 TABLES = ("pairs", "rejects", "concepts", "groups")

@@ -23,17 +23,18 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import ovd_models
-from data_prep.texts import TextStore
+from data_prep.embeddings.texts import TextStore
 from ovd_models.checkpoints import save_detector
-from ovd_models.checkpoints_ovsam import Segmenter, save_ovsam, save_sam
-from ovd_models.codet import CoDet, CoDetConfig
+from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
-from ovd_models.ovsam import OvSam, OvSamConfig
-from ovd_models.sam import SamConfig, SamModel
+from ovd_models.ovsam.checkpoints import Segmenter, save_ovsam, save_sam
+from ovd_models.ovsam.model import OvSam, OvSamConfig
+from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import EmbeddingTable
-from workflows import serve, tracking
-from workflows.http_input import Limits
+from workflows import serve
+from workflows.common import tracking
+from workflows.serving.requests import Limits
 
 NAMES = ("anchor", "umbrella", "snowman")
 LIMITS = Limits(

@@ -14,12 +14,17 @@ import ovd_models
 from data_prep import tables
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import load_vild
-from ovd_models.clip import Clip, ClipConfig, save_clip
+from ovd_models.clip.model import Clip, ClipConfig, save_clip
+from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
-from ovd_models.region_scores import Scoring
-from workflows import cli, evaluate, failures, studies, tracking, vild, vild_configs, vild_study, vild_sweep
+from workflows import evaluate, failures, vild
+from workflows.common import cli, tracking
+from workflows.configs import vild as vild_configs
+from workflows.configs.vild import Run
+from workflows.studies import study as studies
+from workflows.studies import vild as vild_study
+from workflows.studies import vild_sweep
 from workflows.vild import Trained
-from workflows.vild_configs import Run
 
 NOVEL = 17
 

@@ -1,0 +1,155 @@
+"""The cache of a SAM's image embeddings: float16, in shards, keyed by the model and its preprocessing.
+
+boxes --shards of images--> SAM's image encoder --> features/<name>: flat files [rows, C, h, h] and their index
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+
+from data_prep import storage, tables
+from data_prep.tables import FileEntry, Manifest
+from ovd_models.images import decode_image
+from ovd_models.ovsam.checkpoints import load_sam_folder
+from ovd_models.preprocess import to_tensor
+from ovd_models.sam.model import SamConfig
+
+PRODUCER = "workflows/ovsam.py"
+
+
+def cache_name(storage_uri: str, boxes: str, teacher: str) -> str:
+    """The cache's name: that of the images, their table's digest, and the digest of the model's config and weights.
+
+    Raises:
+        InputError: the table is missing.
+    """
+    digest = tables.read_manifest(storage_uri, "boxes", boxes).digest.rpartition(":")[2]
+    return f"{boxes}-{digest[:8]}-{teacher.rpartition(':')[2]}"
+
+
+def cache_features(
+    storage_uri: str,
+    boxes: str,
+    sam_folder: str,
+    teacher: str,
+    config: SamConfig,
+    *,
+    rows_per_shard: int,
+    workers: int,
+    gpus: float = 0.0,
+) -> Manifest:
+    """Publish `features/<cache_name>`; shards that an interrupted run left whole are kept.
+
+    Args:
+        storage_uri: the storage.
+        boxes: name of the `boxes` table whose images are embedded.
+        sam_folder: the SAM's checkpoint, readable on every node.
+        teacher: its id.
+        config: its numbers.
+        rows_per_shard: images in a file.
+        workers: processes that embed at a time; 0 embeds inside the driver, for debugging.
+        gpus: of each process; without any it embeds on the CPU.
+
+    Raises:
+        InputError: a table or the checkpoint is missing.
+    """
+    name = cache_name(storage_uri, boxes, teacher)
+    done = tables.find_manifest(storage_uri, "features", name)
+    if done is not None:
+        return done
+    rows = tables.read_table(storage_uri, "boxes", boxes, ["image_id", "uri"])
+    uri = storage.absolute(storage_uri)
+    shards = -(-rows.num_rows // rows_per_shard)
+    parts = [part_name(rows_per_shard, number) for number in range(shards)]
+    missing = [number for number, part in enumerate(parts) if not storage.exists(receipt_uri(uri, name, part))]
+    if missing and not workers:
+        embedder = Embedder(uri, name, rows, sam_folder, rows_per_shard, gpus > 0)
+        for number in missing:
+            embedder.write(number)
+    elif missing:
+        numbers = ray.data.from_items([{"number": number} for number in missing], override_num_blocks=len(missing))
+        numbers.map_batches(
+            Embedder,
+            fn_constructor_args=(uri, name, rows, sam_folder, rows_per_shard, gpus > 0),
+            batch_size=1,
+            batch_format="pyarrow",
+            concurrency=workers,
+            num_gpus=gpus or None,
+        ).materialize()
+    files = [FileEntry(**entry) for part in parts for entry in read_receipt(uri, name, part)]
+    return tables.publish(
+        storage_uri,
+        "features",
+        name,
+        files,
+        producer=PRODUCER,
+        config_hash=teacher,
+        details={
+            "teacher": teacher,
+            "shape": [config.prompt_width, config.embedding_side, config.embedding_side],
+            "preprocessing": {"image_size": config.image_size, "resize": "longest side, segment-anything's"},
+        },
+    )
+
+
+def part_name(rows_per_shard: int, number: int) -> str:
+    """A shard's name; those of another size are other shards."""
+    return f"part-{rows_per_shard}-{number:05d}"
+
+
+def receipt_uri(storage_uri: str, name: str, part: str) -> str:
+    """Where a whole shard says so."""
+    return storage.join(tables.table_uri(storage_uri, "features", name), f"receipts/{part}.json")
+
+
+def read_receipt(storage_uri: str, name: str, part: str) -> list[dict[str, Any]]:
+    """The files of a shard."""
+    entries: list[dict[str, Any]] = json.loads(storage.read_bytes(receipt_uri(storage_uri, name, part)))
+    return entries
+
+
+class Embedder:
+    """A worker of the cache: takes numbers of shards, writes the shards."""
+
+    def __init__(
+        self, storage_uri: str, name: str, rows: pa.Table, sam_folder: str, rows_per_shard: int, use_gpu: bool
+    ) -> None:
+        self.storage_uri, self.name, self.rows_per_shard = storage_uri, name, rows_per_shard
+        self.rows = rows
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.model = load_sam_folder(Path(storage.local_folder(sam_folder)))[0].to(self.device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Write the shards of the batch; each is whole once its receipt is there."""
+        for number in batch["number"].to_pylist():
+            self.write(number)
+        return batch
+
+    def write(self, number: int) -> None:
+        """One shard: embeddings, their index, and last the receipt."""
+        rows = self.rows.slice(number * self.rows_per_shard, self.rows_per_shard)
+        part = part_name(self.rows_per_shard, number)
+        file, index = f"{part}.f16", f"{part}.parquet"
+        features = [self.embed(storage.join(self.storage_uri, uri)) for uri in rows["uri"].to_pylist()]
+        content = np.stack(features).astype("<f2").tobytes()
+        table = pa.table(
+            {"image_id": rows["image_id"], "file": [file] * rows.num_rows, "row": list(range(rows.num_rows))}
+        )
+        entries = [
+            tables.write_file(self.storage_uri, "features", self.name, file, content),
+            tables.write_part(self.storage_uri, "features", self.name, index, table),
+        ]
+        receipt = json.dumps([asdict(entry) for entry in entries]).encode()
+        storage.write_bytes(receipt_uri(self.storage_uri, self.name, part), receipt)
+
+    def embed(self, uri: str) -> np.ndarray:
+        """[C, h, h] of an image file."""
+        image = to_tensor(decode_image(storage.read_bytes(uri), uri)).to(self.device)
+        embedding: np.ndarray = self.model.encode(image).embedding[0].cpu().numpy()
+        return embedding

@@ -1,0 +1,203 @@
+"""The pictogram web site's server: plays the faults that `website.build_site` put into the list.
+
+    with serving(root) as base_url:          # the list is now at root/urls.tsv
+        ...
+
+By hand: `python -m data_prep.pictograms.webserver --root DIR --port 8000`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from aiohttp import web
+
+from data_prep.pictograms.website import BODIES, child_environment, image_path, near_copy
+
+READY_SECONDS = 60.0
+ENDLESS_BYTES = 64 << 20  # where even the endless body ends, should a client read on
+RESPONSES: dict[str, tuple[int, dict[str, str]]] = {
+    "images": (200, {}), "copy": (200, {}), "caption_length": (200, {}), "caption_characters": (200, {}),
+    "messy_caption": (200, {}), "missing": (404, {}), "gone": (410, {}), "server_error": (500, {}),
+    "wrong_type": (200, {"Content-Type": "text/html"}), "opt_out": (200, {"X-Robots-Tag": "noai, noimageai"}),
+    "redirect_private": (302, {"Location": "http://10.0.0.1/x.jpg"}),
+    "redirect_metadata": (302, {"Location": "http://169.254.169.254/latest/meta-data/"}),
+    "redirect_file": (302, {"Location": "file:///etc/passwd"}), "redirect_loop": (302, {"Location": "?again"}),
+}  # fmt: skip
+"""Kinds that are one of the images, or no body, with this status and these headers."""
+
+
+@contextlib.contextmanager
+def serving(root: str | Path, *, port: int = 0) -> Iterator[str]:
+    """Serve a built site from a process of its own while the block runs, and yield its base URL.
+
+    The server ends with the block, and also when this process dies. With `port` 0 it takes the port it had last
+    time if that is free, so that the URL list, and with it the digest of the list, stays the same.
+
+    Raises:
+        RuntimeError: the server did not start.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.pictograms.webserver",
+        "--root",
+        str(root),
+        "--port",
+        str(port),
+        "--stop-at-eof",
+    ]
+    server = subprocess.Popen(
+        command, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdin and server.stdout
+    watchdog = threading.Timer(READY_SECONDS, server.kill)
+    watchdog.start()
+    try:
+        base_url = server.stdout.readline().strip()
+        if not base_url:
+            raise RuntimeError(f"the web site did not start: {' '.join(command)}")
+        watchdog.cancel()
+        yield base_url
+    finally:
+        watchdog.cancel()
+        server.stdin.close()
+        server.terminate()
+        try:
+            server.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        server.stdout.close()
+
+
+def write_url_list(root: Path, base_url: str) -> None:
+    """Write `root/urls.tsv`, a header and one `url<tab>caption` a row, for a site that answers at `base_url`."""
+    expected = pq.read_table(root / "expected.parquet", columns=["url", "caption"])
+    urls = [base_url + url if url.startswith("/") else url for url in expected["url"].to_pylist()]
+    lines = [f"{url}\t{caption}\n" for url, caption in zip(urls, expected["caption"].to_pylist(), strict=True)]
+    temporary = root / "urls.tsv.tmp"
+    temporary.write_text("url\tcaption\n" + "".join(lines), encoding="utf-8")
+    temporary.replace(root / "urls.tsv")
+
+
+class Site:
+    """Answers requests: `/<kind>/<image index>.jpg`, where the kind is `images` or a fault."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.requests: Counter[str] = Counter()
+        """Requests so far by path, also served as JSON at `/_requests`."""
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        """One response."""
+        if request.path == "/_requests":
+            return web.json_response(self.requests)
+        self.requests[request.path] += 1
+        kind, _, name = request.path[1:].partition("/")
+        if kind in BODIES:
+            return web.Response(body=(self.root / "bodies" / kind).read_bytes(), content_type=BODIES[kind])
+        stem = name.removesuffix(".jpg")
+        if not stem.isdigit() or not image_path(self.root, int(stem)).exists():
+            return web.Response(status=404)
+        return await self._image(request, kind, image_path(self.root, int(stem)).read_bytes())
+
+    async def _image(self, request: web.Request, kind: str, image: bytes) -> web.StreamResponse:
+        match kind:
+            case "flaky" if self.requests[request.path] == 1:
+                return web.Response(status=500)
+            case "hangs":
+                await asyncio.sleep(3600)
+            case "disconnects":
+                assert request.transport is not None
+                request.transport.close()
+            case "near":
+                image = near_copy(image)
+            case "truncated":
+                image = image[: len(image) * 6 // 10]
+            case "redirects":
+                hop = int(request.query.get("hop", "0"))
+                location = f"?hop={hop + 1}" if hop < 2 else request.path.replace("/redirects/", "/images/")
+                return web.Response(status=(301, 302, 307)[hop], headers={"Location": location})
+            case "too_large":
+                return await _endless(request)
+        status, headers = RESPONSES.get(kind, (200, {}))
+        return web.Response(
+            body=image if status == 200 else None, status=status, headers={"Content-Type": "image/jpeg", **headers}
+        )
+
+
+async def _endless(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "image/jpeg"})
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(ENDLESS_BYTES >> 16):
+            await response.write(bytes(1 << 16))
+    return response
+
+
+async def serve(root: Path, port: int, *, stop_at_eof: bool = False) -> None:
+    """Serve until SIGTERM, SIGINT or, if asked, the end of standard input; print the base URL when ready."""
+    listener = _listen(root, port)
+    application = web.Application()
+    application.router.add_get("/{path:.*}", Site(root).answer)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    write_url_list(root, base_url)
+
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stopped.set)
+    if stop_at_eof:
+        loop.add_reader(sys.stdin, lambda: None if os.read(sys.stdin.fileno(), 1024) else stopped.set())
+    print(base_url, flush=True)
+    await stopped.wait()
+    if stop_at_eof:
+        loop.remove_reader(sys.stdin)
+    await runner.cleanup()
+
+
+def _listen(root: Path, port: int) -> socket.socket:
+    """A listening socket on the port asked for, else on the last one used, else on any free one."""
+    remembered = root / "port"
+    last = int(remembered.read_text()) if remembered.exists() else 0
+    for candidate in (port,) if port else (last, 0):
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", candidate))
+            listener.listen(1024)
+        except OSError:
+            listener.close()
+            continue
+        remembered.write_text(str(listener.getsockname()[1]))
+        return listener
+    raise SystemExit(f"error: --port {port}: already in use")
+
+
+def main() -> None:
+    """The server's command line."""
+    parser = argparse.ArgumentParser(description="Serve a built pictogram web site.")
+    parser.add_argument("--root", type=Path, required=True, help="folder that build_site wrote")
+    parser.add_argument("--port", type=int, default=0, help="0: the last one used, or any free one")
+    parser.add_argument("--stop-at-eof", action="store_true", help="also stop at the end of standard input")
+    options = parser.parse_args()
+    if not (options.root / "expected.parquet").exists():
+        raise SystemExit(f"error: --root {options.root}: holds no site, expected expected.parquet from build_site")
+    asyncio.run(serve(options.root, options.port, stop_at_eof=options.stop_at_eof))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""The stream of caption groups: which concepts and images come at which position, and their pixels.
+
+    concepts, widths and heights of groups --scan--> GroupPlan --position--> rows of groups
+    rows --Parquet row groups--> where the images lie --range reads, decode--> raw pixels
+
+A plan is a pure function of the seed and a position. It holds a byte for each row of `groups`, which itself is never
+loaded: of the chosen rows the row groups around them are read, and the last ones used are kept.
+
+Nothing here imports torch: the data tasks start fast and stay small.
+"""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep import storage, tables
+from data_prep.shared import Shared, share, shared
+from data_prep.streams.plans import Integers
+from ovd_models.errors import InputError
+from ovd_models.images import decode_image
+
+ROW_COLUMNS = ["shard", "offset", "size", "caption", "concept_ids"]
+CACHE_BYTES = 256 << 20
+"""Of row groups that a process keeps."""
+OPEN_FILES = 128
+TRIES = 100
+"""Concepts that are tried for one position before the table is held to be broken."""
+GROUP_ROWS = pa.schema(
+    {
+        "images": pa.list_(pa.binary()),
+        "heights": pa.list_(pa.int64()),
+        "widths": pa.list_(pa.int64()),
+        "captions": pa.list_(pa.string()),
+        "concept_id": pa.int64(),
+        "mentioned": pa.list_(pa.list_(pa.int64())),
+        "unreadable": pa.list_(pa.string()),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How groups are drawn."""
+
+    weights: Literal["uniform", "frequency", "repeat_factor"] = "uniform"
+    """A concept's chance: the same for all, its share p of the images, or p * max(1, sqrt(threshold / p))."""
+    repeat_threshold: float = 1e-3
+    """Share of the images below which a concept comes more often than its share."""
+    by_orientation: bool = True
+    """Images of a group are all wider than high, or none is: so a batch holds little padding."""
+    min_side: int = 0
+    """Images with a shorter side below this take no part, in pixels."""
+
+
+# ---------------------------------------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Everything that decides which rows make the group at a position."""
+
+    concept_ids: Integers
+    """[C] concepts with enough images of one kind."""
+    starts: Integers
+    """[C] first row of each in `groups`."""
+    stops: Integers
+    """[C] row after its last one."""
+    ends: npt.NDArray[np.float64]
+    """[C] running sum of the concepts' chances."""
+    kinds: npt.NDArray[np.uint8]
+    """[rows] 0 for an image that takes no part, else its kind: images of a group are of one kind."""
+    counts: Integers
+    """[C, 2] images of kind 1 and of kind 2."""
+    seed: int
+    group_size: int
+
+
+def build_plan(
+    concept_ids: Integers,
+    starts: Integers,
+    stops: Integers,
+    kinds: npt.NDArray[np.uint8],
+    sampling: Sampling,
+    *,
+    seed: int,
+    group_size: int,
+) -> GroupPlan:
+    """The plan over concepts that have `group_size` images of one kind; the others are left out.
+
+    Args:
+        concept_ids: [C].
+        starts: [C] first row of each concept.
+        stops: [C] row after its last one.
+        kinds: as in `GroupPlan`.
+        sampling: the chances.
+        seed: of the stream.
+        group_size: g.
+    """
+    counts = np.zeros((len(starts), 2), np.int64)
+    for kind in (1, 2):
+        of_kind = kinds == kind
+        counts[:, kind - 1] = [
+            np.count_nonzero(of_kind[start:stop]) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+        ]
+    enough = (counts >= group_size).any(1)
+    counts = counts[enough]
+    chances = concept_chances(np.where(counts >= group_size, counts, 0).sum(1), sampling)
+    return GroupPlan(
+        concept_ids[enough], starts[enough], stops[enough], np.cumsum(chances), kinds, counts, seed, group_size
+    )
+
+
+def concept_chances(images: Integers, sampling: Sampling) -> npt.NDArray[np.float64]:
+    """[C] chances of concepts with so many images each, summing to 1 (repeat factors: Gupta et al., 2019, LVIS)."""
+    if sampling.weights == "uniform":
+        return np.full(len(images), 1 / max(1, len(images)))
+    share = images / max(1, images.sum())
+    if sampling.weights == "repeat_factor":
+        share = share * np.maximum(1.0, np.sqrt(sampling.repeat_threshold / share))
+    return np.asarray(share / share.sum(), np.float64)
+
+
+def plan_group(plan: GroupPlan, position: int, attempt: int = 0) -> tuple[int, Iterator[int]]:
+    """The concept at a position, and rows of `groups` in random order, the first of which make the group.
+
+    The rows are of one kind and each comes once, so that one whose image is broken is replaced by the next.
+
+    Args:
+        plan: the concepts.
+        position: of the group in the stream.
+        attempt: another one gives another concept.
+
+    Returns:
+        An index into the plan's concepts, and the rows: at least `group_size` of them.
+    """
+    rng = np.random.default_rng([plan.seed, position, attempt])
+    concept = min(int(np.searchsorted(plan.ends, rng.random() * plan.ends[-1], side="right")), len(plan.ends) - 1)
+    count = np.where(plan.counts[concept] >= plan.group_size, plan.counts[concept], 0)
+    kind = 1 + int(rng.random() * count.sum() >= count[0])
+    start, stop = int(plan.starts[concept]), int(plan.stops[concept])
+    rows = random_rows(rng, plan.kinds[start:stop], kind, int(count[kind - 1]))
+    return concept, (start + row for row in rows)
+
+
+def random_rows(rng: np.random.Generator, kinds_R: npt.NDArray[np.uint8], kind: int, count: int) -> Iterator[int]:
+    """The `count` rows of a kind in random order; a long range is not laid out for the first few of many."""
+    seen: set[int] = set()
+    if 8 * count > len(kinds_R) > 1000:
+        while 2 * len(seen) < len(kinds_R):
+            for row in rng.integers(len(kinds_R), size=32).tolist():
+                if row not in seen:
+                    seen.add(row)
+                    if kinds_R[row] == kind:
+                        yield row
+    for row in rng.permutation(np.flatnonzero(kinds_R == kind)).tolist():
+        if row not in seen:
+            yield row
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+class RowGroups:
+    """Row groups of Parquet files; those last used are kept, up to a number of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._bytes = 0
+
+    def row(self, uri: str, number: int) -> dict[str, Any]:
+        """A row of a file by its number."""
+        file, starts = open_file(uri)
+        index = int(np.searchsorted(starts, number, side="right")) - 1
+        found: list[dict[str, Any]] = (
+            self._row_group(uri, index, file).slice(number - int(starts[index]), 1).to_pylist()
+        )
+        return found[0]
+
+    def _row_group(self, uri: str, index: int, file: pq.ParquetFile) -> pa.Table:
+        key = (uri, index)
+        if key not in self._kept:
+            self._kept[key] = file.read_row_group(index, columns=ROW_COLUMNS)
+            self._bytes += self._kept[key].nbytes
+        self._kept.move_to_end(key)
+        while self._bytes > self.max_bytes and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return self._kept[key]
+
+
+@functools.lru_cache(maxsize=OPEN_FILES)
+def open_file(uri: str) -> tuple[pq.ParquetFile, Integers]:
+    """A Parquet file and the first row of each of its row groups."""
+    filesystem, path = storage.resolve(uri)
+    file = pq.ParquetFile(filesystem.open_input_file(path))
+    counts = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+    return file, np.cumsum([0, *counts])[:-1]
+
+
+@functools.lru_cache(maxsize=1)
+def row_groups() -> RowGroups:
+    """Those that this process keeps."""
+    return RowGroups(CACHE_BYTES)
+
+
+def scan_kinds(uris: Sequence[str], count: int, sampling: Sampling) -> npt.NDArray[np.uint8]:
+    """[count] the kind of every row, from the widths and heights in Parquet files, a batch at a time."""
+    kinds = np.zeros(count, np.uint8)
+    done = 0
+    for uri in uris:
+        for batch in open_file(uri)[0].iter_batches(batch_size=1 << 20, columns=["width", "height"]):
+            width, height = batch["width"].to_numpy(), batch["height"].to_numpy()
+            kind = np.where((width > height) | (not sampling.by_orientation), 1, 2)
+            kind[np.minimum(width, height) < sampling.min_side] = 0
+            kinds[done : done + len(kind)] = kind
+            done += len(kind)
+    return kinds
+
+
+# --------------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True)
+class GroupLoader:
+    """Caption groups at positions of the stream; a row is a whole group, so its images stay together.
+
+    Columns `images` (raw uint8, one an image), `heights`, `widths`, `captions`, `concept_id`, `mentioned`, and
+    `unreadable`: images that others of the concept stand in for, and why.
+    """
+
+    plan: Shared[GroupPlan]
+    uris: tuple[str, ...]
+    """Parquet files of `groups`."""
+    firsts: tuple[int, ...]
+    """First row of each."""
+    shards: str
+    """Folder that `shard` is relative to."""
+    table: str
+    """For messages."""
+
+    def __call__(self, positions: Integers) -> pa.Table:
+        """The groups at `positions`."""
+        plan = shared(self.plan)
+        rows = [self.load(plan, position) for position in positions.tolist()]
+        return pa.Table.from_pylist(rows, schema=GROUP_ROWS)
+
+    def load(self, plan: GroupPlan, position: int) -> dict[str, Any]:
+        """The group at one position.
+
+        Raises:
+            InputError: of many concepts, none has enough readable images.
+        """
+        unreadable: list[str] = []
+        for attempt in range(TRIES):
+            concept, candidates = plan_group(plan, position, attempt)
+            images, chosen = [], []
+            for number in candidates:
+                row = self.read_row(number)
+                shard = storage.join(self.shards, row["shard"])
+                content = storage.read_bytes(shard, offset=row["offset"], size=row["size"])
+                try:
+                    images.append(np.asarray(decode_image(content, f"{shard}@{row['offset']}")))
+                except InputError as error:
+                    unreadable.append(str(error))
+                    continue
+                chosen.append(row)
+                if len(chosen) == plan.group_size:
+                    return {
+                        "images": [image.tobytes() for image in images],
+                        "heights": [image.shape[0] for image in images],
+                        "widths": [image.shape[1] for image in images],
+                        "captions": [row["caption"] for row in chosen],
+                        "concept_id": int(plan.concept_ids[concept]),
+                        "mentioned": [row["concept_ids"] for row in chosen],
+                        "unreadable": unreadable,
+                    }
+        raise InputError(f"{self.table}: {TRIES} concepts without {plan.group_size} readable images: {unreadable[-1]}")
+
+    def read_row(self, number: int) -> dict[str, Any]:
+        """A row of the table."""
+        file = int(np.searchsorted(self.firsts, number, side="right")) - 1
+        return row_groups().row(self.uris[file], number - self.firsts[file])
+
+
+def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, sampling: Sampling) -> GroupLoader:
+    """All concepts with enough images for a group.
+
+    Args:
+        storage_uri: the storage.
+        name: of the `groups` and `concepts` tables.
+        seed: of the sampling.
+        group_size: g.
+        sampling: chances of concepts, and which images take part.
+
+    Raises:
+        InputError: a table is missing, or no concept has enough images.
+    """
+    manifest = tables.read_manifest(storage_uri, "groups", name)
+    concepts = tables.read_table(storage_uri, "concepts", name, ["concept_id", "start", "stop"])
+    root = storage.absolute(tables.table_uri(storage_uri, "groups", name))
+    entries = {entry.path: entry.rows for entry in manifest.files}
+    paths = tables.parquet_files(manifest)
+    uris = tuple(storage.join(root, path) for path in paths)
+    rows = [entries[path] for path in paths]
+    ids, starts, stops = (concepts[key].to_numpy().astype(np.int64) for key in ("concept_id", "start", "stop"))
+    kinds = scan_kinds(uris, sum(rows), sampling)
+    plan = build_plan(ids, starts, stops, kinds, sampling, seed=seed, group_size=group_size)
+    if not len(plan.concept_ids):
+        raise InputError(
+            f"groups/{name}: no concept has {group_size} images with sides of {sampling.min_side} px or more"
+            + (" of one orientation" if sampling.by_orientation else "")
+        )
+    shards = storage.absolute(tables.table_uri(storage_uri, "pairs", name))
+    firsts = tuple(np.cumsum([0, *rows])[:-1].tolist())
+    return GroupLoader(share(plan), uris, firsts, shards, f"groups/{name}")

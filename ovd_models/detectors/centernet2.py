@@ -1,0 +1,357 @@
+"""CenterNet2: proposals from a heat map of centres, then three stages that refine boxes and name them by text.
+
+The open-vocabulary LVIS detector of Detic and CoDet: class-agnostic boxes and masks, a text classifier in every stage,
+the federated loss. B images, R regions, N boxes of one image, K classes, D embedding width, F pyramid channels.
+Boxes are xyxy in pixels of the resized image inside this file, of the original image at its borders.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
+
+from ovd_models.batches import Detections
+from ovd_models.detectors.centernet import (
+    CenterNetConfig,
+    CenterNetHead,
+    centre_losses,
+    centre_targets,
+    decode,
+    flatten_levels,
+)
+from ovd_models.detectors.eva import EvaConfig, EvaPyramid
+from ovd_models.detectors.feature_pyramid import Pyramid, SwinMaps, TimmMaps, pool_regions
+from ovd_models.detectors.masks import encode_masks
+from ovd_models.detectors.rcnn import IMAGENET_MEAN, IMAGENET_STD, RCNNConfig, restore_boxes, select_detections, widen
+from ovd_models.losses import cosine_logits, federated_classes, sigmoid_loss
+from ovd_models.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterNet2Config:
+    """The detector; the defaults are the published ones with ResNet-50."""
+
+    backbone: str = "resnet50"
+    """Any timm model that gives feature maps, or `swin`, or `eva02`."""
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    """Passed to timm, or to torchvision's `SwinTransformer`."""
+    freeze_norm: bool = True
+    eva: EvaConfig = field(default_factory=EvaConfig)
+    """The transformer if `backbone` is `eva02`; regions are then pooled from a level of stride 4, too."""
+    strides: tuple[int, ...] = (8, 16, 32)
+    """Maps that enter the pyramid, and levels that regions are pooled from."""
+    pyramid_channels: int = 256
+    proposals: CenterNetConfig = field(default_factory=CenterNetConfig)
+    head_width: int = 1024
+    embed_dim: int = 512
+    min_size: int = 800
+    max_size: int = 1333
+    rois_per_image: int = 512
+    stage_ious: tuple[float, ...] = (0.6, 0.7, 0.8)
+    """Overlap with a true box that makes a region an object, one a stage."""
+    stage_scales: tuple[float, ...] = (1.0, 2.0, 3.0)
+    """Each stage codes smaller displacements: multiplies the box coding's (10, 10, 5, 5)."""
+    federated: int = 50
+    """Classes that an image batch's class loss is taken over; 0 for all."""
+    mask_convs: int = 4
+    """0 for no masks."""
+    temperature: float = 50.0
+    box_nms: float = 0.5
+
+
+@dataclass(frozen=True)
+class HeatProposals:
+    """What the proposal generator says about B images."""
+
+    boxes: list[Tensor]
+    """B tensors [N, 4], best first; they may reach beyond the image."""
+    scores: list[Tensor]
+    """B tensors [N] in [0, 1]."""
+    heat: list[Tensor]
+    """A map [B, 1, H, W] of logits for each level."""
+    distances: list[Tensor]
+    """A map [B, 4, H, W] for each level."""
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What one stage says about the R regions of all images."""
+
+    boxes: list[Tensor]
+    """B tensors [N, 4]: where it looked."""
+    embeddings: Tensor
+    """[R, D] in the text space."""
+    deltas: Tensor
+    """[R, 4] coded displacements."""
+
+
+class Stage(nn.Module):
+    """Box head, projection into the text space and box refinement."""
+
+    def __init__(self, config: CenterNet2Config, scale: float) -> None:
+        super().__init__()
+        width = config.head_width
+        self.head = TwoMLPHead(config.pyramid_channels * 49, width)
+        self.projection = nn.Linear(width, config.embed_dim)
+        self.box_deltas = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+        self.coder = BoxCoder((10.0 * scale, 10.0 * scale, 5.0 * scale, 5.0 * scale))
+
+    def forward(self, pooled_RF77: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, F, 7, 7] -> [R, D] and [R, 4]."""
+        region_RF = self.head(pooled_RF77)
+        return self.projection(region_RF).float(), self.box_deltas(region_RF).float()
+
+    def refined(self, output: StageOutput) -> list[Tensor]:
+        """B tensors [N, 4]: the boxes after this stage, not clipped."""
+        counts = [len(entry) for entry in output.boxes]
+        moved_R4 = self.coder.decode_single(output.deltas, torch.cat(output.boxes))
+        return list(torch.split(moved_R4, counts))
+
+
+class CenterNet2(nn.Module):
+    """A multi-stage detector whose classes are whatever text embeddings it is given."""
+
+    def __init__(self, config: CenterNet2Config) -> None:
+        super().__init__()
+        self.config = c = config
+        self.transform = GeneralizedRCNNTransform(
+            c.min_size, c.max_size, list(IMAGENET_MEAN), list(IMAGENET_STD), size_divisible=max(c.strides)
+        )
+        self.pyramid = build_pyramid(config)
+        self.proposals = CenterNetHead(c.pyramid_channels, len(c.proposals.strides), c.proposals.num_convs)
+        self.stages = nn.ModuleList(Stage(config, scale) for scale in c.stage_scales)
+        if c.mask_convs:
+            self.mask_head = nn.Sequential(
+                MaskRCNNHeads(c.pyramid_channels, (c.pyramid_channels,) * c.mask_convs, 1),
+                MaskRCNNPredictor(c.pyramid_channels, c.pyramid_channels, 1),
+            )
+        first = c.stage_ious[0]
+        self.sampler = RoIHeads(None, None, None, first, first, c.rois_per_image, 0.25, None, 0.0, c.box_nms, 100)
+        self.register_buffer("class_weight_K", None, persistent=False)
+
+    def set_image_counts(self, count_K: Tensor | None) -> None:
+        """Draw the federated loss's extra classes in proportion to the root of their image counts; None: evenly.
+
+        Args:
+            count_K: [K] training images of each class; those with 0 are never drawn.
+        """
+        self.class_weight_K = None if count_K is None else count_K.float().sqrt().to(next(self.parameters()).device)
+
+    def preprocess(self, images: Sequence[Tensor]) -> ImageList:
+        """B uint8 images [3, H, W] -> one padded, normalised batch with the sizes before padding."""
+        batch, _ = self.transform([image.float() / 255 for image in images])
+        return batch
+
+    def features(self, batch: ImageList) -> dict[str, Tensor]:
+        """Pyramid levels `{"0": [B, F, H / stride, W / stride], ...}`."""
+        return {str(index): level for index, level in enumerate(self.pyramid(batch.tensors))}
+
+    def propose(self, batch: ImageList, features: dict[str, Tensor]) -> HeatProposals:
+        """Class-agnostic proposals of every image."""
+        levels = list(features.values())[-len(self.config.proposals.strides) :]
+        heat, distances = self.proposals(levels)
+        with torch.no_grad():
+            boxes, scores = decode(heat, distances, self.config.proposals, training=self.training)
+        return HeatProposals(boxes, scores, heat, distances)
+
+    def cascade(
+        self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[StageOutput]:
+        """What every stage says: each looks at the boxes that the one before refined, clipped to the image.
+
+        Args:
+            features: pyramid levels.
+            boxes: B tensors [N, 4] for the first stage.
+            sizes: height and width of each image.
+        """
+        outputs: list[StageOutput] = []
+        for stage in self.stages:
+            pooled_RF77 = self._pool(features, boxes, 7)
+            # All stages push on the pyramid: each pushes with its share (Cascade R-CNN).
+            shared = pooled_RF77.detach() + (pooled_RF77 - pooled_RF77.detach()) / len(self.stages)
+            output = StageOutput(boxes, *stage(shared))
+            outputs.append(output)
+            refined = stage.refined(output)  # type: ignore[operator]
+            boxes = [clip_boxes_to_image(entry.detach(), size) for entry, size in zip(refined, sizes, strict=True)]
+        return outputs
+
+    def region_embeddings(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> list[Tensor]:
+        """[R, D] embeddings of boxes of each image in every stage, images in order."""
+        return [output.embeddings for output in self.cascade(features, boxes, batch.image_sizes)]
+
+    def mask_logits(self, features: dict[str, Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """[R, 28, 28] logits of the object's mask inside each box."""
+        return cast(Tensor, self.mask_head(self._pool(features, boxes, 14))[:, 0])
+
+    def _pool(self, features: dict[str, Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
+        levels = list(features.values())[: len(self.config.strides)]
+        return pool_regions(levels, self.config.strides, boxes, size)
+
+    def detection_losses(
+        self,
+        batch: ImageList,
+        features: dict[str, Tensor],
+        proposals: HeatProposals,
+        targets: list[dict[str, Tensor]],
+        text_KD: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses of the first `len(targets)` images of the batch, which are those with boxes.
+
+        Args:
+            batch: all images.
+            features: their pyramid.
+            proposals: of all images.
+            targets: `boxes` [N, 4] in resized pixels, `labels` [N], rows of `text_KD`, and perhaps `masks`
+                [N, H, W] bool, of the resized image.
+            text_KD: [K, D] unit rows of the categories that boxes are annotated with.
+        """
+        count = len(targets)
+        own = {name: level[:count] for name, level in features.items()}
+        sizes = batch.image_sizes[:count]
+        shapes = [(int(level.shape[-2]), int(level.shape[-1])) for level in proposals.heat]
+        goals = centre_targets([target["boxes"] for target in targets], shapes, self.config.proposals)
+        heat_P = flatten_levels([level[:count] for level in proposals.heat])[:, 0]
+        distance_P4 = flatten_levels([level[:count] for level in proposals.distances])
+        losses = centre_losses(heat_P, distance_P4, goals, self.config.proposals)
+        inside = [clip_boxes_to_image(box, size) for box, size in zip(proposals.boxes[:count], sizes, strict=True)]
+        shifted = [{"boxes": target["boxes"], "labels": target["labels"] + 1} for target in targets]
+        regions, _, _, _ = self.sampler.select_training_samples(inside, shifted)
+        for index, output in enumerate(self.cascade(own, regions, sizes)):
+            for name, loss in self._stage_losses(index, output, targets, text_KD).items():
+                losses[f"{name}_{index}"] = loss
+        if self.config.mask_convs:
+            losses["mask"] = self._mask_loss(own, regions, targets)
+        return losses
+
+    def _stage_losses(
+        self, index: int, output: StageOutput, targets: list[dict[str, Tensor]], text_KD: Tensor
+    ) -> dict[str, Tensor]:
+        """Class and box losses of one stage."""
+        pairs = [
+            match(box, target, self.config.stage_ious[index]) for box, target in zip(output.boxes, targets, strict=True)
+        ]
+        label_R, matched_R4 = torch.cat([label for label, _ in pairs]), torch.cat([box for _, box in pairs])
+        logits_RK = cosine_logits(output.embeddings, text_KD, self.config.temperature)
+        counted_K = None
+        if self.config.federated:
+            weight_K = self.class_weight_K if self.class_weight_K is not None else text_KD.new_ones(len(text_KD))
+            counted_K = federated_classes(label_R, weight_K, self.config.federated)
+        foreground = label_R >= 0
+        coder = self.stages[index].coder
+        goal_R4 = coder.encode_single(matched_R4[foreground], torch.cat(output.boxes)[foreground])  # type: ignore[operator, union-attr]
+        loss_box = F.l1_loss(output.deltas[foreground], goal_R4, reduction="sum")
+        return {
+            "classes": sigmoid_loss(logits_RK, label_R, counted_K),
+            "box": loss_box / max(1, len(label_R)),
+        }
+
+    def _mask_loss(
+        self, features: dict[str, Tensor], regions: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> Tensor:
+        """Mean binary cross-entropy over the cells of the object regions' masks; 0 where no image has masks."""
+        chosen, goals = [], [regions[0].new_zeros((0, 28, 28), dtype=torch.bool)]
+        for box_N4, target in zip(regions, targets, strict=True):
+            matched_N = overlaps(box_N4, target["boxes"], self.config.stage_ious[0])
+            rows = (matched_N >= 0) & ("masks" in target)
+            chosen.append(box_N4[rows])
+            if "masks" in target:
+                region_N5 = torch.cat((matched_N[rows, None].to(box_N4.dtype), box_N4[rows]), dim=1)
+                mask = target["masks"].to(box_N4.dtype)[:, None]
+                goals.append(roi_align(mask, region_N5, 28, 1.0, sampling_ratio=-1, aligned=True)[:, 0] >= 0.5)
+        goal_R28 = torch.cat(goals)
+        logits_R28 = self.mask_logits(features, chosen)
+        loss = F.binary_cross_entropy_with_logits(logits_R28, goal_R28.to(logits_R28.dtype), reduction="sum")
+        return loss / max(1, goal_R28.numel())
+
+    def predict(
+        self, batch: ImageList, features: dict[str, Tensor], vocabulary: Vocabulary, threshold: float, limit: int
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Boxes [N, 4] in resized pixels, scores [N] and classes [N] of every image, best first.
+
+        A score is the root of the mean class probability of all stages times the proposal's.
+        """
+        proposals = self.propose(batch, features)
+        outputs = self.cascade(features, proposals.boxes, batch.image_sizes)
+        logits_RS = [cosine_logits(each.embeddings, vocabulary.embeddings, self.config.temperature) for each in outputs]
+        stages_SRK = torch.stack([vocabulary.strongest(logits).sigmoid() for logits in logits_RS])
+        score_RK = combine_scores(stages_SRK, torch.cat(proposals.scores))
+        refined = self.stages[-1].refined(outputs[-1])  # type: ignore[operator]
+        scores = torch.split(score_RK, [len(entry) for entry in proposals.boxes])
+        return [
+            select_detections(clip_boxes_to_image(box, size), score, threshold, self.config.box_nms, limit)
+            for box, score, size in zip(refined, scores, batch.image_sizes, strict=True)
+        ]
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        vocabulary: Vocabulary,
+        *,
+        score_threshold: float = 0.02,
+        max_detections: int = 300,
+    ) -> list[Detections]:
+        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` an image, with masks if learnt."""
+        padded = [widen(image, self.config.max_size) for image in images]
+        batch = self.preprocess(padded)
+        features = self.features(batch)
+        found = self.predict(batch, features, vocabulary, score_threshold, max_detections)
+        masks: list[Tensor] | None = None
+        if self.config.mask_convs:
+            boxes = [box_N4 for box_N4, _, _ in found]
+            masks = list(torch.split(self.mask_logits(features, boxes).sigmoid(), [len(box) for box in boxes]))
+        detections = []
+        for index, (image, wide, size) in enumerate(zip(images, padded, batch.image_sizes, strict=True)):
+            box_N4, score_N, label_N = found[index]
+            height, width = (int(side) for side in image.shape[-2:])
+            inside = restore_boxes(box_N4, image, wide, size)
+            encoded = None if masks is None else encode_masks(masks[index], inside, height, width)
+            detections.append(Detections(inside, score_N, label_N, vocabulary.names, width, height, masks=encoded))
+        return detections
+
+
+def build_pyramid(config: CenterNet2Config) -> nn.Module:
+    """The config's backbone with its levels: P3 to P7, or P2 to P7 for EVA-02."""
+    if config.backbone == "eva02":
+        return EvaPyramid(config.eva, config.pyramid_channels)
+    if config.backbone == "swin":
+        return Pyramid(SwinMaps(config.backbone_options), config.pyramid_channels)
+    trunk = RCNNConfig(
+        backbone=config.backbone,
+        backbone_options=config.backbone_options,
+        freeze_norm=config.freeze_norm,
+        strides=config.strides,
+    )
+    return Pyramid(TimmMaps(trunk), config.pyramid_channels)
+
+
+def combine_scores(stage_SRK: Tensor, proposal_R: Tensor) -> Tensor:
+    """[S, R, K] class probabilities of S stages, [R] proposal scores -> [R, K]: sqrt(mean over stages * proposal)."""
+    return (stage_SRK.mean(0) * proposal_R[:, None]).sqrt()
+
+
+def overlaps(box_N4: Tensor, true_M4: Tensor, iou: float) -> Tensor:
+    """[N] int64: the true box that each box overlaps most, -1 where no overlap reaches `iou`."""
+    if not len(true_M4):
+        return torch.full((len(box_N4),), -1, dtype=torch.int64, device=box_N4.device)
+    matched_N: Tensor = Matcher(iou, iou)(box_iou(true_M4, box_N4))
+    return matched_N
+
+
+def match(box_N4: Tensor, target: dict[str, Tensor], iou: float) -> tuple[Tensor, Tensor]:
+    """Class [N] (-1: background) and true box [N, 4] of each region; the box has a meaning for objects only."""
+    matched_N = overlaps(box_N4, target["boxes"], iou)
+    if not len(target["boxes"]):
+        return matched_N, box_N4
+    label_N = target["labels"][matched_N.clamp(min=0)].where(matched_N >= 0, -1)
+    return label_N, target["boxes"][matched_N.clamp(min=0)]

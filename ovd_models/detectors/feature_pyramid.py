@@ -1,0 +1,108 @@
+"""Feature pyramids P3 to P7 on a backbone, and RoIAlign on their levels.
+
+B images, R regions, F pyramid channels.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers.format import Format
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.ops import FeaturePyramidNetwork, roi_align
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from ovd_models.detectors.rcnn import RCNNConfig, build_backbone, feature_info
+
+CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
+"""A region of this side is looked at on the level of stride 2 ** CANONICAL_LEVEL (FPN, section 4.2)."""
+
+
+class SwinMaps(nn.Module):
+    """Swin's maps of strides 8, 16 and 32, each through a layer norm of its own.
+
+    torchvision's Swin pads a map to whole windows before it shifts them, as the original does. timm's shifts first,
+    which gives other values wherever windows do not fill the map.
+
+    Args:
+        options: of torchvision's `SwinTransformer`.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.layers: nn.Sequential = SwinTransformer(**options).features
+        self.widths = [options["embed_dim"] * factor for factor in (2, 4, 8)]
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.widths)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> three maps [B, width, H / stride, W / stride]."""
+        maps, tokens_BHWE = [], self.layers[:2](images)
+        for start, norm in zip((2, 4, 6), self.norms, strict=True):
+            tokens_BHWE = self.layers[start : start + 2](tokens_BHWE)
+            maps.append(norm(tokens_BHWE).permute(0, 3, 1, 2).contiguous())
+        return maps
+
+
+class TimmMaps(nn.Module):
+    """The maps of any timm backbone that gives some."""
+
+    def __init__(self, config: RCNNConfig) -> None:
+        super().__init__()
+        self.trunk = build_backbone(config)
+        self.widths = feature_info(self.trunk).channels()
+        self.channels_last = getattr(self.trunk, "output_fmt", None) == Format.NHWC
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> maps [B, width, H / stride, W / stride]."""
+        maps: list[Tensor] = self.trunk(images)
+        return [level.permute(0, 3, 1, 2).contiguous() for level in maps] if self.channels_last else maps
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid on a backbone's maps of strides 8, 16 and 32, with two coarser levels on top.
+
+    Args:
+        maps: the backbone.
+        channels: F.
+    """
+
+    def __init__(self, maps: SwinMaps | TimmMaps, channels: int) -> None:
+        super().__init__()
+        self.maps = maps
+        self.pyramid = FeaturePyramidNetwork(maps.widths, channels, LastLevelP6P7(channels, channels))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> five levels [B, F, H / stride, W / stride]."""
+        named = OrderedDict((str(index), level) for index, level in enumerate(self.maps(images)))
+        return list(self.pyramid(named).values())
+
+
+def pool_regions(levels: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], size: int) -> Tensor:
+    """RoIAlign of each region on the level that suits its size, without the half-pixel shift of the original RoIAlign.
+
+    torchvision's `MultiScaleRoIAlign` has the shift and cannot be told otherwise.
+
+    Args:
+        levels: maps [B, F, H / stride, W / stride], finest first.
+        strides: of the levels, each twice the one before.
+        boxes: B tensors [N, 4] xyxy in pixels.
+        size: cells of a side.
+
+    Returns:
+        [R, F, size, size], images in order.
+    """
+    box_R4 = torch.cat(list(boxes)).float()  # half precision is too coarse for places in an image
+    image_R = torch.repeat_interleave(torch.tensor([len(entry) for entry in boxes], device=box_R4.device))
+    region_R5 = torch.cat((image_R[:, None].float(), box_R4), dim=1)
+    side_R = (box_R4[:, 2:] - box_R4[:, :2]).clamp(min=0).prod(1).sqrt()
+    wanted_R = torch.floor(CANONICAL_LEVEL + torch.log2(side_R / CANONICAL_SIZE + 1e-8))
+    level_R = wanted_R.clamp(math.log2(strides[0]), math.log2(strides[-1])).long() - int(math.log2(strides[0]))
+    pooled_RFSS = box_R4.new_zeros(len(box_R4), levels[0].shape[1], size, size)
+    for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
+        rows = torch.nonzero(level_R == index).squeeze(1)
+        aligned = roi_align(level.float(), region_R5[rows], size, 1 / stride, sampling_ratio=-1, aligned=True)
+        pooled_RFSS = pooled_RFSS.index_copy(0, rows, aligned)
+    return pooled_RFSS

@@ -1,0 +1,121 @@
+"""Weights that others published for OV-SAM, SAM and CLIP's ResNets, under our names.
+
+OV-SAM's files hold `{'meta', 'state_dict'}` or a bare state dict: the adapter alone (`neck_student.`), the naming head
+(`mask_decoder.`, `fpn_neck.`), or the whole model.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ovd_models.errors import InputError
+from ovd_models.ovsam.model import OvSam
+from ovd_models.weights import read_state
+
+STEM = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
+RULES: tuple[tuple[str, str], ...] = (
+    (r"(?:backbone|backbone_student)\.stem\.(\d+)\.", "clip.tower.{stem}."),
+    (r"(?:backbone|backbone_student)\.head\.", "clip.tower.attnpool."),
+    (r"(?:backbone|backbone_student)\.", "clip.tower."),
+    (r"(?:neck|neck_student)\.", "adapter."),
+    (r"pe\.", "prompt_encoder."),
+    (r"mask_decoder\.mask_decoder\.", "mask_decoder."),
+    (r"mask_decoder\.label_token\.", "label_token."),
+    (r"mask_decoder\.roi_conv\.0\.conv\.", "namer.roi_conv."),
+    (r"fpn_neck\.lateral_convs\.(\d+)\.conv\.", "namer.fpn.inner_blocks.{0}.0."),
+    (r"fpn_neck\.fpn_convs\.(\d+)\.conv\.", "namer.fpn.layer_blocks.{0}.0."),
+)
+"""Prefix of a published name -> prefix of ours."""
+IGNORED: tuple[tuple[str, str], ...] = (
+    (r"mask_decoder\.label_mlp\.", "its output is multiplied by zero in the released model"),
+)
+"""Published tensors that have no effect, and why."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What becomes of every tensor of a published file."""
+
+    used: dict[str, str]
+    """Published name -> ours."""
+    ignored: dict[str, str]
+    """Published name -> reason."""
+    unaccounted: tuple[str, ...]
+    """Names that nothing is known about."""
+
+
+def account(names: Iterable[str]) -> Account:
+    """Sort the names of a published OV-SAM file, or of a manifest of one."""
+    used, ignored, unaccounted = {}, {}, []
+    for name in names:
+        reason = next((reason for pattern, reason in IGNORED if re.match(pattern, name)), None)
+        if reason is not None:
+            ignored[name] = reason
+        elif (ours := our_name(name)) is not None:
+            used[name] = ours
+        else:
+            unaccounted.append(name)
+    return Account(used, ignored, tuple(unaccounted))
+
+
+def our_name(name: str) -> str | None:
+    """Our name of a published tensor; None where there is none."""
+    for pattern, prefix in RULES:
+        found = re.match(pattern, name)
+        if found is not None:
+            number = next(iter(found.groups()), "")
+            return prefix.format(number, stem=STEM.get(number, "")) + name[found.end() :]
+    return None
+
+
+def load_ovsam(model: OvSam, *paths: str | Path, tower: Mapping[str, Tensor] | None = None) -> None:
+    """Fill a model from published files; together they must hold every weight.
+
+    Args:
+        model: of the numbers that `ovsam.published` gives.
+        paths: later files override earlier ones: SAM, CLIP, the adapter, then the naming head.
+        tower: the weights of CLIP's image tower in open_clip's names, before those of the files.
+
+    Raises:
+        InputError: a file is unreadable, or holds a tensor that the model has no place for; or a weight of the model is
+            in none.
+    """
+    wanted = model.state_dict()
+    state = {f"clip.tower.{name}": value for name, value in (tower or {}).items()}
+    for path in paths:
+        raw = read_state(path)
+        if "image_encoder.pos_embed" in raw:
+            state |= from_sam(raw, wanted)
+        elif any(name.startswith(("visual.", "attnpool.")) for name in raw):
+            state |= from_clip(raw)
+        else:
+            sorted_names = account(raw)
+            if sorted_names.unaccounted:
+                unknown = sorted_names.unaccounted[0]
+                raise InputError(f"{path}: tensor {unknown!r}, expected those of a whole SAM, a CLIP or an OV-SAM file")
+            state |= {ours: raw[name] for name, ours in sorted_names.used.items()}
+    for name, value in wanted.items():
+        if name not in state:
+            raise InputError(f"{', '.join(map(str, paths))}: no weight for {name!r}")
+        if state[name].shape != value.shape:
+            raise InputError(f"{name}: shape {list(state[name].shape)}, expected {list(value.shape)}")
+    model.load_state_dict({name: state[name] for name in wanted})
+
+
+def from_sam(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an OV-SAM takes over from SAM: place codes, prompt encoder, and the decoder for the first mask."""
+    found = {"adapter.pos_embed": state["image_encoder.pos_embed"]}
+    for name, value in state.items():
+        if name.startswith(("prompt_encoder.", "mask_decoder.")) and name in wanted:
+            found[name] = value[: len(wanted[name])] if wanted[name].dim() else value
+    return found
+
+
+def from_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The image tower of a CLIP ResNet in OpenAI's or open_clip's names; its text tower is left out."""
+    prefix = "visual." if any(name.startswith("visual.") for name in state) else ""
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {f"clip.tower.{name}": value.float() if value.is_floating_point() else value for name, value in own.items()}

@@ -1,0 +1,127 @@
+"""Text to mask: SAM prompted by CLIP embeddings, of crops in training, of names at test time (arXiv 2304.02643, D.5).
+
+B images, P prompts, D width of CLIP's space, C prompt width, L side of the decoder's maps, S side of the input.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ovd_models.errors import InputError
+from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig
+from ovd_models.ovsam.crops import square_crops
+from ovd_models.sam.model import EncodedImage, SamModel, fit_image, run_decoder, unnamed
+from ovd_models.sam.training import SampledObjects, SamTrainingConfig, prompt_losses, sample_objects
+from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Segments, concatenate
+
+CENTRE_MOMENTUM = 0.99
+NAMES_AT_A_TIME = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToMaskConfig:
+    """How the text prompt is learnt."""
+
+    prompts_per_image: int = 3
+    """Objects of an image that are asked for, drawn with replacement."""
+    max_margin: float = 2.0
+    """Crops are squares of 1 to so many times the object's longer side."""
+    hidden_share: float = 0.5
+    """How often the ground around the object is blanked in its crop."""
+
+
+class TextToMask(nn.Module):
+    """A SAM that understands CLIP's embeddings as prompts; its image encoder and CLIP are frozen.
+
+    Embeddings of images and of sentences lie apart in CLIP's space, so each kind is centred at its own mean: the
+    prompts that a name gives then lie where those of training lay.
+    """
+
+    image_centre: Tensor
+    text_centre: Tensor
+
+    def __init__(self, sam: SamModel, clip: ClipPyramid, tower: TowerConfig, config: TextToMaskConfig) -> None:
+        super().__init__()
+        self.sam = sam.requires_grad_(False)
+        """Its mask decoder is taught."""
+        sam.sam.mask_decoder.requires_grad_(True)
+        self.clip, self.tower, self.settings = clip, tower, config
+        self.token = nn.Linear(tower.embed_dim, sam.config.prompt_width)
+        self.register_buffer("image_centre", torch.zeros(tower.embed_dim))
+        self.register_buffer("text_centre", torch.zeros(tower.embed_dim))
+
+    def set_text_centre(self, text_KD: Tensor) -> None:
+        """Centre names at the mean of these: unit rows of names as they come, at least two.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        if len(text_KD) < 2:
+            raise InputError(f"text centre: {len(text_KD)} names, expected at least 2")
+        self.text_centre.copy_(text_KD.mean(0))
+
+    def forward(self, batch: MaskBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Weighted losses `focal`, `dice` and `iou` of masks asked for by the CLIP embedding of their own crop."""
+        side = self.sam.config.image_size
+        fitted = [fit_image(image, side)[0] for image in batch.images]
+        with torch.no_grad():
+            embedding_BChw = self.sam.sam.image_encoder(torch.stack([self.sam.sam.preprocess(f) for f in fitted]))
+        objects = sample_objects(batch, side, self.settings.prompts_per_image, generator)
+        if not len(objects.labels):
+            nothing = torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum() * 0
+            return {"focal": nothing, "dice": nothing, "iou": nothing}
+        pictures = torch.stack([self._normalise(image, side) for image in fitted])
+        image_PD = self._embed_crops(pictures, objects, generator)
+        if self.training:
+            self.image_centre.lerp_(image_PD.mean(0), 1 - CENTRE_MOMENTUM if self.image_centre.any() else 1.0)
+        low_PKLL, ious_PK = self._decode(embedding_BChw[objects.images], image_PD - self.image_centre)
+        return prompt_losses(low_PKLL, ious_PK, objects.masks, SamTrainingConfig(), ambiguous=False)
+
+    def _normalise(self, image: Tensor, side: int) -> Tensor:
+        """[3, S, S] as CLIP wants it, padded with its mean colour."""
+        mean, std = (image.new_tensor(value, dtype=torch.float32) for value in (self.tower.mean, self.tower.std))
+        colours = (image / 255 - mean[:, None, None]) / std[:, None, None]
+        return F.pad(colours, (0, side - image.shape[2], 0, side - image.shape[1]))
+
+    @torch.no_grad()
+    def _embed_crops(self, pictures: Tensor, objects: SampledObjects, generator: torch.Generator | None) -> Tensor:
+        """[P, D] unit rows of square crops around the objects, the ground blanked in some."""
+        count = len(objects.labels)
+        draws = torch.rand((2, count), generator=generator).to(pictures.device)
+        shown = objects.masks | (draws[0] >= self.settings.hidden_share)[:, None, None]
+        cut_out = pictures[objects.images] * shown[:, None]
+        margin_P = 1 + draws[1] * (self.settings.max_margin - 1)
+        rows = torch.arange(count, device=pictures.device)
+        crops = square_crops(cut_out, rows, objects.boxes, margin_P, int(self.tower.vision["image_size"]))
+        return self.clip.embed(crops)
+
+    def _decode(self, embedding_PChw: Tensor, centred_PD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask logits [P, K, L, L] and predicted qualities [P, K] of centred CLIP embeddings."""
+        sam = self.sam.sam
+        sparse_P1C = self.token(F.normalize(centred_PD, dim=-1))[:, None]
+        dense = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]
+        first, position = sam.mask_decoder.iou_token.weight, sam.prompt_encoder.get_dense_pe()
+        hidden, low_PKLL = run_decoder(sam.mask_decoder, first, embedding_PChw, position, sparse_P1C, dense)
+        return low_PKLL, sam.mask_decoder.iou_prediction_head(hidden[:, 0])
+
+    @torch.no_grad()
+    def segment_text(self, image: Tensor | EncodedImage, text_PD: Tensor) -> Segments:
+        """One mask a name, with the model's own estimate of its quality.
+
+        Args:
+            image: [3, H, W] uint8, or what the SAM's `encode` made of it.
+            text_PD: unit rows of names.
+        """
+        encoded = self.sam.encode(image) if isinstance(image, Tensor) else image
+        height, width = encoded.size
+        parts = []
+        few = max(1, min(NAMES_AT_A_TIME, PIXELS_AT_A_TIME // math.prod(encoded.padded_size)))
+        for rows_PD in torch.split(text_PD, few):
+            embedding_PChw = encoded.embedding.expand(len(rows_PD), -1, -1, -1)
+            low_PKLL, ious_PK = self._decode(embedding_PChw, rows_PD - self.text_centre)
+            masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
+            parts.append(unnamed(masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
+        return concatenate(parts)

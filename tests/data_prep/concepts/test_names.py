@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+
+from data_prep.concepts.names import Vocabulary, inflections
+from data_prep.pictograms.world import GLYPHS
+from ovd_models.errors import InputError
+
+
+def named(lines: list[str], caption: str) -> list[str]:
+    return Vocabulary.parse(lines).match(caption)
+
+
+@pytest.mark.parametrize(
+    ("caption", "found"),
+    [
+        ("a photo of a red umbrella", ["umbrella"]),
+        ("Two Red UMBRELLAS!", ["umbrella"]),
+        ("three mice and a mouse", ["mouse"]),
+        ("a computer mouse", ["mouse"]),
+        ("mousetrap, umbrella-shaped", ["umbrella"]),
+        ("the cat's hot spring", ["cat", "hot spring"]),
+        ("hot springs in spring", ["hot spring", "spring"]),
+        ("a hot-spring", ["hot spring"]),
+        ("category", []),
+        ("concatenate", []),
+        ("daisies", ["daisy"]),
+        ("pairs of scissors; one scissor", ["scissors"]),
+        ("", []),
+        ("cat cat cat", ["cat"]),
+        ("le chat", ["cat"]),
+    ],
+)
+def test_names_are_found_in_captions(caption: str, found: list[str]) -> None:
+    lines = ["umbrella", "mouse, computer mouse", "cat, chat", "hot spring", "spring", "daisy", "scissors"]
+    assert named(lines, caption) == found
+
+
+def test_the_longest_phrase_wins() -> None:
+    lines = ["bear", "teddy bear", "teddy bear picnic"]
+    assert named(lines, "a teddy bear picnic") == ["teddy bear picnic"]
+    assert named(lines, "a teddy bear") == ["teddy bear"]
+    assert named(lines, "a teddy and a bear") == ["bear"]
+
+
+def test_names_come_in_alphabetical_order_each_once() -> None:
+    assert named(["zebra", "Ant", "cat, kitten"], "kittens, a zebra, a cat and an ant") == ["Ant", "cat", "zebra"]
+
+
+def test_spans_tell_where_names_stand() -> None:
+    vocabulary = Vocabulary.parse(["bear", "teddy bear"])
+    assert list(vocabulary.spans(["a", "bear", "and", "two", "teddy", "bears"])) == [(1, 2, (0,)), (4, 6, (1,))]
+
+
+def test_a_form_that_is_itself_a_name_stands_for_that_name_alone() -> None:
+    assert named(["glass", "glasses"], "a pair of glasses") == ["glasses"]
+    assert named(["glass", "glasses"], "a glass") == ["glass"]
+
+
+def test_two_names_may_share_a_synonym() -> None:
+    assert named(["bat (animal), bat", "baseball bat, bat"], "a bat") == ["baseball bat", "bat (animal)"]
+
+
+def test_every_pictogram_is_found_in_singular_and_plural() -> None:
+    names = list(GLYPHS)
+    for name in names:
+        assert named(names, f"a photo of a red {name} and nothing") == [name]
+        words = name.split()
+        for form in inflections(words[-1])[:1]:
+            assert named(names, " ".join([*words[:-1], form])) == [name]
+
+
+@pytest.mark.parametrize(
+    ("word", "forms"),
+    [
+        ("cat", ["cats"]), ("bus", ["buses"]), ("box", ["boxes"]), ("church", ["churches"]), ("daisy", ["daisies"]),
+        ("key", ["keys"]), ("tennis", ["tennises"]),
+        ("die", ["dice"]), ("dice", ["die"]), ("knives", ["knife"]), ("daisies", ["daisieses", "daisy"]),
+        ("boxes", ["boxeses", "box", "boxe"]), ("swords", ["swordses", "sword"]), ("glass", ["glasses"]),
+        ("cactus", ["cacti"]),
+    ],
+)  # fmt: skip
+def test_inflections(word: str, forms: list[str]) -> None:
+    assert inflections(word) == forms
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [(["cat", ", dog"], "name 2 is ''"), (["cat", "!!"], "name 2 is '!!'"), (["cat", "Cat"], "'Cat' is listed twice")],
+)
+def test_a_bad_vocabulary_is_told(lines: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Vocabulary.parse(lines)
+
+
+def test_a_vocabulary_comes_from_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("hot_air_balloon, balloon\n\ncat\n")
+    vocabulary = Vocabulary.read(str(tmp_path / "names.txt"))
+    assert vocabulary.names == ("hot air balloon", "cat")
+    assert vocabulary.match("balloons") == ["hot air balloon"]
+    with pytest.raises(InputError, match=r"none\.txt: expected a text file of one name a line"):
+        Vocabulary.read(str(tmp_path / "none.txt"))

@@ -1,0 +1,141 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from faster_coco_eval import mask as rle
+
+from data_prep.streams.augmentation import FILL, Annotated, Augmentation, augment, flip_boxes, mirror, move_boxes
+from ovd_models.errors import InputError
+
+
+def encode(mask: np.ndarray) -> str:
+    return rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+
+
+def decode(counts: str, height: int, width: int) -> np.ndarray:
+    return rle.decode({"size": [height, width], "counts": counts}).astype(bool)
+
+
+def picture(height: int = 40, width: int = 60, box: tuple[int, int, int, int] = (10, 5, 30, 25)) -> Annotated:
+    """A bright object on black, annotated, with its mask, and stored as a region at the same place."""
+    x0, y0, x1, y1 = box
+    mask = np.zeros((height, width), bool)
+    mask[y0:y1, x0:x1] = True
+    boxes = np.array([box], np.float32)
+    pixels = np.where(mask[..., None], 255, 0).repeat(3, -1).astype(np.uint8)
+    return Annotated(pixels, boxes, np.array([4]), [encode(mask)], boxes.copy(), np.ones(1, np.bool_))
+
+
+def test_flipping_by_hand_and_twice() -> None:
+    boxes = np.array([[1, 2, 4, 8], [0, 0, 10, 1]], np.float32)
+    assert flip_boxes(boxes, 10).tolist() == [[6, 2, 9, 8], [0, 0, 10, 1]]
+    assert np.array_equal(flip_boxes(flip_boxes(boxes, 10), 10), boxes)
+    assert flip_boxes(np.zeros((0, 4), np.float32), 10).shape == (0, 4)
+
+
+def test_stored_regions_are_flipped_once_with_the_pixels() -> None:
+    # ViLD's released parser draws a second flip that leaves the regions where they were.
+    for seed in range(20):
+        image = picture()
+        found = augment(image, Augmentation(flip_probability=0.5), np.random.default_rng(seed))
+        assert np.array_equal(found.regions, found.boxes)
+        x0, y0, x1, y1 = found.regions[0].astype(int)
+        assert bool((found.pixels[y0:y1, x0:x1] == 255).all())
+        assert int((found.pixels == 255).sum()) == 20 * 20 * 3
+        assert np.array_equal(decode(found.masks[0], 40, 60), found.pixels[..., 0] == 255)
+
+
+def test_mirrored_twice_is_the_original() -> None:
+    image = picture()
+    twice = mirror(mirror(image))
+    assert np.array_equal(twice.pixels, image.pixels)
+    assert np.array_equal(twice.regions, image.regions)
+    assert list(twice.masks) == list(image.masks)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_jitter_moves_pixels_boxes_masks_and_regions_together(seed: int) -> None:
+    setting = Augmentation(flip_probability=0.5, side=64, scales=(0.4, 2.0))
+    found = augment(picture(), setting, np.random.default_rng(seed))
+    assert found.pixels.shape == (64, 64, 3)
+    if not len(found.boxes):
+        return
+    assert np.allclose(found.boxes[0], found.regions[0])
+    bright = found.pixels.min(-1) > 200
+    ys, xs = np.nonzero(bright)
+    seen = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+    assert np.abs(seen - found.boxes[0]).max() <= 2.5  # of interpolation at the edge
+    mask = decode(found.masks[0], 64, 64)
+    assert (mask & bright).sum() / (mask | bright).sum() > 0.8
+    assert bool((found.boxes >= 0).all() and (found.boxes <= 64).all())
+
+
+def test_a_region_out_of_view_is_not_valid() -> None:
+    # ViLD's released code clips such boxes to the border, where they may stay valid.
+    setting = Augmentation(side=64, scales=(2.0, 2.0))
+    image = dataclasses.replace(
+        picture(),
+        regions=np.array([[0, 0, 20, 20], [40, 20, 60, 40], [0, 0, 60, 40]], np.float32),
+        valid=np.ones(3, bool),
+    )
+    states = set()
+    for seed in range(60):
+        found = augment(image, setting, np.random.default_rng(seed))
+        area = (found.regions[:, 2] - found.regions[:, 0]) * (found.regions[:, 3] - found.regions[:, 1])
+        assert not found.valid[area <= 0].any()
+        assert not found.valid[2]  # 32 of 60 by 32 of 40 pixels are in view: less than half
+        states.add(tuple(found.valid[:2].tolist()))
+    assert (False, False) in states
+    assert any(state[0] for state in states)
+    assert any(state[1] for state in states)
+
+
+def test_padding_never_becomes_valid() -> None:
+    image = dataclasses.replace(picture(), regions=np.zeros((2, 4), np.float32), valid=np.zeros(2, np.bool_))
+    for setting in (Augmentation(flip_probability=1.0), Augmentation(side=32), Augmentation(side=32, min_visible=0.0)):
+        assert not augment(image, setting, np.random.default_rng(0)).valid.any()
+
+
+def test_annotated_boxes_that_leave_the_image_are_left_out_with_their_labels_and_masks() -> None:
+    setting = Augmentation(side=64, scales=(2.0, 2.0))
+    image = picture(box=(0, 0, 4, 4))
+    counts = set()
+    for seed in range(40):
+        found = augment(image, setting, np.random.default_rng(seed))
+        counts.add(len(found.boxes))
+        assert len(found.boxes) == len(found.labels) == len(found.masks)
+    assert counts == {0, 1}
+
+
+def test_visible_parts_by_hand() -> None:
+    # The part from (10, 0), doubled, 20 x 20: the first box loses its left half, the second one everything.
+    boxes = np.array([[5, 2, 15, 6], [0, 0, 9, 9], [12, 1, 14, 3]], np.float32)
+    moved, visible = move_boxes(boxes, (10, 0), np.array([2, 2], np.float32), (20, 20))
+    assert moved.tolist() == [[0, 4, 10, 12], [0, 0, 0, 18], [4, 2, 8, 6]]
+    assert visible.tolist() == [0.5, 0.0, 1.0]
+
+
+def test_small_pictures_stand_on_the_mean_colour() -> None:
+    found = augment(picture(), Augmentation(side=64, scales=(0.5, 0.5)), np.random.default_rng(0))
+    assert found.pixels[-1, -1].tolist() == list(FILL)
+    assert found.pixels[20, 40].tolist() == list(FILL)  # 60 x 40 became 32 x 21
+    assert found.pixels[0, 0].tolist() == [0, 0, 0]
+
+
+def test_nothing_asked_leaves_the_image_as_it_is() -> None:
+    image = picture()
+    assert augment(image, Augmentation(), np.random.default_rng(0)) is image
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"flip_probability": 1.5}, "flip_probability 1.5"),
+        ({"scales": (2.0, 1.0)}, r"scales \(2.0, 1.0\)"),
+        ({"scales": (0.0, 1.0)}, "a range above 0"),
+        ({"side": -1}, "side -1"),
+    ],
+)
+def test_impossible_settings_are_told(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Augmentation(**values)  # type: ignore[arg-type]

@@ -1,0 +1,111 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from faster_coco_eval import mask as rle
+
+from data_prep import storage, tables
+from data_prep.boxes import annotations
+from data_prep.embeddings import features
+from data_prep.pictograms.world import World
+from data_prep.streams.collate import FeatureCollate, MaskCollate, decode_masks
+from data_prep.streams.mask_loader import feature_loader, mask_loader
+from ovd_models.errors import InputError
+from ovd_models.ovsam.checkpoints import load_sam_folder, save_sam
+from ovd_models.sam.model import SamConfig, SamModel
+from ovd_models.segments import boxes_of
+
+SAM = SamConfig(image_size=64, patch_size=16, width=16, depth=1, heads=2, window=4, global_blocks=(), prompt_width=16)
+
+
+@pytest.fixture
+def drawn(ray_cluster: None, tmp_path: Path) -> str:
+    """Seven scenes with masks."""
+    rows = annotations.draw_boxes(str(tmp_path), "s-train", World.create(0), range(7), seed=3, base_only=True)
+    table = pa.Table.from_pylist(list(rows), schema=tables.SCHEMAS["boxes"])
+    entry = tables.write_part(str(tmp_path), "boxes", "s-train", "part-00000.parquet", table)
+    tables.publish(str(tmp_path), "boxes", "s-train", [entry], producer="test", config_hash="")
+    return str(tmp_path)
+
+
+@pytest.mark.ray
+def test_masks_come_with_their_images_and_labels(drawn: str) -> None:
+    rows = tables.read_table(drawn, "boxes", "s-train").to_pylist()
+    known = sorted({key for row in rows for key in row["category_ids"]})[1:]  # the first category is not known
+    load = mask_loader(drawn, "s-train", known, seed=0, flip_probability=0.0)
+    batch = MaskCollate()(load(np.arange(7)))
+    by_boxes = {tuple(map(tuple, row["boxes"])): row for row in rows}
+    for image, masks, labels in zip(batch.images, batch.masks, batch.labels, strict=True):
+        assert (image.shape, image.dtype) == ((3, 128, 128), torch.uint8)
+        row = by_boxes[tuple(map(tuple, boxes_of(masks).tolist()))]
+        expected = [known.index(key) if key in known else -1 for key in row["category_ids"]]
+        assert labels.tolist() == expected
+
+
+@pytest.mark.ray
+def test_a_mirrored_image_has_mirrored_masks(drawn: str) -> None:
+    plain = mask_loader(drawn, "s-train", [], seed=0, flip_probability=0.0)
+    always = dataclasses.replace(plain, flip_probability=1.0)
+    one, two = (MaskCollate()(load(np.arange(3))) for load in (plain, always))
+    for image, other in zip(one.images, two.images, strict=True):
+        assert torch.equal(image.flip(2), other)
+    for masks, other in zip(one.masks, two.masks, strict=True):
+        assert torch.equal(masks.flip(2), other)
+
+
+def test_masks_are_decoded_as_they_were_encoded() -> None:
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1, 2:5] = 1
+    counts = rle.encode(np.asfortranarray(mask))["counts"].decode()
+    assert decode_masks([counts], 4, 6)[0].tolist() == mask.astype(bool).tolist()
+    assert decode_masks([counts], 4, 6, flip=True)[0].tolist() == mask[:, ::-1].astype(bool).tolist()
+    assert decode_masks([], 4, 6).shape == (0, 4, 6)
+
+
+@pytest.mark.ray
+def test_a_set_without_masks_is_told(drawn: str) -> None:
+    rows = tables.read_table(drawn, "boxes", "s-train").to_pylist()
+    for row in rows:
+        row["masks"] = ["" for _ in row["masks"]]
+    entry = tables.write_part(
+        drawn, "boxes", "bare", "part-00000.parquet", pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
+    )
+    tables.publish(drawn, "boxes", "bare", [entry], producer="test", config_hash="")
+    with pytest.raises(InputError, match="boxes/bare: no masks"):
+        mask_loader(drawn, "bare", [], seed=0, flip_probability=0.0)
+
+
+@pytest.mark.ray
+def test_the_cache_holds_what_sam_sees_and_resumes_by_shard(drawn: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = str(tmp_path / "sam")
+    teacher = save_sam(SamModel(SAM), folder, run={})
+    name = features.cache_name(drawn, "s-train", teacher)
+    rows = tables.read_table(drawn, "boxes", "s-train", ["image_id", "uri"])
+    # an interrupted run left one whole shard, and another without its receipt; one before it had shards of another size
+    features.Embedder(drawn, name, rows, folder, 2, False).write(0)
+    worker = features.Embedder(drawn, name, rows, folder, 3, False)
+    worker.write(1)
+    worker.write(2)
+    Path(features.receipt_uri(drawn, name, features.part_name(3, 2))).unlink()
+    whole = Path(drawn) / "features" / name / "part-3-00001.f16"
+    before = whole.stat().st_mtime_ns
+    manifest = features.cache_features(drawn, "s-train", folder, teacher, SAM, rows_per_shard=3, workers=1)
+    assert whole.stat().st_mtime_ns == before
+    assert (manifest.rows, manifest.details["shape"], manifest.details["teacher"]) == (7, [16, 4, 4], teacher)
+
+    load = feature_loader(drawn, "s-train", name, teacher, seed=0)
+    batch = FeatureCollate(load.shape)(load(np.arange(7)))
+    model, again = load_sam_folder(folder)
+    assert again == teacher
+    assert batch.features.dtype == torch.float16
+    for image, feature in zip(batch.images, batch.features, strict=True):
+        assert torch.equal(model.encode(image).embedding[0].half(), feature)
+    assert storage.exists(storage.join(drawn, "features", name, "manifest.json"))
+    with pytest.raises(InputError, match="expected sam:other"):
+        feature_loader(drawn, "s-train", name, "sam:other", seed=0)
+    with pytest.raises(InputError, match="no such table"):
+        feature_loader(drawn, "s-train", "elsewhere", teacher, seed=0)

@@ -1,0 +1,218 @@
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray.data
+import torch
+from PIL import Image
+
+from data_prep import storage, tables
+from data_prep.pairs import shards
+from data_prep.streams.collate import PairCollate
+from data_prep.streams.plans import (
+    Integers,
+    StreamShape,
+    pair_loader,
+    plan_epochs,
+    plan_weighted,
+    repeat_factors,
+    stream,
+)
+from ovd_models.errors import InputError
+
+# ------------------------------------------------------------------------------------------------------ plans
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    rows = plan_epochs(3, 20, np.arange(60)).reshape(3, 20)
+    assert all(sorted(epoch.tolist()) == list(range(20)) for epoch in rows)
+    assert len({tuple(epoch.tolist()) for epoch in rows}) == 3
+
+
+def test_weighted_rows_come_as_often_as_their_weights() -> None:
+    # Weights sum to 8.5, so an epoch has 9 positions: 9 / 8.5 times 1, 2.5, 1, 4.
+    weights = np.array([1.0, 2.5, 1.0, 4.0])
+    rows = plan_weighted(3, weights, np.arange(9 * 400)).reshape(400, 9)
+    counts = np.stack([np.bincount(epoch, minlength=4) for epoch in rows])
+    share = weights * 9 / 8.5
+    assert bool((counts >= np.floor(share)).all() and (counts <= np.ceil(share)).all())
+    assert np.allclose(counts.mean(0), share, atol=0.1)
+    assert len({tuple(epoch.tolist()) for epoch in rows}) > 300
+    assert plan_weighted(3, weights, np.arange(20, 60)).tolist() == rows.ravel()[20:60].tolist()
+
+
+def test_weights_of_one_give_permutations() -> None:
+    rows = plan_weighted(0, np.ones(7), np.arange(21)).reshape(3, 7)
+    assert all(sorted(epoch.tolist()) == list(range(7)) for epoch in rows)
+
+
+def test_repeat_factors_by_hand() -> None:
+    # Category 1 is in 4 of 4 images, category 2 in 1 of 4: sqrt(0.5 / 0.25) = 1.414 with a threshold of 0.5.
+    found = repeat_factors([[1, 1], [1], [1, 2, 2], [1], []][:4], 0.5)
+    assert np.allclose(found, [1, 1, 2**0.5, 1])
+    assert repeat_factors([[1], []], 0.1).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("start", [0, 1, 19, 20, 33])
+def test_a_plan_is_the_same_from_any_start(start: int) -> None:
+    whole = plan_epochs(3, 20, np.arange(60))
+    assert plan_epochs(3, 20, np.arange(start, 60)).tolist() == whole[start:].tolist()
+
+
+def test_a_plan_depends_on_the_seed_alone() -> None:
+    first, again, other = (plan_epochs(seed, 50, np.arange(50)).tolist() for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_positions_may_come_in_any_order() -> None:
+    positions = np.random.default_rng(0).permutation(60)
+    assert plan_epochs(3, 20, positions).tolist() == plan_epochs(3, 20, np.arange(60))[positions].tolist()
+
+
+def test_a_table_of_one_row_repeats_it_and_no_position_gives_no_row() -> None:
+    assert plan_epochs(0, 1, np.arange(4)).tolist() == [0] * 4
+    assert plan_epochs(0, 5, np.arange(0)).tolist() == []
+
+
+# ---------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps", "expected"),
+    [
+        (StreamShape(rows_per_step=8, workers=1), (0, 10), (0, 80, 2)),
+        (StreamShape(rows_per_step=8, workers=2), (0, 10), (0, 80, 4)),
+        (StreamShape(rows_per_step=8, workers=2), (5, 10), (40, 40, 2)),
+        (StreamShape(rows_per_step=4, workers=1), (0, 3), (0, 20, 1)),
+    ],
+)
+def test_positions_of_a_range_of_steps(
+    shape: StreamShape, steps: tuple[int, int], expected: tuple[int, int, int]
+) -> None:
+    assert shape.positions(*steps) == expected
+
+
+def position_stream(shape: StreamShape, start: int, stop: int) -> ray.data.Dataset:
+    """A stream of rows that tell their positions."""
+
+    def load(positions: Integers) -> pa.Table:  # inside, so that workers need not import this file
+        return pa.table({"position": positions})
+
+    return stream(load, shape, start, stop)
+
+
+def positions_of(data: ray.data.Dataset | ray.data.DataIterator, size: int) -> list[list[int]]:
+    return [batch["position"].to_pylist() for batch in data.iter_batches(batch_size=size, batch_format="pyarrow")]
+
+
+@pytest.mark.ray
+def test_a_stream_started_late_is_the_tail_of_the_whole(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current().execution_options, "preserve_order", True)
+    shape = StreamShape(rows_per_step=4, workers=1)
+    whole = positions_of(position_stream(shape, 0, 15), 4)
+    assert whole == [list(range(4 * step, 4 * step + 4)) for step in range(15)]
+    for start in (5, 10):
+        assert positions_of(position_stream(shape, start, 15), 4) == whole[start:]
+
+
+def split(shape: StreamShape, start: int, stop: int) -> list[list[list[int]]]:
+    """The batches of each worker, as Ray Train splits a stream."""
+    parts = position_stream(shape, start, stop).streaming_split(shape.workers, equal=True)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(lambda part: positions_of(part, shape.rows_per_step // shape.workers), parts))
+
+
+@pytest.mark.ray
+def test_two_workers_see_each_position_once_and_checkpoints_cut_cleanly(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current().execution_options, "preserve_order", True)
+    parts = split(StreamShape(rows_per_step=4, workers=2), 0, 15)
+    assert [len(part) for part in parts] == [15, 15]
+    assert sorted(n for part in parts for batch in part for n in batch) == list(range(60))
+    for step in (5, 10):  # what both have taken until a checkpoint are exactly the first positions
+        taken = [n for part in parts for batch in part[:step] for n in batch]
+        assert sorted(taken) == list(range(4 * step))
+
+
+@pytest.mark.ray
+def test_checkpoints_cut_cleanly_in_a_run_of_any_length(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current().execution_options, "preserve_order", True)
+    parts = split(StreamShape(rows_per_step=4, workers=2), 0, 7)
+    taken = [n for part in parts for batch in part[:5] for n in batch]
+    assert sorted(taken) == list(range(20))
+
+
+# --------------------------------------------------------------------------------------- tables, loaders, collate
+
+
+def encoded(image: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def flat(value: int, height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+SIZES = [(10, 20), (30, 40), (64, 64), (64, 48)]  # height, width of pairs 0 .. 3
+
+
+def published(root: Path, table: str, name: str, rows: list[dict[str, object]]) -> None:
+    """Publish rows; columns that they leave out hold something of their type."""
+    schema = tables.SCHEMAS[table]
+    neutral = {column.name: "x" if column.type == pa.string() else 0 for column in schema}
+    complete = [{column: row.get(column, neutral[column]) for column in schema.names} for row in rows]
+    entry = tables.write_part(str(root), table, name, "part-00000.parquet", pa.Table.from_pylist(complete, schema))
+    tables.publish(str(root), table, name, [entry], producer="test", config_hash="0")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Four pairs whose pixels are 10, 20, 30, 40."""
+    images = [encoded(flat(10 * n + 10, *size)) for n, size in enumerate(SIZES)]
+    tar, offsets = shards.pack((f"{n}", image, f"caption {n}") for n, image in enumerate(images))
+    storage.write_bytes(f"{tmp_path}/pairs/t/shards/0.tar", tar)
+    pairs: list[dict[str, object]] = [
+        {
+            "image_id": str(n),
+            "shard": "shards/0.tar",
+            "offset": offset,
+            "size": len(image),
+            "height": size[0],
+            "width": size[1],
+            "caption": f"caption {n}",
+        }
+        for n, (image, offset, size) in enumerate(zip(images, offsets, SIZES, strict=True))
+    ]
+    published(tmp_path, "pairs", "t", pairs)
+    return tmp_path
+
+
+@pytest.mark.ray
+def test_pairs_are_read_resized_and_batched(ray_cluster: None, store: Path) -> None:
+    loader = pair_loader(str(store), "t", seed=0, image_size=16, max_side=None)
+    images, captions = PairCollate(16)(loader(np.arange(8)))
+    assert images.shape == (8, 3, 16, 16)
+    assert images.dtype == torch.uint8
+    assert sorted(captions[:4]) == sorted(captions[4:]) == [f"caption {n}" for n in range(4)]
+    for image, caption in zip(images, captions, strict=True):
+        assert set(image.unique().tolist()) == {10 * int(caption[-1]) + 10}
+
+
+@pytest.mark.ray
+def test_large_pairs_are_left_out_on_demand(ray_cluster: None, store: Path) -> None:
+    loader = pair_loader(str(store), "t", seed=0, image_size=16, max_side=40)
+    assert loader.count == 2
+    with pytest.raises(InputError, match="pairs/t: no pair with sides up to 5 px"):
+        pair_loader(str(store), "t", seed=0, image_size=16, max_side=5)
+
+
+def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        pair_loader(str(tmp_path), "t", seed=0, image_size=16, max_side=None)
+    assert str(caught.value) == f"{tmp_path}/pairs/t: no such table; `python workflows/prepare_pairs.py` makes it"

@@ -1,0 +1,36 @@
+import numpy as np
+import torch
+
+from ovd_models.codet.drawing import draw_attention, draw_similarity, heat
+
+
+def test_heat_is_the_attention_around_a_pixel_by_hand() -> None:
+    # Two boxes that overlap in the second column: 0.25, 0.25 + 0.5 and 0.5, divided by 0.75.
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 3.0, 1.0]])
+    found = heat(boxes, torch.tensor([0.25, 0.5]), 2, 3)
+    assert torch.allclose(found, torch.tensor([[1 / 3, 1.0, 2 / 3], [0, 0, 0]]))
+
+
+def test_what_has_no_attention_is_dark() -> None:
+    image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
+    boxes = [torch.tensor([[0.0, 0.0, 32.0, 64.0]])] * 2
+    sheet = draw_attention([image, image], boxes, [torch.ones(1)] * 2, "step 1: anchor", ["an anchor"] * 2)
+    pixels = np.asarray(sheet)
+    assert sheet.size == (2 * 320 + 6, 320 + 48)
+    assert pixels[300, 80].tolist() == [200] * 3
+    assert pixels[300, 280].tolist() == [50] * 3
+
+
+def test_an_image_without_a_proposal_is_drawn_as_it_is() -> None:
+    image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
+    sheet = draw_attention([image], [torch.zeros(0, 4)], [torch.zeros(0)], "step 1: anchor", [""])
+    assert np.asarray(sheet)[200, 160].tolist() == [200] * 3
+    assert min(draw_similarity(torch.zeros(0, 0), [0]).size) > 0
+
+
+def test_a_similarity_matrix_shows_its_greatest_value_brightest_and_parts_images() -> None:
+    similarity = torch.eye(4)
+    picture = np.asarray(draw_similarity(similarity, [1, 3]))
+    assert picture.shape == (640, 640, 3)
+    assert picture[80, 80].sum() > picture[80, 400].sum()
+    assert picture[320, 160].tolist() == [255] * 3

@@ -1,0 +1,42 @@
+import torch
+
+from ovd_models.detectors.eva import EvaConfig, EvaPyramid, rotary_angles, run_block
+
+SMALL = EvaConfig(width=32, depth=3, heads=2, hidden=40, patch=8, trained_grid=4, rotary_grid=4, drop_path=0.0)
+
+
+def test_levels_have_the_strides_that_the_pyramid_promises() -> None:
+    torch.manual_seed(0)
+    levels = EvaPyramid(SMALL, 16)(torch.randn(2, 3, 80, 48))
+    # A patch of 8 pixels: strides 2, 4, 8, 16, 32 and 64 of an image of 80 x 48.
+    assert [tuple(level.shape[2:]) for level in levels] == [(40, 24), (20, 12), (10, 6), (5, 3), (3, 2), (2, 1)]
+
+
+def test_attention_within_windows_equals_attention_over_each_window_alone() -> None:
+    torch.manual_seed(0)
+    block = EvaPyramid(SMALL, 16).blocks[0]
+    angles = rotary_angles(4, SMALL, torch.zeros(1))
+    tokens = torch.randn(1, 8, 4, 32)
+    alone = [block(part.flatten(1, 2), rope=angles).view(1, 4, 4, 32) for part in tokens.split(4, dim=1)]
+    assert torch.allclose(run_block(block, tokens, 4, angles), torch.cat(alone, dim=1), atol=1e-5)
+
+
+def test_one_window_over_the_grid_equals_the_block_itself() -> None:
+    torch.manual_seed(0)
+    block, tokens = EvaPyramid(SMALL, 16).blocks[0], torch.randn(2, 5, 5, 32)
+    angles = rotary_angles(5, SMALL, tokens)
+    whole = block(tokens.flatten(1, 2), rope=angles).view_as(tokens)
+    assert torch.allclose(run_block(block, tokens, 5, angles), whole, atol=1e-5)
+
+
+def test_a_grid_that_windows_do_not_fill_keeps_its_size() -> None:
+    torch.manual_seed(0)
+    block, tokens = EvaPyramid(SMALL, 16).blocks[0], torch.randn(1, 5, 7, 32)
+    assert run_block(block, tokens, 4, rotary_angles(4, SMALL, tokens)).shape == tokens.shape
+
+
+def test_rotary_angles_stretch_the_grid_to_that_of_pretraining() -> None:
+    # Token 4 of 8 sits where token 2 of 4 did: the same sines and cosines, row after row.
+    fine, coarse = (rotary_angles(size, SMALL, torch.zeros(1)).view(size, size, -1) for size in (8, 4))
+    assert torch.allclose(fine[4, 6], coarse[2, 3], atol=1e-6)
+    assert not torch.allclose(fine[4, 6], fine[6, 4])

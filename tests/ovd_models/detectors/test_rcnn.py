@@ -1,0 +1,291 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d, box_iou
+
+from ovd_models.detectors.rcnn import (
+    RCNN,
+    RCNNConfig,
+    find_backbone_weights,
+    load_backbone,
+    select_detections,
+    widen,
+)
+from ovd_models.errors import InputError
+from ovd_models.vocabulary import Vocabulary
+
+CONFIG = RCNNConfig(
+    backbone_options={"channels": [8, 16, 24, 32], "stem_width": 8},
+    pyramid_channels=16,
+    head_width=32,
+    embed_dim=16,
+    min_size=64,
+    max_size=128,
+    pre_nms=60,
+    post_nms=30,
+)
+
+
+def words(count: int) -> Vocabulary:
+    rows = torch.randn(count, 16, generator=torch.Generator().manual_seed(0))
+    return Vocabulary(tuple(f"name {n}" for n in range(count)), F.normalize(rows, dim=1))
+
+
+def noise(height: int, width: int, seed: int = 0) -> Tensor:
+    coarse = torch.randint(0, 255, (1, 3, 5, 5), generator=torch.Generator().manual_seed(seed)).float()
+    return F.interpolate(coarse, (height, width), mode="bilinear")[0].to(torch.uint8)
+
+
+@pytest.fixture
+def detector() -> RCNN:
+    torch.manual_seed(0)
+    return RCNN(CONFIG).eval()
+
+
+def test_detections_are_in_the_image_sorted_and_of_the_vocabulary(detector: RCNN) -> None:
+    images = [noise(64, 96), noise(150, 70, 1), noise(31, 33, 2)]
+    found = detector.detect(images, words(4), score_threshold=0.0, max_detections=9)
+    for image, entry in zip(images, found, strict=True):
+        assert (entry.height, entry.width) == tuple(image.shape[1:])
+        assert 0 < len(entry) <= 9
+        assert entry.names == words(4).names
+        assert entry.scores.tolist() == sorted(entry.scores.tolist(), reverse=True)
+        assert bool((entry.boxes[:, :2] >= 0).all() and (entry.boxes[:, :2] <= entry.boxes[:, 2:]).all())
+        assert float(entry.boxes[:, 2].max()) <= entry.width
+        assert float(entry.boxes[:, 3].max()) <= entry.height
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_a_blank_image_has_an_answer(detector: RCNN, value: int) -> None:
+    found = detector.detect([torch.full((3, 64, 64), value, dtype=torch.uint8)], words(3), score_threshold=1.0)
+    assert len(found[0]) == 0
+    assert found[0].boxes.shape == (0, 4)
+    assert found[0].to_list() == []
+
+
+def test_no_image_gives_no_answer_and_one_name_is_enough(detector: RCNN) -> None:
+    found = detector.detect([noise(64, 64)], words(1), score_threshold=0.0)
+    assert set(found[0].labels.tolist()) == {0}
+
+
+def test_boxes_are_those_of_the_original_image(detector: RCNN) -> None:
+    # Pictures of twice and three times the size are reduced to the same 64 px: the same boxes, scaled.
+    small = noise(64, 96)
+    for factor in (2, 3):
+        large = small.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        first, second = (detector.detect([image], words(3), score_threshold=0.0)[0] for image in (small, large))
+        matched = box_iou(second.boxes / factor, first.boxes).amax(1)
+        assert float(matched[:20].min()) > 0.6
+        assert float(matched[:20].mean()) > 0.9
+        assert (second.width, second.height) == (96 * factor, 64 * factor)
+
+
+def test_an_image_is_detected_alike_alone_and_in_a_batch_of_its_size(detector: RCNN) -> None:
+    images = [noise(64, 96, seed) for seed in range(3)]
+    together = detector.detect(images, words(3), score_threshold=0.0)
+    for image, expected in zip(images, together, strict=True):
+        alone = detector.detect([image], words(3), score_threshold=0.0)[0]
+        assert torch.allclose(alone.scores, expected.scores, atol=1e-5)
+        assert torch.allclose(alone.boxes, expected.boxes, atol=1e-2)
+
+
+def test_boxes_are_exact_under_autocast(detector: RCNN) -> None:
+    # bfloat16 knows every fourth pixel only beyond 512.
+    batch = detector.preprocess([torch.zeros(3, 64, 1024, dtype=torch.uint8)])
+    batch.image_sizes = [(64, 1024)]
+    annotated = torch.tensor([[901.0, 11.0, 914.0, 23.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        proposals = detector.train().propose(batch, detector.features(batch))
+        sample = detector.sample_regions(proposals.boxes, [{"boxes": annotated, "labels": torch.tensor([0])}])
+    assert {value.dtype for value in (*proposals.boxes, *proposals.anchors, proposals.deltas)} == {torch.float32}
+    assert annotated[0].tolist() in sample.boxes[0].tolist()
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1), (3, 200)])
+def test_extreme_images_are_detected(detector: RCNN, shape: tuple[int, int]) -> None:
+    found = detector.detect([torch.zeros(3, *shape, dtype=torch.uint8)], words(2), score_threshold=0.0)[0]
+    assert (found.height, found.width) == shape
+    assert bool(torch.isfinite(found.boxes).all())
+    assert float(found.boxes[:, 2].max()) <= shape[1]
+    assert float(found.boxes[:, 3].max()) <= shape[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((100, 200), (100, 200)),  # ordinary: as it is
+        ((1, 1000), (16, 1000)),  # ceil(2 * 1000 / 128) = 16 rows
+        ((1000, 3), (1000, 16)),
+        ((15, 1000), (16, 1000)),
+        ((16, 1000), (16, 1000)),
+    ],
+)
+def test_long_images_are_widened_at_their_end(shape: tuple[int, int], expected: tuple[int, int]) -> None:
+    image = torch.full((3, *shape), 9, dtype=torch.uint8)
+    wide = widen(image, 128)
+    assert tuple(wide.shape[1:]) == expected
+    assert bool((wide[:, : shape[0], : shape[1]] == 9).all())
+    assert int(wide.sum()) == int(image.sum())
+    assert min(expected) * 128 / max(*expected, 128) >= 1
+
+
+def slow_select(
+    boxes: Tensor, scores: Tensor, threshold: float, nms: float, limit: int
+) -> list[tuple[list[float], float, int]]:
+    """Greedy suppression within each class, one candidate after the other."""
+    kept: list[tuple[list[float], float, int]] = []
+    for label in range(scores.shape[1]):
+        order = sorted(range(len(boxes)), key=lambda row: -float(scores[row, label]))
+        chosen: list[int] = []
+        for row in order:
+            overlaps = [float(box_iou(boxes[row : row + 1], boxes[other : other + 1])) for other in chosen]
+            if scores[row, label] > threshold and all(overlap <= nms for overlap in overlaps):
+                chosen.append(row)
+        kept += [(boxes[row].tolist(), float(scores[row, label]), label) for row in chosen]
+    return sorted(kept, key=lambda entry: -entry[1])[:limit]
+
+
+@pytest.mark.parametrize(("threshold", "limit"), [(0.0, 500), (0.5, 10), (0.9, 3), (1.0, 5)])
+def test_selection_equals_a_slow_loop(threshold: float, limit: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    corner, side = torch.rand(25, 2, generator=generator) * 40, 8 + torch.rand(25, 2, generator=generator) * 30
+    boxes, scores = torch.cat([corner, corner + side], 1), torch.rand(25, 4, generator=generator)
+    found_boxes, found_scores, labels = select_detections(boxes, scores, threshold, 0.4, limit)
+    expected = slow_select(boxes, scores, threshold, 0.4, limit)
+    assert len(found_scores) == len(expected)
+    assert torch.allclose(found_scores, torch.tensor([score for _, score, _ in expected]))
+    assert labels.tolist() == [label for _, _, label in expected]
+    assert torch.allclose(found_boxes, torch.tensor([box for box, _, _ in expected]).view(-1, 4))
+
+
+def test_selection_of_nothing_is_empty() -> None:
+    boxes, scores, labels = select_detections(torch.zeros(0, 4), torch.zeros(0, 3), 0.1, 0.5, 10)
+    assert boxes.shape == (0, 4)
+    assert (len(scores), len(labels)) == (0, 0)
+
+
+def test_many_candidates_lose_only_hopeless_ones() -> None:
+    # 3,000 disjoint boxes and a limit of 5: the 5 best are kept although only 100 candidates are compared.
+    start = torch.arange(3000.0)[:, None] * 10
+    boxes = torch.cat([start, start * 0, start + 5, start * 0 + 5], 1)
+    scores = torch.rand(3000, 1, generator=torch.Generator().manual_seed(0))
+    _, kept, _ = select_detections(boxes, scores, 0.0, 0.5, 5)
+    assert torch.equal(kept, scores[:, 0].topk(5).values)
+
+
+def test_a_name_outside_the_training_vocabulary_gets_no_push(detector: RCNN) -> None:
+    # The class loss depends on the rows it is given alone: nothing in the detector stands for another name.
+    names = [name for name, _ in detector.named_parameters()]
+    shapes = [tuple(value.shape) for value in detector.parameters()]
+    assert not [name for name in names if "class" in name or ("logit" in name and "rpn" not in name)]
+    detector.train()
+    for count in (2, 7):
+        before = {name: value.clone() for name, value in detector.state_dict().items()}
+        batch = detector.preprocess([noise(64, 64)])
+        features = detector.features(batch)
+        target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}
+        proposals = detector.propose(batch, features)
+        losses = detector.detection_losses(batch, features, proposals, [target], words(count).embeddings)
+        assert all(bool(torch.isfinite(value)) for value in losses.values())
+        assert set(before) == set(detector.state_dict())
+    assert shapes == [tuple(value.shape) for value in detector.parameters()]
+
+
+def test_class_loss_is_the_only_one_that_sees_the_names(detector: RCNN) -> None:
+    text = words(3).embeddings.clone().requires_grad_()
+    batch = detector.preprocess([noise(64, 64)])
+    features = detector.features(batch)
+    target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}
+    losses = detector.detection_losses(batch, features, detector.propose(batch, features), [target], text)
+    assert [name for name, value in losses.items() if _depends(value, text)] == ["classes"]
+
+
+def _depends(value: Tensor, leaf: Tensor) -> bool:
+    (gradient,) = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+# --------------------------------------------------------------------------------------------------- backbones
+
+RESNET = RCNNConfig(
+    backbone="resnet18", backbone_options={}, strides=(4, 8, 16, 32), anchor_sizes=(16, 32, 64, 128), freeze_norm=True
+)
+
+
+def test_torchvision_weights_give_torchvision_features(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    classifier = torchvision.models.resnet18(weights=None).eval()
+    torch.save(classifier.state_dict(), tmp_path / "resnet18.pth")
+    state = find_backbone_weights("resnet18", str(tmp_path / "resnet18.pth"))
+    assert state is not None
+    detector = RCNN(RESNET).eval()
+    load_backbone(detector, state)
+    images = torch.randn(1, 3, 64, 64)
+    x = classifier.maxpool(classifier.relu(classifier.bn1(classifier.conv1(images))))
+    for level, found in zip("1234", detector.backbone(images), strict=True):
+        x = getattr(classifier, f"layer{level}")(x)
+        assert torch.allclose(found, x, atol=1e-5)
+
+
+def test_frozen_norms_have_no_parameters_and_never_change() -> None:
+    detector = RCNN(RESNET).train()
+    norms = [module for module in detector.backbone.modules() if isinstance(module, FrozenBatchNorm2d)]
+    assert len(norms) == 20
+    assert not [name for name, _ in detector.backbone.named_parameters() if "bn" in name]
+    before = norms[0].running_mean.clone()
+    detector.features(detector.preprocess([noise(64, 64)]))
+    assert torch.equal(norms[0].running_mean, before)
+
+
+def test_weights_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    detector = RCNN(RESNET)
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    with pytest.raises(InputError, match=r"backbone weight conv1.weight: found nothing"):
+        load_backbone(detector, {name: value for name, value in state.items() if name != "conv1.weight"})
+    wrong = {**state, "layer1.0.conv1.weight": torch.zeros(1)}
+    with pytest.raises(InputError, match=r"layer1.0.conv1.weight: found \[1\], expected shape \[64, 64, 3, 3\]"):
+        load_backbone(detector, wrong)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"no pickle at all", "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+)
+def test_an_unreadable_weights_file_is_told(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "weights.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        find_backbone_weights("resnet18", str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
+    torch.save({"epoch": 3}, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="expected a state dict of resnet18"):
+        find_backbone_weights("resnet18", str(tmp_path / "weights.pth"))
+
+
+def test_auto_takes_what_lies_there_and_never_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert find_backbone_weights("resnet18", "auto") is None
+    assert find_backbone_weights("resnet10t", "auto") is None
+    assert find_backbone_weights("resnet18", "none") is None
+    file = torchvision.models.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[-1]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "checkpoints" / file)
+    assert list(find_backbone_weights("resnet18", "auto") or ()) == ["conv1.weight"]
+
+
+def test_an_unknown_stride_is_refused() -> None:
+    with pytest.raises(ValueError):
+        RCNN(dataclasses.replace(CONFIG, strides=(4, 7)))

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ovd_models.errors import InputError
+from ovd_models.ovsam import text_to_mask
+from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
+from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig
+from ovd_models.sam.model import SamConfig, SamModel
+from ovd_models.sam.training import mask_ious
+from ovd_models.segments import MaskBatch
+
+SAM = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,), prompt_width=32)
+
+
+@pytest.fixture
+def model() -> TextToMask:
+    torch.manual_seed(0)
+    tower = TowerConfig()
+    return TextToMask(SamModel(SAM), ClipPyramid(build_tower(tower, 64)), tower, TextToMaskConfig(max_margin=1.2))
+
+
+def two_squares() -> MaskBatch:
+    """A red and a blue square on one picture."""
+    image = torch.full((3, 64, 64), 100, dtype=torch.uint8)
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, 8:28, 8:28] = masks[1, 36:56, 36:56] = True
+    image[:, masks[0]] = torch.tensor([[250], [10], [10]], dtype=torch.uint8)
+    image[:, masks[1]] = torch.tensor([[10], [10], [250]], dtype=torch.uint8)
+    return MaskBatch((image,), (masks,), (torch.tensor([0, 1]),))
+
+
+def crops_of(model: TextToMask, batch: MaskBatch) -> Tensor:
+    """CLIP's embeddings of the two squares, as a text tower that agrees with the image tower would give them."""
+    colours = torch.stack([batch.images[0][:, mask][:, 0] for mask in batch.masks[0]])
+    flat = (colours[:, :, None, None] / 255 - 0.5) / 0.5
+    return F.normalize(model.clip.tower(flat.expand(-1, -1, 64, 64)), dim=-1)
+
+
+def test_names_give_the_masks_of_what_they_name(model: TextToMask) -> None:
+    batch, generator = two_squares(), torch.Generator().manual_seed(0)
+    model.sam.requires_grad_(True)  # here SAM itself is untrained
+    optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-3)
+    model.train()
+    for _ in range(150):
+        optimiser.zero_grad()
+        sum(model(batch, generator).values()).backward()
+        optimiser.step()
+    model.eval()
+    text = crops_of(model, batch)
+    model.set_text_centre(text)
+    found = model.segment_text(batch.images[0], text)
+    ious = mask_ious(found.masks.flatten(1), batch.masks[0].flatten(1))
+    swapped = mask_ious(found.masks.flatten(1), batch.masks[0].flip(0).flatten(1))
+    assert (ious > swapped + 0.3).all(), (ious, swapped)
+
+
+def test_many_names_are_asked_for_in_parts(model: TextToMask, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, names = two_squares().images[0], F.normalize(torch.randn(5, 128), dim=-1)
+    whole = model.eval().segment_text(image, names)
+    monkeypatch.setattr(text_to_mask, "NAMES_AT_A_TIME", 2)
+    parts = model.segment_text(image, names)
+    assert parts.masks.shape == (5, 64, 64)
+    assert torch.allclose(parts.low_res, whole.low_res, atol=1e-4)
+
+
+def test_only_decoder_and_projection_learn(model: TextToMask) -> None:
+    losses = model(two_squares(), torch.Generator().manual_seed(0))
+    assert set(losses) == {"focal", "dice", "iou"}
+    sum(losses.values()).backward()
+    learnt = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert all("mask_decoder" in name or name.startswith("token") for name in learnt)
+    assert "token.weight" in learnt
+
+
+def test_an_image_without_objects_teaches_nothing(model: TextToMask) -> None:
+    batch = two_squares()
+    batch = MaskBatch(batch.images, (batch.masks[0][:0],), (batch.labels[0][:0],))
+    assert {float(value) for value in model(batch).values()} == {0.0}
+
+
+def test_no_name_gives_no_mask_and_one_name_no_centre(model: TextToMask) -> None:
+    found = model.segment_text(two_squares().images[0], torch.zeros(0, 128))
+    assert found.masks.shape == (0, 64, 64)
+    with pytest.raises(InputError, match="expected at least 2"):
+        model.set_text_centre(torch.zeros(1, 128))

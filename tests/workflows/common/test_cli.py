@@ -1,0 +1,165 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovd_models.errors import InputError
+from workflows.common import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.1
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    storage: str = "runs"
+    steps: int
+    flag: bool = False
+    inner: Inner = field(default_factory=Inner)
+    options: dict[str, Any] = field(default_factory=lambda: {"width": 8})
+
+
+CONFIGS = {"small": lambda: Run(steps=5), "large": lambda: Run(steps=500, inner=Inner(rate=0.2))}
+
+
+def parse(*arguments: str) -> Run:
+    return cli.parse(CONFIGS, "A test.", list(arguments))
+
+
+def test_a_named_config_with_changed_fields() -> None:
+    assert parse("--config", "large", "--inner.rate", "3", "--flag", "--inner.sizes", "4", "5", "6") == Run(
+        steps=500, flag=True, inner=Inner(rate=3.0, sizes=(4, 5, 6))
+    )
+
+
+def test_the_first_config_is_the_default_and_flags_stand_in_any_order() -> None:
+    assert parse() == CONFIGS["small"]()
+    assert parse("--steps", "7", "--config=large") == dataclasses.replace(CONFIGS["large"](), steps=7)
+
+
+def test_an_unknown_config_is_told() -> None:
+    with pytest.raises(InputError, match=r"^--config huge: unknown, expected one of small, large$"):
+        parse("--config", "huge")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--unheard", "1"], "Unrecognized options: --unheard, 1"),
+        (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        (["--inner.rate"], "Missing value for argument '--inner.rate'. Expected 1 values."),
+        (["--config"], "--config: expected one argument"),
+        (["x"], "Unrecognized options: x"),
+    ],
+)
+def test_a_bad_flag_is_told_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        parse(*arguments)
+    assert str(caught.value) == message
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_names_the_configs_and_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "A test." in shown
+    assert "one of small, large (default small)" in shown
+    assert all(flag in shown for flag in ("--storage", "--steps", "--inner.rate", "--inner.sizes"))
+
+
+def test_a_run_is_json_and_flat_names() -> None:
+    run = CONFIGS["large"]()
+    assert json.loads(cli.to_json(run))["inner"] == {"rate": 0.2, "sizes": [1, 2]}
+    assert cli.flatten(run) == {
+        "storage": "runs",
+        "steps": 500,
+        "flag": False,
+        "inner.rate": 0.2,
+        "inner.sizes": (1, 2),
+        "options.width": 8,
+    }
+
+
+def test_the_hash_changes_with_any_field() -> None:
+    run = CONFIGS["large"]()
+    changed = [
+        dataclasses.replace(run, steps=501),
+        dataclasses.replace(run, inner=Inner(rate=0.2, sizes=(1, 3))),
+        dataclasses.replace(run, options={"width": 9}),
+    ]
+    hashes = [cli.config_hash(entry) for entry in (run, *changed)]
+    assert len(set(hashes)) == 4
+    assert cli.config_hash(CONFIGS["large"]()) == hashes[0]
+    assert all(len(entry) == 16 for entry in hashes)
+
+
+def ends_with(job: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    def run() -> None:
+        if job == "input":
+            raise InputError("a.json: bad, expected good")
+        if job == "stop":
+            raise KeyboardInterrupt
+        if job == "failure":
+            raise RuntimeError("it broke")
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return cli.outcome(run), capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "line"),
+    [("done", 0, ""), ("input", 2, "error: a.json: bad, expected good\n"), ("stop", 130, "interrupted\n")],
+)
+def test_exit_codes(job: str, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ends_with(job, capsys) == (code, line)
+
+
+def script(body: str) -> list[str]:
+    # A test run in the background ignores Ctrl-C, and so would its children.
+    listens = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    return [sys.executable, "-c", f"{listens}from workflows import cli\ndef job():\n{body}\ncli.execute(job)"]
+
+
+def test_a_done_job_says_all_that_it_has_to_say_and_runs_what_was_left_for_the_end() -> None:
+    body = "    import atexit\n    atexit.register(print, 'end')\n    print('done', end=' ')"
+    found = subprocess.run(script(body), capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "done end\n", "")
+
+
+def test_a_failed_job_exits_with_1_and_its_reason_comes_last() -> None:
+    found = subprocess.run(script("    raise RuntimeError('it broke')"), capture_output=True, text=True, timeout=60)
+    assert found.returncode == 1
+    assert found.stderr.strip().splitlines()[-1] == "RuntimeError: it broke"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_job_runs_its_finally_blocks(tmp_path: Path, number: signal.Signals) -> None:
+    done = str(tmp_path / "done")
+    waiting = "        print('begun', flush=True)\n        time.sleep(60)\n"
+    body = f"    try:\n{waiting}    finally:\n        open({done!r}, 'w')"
+    with subprocess.Popen(script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "begun\n"
+        started = time.monotonic()
+        os.kill(job.pid, number)
+        _, errors = job.communicate(timeout=30)
+    assert job.returncode == 130
+    assert errors == "interrupted\n"
+    assert time.monotonic() - started < 10
+    assert (tmp_path / "done").exists()

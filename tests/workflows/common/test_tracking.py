@@ -1,0 +1,169 @@
+import pickle
+import sqlite3
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from mlflow.tracking import MlflowClient
+
+from ovd_models.errors import InputError
+from workflows.common import tracking
+
+METRIC = "eval/pictograms/ap50_novel"
+MODEL = "ovd-codet-pictograms"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage whose database has its tables, which take MLflow seconds to create."""
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tracking._open(tracking.tracking_uri(str(folder)), str(folder), "empty")
+    return folder
+
+
+@pytest.fixture
+def storage(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "a store"
+    folder.mkdir()
+    with sqlite3.connect(template / "mlflow.db") as source, sqlite3.connect(folder / "mlflow.db") as target:
+        source.backup(target)
+    return str(folder)
+
+
+def found(tracked: tracking.TrackedRun) -> Any:
+    return MlflowClient(tracked.uri).get_run(tracked.run_id)
+
+
+def checkpoint(folder: Path, content: str) -> Path:
+    folder.mkdir()
+    (folder / "model.json").write_text(content)
+    return folder
+
+
+def test_parameters_metrics_and_tags_come_back(storage: str) -> None:
+    params = {"train.lr": 0.1, "names": "x" * 9000, **{f"p{i}": i for i in range(250)}}
+    with tracking.run(storage, experiment="codet", name="smoke", params=params, tags={"pairs": "abc"}) as tracked:
+        tracked.log_metrics({"train/loss": 2.0, "train/images_per_second": np.float32(7)}, step=1)
+        tracked.log_metrics({"train/loss": 1.0}, step=2)
+    run = found(tracked)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "smoke"
+    assert len(run.data.params) == 252
+    assert run.data.params["train.lr"] == "0.1"
+    assert run.data.tags["pairs"] == "abc"
+    history = MlflowClient(tracked.uri).get_metric_history(tracked.run_id, "train/loss")
+    assert [(entry.step, entry.value) for entry in history] == [(1, 2.0), (2, 1.0)]
+
+
+def test_commit_is_a_tag(storage: str) -> None:
+    with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
+        pass
+    tags = found(tracked).data.tags
+    if tracking._git_tags():
+        assert len(tags["mlflow.source.git.commit"]) == 40
+        assert tags["git_dirty"] in ("true", "false")
+
+
+def test_artifacts_lie_in_the_storage_and_not_in_the_working_directory(storage: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
+        tracked.log_artifact(tmp_path / "run.json", "config")
+        tracked.log_artifact(checkpoint(tmp_path / "folder", "{}"), "checkpoint")
+        tracked.log_image(PIL.Image.new("RGB", (4, 4)), "pictures/found")
+        tracked.log_image(np.zeros((4, 4, 3), np.uint8), "scene", step=3)
+        tracked.log_table({"name": ["anchor"], "ap50": [0.5]}, "per_class.json")
+        tracked.log_text("<p>", "report.html")
+    files = {path.name for path in (Path(storage) / "mlartifacts").rglob("*") if path.is_file()}
+    assert {"run.json", "model.json", "found.jpg", "per_class.json", "report.html"} <= files
+    assert any(name.startswith("scene+step+3+") for name in files)
+    assert {path.name for path in tmp_path.iterdir()} == {"a store", "run.json", "folder"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+)
+def test_status_says_how_the_run_ended(storage: str, error: type[BaseException], status: str) -> None:
+    with pytest.raises(error), tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
+        raise error
+    assert found(tracked).info.status == status
+
+
+def write_from_worker(pickled: bytes) -> None:
+    logger = pickle.loads(pickled)
+    for step in range(1500):
+        logger.log({"train/loss": 1 / (step + 1)}, step)
+    logger.flush(wait=True)
+    logger.log({"train/never_flushed": 1.0}, 0)
+
+
+def test_worker_writes_through_a_pickled_logger(storage: str) -> None:
+    with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
+        logger = tracked.logger()
+        logger.log({"train/unsent": 1.0}, 0)
+        with ProcessPoolExecutor(1) as pool:
+            pool.submit(write_from_worker, pickle.dumps(logger)).result()
+    run = found(tracked)
+    assert set(run.data.metrics) == {"train/loss"}
+    assert len(MlflowClient(tracked.uri).get_metric_history(tracked.run_id, "train/loss")) == 1500
+
+
+def test_champion_moves_only_to_a_better_version(storage: str, tmp_path: Path) -> None:
+    moved = []
+    with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
+        for number, value in enumerate([0.5, 0.4, 0.5, 0.6, float("nan")]):
+            folder = checkpoint(tmp_path / str(number), str(value))
+            version = tracking.register(tracked, folder, name=MODEL, metric=METRIC, value=value)
+            moved.append(version.is_champion)
+    assert moved == [True, False, False, True, False]
+    assert (tracking.model_folder(f"models:/{MODEL}@champion", storage) / "model.json").read_text() == "0.6"
+    assert (tracking.model_folder(f"models:/{MODEL}/2", storage) / "model.json").read_text() == "0.4"
+    best = MlflowClient(tracked.uri).get_model_version_by_alias(MODEL, "champion")
+    assert best.tags == {"metric": METRIC, "value": "0.6"}
+
+
+@pytest.mark.parametrize("uri", ["models:/", "models:/x", "models:/x@champion", "models:/x/1", "runs:/x/y"])
+def test_unknown_model_is_bad_input(storage: str, uri: str) -> None:
+    with pytest.raises(InputError, match=uri):
+        tracking.model_folder(uri, storage)
+
+
+def test_model_lookup_creates_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(InputError, match=r"mlflow\.db does not exist"):
+        tracking.model_folder("models:/x@champion", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_remote_storage_needs_a_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI"):
+        tracking.tracking_uri("gs://bucket/ovd")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert tracking.tracking_uri("gs://bucket/ovd") == "http://tracking:5000"
+
+
+def test_tracking_uri_from_the_environment_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert tracking.tracking_uri(str(tmp_path)) == "http://tracking:5000"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking.tracking_uri(tmp_path.as_uri()) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def open_run(storage: str) -> None:
+    with tracking.run(storage, experiment="codet", name="smoke", params={}):
+        pass
+
+
+@pytest.mark.slow
+def test_first_runs_of_a_storage_may_start_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with ProcessPoolExecutor(4) as pool:
+        for opened in [pool.submit(open_run, str(tmp_path)) for _ in range(4)]:
+            opened.result()

@@ -1,0 +1,382 @@
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray.data
+import ray.train
+import torch
+from torch import Tensor, nn
+
+from data_prep.streams.plans import Integers, StreamShape, stream
+from ovd_models.errors import InputError
+from workflows.common import training
+from workflows.common.training import Meter, Optimisation, Session
+
+QUICK = Optimisation(steps=10, learning_rate=0.05, checkpoint_every=5, workers=0)
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: 0, expected at least 1"),
+        ({"steps": -3}, "steps: -3"),
+        ({"checkpoint_every": 0}, "checkpoint_every: 0, expected a multiple of 5"),
+        ({"checkpoint_every": 7}, "checkpoint_every: 7, expected a multiple of 5"),
+        *(
+            (changes, message)
+            for changes, message in [
+                ({"log_every": 0}, "log_every"),  # ZeroDivisionError in the loop
+                ({"warmup": 1.0}, "warmup"),  # ZeroDivisionError of OneCycleLR
+                ({"warmup": 1.5}, "warmup"),  # its ValueError
+                ({"workers": -1}, "workers"),
+                ({"learning_rate": -1.0}, "learning_rate"),
+            ]
+        ),
+    ],
+)
+def test_impossible_settings_are_told(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(QUICK, **changes)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------- schedule
+
+
+def test_steps_warm_up_and_fall_to_tenths() -> None:
+    stage = dataclasses.replace(QUICK, steps=1000, optimiser="sgd", warmup=0.1, decay_at=(0.5, 0.9), learning_rate=2.0)
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimiser = training.build_optimiser(nn.ParameterList([parameter, nn.Parameter(torch.ones(2))]), stage)
+    schedule = training.build_schedule(optimiser, stage)
+    rates = []
+    for _ in range(1000):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    # A hundredth at first, half way through the warm-up (0.01 + 1) / 2 of the rate, then tenths.
+    assert [rates[step] for step in (0, 50, 100, 499)] == pytest.approx([0.02, 1.01, 2.0, 2.0])
+    assert [rates[step] for step in (500, 899, 900, 999)] == pytest.approx([0.2, 0.2, 0.02, 0.02])
+    assert [group["weight_decay"] for group in optimiser.param_groups] == [stage.weight_decay, 0.0]
+    with pytest.raises(InputError, match="decay_at"):
+        dataclasses.replace(stage, decay_at=(0.9, 0.5))
+
+
+class Alone:
+    """What Ray Train tells a loop that runs inside the driver."""
+
+    def get_world_size(self) -> int:
+        return 1
+
+    def get_world_rank(self) -> int:
+        return 0
+
+    def get_local_world_size(self) -> int:
+        return 1
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.train, "get_context", Alone)
+
+
+def session(settings: Optimisation, folder: Path, seed: int = 0) -> Session:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    return Session(model, settings, torch.device("cpu"), str(folder))
+
+
+def step(running: Session, number: int) -> float:
+    inputs = torch.randn(16, 3, generator=torch.Generator().manual_seed(number))
+    loss = (running.model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+    running.update(loss)
+    return loss.item()
+
+
+def rates(steps: int, folder: Path, warmup: float = 0.1) -> list[float]:
+    running = session(dataclasses.replace(QUICK, steps=steps, warmup=warmup), folder)
+    found = []
+    for number in range(steps):
+        found.append(float(running.optimiser.param_groups[0]["lr"]))
+        step(running, number)
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 9, 10, 11, 13, 100])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.95])
+def test_any_number_of_steps_has_a_schedule(alone: None, tmp_path: Path, steps: int, warmup: float) -> None:
+    found = rates(steps, tmp_path, warmup)
+    assert all(0 < rate <= 0.05 + 1e-9 for rate in found)
+    assert found[0] == pytest.approx(0.05 / 25)  # OneCycleLR's start
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_nothing(alone: None, tmp_path: Path) -> None:
+    found = rates(100, tmp_path)
+    peak = int(np.argmax(found))
+    assert peak == 9  # a tenth of the steps
+    assert found[peak] == pytest.approx(0.05)
+    assert found[: peak + 1] == sorted(found[: peak + 1])
+    assert found[peak:] == sorted(found[peak:], reverse=True)
+    assert len(set(found)) == 100
+    assert found[-1] < 0.05 / 1000
+
+
+# ------------------------------------------------------------------------------------------------------ session
+
+
+def test_a_checkpoint_is_due_at_its_multiples_and_at_the_end(alone: None, tmp_path: Path) -> None:
+    running = session(dataclasses.replace(QUICK, steps=12), tmp_path)
+    due = []
+    for number in range(12):
+        step(running, number)
+        due.append(running.due)
+    assert [number + 1 for number, flag in enumerate(due) if flag] == [5, 10, 12]
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "muon"])
+def test_a_resumed_session_continues_as_if_undisturbed(
+    alone: None, tmp_path: Path, optimiser: Literal["adamw", "sgd", "muon"]
+) -> None:
+    settings = dataclasses.replace(QUICK, optimiser=optimiser)
+    whole = session(settings, tmp_path / "whole")
+    losses = [step(whole, number) for number in range(10)]
+
+    first = session(settings, tmp_path / "halves")
+    for number in range(5):
+        step(first, number)
+    first.checkpoint({})
+    assert training.committed_step(str(tmp_path / "halves")) == 5
+    step(first, 5)  # lost with the crash
+    second = session(settings, tmp_path / "halves", seed=9)
+    assert second.step == 5
+    assert [step(second, number) for number in range(5, 10)] == losses[5:]
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(value, second.module.state_dict()[name]), name
+    assert second.optimiser.param_groups[0]["lr"] == whole.optimiser.param_groups[0]["lr"]
+
+
+def test_muon_steps_alike_in_all_directions_and_decays_matrices_alone(alone: None, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, optimiser="muon", weight_decay=0.0, clip_norm=None)
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 16)
+    running = Session(layer, settings, torch.device("cpu"), str(tmp_path))
+    matrix, before = layer.weight, layer.weight.detach().clone()
+    running.update(running.model(torch.randn(64, 8) * torch.logspace(0.5, -0.5, 8)).square().mean())
+    assert matrix.grad is not None
+    of_gradient, of_step = torch.linalg.svdvals(matrix.grad), torch.linalg.svdvals(matrix.detach() - before)
+    assert of_gradient.max() / of_gradient.min() > 30
+    assert of_step.max() / of_step.min() < 1.5
+    decayed = dataclasses.replace(settings, weight_decay=0.05)
+    for group in training.build_optimiser(layer, decayed).param_groups:
+        assert {value.ndim > 1 for value in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(alone: None, tmp_path: Path) -> None:
+    running = session(QUICK, tmp_path)
+    before = {name: value.clone() for name, value in running.module.state_dict().items()}
+    for value in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError, match="at step 0"):
+            running.update(torch.tensor(value, requires_grad=True))
+    assert all(torch.equal(value, before[name]) for name, value in running.module.state_dict().items())
+    assert running.step == 0
+
+
+@pytest.mark.parametrize("limit", [0.5, None])
+def test_gradients_are_clipped_to_a_norm_or_left_as_they_are(alone: None, tmp_path: Path, limit: float | None) -> None:
+    running = session(dataclasses.replace(QUICK, clip_norm=limit), tmp_path)
+    running.update(running.model(torch.ones(4, 3)).sum() * 100)
+    squares = sum(float(value.grad.square().sum()) for value in running.module.parameters() if value.grad is not None)
+    if limit is None:
+        assert math.sqrt(squares) > 100
+    else:
+        assert math.sqrt(squares) == pytest.approx(limit, rel=1e-3)
+
+
+def test_a_run_without_a_checkpoint_has_no_step_and_no_weights(tmp_path: Path) -> None:
+    assert training.committed_step(str(tmp_path)) == 0
+    assert training.last_checkpoint(str(tmp_path / "none")) is None
+    with pytest.raises(InputError, match="no checkpoint, expected a finished training run"):
+        training.final_weights(str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------- meter
+
+
+def test_a_meter_averages_losses_and_starts_anew() -> None:
+    meter = Meter()
+    for value in (1.0, 3.0):
+        meter.add({"a": torch.tensor(value), "b": torch.tensor(1.0)}, 4)
+    found = meter.collect()
+    assert (found["train/loss_a"], found["train/loss_b"]) == (2.0, 1.0)
+    assert found["train/images_per_second"] > 0
+    assert "train/loss_a" not in meter.collect()
+
+
+def test_a_meter_counts_what_was_waited_for() -> None:
+    meter = Meter()
+    assert list(meter.waiting([1, 2, 3])) == [1, 2, 3]
+    assert 0 <= meter.collect()["train/data_wait_fraction"] <= 1
+
+
+def test_a_meter_tells_the_share_of_checkpoints() -> None:
+    meter = Meter()
+    with meter.timing("checkpoint"):
+        time.sleep(0.05)
+    found = meter.collect()
+    assert 0.5 < found["train/checkpoint_fraction"] <= 1
+    assert found["train/data_wait_fraction"] == meter.collect()["train/checkpoint_fraction"] == 0
+
+
+# ----------------------------------------------------------------------------------------------------- Ray Train
+
+
+def loop(settings: Optimisation, run_dir: str, stop_after: int) -> Callable[[], None]:
+    """A small loop of the form that every workflow has; `stop_after` steps it crashes."""
+
+    def worker() -> None:
+        training.prepare_worker(settings)
+        running = Session(nn.Linear(1, 1), settings, torch.device("cpu"), run_dir)
+        world = ray.train.get_context().get_world_size()
+        batches = ray.train.get_dataset_shard("rows").iter_batches(batch_size=4 // world, batch_format="pyarrow")
+        for batch in batches:
+            values = torch.tensor(batch["position"].to_pylist(), dtype=torch.float32)[:, None] / 40
+            running.update((running.model(values) - 2 * values).square().mean())
+            if running.due:
+                running.checkpoint({})
+            if running.step == stop_after:
+                raise RuntimeError("a crash in the middle")
+
+    return worker
+
+
+def run_loop(settings: Optimisation, folder: Path, stop_after: int = 0) -> dict[str, Tensor]:
+    def load(positions: Integers) -> pa.Table:
+        return pa.table({"position": positions})
+
+    shape = StreamShape(rows_per_step=4, workers=max(1, settings.workers))
+    streams = {"rows": lambda start: stream(load, shape, start, settings.steps)}
+    training.fit(loop(settings, str(folder), stop_after), settings, str(folder), streams)
+    return training.final_weights(str(folder))
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    folders = [training.open_run(str(tmp_path), "clip", "smoke", "") for _ in range(5)]
+    assert len(set(folders)) == 5
+    for folder in folders:
+        Path(folder).mkdir(parents=True)
+    assert training.find_run(str(tmp_path), "clip", "smoke") == Path(folders[-1]).name
+
+
+@pytest.mark.ray
+def test_a_run_inside_the_driver_resumes_exactly(ray_cluster: None, tmp_path: Path) -> None:
+    whole = run_loop(QUICK, tmp_path / "whole")
+    with pytest.raises(Exception, match="a crash in the middle"):
+        run_loop(QUICK, tmp_path / "halves", stop_after=7)
+    assert training.committed_step(str(tmp_path / "halves")) == 5
+    again = run_loop(QUICK, tmp_path / "halves")
+    assert training.committed_step(str(tmp_path / "halves")) == 10
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+@pytest.mark.ray
+def test_a_finished_run_is_not_run_again(ray_cluster: None, tmp_path: Path) -> None:
+    first = run_loop(QUICK, tmp_path / "run")
+    second = run_loop(QUICK, tmp_path / "run", stop_after=1)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_workers_resume_exactly_after_a_crash(ray_cluster: None, tmp_path: Path) -> None:
+    two = dataclasses.replace(QUICK, workers=2, max_failures=0)
+    whole = run_loop(two, tmp_path / "whole")
+    with pytest.raises(Exception, match="a crash in the middle"):
+        run_loop(two, tmp_path / "halves", stop_after=7)
+    assert training.committed_step(str(tmp_path / "halves")) == 5
+    again = run_loop(two, tmp_path / "halves")
+    assert training.committed_step(str(tmp_path / "halves")) == 10
+    assert all(torch.allclose(value, again[name], atol=1e-6) for name, value in whole.items())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_begun_inside_the_driver_continues_on_a_worker(ray_cluster: None, tmp_path: Path) -> None:
+    whole = run_loop(QUICK, tmp_path / "whole")
+    with pytest.raises(Exception, match="a crash in the middle"):
+        run_loop(QUICK, tmp_path / "halves", stop_after=7)
+    again = run_loop(dataclasses.replace(QUICK, workers=1), tmp_path / "halves")
+    assert training.committed_step(str(tmp_path / "halves")) == 10
+    assert all(torch.allclose(value, again[name], atol=1e-6) for name, value in whole.items())
+
+
+# ------------------------------------------------------------------------------------------ schedule and average
+
+
+def test_the_cosine_schedule_by_hand() -> None:
+    # 10 steps, 2 of them rising: 1/2, 1, then cosines over 8 steps
+    factors = [training.warmup_cosine(step, 2, 10) for step in range(11)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[6] == pytest.approx(0.5)
+    assert factors[4] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert factors[10] == pytest.approx(0)
+    assert training.warmup_cosine(0, 0, 1) == 1.0
+
+
+def test_a_moving_average_by_hand() -> None:
+    average = training.moving_average(0.9)
+    old, new = torch.zeros(2), torch.ones(2)
+    assert torch.allclose(average(old, new, 0), torch.full((2,), 0.9))  # forgets 9/10 at first
+    assert torch.allclose(average(old, new, 10_000), torch.full((2,), 0.1))
+    assert average(torch.tensor(3), torch.tensor(7), 5).item() == 7
+
+
+def test_a_run_with_cosine_and_average_resumes_exactly(alone: None, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, schedule="cosine", ema_decay=0.5)
+
+    def steps(running: Session, count: int) -> None:
+        for _ in range(count):
+            step(running, running.step)
+
+    whole = session(settings, tmp_path / "whole")
+    steps(whole, 10)
+    first = session(settings, tmp_path / "halves")
+    steps(first, 5)
+    first.checkpoint({})
+    second = session(settings, tmp_path / "halves")
+    assert second.step == 5
+    steps(second, 5)
+    second.checkpoint({})
+    assert whole.average is not None
+    weights = training.final_weights(str(tmp_path / "halves"))
+    for name, value in whole.average.module.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+        if name.endswith("0.weight"):
+            assert not torch.equal(value, second.module.state_dict()[name]), name
+    assert whole.optimiser.param_groups[0]["lr"] == second.optimiser.param_groups[0]["lr"] == pytest.approx(0)
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(alone: None, tmp_path: Path) -> None:
+    running = session(QUICK, tmp_path)
+    for _ in range(3):
+        step(running, running.step)
+        running.checkpoint({})
+    assert {path.name for path in (tmp_path / "driver_checkpoint").iterdir()} == {"a", "b"}
+    third = {name: value.clone() for name, value in running.module.state_dict().items()}
+    # The fourth goes where the second was; the kill comes before its last file.
+    (tmp_path / "driver_checkpoint/b/model.pt").write_bytes(b"half")
+    again = session(QUICK, tmp_path)
+    assert again.step == 3
+    assert all(torch.equal(value, third[name]) for name, value in again.module.state_dict().items())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_that_makes_no_sense_is_told(decay: float) -> None:
+    with pytest.raises(InputError, match=r"ema_decay: .*, expected 0 to less than 1"):
+        dataclasses.replace(QUICK, ema_decay=decay)

@@ -1,0 +1,125 @@
+"""The teacher of a detector: its text encoder, and the names that it embeds."""
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_prep import storage, tables
+from data_prep.embeddings.teachers import EmbedConfig, Teacher, store_checkpoint
+from data_prep.embeddings.texts import StoredEncoder, TextStore, read_matrix
+from ovd_models.checkpoints import load_encoder, save_encoder
+from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
+from ovd_models.errors import InputError
+from ovd_models.vocabulary import TextEncoder, build_vocabulary
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a box set and of a concept table, embedded."""
+
+    categories: dict[int, str]
+    """Category id -> name, those with a split."""
+    splits: dict[str, str]
+    """`base` or `novel` by name."""
+    base_embeddings: Tensor
+    """[K, D] the names that boxes are annotated with in training."""
+    concept_embeddings: Tensor
+    """[C, D]."""
+    concepts: tuple[str, ...]
+    """C names."""
+    base_image_counts: tuple[int, ...]
+    """K numbers of images that show each of the names with boxes, for the federated loss."""
+
+    @property
+    def base_ids(self) -> list[int]:
+        """Category ids in the order of `base_embeddings`."""
+        return [key for key, name in self.categories.items() if self.splits[name] == "base"]
+
+
+def read_categories(storage_uri: str, boxes: str) -> tuple[dict[int, str], dict[str, str]]:
+    """Category id -> name of those with a split, and `base` or `novel` by name.
+
+    Raises:
+        InputError: the table is missing, or two categories have the same name.
+    """
+    rows = tables.read_table(storage_uri, "categories", boxes, ["category_id", "name", "split"]).to_pylist()
+    taking_part = [row for row in rows if row["split"]]
+    twice = [name for name, count in Counter(row["name"] for row in taking_part).items() if count > 1]
+    if twice:
+        raise InputError(f"categories/{boxes}: {twice[0]!r} is the name of several categories, expected one for each")
+    return {row["category_id"]: row["name"] for row in taking_part}, {row["name"]: row["split"] for row in taking_part}
+
+
+def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -> Names:
+    """Embed the names of `categories/<boxes>` and of `concepts/<pairs>`, or read them from the teacher's `texts`.
+
+    Raises:
+        InputError: a table is missing, or a name cannot be embedded.
+    """
+    if isinstance(encoder, ClipTextEncoder):
+        encoder = StoredEncoder(encoder, TextStore.of(storage_uri, encoder.teacher))
+    categories, splits = read_categories(storage_uri, boxes)
+    base = [name for name in categories.values() if splits[name] == "base"]
+    counts = tables.read_table(storage_uri, "categories", boxes, ["name", "image_count"]).to_pylist()
+    images = {row["name"]: row["image_count"] for row in counts}
+    concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist()
+    return Names(
+        categories,
+        splits,
+        build_vocabulary(encoder, base).embeddings,
+        build_vocabulary(encoder, concepts).embeddings,
+        tuple(concepts),
+        tuple(images[name] for name in base),
+    )
+
+
+def open_teacher(teacher: str, expected: str) -> Teacher:
+    """The teacher that a detector learnt from, to look at crops.
+
+    Args:
+        teacher: of a CLIP checkpoint.
+        expected: the id that the detector knows.
+
+    Raises:
+        InputError: there is no such checkpoint, or its id is not the expected one.
+    """
+    model = Teacher(teacher, EmbedConfig(batch_size=128))
+    if model.id != expected:
+        raise InputError(f"--teacher {teacher}: is {model.id}, the detector learnt from {expected}")
+    return model
+
+
+def untrained_teacher(storage_uri: str) -> str:
+    """The checkpoint of a CLIP that has not learnt anything, always the same, for smoke runs; made if it is missing."""
+    folder = storage.join(storage_uri, "runs", "clip", "untrained")
+    if not storage.exists(storage.join(folder, "clip.json")):
+        torch.manual_seed(0)
+        store_checkpoint(Clip(ClipConfig()), folder)
+    return folder
+
+
+def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str) -> TextEncoder:
+    """The teacher's text encoder.
+
+    Raises:
+        InputError: neither `teacher` nor `texts` is given, or what is given does not fit.
+    """
+    if texts:
+        rows = tables.read_table(storage_uri, "categories", boxes, ["name"])["name"].to_pylist()
+        return read_matrix(texts, rows)
+    if teacher:
+        return load_encoder(storage.local_folder(teacher))
+    raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`), or --texts")
+
+
+def share_encoder(encoder: TextEncoder, run_dir: str) -> str:
+    """A folder of the run that workers load the encoder from."""
+    folder = storage.join(run_dir, "encoder")
+    with tempfile.TemporaryDirectory() as local:
+        save_encoder(encoder, Path(local))
+        storage.upload_folder(Path(local), folder)
+    return folder

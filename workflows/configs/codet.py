@@ -1,0 +1,239 @@
+"""The settings of `codet.py`: one field for everything that affects results, and the named configs."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data_prep.streams.augmentation import Augmentation
+from data_prep.streams.group_loader import Sampling
+from ovd_models.codet.model import CoDetConfig
+from ovd_models.errors import InputError
+from ovd_models.importers.codet import released_architectures
+from workflows.common import training
+from workflows.common.training import Optimisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training of CoDet."""
+
+    storage: str = "runs"
+    """Folder or URI that holds tables and runs."""
+    config: str
+    """Name of the config, for tracking."""
+    boxes: str
+    """Name of the box set: tables `boxes/<name>-train`, `boxes/<name>-eval`, `categories/<name>`."""
+    pairs: str
+    """Name of the tables `pairs`, `concepts` and `groups`."""
+    teacher: str = ""
+    """Folder or URI of a CLIP checkpoint that embeds names and captions."""
+    texts: str = ""
+    """Instead of a teacher: a .npy file with an embedding for each category of the data, in category-id order."""
+    data: str = ""
+    """A folder with `instances.json` and `images/` (and `captions.tsv`, if there are captions), read first."""
+    backbone_weights: str = "auto"
+    """`auto` (torchvision's, when they are on this machine), `none`, or a file with a state dict."""
+    model: CoDetConfig = field(default_factory=CoDetConfig)
+    detection_batch: int = 8
+    """Images with boxes in a step, over all workers."""
+    groups_per_step: int = 4
+    """Caption groups in a step, over all workers."""
+    group_size: int = 4
+    """Images of a group."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How groups are drawn."""
+    alternate: bool = False
+    """Boxes in even steps, captions in odd ones, on all workers; else both in every step."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Of images with boxes."""
+    repeat_threshold: float = 0.0
+    """Repeat-factor sampling of images with boxes: those of categories rarer than this part of all come more often."""
+    box_stage: Optimisation
+    joint_stage: Optimisation
+    box_model: str = ""
+    """Folder or URI of a detector checkpoint that the joint stage starts from; no box stage is trained then."""
+    resume: str = ""
+    """Continue this run instead of starting a new one."""
+
+    def __post_init__(self) -> None:
+        """Check that batches can be shared among the workers."""
+        for stage in (self.box_stage, self.joint_stage):
+            training.check_shared("detection_batch", self.detection_batch, stage.workers)
+            training.check_shared("groups_per_step", self.groups_per_step, stage.workers)
+        if self.group_size < 2:
+            raise InputError(f"group_size: {self.group_size}, expected at least 2")
+        if self.alternate and self.joint_stage.checkpoint_every % (2 * training.REQUIRED_DIVISOR):
+            expected = f"a multiple of {2 * training.REQUIRED_DIVISOR}, since kinds of batches alternate"
+            raise InputError(f"checkpoint_every: {self.joint_stage.checkpoint_every}, expected {expected}")
+        if self.model.aggregation == "learned" and self.model.guidance == "support":
+            raise InputError('model.guidance: "support", expected "dimensions" or "none" for the learned aggregation')
+        if self.model.aggregation == "learned" and self.model.group_size != self.group_size:
+            raise InputError(f"model.group_size: {self.model.group_size}, expected the group_size, {self.group_size}")
+
+
+def smoke() -> Run:
+    """Seconds; builds its own tables and an untrained teacher."""
+    quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
+    return Run(
+        config="smoke",
+        boxes="smoke",
+        pairs="smoke",
+        detection_batch=2,
+        groups_per_step=2,
+        group_size=2,
+        sampling=Sampling(min_side=100),
+        box_stage=quick,
+        joint_stage=quick,
+    )
+
+
+def pictograms() -> Run:
+    """The pictogram world: 128 px scenes, a detector of 1.7 M parameters, minutes on two cores."""
+    return Run(
+        config="pictograms",
+        boxes="pictograms",
+        pairs="pictograms",
+        sampling=Sampling(min_side=100),
+        groups_per_step=2,
+        # Small operators do not share well among threads: two processes of one thread take less CPU than one of two.
+        box_stage=Optimisation(steps=300, learning_rate=2e-3, workers=2),
+        joint_stage=Optimisation(steps=600, learning_rate=2e-3, workers=2),
+    )
+
+
+def photos() -> Run:
+    """Photographs in COCO's form, a ResNet-50 with its batch norm frozen, short enough for a laptop."""
+    detector = dataclasses.replace(
+        CoDetConfig().detector,
+        backbone="resnet50",
+        backbone_options={},
+        strides=(4, 8, 16, 32),
+        anchor_sizes=(32, 64, 128, 256),
+        pyramid_channels=128,
+        head_width=512,
+        embed_dim=512,
+        min_size=256,
+        max_size=416,
+        pre_nms=1000,
+        post_nms=300,
+    )
+    return Run(
+        config="photos",
+        boxes="photos",
+        pairs="photos",
+        model=CoDetConfig(detector=detector, num_proposals=32),
+        detection_batch=2,
+        groups_per_step=1,
+        augmentation=Augmentation(flip_probability=0.5),
+        box_stage=Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5),
+        joint_stage=Optimisation(steps=20, learning_rate=1e-4, checkpoint_every=20, log_every=5),
+    )
+
+
+def coco_r50() -> Run:
+    """OV-COCO as published: R50-C4, groups of two, 16 images with boxes and 64 captioned ones a step, on 8 GPUs."""
+    released = released_architectures()["r50_c4"].config
+    stage = Optimisation(
+        steps=90_000,
+        learning_rate=0.02,
+        weight_decay=1e-4,
+        optimiser="sgd",
+        warmup=1 / 90,
+        decay_at=(2 / 3, 8 / 9),
+        checkpoint_every=1000,
+        log_every=20,
+        workers=8,
+        use_gpu=True,
+    )
+    return Run(
+        config="coco_r50",
+        boxes="coco",
+        pairs="coco",
+        model=dataclasses.replace(
+            released, aggregation="learned", num_proposals=32, group_size=2, caption_sizes=(400, 667)
+        ),
+        detection_batch=16,
+        groups_per_step=32,
+        group_size=2,
+        augmentation=Augmentation(flip_probability=0.5),
+        box_stage=stage,
+        joint_stage=stage,
+    )
+
+
+def lvis_r50() -> Run:
+    """OV-LVIS as published: CenterNet2, groups of eight, 64 images with boxes and 256 captioned ones, on 8 GPUs."""
+    released = released_architectures()["centernet2_r50"].config
+    stage = Optimisation(
+        steps=90_000,
+        learning_rate=2e-4,
+        weight_decay=1e-4,
+        schedule="cosine",
+        warmup=1 / 90,
+        checkpoint_every=1000,
+        log_every=20,
+        workers=8,
+        use_gpu=True,
+    )
+    return Run(
+        config="lvis_r50",
+        boxes="lvis",
+        pairs="cc3m",
+        model=dataclasses.replace(
+            released, aggregation="learned", num_proposals=128, group_size=8, caption_sizes=(400, 667)
+        ),
+        detection_batch=64,
+        groups_per_step=32,
+        group_size=8,
+        augmentation=Augmentation(flip_probability=0.5, side=800),
+        repeat_threshold=1e-3,
+        box_stage=stage,
+        joint_stage=stage,
+    )
+
+
+def lvis_swin_b() -> Run:
+    """The same with Swin-B: half the batch, twice the steps, half the learning rate, larger images."""
+    paper = lvis_r50()
+    released = released_architectures()["centernet2_swin_b"].config
+    stage = dataclasses.replace(paper.joint_stage, steps=180_000, learning_rate=1e-4, warmup=1 / 180)
+    return dataclasses.replace(
+        paper,
+        config="lvis_swin_b",
+        model=dataclasses.replace(paper.model, centernet2=released.centernet2, caption_sizes=(448, 746)),
+        detection_batch=32,
+        groups_per_step=16,
+        augmentation=dataclasses.replace(paper.augmentation, side=896),
+        box_stage=stage,
+        joint_stage=stage,
+    )
+
+
+def lvis_eva() -> Run:
+    """The same with EVA-02-L on 16 GPUs: 32 images with boxes and 256 captioned ones; one learning rate for all of it.
+
+    The published training gives the backbone a quarter of the learning rate.
+    """
+    paper = lvis_r50()
+    released = released_architectures()["centernet2_eva02_l"].config
+    stage = dataclasses.replace(paper.joint_stage, workers=16)
+    return dataclasses.replace(
+        paper,
+        config="lvis_eva",
+        model=dataclasses.replace(paper.model, centernet2=released.centernet2, caption_sizes=(640, 640)),
+        detection_batch=32,
+        augmentation=dataclasses.replace(paper.augmentation, side=1280),
+        box_stage=stage,
+        joint_stage=stage,
+    )
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "photos": photos,
+    "coco_r50": coco_r50,
+    "lvis_r50": lvis_r50,
+    "lvis_swin_b": lvis_swin_b,
+    "lvis_eva": lvis_eva,
+}

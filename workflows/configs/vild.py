@@ -1,0 +1,261 @@
+"""The settings of `vild.py`: one field for everything that affects results, and the named configs."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data_prep.embeddings.crops import CropConfig
+from data_prep.embeddings.teachers import EmbedConfig
+from data_prep.streams.augmentation import Augmentation
+from ovd_models.detectors.rcnn import RCNNConfig
+from ovd_models.detectors.region_scores import Scoring
+from ovd_models.errors import InputError
+from ovd_models.vild.model import ViLDConfig
+from workflows.common import training
+from workflows.common.training import Optimisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training of ViLD."""
+
+    storage: str = "runs"
+    """Folder or URI that holds tables and runs."""
+    config: str
+    """Name of the config, for tracking."""
+    boxes: str
+    """Name of the box set: tables `boxes/<name>-train`, `boxes/<name>-eval`, `categories/<name>`."""
+    train_boxes: str = ""
+    """Name of the training table, if it is another one than `<boxes>-train`."""
+    novel_boxes: bool = False
+    """Train with novel boxes too, as supervised comparisons do; `train_boxes` must have them."""
+    teacher: str = ""
+    """Folder or URI of a CLIP checkpoint that embeds names and regions."""
+    texts: str = ""
+    """For names alone, instead of a teacher: a .npy file with an embedding for each category, in category-id order."""
+    data: str = ""
+    """A folder with `instances.json` and `images/`, read first."""
+    backbone_weights: str = "auto"
+    """`auto` (torchvision's, when they are on this machine), `none`, or a file with a state dict."""
+    proposals: str = ""
+    """Folder or URI of a proposals checkpoint of an earlier run, instead of the `rpn` stage."""
+    regions: str = ""
+    """Name of a `regions` table; if empty, proposals are embedded into one named after their detector."""
+    start_from_proposals: bool = True
+    """Continue the proposal network's weights; else the detector starts anew."""
+    model: ViLDConfig = field(default_factory=ViLDConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    max_proposals: int = 300
+    """M: an image's best proposals, which are embedded."""
+    regions_per_step: int = 300
+    """Of these, how many are learnt from each time the image comes."""
+    detection_batch: int = 8
+    """Images in a step, over all workers."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    repeat_threshold: float = 0.0
+    """Repeat-factor sampling: images of categories rarer than this part of all images come more often; 0: never."""
+    rpn_stage: Optimisation
+    detector_stage: Optimisation
+    score_threshold: float = 0.01
+    max_detections: int = 100
+    """Of an image, in evaluation."""
+    measure_masks: bool = False
+    """Evaluate masks instead of boxes, as is usual on LVIS."""
+    resume: str = ""
+    """Continue this run instead of starting a new one."""
+
+    def __post_init__(self) -> None:
+        """Check that batches can be shared among the workers, and what goes together."""
+        for stage in (self.rpn_stage, self.detector_stage):
+            training.check_shared("detection_batch", self.detection_batch, stage.workers)
+        if self.texts and self.model.distils:
+            raise InputError(f"--texts: names only, expected --teacher for the variant {self.model.variant!r}")
+        if not 1 <= self.regions_per_step <= self.max_proposals:
+            raise InputError(f"regions_per_step: {self.regions_per_step}, expected 1 to {self.max_proposals}")
+
+    @property
+    def train_table(self) -> str:
+        """Name of the `boxes` table to train on."""
+        return self.train_boxes or f"{self.boxes}-train"
+
+
+def smoke() -> Run:
+    """Seconds; builds its own tables and an untrained teacher."""
+    quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
+    return Run(
+        config="smoke",
+        boxes="smoke",
+        max_proposals=8,
+        regions_per_step=4,
+        detection_batch=2,
+        embed=EmbedConfig(actors=0),
+        rpn_stage=quick,
+        detector_stage=quick,
+    )
+
+
+def pictograms() -> Run:
+    """The pictogram world: 128 px scenes, a detector of 1.7 M parameters, minutes on two cores."""
+    return Run(
+        config="pictograms",
+        boxes="pictograms",
+        # The paper has w = 0.5 and lambda 2/3, for a far larger backbone: here w = 0.5 takes 0.06 of base AP50.
+        model=ViLDConfig(image_weight=0.1, scoring=Scoring(image_temperature=25.0, base_image=0.2, novel_image=0.8)),
+        max_proposals=32,
+        regions_per_step=32,
+        # Small operators do not share well among threads: two processes of one thread take less CPU than one of two.
+        rpn_stage=Optimisation(steps=200, learning_rate=2e-3, workers=2),
+        detector_stage=Optimisation(steps=800, learning_rate=2e-3, workers=2),
+    )
+
+
+def photos() -> Run:
+    """Photographs in COCO's form, a ResNet-50 with its batch norm frozen, short enough for a laptop."""
+    detector = RCNNConfig(
+        backbone="resnet50",
+        backbone_options={},
+        strides=(4, 8, 16, 32),
+        anchor_sizes=(32, 64, 128, 256),
+        pyramid_channels=128,
+        head_width=512,
+        embed_dim=512,
+        min_size=256,
+        max_size=416,
+        pre_nms=1000,
+        post_nms=300,
+    )
+    quick = Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5)
+    return Run(
+        config="photos",
+        boxes="photos",
+        model=ViLDConfig(detector=detector),
+        max_proposals=64,
+        regions_per_step=32,
+        detection_batch=2,
+        augmentation=Augmentation(flip_probability=0.5),
+        rpn_stage=quick,
+        detector_stage=quick,
+    )
+
+
+def lvis_r50() -> Run:
+    """The paper's setting: from scratch, 256 images a step, 180,000 steps; for a cluster of GPUs."""
+    detector = RCNNConfig(
+        backbone="resnet50",
+        backbone_options={},
+        strides=(4, 8, 16, 32),
+        anchor_sizes=(32, 64, 128, 256, 512),
+        pyramid_channels=256,
+        head_convs=4,
+        head_width=1024,
+        masks=True,
+        embed_dim=512,
+        min_size=1024,
+        max_size=1024,
+        rpn_batch_size=256,
+        pre_nms=2000,
+        post_nms=1000,
+        rois_per_image=512,
+        temperature=100.0,
+        box_beta=1.0,
+    )
+    # The paper warms up for 1,000 steps and decays at 162k, 171k and 175.5k.
+    paper = Optimisation(
+        steps=180_000,
+        learning_rate=0.32,
+        optimiser="sgd",
+        weight_decay=4e-5,
+        warmup=1 / 180,
+        decay_at=(0.9, 0.95, 0.975),
+        clip_norm=None,
+        checkpoint_every=1000,
+        log_every=20,
+        workers=32,
+        use_gpu=True,
+    )
+    return Run(
+        config="lvis_r50",
+        boxes="lvis",
+        model=ViLDConfig(
+            detector=detector, image_weight=0.5, scoring=Scoring(temperature=100.0, image_temperature=100.0)
+        ),
+        backbone_weights="none",
+        start_from_proposals=False,
+        embed=EmbedConfig(batch_size=256, threads=4, gpus=1.0),
+        detection_batch=256,
+        augmentation=Augmentation(flip_probability=0.5, side=1024),
+        rpn_stage=dataclasses.replace(paper, steps=45_000, warmup=1 / 45),
+        detector_stage=paper,
+        score_threshold=1e-4,
+        max_detections=300,
+        measure_masks=True,
+    )
+
+
+def lvis_r50_short() -> Run:
+    """The same from ImageNet weights in 20 epochs of 16 images a step (as DetPro trains): for one machine."""
+    return short(lvis_r50(), images=100_170, repeat_threshold=1e-3)
+
+
+def lvis_r152() -> Run:
+    """The paper's larger backbone, with w = 2 for the ensemble."""
+    paper = lvis_r50()
+    detector = dataclasses.replace(paper.model.detector, backbone="resnet152")
+    model = dataclasses.replace(paper.model, detector=detector, image_weight=2.0)
+    return dataclasses.replace(paper, config="lvis_r152", model=model)
+
+
+def lvis_r152_short() -> Run:
+    """The larger backbone from ImageNet weights, for one machine."""
+    return short(lvis_r152(), images=100_170, repeat_threshold=1e-3)
+
+
+def coco_48_17() -> Run:
+    """COCO with 48 base and 17 novel categories, 45,000 steps of 256 images from scratch."""
+    paper = lvis_r50()
+    stage = dataclasses.replace(paper.detector_stage, steps=45_000, warmup=1 / 45)
+    return dataclasses.replace(
+        paper, config="coco_48_17", boxes="coco", rpn_stage=stage, detector_stage=stage, measure_masks=False
+    )
+
+
+def coco_48_17_short() -> Run:
+    """The same from ImageNet weights, for one machine."""
+    return short(coco_48_17(), images=107_761, repeat_threshold=0.0)
+
+
+def short(run: Run, *, images: int, repeat_threshold: float) -> Run:
+    """A run of 20 epochs from pretrained weights: 16 images a step, the learning rate a tenth after epoch 16."""
+    stage = dataclasses.replace(
+        run.detector_stage,
+        steps=20 * images // 16,
+        learning_rate=0.02,
+        weight_decay=2.5e-5,
+        warmup=0.004,
+        decay_at=(0.8,),
+        workers=4,
+    )
+    return dataclasses.replace(
+        run,
+        config=f"{run.config}_short",
+        backbone_weights="auto",
+        start_from_proposals=True,
+        detection_batch=16,
+        repeat_threshold=repeat_threshold,
+        rpn_stage=dataclasses.replace(stage, steps=stage.steps // 4),
+        detector_stage=stage,
+    )
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "photos": photos,
+    "coco_48_17": coco_48_17,
+    "coco_48_17_short": coco_48_17_short,
+    "lvis_r50": lvis_r50,
+    "lvis_r50_short": lvis_r50_short,
+    "lvis_r152": lvis_r152,
+    "lvis_r152_short": lvis_r152_short,
+}
