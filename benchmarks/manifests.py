@@ -20,12 +20,12 @@ from ovd_models.importers import codet as importers
 REPOSITORY = Path(__file__).parents[1]
 MANIFESTS = Path("/work/shared/parity/manifests")
 FIGURES = REPOSITORY / "runs" / "bench" / "manifests.json"
-Account = Callable[[Mapping[str, Sequence[int]], str], importers.Accounting]
-FAMILIES: dict[str, Account] = {"codet": importers.account}
+Account = Callable[[Mapping[str, Sequence[int]], str], importers.TensorAccount]
+FAMILIES: dict[str, Account] = {"codet": importers.account_tensors}
 """The beginning of a manifest's name -> what accounts for its names and shapes."""
 
 
-def accounts() -> dict[str, importers.Accounting]:
+def accounts() -> dict[str, importers.TensorAccount]:
     """Every manifest of a known family."""
     found = {}
     for path in sorted(MANIFESTS.glob("*.json")):
@@ -42,7 +42,12 @@ def main() -> None:
         sys.exit(f"{MANIFESTS}: no manifests")
     print(f"{'manifest':28} {'used':>5} {'ignored':>8} {'unaccounted':>12} {'missing':>8}")
     for name, account in found.items():
-        counts = len(account.used), len(account.ignored), len(account.unaccounted), len(account.missing)
+        counts = (
+            len(account.used),
+            len(account.ignored),
+            len(account.unaccounted),
+            len(account.missing),
+        )
         print(f"{name:28} {counts[0]:5} {counts[1]:8} {counts[2]:12} {counts[3]:8}")
         for reason, count in Counter(account.ignored.values()).items():
             print(f"    {count:4} {reason}")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from measure import Cost, measure, provenance
-from pairs_servers import HOSTILE, Addresses, make_certificates, make_pictures, serving
+from pairs_servers import HOSTILE, Addresses, make_certificates, make_pictures, serve_site
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / "runs" / "bench"
@@ -373,7 +373,7 @@ def main() -> None:
     make_pictures(WORK / "site" / "pictures", max(options.urls, 100))
     make_certificates(WORK / "site")
     figures: dict[str, float] = {}
-    with serving(WORK / "site", HOSTS - HANGING, HANGING) as site:
+    with serve_site(WORK / "site", HOSTS - HANGING, HANGING) as site:
         for part in options.only:
             found = PARTS[part](site, options)
             record(found, options.tree)

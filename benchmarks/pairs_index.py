@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from data_prep.pairs import shards
 from data_prep.pairs.dedup import Corpus, CorpusConfig
 from data_prep.pairs.filters import FilterConfig, filter_rows
-from data_prep.pairs.order import Order
+from data_prep.pairs.order import RowNumbering
 
 BLOCK = 10_000
 SOURCE = "0" * 16
@@ -70,7 +70,7 @@ def main() -> None:
         started = time.perf_counter()
         config = CorpusConfig(max_caption_uses=50, memory="400MB")
         corpus = Corpus(
-            Order.of({SOURCE: count}), shards.open_staged(folder, "parts", shards.LIGHT), memory=config.memory
+            RowNumbering.of({SOURCE: count}), shards.open_staged(folder, "parts", shards.LIGHT), memory=config.memory
         )
         corpus.reject_boilerplate(50)
         corpus.reject_repeats("image_id", "duplicate_bytes")

@@ -131,7 +131,7 @@ def make_certificates(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def serving(root: Path, hosts: int, hanging: int) -> Iterator[Addresses]:
+def serve_site(root: Path, hosts: int, hanging: int) -> Iterator[Addresses]:
     """Serve `root/pictures` from a process of its own while the block runs.
 
     Args:

@@ -6,7 +6,7 @@ REST_SECONDS = 0.05
 """A block of a stream is worth far more."""
 
 
-class Pace:
+class ExecutorPause:
     """An execution callback: a moment's rest in each turn of the executor's loop.
 
     The loop does not wait while blocks are ready that it may not take yet, and so takes up to a whole core from the

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ovd_models.batches import Detections
 from ovd_models.clip.model import ClipTextEncoder, load_text_encoder, save_text_encoder
 from ovd_models.codet.model import CoDet, CoDetConfig
-from ovd_models.detectors.questions import build_question
+from ovd_models.detectors.questions import build_query
 from ovd_models.detectors.rcnn import ProposalNetwork
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
@@ -199,7 +199,7 @@ def from_json(kind: type[T], raw: dict[str, Any]) -> T:
     return kind(**values)
 
 
-class Opened(Generic[M]):
+class LoadedModel(Generic[M]):
     """A trained model with its text encoder and what its checkpoint folder tells."""
 
     def __init__(self, model: M, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
@@ -235,7 +235,7 @@ class Opened(Generic[M]):
         return to_tensor(open_image(image) if isinstance(image, str | Path) else image).to(self.device)
 
 
-class Detector(Opened[CoDet | ViLD]):
+class Detector(LoadedModel[CoDet | ViLD]):
     """A trained detector: names in, boxes out."""
 
     def detect(
@@ -270,7 +270,7 @@ class Detector(Opened[CoDet | ViLD]):
         Raises:
             InputError: an image cannot be read, a name not be embedded, or the method cannot answer such a question.
         """
-        question = build_question(
+        query = build_query(
             self.encoder,
             names if names is not None else self.vocabulary,
             self.info.splits,
@@ -285,15 +285,15 @@ class Detector(Opened[CoDet | ViLD]):
             return []
         if isinstance(self.model, ViLD):
             results = self.model.detect(
-                tensors, question, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
+                tensors, query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
             )
-        elif attributes or question.children is not None or scoring is not None:
+        elif attributes or query.children is not None or scoring is not None:
             raise InputError(
                 f"attributes, children, scoring: not of method {self.method!r}, expected a ViLD checkpoint"
             )
         else:
             results = self.model.detect(
-                tensors, question.names, score_threshold=score_threshold, max_detections=max_detections
+                tensors, query.names, score_threshold=score_threshold, max_detections=max_detections
             )
         found: list[Detections] = []
         for tensor, result in zip(tensors, results, strict=True):

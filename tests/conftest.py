@@ -50,5 +50,5 @@ def small_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def served_site(small_site: Path) -> Iterator[str]:
     """Base URL of that site, served for the whole session; its list is at `small_site / "urls.tsv"`."""
-    with webserver.serving(small_site) as base_url:
+    with webserver.serve_site(small_site) as base_url:
         yield base_url

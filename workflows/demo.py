@@ -164,10 +164,10 @@ def ask(run: Run, model: Path, home: str) -> tuple[dict[str, Any], float, Image.
     novel = {row["category_id"]: row["name"] for row in categories if row["split"] == "novel"}
     shown = max(rows, key=lambda row: len(novel.keys() & set(row["category_ids"])))
     names = sorted(novel.values())
-    picture = evaluate.open_image(evaluate.Run(storage=home), shown)
+    picture = evaluate.read_box_image(evaluate.Run(storage=home), shown)
     sink = io.BytesIO()
     picture.save(sink, "PNG")
-    with serve.serving(serve.Run(model=str(model), port=run.port)) as url:
+    with serve.serve_model(serve.Run(model=str(model), port=run.port)) as url:
         milliseconds = []
         for _ in range(5):
             started = time.perf_counter()

@@ -30,9 +30,9 @@ from data_prep import storage, tables
 from data_prep.embeddings import stores as embeddings
 from data_prep.embeddings import teachers
 from data_prep.embeddings.crops import Colour, CropConfig, Fit
-from data_prep.embeddings.stores import ShardJob, save_shard
+from data_prep.embeddings.stores import EmbeddingJob, save_shard
 from data_prep.embeddings.teachers import EmbedConfig, PairStage, RegionStage, Shards, ShardWorker
-from data_prep.pace import Pace
+from data_prep.pace import ExecutorPause
 from data_prep.tables import Manifest
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
@@ -234,7 +234,7 @@ def publish(run: Run, task: Task) -> Manifest:
         return published
     layout = storage.sha256(f"{config_hash} {run.embed.images_per_shard} {run.embed.batch_size}".encode())[:8]
     staging = storage.join(run.storage, "staging", task.table, run.name, layout)
-    job = ShardJob(storage=run.storage, table=task.table, name=run.name, staging=staging)
+    job = EmbeddingJob(storage=run.storage, table=task.table, name=run.name, staging=staging)
     shards = teachers.cut_shards(run.storage, table, name, run.embed.images_per_shard, prefix=f"{layout}-")
     run_shards(run, task, job, shards)
     saved = embeddings.saved_shards(staging)
@@ -243,7 +243,7 @@ def publish(run: Run, task: Task) -> Manifest:
     )
 
 
-def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]) -> None:
+def run_shards(run: Run, task: Task, job: EmbeddingJob, shards: list[teachers.Shard]) -> None:
     """Embed and save the shards that are not yet on disk."""
     done = embeddings.saved_shards(job.staging)
     missing = [shard for shard in shards if shard.name not in done]
@@ -282,7 +282,7 @@ def run_shards(run: Run, task: Task, job: ShardJob, shards: list[teachers.Shard]
     rows.context.target_max_block_size = None  # a shard stays whole
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=config.waiting_bytes * actors)
     rows.context.execution_options.resource_limits = limits
-    rows.context.custom_execution_callback_classes = [Pace]
+    rows.context.custom_execution_callback_classes = [ExecutorPause]
     try:
         saved = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         show_progress(job.table, saved, len(missing))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from data_prep import storage, tables
-from data_prep.embeddings.texts import TextStore, check_order, import_matrix, read_categories, read_matrix
+from data_prep.embeddings.texts import TextStore, check_order, import_matrix, read_category_names, read_matrix
 from ovd_models.clip.model import ClipTextEncoder, load_text_encoder
 from ovd_models.errors import InputError
 from ovd_models.prompts import clean_name, find_prompt_set
@@ -94,7 +94,7 @@ def embed(run: Run) -> tuple[TextStore, int]:
         return store, store.fill(encoder, read_names(run))
     if not run.categories:
         raise InputError("--categories: missing, expected the JSON whose ids give the order of --matrix")
-    table = read_matrix(run.matrix, read_categories(run.categories))
+    table = read_matrix(run.matrix, read_category_names(run.categories))
     table = replace(table, teacher=run.teacher or table.teacher)
     if run.model:
         encoder = open_teacher(run)

@@ -87,7 +87,7 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     names, splits = read_categories(run.storage, run.categories_table)
     found: list[Detections] = []
     for start in range(0, len(rows), run.batch_size):
-        images = [open_image(run, row) for row in rows[start : start + run.batch_size]]
+        images = [read_box_image(run, row) for row in rows[start : start + run.batch_size]]
         results = detector.detect(
             images, list(names.values()), score_threshold=run.score_threshold, max_detections=run.max_detections
         )
@@ -118,7 +118,7 @@ def evaluate_segmenter(run: Run) -> pointing_report.Report:
     )
 
 
-def open_image(run: Run, row: dict[str, Any]) -> Image.Image:
+def read_box_image(run: Run, row: dict[str, Any]) -> Image.Image:
     """The picture of a row of `boxes`."""
     uri = storage.join(run.storage, row["uri"])
     return decode_image(storage.read_bytes(uri), uri)

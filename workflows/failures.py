@@ -75,7 +75,7 @@ CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
 
 
 @dataclass(frozen=True)
-class Thing:
+class AnnotatedObject:
     """An annotated object."""
 
     image: Image.Image
@@ -88,7 +88,7 @@ class Thing:
 class Confusion:
     """An object that was called by another name."""
 
-    thing: Thing
+    target: AnnotatedObject
     called: str
     score: float
     similarity: float
@@ -99,7 +99,7 @@ class Confusion:
 class Distortion:
     """A long object, as each way of making it square shows it to the teacher."""
 
-    thing: Thing
+    target: AnnotatedObject
     squares: Mapping[Fit, Image.Image]
     said: Mapping[Fit, tuple[str, float]]
     """The teacher's best name and the probability of the right one, by way."""
@@ -109,7 +109,7 @@ class Distortion:
 class LooseBox:
     """A part or a loose box that the teacher likes as much as the tight one."""
 
-    thing: Thing
+    target: AnnotatedObject
     other: Boxes
     """[4] xyxy."""
     kind: str
@@ -121,25 +121,25 @@ class LooseBox:
 
 
 def confusions(
-    things: Sequence[Sequence[Thing]], found: Sequence[Detections], similar: Callable[[str, str], float]
+    targets: Sequence[Sequence[AnnotatedObject]], found: Sequence[Detections], similar: Callable[[str, str], float]
 ) -> list[Confusion]:
     """Objects whose best detection bears another name, the most similar names first.
 
     Args:
-        things: of each image.
+        targets: of each image.
         found: of each image.
         similar: how alike two names are.
     """
     wrong = []
-    for own, detections in zip(things, found, strict=True):
+    for own, detections in zip(targets, found, strict=True):
         if not own or not len(detections):
             continue
-        overlap_TN = box_iou(torch.from_numpy(np.stack([thing.box for thing in own])), detections.boxes)
+        overlap_TN = box_iou(torch.from_numpy(np.stack([target.box for target in own])), detections.boxes)
         score_TN = torch.where(overlap_TN >= 0.5, detections.scores, -1.0)
-        for thing, score, best in zip(own, score_TN.amax(1).tolist(), score_TN.argmax(1).tolist(), strict=True):
+        for target, score, best in zip(own, score_TN.amax(1).tolist(), score_TN.argmax(1).tolist(), strict=True):
             called = detections.names[detections.labels[best]]
-            if score > 0 and called != thing.name:
-                wrong.append(Confusion(thing, called, score, similar(thing.name, called)))
+            if score > 0 and called != target.name:
+                wrong.append(Confusion(target, called, score, similar(target.name, called)))
     return sorted(wrong, key=lambda entry: -entry.similarity)
 
 
@@ -148,7 +148,7 @@ def varied(wrong: Sequence[Confusion], most: int = 2) -> list[Confusion]:
     seen: collections.Counter[tuple[str, str]] = collections.Counter()
     kept = []
     for entry in wrong:
-        pair = entry.thing.name, entry.called
+        pair = entry.target.name, entry.called
         seen[pair] += 1
         if seen[pair] <= most:
             kept.append(entry)
@@ -169,7 +169,7 @@ def other_boxes(box: Boxes, width: int, height: int) -> dict[str, Boxes]:
     return {kind: np.array(corners, np.float32) for kind, corners in found.items()}
 
 
-class Judge:
+class CropScorer:
     """The teacher, asked about crops."""
 
     def __init__(self, teacher: Teacher, names: Sequence[str], text_KD: Tensor, temperature: float) -> None:
@@ -191,38 +191,40 @@ class Judge:
         return (self.temperature * region_ND @ self.text_KD.T).softmax(1)
 
 
-def distortions(things: Sequence[Thing], judge: Judge, least: float) -> list[Distortion]:
+def distortions(targets: Sequence[AnnotatedObject], scorer: CropScorer, least: float) -> list[Distortion]:
     """Long objects about which the three ways disagree, the largest disagreement first."""
     found = []
-    for thing in things:
-        width, height = (thing.box[2:] - thing.box[:2]).tolist()
+    for target in targets:
+        width, height = (target.box[2:] - target.box[:2]).tolist()
         if max(width, height) < least * min(width, height):
             continue
         squares, said, right = {}, {}, []
         for fit in FITS:
-            window = crop_windows(thing.box[None], 1.0, *thing.image.size)
+            window = crop_windows(target.box[None], 1.0, *target.image.size)
             pixels = crop_squares(
-                np.asarray(thing.image), window.tolist(), judge.teacher.side, fit, judge.teacher.margin
+                np.asarray(target.image), window.tolist(), scorer.teacher.side, fit, scorer.teacher.margin
             )
-            (probability_K,) = judge.probabilities(thing.image, thing.box[None], fit)
+            (probability_K,) = scorer.probabilities(target.image, target.box[None], fit)
             squares[fit] = Image.fromarray(pixels[0])
-            own = float(probability_K[judge.row_of[thing.name]])
-            said[fit] = (judge.names[int(probability_K.argmax())], own)
+            own = float(probability_K[scorer.row_of[target.name]])
+            said[fit] = (scorer.names[int(probability_K.argmax())], own)
             right.append(own)
-        found.append((max(right) - min(right), Distortion(thing, squares, said)))
+        found.append((max(right) - min(right), Distortion(target, squares, said)))
     return [entry for _, entry in sorted(found, key=lambda pair: -pair[0])]
 
 
-def loose_boxes(things: Sequence[Thing], judge: Judge) -> list[LooseBox]:
+def loose_boxes(targets: Sequence[AnnotatedObject], scorer: CropScorer) -> list[LooseBox]:
     """Objects of which a part, or a loose box, gets at least the tight box's score; the largest surplus first."""
     found = []
-    for thing in things:
-        others = other_boxes(thing.box, *thing.image.size)
-        scores = judge.probabilities(thing.image, np.stack([thing.box, *others.values()]))[:, judge.row_of[thing.name]]
+    for target in targets:
+        others = other_boxes(target.box, *target.image.size)
+        scores = scorer.probabilities(target.image, np.stack([target.box, *others.values()]))[
+            :, scorer.row_of[target.name]
+        ]
         best = int(scores[1:].argmax())
         kind, box = list(others.items())[best]
         if scores[best + 1] >= scores[0]:
-            found.append(LooseBox(thing, box, kind, float(scores[0]), float(scores[best + 1])))
+            found.append(LooseBox(target, box, kind, float(scores[0]), float(scores[best + 1])))
     return sorted(found, key=lambda entry: entry.tight_score - entry.other_score)
 
 
@@ -242,56 +244,58 @@ def gallery(run: Run) -> dict[str, Any]:
     categories, _ = read_categories(run.storage, run.categories or run.boxes.rsplit("-", 1)[0])
     names = list(categories.values())
     text_KD = build_vocabulary(detector.encoder, names).embeddings
-    judge = Judge(open_teacher(run.teacher, detector.teacher), names, text_KD, run.temperature)
+    scorer = CropScorer(open_teacher(run.teacher, detector.teacher), names, text_KD, run.temperature)
     row_of = {name: row for row, name in enumerate(names)}
     similarity_KK = text_KD @ text_KD.T
 
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.max_images]
     where = evaluate.Run(storage=run.storage)
-    things, found = [], []
+    targets, found = [], []
     for row in rows:
-        image = evaluate.open_image(where, row)
-        things.append(things_of(row, image, categories))
+        image = evaluate.read_box_image(where, row)
+        targets.append(annotated_objects(row, image, categories))
         found.append(detector.detect(image, names, score_threshold=run.score_threshold))
-    every = [thing for own in things for thing in own]
-    wrong = confusions(things, found, lambda one, two: float(similarity_KK[row_of[one], row_of[two]]))
-    long = distortions(every, judge, run.elongated)
-    loose = loose_boxes(every, judge)
+    every = [target for own in targets for target in own]
+    wrong = confusions(targets, found, lambda one, two: float(similarity_KK[row_of[one], row_of[two]]))
+    long = distortions(every, scorer, run.elongated)
+    loose = loose_boxes(every, scorer)
     counts = {"objects": len(every), "confused": len(wrong), "elongated": len(long), "loose": len(loose)}
     values = {
         "run": run,
         "counts": counts,
-        "pairs": collections.Counter((entry.thing.name, entry.called) for entry in wrong).most_common(run.shown),
-        "confusions": [(entry, draw(entry.thing)) for entry in varied(wrong)[: run.shown]],
+        "pairs": collections.Counter((entry.target.name, entry.called) for entry in wrong).most_common(run.shown),
+        "confusions": [(entry, draw(entry.target)) for entry in varied(wrong)[: run.shown]],
         "distortions": [
-            (entry, draw(entry.thing), {fit: page.embed(square) for fit, square in entry.squares.items()})
+            (entry, draw(entry.target), {fit: page.picture_uri(square) for fit, square in entry.squares.items()})
             for entry in long[: run.shown]
         ],
-        "right": {fit: sum(entry.said[fit][0] == entry.thing.name for entry in long) for fit in FITS},
-        "loose": [(entry, draw(entry.thing, entry.other)) for entry in loose[: run.shown]],
+        "right": {fit: sum(entry.said[fit][0] == entry.target.name for entry in long) for fit in FITS},
+        "loose": [(entry, draw(entry.target, entry.other)) for entry in loose[: run.shown]],
     }
     Path(run.output).write_text(page.render(TEMPLATE, values), encoding="utf-8")
     return counts
 
 
-def things_of(row: Mapping[str, Any], image: Image.Image, categories: Mapping[int, str]) -> list[Thing]:
+def annotated_objects(
+    row: Mapping[str, Any], image: Image.Image, categories: Mapping[int, str]
+) -> list[AnnotatedObject]:
     """The annotated objects of an image that are no crowds."""
     return [
-        Thing(image, np.array(box, np.float32), categories[key])
+        AnnotatedObject(image, np.array(box, np.float32), categories[key])
         for box, key, crowd in zip(row["boxes"], row["category_ids"], row["iscrowd"], strict=True)
         if key in categories and not crowd
     ]
 
 
-def draw(thing: Thing, other: Boxes | None = None) -> str:
+def draw(target: AnnotatedObject, other: Boxes | None = None) -> str:
     """The picture with the object's box in green, and another one in red."""
-    scale = max(1.0, 256 / max(thing.image.size))
-    picture = thing.image.resize((round(thing.image.width * scale), round(thing.image.height * scale)))
+    scale = max(1.0, 256 / max(target.image.size))
+    picture = target.image.resize((round(target.image.width * scale), round(target.image.height * scale)))
     pen = ImageDraw.Draw(picture)
-    pen.rectangle((thing.box * scale).tolist(), outline="#0b6e4f", width=3)
+    pen.rectangle((target.box * scale).tolist(), outline="#0b6e4f", width=3)
     if other is not None:
         pen.rectangle((other * scale).tolist(), outline="#c1121f", width=3)
-    return page.embed(picture)
+    return page.picture_uri(picture)
 
 
 TEMPLATE = """<!doctype html>
@@ -313,7 +317,7 @@ first.</p>
 </table>
 <div class="row three">
   {% for entry, picture in confusions %}
-  <figure><img src="{{ picture }}" alt=""><figcaption><b>{{ entry.thing.name }}</b> called {{ entry.called }}
+  <figure><img src="{{ picture }}" alt=""><figcaption><b>{{ entry.target.name }}</b> called {{ entry.called }}
     ({{ "%.2f"|format(entry.score) }}); the names' cosine is {{ "%.2f"|format(entry.similarity) }}</figcaption></figure>
   {% endfor %}
 </div>
@@ -324,7 +328,7 @@ first.</p>
 Those about which the three ways disagree most come first.</p>
 {% for entry, picture, squares in distortions %}
 <div class="row">
-  <figure class="tiny"><img src="{{ picture }}" alt=""><figcaption><b>{{ entry.thing.name }}</b></figcaption></figure>
+  <figure class="tiny"><img src="{{ picture }}" alt=""><figcaption><b>{{ entry.target.name }}</b></figcaption></figure>
   {% for fit, square in squares.items() %}
   <figure class="tiny"><img src="{{ square }}" alt=""><figcaption>{{ fit }}: {{ entry.said[fit][0] }}; the right name
     {{ "%.2f"|format(entry.said[fit][1]) }}</figcaption></figure>
@@ -337,7 +341,7 @@ Those about which the three ways disagree most come first.</p>
 at least the score of the tight box (green): why its scores alone cannot rank boxes.</p>
 <div class="row three">
   {% for entry, picture in loose %}
-  <figure><img src="{{ picture }}" alt=""><figcaption><b>{{ entry.thing.name }}</b>: {{ entry.kind }}
+  <figure><img src="{{ picture }}" alt=""><figcaption><b>{{ entry.target.name }}</b>: {{ entry.kind }}
     {{ "%.2f"|format(entry.other_score) }}, the tight box {{ "%.2f"|format(entry.tight_score) }}</figcaption></figure>
   {% endfor %}
 </div>

@@ -275,7 +275,7 @@ def rejected_examples(
         f"<= {NUM_REJECTED} order by reason, picture is null, hash(source, row)",
     )
     duplicated = {tuple(row["duplicate_of"].values()) for row in rows if row["duplicate_of"]}
-    kept = survivors(storage_uri, name, duplicated)
+    kept = kept_rows_of(storage_uri, name, duplicated)
     examples: dict[str, list[Row]] = {}
     for row in rows:
         survivor = row["duplicate_of"] and kept.get(tuple(row["duplicate_of"].values()))
@@ -285,7 +285,7 @@ def rejected_examples(
     return examples
 
 
-def survivors(storage_uri: str, name: str, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], Row]:
+def kept_rows_of(storage_uri: str, name: str, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], Row]:
     """Kept rows by source and row; the statistics of the files tell which ones to read."""
     if not wanted:
         return {}
@@ -359,7 +359,7 @@ def plot_throughput(progress: Sequence[tuple[float, int]]) -> str:
     figure, axes = page.new_plot(f"time, {unit}", "rows/s", width=10.5)
     axes.stairs(rates, times / seconds, fill=True, color=page.GREEN, alpha=0.75)
     axes.set(xlim=(0, times[-1] / seconds), ylim=(0, None))
-    return page.embed_plot(figure)
+    return page.plot_uri(figure)
 
 
 def plot_tail(tail: Sequence[Row]) -> str:
@@ -370,7 +370,7 @@ def plot_tail(tail: Sequence[Row]) -> str:
     axes.set(xlim=(0.8, ranks[-1] * 1.1))
     page.scale_log(axes, "x")
     page.scale_log(axes, "y")
-    return page.embed_plot(figure)
+    return page.plot_uri(figure)
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def prepare(run: Run) -> None:
         raise InputError("--data: missing, expected a folder with instances.json and images/")
     settings = dataclasses.asdict(dataclasses.replace(run, storage=""))
     del settings["eval_data"]  # what its file says counts, as of the other folder
-    told = [annotations.digest(folder) for folder in (run.data, run.eval_data) if folder]
+    told = [annotations.annotation_digest(folder) for folder in (run.data, run.eval_data) if folder]
     config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *told]).encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
@@ -172,7 +172,7 @@ def draw_scenes(run: Run, name: str, world: World, count: int, *, seed: int, bas
     uri = storage.absolute(run.storage)
 
     def draw_part(numbers: range) -> pa.Table:
-        rows = list(annotations.draw_boxes(uri, name, world, numbers, seed=seed, base_only=base_only))
+        rows = list(annotations.draw_scenes(uri, name, world, numbers, seed=seed, base_only=base_only))
         return pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
 
     if count <= SCENES:  # sooner than a process starts

@@ -36,15 +36,15 @@ import ray
 
 from data_prep import storage, tables
 from data_prep.concepts.groups import write_groups
-from data_prep.concepts.names import Extractor, Vocabulary
+from data_prep.concepts.names import Extractor, NameMatcher
 from data_prep.concepts.nouns import Nouns
 from data_prep.pairs import generations, inputs, scores, shards
-from data_prep.pairs.crawl import DECODERS, LASTING, Crew, Reader, Steps, follow
+from data_prep.pairs.crawl import DECODERS, LASTING, CrawlerPool, CrawlSteps, Reader, follow
 from data_prep.pairs.decode import DecodeConfig, decode
 from data_prep.pairs.dedup import Corpus, CorpusConfig
 from data_prep.pairs.fetch import FetchConfig, Fetcher
 from data_prep.pairs.filters import FilterConfig, filter_rows
-from data_prep.pairs.generations import Published, Work
+from data_prep.pairs.generations import CrawlPlan, Published
 from data_prep.pairs.inputs import Columns
 from data_prep.pairs.scores import ScoreConfig, ScoreStage
 from data_prep.pictograms import webserver, website
@@ -178,7 +178,7 @@ def prepare(run: Run) -> Summary:
     """
     files = inputs.find_files(run.urls)
     with ThreadPoolExecutor(8) as pool:
-        digests = list(pool.map(inputs.digest, files))
+        digests = list(pool.map(inputs.file_digest, files))
     for number, digest in enumerate(digests):
         if digest in digests[:number]:
             raise InputError(f"{files[number]}: holds the same as {files[digests.index(digest)]}, expected it once")
@@ -212,7 +212,7 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
         if getattr(run, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected 1 or more")
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
-    extractor = Vocabulary.read(run.vocabulary) if run.vocabulary else Vocabulary.parse(run.names)
+    extractor = NameMatcher.read(run.vocabulary) if run.vocabulary else NameMatcher.parse(run.names)
     concepts: Extractor = extractor if extractor.names else Nouns()
     for model in filter(None, (*run.scores.scorers.values(), run.corpus.semantic_model)):
         if not scores.is_class(model):
@@ -237,29 +237,29 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
         cluster.start_ray()
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it once took, beside what the crawl takes
 
-    with start_crew(run, processes, staging, are_files=are_files) as crew:
-        work = generations.plan(
+    with start_crawlers(run, processes, staging, are_files=are_files) as pool:
+        crawl_plan = generations.plan(
             [lists[digest] for digest in new],
             published,
             run.retry,
             staging,
             partition=run.rows_per_shard,
             part=run.rows_per_part,
-            run=crew.run,
+            run=pool.run,
         )
-        repeated_urls = find_repeated_urls(run, work, published, staging)
-        progress = crawl(run, work, repeated_urls, staging, crew)
-        decisions = pa.concat_tables([repeated_urls, decide(run, work, published, staging)])
-        written = write_shards(run, work, published, decisions, staging, concepts, crew)
+        repeated_urls = find_repeated_urls(run, crawl_plan, published, staging)
+        progress = crawl(run, crawl_plan, repeated_urls, staging, pool)
+        decisions = pa.concat_tables([repeated_urls, decide(run, crawl_plan, published, staging)])
+        written = write_shards(run, crawl_plan, published, decisions, staging, concepts, pool)
 
-    grown = generations.grow(published, work, written)
+    grown = generations.combine_files(published, crawl_plan, written)
     generation = published.generation + 1 if published else 0
     mentions = shards.open_staged(staging, "mentions", shards.MENTIONS)
     grouped = write_groups(
         mentions, run.storage, run.name, f"part-{generation:03d}", min_images=run.min_images, memory=run.corpus.memory
     )
     summary = Summary(
-        input=sum(work.sources.values()),
+        input=sum(crawl_plan.sources.values()),
         kept=grown.kept,
         rejected=grown.rejected,
         concepts=grouped.num_concepts,
@@ -268,8 +268,8 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     )
     details = {
         "generation": generation,
-        "sources": work.sources,
-        "columns": work.columns,
+        "sources": crawl_plan.sources,
+        "columns": crawl_plan.columns,
         "progress": progress,
         "staging": staging,
         "files": {name: [dataclasses.asdict(entry) for entry in grown.files[name]] for name in ("rejects", "scores")},
@@ -289,11 +289,13 @@ def _prepare(run: Run, lists: Mapping[str, generations.Cut], *, are_files: bool 
     return summary
 
 
-def find_repeated_urls(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
+def find_repeated_urls(run: Run, crawl_plan: CrawlPlan, published: Published | None, staging: str) -> pa.Table:
     """Decisions about rows whose URL came before; rows that are tried again were looked at when they first came."""
-    fresh = [inputs.rows_file(staging, name) for name in work.partitions if name not in work.earlier_rejects]
+    fresh = [
+        inputs.rows_file(staging, name) for name in crawl_plan.partitions if name not in crawl_plan.earlier_rejects
+    ]
     new = tables.open_parquet(fresh, generations.URLS)
-    corpus = Corpus(work.order, new, published.urls() if published else None, memory=run.corpus.memory)
+    corpus = Corpus(crawl_plan.order, new, published.urls() if published else None, memory=run.corpus.memory)
     corpus.reject_repeats("url", "duplicate_url")
     return corpus.decisions()
 
@@ -307,14 +309,14 @@ def count_crawlers(run: Run) -> int:
     return run.crawlers or max(1, cluster.cores() // DECODERS)
 
 
-def start_crew(run: Run, processes: int, staging: str, *, are_files: bool) -> Crew:
+def start_crawlers(run: Run, processes: int, staging: str, *, are_files: bool) -> CrawlerPool:
     """What is done to every row, by processes that do it to some rows at a time."""
     fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // max(1, processes)))
     models = []
     if run.scores.scorers or run.corpus.semantic_model:
         model = ray.remote(ScoreStage).options(**LASTING, num_gpus=run.scores.gpus)
         models = [model.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
-    steps = Steps(
+    steps = CrawlSteps(
         read=partial(inputs.read_part, staging=staging),
         fetch=Reader if are_files else partial(Fetcher, fetch),
         decode=partial(decode, config=run.decode),
@@ -322,31 +324,35 @@ def start_crew(run: Run, processes: int, staging: str, *, are_files: bool) -> Cr
         score=models,
         save=partial(shards.stage_part, staging=staging),
     )
-    return Crew(steps, processes=processes, parts_at_a_time=run.parts_per_crawler, waiting_bytes=run.waiting_bytes)
+    return CrawlerPool(
+        steps, processes=processes, parts_at_a_time=run.parts_per_crawler, waiting_bytes=run.waiting_bytes
+    )
 
 
-def crawl(run: Run, work: Work, repeated_urls: pa.Table, staging: str, crew: Crew) -> list[tuple[float, int]]:
+def crawl(
+    run: Run, crawl_plan: CrawlPlan, repeated_urls: pa.Table, staging: str, pool: CrawlerPool
+) -> list[tuple[float, int]]:
     """Fetch, decode, filter and score; one staged Parquet file a part holds what came of each of its rows.
 
     Returns:
         Seconds and rows done so far, for the report.
     """
-    every = work.parts(run.rows_per_shard, run.rows_per_part, repeated_urls["id"].to_numpy())
+    every = crawl_plan.parts(run.rows_per_shard, run.rows_per_part, repeated_urls["id"].to_numpy())
     done = {path.rpartition("/")[2] for path in shards.staged(staging, "parts")}
     parts = [part for part in every if part.name not in done]
     if not parts:
         return []
     if done:
         print(f"pairs: {len(done):,} of {len(every):,} parts done by an earlier run", flush=True)
-    return follow(crew.crawl(parts), work.rows - repeated_urls.num_rows)
+    return follow(pool.crawl(parts), crawl_plan.rows - repeated_urls.num_rows)
 
 
-def decide(run: Run, work: Work, published: Published | None, staging: str) -> pa.Table:
+def decide(run: Run, crawl_plan: CrawlPlan, published: Published | None, staging: str) -> pa.Table:
     """What only the whole corpus can tell: boilerplate captions, and images that come again."""
     semantic = run.corpus.semantic_model
     schema = shards.LIGHT.append(generations.EMBEDDINGS.field(inputs.EMBEDDING)) if semantic else shards.LIGHT
     new = shards.open_staged(staging, "parts", schema)
-    corpus = Corpus(work.order, new, published.images() if published else None, memory=run.corpus.memory)
+    corpus = Corpus(crawl_plan.order, new, published.images() if published else None, memory=run.corpus.memory)
     if run.corpus.max_caption_uses is not None:
         corpus.reject_boilerplate(run.corpus.max_caption_uses)
     corpus.reject_repeats("image_id", "duplicate_bytes")
@@ -359,39 +365,39 @@ def decide(run: Run, work: Work, published: Published | None, staging: str) -> p
 
 def write_shards(
     run: Run,
-    work: Work,
+    crawl_plan: CrawlPlan,
     published: Published | None,
     decisions: pa.Table,
     staging: str,
     extractor: Extractor,
-    crew: Crew,
-) -> list[shards.Written]:
+    pool: CrawlerPool,
+) -> list[shards.WrittenPartition]:
     """One tar shard with its index and its rejects for each partition, in parallel."""
-    job = shards.ShardJob(
+    job = shards.PartitionJob(
         storage=run.storage,
         name=run.name,
         staging=staging,
-        order=work.order,
+        order=crawl_plan.order,
         part_rows=run.rows_per_part,
         max_bytes=run.max_shard_bytes,
         suffix=f"-retry{published.generation + 1}" if published and run.retry else "",
-        earlier_rejects=work.earlier_rejects,
+        earlier_rejects=crawl_plan.earlier_rejects,
     )
     decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
     common, concepts = share(job), share(extractor)
     each = []
-    for count, name in enumerate(work.partitions):
-        first = work.first_id(name, run.rows_per_shard)
+    for count, name in enumerate(crawl_plan.partitions):
+        first = crawl_plan.first_id(name, run.rows_per_shard)
         start, stop = np.searchsorted(ids, [first, first + run.rows_per_shard])
         each.append((common, name, decisions.slice(start, stop - start), concepts, count < SAMPLED_PARTITIONS))
-    written = crew.run(shards.write_shard, each)
+    written = pool.run(shards.write_shard, each)
     if published is not None:
-        crew.run(shards.stage_published_mentions, [(common, path, concepts) for path in published.index_files()])
+        pool.run(shards.stage_published_mentions, [(common, path, concepts) for path in published.index_files()])
     return written
 
 
-def result_hash(run: Run, vocabulary: Vocabulary) -> str:
+def result_hash(run: Run, vocabulary: NameMatcher) -> str:
     """16 digits that change with whatever changes the tables' rows: not with the lists, where and how fast."""
     neutral = dataclasses.replace(
         run,
@@ -429,7 +435,7 @@ def site_of(run: Run) -> Iterator[Run]:
     if not (root / "expected.parquet").exists():
         print(f"web site: drawing {run.site_pictures + run.site_scenes:,} images in {root}", flush=True)
         website.build_site(root, num_pictures=run.site_pictures, num_scenes=run.site_scenes)
-    with webserver.serving(root):
+    with webserver.serve_site(root):
         yield dataclasses.replace(run, urls=str(root / "urls.tsv"))
 
 

@@ -196,7 +196,7 @@ def lookup(storage_uri: str, source: str, ids: Sequence[str], columns: Sequence[
     return {column: dict(zip(keys, rows[column].to_pylist(), strict=True)) for column in columns}
 
 
-def contact_sheet(text: str, hits: Sequence[Hit]) -> Image.Image:
+def result_sheet(text: str, hits: Sequence[Hit]) -> Image.Image:
     """The pictures in rows, best first, each over its score; a region is framed."""
     height = TILE + 2 * LINE
     lines = -(-len(hits) // COLUMNS)
@@ -231,7 +231,7 @@ def main() -> None:
         print(f"{number + 1:4} {hit.score:7.3f}  {hit.image_id[:16]}  {describe(hit)}")
     output = run.output or storage.join(run.storage, "reports", f"search-{run.name}.jpg")
     buffer = io.BytesIO()
-    contact_sheet(f"{run.text} ({run.over} of {run.name})", hits).save(buffer, "JPEG", quality=90)
+    result_sheet(f"{run.text} ({run.over} of {run.name})", hits).save(buffer, "JPEG", quality=90)
     storage.write_bytes(output, buffer.getvalue())
     print(f"sheet: {output}")
 

@@ -48,11 +48,11 @@ from ovd_models.preprocess import to_tensor
 from workflows.common import cli, cluster, tracking
 from workflows.serving.requests import (
     RETRY_AFTER_SECONDS,
-    Gate,
     Limits,
     ProblemError,
+    RequestLimiter,
     as_problem,
-    decode,
+    decode_upload,
     parse_prompts,
     parse_vocabulary,
 )
@@ -96,7 +96,7 @@ def local() -> Run:
 CONFIGS = {"local": local}
 
 
-class Detection(BaseModel):
+class DetectedObject(BaseModel):
     """One object."""
 
     box: tuple[float, float, float, float]
@@ -105,15 +105,15 @@ class Detection(BaseModel):
     score: float
 
 
-class Found(BaseModel):
+class DetectResponse(BaseModel):
     """The answer of `/v1/detect`, best first."""
 
     width: int
     height: int
-    detections: list[Detection]
+    detections: list[DetectedObject]
 
 
-class Mask(BaseModel):
+class RleMask(BaseModel):
     """COCO's run-length encoding."""
 
     size: tuple[int, int]
@@ -121,10 +121,10 @@ class Mask(BaseModel):
     counts: str
 
 
-class Segment(BaseModel):
+class SegmentedObject(BaseModel):
     """What a prompt points at."""
 
-    mask: Mask
+    mask: RleMask
     box: tuple[float, float, float, float]
     """Tight around the mask: x0, y0, x1, y1 in pixels of the image; zeros for an empty mask."""
     label: str
@@ -134,15 +134,15 @@ class Segment(BaseModel):
     """The model's own estimate of the mask's quality, if it makes one."""
 
 
-class Segmented(BaseModel):
+class SegmentResponse(BaseModel):
     """The answer of `/v1/segment`, one entry a prompt, in their order."""
 
     width: int
     height: int
-    segments: list[Segment]
+    segments: list[SegmentedObject]
 
 
-class Model(BaseModel):
+class ModelResponse(BaseModel):
     """The answer of `/v1/model`."""
 
     method: str
@@ -152,7 +152,7 @@ class Model(BaseModel):
     vocabulary: list[str]
 
 
-class Health(BaseModel):
+class HealthResponse(BaseModel):
     """The answer of `/healthz`."""
 
     status: str
@@ -183,13 +183,13 @@ class Endpoint:
         """The routes; Ray Serve asks for them once the replica is constructed."""
         return build_api(self)
 
-    async def healthz(self) -> Health:
+    async def healthz(self) -> HealthResponse:
         """Answers as soon as the model is loaded, also while requests wait."""
-        return Health(status="ok")
+        return HealthResponse(status="ok")
 
-    async def model(self) -> Model:
+    async def model(self) -> ModelResponse:
         """What is served."""
-        return Model(
+        return ModelResponse(
             method=self.served.method,
             checkpoint=self.run.model,
             teacher=self.served.teacher,
@@ -204,7 +204,7 @@ class Endpoint:
         score_threshold: Annotated[float, Form(ge=0, le=1, allow_inf_nan=False)] = 0.05,
         max_detections: Annotated[int, Form(ge=1)] = 100,
         masks: Annotated[bool, Form(description="not offered by this model")] = False,
-    ) -> Found:
+    ) -> DetectResponse:
         """Find the named things in an image."""
         if masks:
             raise ProblemError(422, "Bad parameter", "masks: this model finds boxes only, expected false")
@@ -214,10 +214,10 @@ class Endpoint:
             )
         detector = cast(Detector, self.served)
 
-        def answer(picture: torch.Tensor, names: Sequence[str]) -> Found:
+        def answer(picture: torch.Tensor, names: Sequence[str]) -> DetectResponse:
             found = detector.detect(picture, names, score_threshold=score_threshold, max_detections=max_detections)
-            detections = [Detection(**entry) for entry in found.to_list()]
-            return Found(width=found.width, height=found.height, detections=detections)
+            detections = [DetectedObject(**entry) for entry in found.to_list()]
+            return DetectResponse(width=found.width, height=found.height, detections=detections)
 
         return await self._answer(image, vocabulary, answer, "Bad vocabulary")
 
@@ -229,17 +229,17 @@ class Endpoint:
             Form(description='JSON object with a list for each thing: "points", perhaps "point_labels", or "boxes"'),
         ],
         vocabulary: Vocabulary = None,
-    ) -> Segmented:
+    ) -> SegmentResponse:
         """Segment what each prompt points at, and name it."""
         segmenter, asked = cast(Segmenter, self.served), parse_prompts(prompts, self.run.limits)
 
-        def answer(picture: torch.Tensor, names: Sequence[str]) -> Segmented:
+        def answer(picture: torch.Tensor, names: Sequence[str]) -> SegmentResponse:
             pixels, most = len(asked) * picture[0].numel(), self.run.limits.max_mask_pixels
             if pixels > most:
                 detail = f"{len(asked)} masks of the image have {pixels:,} pixels, at most {most:,} are answered"
                 raise ProblemError(422, "Bad prompts", f"prompts: {detail}")
-            segments = [Segment(**entry) for entry in segmenter.segment(picture, asked, names).to_list()]
-            return Segmented(width=picture.shape[2], height=picture.shape[1], segments=segments)
+            segments = [SegmentedObject(**entry) for entry in segmenter.segment(picture, asked, names).to_list()]
+            return SegmentResponse(width=picture.shape[2], height=picture.shape[1], segments=segments)
 
         return await self._answer(image, vocabulary, answer, "Bad prompts or vocabulary")
 
@@ -251,7 +251,7 @@ class Endpoint:
         content = await image.read()
 
         def job() -> T:
-            return answer(to_tensor(decode(content, self.run.limits.max_pixels)), names)
+            return answer(to_tensor(decode_upload(content, self.run.limits.max_pixels)), names)
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self.pool, job)
@@ -282,7 +282,7 @@ def build_api(endpoint: Endpoint) -> FastAPI:
 
     for kind in (ProblemError, RequestValidationError, HTTPException):
         api.add_exception_handler(kind, problem)
-    api.add_middleware(Gate, limits=endpoint.run.limits)
+    api.add_middleware(RequestLimiter, limits=endpoint.run.limits)
     return api
 
 
@@ -332,7 +332,7 @@ def app(args: dict[str, Any]) -> Application:
 
 
 @contextlib.contextmanager
-def serving(run: Run) -> Iterator[str]:
+def serve_model(run: Run) -> Iterator[str]:
     """The endpoint's base URL, answering while the block runs, inside a Ray that is already initialised.
 
     Raises:
@@ -375,7 +375,7 @@ def main() -> None:
     with contextlib.suppress(KeyboardInterrupt):  # the normal end of an endpoint
         cluster.start_ray()
         try:
-            with serving(run) as url:
+            with serve_model(run) as url:
                 print(f"serving {run.model} at {url}; API: {url}/docs; Ctrl-C stops it", flush=True)
                 threading.Event().wait()
         finally:

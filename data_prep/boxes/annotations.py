@@ -14,7 +14,7 @@ from faster_coco_eval import mask as rle
 from PIL import Image
 
 from data_prep import storage, tables
-from data_prep.boxes.skipped import LeftOut
+from data_prep.boxes.skipped import SkippedRows
 from data_prep.pictograms.world import SCENES, Style, World
 from ovd_models.errors import InputError
 from ovd_models.images import upright_size
@@ -51,7 +51,7 @@ class BoxSet:
 # ------------------------------------------------------------------------------------------------ COCO, LVIS
 
 
-def digest(folder: str | Path) -> str:
+def annotation_digest(folder: str | Path) -> str:
     """SHA-256 of a folder's annotation file.
 
     Raises:
@@ -100,13 +100,14 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
         if not valid:
             raise InputError(f"{path}: annotations[{number}]: bbox {annotation['bbox']!r}, expected 4 finite numbers")
         annotations[image].append(annotation)
-    left = LeftOut()
+    skipped = SkippedRows()
     lvis = any("frequency" in entry for entry in raw["categories"])
     rows = [
-        _coco_row(entry, lvis, annotations[int(entry["id"])], Path(images), Path(path), left) for entry in raw["images"]
+        _coco_row(entry, lvis, annotations[int(entry["id"])], Path(images), Path(path), skipped)
+        for entry in raw["images"]
     ]
-    if left:
-        print(f"{path}: left out: {left}", flush=True)
+    if skipped:
+        print(f"{path}: left out: {skipped}", flush=True)
     if lvis:
         categories = _lvis_categories(raw["categories"], Path(path))
     else:
@@ -168,7 +169,7 @@ def _coco_row(
     annotations: Sequence[Mapping[str, Any]],
     folder: Path,
     origin: Path,
-    left: LeftOut,
+    skipped: SkippedRows,
 ) -> dict[str, Any]:
     try:
         # LVIS's official files name images by their address alone.
@@ -192,9 +193,9 @@ def _coco_row(
         x, y, w, h = (float(value) for value in annotation["bbox"])
         box = [max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)]
         if not (w > 0 and h > 0):
-            left.add("boxes without area", file.name)
+            skipped.add("boxes without area", file.name)
         elif not (box[2] > box[0] and box[3] > box[1]):
-            left.add("boxes outside their image", file.name)
+            skipped.add("boxes outside their image", file.name)
         else:
             boxes.append(box)
             kept.append(annotation)
@@ -285,7 +286,7 @@ def pictogram_categories(world: World, image_counts: Mapping[int, int]) -> list[
     ]
 
 
-def draw_boxes(
+def draw_scenes(
     storage_uri: str,
     name: str,
     world: World,

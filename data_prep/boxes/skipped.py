@@ -8,7 +8,7 @@ PLACES = 3
 
 
 @dataclass
-class LeftOut:
+class SkippedRows:
     """Counts and places by reason."""
 
     counts: collections.Counter[str] = field(default_factory=collections.Counter)

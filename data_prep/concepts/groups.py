@@ -96,7 +96,7 @@ def _memberships(batch: pa.RecordBatch, concepts: pa.StringArray) -> pa.RecordBa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grouped:
+class WrittenGroups:
     """What was written of concepts and groups."""
 
     concepts: list[tables.FileEntry]
@@ -106,7 +106,7 @@ class Grouped:
 
 def write_groups(
     mentions: ds.Dataset, storage_uri: str, name: str, stem: str, *, min_images: int, memory: str
-) -> Grouped:
+) -> WrittenGroups:
     """Write the files of `concepts` and of `groups` in a stream; they are published later.
 
     Args:
@@ -123,7 +123,7 @@ def write_groups(
             tables.write_part(storage_uri, "groups", name, f"{stem}-{number:05d}.parquet", rows, ROW_GROUP_ROWS)
             for number, rows in enumerate(in_tables(groups, FILE_ROWS))
         ]
-    return Grouped(concepts=[concept_file], groups=group_files, num_concepts=concepts.num_rows)
+    return WrittenGroups(concepts=[concept_file], groups=group_files, num_concepts=concepts.num_rows)
 
 
 def in_tables(batches: pa.RecordBatchReader, rows: int) -> Iterator[pa.Table]:

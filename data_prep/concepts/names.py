@@ -24,14 +24,14 @@ SINGULAR = {plural: singular for singular, plural in IRREGULAR.items()}
 
 
 class Extractor(Protocol):
-    """Finds the concepts of captions: a `Vocabulary`, or `data_prep.concepts.nouns.Nouns`."""
+    """Finds the concepts of captions: a `NameMatcher`, or `data_prep.concepts.nouns.Nouns`."""
 
     def match(self, caption: str) -> list[str]:
         """The concepts a caption mentions, in alphabetical order, each once."""
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class NameMatcher:
     """Names to look for in captions."""
 
     names: tuple[str, ...]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data_prep.concepts.names import SINGULAR, Vocabulary
+from data_prep.concepts.names import SINGULAR, NameMatcher
 from ovd_models.errors import InputError
 
 TOKEN = re.compile(r"[^\W_]+|[^\w\s]")
@@ -267,10 +267,10 @@ PLURALS = SINGULAR | {
 
 
 @functools.cache
-def phrases() -> tuple[Vocabulary, int]:
+def phrases() -> tuple[NameMatcher, int]:
     """The compounds followed by the masked phrases, and the number of compounds."""
     compounds, masked = ([" ".join(name.split()) for name in text.split(",")] for text in (COMPOUNDS, MASKED))
-    return Vocabulary.parse(compounds + masked), len(compounds)
+    return NameMatcher.parse(compounds + masked), len(compounds)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ MAPPED_FILES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardJob:
+class EmbeddingJob:
     """What all shards of a table share."""
 
     storage: str
@@ -49,7 +49,7 @@ class ShardJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SavedShard:
     """A shard that is on disk."""
 
     images: int
@@ -59,7 +59,7 @@ class Saved:
     files: tuple[FileEntry, ...]
 
 
-def save_shard(rows: pa.Table, job: ShardJob) -> pa.Table:
+def save_shard(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
     """Write the arrays and the index of a shard, and then the record of it.
 
     Args:
@@ -83,12 +83,12 @@ def save_shard(rows: pa.Table, job: ShardJob) -> pa.Table:
         paths = pa.array([path] * rows.num_rows, pa.string())
         index = index.set_column(index.schema.get_field_index(column), column, paths)
     files.append(tables.write_part(job.storage, job.table, job.name, f"index/{shard}.parquet", index))
-    saved = Saved(images=rows.num_rows, rows=int(counts.sum()), width=width, files=tuple(files))
+    saved = SavedShard(images=rows.num_rows, rows=int(counts.sum()), width=width, files=tuple(files))
     storage.write_bytes(storage.join(job.staging, f"{shard}.json"), json.dumps(asdict(saved)).encode())
     return pa.table({"shard": [shard], "images": [saved.images], "rows": [saved.rows]})
 
 
-def saved_shards(staging: str) -> dict[str, Saved]:
+def saved_shards(staging: str) -> dict[str, SavedShard]:
     """The shards that are on disk, by name."""
     filesystem, folder = storage.resolve(staging)
     found = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
@@ -97,12 +97,12 @@ def saved_shards(staging: str) -> dict[str, Saved]:
         if info.extension == "json":
             raw = json.loads(storage.read_bytes(storage.join(staging, info.base_name)))
             files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
-            saved[info.base_name.removesuffix(".json")] = Saved(files=files, **raw)
+            saved[info.base_name.removesuffix(".json")] = SavedShard(files=files, **raw)
     return saved
 
 
 def publish(
-    job: ShardJob, saved: Sequence[Saved], *, producer: str, config_hash: str, made_of: Mapping[str, Any]
+    job: EmbeddingJob, saved: Sequence[SavedShard], *, producer: str, config_hash: str, made_of: Mapping[str, Any]
 ) -> Manifest:
     """Publish a table of these shards; `made_of` tells readers the teacher and what it was shown."""
     details = {

@@ -24,7 +24,7 @@ from ray.data.block import BlockMetadata
 
 from data_prep import storage, tables
 from data_prep.embeddings.crops import Colour, CropConfig, Fit, crop_squares, crop_windows, square
-from data_prep.embeddings.stores import ROWS, ShardJob, save_shard
+from data_prep.embeddings.stores import ROWS, EmbeddingJob, save_shard
 from data_prep.pairs.shards import runs_of_size
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
@@ -401,7 +401,9 @@ class PairStage:
 class ShardWorker:
     """An actor that embeds and writes shards, several at a time."""
 
-    def __init__(self, stage: "type[RegionStage] | type[PairStage]", arguments: tuple[Any, ...], job: ShardJob) -> None:
+    def __init__(
+        self, stage: "type[RegionStage] | type[PairStage]", arguments: tuple[Any, ...], job: EmbeddingJob
+    ) -> None:
         """Make the stage.
 
         Args:

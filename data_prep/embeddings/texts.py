@@ -224,7 +224,7 @@ class PreloadedEncoder:
 # ------------------------------------------------------------------------------------------------ matrices of others
 
 
-def read_categories(path: str) -> list[str]:
+def read_category_names(path: str) -> list[str]:
     """Names of a JSON file in the order of their ids: a list of {id, name}, or COCO's and LVIS's `categories`.
 
     Raises:

@@ -143,7 +143,7 @@ def may_connect(address: str, allowed: tuple[Network, ...] = ()) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer(Generic[T]):
+class LookupResult(Generic[T]):
     """What a question came to."""
 
     value: T | FetchError
@@ -154,16 +154,16 @@ class Answer(Generic[T]):
     """Its share of the memory for answers."""
 
 
-class Shared(Generic[T]):
+class LookupCache(Generic[T]):
     """Answers to slow questions: a key is asked about once at a time, its answer shared, and remembered for a while.
 
     The answers used longest ago are forgotten once all together weigh more than `capacity`.
     """
 
-    def __init__(self, ask: Callable[[str], Coroutine[Any, Any, Answer[T]]], capacity: int) -> None:
+    def __init__(self, ask: Callable[[str], Coroutine[Any, Any, LookupResult[T]]], capacity: int) -> None:
         self._ask, self._capacity, self._weight = ask, capacity, 0
-        self._answers: OrderedDict[str, tuple[float, Answer[T]]] = OrderedDict()
-        self._running: dict[str, asyncio.Task[Answer[T]]] = {}
+        self._answers: OrderedDict[str, tuple[float, LookupResult[T]]] = OrderedDict()
+        self._running: dict[str, asyncio.Task[LookupResult[T]]] = {}
 
     async def get(self, key: str) -> T:
         """The answer for a key.
@@ -182,7 +182,7 @@ class Shared(Generic[T]):
             raise answer.value.fresh()
         return answer.value
 
-    async def _remember(self, key: str) -> Answer[T]:
+    async def _remember(self, key: str) -> LookupResult[T]:
         try:
             answer = await self._ask(key)
         finally:
@@ -219,7 +219,7 @@ class CheckedResolver(AbstractResolver):
         self._cache_seconds, self._retry_seconds = cache_seconds, retry_seconds
         self._lookup = lookup
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="dns")
-        self._names: Shared[list[Address]] = Shared(self._ask, REMEMBERED_HOSTS)
+        self._names: LookupCache[list[Address]] = LookupCache(self._ask, REMEMBERED_HOSTS)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -260,19 +260,19 @@ class CheckedResolver(AbstractResolver):
         if not may_connect(address, self._allowed):
             raise FetchError("forbidden_address", f"{host} is {address}", refusal=True)
 
-    async def _ask(self, host: str) -> Answer[list[Address]]:
+    async def _ask(self, host: str) -> LookupResult[list[Address]]:
         try:
             addresses = await self._look_up(host)
         except (OSError, UnicodeError) as error:
             transient = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
             seconds = self._retry_seconds if transient else min(NEGATIVE_SECONDS, self._cache_seconds)
-            return Answer(value=FetchError("dns", f"{host}: {error}", transient=transient), seconds=seconds)
+            return LookupResult(value=FetchError("dns", f"{host}: {error}", transient=transient), seconds=seconds)
         try:
             for _, address in addresses:
                 self._check(host, address)
         except FetchError as error:
-            return Answer(value=error.fresh(), seconds=self._cache_seconds)
-        return Answer(value=addresses, seconds=self._cache_seconds)
+            return LookupResult(value=error.fresh(), seconds=self._cache_seconds)
+        return LookupResult(value=addresses, seconds=self._cache_seconds)
 
     async def _look_up(self, host: str) -> list[Address]:
         loop = asyncio.get_running_loop()

@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class PartCounts:
     """What came of a part."""
 
     rows: int
@@ -59,7 +59,7 @@ class Progress:
     unfetched: int
 
 
-class Get(Protocol):
+class Getter(Protocol):
     """Gets what is behind URLs: `fetch.Fetcher` or `Reader`."""
 
     gate: asyncio.Event
@@ -88,11 +88,11 @@ class Reader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps:
+class CrawlSteps:
     """What is done to a part, in this order."""
 
     read: Callable[[Part], pa.Table]
-    fetch: Callable[[], Get]
+    fetch: Callable[[], Getter]
     """Called once a process."""
     decode: Callable[[bytes], Decoded | Rejection]
     filter: Callable[[pa.Table], pa.Table]
@@ -104,7 +104,7 @@ class Steps:
 class Crawler:
     """Does the steps; calls overlap, so that a slow host does not hold up the rest."""
 
-    def __init__(self, steps: Steps, waiting_bytes: int) -> None:
+    def __init__(self, steps: CrawlSteps, waiting_bytes: int) -> None:
         """Start the threads.
 
         Args:
@@ -120,7 +120,7 @@ class Crawler:
         self._storage = ThreadPoolExecutor(DECODERS)
         self._scorers = itertools.cycle(steps.score)
 
-    async def crawl(self, part: Part) -> Progress:
+    async def crawl(self, part: Part) -> PartCounts:
         """Read, fetch, decode, filter, score and save a part."""
         steps, in_thread, self._crawled = self._steps, asyncio.get_running_loop().run_in_executor, True
         rows = await in_thread(self._storage, steps.read, part)
@@ -132,7 +132,7 @@ class Crawler:
             rows = await next(self._scorers).__call__.remote(rows)
         await in_thread(self._storage, steps.save, rows, part)
         unfetched = pc.sum(pc.equal(rows["stage"], "fetch")).as_py() or 0
-        return Progress(rows=rows.num_rows, good=rows["reason"].null_count, unfetched=unfetched)
+        return PartCounts(rows=rows.num_rows, good=rows["reason"].null_count, unfetched=unfetched)
 
     async def run(self, task: Callable[..., T], *arguments: Any) -> T:
         """Do something else: this process is at hand, and another one would take a second to start."""
@@ -181,13 +181,13 @@ def give_memory_back() -> None:
         library.malloc_trim(0)
 
 
-class Crew:
+class CrawlerPool:
     """The processes of a run, each an actor of `Crawler`, which start as they are needed; or the driver alone.
 
     A process that is lost with its machine starts again elsewhere, and what it had in hand is begun again.
     """
 
-    def __init__(self, steps: Steps, *, processes: int, parts_at_a_time: int, waiting_bytes: int) -> None:
+    def __init__(self, steps: CrawlSteps, *, processes: int, parts_at_a_time: int, waiting_bytes: int) -> None:
         """Prepare, and start nothing yet.
 
         Args:
@@ -208,7 +208,7 @@ class Crew:
         for actor in (*self._actors, *self._arguments[0].score):
             ray.kill(actor)
 
-    def crawl(self, parts: Sequence[Part]) -> Iterator[Progress]:
+    def crawl(self, parts: Sequence[Part]) -> Iterator[PartCounts]:
         """Crawl parts; what came of each as soon as it is saved."""
         if self._most:
             pool: Any = self._pool(len(parts))
@@ -233,8 +233,8 @@ class Crew:
                 raise error.cause from None
             raise
 
-    def _crawl_here(self, parts: Iterable[Part]) -> Iterator[Progress]:
-        todo, waiting = iter(parts), set[asyncio.Task[Progress]]()
+    def _crawl_here(self, parts: Iterable[Part]) -> Iterator[PartCounts]:
+        todo, waiting = iter(parts), set[asyncio.Task[PartCounts]]()
         crawler = Crawler(*self._arguments)
         with asyncio.Runner() as runner:
             start = runner.get_loop().create_task
@@ -252,7 +252,7 @@ class Crew:
         return ActorPool([actor for _ in range(self._each) for actor in self._actors])
 
 
-def follow(parts: Iterable[Progress], total: int) -> list[tuple[float, int]]:
+def follow(parts: Iterable[PartCounts], total: int) -> list[tuple[float, int]]:
     """See a crawl to its end, with a line every few seconds, and a warning where most fetches fail.
 
     Args:

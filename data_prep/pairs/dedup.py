@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from data_prep.pairs.order import NEW, Order
+from data_prep.pairs.order import NEW, RowNumbering
 
 HASH_BITS = 64
 CLUSTER_ROWS = 20_000
@@ -57,7 +57,7 @@ class Corpus:
 
     def __init__(
         self,
-        order: Order,
+        order: RowNumbering,
         new: ds.Dataset | pa.Table,
         published: ds.Dataset | pa.Table | None = None,
         *,

@@ -20,8 +20,8 @@ import pyarrow.dataset as ds
 from data_prep import storage, tables
 from data_prep.pairs import inputs
 from data_prep.pairs.inputs import Part
-from data_prep.pairs.order import Order
-from data_prep.pairs.shards import LIGHT, Written
+from data_prep.pairs.order import RowNumbering
+from data_prep.pairs.shards import LIGHT, WrittenPartition
 from data_prep.tables import FileEntry
 from ovd_models.errors import InputError
 
@@ -149,7 +149,7 @@ def publish(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class CrawlPlan:
     """What a run has to do; saved, so that a run that was killed goes on with the same."""
 
     sources: dict[str, int]
@@ -164,9 +164,9 @@ class Work:
     """The published file of `rejects` that a partition's new one takes the place of."""
 
     @functools.cached_property
-    def order(self) -> Order:
+    def order(self) -> RowNumbering:
         """The order of all rows."""
-        return Order.of(self.sources)
+        return RowNumbering.of(self.sources)
 
     @property
     def rows(self) -> int:
@@ -248,7 +248,7 @@ def plan(
     partition: int,
     part: int,
     run: Callable[[Callable[..., inputs.Source], Sequence[tuple[Any, ...]]], list[inputs.Source]],
-) -> Work:
+) -> CrawlPlan:
     """Cut new lists into partitions, in parallel, and take up the rejected rows that are to be tried again.
 
     Args:
@@ -263,7 +263,7 @@ def plan(
     Raises:
         InputError: a list is malformed.
     """
-    earlier_work = Work.load(staging)
+    earlier_work = CrawlPlan.load(staging)
     if earlier_work is not None:
         return earlier_work
     sources = run(_cut, [(cut, staging, partition, part) for cut in lists])
@@ -279,8 +279,10 @@ def plan(
         again, retried, earlier = cut_rejects(published, retry, staging, partition=partition, part=part)
         partitions |= again
     rows = {**(published.sources if published else {}), **{source.digest: source.rows for source in sources}}
-    work = Work(sources=rows, columns=columns, partitions=partitions, retried=retried, earlier_rejects=earlier)
-    return work.save(staging)
+    crawl_plan = CrawlPlan(
+        sources=rows, columns=columns, partitions=partitions, retried=retried, earlier_rejects=earlier
+    )
+    return crawl_plan.save(staging)
 
 
 def _cut(cut: Cut, staging: str, partition: int, part: int) -> inputs.Source:
@@ -288,7 +290,7 @@ def _cut(cut: Cut, staging: str, partition: int, part: int) -> inputs.Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grown:
+class TableFiles:
     """What tables hold with what a run wrote."""
 
     kept: int
@@ -298,21 +300,23 @@ class Grown:
     """By table: `pairs`, `rejects`, `scores`."""
 
 
-def grow(published: Published | None, work: Work, written: Sequence[Written]) -> Grown:
+def combine_files(
+    published: Published | None, crawl_plan: CrawlPlan, written: Sequence[WrittenPartition]
+) -> TableFiles:
     """Published tables and what a run wrote, together."""
     kept, rejected = sum(part.kept for part in written), Counter[str]()
     for part in written:
         rejected.update(part.rejected)
-    assert kept + rejected.total() == work.rows, "every row is kept or rejected, once"
+    assert kept + rejected.total() == crawl_plan.rows, "every row is kept or rejected, once"
     files = {table: [entry for part in written for entry in part.files[table]] for table in GROWING}
     if published is not None:
         summary = published.details["summary"]
         kept += summary["kept"]
         rejected.update(summary["rejected"])
-        rejected.subtract(work.retried)
-        replaced = {("rejects", path) for path in work.earlier_rejects.values()}
+        rejected.subtract(crawl_plan.retried)
+        replaced = {("rejects", path) for path in crawl_plan.earlier_rejects.values()}
         for table, entries in published.files.items():
             files[table][:0] = [entry for entry in entries if (table, entry.path) not in replaced]
-    return Grown(
+    return TableFiles(
         kept=kept, rejected={reason: count for reason, count in sorted(rejected.items()) if count}, files=files
     )

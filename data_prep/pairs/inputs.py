@@ -145,7 +145,7 @@ def _expected() -> str:
     return ", ".join(f".{suffix}" for suffix in SUFFIXES[:-1]) + f" or .{SUFFIXES[-1]}"
 
 
-def digest(uri: str) -> str:
+def file_digest(uri: str) -> str:
     """First digits of the SHA-256 of a file, read in a stream.
 
     Raises:
@@ -339,7 +339,7 @@ def cut(
 
 def cut_file(uri: str, *, columns: Columns, staging: str, partition: int, part: int) -> Source:
     """`cut` for a file, unless that was done before."""
-    source = digest(uri)
+    source = file_digest(uri)
     done = storage.join(staging, "sources", f"{source}.json")
     if storage.exists(done):
         return Source(**json.loads(storage.read_bytes(done)))

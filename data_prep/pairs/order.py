@@ -13,7 +13,7 @@ NEW = 1 << 50
 
 
 @dataclass(frozen=True)
-class Order:
+class RowNumbering:
     """Numbers the rows of all sources: a source's base plus the row in it."""
 
     bases: dict[str, int]

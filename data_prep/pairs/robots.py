@@ -11,7 +11,7 @@ from typing import Any
 from protego import Protego
 from yarl import URL
 
-from data_prep.pairs.addresses import NEGATIVE_SECONDS, Answer, FetchError, Shared
+from data_prep.pairs.addresses import NEGATIVE_SECONDS, FetchError, LookupCache, LookupResult
 
 OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "noml", "none"})
 VALUED_DIRECTIVES = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
@@ -28,7 +28,7 @@ UNAVAILABLE_SECONDS = 600.0
 AGENT_LINE = re.compile(r"\s*user[- ]?agent(?:\s*:|\s)\s*([^#]*)", re.IGNORECASE)
 OTHER_LINE = re.compile(r"\s*(?:$|#|(?:site-?maps?|host)\s*:)", re.IGNORECASE)
 
-Get = Callable[[URL], Coroutine[Any, Any, tuple[int, bytes]]]
+HttpGet = Callable[[URL], Coroutine[Any, Any, tuple[int, bytes]]]
 """Gets a robots.txt: the final status, and up to MAX_BYTES of the body; raises FetchError where nobody answers."""
 
 
@@ -44,11 +44,11 @@ class Rules:
 class Robots:
     """The robots.txt of every site met, each read once a while for all URLs that wait for it."""
 
-    def __init__(self, user_agent: str, *, cache_seconds: float, retry_seconds: float, get: Get) -> None:
+    def __init__(self, user_agent: str, *, cache_seconds: float, retry_seconds: float, get: HttpGet) -> None:
         self._agent = product_token(user_agent)
         self._cache_seconds, self._retry_seconds = cache_seconds, retry_seconds
         self._get = get
-        self._sites: Shared[Rules] = Shared(self._ask, REMEMBERED_RULES)
+        self._sites: LookupCache[Rules] = LookupCache(self._ask, REMEMBERED_RULES)
 
     async def refusal(self, url: URL) -> str | None:
         """Why a URL may not be fetched, or None.
@@ -61,19 +61,19 @@ class Robots:
             return rules.closed
         return "robots.txt disallows it"
 
-    async def _ask(self, origin: str) -> Answer[Rules]:
+    async def _ask(self, origin: str) -> LookupResult[Rules]:
         try:
             status, body = await self._get(URL(origin) / "robots.txt")
         except FetchError as error:
             detail = f"robots.txt: {error.detail}"
             same = FetchError(error.reason, detail, transient=error.transient, refusal=error.refusal)
             again = self._retry_seconds if error.transient or error.reason == "timeout" else NEGATIVE_SECONDS
-            return Answer(value=same, seconds=min(again, self._cache_seconds))
+            return LookupResult(value=same, seconds=min(again, self._cache_seconds))
         if status >= 500:
             closed = Rules(closed=f"robots.txt answered {status}")
-            return Answer(value=closed, seconds=min(UNAVAILABLE_SECONDS, self._cache_seconds))
+            return LookupResult(value=closed, seconds=min(UNAVAILABLE_SECONDS, self._cache_seconds))
         rules, weight = parse_rules(body if 200 <= status < 300 else b"", self._agent)
-        return Answer(value=rules, seconds=self._cache_seconds, weight=1 + weight)
+        return LookupResult(value=rules, seconds=self._cache_seconds, weight=1 + weight)
 
 
 def product_token(user_agent: str) -> str:

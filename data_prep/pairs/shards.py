@@ -23,7 +23,7 @@ from pyarrow import fs
 from data_prep import storage, tables
 from data_prep.concepts.names import Extractor
 from data_prep.pairs import inputs
-from data_prep.pairs.order import Order
+from data_prep.pairs.order import RowNumbering
 
 BLOCK = tarfile.BLOCKSIZE
 GROUP_COLUMNS = ["image_id", "shard", "offset", "size", "width", "height", "caption"]
@@ -112,14 +112,14 @@ def remove_folder(uri: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardJob:
+class PartitionJob:
     """What all partitions of a run share."""
 
     storage: str
     name: str
     """Of the tables."""
     staging: str
-    order: Order
+    order: RowNumbering
     part_rows: int
     """Rows of a part."""
     max_bytes: int
@@ -131,7 +131,7 @@ class ShardJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class WrittenPartition:
     """What was written for one partition."""
 
     kept: int
@@ -141,7 +141,9 @@ class Written:
     """By table: `pairs`, `rejects`, `scores`."""
 
 
-def write_shard(job: ShardJob, partition: str, decisions: pa.Table, extractor: Extractor, samples: bool) -> Written:
+def write_shard(
+    job: PartitionJob, partition: str, decisions: pa.Table, extractor: Extractor, samples: bool
+) -> WrittenPartition:
     """Write a partition's tars, index, rejects and statistics, in the order of the input's rows, unless that was done.
 
     Also stages what the concept groups need of it, and examples of rejected rows for the report.
@@ -178,18 +180,18 @@ def write_shard(job: ShardJob, partition: str, decisions: pa.Table, extractor: E
     stats["image_bytes"] = sum(kept["size"].to_pylist())
     content = json.dumps(stats, indent=1).encode()
     files["pairs"].append(tables.write_file(job.storage, "pairs", job.name, f"stats/{stem}.json", content))
-    written = Written(kept=kept.num_rows, rejected=reasons, files=files)
+    written = WrittenPartition(kept=kept.num_rows, rejected=reasons, files=files)
     storage.write_bytes(done, json.dumps(asdict(written)).encode())
     return written
 
 
-def _from_json(content: bytes) -> Written:
+def _from_json(content: bytes) -> WrittenPartition:
     raw = json.loads(content)
     raw["files"] = tables.entries_from_json(raw["files"])
-    return Written(**raw)
+    return WrittenPartition(**raw)
 
 
-def _contents(job: ShardJob, partition: str, parts: int, rows: pa.Table) -> Iterator[tuple[int, bytes]]:
+def _contents(job: PartitionJob, partition: str, parts: int, rows: pa.Table) -> Iterator[tuple[int, bytes]]:
     """Row and picture of those of the rows that have one, in their order; a part's pictures are held at a time."""
     chosen = rows["row"].combine_chunks()
     for file in open_parts(job.staging, partition, parts):
@@ -200,7 +202,7 @@ def _contents(job: ShardJob, partition: str, parts: int, rows: pa.Table) -> Iter
 
 
 def _write_pairs(
-    job: ShardJob, kept: pa.Table, stem: str, contents: Iterator[tuple[int, bytes]], extractor: Extractor
+    job: PartitionJob, kept: pa.Table, stem: str, contents: Iterator[tuple[int, bytes]], extractor: Extractor
 ) -> list[tables.FileEntry]:
     files, index = [], []
     for number, (start, stop) in enumerate(runs_of_size(_members(kept), job.max_bytes - 2 * BLOCK)):
@@ -226,7 +228,7 @@ def _index(kept: pa.Table, shard: str, keys: Sequence[str], offsets: Sequence[in
     return pairs
 
 
-def _write_scores(job: ShardJob, kept: pa.Table, stem: str) -> list[tables.FileEntry]:
+def _write_scores(job: PartitionJob, kept: pa.Table, stem: str) -> list[tables.FileEntry]:
     scores = {name.removeprefix(inputs.SCORE): kept[name] for name in _measured(kept)}
     if not scores or not kept.num_rows:
         return []
@@ -234,7 +236,7 @@ def _write_scores(job: ShardJob, kept: pa.Table, stem: str) -> list[tables.FileE
     return [tables.write_part(job.storage, "scores", job.name, f"{stem}.parquet", rows)]
 
 
-def _earlier(job: ShardJob, partition: str, rows: pa.Table) -> pa.Table | None:
+def _earlier(job: PartitionJob, partition: str, rows: pa.Table) -> pa.Table | None:
     """Published rejects of a partition that are not tried again."""
     if partition not in job.earlier_rejects:
         return None
@@ -243,7 +245,7 @@ def _earlier(job: ShardJob, partition: str, rows: pa.Table) -> pa.Table | None:
     return rejects.filter(pc.invert(pc.is_in(rejects["row"], rows["row"].combine_chunks())))
 
 
-def with_decisions(rows: pa.Table, decisions: pa.Table, order: Order) -> pa.Table:
+def with_decisions(rows: pa.Table, decisions: pa.Table, order: RowNumbering) -> pa.Table:
     """Rows with what was decided about them for the whole corpus, and `duplicate_of` as source and row."""
     survivors = order.locate(decisions["duplicate_of"].combine_chunks())
     position = pc.index_in(rows["id"], decisions["id"].combine_chunks())
@@ -253,7 +255,7 @@ def with_decisions(rows: pa.Table, decisions: pa.Table, order: Order) -> pa.Tabl
     return rows.append_column("duplicate_of", pa.chunked_array([survivors]).take(position))
 
 
-def read_rows(job: ShardJob, partition: str) -> pa.Table:
+def read_rows(job: PartitionJob, partition: str) -> pa.Table:
     """All rows of a partition with their `id` and what came of them so far, but their pictures.
 
     Rows that were not tried have no reason.
@@ -337,7 +339,7 @@ def stage_mentions(staging: str, stem: str, pairs: pa.Table, extractor: Extracto
     stage(mentions, storage.join(staging, "mentions", f"{stem}.parquet"))
 
 
-def stage_published_mentions(job: ShardJob, index: str, extractor: Extractor) -> None:
+def stage_published_mentions(job: PartitionJob, index: str, extractor: Extractor) -> None:
     """`stage_mentions` for an index file that is published already."""
     uri = storage.join(tables.table_uri(job.storage, "pairs", job.name), index)
     pairs = tables.read_parquet(uri, GROUP_COLUMNS)

@@ -1,6 +1,6 @@
 """The pictogram web site's server: plays the faults that `website.build_site` put into the list.
 
-    with serving(root) as base_url:          # the list is now at root/urls.tsv
+    with serve_site(root) as base_url:          # the list is now at root/urls.tsv
         ...
 
 By hand: `python -m data_prep.pictograms.webserver --root DIR --port 8000`.
@@ -38,7 +38,7 @@ RESPONSES: dict[str, tuple[int, dict[str, str]]] = {
 
 
 @contextlib.contextmanager
-def serving(root: str | Path, *, port: int = 0) -> Iterator[str]:
+def serve_site(root: str | Path, *, port: int = 0) -> Iterator[str]:
     """Serve a built site from a process of its own while the block runs, and yield its base URL.
 
     The server ends with the block, and also when this process dies. With `port` 0 it takes the port it had last

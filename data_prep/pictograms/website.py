@@ -2,7 +2,7 @@
 
 What a crawl of it must keep and reject is known row by row, so it checks the crawler and feeds the demo.
 
-`build_site` writes its files; `webserver.serving` serves them.
+`build_site` writes its files; `webserver.serve_site` serves them.
 """
 
 import io
@@ -133,7 +133,7 @@ def build_site(
     chunk = max(400, -(-total // (processes or os.cpu_count() or 1)))
     jobs = [(root, start, min(start + chunk, total), num_pictures, seed) for start in range(0, total, chunk)]
     if len(jobs) < 2:
-        parts = [render(*job) for job in jobs]
+        parts = [render_images(*job) for job in jobs]
     else:
         with ThreadPoolExecutor(len(jobs)) as pool:
             parts = list(pool.map(_render_elsewhere, jobs))
@@ -146,7 +146,7 @@ def build_site(
     return expected
 
 
-def render(root: Path, start: int, stop: int, num_pictures: int, seed: int) -> list[str]:
+def render_images(root: Path, start: int, stop: int, num_pictures: int, seed: int) -> list[str]:
     """Draw images `start` to `stop` as JPEG files and return their captions; each follows from its index alone."""
     world, captions = World.create(seed), []
     for index in range(start, stop):
@@ -161,7 +161,7 @@ def render(root: Path, start: int, stop: int, num_pictures: int, seed: int) -> l
 
 
 def _render_elsewhere(job: tuple[Path, int, int, int, int]) -> list[str]:
-    """`render` in a fresh interpreter, since the caller may hold threads that forbid forking."""
+    """`render_images` in a fresh interpreter, since the caller may hold threads that forbid forking."""
     command = [sys.executable, "-m", "data_prep.pictograms.website", json.dumps([str(job[0]), *job[1:]])]
     captions: list[str] = json.loads(
         subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, check=True).stdout
@@ -328,7 +328,7 @@ def child_environment() -> dict[str, str]:
 def main() -> None:
     """Draws a range of images, as `build_site` asks in processes of their own."""
     root, *arguments = json.loads(sys.argv[1])
-    print(json.dumps(render(Path(root), *arguments)))
+    print(json.dumps(render_images(Path(root), *arguments)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_prep import storage, tables
-from data_prep.boxes.skipped import LeftOut
+from data_prep.boxes.skipped import SkippedRows
 from data_prep.embeddings.stores import Regions, RegionStore
 from data_prep.shared import Shared, share, shared
 from data_prep.streams.augmentation import Annotated, Augmentation, augment
@@ -189,7 +189,7 @@ def open_regions(storage_uri: str, source: RegionSource, image_ids: Sequence[str
 
 def training_rows(
     rows: Sequence[Mapping[str, Any]], category_ids: Sequence[int], root: str
-) -> tuple[list[dict[str, Any]], LeftOut]:
+) -> tuple[list[dict[str, Any]], SkippedRows]:
     """The images of a box table with a box that can be trained with, and what was left out.
 
     Args:
@@ -197,7 +197,7 @@ def training_rows(
         category_ids: categories in the order of the training vocabulary.
         root: the storage, which relative image files belong to.
     """
-    row_of, left = {category: row for row, category in enumerate(category_ids)}, LeftOut()
+    row_of, left = {category: row for row, category in enumerate(category_ids)}, SkippedRows()
     index = []
     for row in rows:
         kept: list[tuple[list[float], int, str]] = []

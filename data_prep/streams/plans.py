@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray.data
 
 from data_prep import storage, tables
-from data_prep.pace import Pace
+from data_prep.pace import ExecutorPause
 from data_prep.shared import Shared, share, shared
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
@@ -134,7 +134,7 @@ def stream(load: Callable[[Integers], pa.Table], shape: StreamShape, start_step:
     data = ray.data.range(count, override_num_blocks=blocks)
     data = data.map_batches(rows, batch_format="pyarrow", batch_size=None)
     data.context.execution_options.preserve_order = True
-    data.context.custom_execution_callback_classes = [Pace]  # type: ignore[list-item]
+    data.context.custom_execution_callback_classes = [ExecutorPause]  # type: ignore[list-item]
     return data
 
 

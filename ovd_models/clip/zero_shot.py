@@ -23,7 +23,7 @@ LOG_LIMIT = 6.9
 
 
 @dataclass(frozen=True)
-class Guess:
+class Classification:
     """The best names of an image, best first."""
 
     labels: tuple[str, ...]
@@ -39,7 +39,7 @@ def vocabulary_logits(model: Clip, images: Tensor, vocabulary: Vocabulary) -> Te
 
 def classify(
     model: Clip, images: Tensor, vocabulary: Vocabulary, *, top: int = 5, temperature: float = 1.0
-) -> list[Guess]:
+) -> list[Classification]:
     """The `top` names of each image.
 
     Args:
@@ -61,7 +61,7 @@ def classify(
         probabilities_BK = (vocabulary_logits(model, part, vocabulary) / temperature).softmax(1)
         scores, rows = probabilities_BK.topk(min(top, len(vocabulary)), dim=1)
         guesses += [
-            Guess(tuple(vocabulary.names[index] for index in row), tuple(score))
+            Classification(tuple(vocabulary.names[index] for index in row), tuple(score))
             for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
     return guesses

@@ -219,7 +219,7 @@ def distance_loss(predicted_R4: Tensor, target_R4: Tensor) -> Tensor:
     return (1 - (intersection + 1) / (union + 1) + (hull - union) / hull).sum()
 
 
-def decode(
+def decode_proposals(
     heat: Sequence[Tensor], distances: Sequence[Tensor], config: CenterNetConfig, *, training: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Proposals of every image, best first.

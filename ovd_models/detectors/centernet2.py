@@ -26,7 +26,7 @@ from ovd_models.detectors.centernet import (
     CenterNetHead,
     centre_losses,
     centre_targets,
-    decode,
+    decode_proposals,
     flatten_levels,
 )
 from ovd_models.detectors.eva import EvaConfig, EvaPyramid
@@ -95,7 +95,7 @@ class StageOutput:
     """[R, 4] coded displacements."""
 
 
-class Stage(nn.Module):
+class CascadeStage(nn.Module):
     """Box head, projection into the text space and box refinement."""
 
     def __init__(self, config: CenterNet2Config, scale: float) -> None:
@@ -129,7 +129,7 @@ class CenterNet2(nn.Module):
         )
         self.pyramid = build_pyramid(config)
         self.proposals = CenterNetHead(c.pyramid_channels, len(c.proposals.strides), c.proposals.num_convs)
-        self.stages = nn.ModuleList(Stage(config, scale) for scale in c.stage_scales)
+        self.stages = nn.ModuleList(CascadeStage(config, scale) for scale in c.stage_scales)
         if c.mask_convs:
             self.mask_head = nn.Sequential(
                 MaskRCNNHeads(c.pyramid_channels, (c.pyramid_channels,) * c.mask_convs, 1),
@@ -161,7 +161,7 @@ class CenterNet2(nn.Module):
         levels = list(features.values())[-len(self.config.proposals.strides) :]
         heat, distances = self.proposals(levels)
         with torch.no_grad():
-            boxes, scores = decode(heat, distances, self.config.proposals, training=self.training)
+            boxes, scores = decode_proposals(heat, distances, self.config.proposals, training=self.training)
         return HeatProposals(boxes, scores, heat, distances)
 
     def cascade(

@@ -16,7 +16,7 @@ from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary, cle
 
 
 @dataclass(frozen=True)
-class Question:
+class RegionQuery:
     """What is asked about every region."""
 
     names: Vocabulary
@@ -28,10 +28,10 @@ class Question:
     parents: Tensor | None = None
     """[C] int64: row of `names` above each child."""
 
-    def to(self, device: torch.device) -> "Question":
+    def to(self, device: torch.device) -> "RegionQuery":
         """The same question on another device."""
         attributes, children, parents = self.attributes, self.children, self.parents
-        return Question(
+        return RegionQuery(
             self.names.to(device),
             None if attributes is None else attributes.to(device),
             None if children is None else children.to(device),
@@ -39,7 +39,7 @@ class Question:
         )
 
 
-def build_question(
+def build_query(
     encoder: TextEncoder,
     names: Sequence[str] | Mapping[str, Sequence[str]],
     splits: Mapping[str, str],
@@ -47,7 +47,7 @@ def build_question(
     attributes: Sequence[str] = (),
     prompts: str = "",
     attribute_prompts: str = "photo",
-) -> Question:
+) -> RegionQuery:
     """Embed what is asked.
 
     Args:
@@ -82,7 +82,7 @@ def build_question(
         words = clean_names(attributes)
         named = children.names if children is not None else top
         asked = Vocabulary(words, embed_attributes(encoder, words, named, attribute_prompts))
-    return Question(of_top, asked, children, parents)
+    return RegionQuery(of_top, asked, children, parents)
 
 
 def embed_prompts(encoder: TextEncoder, names: Sequence[str], prompts: str) -> Tensor:

@@ -55,12 +55,12 @@ class RegionPool(nn.Module):
         for index, (level, stride) in enumerate(zip(levels, self.strides, strict=True)):
             rows = torch.nonzero(level_R == index).squeeze(1)
             if len(rows):
-                pooled = align(level, region_R5[rows], self.size, 1 / stride, self.samples)
+                pooled = align_map(level, region_R5[rows], self.size, 1 / stride, self.samples)
                 pooled_RFPP = pooled_RFPP.index_copy(0, rows, pooled.to(pooled_RFPP.dtype))
         return pooled_RFPP
 
 
-def align(level: Tensor, region_R5: Tensor, size: int, scale: float, samples: int) -> Tensor:
+def align_map(level: Tensor, region_R5: Tensor, size: int, scale: float, samples: int) -> Tensor:
     """RoIAlign of a map [B, F, H, W] at regions [R, 5], image numbers in order and xyxy in pixels: [R, F, P, P]."""
     images, channels, height, width = level.shape
     learns = torch.is_grad_enabled() and level.requires_grad

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ovd_models.batches import Detections
-from ovd_models.detectors.questions import Question
+from ovd_models.detectors.questions import RegionQuery
 from ovd_models.detectors.rcnn import select_detections
 from ovd_models.losses import cosine_logits
 from ovd_models.vocabulary import Vocabulary
@@ -88,7 +88,7 @@ def class_probabilities(record: RegionRecord, vocabulary: Vocabulary, scoring: S
         heads.append(_logits(record.image, vocabulary, scoring.image_temperature).softmax(1))
     if len(heads) == 1:
         return heads[0]
-    return fuse(heads[0], heads[1], image_exponents(vocabulary, scoring))
+    return geometric_mean(heads[0], heads[1], image_exponents(vocabulary, scoring))
 
 
 def image_exponents(vocabulary: Vocabulary, scoring: Scoring) -> Tensor:
@@ -98,7 +98,7 @@ def image_exponents(vocabulary: Vocabulary, scoring: Scoring) -> Tensor:
     return torch.where(vocabulary.is_base, scoring.base_image, scoring.novel_image)
 
 
-def fuse(text_NK: Tensor, image_NK: Tensor, image_exponent_K: Tensor) -> Tensor:
+def geometric_mean(text_NK: Tensor, image_NK: Tensor, image_exponent_K: Tensor) -> Tensor:
     """Weighted geometric mean of two probabilities, not renormalised (ViLD, equation 6)."""
     return text_NK ** (1 - image_exponent_K) * image_NK**image_exponent_K
 
@@ -130,20 +130,20 @@ def child_probabilities(parent_NK: Tensor, logits_NC: Tensor, parent_C: Tensor) 
     return parent_NK[:, parent_C] * (weight_NC / family_NK[:, parent_C]).to(parent_NK.dtype)
 
 
-def answer(record: RegionRecord, question: Question, scoring: Scoring) -> tuple[Tensor, tuple[str, ...]]:
+def answer(record: RegionRecord, query: RegionQuery, scoring: Scoring) -> tuple[Tensor, tuple[str, ...]]:
     """Scores [N, L] in [0, 1] of all labels, and the labels."""
-    score_NL, labels = class_probabilities(record, question.names, scoring), question.names.names
-    if question.children is not None and question.parents is not None:
+    score_NL, labels = class_probabilities(record, query.names, scoring), query.names.names
+    if query.children is not None and query.parents is not None:
         childless = torch.ones(len(labels), dtype=torch.bool, device=score_NL.device)
-        childless[question.parents] = False
-        logits_NC = _cosines(record, question.children, scoring)
-        of_children = child_probabilities(score_NL, logits_NC, question.parents)
+        childless[query.parents] = False
+        logits_NC = _cosines(record, query.children, scoring)
+        of_children = child_probabilities(score_NL, logits_NC, query.parents)
         kept = tuple(name for name, alone in zip(labels, childless.tolist(), strict=True) if alone)
-        score_NL, labels = torch.cat([score_NL[:, childless], of_children], 1), kept + question.children.names
-    if question.attributes is not None:
-        attribute_NA = _cosines(record, question.attributes, scoring).softmax(1)
+        score_NL, labels = torch.cat([score_NL[:, childless], of_children], 1), kept + query.children.names
+    if query.attributes is not None:
+        attribute_NA = _cosines(record, query.attributes, scoring).softmax(1)
         score_NL = attribute_probabilities(score_NL, attribute_NA)
-        labels = tuple(f"{word} {name}" for word in question.attributes.names for name in labels)
+        labels = tuple(f"{word} {name}" for word in query.attributes.names for name in labels)
     if scoring.objectness:
         objectness_N1 = record.objectness[:, None]
         score_NL = score_NL ** (1 - scoring.objectness) * objectness_N1**scoring.objectness
@@ -165,7 +165,7 @@ def _logits(region_ND: Tensor, vocabulary: Vocabulary, temperature: float) -> Te
 
 def find(
     record: RegionRecord,
-    question: Question,
+    query: RegionQuery,
     scoring: Scoring,
     *,
     nms: float,
@@ -173,7 +173,7 @@ def find(
     max_detections: int,
 ) -> Detections:
     """The best (box, label) pairs of one image, after suppression within each label."""
-    score_NL, labels = answer(record, question, scoring)
+    score_NL, labels = answer(record, query, scoring)
     boxes, scores, chosen = select_detections(record.boxes, score_NL, score_threshold, nms, max_detections)
     return Detections(boxes, scores, chosen, labels, record.width, record.height)
 

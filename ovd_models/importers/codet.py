@@ -171,7 +171,7 @@ def recognise(shapes: Mapping[str, Sequence[int]], origin: str) -> Release:
     known = released_architectures()
     for release in known.values():
         if any(re.search(release.mark, name) for name in shapes):
-            hidden = find(shapes, "roi_heads.box_predictor.fc1.weight", "roi_heads.box_predictor.0.fc1.weight")
+            hidden = match_name(shapes, "roi_heads.box_predictor.fc1.weight", "roi_heads.box_predictor.0.fc1.weight")
             if hidden is None:
                 return release
             count, row = shapes[hidden]
@@ -180,7 +180,7 @@ def recognise(shapes: Mapping[str, Sequence[int]], origin: str) -> Release:
     raise InputError(f"{origin}: tensors of no released detector, expected one of {', '.join(known)}")
 
 
-def find(names: Mapping[str, Any], *wanted: str) -> str | None:
+def match_name(names: Mapping[str, Any], *wanted: str) -> str | None:
     """The longest name of the file that ends one of the wanted names, as detectron2 matches them; second names too."""
     for full in wanted:
         second = re.sub(r"\.fc([12])\.", lambda match: f".weight_transform.{2 * int(match[1]) - 2}.", full)
@@ -194,7 +194,7 @@ def find(names: Mapping[str, Any], *wanted: str) -> str | None:
 
 def gather(state: Mapping[str, Tensor], names: Sequence[str]) -> tuple[list[str], Tensor | None]:
     """The file's names for released ones, and their tensors put together; None if one is not there."""
-    found = [name for name in (find(state, wanted) for wanted in names) if name is not None]
+    found = [name for name in (match_name(state, wanted) for wanted in names) if name is not None]
     if len(found) < len(names):
         return found, None
     return found, torch.cat([state[name] for name in found]) if len(found) > 1 else state[found[0]]
@@ -221,7 +221,7 @@ def translate(state: Mapping[str, Tensor], model: CoDet, release: Release, origi
 
 
 @dataclass(frozen=True)
-class Accounting:
+class TensorAccount:
     """What becomes of every tensor of a released state dict."""
 
     used: tuple[str, ...]
@@ -233,7 +233,7 @@ class Accounting:
     """Ours that nothing fills, or that something of another shape would."""
 
 
-def account(shapes: Mapping[str, Sequence[int]], origin: str) -> Accounting:
+def account_tensors(shapes: Mapping[str, Sequence[int]], origin: str) -> TensorAccount:
     """Account for a released state dict by names and shapes alone; no weight is loaded or made.
 
     Raises:
@@ -262,7 +262,9 @@ def account(shapes: Mapping[str, Sequence[int]], origin: str) -> Accounting:
             missing.append(ours)
     left = [name for name in shapes if name not in used]
     ignored = {name: reason for name in left for pattern, reason in IGNORED if re.search(pattern, name)}
-    return Accounting(tuple(sorted(used)), ignored, tuple(name for name in left if name not in ignored), tuple(missing))
+    return TensorAccount(
+        tuple(sorted(used)), ignored, tuple(name for name in left if name not in ignored), tuple(missing)
+    )
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ IGNORED: tuple[tuple[str, str], ...] = (
 
 
 @dataclass(frozen=True)
-class Account:
+class TensorAccount:
     """What becomes of every tensor of a published file."""
 
     used: dict[str, str]
@@ -47,7 +47,7 @@ class Account:
     """Names that nothing is known about."""
 
 
-def account(names: Iterable[str]) -> Account:
+def account_tensors(names: Iterable[str]) -> TensorAccount:
     """Sort the names of a published OV-SAM file, or of a manifest of one."""
     used, ignored, unaccounted = {}, {}, []
     for name in names:
@@ -58,7 +58,7 @@ def account(names: Iterable[str]) -> Account:
             used[name] = ours
         else:
             unaccounted.append(name)
-    return Account(used, ignored, tuple(unaccounted))
+    return TensorAccount(used, ignored, tuple(unaccounted))
 
 
 def our_name(name: str) -> str | None:
@@ -92,7 +92,7 @@ def load_ovsam(model: OvSam, *paths: str | Path, tower: Mapping[str, Tensor] | N
         elif any(name.startswith(("visual.", "attnpool.")) for name in raw):
             state |= from_clip(raw)
         else:
-            sorted_names = account(raw)
+            sorted_names = account_tensors(raw)
             if sorted_names.unaccounted:
                 unknown = sorted_names.unaccounted[0]
                 raise InputError(f"{path}: tensor {unknown!r}, expected those of a whole SAM, a CLIP or an OV-SAM file")

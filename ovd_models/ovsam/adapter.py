@@ -98,7 +98,7 @@ class Sam2Clip(nn.Module):
         return torch.stack(projected).sum(0).permute(0, 2, 3, 1) + self.pos_embed
 
 
-def distillation_loss(student_BChw: Tensor, teacher_BChw: Tensor, valid_Bhw: Tensor) -> Tensor:
+def feature_distillation_loss(student_BChw: Tensor, teacher_BChw: Tensor, valid_Bhw: Tensor) -> Tensor:
     """Mean squared difference over the positions that show the image, not its padding; 0 where none does."""
     difference_Bhw = (student_BChw - teacher_BChw.to(student_BChw.dtype)).square().mean(1)
     return (difference_Bhw * valid_Bhw).sum() / valid_Bhw.sum().clamp(min=1)

@@ -19,7 +19,7 @@ from torch import nn
 from ovd_models.checkpoints import (
     FORMAT,
     CheckpointInfo,
-    Opened,
+    LoadedModel,
     as_picture,
     from_json,
     load_encoder,
@@ -134,7 +134,7 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
 
 
-class Segmenter(Opened[OvSam]):
+class Segmenter(LoadedModel[OvSam]):
     """A trained OV-SAM: prompts and names in, named masks out."""
 
     def names(self, names: Sequence[str] | None = None) -> Vocabulary:
@@ -182,7 +182,7 @@ def load_segmenter(folder: str | Path, device: str = "cpu") -> Segmenter:
     return Segmenter(model, load_encoder(Path(folder) / "text"), info, device)
 
 
-class TextSegmenter(Opened[TextToMask]):
+class TextSegmenter(LoadedModel[TextToMask]):
     """A trained text-to-mask model: names in, masks out."""
 
     def segment(self, image: ImageLike, names: Sequence[str] | None = None) -> Segments:

@@ -150,7 +150,7 @@ def uncertain_points(
 # ------------------------------------------------------------------------------------------------------- fusion
 
 
-def fuse(
+def fuse_scores(
     head_PK: Tensor,
     clip_PK: Tensor,
     is_base_K: Tensor | None,

@@ -24,7 +24,7 @@ from ovd_models.errors import InputError
 from ovd_models.ovsam.adapter import Sam2Clip
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.ovsam.crops import cut_outs
-from ovd_models.ovsam.head import LOGIT_SCALE, RegionNamer, fuse, name_logits, text_of
+from ovd_models.ovsam.head import LOGIT_SCALE, RegionNamer, fuse_scores, name_logits, text_of
 from ovd_models.sam.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -67,7 +67,7 @@ class OvSamConfig:
     beta: float = 0.9
     """CLIP's part in the score of novel names."""
     novel_bias: float = 0.0
-    """What the log scores of novel names gain, see `fuse`."""
+    """What the log scores of novel names gain, see `fuse_scores`."""
     log_scale: float = LOGIT_SCALE
     """Log of the cosines' factor; a CLIP that learnt a smaller one is too sure of itself with the released one."""
     clip_view: Literal["features", "cut_out"] = "features"
@@ -243,7 +243,7 @@ class OvSam(nn.Module):
             return replace(found, names=vocabulary.names)
         head_PK, clip_PK, seen_P = self.opinions(encoded, found, vocabulary, boxes_P4)
         own = self.config
-        fused_PK = fuse(
+        fused_PK = fuse_scores(
             head_PK,
             clip_PK,
             vocabulary.is_base,
@@ -258,7 +258,7 @@ class OvSam(nn.Module):
     def opinions(
         self, encoded: EncodedOvSam, found: Segments, vocabulary: Vocabulary, boxes_P4: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `fuse` takes: logits [P, K + 1] of the label branch and of CLIP, and [P] whether CLIP saw anything."""
+        """Inputs of `fuse_scores`: logits [P, K + 1] of the label branch and of CLIP, [P] whether CLIP saw anything."""
         rois_P5, text_KYD = F.pad(self.rois_of(found.low_res, boxes_P4), (1, 0)), text_of(vocabulary)
         head_PK = self.head_logits(encoded.pyramid, rois_P5, text_KYD)
         clip_PK = self.clip_logits(encoded, rois_P5, found.masks, text_KYD)

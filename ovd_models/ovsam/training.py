@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd_models.ovsam.adapter import distillation_loss, valid_positions
+from ovd_models.ovsam.adapter import feature_distillation_loss, valid_positions
 from ovd_models.ovsam.head import label_loss, mask_losses, read_points, uncertain_points
 from ovd_models.ovsam.model import OvSam
 from ovd_models.sam.training import SampledObjects, jitter_boxes, mask_ious, sample_objects, sample_pixels
@@ -46,7 +46,9 @@ class Sam2ClipTraining(nn.Module):
         pixels, sizes = model.preprocess(batch.images)
         student_BChw = model.adapter(model.clip(pixels))
         valid_Bhw = valid_positions(sizes, model.config.sam.patch_size, student_BChw.shape[-1])
-        return {"distillation": distillation_loss(student_BChw, batch.features, valid_Bhw.to(student_BChw.device))}
+        return {
+            "distillation": feature_distillation_loss(student_BChw, batch.features, valid_Bhw.to(student_BChw.device))
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

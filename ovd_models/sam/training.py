@@ -55,7 +55,7 @@ def mask_ious(one: Tensor, two: Tensor) -> Tensor:
     return torch.where(union > 0, (one & two).sum(-1) / union.clamp(min=1), 1.0)
 
 
-def best_of(loss_PK: Tensor) -> Tensor:
+def best_mask_weights(loss_PK: Tensor) -> Tensor:
     """[P, K] weights of the masks' losses: 1 for mask 0 and for the best of the others.
 
     So each of the others may stand for another reading of a click. (In the paper mask 0 is left out there; here it
@@ -86,7 +86,7 @@ def prompt_losses(
     target_PKN = target_PSS.flatten(1)[:, None].expand_as(logits_PKN)
     focal_PK = settings.focal_weight * focal_loss(logits_PKN, target_PKN.float())
     dice_PK = settings.dice_weight * dice_loss(logits_PKN, target_PKN.float())
-    weight_PK = best_of((focal_PK + dice_PK).detach())
+    weight_PK = best_mask_weights((focal_PK + dice_PK).detach())
     error_PK = (ious_PK[:, masks] - mask_ious(logits_PKN > 0, target_PKN)) ** 2
     return {
         "focal": (focal_PK * weight_PK).sum() / weight_PK.sum(),
@@ -205,13 +205,13 @@ class SamTraining(nn.Module):
         if not count:  # an image without objects teaches nothing, but every weight takes part in the step
             nothing = embedding_BChw.sum() * 0 + sum(weight.sum() for weight in self.parameters()) * 0
             return {"focal": nothing, "dice": nothing, "iou": nothing}
-        rounds = _Rounds(self, embedding_BChw[objects.images], objects, generator)
+        rounds = _PromptRounds(self, embedding_BChw[objects.images], objects, generator)
         count = 1 + self.settings.clicks + self.settings.repeats
         losses = [rounds.ask(click=index <= self.settings.clicks) for index in range(count)]
         return {name: torch.stack([entry[name] for entry in losses]).mean() for name in losses[0]}
 
 
-class _Rounds:
+class _PromptRounds:
     """The conversation about one batch of objects: what was asked so far, and the last answer."""
 
     def __init__(

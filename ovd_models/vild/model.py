@@ -16,7 +16,7 @@ from torchvision.models.detection.transform import resize_boxes
 from ovd_models.batches import DetectionBatch, Detections
 from ovd_models.detectors.heads import build_box_head, mask_loss
 from ovd_models.detectors.masks import encode_masks
-from ovd_models.detectors.questions import Question
+from ovd_models.detectors.questions import RegionQuery
 from ovd_models.detectors.rcnn import RCNN, Proposals, RCNNConfig, RegionSample, restore_boxes, widen
 from ovd_models.detectors.region_scores import RegionRecord, Scoring, find
 from ovd_models.errors import InputError
@@ -202,17 +202,17 @@ class ViLD(nn.Module):
     def detect(
         self,
         images: Sequence[Tensor],
-        vocabulary: Vocabulary | Question,
+        vocabulary: Vocabulary | RegionQuery,
         *,
         score_threshold: float = 0.05,
         max_detections: int = 100,
         scoring: Scoring | None = None,
     ) -> list[Detections]:
         """Find the vocabulary's names, or answer a question, in uint8 images [3, H, W]; one `Detections` an image."""
-        question = vocabulary if isinstance(vocabulary, Question) else Question(vocabulary)
+        query = vocabulary if isinstance(vocabulary, RegionQuery) else RegionQuery(vocabulary)
         records, batch, features = self._look(images)
         found = self.find(
-            records, question, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
+            records, query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
         )
         if self.config.detector.masks:
             found = self._with_masks(images, found, batch, features)
@@ -221,7 +221,7 @@ class ViLD(nn.Module):
     def find(
         self,
         records: Sequence[RegionRecord],
-        question: Question,
+        query: RegionQuery,
         *,
         score_threshold: float = 0.05,
         max_detections: int = 100,
@@ -232,21 +232,21 @@ class ViLD(nn.Module):
         Raises:
             InputError: a `supervised` model is asked for attributes or children.
         """
-        closed, known = self._closed(question.names)
-        if known is not None and (question.attributes is not None or question.children is not None):
+        closed, known = self._closed(query.names)
+        if known is not None and (query.attributes is not None or query.children is not None):
             raise InputError("question: a supervised model knows its names alone, expected no attributes or children")
         found = []
         for record in records:
             entry = find(
                 record,
-                replace(question, names=closed),
+                replace(query, names=closed),
                 scoring or self.config.scoring,
                 nms=self.config.detector.box_nms,
                 score_threshold=score_threshold,
                 max_detections=max_detections,
             )
             found.append(
-                entry if known is None else replace(entry, labels=known[entry.labels], names=question.names.names)
+                entry if known is None else replace(entry, labels=known[entry.labels], names=query.names.names)
             )
         return found
 

@@ -30,6 +30,6 @@ def test_a_difference_beyond_the_tolerance_is_noticed() -> None:
 def test_every_released_tensor_is_used_or_ignored_for_a_reason() -> None:
     found = manifests.accounts()
     assert len([name for name in found if name.startswith("codet_")]) == 5
-    for account in found.values():
-        assert (account.unaccounted, account.missing) == ((), ())
-        assert all(account.ignored.values())
+    for account_tensors in found.values():
+        assert (account_tensors.unaccounted, account_tensors.missing) == ((), ())
+        assert all(account_tensors.ignored.values())

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd_models.importers.ovsam import account
-from ovd_models.ovsam.head import fuse, name_logits
+from ovd_models.importers.ovsam import account_tensors
+from ovd_models.ovsam.head import fuse_scores, name_logits
 from ovd_models.ovsam.model import RN50X16, OvSam, enlarge, published
 from ovd_models.sam.model import EncodedImage
 
@@ -44,7 +44,7 @@ def pack() -> dict[str, Tensor]:
 def model(fill: ModuleType) -> OvSam:
     manifest = json.loads((PARITY / "manifests/ovsam_ovsam_coco_rn50x16_point.json").read_text())
     state = {}
-    for name, ours in account(manifest).used.items():
+    for name, ours in account_tensors(manifest).used.items():
         shape, dtype = manifest[name]
         if dtype == "int64":
             state[ours] = torch.zeros(shape, dtype=torch.int64)
@@ -126,7 +126,7 @@ def test_masks_and_names(
     # The reference takes CLIP's word only where the mask survives plain bilinear resizing to CLIP's last level; these
     # masks, whose sign depends on the place within a patch, never do. Ours asks whether the mask has a pixel at all.
     seen = (F.interpolate(low[:, None], levels[-1].shape[-2:], mode="bilinear") > 0).flatten(1).any(1)
-    fused = fuse(head, clip, is_base, seen)
+    fused = fuse_scores(head, clip, is_base, seen)
     fused[:, :-1].masked_fill_(~takes_part, -1000)  # the reference's score of names that take no part
     close(fused, pack[f"{kind}_fused"][:, 0])
     assert fused[:, :-1].argmax(1).tolist() == pack[f"{kind}_labels"].tolist()

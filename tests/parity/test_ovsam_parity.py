@@ -10,12 +10,12 @@ import torch
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor
 
-from ovd_models.importers.ovsam import account, our_name
-from ovd_models.ovsam.adapter import LevelProjection, Sam2Clip, distillation_loss
+from ovd_models.importers.ovsam import account_tensors, our_name
+from ovd_models.ovsam.adapter import LevelProjection, Sam2Clip, feature_distillation_loss
 from ovd_models.ovsam.clip_pyramid import ClipPyramid
 from ovd_models.ovsam.head import (
     RegionNamer,
-    fuse,
+    fuse_scores,
     label_loss,
     mask_losses,
     name_logits,
@@ -67,7 +67,7 @@ def test_adapter(name: str) -> None:
         close(hidden, pack[f"block{index}"], atol=5e-5)
     found = adapter(levels)
     close(found, pack["out"], atol=5e-5)
-    loss = distillation_loss(found, pack["target"], torch.ones(2, height, width))
+    loss = feature_distillation_loss(found, pack["target"], torch.ones(2, height, width))
     close(loss, pack["mse"])
     loss.backward()
     close(adapter.neck[0].weight.grad, pack["grad_neck0"])
@@ -182,11 +182,11 @@ def test_fusion(seed: int) -> None:
     opinion = pack["out_cliponly"][:, 0]
     seen = torch.tensor([True, False, True, True, True])  # mask 1 is a single pixel
     split = pack["indicator"]
-    both = fuse(head, opinion, split == 1, seen)
+    both = fuse_scores(head, opinion, split == 1, seen)
     both[:, :-1].masked_fill_(split == 0, -1000)  # the reference's score of names that take no part
     close(both, pack["out_both"][:, 0], atol=1e-4)
     assert both[:, :-1].argmax(1).tolist() == pack["label_both"].tolist()
-    nobody_knows = fuse(head, opinion, None, seen)
+    nobody_knows = fuse_scores(head, opinion, None, seen)
     close(nobody_knows, pack["out_nosplit"][:, 0], atol=1e-4)
     assert nobody_knows[:, :-1].argmax(1).tolist() == pack["label_nosplit"].tolist()
 
@@ -194,7 +194,7 @@ def test_fusion(seed: int) -> None:
 def test_fusion_does_not_underflow_as_the_reference_does() -> None:
     pack = read("fusion_underflow")
     assert bool(pack["out"].isnan().any())
-    found = fuse(pack["head_logit"][:, 0], pack["clip_logit"][:, 0], torch.arange(12) < 6)
+    found = fuse_scores(pack["head_logit"][:, 0], pack["clip_logit"][:, 0], torch.arange(12) < 6)
     assert bool(torch.isfinite(found).all())
     assert found[0].tolist() == [0.0, *[-200.0] * 12]
 
@@ -242,7 +242,7 @@ def test_masks_to_boxes() -> None:
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_every_published_tensor_has_its_place(path: Path) -> None:
     manifest: dict[str, Any] = json.loads(path.read_text())
-    found = account(manifest)
+    found = account_tensors(manifest)
     assert found.unaccounted == ()
     assert len(found.used) + len(found.ignored) == len(manifest)
     assert {name for name in found.ignored if "label_mlp" not in name} == set()

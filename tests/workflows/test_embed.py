@@ -51,7 +51,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make_tables(root: Path, images: int = IMAGES) -> None:
     """`boxes/t` and `pairs/t` of the same drawn scenes; the last image has no box."""
-    rows = list(annotations.draw_boxes(str(root), "t", World.create(0), range(images), seed=1, base_only=False))
+    rows = list(annotations.draw_scenes(str(root), "t", World.create(0), range(images), seed=1, base_only=False))
     for column in ("boxes", "category_ids", "iscrowd", "masks"):
         rows[-1][column] = []
     table = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
@@ -162,8 +162,8 @@ def test_search_finds_captions_and_frames_regions(undisturbed: Path, teacher: st
     assert [hit.score for hit in framed] == sorted((hit.score for hit in framed), reverse=True)
     assert all(list(hit.box) in store[hit.image_id].boxes.tolist() for hit in framed)
     # Five tiles of 224 pixels, two lines of text below them and two above.
-    assert search.contact_sheet("cat", framed).size == (5 * 224, 224 + 4 * 16)
-    assert search.contact_sheet("cat", []).width == 5 * 224
+    assert search.result_sheet("cat", framed).size == (5 * 224, 224 + 4 * 16)
+    assert search.result_sheet("cat", []).width == 5 * 224
 
 
 @pytest.mark.ray

@@ -30,7 +30,7 @@ WORLD = World.create(0)
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Ten scenes, and an untrained detector of the same names."""
     root = tmp_path_factory.mktemp("evaluate")
-    rows = list(annotations.draw_boxes(str(root), "t-eval", WORLD, range(10), seed=0, base_only=False))
+    rows = list(annotations.draw_scenes(str(root), "t-eval", WORLD, range(10), seed=0, base_only=False))
     categories = annotations.pictogram_categories(WORLD, {})
     for table, name, content in (("boxes", "t-eval", rows), ("categories", "t", categories)):
         part = pa.Table.from_pylist(content, schema=tables.SCHEMAS[table])

@@ -254,7 +254,7 @@ def test_speed_is_that_between_two_moments() -> None:
     ("part", "whole", "said"), [(0, 0, "–"), (0, 9, "0.0%"), (1, 10**6, "<0.1%"), (1, 8, "12.5%"), (8, 8, "100.0%")]
 )
 def test_shares_are_percentages(part: int, whole: int, said: str) -> None:
-    assert page.share(part, whole) == said
+    assert page.percentage(part, whole) == said
 
 
 def test_empty_tables_have_a_report(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def rows_of(root: str | Path, name: str = "t") -> dict[str, list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def served_site(small_site: Path) -> Iterator[str]:
     """A server of its own: that of the session may have ended by now."""
-    with webserver.serving(small_site) as base_url:
+    with webserver.serve_site(small_site) as base_url:
         yield base_url
 
 

@@ -103,7 +103,7 @@ def rejects(root: Path) -> list[dict[str, object]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     site, root = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("undisturbed")
     website.build_site(site, num_pictures=3000, num_scenes=1000, rates=FaultRates(hangs=0.0, disconnects=0.0))
-    with webserver.serving(site) as base_url:
+    with webserver.serve_site(site) as base_url:
         finish(start(site / "urls.tsv", root))
         requests = requests_of(base_url)
     return Undisturbed(site, root, requests)
@@ -131,7 +131,7 @@ def wait_for_parts(job: subprocess.Popen[str], root: Path) -> None:
 def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_path: Path, trial: int) -> None:
     kind, delay = ("driver", "actor", "node")[trial % 3], random.Random(trial).uniform(0.05, 5.0)
     urls = undisturbed.site / "urls.tsv"
-    with webserver.serving(undisturbed.site) as base_url:
+    with webserver.serve_site(undisturbed.site) as base_url:
         job = start(urls, tmp_path, delay if kind == "node" else 0.0)
         if kind == "node":
             assert "node removed" in finish(job)
@@ -160,6 +160,6 @@ def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
 def test_no_number_of_cpus_is_too_few(undisturbed: Undisturbed, tmp_path: Path, cpus: int) -> None:
-    with webserver.serving(undisturbed.site):
+    with webserver.serve_site(undisturbed.site):
         finish(start(undisturbed.site / "urls.tsv", tmp_path, cpus=cpus))
     assert contents(tmp_path) == contents(undisturbed.root)

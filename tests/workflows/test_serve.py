@@ -55,7 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(ray_cluster: None, checkpoint: Path) -> Iterator[httpx.Client]:
     run = serve.Run(model=str(checkpoint), port=0, limits=LIMITS)
-    with serve.serving(run) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with serve.serve_model(run) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 

@@ -141,7 +141,8 @@ def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() 
     image = Image.new("RGB", (100, 20))
     boxes = np.array([[at, 0, at + 8, 8] for at in (0, 20, 40, 60, 80)], np.float32)
     things = [
-        failures.Thing(image, box, name) for box, name in zip(boxes, ("cat", "cow", "cow", "cow", "cat"), strict=True)
+        failures.AnnotatedObject(image, box, name)
+        for box, name in zip(boxes, ("cat", "cow", "cow", "cow", "cat"), strict=True)
     ]
     # The first is called by its name, the last one is found nowhere, and one detection is too small to be the second.
     labels, scores = [0, 0, 1, 0, 0], [0.9, 0.8, 0.95, 0.8, 0.7]
@@ -152,7 +153,7 @@ def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() 
         torch.tensor([*scores, 1.0]), torch.tensor([*labels, 1]), ("cat", "cow"), 100, 20,
     )  # fmt: skip
     wrong = failures.confusions([things], [found], lambda one, two: 0.5)
-    assert [(entry.thing.name, entry.called) for entry in wrong] == [("cow", "cat"), ("cow", "cat")]
+    assert [(entry.target.name, entry.called) for entry in wrong] == [("cow", "cat"), ("cow", "cat")]
     assert failures.confusions([things, []], [found, found], lambda one, two: 0.5) == wrong
     assert len(failures.varied(wrong * 3, most=3)) == 3
 

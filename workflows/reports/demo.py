@@ -75,14 +75,14 @@ def write(
     montage(shown).save(path.with_name("before_after.jpg"), quality=88)
     values = {
         "summary": summary,
-        "sheet": page.embed(sheet),
+        "sheet": page.picture_uri(sheet),
         "reasons": reasons(storage_uri, pairs),
         "groups": groups(storage_uri, pairs),
-        "curves": {title: page.embed(plot(lines), "PNG") for title, lines in curves.items() if lines},
+        "curves": {title: page.picture_uri(plot(lines), "PNG") for title, lines in curves.items() if lines},
         "scenes": shown,
-        "embed": page.embed,
+        "embed": page.picture_uri,
         "answer": answer,
-        "answered": page.embed(draw_answer(answer, answered_on)),
+        "answered": page.picture_uri(draw_answer(answer, answered_on)),
     }
     path.write_text(page.render(TEMPLATE, values), encoding="utf-8")
 
@@ -109,7 +109,7 @@ def groups(storage_uri: str, name: str) -> list[dict[str, Any]]:
         members = members.sort_by([("width", "descending"), ("image_id", "ascending")]).slice(0, GROUP_IMAGES)
         paths = [f"{root}/{shard}" for shard in members["shard"].to_pylist()]
         members = members.set_column(members.schema.get_field_index("shard"), "shard", [paths])
-        images = [page.embed(decode_image(content, origin)) for content, origin in read_images(members)]
+        images = [page.picture_uri(decode_image(content, origin)) for content, origin in read_images(members)]
         pictures = list(zip(images, members["caption"].to_pylist(), strict=True))
         shown.append({"name": concept["name"], "count": concept["image_count"], "pictures": pictures})
     return shown
@@ -162,7 +162,7 @@ def scenes(storage_uri: str, boxes: str, checkpoints: tuple[str, str]) -> list[S
     names = {row["category_id"]: row["name"] for row in categories if row["split"]}
     shown = []
     for row in rows:
-        image = evaluate.open_image(evaluate.Run(storage=storage_uri), row)
+        image = evaluate.read_box_image(evaluate.Run(storage=storage_uri), row)
         before, after = (detector.detect(image, score_threshold=0.3).distinct() for detector in detectors)
         truth = evaluate.truth_as_detections(row, names, after)
         novel = sorted(row["name"] for row in categories if row["split"] == "novel")

@@ -37,11 +37,11 @@ STYLE = """
 def render(template: str, values: Mapping[str, object]) -> str:
     """A Jinja template's page; whatever comes from the data is escaped."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": "{:,}".format, "share": share}
+    environment.filters |= {"count": "{:,}".format, "percentage": percentage}
     return environment.from_string(template).render({"style": STYLE, **values})
 
 
-def share(part: float, whole: float) -> str:
+def percentage(part: float, whole: float) -> str:
     """A percentage, which is never 0.0% for something."""
     if not whole:
         return "–"
@@ -53,14 +53,14 @@ def data_uri(content: bytes, kind: str = "image/jpeg") -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def embed(image: Image.Image, form: str = "JPEG") -> str:
+def picture_uri(image: Image.Image, form: str = "JPEG") -> str:
     """A picture as a data URI."""
     sink = io.BytesIO()
     image.convert("RGB").save(sink, form, quality=88)
     return data_uri(sink.getvalue(), f"image/{form.lower()}")
 
 
-def embed_plot(figure: matplotlib.figure.Figure) -> str:
+def plot_uri(figure: matplotlib.figure.Figure) -> str:
     """A plot as a data URI; the same plot gives the same bytes."""
     sink = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "ovd"}):
@@ -102,7 +102,7 @@ def plot_histogram(
     if scale == "ratio":
         axes.xaxis.set_major_locator(ticker.FixedLocator(list(2.0 ** np.arange(-4, 5))))
         axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}:1" if ratio >= 1 else f"1:{1 / ratio:g}")
-    return embed_plot(figure)
+    return plot_uri(figure)
 
 
 def plot_grid(counts: Numbers, edges: Numbers, xlabel: str, ylabel: str) -> str:
@@ -115,7 +115,7 @@ def plot_grid(counts: Numbers, edges: Numbers, xlabel: str, ylabel: str) -> str:
     axes.set(xlim=filled(counts.sum(1), edges), ylim=filled(counts.sum(0), edges))
     scale_log(axes, "x")
     scale_log(axes, "y")
-    return embed_plot(figure)
+    return plot_uri(figure)
 
 
 def filled(counts: Numbers, edges: Numbers, margin: int = 3) -> tuple[float, float]:

@@ -63,7 +63,7 @@ class ProblemError(Exception):
         return JSONResponse(body, self.status, headers, media_type="application/problem+json")
 
 
-class Gate:
+class RequestLimiter:
     """Lets only so many requests, each of so many bytes, be in the process at once.
 
     Stands before anything reads the body, so what a replica holds is bounded whatever clients send. Nothing that
@@ -204,7 +204,7 @@ def parse_prompts(text: str, limits: Limits) -> Prompts:
     return prompts
 
 
-def decode(content: bytes, max_pixels: int) -> PIL.Image.Image:
+def decode_upload(content: bytes, max_pixels: int) -> PIL.Image.Image:
     """The image, whose declared size is checked before any pixel is decoded.
 
     Raises:

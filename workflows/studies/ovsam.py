@@ -33,7 +33,7 @@ from data_prep.embeddings.texts import StoredEncoder, TextStore
 from ovd_models.errors import InputError
 from ovd_models.ovsam.baselines import SamClip
 from ovd_models.ovsam.checkpoints import load_ovsam_folder, load_sam_folder
-from ovd_models.ovsam.head import fuse
+from ovd_models.ovsam.head import fuse_scores
 from ovd_models.ovsam.model import OvSam
 from ovd_models.ovsam.training import Clip2SamTraining, FeatureBatch, Sam2ClipTraining
 from ovd_models.sam.model import SamConfig
@@ -323,7 +323,7 @@ def fused(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str, Any])
         base_P = is_base_K[label_P]
         accuracies = {}
         for alpha, beta, bias in settings:
-            scores_PK = fuse(head_PK, clip_PK, is_base_K, seen_P, alpha=alpha, beta=beta, novel_bias=bias)
+            scores_PK = fuse_scores(head_PK, clip_PK, is_base_K, seen_P, alpha=alpha, beta=beta, novel_bias=bias)
             right_P = (scores_PK[:, :-1].argmax(1) == label_P).double()
             for split, rows_P in (("base", base_P), ("novel", ~base_P)):
                 accuracies[f"{alpha:g}, {beta:g}, {bias:g}: {split}"] = float(right_P[rows_P].mean())
@@ -350,7 +350,7 @@ def boxed(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str, Any],
 # ---------------------------------------------------------------------------------------------------------- report
 
 
-def best_of(results: studies.Results, variants: Sequence[str], kind: str) -> str:
+def best_variant(results: studies.Results, variants: Sequence[str], kind: str) -> str:
     """Of these variants, the one that names novel things best with a kind of prompt, by its mean over seeds."""
 
     def accuracy(variant: str) -> float:
@@ -365,7 +365,7 @@ def claims_of(results: studies.Results) -> dict[str, tuple[str, str, str]]:
     for kind in (*PROMPT_KINDS, *(name for name in results if name.startswith("names: "))):
         ours = f"ovsam, {kind}"
         for sort, variants in (("image crops", IMAGE_CROPS), ("features", FEATURES)):
-            best = best_of(results, variants, kind)
+            best = best_variant(results, variants, kind)
             claim = f"OV-SAM above the best baseline of {sort} ({best}), {kind}: novel accuracy"
             claims[claim] = ("accuracy_novel", ours, f"{best}, {kind}")
         if kind not in PROMPT_KINDS:
@@ -468,7 +468,7 @@ def cost_table(results: studies.Results) -> list[str]:
             times = f"{encode:.1f} ms | {prompt:.1f} ms"
             lines.append(f"| {name[:-6]} | {parameters:,.0f} | {flops / 1e9:.2f} | {times} |")
     lines += ["", "| OV-SAM's part of | parameters | operations |", "|---|---|---|"]
-    for best in dict.fromkeys(best_of(results, variants, "box") for variants in (IMAGE_CROPS, FEATURES)):
+    for best in dict.fromkeys(best_variant(results, variants, "box") for variants in (IMAGE_CROPS, FEATURES)):
         ratios = (
             mean_of(results, "ovsam, cost", key) / mean_of(results, f"{best}, cost", key)
             for key in ("parameters", "flops")

@@ -259,7 +259,7 @@ def fusions(model: str, run: vild_configs.Run) -> dict[str, Any]:
     }
 
 
-def recorded(model: str, run: vild_configs.Run) -> tuple[Detector, vild_sweep.Recorded, vild_sweep.Run]:
+def recorded(model: str, run: vild_configs.Run) -> tuple[Detector, vild_sweep.RecordedRegions, vild_sweep.Run]:
     """A detector, the evaluation set as it sees it, and how detections are taken from that."""
     detector = ovd_models.load(storage.local_folder(model))
     sweep = vild_sweep.Run(score_threshold=run.score_threshold, max_detections=run.max_detections)
@@ -307,7 +307,7 @@ def name_objects(own: vild_configs.Run) -> Numbers:
     right: dict[str, list[bool]] = {"base": [], "novel": []}
     where = evaluate.Run(storage=own.storage)
     for row in tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist():
-        things = failures.things_of(row, evaluate.open_image(where, row), categories)
+        things = failures.annotated_objects(row, evaluate.read_box_image(where, row), categories)
         if things:
             (rows,) = embed_regions(
                 teacher, [np.asarray(things[0].image)], [np.stack([thing.box for thing in things])], own.crops

@@ -25,7 +25,7 @@ from data_prep import storage, tables
 from data_prep.embeddings.crops import CropConfig
 from data_prep.embeddings.teachers import embed_regions
 from ovd_models.checkpoints import Detector
-from ovd_models.detectors.questions import Question, build_question
+from ovd_models.detectors.questions import RegionQuery, build_query
 from ovd_models.detectors.region_scores import RegionEncoder, RegionRecord, Scoring, with_teacher
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
@@ -71,19 +71,19 @@ CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedRegions:
     """An annotated set as a detector sees it, and what it is asked."""
 
     rows: list[dict[str, Any]]
     """Of the `boxes` table."""
     images: list[Tensor]
     records: list[RegionRecord]
-    question: Question
+    query: RegionQuery
     names: Mapping[int, str]
     splits: Mapping[str, str]
 
 
-def record(detector: Detector, storage_uri: str, boxes: str, categories: str, batch_size: int = 16) -> Recorded:
+def record(detector: Detector, storage_uri: str, boxes: str, categories: str, batch_size: int = 16) -> RecordedRegions:
     """One forward pass over an annotated set.
 
     Raises:
@@ -98,8 +98,8 @@ def record(detector: Detector, storage_uri: str, boxes: str, categories: str, ba
     for start in range(0, len(images), batch_size):
         batch = [image.to(detector.device) for image in images[start : start + batch_size]]
         records += detector.model.record(batch)
-    question = build_question(detector.encoder, list(names.values()), detector.info.splits).to(detector.device)
-    return Recorded(rows, images, records, question, names, splits)
+    query = build_query(detector.encoder, list(names.values()), detector.info.splits).to(detector.device)
+    return RecordedRegions(rows, images, records, query, names, splits)
 
 
 def open_tensor(storage_uri: str, row: Mapping[str, Any]) -> Tensor:
@@ -109,13 +109,13 @@ def open_tensor(storage_uri: str, row: Mapping[str, Any]) -> Tensor:
 
 
 def measure(
-    detector: Detector, seen: Recorded, records: Sequence[RegionRecord], scoring: Scoring, run: Run
+    detector: Detector, seen: RecordedRegions, records: Sequence[RegionRecord], scoring: Scoring, run: Run
 ) -> DetectionMetrics:
     """Metrics of recorded regions under a scoring."""
     assert isinstance(detector.model, ViLD)
     found = detector.model.find(
         records,
-        seen.question,
+        seen.query,
         score_threshold=run.score_threshold,
         max_detections=run.max_detections,
         scoring=scoring,
@@ -153,7 +153,9 @@ def scorings(run: Run, base: Scoring) -> Iterator[Scoring]:
         )
 
 
-def baselines(detector: Detector, seen: Recorded, teacher: str, base: Scoring, run: Run) -> dict[str, DetectionMetrics]:
+def baselines(
+    detector: Detector, seen: RecordedRegions, teacher: str, base: Scoring, run: Run
+) -> dict[str, DetectionMetrics]:
     """What the teacher itself says about crops of the detector's regions.
 
     Objectness enters as the geometric mean with the teacher's probability, which alone scores parts and loose boxes as

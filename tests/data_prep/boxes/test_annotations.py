@@ -16,7 +16,7 @@ from data_prep.boxes.annotations import (
     COCO_OTHERS,
     category_captions,
     count_images,
-    draw_boxes,
+    draw_scenes,
     pictogram_categories,
     read_captions,
     read_coco,
@@ -259,7 +259,7 @@ def test_captions_that_are_not_text_are_told(tmp_path: Path) -> None:
 
 def test_drawn_boxes_are_those_of_their_masks(tmp_path: Path) -> None:
     world = World.create(0)
-    rows = list(draw_boxes(str(tmp_path), "t", world, range(6), seed=3, base_only=False))
+    rows = list(draw_scenes(str(tmp_path), "t", world, range(6), seed=3, base_only=False))
     assert any(len(row["boxes"]) > 1 for row in rows)
     for row in rows:
         assert Image.open(tmp_path / row["uri"]).size == (row["width"], row["height"]) == (128, 128)
@@ -273,8 +273,8 @@ def test_drawn_boxes_are_those_of_their_masks(tmp_path: Path) -> None:
 
 def test_scenes_depend_on_number_and_seed_and_base_scenes_show_base_only(tmp_path: Path) -> None:
     world = World.create(0)
-    first = list(draw_boxes(str(tmp_path), "a", world, range(8), seed=3, base_only=True))
-    again = list(draw_boxes(str(tmp_path), "b", world, [5], seed=3, base_only=True))
+    first = list(draw_scenes(str(tmp_path), "a", world, range(8), seed=3, base_only=True))
+    again = list(draw_scenes(str(tmp_path), "b", world, [5], seed=3, base_only=True))
     assert again[0]["image_id"] == first[5]["image_id"]
     novel = {row["category_id"] for row in pictogram_categories(world, {}) if row["split"] == "novel"}
     assert len(novel) == 17

@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.concepts.names import Vocabulary, inflections
+from data_prep.concepts.names import NameMatcher, inflections
 from data_prep.pictograms.world import GLYPHS
 from ovd_models.errors import InputError
 
 
 def named(lines: list[str], caption: str) -> list[str]:
-    return Vocabulary.parse(lines).match(caption)
+    return NameMatcher.parse(lines).match(caption)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_names_come_in_alphabetical_order_each_once() -> None:
 
 
 def test_spans_tell_where_names_stand() -> None:
-    vocabulary = Vocabulary.parse(["bear", "teddy bear"])
+    vocabulary = NameMatcher.parse(["bear", "teddy bear"])
     assert list(vocabulary.spans(["a", "bear", "and", "two", "teddy", "bears"])) == [(1, 2, (0,)), (4, 6, (1,))]
 
 
@@ -90,13 +90,13 @@ def test_inflections(word: str, forms: list[str]) -> None:
 )
 def test_a_bad_vocabulary_is_told(lines: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Vocabulary.parse(lines)
+        NameMatcher.parse(lines)
 
 
 def test_a_vocabulary_comes_from_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("hot_air_balloon, balloon\n\ncat\n")
-    vocabulary = Vocabulary.read(str(tmp_path / "names.txt"))
+    vocabulary = NameMatcher.read(str(tmp_path / "names.txt"))
     assert vocabulary.names == ("hot air balloon", "cat")
     assert vocabulary.match("balloons") == ["hot air balloon"]
     with pytest.raises(InputError, match=r"none\.txt: expected a text file of one name a line"):
-        Vocabulary.read(str(tmp_path / "none.txt"))
+        NameMatcher.read(str(tmp_path / "none.txt"))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from data_prep.concepts import nouns
-from data_prep.concepts.names import Extractor, Vocabulary
+from data_prep.concepts.names import Extractor, NameMatcher
 from data_prep.concepts.nouns import Nouns, singular, visual
 from ovd_models.errors import InputError
 
@@ -113,7 +113,7 @@ def test_a_worker_gets_the_extractor_without_its_model() -> None:
 
 
 def test_nouns_and_a_vocabulary_are_used_alike() -> None:
-    extractors: list[Extractor] = [Nouns(), Vocabulary.parse(["cat", "dog"])]
+    extractors: list[Extractor] = [Nouns(), NameMatcher.parse(["cat", "dog"])]
     assert [extractor.match("two dogs and a cat") for extractor in extractors] == [["cat", "dog"]] * 2
 
 

@@ -11,7 +11,7 @@ import pytest
 from data_prep import tables
 from data_prep.embeddings import stores as embeddings
 from data_prep.embeddings.crops import CropConfig
-from data_prep.embeddings.stores import RegionStore, ShardJob, open_rows
+from data_prep.embeddings.stores import EmbeddingJob, RegionStore, open_rows
 from ovd_models.errors import InputError
 
 COUNTS = [[3, 0, 2], [1], [4, 5]]
@@ -30,7 +30,7 @@ def image_id(number: int) -> str:
 
 
 def publish(storage: Path, name: str = "t") -> None:
-    job = ShardJob(storage=str(storage), table="regions", name=name, staging=str(storage / "staging" / name))
+    job = EmbeddingJob(storage=str(storage), table="regions", name=name, staging=str(storage / "staging" / name))
     number = 0
     for shard, counts in enumerate(COUNTS):
         images = []
@@ -136,7 +136,7 @@ def test_a_damaged_array_is_told_when_the_store_is_opened(tmp_path: Path, damage
 
 
 def test_a_table_without_images_can_be_opened(tmp_path: Path) -> None:
-    job = ShardJob(storage=str(tmp_path), table="regions", name="t", staging=str(tmp_path / "staging"))
+    job = EmbeddingJob(storage=str(tmp_path), table="regions", name="t", staging=str(tmp_path / "staging"))
     embeddings.publish(job, [], producer="test", config_hash="0", made_of=MADE_OF)
     empty = RegionStore.open(str(tmp_path), "t", MADE_OF)
     assert len(empty) == 0

@@ -14,7 +14,7 @@ from data_prep.embeddings.texts import (
     TextStore,
     check_order,
     import_matrix,
-    read_categories,
+    read_category_names,
     read_matrix,
     table_name,
 )
@@ -173,7 +173,7 @@ def matrix(path: Path, rows: np.ndarray) -> str:
 
 def test_rows_follow_the_category_ids(tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text(json.dumps([{"id": 9, "name": "b"}, {"id": 2, "name": "a"}]))
-    names = read_categories(str(tmp_path / "names.json"))
+    names = read_category_names(str(tmp_path / "names.json"))
     assert names == ["a", "b"]
     table = read_matrix(matrix(tmp_path / "rows.npy", np.array([[3.0, 4, 0], [0, 0, 2]], np.float16)), names)
     assert torch.allclose(table.embeddings, torch.tensor([[0.6, 0.8, 0], [0, 0, 1]]))
@@ -210,7 +210,7 @@ def test_a_wrong_count_or_width_is_told_with_both(tmp_path: Path) -> None:
 def test_broken_categories_are_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "names.json").write_text(content)
     with pytest.raises(InputError, match=r"names\.json: ") as caught:
-        read_categories(str(tmp_path / "names.json"))
+        read_category_names(str(tmp_path / "names.json"))
     assert "\n" not in str(caught.value)
 
 
@@ -230,7 +230,7 @@ def test_rows_in_another_order_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not LVIS.is_dir(), reason="the LVIS embeddings are not on this machine")
 def test_the_released_lvis_matrix_is_imported(tmp_path: Path) -> None:
-    names = read_categories(str(LVIS / "lvis_v1_categories.json"))
+    names = read_category_names(str(LVIS / "lvis_v1_categories.json"))
     table = read_matrix(str(LVIS / "lvis_v1_clip_vitb32_a_name.npy"), names, width=512)
     store = import_matrix(str(tmp_path), table, "name:a")
     raw = np.load(LVIS / "lvis_v1_clip_vitb32_a_name.npy")[names.index("zucchini")].astype(np.float32)

@@ -17,11 +17,11 @@ from aiohttp import web
 
 from data_prep.pairs.addresses import (
     Address,
-    Answer,
     CheckedResolver,
     FetchError,
     Lookup,
-    Shared,
+    LookupCache,
+    LookupResult,
     may_connect,
     parse_url,
 )
@@ -343,12 +343,12 @@ def test_a_name_no_resolver_takes_is_a_dns_failure() -> None:
 def test_shared_answers_stay_within_their_capacity() -> None:
     asked: Counter[str] = Counter()
 
-    async def ask(key: str) -> Answer[str]:
+    async def ask(key: str) -> LookupResult[str]:
         asked[key] += 1
-        return Answer(value=key.upper(), seconds=60.0, weight=len(key))
+        return LookupResult(value=key.upper(), seconds=60.0, weight=len(key))
 
     async def run() -> None:
-        shared = Shared(ask, capacity=6)
+        shared = LookupCache(ask, capacity=6)
         for key in ("a", "b", "c", "a", "four", "a", "b"):  # `four` drives out b, the one used longest ago
             assert await shared.get(key) == key.upper()
         await shared.get("too long to be kept")
@@ -361,11 +361,11 @@ def test_answers_keep_nothing_of_those_they_were_raised_for() -> None:
     class Body:
         """Something large."""
 
-    async def ask(key: str) -> Answer[str]:
-        return Answer(value=FetchError("dns", "no such name"), seconds=60.0)
+    async def ask(key: str) -> LookupResult[str]:
+        return LookupResult(value=FetchError("dns", "no such name"), seconds=60.0)
 
     async def run() -> None:
-        shared = Shared(ask, capacity=10)
+        shared = LookupCache(ask, capacity=10)
         bodies = []
         for _ in range(3):
             body = Body()
@@ -379,12 +379,12 @@ def test_answers_keep_nothing_of_those_they_were_raised_for() -> None:
 
 
 def test_the_one_who_asked_may_leave_without_the_answer() -> None:
-    async def ask(key: str) -> Answer[str]:
+    async def ask(key: str) -> LookupResult[str]:
         await asyncio.sleep(0.05)
-        return Answer(value=key, seconds=60.0)
+        return LookupResult(value=key, seconds=60.0)
 
     async def run() -> None:
-        shared = Shared(ask, capacity=10)
+        shared = LookupCache(ask, capacity=10)
         first, second = asyncio.create_task(shared.get("a")), asyncio.create_task(shared.get("a"))
         await asyncio.sleep(0.01)
         first.cancel()

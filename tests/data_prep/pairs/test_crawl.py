@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_prep import tables
 from data_prep.pairs import crawl, inputs, shards
-from data_prep.pairs.crawl import DECODERS, Crawler, Crew, Progress, Reader, Steps, follow
+from data_prep.pairs.crawl import DECODERS, Crawler, CrawlerPool, CrawlSteps, PartCounts, Reader, follow
 from data_prep.pairs.decode import DecodeConfig, Decoded, Rejection, decode
 from data_prep.pairs.fetch import Fetched
 from data_prep.pairs.filters import FilterConfig, filter_rows
@@ -46,7 +46,7 @@ def as_usual(body: bytes) -> Decoded | Rejection:
     return decode(body, DecodeConfig())
 
 
-def steps_at(staging: str, decoder: Decode = as_usual, **further: object) -> Steps:
+def steps_at(staging: str, decoder: Decode = as_usual, **further: object) -> CrawlSteps:
     steps = {
         "read": partial(inputs.read_part, staging=staging),
         "fetch": Reader,
@@ -55,13 +55,13 @@ def steps_at(staging: str, decoder: Decode = as_usual, **further: object) -> Ste
         "score": (),
         "save": partial(shards.stage_part, staging=staging),
     }
-    return Steps(**{**steps, **further})
+    return CrawlSteps(**{**steps, **further})
 
 
 def test_what_came_of_a_part_is_saved_and_counted(tmp_path: Path) -> None:
     staging = a_list(tmp_path, [photo(0), b"<html>", photo(2), photo(3), photo(4)])
     crawler = Crawler(steps_at(staging), 1 << 20)
-    assert asyncio.run(crawler.crawl(Part("p", 0, (2,)))) == Progress(rows=3, good=2, unfetched=0)
+    assert asyncio.run(crawler.crawl(Part("p", 0, (2,)))) == PartCounts(rows=3, good=2, unfetched=0)
     (saved,) = [file.read() for file in shards.open_parts(staging, "p", 2)]
     assert saved["row"].to_pylist() == [0, 1, 3]
     assert saved["reason"].to_pylist() == [None, "not_an_image", None]
@@ -72,7 +72,7 @@ def test_what_came_of_a_part_is_saved_and_counted(tmp_path: Path) -> None:
 def test_a_part_of_which_nothing_is_left_saves_nothing(tmp_path: Path) -> None:
     staging = a_list(tmp_path, [photo(0)])
     crawler = Crawler(steps_at(staging), 1 << 20)
-    assert asyncio.run(crawler.crawl(Part("p", 0, (0,)))) == Progress(rows=0, good=0, unfetched=0)
+    assert asyncio.run(crawler.crawl(Part("p", 0, (0,)))) == PartCounts(rows=0, good=0, unfetched=0)
     assert shards.staged(staging, "parts") == []
 
 
@@ -89,7 +89,7 @@ def test_bodies_that_wait_to_be_decoded_stay_within_their_limit(tmp_path: Path) 
 
     waiting = []
 
-    async def run() -> list[Progress]:
+    async def run() -> list[PartCounts]:
         crawler = Crawler(steps_at(staging, held_up), 3 * size)
         crawler._get._slots = asyncio.Semaphore(1)
         parts = [asyncio.create_task(crawler.crawl(Part("p", number))) for number in range(3)]
@@ -143,7 +143,7 @@ def test_a_crawl_of_which_most_fetches_fail_warns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(crawl, "PROGRESS_SECONDS", 0.0)
-    good, bad = Progress(rows=10, good=9, unfetched=1), Progress(rows=10, good=2, unfetched=8)
+    good, bad = PartCounts(rows=10, good=9, unfetched=1), PartCounts(rows=10, good=2, unfetched=8)
     done = follow([good, good], 40)
     assert [rows for _, rows in done] == [10, 20, 20]
     assert "WARNING" not in capsys.readouterr().out
@@ -154,16 +154,16 @@ def test_a_crawl_of_which_most_fetches_fail_warns(
 # ------------------------------------------------------------------------------------------------- inside the driver
 
 
-def here(steps: Steps) -> Crew:
+def here(steps: CrawlSteps) -> CrawlerPool:
     """A crew without processes, that works on two parts at a time."""
-    return Crew(steps, processes=0, parts_at_a_time=2, waiting_bytes=1 << 20)
+    return CrawlerPool(steps, processes=0, parts_at_a_time=2, waiting_bytes=1 << 20)
 
 
 def test_a_crew_without_processes_crawls_every_part(tmp_path: Path) -> None:
     staging = a_list(tmp_path, [photo(number) for number in range(20)])
-    with here(steps_at(staging)) as crew:
-        assert sum(part.rows for part in crew.crawl([Part("p", number) for number in range(5)])) == 20
-        assert crew.run(max, [(1, 2), (4, 3)]) == [2, 4]
+    with here(steps_at(staging)) as pool:
+        assert sum(part.rows for part in pool.crawl([Part("p", number) for number in range(5)])) == 20
+        assert pool.run(max, [(1, 2), (4, 3)]) == [2, 4]
     assert len(shards.staged(staging, "parts")) == 5
 
 
@@ -175,14 +175,14 @@ def test_a_part_that_fails_ends_a_crew_without_processes(tmp_path: Path) -> None
             raise OSError("the disk is full")
         shards.stage_part(rows, part, staging=staging)
 
-    with here(steps_at(staging, save=save)) as crew, pytest.raises(OSError, match="the disk is full"):
-        list(crew.crawl([Part("p", number) for number in range(5)]))
+    with here(steps_at(staging, save=save)) as pool, pytest.raises(OSError, match="the disk is full"):
+        list(pool.crawl([Part("p", number) for number in range(5)]))
 
 
 def test_a_crew_without_processes_can_be_left_early(tmp_path: Path) -> None:
     staging = a_list(tmp_path, [photo(number) for number in range(20)])
-    with here(steps_at(staging)) as crew:
-        progress = crew.crawl([Part("p", number) for number in range(5)])
+    with here(steps_at(staging)) as pool:
+        progress = pool.crawl([Part("p", number) for number in range(5)])
         assert next(progress).rows == 4
         progress.close()
     assert len(shards.staged(staging, "parts")) < 5

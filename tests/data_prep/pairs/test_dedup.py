@@ -15,7 +15,7 @@ from data_prep import storage
 from data_prep.pairs import dedup
 from data_prep.pairs.decode import DecodeConfig, Decoded, decode
 from data_prep.pairs.dedup import DECISIONS, DISTANCES, Corpus, band_masks, survivors
-from data_prep.pairs.order import NEW, Order
+from data_prep.pairs.order import NEW, RowNumbering
 from data_prep.pairs.shards import LIGHT
 
 PHOTOS = Path("/work/shared/data/coco_photos/images")
@@ -31,7 +31,7 @@ def table(**columns: Sequence[object]) -> pa.Table:
 
 
 def corpus(new: pa.Table | ds.Dataset, published: pa.Table | None = None) -> Corpus:
-    return Corpus(Order.of({"a": 1000, "s": 100_000, "z": 1000}), new, published)
+    return Corpus(RowNumbering.of({"a": 1000, "s": 100_000, "z": 1000}), new, published)
 
 
 def fates(found: Corpus) -> dict[int, int | None]:
@@ -54,9 +54,9 @@ def test_a_repeat_names_the_first_row_with_its_key() -> None:
 
 def test_ids_and_rows_correspond_over_all_sources() -> None:
     rows = {"c": 2, "a": 3, "empty": 0, "d": 4, "aa": 0, "zero": 0}
-    order = Order.of(rows)
+    order = RowNumbering.of(rows)
     assert order.bases == {"a": 0, "aa": 3, "c": 3, "d": 5, "empty": 9, "zero": 9}
-    assert order == Order.of(dict(reversed(rows.items())))
+    assert order == RowNumbering.of(dict(reversed(rows.items())))
     every = [(source, row) for source in sorted(rows) for row in range(rows[source])]
     ids = np.concatenate([order.ids(source, np.arange(rows[source])) for source in sorted(rows)])
     assert ids.tolist() == list(range(NEW, NEW + 9))
@@ -65,14 +65,14 @@ def test_ids_and_rows_correspond_over_all_sources() -> None:
 
 
 def test_no_id_is_no_row() -> None:
-    order = Order.of({"a": 3, "b": 2})
+    order = RowNumbering.of({"a": 3, "b": 2})
     ids = pa.array([None, NEW + 3, None, 2], pa.int64())
     wanted = [None, {"source": "b", "row": 0}, None, {"source": "a", "row": 2}]
     assert order.locate(ids).to_pylist() == wanted
     assert order.locate(ids.slice(1)).to_pylist() == wanted[1:]
     assert order.locate(ids.slice(0, 1)).to_pylist() == [None]
     assert order.locate(ids.slice(0, 0)).to_pylist() == []
-    assert Order.of({}).locate(ids.slice(0, 0)).to_pylist() == []
+    assert RowNumbering.of({}).locate(ids.slice(0, 0)).to_pylist() == []
 
 
 def test_published_rows_survive_all_new_ones() -> None:
@@ -80,7 +80,7 @@ def test_published_rows_survive_all_new_ones() -> None:
     published = table(source=["z", "z"], row=[7, 8], image_id=["x", "x"])
     found = corpus(table(image_id=["y", "x", "x", "y"]), published)
     found.reject_repeats("image_id", "duplicate_bytes")
-    order = Order.of({"a": 1000, "s": 100_000, "z": 1000})
+    order = RowNumbering.of({"a": 1000, "s": 100_000, "z": 1000})
     places = order.locate(found.decisions()["duplicate_of"].combine_chunks()).to_pylist()
     assert fates(found).keys() == {1, 2, 3}
     assert places == [{"source": "z", "row": 7}, {"source": "z", "row": 7}, {"source": "s", "row": 0}]
@@ -133,7 +133,9 @@ def in_pieces(rows: pa.Table, folder: Path, rng: np.random.Generator) -> ds.Data
     return ds.dataset(folder, schema=rows.schema, format="parquet")
 
 
-def slow_decisions(rows: pa.Table, published: pa.Table, order: Order, most: int, bits: int) -> list[dict[str, object]]:
+def slow_decisions(
+    rows: pa.Table, published: pa.Table, order: RowNumbering, most: int, bits: int
+) -> list[dict[str, object]]:
     """Boilerplate, repeated bytes and near-duplicates, row by row as one would say it."""
     old = [{**row, "id": order.bases[row["source"]] + row["row"]} for row in published.to_pylist()]
     new = [{**row, "id": order.bases[row["source"]] + row["row"] + NEW} for row in rows.to_pylist()]
@@ -167,7 +169,7 @@ def slow_decisions(rows: pa.Table, published: pa.Table, order: Order, most: int,
 def test_decisions_are_those_of_a_slow_loop_however_rows_are_partitioned(seed: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
     sizes = {f"{name}{seed}": int(rng.integers(0, 40)) for name in "qcmx"}
-    order = Order.of(sizes)
+    order = RowNumbering.of(sizes)
     every = [(source, row) for source, count in sizes.items() for row in range(count)]
     count = len(every)
     hashes = planted_hashes(rng, count, 6)
@@ -242,7 +244,9 @@ def test_published_images_are_never_rejected_but_reject_others() -> None:
     published = table(source=["z", "z", "a"], row=[0, 1, 5], phash=[0, 1, 3])  # near each other, as it may be
     found = corpus(table(phash=[3, 2, 15, 2**64 - 1]), published)
     found.reject_near_duplicates(1)
-    places = Order.of({"a": 1000, "s": 100_000, "z": 1000}).locate(found.decisions()["duplicate_of"].combine_chunks())
+    places = RowNumbering.of({"a": 1000, "s": 100_000, "z": 1000}).locate(
+        found.decisions()["duplicate_of"].combine_chunks()
+    )
     assert list(fates(found)) == [0, 1]
     assert places.to_pylist() == [{"source": "a", "row": 5}] * 2
 
@@ -275,7 +279,7 @@ def test_little_memory_gives_the_same() -> None:
     rows = rows.append_column("phash", pa.array(planted_hashes(rng, 50_000, 3), pa.uint64()))
     found = []
     for memory in ("1GB", "64MB"):
-        one = Corpus(Order.of({"s": 50_000}), rows, memory=memory)
+        one = Corpus(RowNumbering.of({"s": 50_000}), rows, memory=memory)
         one.reject_repeats("image_id", "duplicate_bytes")
         one.reject_near_duplicates(3)
         found.append(one.decisions())

@@ -12,9 +12,9 @@ import pytest
 
 from data_prep import tables
 from data_prep.pairs import generations, inputs
-from data_prep.pairs.generations import Cut, Published, Work, cut_rejects, plan
+from data_prep.pairs.generations import CrawlPlan, Cut, Published, cut_rejects, plan
 from data_prep.pairs.inputs import Columns, Part
-from data_prep.pairs.order import NEW, Order
+from data_prep.pairs.order import NEW, RowNumbering
 from ovd_models.errors import InputError
 
 A, B = "aaaaaaaa11111111", "bbbbbbbb22222222"
@@ -109,9 +109,9 @@ def test_parts_of_what_is_tried_again_are_row_groups(tmp_path: Path) -> None:
     every = sorted(set(REASONS.values()))
     partitions, retried, earlier = cut_rejects(publish(tmp_path), every, str(tmp_path), partition=10, part=3)
     assert (sum(partitions.values()), sum(retried.values())) == (7, 7)
-    work = Work(sources={A: 30}, columns={}, partitions=partitions, retried=retried, earlier_rejects=earlier)
+    crawl_plan = CrawlPlan(sources={A: 30}, columns={}, partitions=partitions, retried=retried, earlier_rejects=earlier)
     repeated = np.array([NEW + 2])  # as an id of another list might be
-    found = [inputs.read_part(part, str(tmp_path))["row"].to_pylist() for part in work.parts(10, 3, repeated)]
+    found = [inputs.read_part(part, str(tmp_path))["row"].to_pylist() for part in crawl_plan.parts(10, 3, repeated)]
     assert found == [[0, 2, 3], [4], [13, 14], [21]]
 
 
@@ -178,48 +178,50 @@ def test_a_run_killed_between_two_manifests_publishes_no_file_twice(tmp_path: Pa
 
 
 def test_work_is_saved_and_loaded(tmp_path: Path) -> None:
-    assert Work.load(str(tmp_path)) is None
-    work = Work(
+    assert CrawlPlan.load(str(tmp_path)) is None
+    crawl_plan = CrawlPlan(
         sources={B: 7, A: 30},
         columns={"license": "string"},
         partitions={"x": 3},
         retried={"dns": 1},
         earlier_rejects={"x": "x.parquet"},
     )
-    assert work.save(str(tmp_path)) is work
-    assert Work.load(str(tmp_path)) == work
-    assert (work.order, work.rows) == (Order.of({A: 30, B: 7}), 3)
+    assert crawl_plan.save(str(tmp_path)) is crawl_plan
+    assert CrawlPlan.load(str(tmp_path)) == crawl_plan
+    assert (crawl_plan.order, crawl_plan.rows) == (RowNumbering.of({A: 30, B: 7}), 3)
 
 
 def test_parts_cover_every_row_of_every_partition_but_those_left_out() -> None:
-    work = Work(sources={A: 30}, columns={}, partitions={f"{A}-000000": 10, f"{A}-000001": 4, f"{A}-000002": 5})
+    crawl_plan = CrawlPlan(
+        sources={A: 30}, columns={}, partitions={f"{A}-000000": 10, f"{A}-000001": 4, f"{A}-000002": 5}
+    )
     repeated = NEW + np.array([0, 4, 7, 13])
-    assert work.parts(10, 5, repeated) == [
+    assert crawl_plan.parts(10, 5, repeated) == [
         Part(f"{A}-000000", 0, (0, 4)),
         Part(f"{A}-000000", 1, (2,)),
         Part(f"{A}-000001", 0, (3,)),
         Part(f"{A}-000002", 0),
     ]
-    assert len(work.parts(10, 1, repeated)) == work.rows == 19
+    assert len(crawl_plan.parts(10, 1, repeated)) == crawl_plan.rows == 19
     assert Part(f"{A}-000001", 2).name == f"{A}-000001-00002.parquet"
-    assert Work(sources={A: 3}, columns={}, partitions={}).parts(10, 5, repeated) == []
+    assert CrawlPlan(sources={A: 3}, columns={}, partitions={}).parts(10, 5, repeated) == []
 
 
 def test_the_first_id_of_a_partition_is_that_of_its_first_row() -> None:
-    work = Work(sources={B: 25, A: 30}, columns={}, partitions={})
+    crawl_plan = CrawlPlan(sources={B: 25, A: 30}, columns={}, partitions={})
     for source, rows, base in ((A, 30, 0), (B, 25, 30)):
         partitions = inputs.Source(digest=source, rows=rows, rows_per_partition=10, columns={}).partitions
-        assert [work.first_id(name, 10) for name in partitions] == [NEW + base, NEW + base + 10, NEW + base + 20]
-        first = int(work.order.ids(source, np.array([20]))[0])
-        assert work.first_id(inputs.partition_name(source, 2), 10) == first
+        assert [crawl_plan.first_id(name, 10) for name in partitions] == [NEW + base, NEW + base + 10, NEW + base + 20]
+        first = int(crawl_plan.order.ids(source, np.array([20]))[0])
+        assert crawl_plan.first_id(inputs.partition_name(source, 2), 10) == first
 
 
 def test_lists_whose_digests_begin_alike_have_partitions_of_their_own() -> None:
     twin = A[:8] + "99999999"
     assert inputs.partition_name(A, 0) != inputs.partition_name(twin, 0)
-    work = Work(sources={A: 30, twin: 20}, columns={}, partitions={})
-    assert work.first_id(inputs.partition_name(A, 1), 10) == NEW + 10
-    assert work.first_id(inputs.partition_name(twin, 1), 10) == NEW + 40
+    crawl_plan = CrawlPlan(sources={A: 30, twin: 20}, columns={}, partitions={})
+    assert crawl_plan.first_id(inputs.partition_name(A, 1), 10) == NEW + 10
+    assert crawl_plan.first_id(inputs.partition_name(twin, 1), 10) == NEW + 40
 
 
 def here(task: Callable[..., inputs.Source], each: Sequence[tuple[Any, ...]]) -> list[inputs.Source]:
@@ -235,25 +237,27 @@ def a_list(source: str, **further: Sequence[object]) -> Cut:
 
 def test_a_plan_is_made_once_from_new_lists_and_rejected_rows(tmp_path: Path) -> None:
     published, staging = publish(tmp_path), str(tmp_path / "s")
-    work = plan(
+    crawl_plan = plan(
         [a_list(B, license=["by", "by"], n=[1, 2])], published, ["dns"], staging, partition=10, part=5, run=here
     )
     again = {f"{A}-000000": 1, f"{A}-000001": 1}
-    assert work == Work(
+    assert crawl_plan == CrawlPlan(
         sources={A: 30, B: 2},
         columns={"license": "string", "n": "int64"},
         partitions={f"{B}-000000": 2, **again},
         retried={"dns": 2},
         earlier_rejects={name: f"{name}.parquet" for name in again},
     )
-    assert plan([], None, [], staging, partition=1, part=1, run=here) == work  # what a run that was killed had planned
+    assert (
+        plan([], None, [], staging, partition=1, part=1, run=here) == crawl_plan
+    )  # what a run that was killed had planned
 
 
 def test_lists_whose_columns_are_of_different_types_are_told(tmp_path: Path) -> None:
     lists = [a_list(A, n=[1, 2], m=["x", "y"]), a_list(B, n=["1", "2"], m=["x", "y"])]
     with pytest.raises(InputError, match=f"^list {B}: column 'n' holds string, elsewhere int64$"):
         plan(lists, None, [], str(tmp_path), partition=10, part=5, run=here)
-    assert Work.load(str(tmp_path)) is None
+    assert CrawlPlan.load(str(tmp_path)) is None
 
 
 def test_a_list_whose_columns_differ_from_the_published_ones_is_told(tmp_path: Path) -> None:

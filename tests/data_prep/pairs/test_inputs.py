@@ -372,9 +372,9 @@ def test_a_digest_is_that_of_the_content(tmp_path: Path, monkeypatch: pytest.Mon
     content = np.random.default_rng(0).bytes(1000)
     path = written(tmp_path / "a.parquet", content)
     monkeypatch.setattr(inputs, "BLOCK_BYTES", 64)
-    assert inputs.digest(str(path)) == inputs.digest(path.as_uri()) == storage.sha256(content)[:16]
+    assert inputs.file_digest(str(path)) == inputs.file_digest(path.as_uri()) == storage.sha256(content)[:16]
     with pytest.raises(InputError, match=r"none\.tsv: cannot be read, expected a URL list"):
-        inputs.digest(str(tmp_path / "none.tsv"))
+        inputs.file_digest(str(tmp_path / "none.tsv"))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 11, 12, 13])
@@ -385,7 +385,7 @@ def test_cuts_are_exact_at_the_boundaries(
     path = written(tmp_path / "list.tsv", tsv(rows))
     monkeypatch.setattr(inputs, "BLOCK_BYTES", block)
     source = cut(path, tmp_path, partition=6, part=2)
-    assert source == Source(digest=inputs.digest(str(path)), rows=rows, rows_per_partition=6, columns={})
+    assert source == Source(digest=inputs.file_digest(str(path)), rows=rows, rows_per_partition=6, columns={})
     files = sorted((tmp_path / "rows").iterdir())
     assert [file.name for file in files] == [f"{name}.parquet" for name in source.partitions]
     numbers = list(range(rows))

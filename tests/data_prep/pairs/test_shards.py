@@ -11,20 +11,20 @@ import webdataset
 from PIL import Image
 
 from data_prep import storage, tables
-from data_prep.concepts.names import Vocabulary
+from data_prep.concepts.names import NameMatcher
 from data_prep.pairs import inputs, shards
 from data_prep.pairs.decode import DecodeConfig, decode, with_images
 from data_prep.pairs.dedup import DECISIONS
 from data_prep.pairs.fetch import Fetched, with_status
 from data_prep.pairs.filters import FilterConfig, filter_rows
 from data_prep.pairs.inputs import Columns
-from data_prep.pairs.order import Order
-from data_prep.pairs.shards import ShardJob, Written, runs_of_size, write_shard
+from data_prep.pairs.order import RowNumbering
+from data_prep.pairs.shards import PartitionJob, WrittenPartition, runs_of_size, write_shard
 
 SAMPLES = [("000", b"first", "one"), ("001", b"x" * 512, "zwei \u00e4"), ("002", b"", "")]
 SOURCE = "0123456789abcdef"
 PARTITION = "0123456789abcdef-000001"
-CATS = Vocabulary.parse(["cat", "dog"])
+CATS = NameMatcher.parse(["cat", "dog"])
 
 
 def test_the_offset_of_an_image_is_where_its_bytes_lie() -> None:
@@ -125,13 +125,13 @@ def stage_crawl(staging: str, rows: pa.Table | None = None, partition: str = PAR
         shards.stage_part(outcome(own, fetched), inputs.Part(partition, number), staging)
 
 
-def job(root: Path, **changes: object) -> ShardJob:
+def job(root: Path, **changes: object) -> PartitionJob:
     options = {"part_rows": 4, "max_bytes": 1 << 30, **changes}
-    order = Order.of({SOURCE: 100, "another": 50})
-    return ShardJob(storage=str(root / "out"), name="t", staging=str(root / "staging"), order=order, **options)
+    order = RowNumbering.of({SOURCE: 100, "another": 50})
+    return PartitionJob(storage=str(root / "out"), name="t", staging=str(root / "staging"), order=order, **options)
 
 
-def decisions(order: Order, rows: Sequence[int] = tuple(range(10, 20))) -> pa.Table:
+def decisions(order: RowNumbering, rows: Sequence[int] = tuple(range(10, 20))) -> pa.Table:
     def number(row: int) -> int:
         return int(order.ids(SOURCE, np.array([row]))[0])
 
@@ -144,11 +144,11 @@ def decisions(order: Order, rows: Sequence[int] = tuple(range(10, 20))) -> pa.Ta
     return pa.Table.from_pylist(found, schema=DECISIONS)
 
 
-def write(shared: ShardJob, *, samples: bool = False) -> Written:
+def write(shared: PartitionJob, *, samples: bool = False) -> WrittenPartition:
     return write_shard(shared, PARTITION, decisions(shared.order), CATS, samples)
 
 
-def published(shared: ShardJob, written: Written) -> tuple[pa.Table, pa.Table]:
+def published(shared: PartitionJob, written: WrittenPartition) -> tuple[pa.Table, pa.Table]:
     for table, files in (("pairs", written.files["pairs"]), ("rejects", written.files["rejects"])):
         tables.publish(shared.storage, table, "t", files, producer="test", config_hash="h")
     return tables.read_table(shared.storage, "pairs", "t"), tables.read_table(shared.storage, "rejects", "t")

@@ -27,7 +27,7 @@ def get(url: str) -> tuple[int, bytes]:
 
 def test_a_site_is_built_then_served(tmp_path: Path) -> None:
     expected = website.build_site(tmp_path, num_pictures=3, num_scenes=2)
-    with webserver.serving(tmp_path) as base_url:
+    with webserver.serve_site(tmp_path) as base_url:
         lines = (tmp_path / "urls.tsv").read_text().splitlines()
         status, body = get(f"{base_url}/images/0.jpg")
     assert status == 200
@@ -38,8 +38,8 @@ def test_a_site_is_built_then_served(tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_bytes_whoever_renders(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    first = website.render(one, 0, 6, 4, 5)
-    second = website.render(two, 0, 3, 4, 5) + website.render(two, 3, 6, 4, 5)
+    first = website.render_images(one, 0, 6, 4, 5)
+    second = website.render_images(two, 0, 3, 4, 5) + website.render_images(two, 3, 6, 4, 5)
     assert first == second
     for index in range(6):
         assert website.image_path(one, index).read_bytes() == website.image_path(two, index).read_bytes()
@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_bytes_whoever_renders(tmp_path: Path) -> N
 
 def test_images_rendered_in_child_processes_equal_those_rendered_here(tmp_path: Path) -> None:
     captions = website._render_elsewhere((tmp_path, 2, 5, 4, 5))
-    assert captions == website.render(tmp_path / "here", 2, 5, 4, 5)
+    assert captions == website.render_images(tmp_path / "here", 2, 5, 4, 5)
     assert website.image_path(tmp_path, 4).read_bytes() == website.image_path(tmp_path / "here", 4).read_bytes()
 
 
@@ -86,7 +86,7 @@ def test_without_faults_every_row_is_good(tmp_path: Path) -> None:
 
 
 def test_faults_are_played_over_http(small_site: Path) -> None:
-    with webserver.serving(small_site) as base_url:
+    with webserver.serve_site(small_site) as base_url:
         assert get(f"{base_url}/missing/3.jpg")[0] == 404
         assert [get(f"{base_url}/flaky/4.jpg")[0] for _ in range(3)] == [500, 200, 200]
         assert get(f"{base_url}/redirects/5.jpg")[1] == website.image_path(small_site, 5).read_bytes()
@@ -99,20 +99,18 @@ def test_faults_are_played_over_http(small_site: Path) -> None:
 
 def test_the_port_is_kept_from_one_serving_to_the_next(tmp_path: Path) -> None:
     website.build_site(tmp_path, num_pictures=1, num_scenes=0)
-    with webserver.serving(tmp_path) as first:
+    with webserver.serve_site(tmp_path) as first:
         listed = (tmp_path / "urls.tsv").read_bytes()
-    with webserver.serving(tmp_path) as second:
+    with webserver.serve_site(tmp_path) as second:
         assert second == first
         assert (tmp_path / "urls.tsv").read_bytes() == listed
-        with webserver.serving(tmp_path) as third:  # taken, so another one
+        with webserver.serve_site(tmp_path) as third:  # taken, so another one
             assert third != second
 
 
 def test_the_server_dies_with_its_parent(tmp_path: Path) -> None:
     website.build_site(tmp_path, num_pictures=1, num_scenes=0)
-    program = (
-        f"import time\nfrom data_prep.pictograms.webserver import serving\nwith serving({str(tmp_path)!r}) as url:\n"
-    )
+    program = f"import time\nfrom data_prep.pictograms.webserver import serve_site\nwith serve_site({str(tmp_path)!r}) as url:\n"
     program += "    print(url, flush=True)\n    time.sleep(60)\n"
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

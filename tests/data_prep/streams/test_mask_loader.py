@@ -24,7 +24,7 @@ SAM = SamConfig(image_size=64, patch_size=16, width=16, depth=1, heads=2, window
 @pytest.fixture
 def drawn(ray_cluster: None, tmp_path: Path) -> str:
     """Seven scenes with masks."""
-    rows = annotations.draw_boxes(str(tmp_path), "s-train", World.create(0), range(7), seed=3, base_only=True)
+    rows = annotations.draw_scenes(str(tmp_path), "s-train", World.create(0), range(7), seed=3, base_only=True)
     table = pa.Table.from_pylist(list(rows), schema=tables.SCHEMAS["boxes"])
     entry = tables.write_part(str(tmp_path), "boxes", "s-train", "part-00000.parquet", table)
     tables.publish(str(tmp_path), "boxes", "s-train", [entry], producer="test", config_hash="")

@@ -8,7 +8,7 @@ from ovd_models.detectors.centernet import (
     CenterNetHead,
     centre_losses,
     centre_targets,
-    decode,
+    decode_proposals,
     distance_loss,
     flatten_levels,
     grid_points,
@@ -105,7 +105,7 @@ def test_hot_points_become_boxes_best_first() -> None:
     heat = [torch.full((1, 1, *shape), -20.0) for shape in SHAPES]
     heat[0][0, 0, 1, 1], heat[1][0, 0, 1, 1] = logit(0.25), logit(0.49)
     distances = [torch.ones(1, 4, *shape) for shape in SHAPES]
-    (boxes,), (scores,) = decode(heat, distances, CONFIG, training=False)
+    (boxes,), (scores,) = decode_proposals(heat, distances, CONFIG, training=False)
     # The coarse point (24, 24) reaches 16 pixels each way, beyond the image; scores are roots of the heat.
     assert boxes.tolist() == [[8, 8, 40, 40], [4, 4, 20, 20]]
     assert scores.tolist() == pytest.approx([0.7, 0.5])
@@ -117,7 +117,7 @@ def test_of_boxes_on_the_same_place_the_hottest_stays() -> None:
     distances = [torch.ones(1, 4, *shape) for shape in SHAPES]
     distances[0][0, :, 1, 1] = torch.tensor([1.0, 1.0, 2.0, 1.0])  # (4, 4, 28, 20) from (12, 12)
     distances[0][0, :, 1, 2] = torch.tensor([2.0, 1.0, 1.0, 1.0])  # the same from (20, 12)
-    (boxes,), _ = decode(heat, distances, CONFIG, training=False)
+    (boxes,), _ = decode_proposals(heat, distances, CONFIG, training=False)
     assert boxes.tolist() == [[4, 4, 28, 20]]
 
 
@@ -125,13 +125,13 @@ def test_training_keeps_more_proposals_than_testing() -> None:
     heat = [torch.zeros(2, 1, *shape) for shape in SHAPES]
     distances = [torch.full((2, 4, *shape), 0.4) for shape in SHAPES]
     for training, count in ((True, 10), (False, 5)):
-        boxes, _ = decode(heat, distances, CONFIG, training=training)
+        boxes, _ = decode_proposals(heat, distances, CONFIG, training=training)
         assert [len(entry) for entry in boxes] == [count, count]
 
 
 def test_where_nothing_is_hot_there_is_no_proposal() -> None:
     heat = [torch.full((1, 1, *shape), -20.0) for shape in SHAPES]
-    (boxes,), (scores,) = decode(heat, [torch.ones(1, 4, *shape) for shape in SHAPES], CONFIG, training=True)
+    (boxes,), (scores,) = decode_proposals(heat, [torch.ones(1, 4, *shape) for shape in SHAPES], CONFIG, training=True)
     assert boxes.shape == (0, 4)
     assert len(scores) == 0
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd_models.detectors.questions import build_question
+from ovd_models.detectors.questions import build_query
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable
 
@@ -24,38 +24,38 @@ class Letters:
 
 
 def test_names_are_flagged_by_the_training_split() -> None:
-    question = build_question(Letters(), ["cat", "zebra", "dog"], {"cat": "base", "dog": "novel"})
-    assert question.names.is_base is not None
-    assert question.names.is_base.tolist() == [True, False, False]
-    assert question.names.names == ("cat", "zebra", "dog")
+    query = build_query(Letters(), ["cat", "zebra", "dog"], {"cat": "base", "dog": "novel"})
+    assert query.names.is_base is not None
+    assert query.names.is_base.tolist() == [True, False, False]
+    assert query.names.names == ("cat", "zebra", "dog")
 
 
 def test_names_of_another_world_carry_no_flag() -> None:
-    assert build_question(Letters(), ["zebra"], {"cat": "base"}).names.is_base is None
+    assert build_query(Letters(), ["zebra"], {"cat": "base"}).names.is_base is None
 
 
 def test_children_stand_below_their_parents() -> None:
-    question = build_question(Letters(), {"bird": ["robin", "jay"], "anchor": [], "cat": ["lion"]}, {})
-    assert question.names.names == ("bird", "anchor", "cat")
-    assert question.children is not None and question.parents is not None
-    assert question.children.names == ("robin", "jay", "lion")
-    assert question.parents.tolist() == [0, 0, 2]
+    query = build_query(Letters(), {"bird": ["robin", "jay"], "anchor": [], "cat": ["lion"]}, {})
+    assert query.names.names == ("bird", "anchor", "cat")
+    assert query.children is not None and query.parents is not None
+    assert query.children.names == ("robin", "jay", "lion")
+    assert query.parents.tolist() == [0, 0, 2]
 
 
 def test_prompts_of_a_request_replace_the_checkpoints() -> None:
-    question = build_question(Letters(), ["ant", "bee"], {}, prompts="{name}|see {a}")
+    query = build_query(Letters(), ["ant", "bee"], {}, prompts="{name}|see {a}")
     letters = Letters()
     rows = letters.embed_captions(["ant", "see an ant", "bee", "see a bee"]).view(2, 2, -1).mean(1)
-    assert torch.allclose(question.names.embeddings, F.normalize(rows, dim=1))
+    assert torch.allclose(query.names.embeddings, F.normalize(rows, dim=1))
 
 
 def test_attributes_are_averaged_over_the_names() -> None:
-    question = build_question(Letters(), ["ant", "bee"], {}, attributes=["red", "old"])
+    query = build_query(Letters(), ["ant", "bee"], {}, attributes=["red", "old"])
     texts = ["a photo of a red ant", "a photo of a red bee", "a photo of an old ant", "a photo of an old bee"]
     rows = Letters().embed_captions(texts).view(2, 2, -1).mean(1)
-    assert question.attributes is not None
-    assert torch.allclose(question.attributes.embeddings, F.normalize(rows, dim=1))
-    plain = build_question(Letters(), ["ant"], {}, attributes=["red"], attribute_prompts="some {name}")
+    assert query.attributes is not None
+    assert torch.allclose(query.attributes.embeddings, F.normalize(rows, dim=1))
+    plain = build_query(Letters(), ["ant"], {}, attributes=["red"], attribute_prompts="some {name}")
     assert plain.attributes is not None
     assert torch.allclose(plain.attributes.embeddings, Letters().embed_captions(["some red ant"]))
 
@@ -74,7 +74,7 @@ def test_attributes_are_averaged_over_the_names() -> None:
 )
 def test_impossible_questions_are_told(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        build_question(Letters(), **{"names": ["cat"], "splits": {}, **options})  # type: ignore[arg-type]
+        build_query(Letters(), **{"names": ["cat"], "splits": {}, **options})  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -82,4 +82,4 @@ def test_impossible_questions_are_told(options: dict[str, object], message: str)
 def test_a_table_of_names_cannot_embed_prompts() -> None:
     table = EmbeddingTable(("cat",), torch.ones(1, 1), "table")
     with pytest.raises(InputError, match="expected one with a text tower"):
-        build_question(table, ["cat"], {}, prompts="a {name}")
+        build_query(table, ["cat"], {}, prompts="a {name}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd_models.detectors.questions import Question
+from ovd_models.detectors.questions import RegionQuery
 from ovd_models.detectors.region_scores import (
     RegionRecord,
     Scoring,
@@ -15,7 +15,7 @@ from ovd_models.detectors.region_scores import (
     child_probabilities,
     class_probabilities,
     find,
-    fuse,
+    geometric_mean,
     image_exponents,
     with_teacher,
 )
@@ -90,7 +90,7 @@ def test_fusion_by_hand() -> None:
     # A base name leans on the text head: 0.8^(2/3) 0.1^(1/3) = 0.4; a novel one on the image head: 0.2.
     text, image = torch.tensor([[0.8, 0.8]]), torch.tensor([[0.1, 0.1]])
     vocabulary = words(2, [True, False])
-    found = fuse(text, image, image_exponents(vocabulary, Scoring()))
+    found = geometric_mean(text, image, image_exponents(vocabulary, Scoring()))
     assert torch.allclose(found, torch.tensor([[0.4, 0.2]]), atol=1e-6)
 
 
@@ -108,21 +108,21 @@ def test_the_background_takes_probability_from_the_text_head_alone() -> None:
 
 
 def test_objectness_enters_as_a_geometric_mean() -> None:
-    entry, question = record(), Question(words(3))
-    plain, _ = answer(entry, question, Scoring())
-    mean, _ = answer(entry, question, Scoring(objectness=0.5))
+    entry, query = record(), RegionQuery(words(3))
+    plain, _ = answer(entry, query, Scoring())
+    mean, _ = answer(entry, query, Scoring(objectness=0.5))
     assert torch.allclose(mean, (plain * entry.objectness[:, None]).sqrt(), atol=1e-6)
-    alone, _ = answer(entry, question, Scoring(objectness=1.0))
+    alone, _ = answer(entry, query, Scoring(objectness=1.0))
     assert torch.allclose(alone, entry.objectness[:, None].expand(4, 3))
 
 
 def test_attributes_are_independent_of_names() -> None:
     name, attribute = torch.tensor([[0.5, 0.25]]), torch.tensor([[0.9, 0.1]])
     assert torch.allclose(attribute_probabilities(name, attribute), torch.tensor([[0.45, 0.225, 0.05, 0.025]]))
-    question = Question(words(2), attributes=words(3, seed=9, kind="colour"))
-    scores, labels = answer(record(), question, Scoring())
+    query = RegionQuery(words(2), attributes=words(3, seed=9, kind="colour"))
+    scores, labels = answer(record(), query, Scoring())
     assert labels[:3] == ("colour 0 name 0", "colour 0 name 1", "colour 1 name 0")
-    plain, _ = answer(record(), Question(words(2)), Scoring())
+    plain, _ = answer(record(), RegionQuery(words(2)), Scoring())
     assert torch.allclose(scores.view(4, 3, 2).sum(1), plain, atol=1e-6)
 
 
@@ -143,10 +143,10 @@ def test_families_far_apart_keep_their_probability() -> None:
 
 
 def test_a_hierarchy_answers_with_children_and_childless_names() -> None:
-    question = Question(words(3), children=words(4, seed=8, kind="child"), parents=torch.tensor([2, 0, 2, 0]))
-    scores, labels = answer(record(), question, Scoring())
+    query = RegionQuery(words(3), children=words(4, seed=8, kind="child"), parents=torch.tensor([2, 0, 2, 0]))
+    scores, labels = answer(record(), query, Scoring())
     assert labels == ("name 1", "child 0", "child 1", "child 2", "child 3")
-    plain, _ = answer(record(), Question(words(3)), Scoring())
+    plain, _ = answer(record(), RegionQuery(words(3)), Scoring())
     assert torch.allclose(scores[:, 0], plain[:, 1])
     assert torch.allclose(scores[:, [1, 3]].sum(1), plain[:, 2], atol=1e-6)
 
@@ -171,8 +171,8 @@ def test_the_best_regions_by_objectness_are_kept_together() -> None:
 
 def test_an_image_without_regions_has_no_detections() -> None:
     empty = record(0)
-    question = Question(words(2), attributes=words(2, seed=9))
-    found = find(empty, question, Scoring(objectness=0.5), nms=0.5, score_threshold=0.0, max_detections=10)
+    query = RegionQuery(words(2), attributes=words(2, seed=9))
+    found = find(empty, query, Scoring(objectness=0.5), nms=0.5, score_threshold=0.0, max_detections=10)
     assert (len(found), found.boxes.shape, found.names[0]) == (0, (0, 4), "name 0 name 0")
 
 

@@ -51,10 +51,10 @@ def test_names_end_where_the_released_ones_begin() -> None:
 
 def test_a_name_is_found_by_its_longest_ending() -> None:
     wanted = "roi_heads.box_predictor.fc1.weight"
-    assert importers.find({"box_predictor.fc1.weight": 0, "fc1.weight": 0}, wanted) == "box_predictor.fc1.weight"
-    assert importers.find({"predictor.fc1.weight": 0}, wanted) is None  # no part of a name is cut
+    assert importers.match_name({"box_predictor.fc1.weight": 0, "fc1.weight": 0}, wanted) == "box_predictor.fc1.weight"
+    assert importers.match_name({"predictor.fc1.weight": 0}, wanted) is None  # no part of a name is cut
     second = {"roi_heads.box_predictor.weight_transform.0.weight": 0}
-    assert importers.find(second, wanted) == "roi_heads.box_predictor.weight_transform.0.weight"
+    assert importers.match_name(second, wanted) == "roi_heads.box_predictor.weight_transform.0.weight"
 
 
 @needs_manifests
@@ -72,17 +72,17 @@ def test_a_file_without_the_perceptron_is_read_too() -> None:
     perceptron = re.compile(r"box_predictor\.\d\.(fc|weight_transform)")
     bare = {name: shape for name, shape in shapes("centernet2_r50").items() if not perceptron.search(name)}
     assert importers.recognise(bare, "file").config.aggregation == "maximum"
-    account = importers.account(bare, "file")
-    assert (account.unaccounted, account.missing) == ((), ())
+    account_tensors = importers.account_tensors(bare, "file")
+    assert (account_tensors.unaccounted, account_tensors.missing) == ((), ())
 
 
 @needs_manifests
 def test_what_nobody_knows_and_what_is_not_there_are_told() -> None:
     names = shapes("r50_c4") | {"roi_heads.unheard.weight": [3]}
     del names["backbone.stem.conv1.weight"]
-    account = importers.account(names, "file")
-    assert account.unaccounted == ("roi_heads.unheard.weight",)
-    assert account.missing == ("detector.backbone.conv1.weight",)
+    account_tensors = importers.account_tensors(names, "file")
+    assert account_tensors.unaccounted == ("roi_heads.unheard.weight",)
+    assert account_tensors.missing == ("detector.backbone.conv1.weight",)
 
 
 def test_files_of_other_models_are_refused() -> None:

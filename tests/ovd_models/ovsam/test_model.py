@@ -11,17 +11,17 @@ from torchvision.ops import nms
 
 from ovd_models.clip.model import Clip, ClipConfig
 from ovd_models.errors import InputError
-from ovd_models.importers.ovsam import account, load_ovsam
+from ovd_models.importers.ovsam import account_tensors, load_ovsam
 from ovd_models.ovsam import crops as ovsam_crops
 from ovd_models.ovsam import model as ovsam
-from ovd_models.ovsam.adapter import Sam2Clip, distillation_loss, valid_positions
+from ovd_models.ovsam.adapter import Sam2Clip, feature_distillation_loss, valid_positions
 from ovd_models.ovsam.baselines import BaselineConfig, SamClip
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower, resize_places
 from ovd_models.ovsam.crops import cut_outs
 from ovd_models.ovsam.head import (
     ROI_SIDE,
     RegionNamer,
-    fuse,
+    fuse_scores,
     label_loss,
     mask_losses,
     name_logits,
@@ -261,8 +261,8 @@ def test_padding_has_no_part_in_the_distillation() -> None:
     teacher[0, :, 3, 3] = 100.0  # in the padding
     valid = valid_positions([(15, 20)], 8, 4)
     assert valid.tolist() == [[[True, True, True, False], [True, True, True, False], [False] * 4, [False] * 4]]
-    assert distillation_loss(student, teacher, valid).item() == pytest.approx(5 / 6)
-    assert distillation_loss(student, teacher.half(), valid & False).item() == 0
+    assert feature_distillation_loss(student, teacher, valid).item() == pytest.approx(5 / 6)
+    assert feature_distillation_loss(student, teacher.half(), valid & False).item() == 0
 
 
 def test_levels_that_do_not_fit_are_told() -> None:
@@ -322,15 +322,17 @@ def test_fusion_by_hand() -> None:
         0.1 * third + 0.9 * math.log(0.25),
         0.9 * third + 0.1 * math.log(0.25),
     ]
-    assert fuse(head, clip, torch.tensor([True, False]))[0].tolist() == pytest.approx(expected)
-    nobody_knows = fuse(head, clip, None)[0].tolist()
+    assert fuse_scores(head, clip, torch.tensor([True, False]))[0].tolist() == pytest.approx(expected)
+    nobody_knows = fuse_scores(head, clip, None)[0].tolist()
     assert nobody_knows[0] == pytest.approx(0.1 * third + 0.9 * math.log(0.5))
-    unseen = fuse(head, clip, None, torch.tensor([False]))[0].tolist()
+    unseen = fuse_scores(head, clip, None, torch.tensor([False]))[0].tolist()
     assert unseen == pytest.approx([third] * 3)
-    biased = fuse(head, clip, torch.tensor([True, False]), novel_bias=2.0)[0].tolist()
+    biased = fuse_scores(head, clip, torch.tensor([True, False]), novel_bias=2.0)[0].tolist()
     assert biased == pytest.approx([expected[0], expected[1] + 2, expected[2]])
-    assert fuse(head, clip, None, novel_bias=2.0)[0].tolist() == nobody_knows
-    half = fuse(torch.tensor([[6e4, 0.0, 0]]).half(), torch.tensor([[0, 6e4, 0.0]]).half(), torch.tensor([True, False]))
+    assert fuse_scores(head, clip, None, novel_bias=2.0)[0].tolist() == nobody_knows
+    half = fuse_scores(
+        torch.tensor([[6e4, 0.0, 0]]).half(), torch.tensor([[0, 6e4, 0.0]]).half(), torch.tensor([True, False])
+    )
     assert bool(torch.isfinite(half).all())
 
 
@@ -526,7 +528,7 @@ def test_published_files_load_and_strangers_are_told(tmp_path: Any) -> None:
     torch.save({**published, "surplus.weight": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="surplus"):
         load_ovsam(target, path)
-    assert account(["surplus.weight"]).unaccounted == ("surplus.weight",)
+    assert account_tensors(["surplus.weight"]).unaccounted == ("surplus.weight",)
     part = {name: value for name, value in published.items() if not name.startswith("pe.")}
     torch.save(part, path)
     with pytest.raises(InputError, match="no weight for 'prompt_encoder"):

@@ -14,7 +14,7 @@ from ovd_models.sam.model import VIT_B, EverythingConfig, SamConfig, SamModel, b
 from ovd_models.sam.training import (
     SamTraining,
     SamTrainingConfig,
-    best_of,
+    best_mask_weights,
     corrective_clicks,
     dice_loss,
     fit_masks,
@@ -241,9 +241,12 @@ def test_losses_by_hand() -> None:
 
 
 def test_only_the_best_of_an_ambiguous_prompts_masks_is_taught() -> None:
-    assert best_of(torch.tensor([[5.0, 3.0, 1.0, 2.0], [1.0, 3.0, 4.0, 2.0]])).tolist() == [[1, 0, 1, 0], [1, 0, 0, 1]]
-    assert best_of(torch.tensor([[5.0]])).tolist() == [[1]]
-    assert best_of(torch.zeros(0, 4)).shape == (0, 4)
+    assert best_mask_weights(torch.tensor([[5.0, 3.0, 1.0, 2.0], [1.0, 3.0, 4.0, 2.0]])).tolist() == [
+        [1, 0, 1, 0],
+        [1, 0, 0, 1],
+    ]
+    assert best_mask_weights(torch.tensor([[5.0]])).tolist() == [[1]]
+    assert best_mask_weights(torch.zeros(0, 4)).shape == (0, 4)
 
 
 def test_clicks_fall_where_the_mask_is_wrong() -> None:

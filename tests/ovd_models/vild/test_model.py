@@ -14,7 +14,7 @@ from ovd_models.batches import DetectionBatch, StoredRegions
 from ovd_models.checkpoints import load_codet, load_detector, load_vild, save_detector
 from ovd_models.detectors.heads import build_box_head
 from ovd_models.detectors.masks import encode_masks, paste_masks
-from ovd_models.detectors.questions import Question
+from ovd_models.detectors.questions import RegionQuery
 from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
@@ -211,7 +211,7 @@ def test_a_supervised_detector_never_finds_other_names() -> None:
     (nothing,) = model.detect([scene(0)[0]], Vocabulary(("name 7",), text(1)), score_threshold=0.0)
     assert len(nothing) == 0
     with pytest.raises(InputError, match="no attributes or children"):
-        model.detect([scene(0)[0]], Question(vocabulary, attributes=Vocabulary(("red",), text(1))))
+        model.detect([scene(0)[0]], RegionQuery(vocabulary, attributes=Vocabulary(("red",), text(1))))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -223,7 +223,7 @@ def test_recorded_regions_answer_as_detection_does(variant: str) -> None:
     records = model.record(images)
     for scoring in (Scoring(), Scoring(objectness=0.5, novel_image=0.9, temperature=9.0)):
         direct = model.detect(images, vocabulary, score_threshold=0.01, scoring=scoring)
-        cached = model.find(records, Question(vocabulary), score_threshold=0.01, scoring=scoring)
+        cached = model.find(records, RegionQuery(vocabulary), score_threshold=0.01, scoring=scoring)
         for one, two in zip(direct, cached, strict=True):
             assert torch.equal(one.boxes, two.boxes)
             assert torch.equal(one.scores, two.scores)
