@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from reference import REFERENCE
+
 from data_prep.concepts.nouns import NOUN_TAGS, TOKEN, Nouns, hanta
 
 LABELS = Path(__file__).parent / "concept_labels.tsv"
-CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions_700.txt"
+CAPTIONS = REFERENCE / "data/captions_700.txt"
 
 
 def labelled() -> list[tuple[str, set[str]]]:

@@ -15,10 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from reference import REFERENCE
+
 from ovd_models.importers import codet as importers
 
 REPOSITORY = Path(__file__).parents[1]
-MANIFESTS = Path("/work/shared/parity/manifests")
+MANIFESTS = REFERENCE / "parity/manifests"
 FIGURES = REPOSITORY / "runs" / "bench" / "manifests.json"
 Account = Callable[[Mapping[str, Sequence[int]], str], importers.TensorAccount]
 FAMILIES: dict[str, Account] = {"codet": importers.account_tensors}

@@ -13,10 +13,10 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
+from reference import REFERENCE
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -30,7 +30,7 @@ from ovd_models.detectors.centernet import (
     CenterNetHead,
     centre_losses,
     centre_targets,
-    decode,
+    decode_proposals,
     flatten_levels,
 )
 from ovd_models.detectors.centernet2 import CenterNet2, combine_scores
@@ -39,8 +39,7 @@ from ovd_models.detectors.rcnn import select_detections
 from ovd_models.importers.codet import TEXT_PREFIX, Release, load_text, recognise, released_names, translate
 from ovd_models.losses import caption_loss, concept_loss, cosine_logits, federated_classes, sigmoid_loss
 
-ROOT = Path("/work/shared")
-PACKS = ROOT / "parity"
+PACKS = REFERENCE / "parity"
 Pack = dict[str, Tensor]
 Pair = tuple[str, Tensor | float, Tensor | float]
 """What is compared, ours, theirs."""
@@ -118,7 +117,9 @@ def centernet(name: str) -> Iterator[Pair]:
     yield "gradient heat", head.heat.weight.grad, pack["grad_agn_hm_w"]
     yield "gradient distances", head.distances.weight.grad, pack["grad_bbox_pred_w"]
     for mode in ("train", "test"):
-        for image, found in enumerate(zip(*decode(heat, distances, config, training=mode == "train"), strict=True)):
+        for image, found in enumerate(
+            zip(*decode_proposals(heat, distances, config, training=mode == "train"), strict=True)
+        ):
             order = pack[f"{mode}_scores_{image}"].argsort(descending=True)
             yield f"{mode} boxes", found[0], pack[f"{mode}_boxes_{image}"][order]
             yield f"{mode} scores", found[1], pack[f"{mode}_scores_{image}"][order]
@@ -299,7 +300,7 @@ def sampled(values: Tensor, count: int) -> Tensor:
 
 
 def embedded(file: str) -> Tensor:
-    rows = np.load(ROOT / "data" / "lvis" / file).astype(np.float32)
+    rows = np.load(REFERENCE / "data" / "lvis" / file).astype(np.float32)
     return F.normalize(torch.from_numpy(rows), dim=1)
 
 

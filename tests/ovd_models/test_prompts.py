@@ -1,9 +1,9 @@
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+from reference_data import LVIS, PARITY, needs
 
 from ovd_models.errors import InputError
 from ovd_models.prompts import (
@@ -15,9 +15,6 @@ from ovd_models.prompts import (
     split_synonyms,
     with_article,
 )
-
-PARITY = Path("/work/shared/parity/goldens/text/ovsam_descriptions.json")
-LVIS = Path("/work/shared/data/lvis/lvis_v1_categories.json")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +72,9 @@ def test_the_vild_set_has_the_families_of_its_notebook() -> None:
     assert {prompt.removeprefix("This is ") for prompt in prompts_of("anchor", "vild-this")} == set(ours)
 
 
-@pytest.mark.skipif(not PARITY.is_file(), reason="the parity packs are not on this machine")
+@needs("parity/goldens/text/ovsam_descriptions.json")
 def test_ovsams_templates_and_synonyms_are_those_recorded() -> None:
-    recorded = json.loads(PARITY.read_text())
+    recorded = json.loads((PARITY / "goldens/text/ovsam_descriptions.json").read_text())
     templates = [prompt.replace("@", "{}") for prompt in prompts_of("@", "ovsam")]
     assert len(templates) == recorded["n_templates"]
     assert hashlib.sha256("\n".join(templates).encode()).hexdigest() == recorded["templates_sha256"]
@@ -86,9 +83,9 @@ def test_ovsams_templates_and_synonyms_are_those_recorded() -> None:
     assert prompts_of("aerosol can", "ovsam")[:2] == recorded["LVISV1Dataset"]["first"]
 
 
-@pytest.mark.skipif(not LVIS.is_file(), reason="the LVIS categories are not on this machine")
+@needs("data/lvis/lvis_v1_categories.json")
 def test_lvis_names_are_cleaned_and_stay_distinct() -> None:
-    names = [entry["name"] for entry in json.loads(LVIS.read_text())]
+    names = [entry["name"] for entry in json.loads((LVIS / "lvis_v1_categories.json").read_text())]
     cleaned = [clean_name(name) for name in names]
     assert len(set(cleaned)) == len(names) == 1203
     assert not any(set("_/") & set(name) or name.endswith(".") or name != name.lower() for name in cleaned)

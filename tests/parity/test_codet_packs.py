@@ -1,10 +1,11 @@
 """Ours against numbers recorded from the released CoDet; `python benchmarks/parity.py` prints the differences."""
 
 import pytest
+from reference_data import needs
 
 from benchmarks import manifests, parity
 
-pytestmark = pytest.mark.skipif(not parity.PACKS.is_dir(), reason=f"{parity.PACKS} is absent")
+pytestmark = needs("parity")
 
 
 @pytest.mark.parametrize("pack", parity.PACK_FUNCTIONS)

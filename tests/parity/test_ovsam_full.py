@@ -1,15 +1,14 @@
 """The released OV-SAM at full size, its weights by a rule: the same numbers as recorded from the released code."""
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from reference_data import PARITY, load_fill, needs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,20 +17,15 @@ from ovd_models.ovsam.head import fuse_scores, name_logits
 from ovd_models.ovsam.model import RN50X16, OvSam, enlarge, published
 from ovd_models.sam.model import EncodedImage
 
-PARITY = Path("/work/shared/parity")
 PACK = PARITY / "goldens/ovsam_full/ovsam_coco_rn50x16.npz"
 NOVEL = (4, 5, 15, 16, 19, 20, 25, 27, 31, 36, 41, 43, 55, 57, 66, 71, 76)
 UNUSED = (9, 10, 11, 12, 32, 34, 35, 38, 40, 52, 58, 60, 67, 77, 78)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PACK.exists(), reason=f"{PACK} is absent")]
+pytestmark = [pytest.mark.slow, needs("parity/goldens/ovsam_full")]
 
 
 @pytest.fixture(scope="module")
 def fill() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parity_fill", PARITY / "fill.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_fill()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from reference_data import PARITY, needs
 from torch import Tensor
 
 from ovd_models.importers.ovsam import account_tensors, our_name
@@ -28,9 +29,8 @@ from ovd_models.sam.model import EncodedImage, SamConfig, build_mask_decoder, bu
 from ovd_models.sam.training import mask_ious
 from ovd_models.segments import boxes_of
 
-PARITY = Path("/work/shared/parity")
 PACKS = PARITY / "goldens/ovsam"
-pytestmark = pytest.mark.skipif(not PACKS.exists(), reason=f"{PACKS} is absent")
+pytestmark = needs("parity/goldens/ovsam")
 MANIFESTS = sorted(path for path in PARITY.glob("manifests/ovsam_*.json") if not path.name.endswith(".meta.json"))
 
 

@@ -1,19 +1,17 @@
 """The tiny SAM of the parity pack: the same numbers as recorded from segment-anything 1.0."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reference_data import PARITY, needs
 
 from ovd_models.sam.model import EverythingConfig, SamConfig, SamModel, scale_prompts
 from ovd_models.segments import Prompts
 
-PACKS = Path(__file__).parents[2].parent / "shared/parity/goldens/sam"
-if not PACKS.exists():
-    PACKS = Path("/work/shared/parity/goldens/sam")
-pytestmark = pytest.mark.skipif(not PACKS.exists(), reason=f"{PACKS} is absent")
+PACKS = PARITY / "goldens/sam"
+pytestmark = needs("parity/goldens/sam")
 CONFIG = SamConfig(
     image_size=128,
     patch_size=16,

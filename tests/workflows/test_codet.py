@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference_data import LVIS, PHOTOS, needs
 
 import ovd_models
 from data_prep import tables
@@ -30,8 +31,7 @@ from workflows.configs import codet as codet_configs
 from workflows.configs.codet import Run
 from workflows.studies import codet as codet_study
 
-SHARED = Path(__file__).parents[2].parent / "shared/data"
-PHOTOS, TEXTS = SHARED / "coco_photos", SHARED / "lvis/coco_clip_vitb32_a_name.npy"
+TEXTS = LVIS / "coco_clip_vitb32_a_name.npy"
 SCRIPT = Path(codet.__file__)
 
 
@@ -412,7 +412,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif(not (PHOTOS.exists() and TEXTS.exists()), reason=f"{SHARED} is absent")
+@needs("data/coco_photos", "data/lvis/coco_clip_vitb32_a_name.npy")
 def test_photographs_train_checkpoint_evaluate_and_draw(tmp_path: Path) -> None:
     stages = [
         f"--{stage}-stage.{name}={value}"

@@ -97,7 +97,7 @@ def test_only_pictures_that_are_drawn_are_kept(run: Run, monkeypatch: pytest.Mon
 
 def test_truth_and_detections_stand_side_by_side(run: Run) -> None:
     row, names = rows_of(run)[0], names_of(run)
-    picture = evaluate.open_image(run, row)
+    picture = evaluate.read_box_image(run, row)
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), tuple(names.values()), 128, 128, picture)
     truth = evaluate.truth_as_detections(row, names, nothing)
     assert truth.boxes.tolist() == row["boxes"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ovsam_release import published_form
 from PIL import Image
+from reference_data import needs
 
 import ovd_models
 from benchmarks import parity
@@ -80,7 +81,7 @@ def test_names_are_embedded_by_a_given_table_before_the_files_own(lvis: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not parity.PACKS.is_dir(), reason=f"{parity.PACKS} is absent")
+@needs("parity")
 @pytest.mark.parametrize("text", [True, False])
 def test_a_released_file_becomes_a_detector_that_finds_what_the_released_one_found(text: bool, tmp_path: Path) -> None:
     entries = json.loads((parity.PACKS / "manifests" / "codet_ovcoco_r50c4.json").read_text())

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from faster_coco_eval import mask as rle
 from PIL import Image
+from reference_data import LVIS, PHOTOS, needs
 
 from data_prep import storage, tables
 from data_prep.boxes.annotations import (
@@ -25,10 +26,8 @@ from data_prep.boxes.annotations import (
 from data_prep.pictograms.world import World
 from ovd_models.errors import InputError
 
-PHOTOS = Path(__file__).parents[3].parent / "shared/data/coco_photos"
-photos = pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is absent")
-LVIS = PHOTOS.parent / "lvis/lvis_val_100.json"
-lvis = pytest.mark.skipif(not LVIS.exists(), reason=f"{LVIS} is absent")
+photos = needs("data/coco_photos")
+lvis = needs("data/lvis/lvis_val_100.json")
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 17, "name": "cat"}, {"id": 7, "name": "hair drier"}]
 
 
@@ -301,7 +300,7 @@ def test_lvis_is_split_by_frequency_and_names_images_by_their_address(tmp_path: 
 
 @lvis
 def test_the_real_lvis_file_is_read(tmp_path: Path) -> None:
-    raw = json.loads(LVIS.read_text())
+    raw = json.loads((LVIS / "lvis_val_100.json").read_text())
     raw["images"] = raw["images"][:5]
     kept = {image["id"] for image in raw["images"]}
     raw["annotations"] = [entry for entry in raw["annotations"] if entry["image_id"] in kept]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference_data import LVIS, needs
 
 from data_prep import tables
 from data_prep.embeddings import texts
@@ -22,7 +23,6 @@ from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable, build_vocabulary
 
-LVIS = Path("/work/shared/data/lvis")
 NAMES = ["cat", "anchor", "red umbrella"]
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 
@@ -228,7 +228,7 @@ def test_rows_in_another_order_are_refused(tmp_path: Path) -> None:
         check_order(wrong, teacher, "rows.npy")
 
 
-@pytest.mark.skipif(not LVIS.is_dir(), reason="the LVIS embeddings are not on this machine")
+@needs("data/lvis")
 def test_the_released_lvis_matrix_is_imported(tmp_path: Path) -> None:
     names = read_category_names(str(LVIS / "lvis_v1_categories.json"))
     table = read_matrix(str(LVIS / "lvis_v1_clip_vitb32_a_name.npy"), names, width=512)

@@ -10,6 +10,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from reference_data import PHOTOS, needs
 
 from data_prep import storage
 from data_prep.pairs import dedup
@@ -18,7 +19,6 @@ from data_prep.pairs.dedup import DECISIONS, DISTANCES, Corpus, band_masks, surv
 from data_prep.pairs.order import NEW, RowNumbering
 from data_prep.pairs.shards import LIGHT
 
-PHOTOS = Path("/work/shared/data/coco_photos/images")
 KEY = "image_id"
 TYPES = dict(zip(LIGHT.names, LIGHT.types, strict=True))
 
@@ -294,10 +294,10 @@ def encoded(image: Image.Image, kind: str = "JPEG", quality: int = 95, scale: fl
     return buffer.getvalue()
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"the photographs are not at {PHOTOS}")
+@needs("data/coco_photos")
 def test_planted_copies_of_photographs_are_found_and_nothing_else() -> None:
     photo_of, hashes, image_ids = [], [], []
-    for photo, path in enumerate(sorted(PHOTOS.glob("*.jpg"))[:20]):
+    for photo, path in enumerate(sorted(PHOTOS.glob("images/*.jpg"))[:20]):
         image = Image.open(path).convert("RGB")
         contents = [
             path.read_bytes(), path.read_bytes(), encoded(image, quality=60), encoded(image, quality=30),

@@ -110,7 +110,8 @@ def test_the_port_is_kept_from_one_serving_to_the_next(tmp_path: Path) -> None:
 
 def test_the_server_dies_with_its_parent(tmp_path: Path) -> None:
     website.build_site(tmp_path, num_pictures=1, num_scenes=0)
-    program = f"import time\nfrom data_prep.pictograms.webserver import serve_site\nwith serve_site({str(tmp_path)!r}) as url:\n"
+    program = "import time\nfrom data_prep.pictograms.webserver import serve_site\n"
+    program += f"with serve_site({str(tmp_path)!r}) as url:\n"
     program += "    print(url, flush=True)\n    time.sleep(60)\n"
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

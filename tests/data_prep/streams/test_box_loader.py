@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data_prep import storage, tables
-from data_prep.embeddings.stores import Regions, ShardJob, publish, save_shard, saved_shards
+from data_prep.embeddings.stores import EmbeddingJob, Regions, publish, save_shard, saved_shards
 from data_prep.streams.augmentation import Augmentation
 from data_prep.streams.box_loader import RegionSource, detection_loader, draw_regions, training_rows
 from data_prep.streams.collate import DetectionCollate
@@ -72,7 +72,7 @@ def write_regions(root: str, ids: list[str]) -> None:
             "file": [rows[key].tobytes() for key in ids],
         }
     )
-    job = ShardJob(storage=root, table="regions", name="t", staging=f"{root}/staging")
+    job = EmbeddingJob(storage=root, table="regions", name="t", staging=f"{root}/staging")
     save_shard(table, job)
     made_of = {"teacher": "clip:1", "crops": CROPS}
     publish(job, list(saved_shards(job.staging).values()), producer="test", config_hash="0", made_of=made_of)

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 import socket
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from open_clip.loss import ClipLoss, SigLipLoss
+from reference_data import PARITY, load_fill, needs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -260,16 +260,10 @@ def test_siglip_is_a_sigmoid_of_every_pair() -> None:
 
 # ------------------------------------------------------------------------------------------------- parity
 
-PARITY = Path("/work/shared/parity")
 
-
-@pytest.mark.skipif(not PARITY.is_dir(), reason="the parity packs are not on this machine")
+@needs("parity")
 def test_the_text_tower_computes_what_clips_does() -> None:
-    spec = importlib.util.spec_from_file_location("fill", PARITY / "fill.py")
-    assert spec is not None
-    assert spec.loader is not None
-    fill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fill)
+    fill = load_fill()
     golden = np.load(PARITY / "goldens/text/clip_text_encoder.npz")
     model = Clip(ClipConfig(name="ViT-B-32-quickgelu")).eval()
     filled = {}

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from reference_data import needs
 
 from benchmarks import parity
 from ovd_models.codet.model import CoDet
@@ -17,7 +18,7 @@ MANIFESTS = {
     "centernet2_swin_b": "codet_ovlvis_swinb",
     "centernet2_eva02_l": "codet_ovlvis_eva",
 }
-needs_manifests = pytest.mark.skipif(not parity.PACKS.is_dir(), reason=f"{parity.PACKS} is absent")
+needs_manifests = needs("parity")
 
 
 def shapes(architecture: str) -> dict[str, list[int]]:
