@@ -101,7 +101,7 @@ def measure(tower: str, storage: str, base_steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--storage", default="runs")
+    parser.add_argument("--storage", default="store")
     parser.add_argument("--steps", type=int, default=500, help="of the flat convnet; others get their share")
     parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=list(TOWERS))
     given = parser.parse_args()

@@ -7,8 +7,6 @@ python workflows/clip.py --config pictograms --model.name ViT-B-32 --pretrained 
 ray job submit --working-dir . -- python workflows/clip.py --config pictograms --storage s3://bucket/ovd
 """
 
-import workflows.startup
-
 import copy
 import dataclasses
 import json
@@ -52,7 +50,7 @@ from workflows.common.training import Meter, Optimisation, Session
 class Run:
     """One training of CLIP."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds tables and runs."""
     config: str
     """Name of the config, for tracking."""

@@ -8,12 +8,10 @@ groups (captioned images) -> ConceptBatch ---+
 First `boxes`: box supervision alone. Then `joint`, continued from it: every step takes both kinds of batch.
 
 python workflows/codet.py --config smoke
-python workflows/codet.py --config pictograms --teacher runs/runs/clip/<run>/model
+python workflows/codet.py --config pictograms --teacher store/runs/clip/<run>/model
 python workflows/codet.py --config photos --data photos/ --texts names.npy
 ray job submit --working-dir . -- python workflows/codet.py --config smoke --storage s3://bucket/ovd
 """
-
-import workflows.startup
 
 import dataclasses
 import tempfile

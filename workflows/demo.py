@@ -9,8 +9,6 @@ novel names; it learns them from captions.
 python workflows/demo.py
 """
 
-import workflows.startup
-
 import contextlib
 import dataclasses
 import io

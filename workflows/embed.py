@@ -4,12 +4,10 @@ boxes --given boxes, or a detector's proposals--> crops at 1x and 1.5x -> region
 pairs --> images and captions ------------------------------------------> embeddings
 
 python workflows/embed.py --config smoke
-python workflows/embed.py --config pictograms --teacher runs/runs/clip/RUN/model
+python workflows/embed.py --config pictograms --teacher store/runs/clip/RUN/model
 python workflows/embed.py --config photos --teacher ViT-B-32 --pretrained openai
 python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --storage s3://bucket/ovd --embed.gpus 1
 """
-
-import workflows.startup
 
 import dataclasses
 import json
@@ -47,7 +45,7 @@ CORES_OF_AN_ACTOR = 8
 class Run:
     """Which tables one teacher looks at."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     teacher: str
     """Folder or URI of a CLIP checkpoint, or with `pretrained` an architecture of open_clip, such as `ViT-B-32`."""

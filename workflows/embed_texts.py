@@ -3,12 +3,10 @@
 names (a file with one a line, or a box set's) --teacher, prompt set--> texts/<teacher>
 .npy matrix + categories (JSON)               --count, width, order--> texts/<teacher>
 
-python workflows/embed_texts.py --model runs/runs/clip/<run>/model --names names.txt --prompt-set vild
+python workflows/embed_texts.py --model store/runs/clip/<run>/model --names names.txt --prompt-set vild
 python workflows/embed_texts.py --model ViT-B-32 --pretrained openai --boxes pictograms
 python workflows/embed_texts.py --matrix lvis_clip.npy --categories lvis_v1_categories.json --teacher ViT-B-32:openai
 """
-
-import workflows.startup
 
 import time
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from workflows.common import cli
 class Run:
     """What is embedded by whom."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     model: str = ""
     """A CLIP checkpoint of ours, or an architecture of open_clip."""

@@ -4,10 +4,8 @@ detector, boxes/<name> --detect every image--> Detections -> faster-coco-eval ->
 OV-SAM,   boxes/<name> --every object by its box, by a click--> named masks -> IoU, accuracy, cost, pictures
 
 python workflows/evaluate.py --model runs/demo/codet --storage runs/demo --boxes pictograms-eval
-python workflows/evaluate.py --model runs/runs/ovsam/<run>/model --sam runs/runs/ovsam/<run>/sam_model
+python workflows/evaluate.py --model store/runs/ovsam/<run>/model --sam store/runs/ovsam/<run>/sam_model
 """
-
-import workflows.startup
 
 import os
 import time
@@ -37,7 +35,7 @@ from workflows.reports import pointing as pointing_report
 class Run:
     """One evaluation."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     model: str = ""
     """Folder or URI of a detector's or an OV-SAM's checkpoint, or an MLflow `models:/` URI."""

@@ -4,10 +4,8 @@ model, boxes/<name> --detect--> objects called by a similar name
 teacher ----crops of annotated boxes--> long objects that the square resize distorts: warp, pad, centre side by side
                                     --> parts and loose boxes that the teacher takes for the whole
 
-python workflows/failures.py --model runs/runs/vild/<run>/model --teacher runs/runs/clip/<run>/model
+python workflows/failures.py --model store/runs/vild/<run>/model --teacher store/runs/clip/<run>/model
 """
-
-import workflows.startup
 
 import collections
 import os
@@ -43,7 +41,7 @@ FITS: tuple[Fit, ...] = get_args(Fit)
 class Run:
     """One gallery."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     model: str = ""
     """Folder or URI of a detector checkpoint, or an MLflow `models:/` URI."""

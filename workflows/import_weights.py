@@ -7,8 +7,6 @@ python workflows/import_weights.py --config ovsam --clip RN50x16 --pretrained op
     --adapter sam2clip_vith_rn50x16.pth --head clip2sam_coco_rn50x16.pth --out runs/ovsam_coco --names coco.json
 """
 
-import workflows.startup
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

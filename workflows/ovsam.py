@@ -9,12 +9,10 @@ teacher (clip.py) --> sam2clip: CLIP's levels -> SAM's embedding <---------+
       with --text-to-mask also: SAM learns to be prompted by CLIP's embeddings, so by names
 
 python workflows/ovsam.py --config smoke
-python workflows/ovsam.py --config pictograms --teacher runs/runs/clip/<run>/model
-python workflows/ovsam.py --config pictograms --teacher ... --sam runs/runs/ovsam/<run>/sam_model
+python workflows/ovsam.py --config pictograms --teacher store/runs/clip/<run>/model
+python workflows/ovsam.py --config pictograms --teacher ... --sam store/runs/ovsam/<run>/sam_model
 ray job submit --working-dir . -- python workflows/ovsam.py --config smoke --storage s3://bucket/ovd
 """
-
-import workflows.startup
 
 import dataclasses
 import tempfile

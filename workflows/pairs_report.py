@@ -8,8 +8,6 @@ reports/pairs-<name>.html: one file that fetches nothing and runs no script
 python workflows/pairs_report.py --storage runs --name mine
 """
 
-import workflows.startup
-
 import contextlib
 import functools
 import operator
@@ -49,7 +47,7 @@ COLOURS = {"kept": "#0b6e4f", "fetch": "#c8553d", "decode": "#d9972b", "filter":
 class Run:
     """One report."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     name: str
     """Name of the tables."""

@@ -7,8 +7,6 @@ python workflows/prepare_boxes.py --config coco --data photos/    # photos/insta
 python workflows/prepare_boxes.py --config coco --name lvis --data lvis_train/ --eval-data lvis_val/    # LVIS
 """
 
-import workflows.startup
-
 import dataclasses
 import json
 from collections import Counter
@@ -37,7 +35,7 @@ SCENES = 100
 class Run:
     """One box set: `<name>-train` with base boxes only, `<name>-eval` with all."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     name: str
     """Name of the tables, before `-train` and `-eval`."""

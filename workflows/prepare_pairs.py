@@ -18,8 +18,6 @@ python workflows/prepare_pairs.py --config web --name mine --urls more.tsv --add
 python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --retry timeout connect
 """
 
-import workflows.startup
-
 import contextlib
 import dataclasses
 import os
@@ -61,7 +59,7 @@ SAMPLED_PARTITIONS = 40
 class Run:
     """One crawl."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     name: str
     """Name of the tables."""
@@ -430,7 +428,7 @@ def site_of(run: Run) -> Iterator[Run]:
     if not run.site_pictures + run.site_scenes:
         yield run
         return
-    local = "runs" if "://" in run.storage else run.storage  # images are served from files of this machine
+    local = "store" if "://" in run.storage else run.storage  # images are served from files of this machine
     root = Path(storage.absolute(local)) / "sites" / f"{run.name}-{run.site_pictures}-{run.site_scenes}"
     if not (root / "expected.parquet").exists():
         print(f"web site: drawing {run.site_pictures + run.site_scenes:,} images in {root}", flush=True)

@@ -7,8 +7,6 @@ python workflows/search.py --config pictograms --text "red umbrella"
 python workflows/search.py --config pictograms --text "an anchor and a cat" --over captions --prompt-set ""
 """
 
-import workflows.startup
-
 import dataclasses
 import io
 import time
@@ -47,7 +45,7 @@ LINE = 16
 class Run:
     """One search."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     name: str
     """Name of the `regions` or `embeddings` table."""
@@ -119,7 +117,7 @@ def search(run: Run) -> list[Hit]:
     checkpoint = run.teacher or str(manifest.details["checkpoint"])
     teacher, query_D = embed_query(checkpoint, run.text, run.prompt_set)
     rows = open_rows(run.storage, table, run.name, {"teacher": teacher}, column)
-    local = "runs" if "://" in run.storage else run.storage
+    local = "store" if "://" in run.storage else run.storage
     index = storage.join(storage.absolute(local), "indexes", f"{table}-{run.name}-{column}-{manifest.digest}.faiss")
     started = time.perf_counter()
     found, scores = nearest(rows, query_D, run.top, index)

@@ -11,8 +11,6 @@ curl -F image=@street.jpg -F 'vocabulary=["red umbrella", "anchor"]' http://127.
 curl -F image=@street.jpg -F 'prompts={"points": [[120, 80]]}' http://127.0.0.1:8000/v1/segment      # an OV-SAM
 """
 
-import workflows.startup
-
 import asyncio
 import contextlib
 import dataclasses
@@ -71,7 +69,7 @@ class Run:
 
     model: str = ""
     """The checkpoint: a folder, its URI, or models:/<name>@<alias>."""
-    storage: str = "runs"
+    storage: str = "store"
     """Where a models:/ URI and the teacher's `texts` are looked up."""
     texts: bool = True
     """Take embeddings of names from the teacher's `texts`, which a replica then holds in memory; other names are

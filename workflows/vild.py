@@ -6,12 +6,10 @@ boxes (novel ones stripped) --> rpn --> proposals checkpoint
 boxes, regions --> DetectionBatch --> detector -> AP50 of base and novel names -> runs/vild/<run>/model
 
 python workflows/vild.py --config smoke
-python workflows/vild.py --config pictograms --teacher runs/runs/clip/<run>/model
+python workflows/vild.py --config pictograms --teacher store/runs/clip/<run>/model
 python workflows/vild.py --config pictograms --model.variant text --teacher ... --proposals runs/.../proposals
 python workflows/vild.py --config lvis_r50 --storage s3://bucket/ovd --teacher s3://bucket/clip
 """
-
-import workflows.startup
 
 import dataclasses
 import tempfile

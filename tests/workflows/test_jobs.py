@@ -123,5 +123,5 @@ def test_job_carries_the_code_and_nothing_else(tmp_path: Path) -> None:
     create_package(str(ROOT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
     names = zipfile.ZipFile(package).namelist()
     assert "workflows/common/cli.py" in names
-    assert not [name for name in names if name.split("/")[0] in {".git", ".venv", "runs", "mlruns"}]
+    assert not [name for name in names if name.split("/")[0] in {".git", ".venv", "runs", "store", "mlruns"}]
     assert package.stat().st_size < 20 * 2**20

@@ -1,21 +1,16 @@
-"""The one grammar of every script: `--config NAME`, then a flag for every field of its run."""
+"""The command line of every script: `--config NAME`, then a flag for every field of its run."""
 
 import argparse
-import atexit
-import contextlib
 import dataclasses
-import gc
 import hashlib
-import io
 import json
-import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
+from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, ParseErrorEvent, UnrecognizedArgs, on_parse_error
 
 from ovd_models.errors import InputError
 
@@ -23,7 +18,7 @@ R = TypeVar("R")
 
 
 def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Sequence[str] | None = None) -> R:
-    """The run that the command line asks for: a named config, with any field changed by its flag.
+    """Read a run from the command line: a named config, with any field changed by its flag.
 
     Args:
         configs: name -> function that returns a complete run; the first one is the default.
@@ -46,43 +41,40 @@ def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Se
         raise InputError(f"--config {known.config}: unknown, expected one of {', '.join(configs)}")
     run = configs[known.config]()
     description = f"{doc or ''}\n\n--config NAME  one of {', '.join(configs)} (default {default})"
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            return tyro.cli(type(run), args=rest, default=run, description=description)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(unframed(told.getvalue())) from None
+    with on_parse_error(_raise_input_error):
+        return tyro.cli(type(run), args=rest, default=run, description=description)
 
 
-def unframed(text: str) -> str:
-    """The message of tyro's box as one line: between its title and its hints, which horizontal rules set off."""
-    message = re.split("[─-]{5,}", text)[1]
-    return " ".join(message.translate(dict.fromkeys(map(ord, "│╮╭╰╯"), " ")).split())
+def _raise_input_error(event: ParseErrorEvent) -> None:
+    """Report a bad flag in one line instead of tyro's box."""
+    if isinstance(event, UnrecognizedArgs):
+        raise InputError(f"unknown flags: {', '.join(event.tokens)}")
+    if isinstance(event, BadValue):
+        raise InputError(f"{event.argument.display_name()}: missing value")
+    if isinstance(event, InvalidChoice):
+        choices = ", ".join(event.choices)
+        raise InputError(f"{event.argument.display_name()}: {event.value!r}, expected one of {choices}")
+    if isinstance(event, InstantiationFailure):
+        flag = f"{event.argument.display_name()}: " if event.argument else ""
+        raise InputError(f"{flag}{event.message}")
+    raise InputError(f"bad command line ({type(event).__name__})")
 
 
 def execute(job: Callable[[], object]) -> NoReturn:
-    """Run a script's `main` and exit: 0 done, 1 the job failed, 2 bad input; see `outcome`."""
-    code = outcome(job)
-    if code:
-        sys.exit(code)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # Python would take the imported modules apart, for two seconds
+    """Run a script's `main` and exit: 0 done, 1 the job failed, 2 bad input, 130 stopped.
+
+    A user's error is one line; other errors are raised. `SIGTERM`, which `ray job stop` sends, ends the script as
+    Ctrl-C does, so that `finally` blocks run.
+    """
+    sys.exit(outcome(job))
 
 
 def outcome(job: Callable[[], object]) -> int:
-    """The exit code of a script's `main`, with one line for a user's error; other errors are raised.
-
-    `SIGTERM`, which `ray job stop` sends, ends the script as Ctrl-C does, so that `finally` blocks run.
-    """
+    """The exit code of a script's `main`; see `execute`."""
 
     def stop(signum: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    gc.enable()  # see startup.py
     signal.signal(signal.SIGTERM, stop)
     try:
         job()
@@ -91,7 +83,7 @@ def outcome(job: Callable[[], object]) -> int:
         return 2
     except SystemExit as end:
         if end.code:
-            raise  # of `--help` it is 0
+            raise  # 0 after `--help`
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -255,7 +255,7 @@ def local_model(uri: str, storage_uri: str) -> Path:
     return model_folder(uri, storage_uri) if uri.startswith(MODEL_SCHEME) else storage.local_folder(uri)
 
 
-def model_folder(uri: str, storage_uri: str = "runs") -> Path:
+def model_folder(uri: str, storage_uri: str = "store") -> Path:
     """The local folder of a registered checkpoint, downloaded if it is not on this machine.
 
     Args:

@@ -17,7 +17,7 @@ from workflows.common.training import Optimisation
 class Run:
     """One training of CoDet."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds tables and runs."""
     config: str
     """Name of the config, for tracking."""

@@ -19,7 +19,7 @@ from workflows.common.training import Optimisation
 class Run:
     """One training of ViLD."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds tables and runs."""
     config: str
     """Name of the config, for tracking."""

@@ -7,11 +7,9 @@ curves:    novel AP50 over group sizes and numbers of proposals
 
 A killed study continues: each result is a file, and a training goes on from its last checkpoint.
 
-python -m workflows.studies.codet --config pictograms --teacher runs/runs/clip/<run>/model
-python -m workflows.studies.codet --config sweeps --teacher runs/runs/clip/<run>/model
+python -m workflows.studies.codet --config pictograms --teacher store/runs/clip/<run>/model
+python -m workflows.studies.codet --config sweeps --teacher store/runs/clip/<run>/model
 """
-
-import workflows.startup
 
 import dataclasses
 import io
@@ -45,7 +43,7 @@ from workflows.studies.study import Numbers
 class Run:
     """One study."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds tables and runs."""
     name: str = "codet_study"
     """Of the report."""

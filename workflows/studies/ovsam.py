@@ -11,12 +11,10 @@ teachers train for as many steps as give the same number of operations. Distract
 tried on other scenes than the main table's. A killed study continues: each result is a file, and a training goes on
 from its last checkpoint.
 
-python -m workflows.studies.ovsam --config pictograms --teacher runs/runs/clip/<run>/model
+python -m workflows.studies.ovsam --config pictograms --teacher store/runs/clip/<run>/model
 python -m workflows.studies.ovsam --config pictograms --teacher ... \
-    --other-teachers runs/runs/clip/<run of a ViT>/model --detectors runs/runs/codet/<run>/model
+    --other-teachers store/runs/clip/<run of a ViT>/model --detectors store/runs/codet/<run>/model
 """
-
-import workflows.startup
 
 import dataclasses
 import itertools
@@ -60,7 +58,7 @@ FEATURES = tuple(name for name, config in BASELINES.items() if config.crop != "i
 class Run:
     """One study."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds tables and runs."""
     teacher: str = ""
     """Folder or URI of the CLIP checkpoint whose image tower is taken over, a convolutional one."""

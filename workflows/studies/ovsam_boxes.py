@@ -2,11 +2,9 @@
 
 boxes/<name>-eval --detector--> boxes with names --> SAM, OV-SAM prompted by the boxes --> masks --> mask AP
 
-python -m workflows.studies.ovsam_boxes --model runs/runs/ovsam/<run>/model --sam runs/runs/ovsam/<run>/sam_model \
-    --detectors runs/runs/codet/<run>/model runs/runs/vild/<run>/model
+python -m workflows.studies.ovsam_boxes --model store/runs/ovsam/<run>/model --sam store/runs/ovsam/<run>/sam_model \
+    --detectors store/runs/codet/<run>/model store/runs/vild/<run>/model
 """
-
-import workflows.startup
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,7 +32,7 @@ from workflows.common.teacher import read_categories
 class Run:
     """One comparison."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     model: str = ""
     """Folder or URI of an OV-SAM checkpoint."""

@@ -9,10 +9,8 @@ each seed: rpn (base boxes) -> proposals; those of one seed -> embeddings that a
 A killed study continues: each result is a file, and a training goes on from its last checkpoint. Seeds are innermost,
 and what the claims rest on most comes first, so that the report of an unfinished study says most.
 
-python -m workflows.studies.vild --config pictograms --teacher runs/runs/clip/<run>/model
+python -m workflows.studies.vild --config pictograms --teacher store/runs/clip/<run>/model
 """
-
-import workflows.startup
 
 import dataclasses
 import math
@@ -53,7 +51,7 @@ RPN_BASE, RPN_FULL = "RPN, base boxes", "RPN, base and novel boxes"
 class Run:
     """One study."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds tables and runs."""
     teacher: str = ""
     """Folder or URI of the CLIP checkpoint."""

@@ -3,11 +3,9 @@
 model, boxes/<name> --one pass--> regions' embeddings, boxes, objectness --> AP50 for every scoring
 teacher --crops of the same regions--> ViLD-text + CLIP, CLIP on crops with and without objectness
 
-python -m workflows.studies.vild_sweep --model runs/runs/vild/<run>/model --boxes pictograms-eval
-python -m workflows.studies.vild_sweep --model ... --boxes pictograms-eval --teacher runs/runs/clip/<run>/model
+python -m workflows.studies.vild_sweep --model store/runs/vild/<run>/model --boxes pictograms-eval
+python -m workflows.studies.vild_sweep --model ... --boxes pictograms-eval --teacher store/runs/clip/<run>/model
 """
-
-import workflows.startup
 
 import dataclasses
 import itertools
@@ -40,7 +38,7 @@ from workflows.common.teacher import open_teacher, read_categories
 class Run:
     """One sweep."""
 
-    storage: str = "runs"
+    storage: str = "store"
     """Folder or URI that holds all tables."""
     model: str = ""
     """Folder or URI of a ViLD checkpoint, or an MLflow `models:/` URI."""

@@ -4,10 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -23,9 +22,10 @@ class Inner:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    storage: str = "runs"
+    storage: str = "store"
     steps: int
     flag: bool = False
+    mode: Literal["quick", "exact"] = "quick"
     inner: Inner = field(default_factory=Inner)
     options: dict[str, Any] = field(default_factory=lambda: {"width": 8})
 
@@ -48,7 +48,7 @@ def test_the_first_config_is_the_default_and_flags_stand_in_any_order() -> None:
     assert parse("--steps", "7", "--config=large") == dataclasses.replace(CONFIGS["large"](), steps=7)
 
 
-def test_an_unknown_config_is_told() -> None:
+def test_an_unknown_config_is_refused() -> None:
     with pytest.raises(InputError, match=r"^--config huge: unknown, expected one of small, large$"):
         parse("--config", "huge")
 
@@ -56,14 +56,15 @@ def test_an_unknown_config_is_told() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--unheard", "1"], "Unrecognized options: --unheard, 1"),
-        (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
-        (["--inner.rate"], "Missing value for argument '--inner.rate'. Expected 1 values."),
+        (["--unheard", "1"], "unknown flags: --unheard, 1"),
+        (["--steps", "many"], "--steps: invalid literal for int() with base 10: 'many'"),
+        (["--inner.rate"], "--inner.rate: missing value"),
+        (["--mode", "slow"], "--mode: 'slow', expected one of quick, exact"),
         (["--config"], "--config: expected one argument"),
-        (["x"], "Unrecognized options: x"),
+        (["x"], "unknown flags: x"),
     ],
 )
-def test_a_bad_flag_is_told_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_flag_is_refused_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError) as caught:
         parse(*arguments)
     assert str(caught.value) == message
@@ -84,9 +85,10 @@ def test_a_run_is_json_and_flat_names() -> None:
     run = CONFIGS["large"]()
     assert json.loads(cli.to_json(run))["inner"] == {"rate": 0.2, "sizes": [1, 2]}
     assert cli.flatten(run) == {
-        "storage": "runs",
+        "storage": "store",
         "steps": 500,
         "flag": False,
+        "mode": "quick",
         "inner.rate": 0.2,
         "inner.sizes": (1, 2),
         "options.width": 8,
@@ -133,10 +135,10 @@ def test_exit_codes(job: str, code: int, line: str, capsys: pytest.CaptureFixtur
 def script(body: str) -> list[str]:
     # A test run in the background ignores Ctrl-C, and so would its children.
     listens = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    return [sys.executable, "-c", f"{listens}from workflows import cli\ndef job():\n{body}\ncli.execute(job)"]
+    return [sys.executable, "-c", f"{listens}from workflows.common import cli\ndef job():\n{body}\ncli.execute(job)"]
 
 
-def test_a_done_job_says_all_that_it_has_to_say_and_runs_what_was_left_for_the_end() -> None:
+def test_a_finished_job_prints_everything_and_runs_its_exit_handlers() -> None:
     body = "    import atexit\n    atexit.register(print, 'end')\n    print('done', end=' ')"
     found = subprocess.run(script(body), capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout, found.stderr) == (0, "done end\n", "")
@@ -156,10 +158,8 @@ def test_a_stopped_job_runs_its_finally_blocks(tmp_path: Path, number: signal.Si
     with subprocess.Popen(script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
         assert job.stdout.readline() == "begun\n"
-        started = time.monotonic()
         os.kill(job.pid, number)
         _, errors = job.communicate(timeout=30)
     assert job.returncode == 130
     assert errors == "interrupted\n"
-    assert time.monotonic() - started < 10
     assert (tmp_path / "done").exists()
