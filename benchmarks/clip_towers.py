@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ovd_models.clip.model import Clip, ClipConfig
 from workflows import clip
-from workflows.common.training import build_optimiser
+from workflows.common.optimisation import build_optimiser
+from workflows.configs import clip as clip_configs
 
 TIMED_STEPS = 7
 
@@ -51,7 +52,7 @@ def multiply_adds(config: ClipConfig) -> tuple[int, int]:
 def step_seconds(config: ClipConfig, batch: int) -> float:
     """CPU-seconds of a training step, the median of a few."""
     model, contrast = Clip(config).train(), ClipLoss()
-    optimiser = build_optimiser(model, clip.pictograms().optimisation)
+    optimiser = build_optimiser(model, clip_configs.pictograms().optimisation)
     images = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8)
     tokens = model.tokenize(["a red umbrella and an anchor"] * batch)
     seconds = []
@@ -72,7 +73,7 @@ def measure(tower: str, storage: str, base_steps: int) -> dict[str, Any]:
         figures: dict[str, Any] = json.loads(told.read_text())
         return figures
     reference = multiply_adds(ClipConfig())[0]
-    default = clip.pictograms()
+    default = clip_configs.pictograms()
     config = dataclasses.replace(default.model, vision=TOWERS[tower])
     adds, parameters = multiply_adds(config)
     steps = max(5, round(base_steps * reference / adds))
@@ -91,8 +92,8 @@ def measure(tower: str, storage: str, base_steps: int) -> dict[str, Any]:
         "parameters": parameters,
         "multiply_adds": adds,
         "steps": steps,
-        "top1_base": trained.top1_base,
-        "top1_novel": trained.top1_novel,
+        "top1_base": trained.metrics.top1_base,
+        "top1_novel": trained.metrics.top1_novel,
         "cpu_seconds": step_seconds(config, run.batch_size) * steps,
     }
     told.write_text(json.dumps(figures))

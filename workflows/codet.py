@@ -14,24 +14,20 @@ ray job submit --working-dir . -- python workflows/codet.py --config smoke --sto
 """
 
 import dataclasses
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import ray.train
 import torch
 from torch import Tensor, nn
 
-from data_prep import storage, tables
+from data_prep import storage
 from data_prep.streams.box_loader import detection_loader
 from data_prep.streams.collate import DetectionCollate, GroupCollate
 from data_prep.streams.group_loader import group_loader
-from data_prep.streams.plans import Stream, StreamShape, stream
 from ovd_models.batches import ConceptBatch
-from ovd_models.checkpoints import load_codet, load_encoder, save_detector
+from ovd_models.checkpoints import load_codet, load_encoder, save_detector, save_encoder
 from ovd_models.codet.drawing import draw_attention, draw_similarity
 from ovd_models.codet.model import CoDet
 from ovd_models.detectors.centernet2 import CenterNet2
@@ -40,37 +36,21 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.vocabulary import TextEncoder
 from workflows import evaluate, prepare_boxes, prepare_pairs
-from workflows.common import cli, tracking, training
-from workflows.common.teacher import Names, open_encoder, read_names, share_encoder, untrained_teacher
-from workflows.common.tracking import MetricLogger, TrackedRun
-from workflows.common.training import Meter, Optimisation, Session
+from workflows.common import cli, runs, tracking, training
+from workflows.common.optimisation import Optimisation
+from workflows.common.runs import ActiveRun, Evaluation, Trained
+from workflows.common.teacher import Names, default_teacher, open_encoder, read_names
+from workflows.common.tracking import MetricLogger
+from workflows.common.training import Session, Stage
 from workflows.configs.codet import CONFIGS, Run
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of the training with a schedule of its own."""
+class Metrics:
+    """Results after each stage."""
 
-    name: str
-    settings: Optimisation
-    joint: bool
-    """Whether it is the last one, in which caption groups take part."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What came of a training."""
-
-    model: str
-    """Folder or URI of the checkpoint."""
-    boxes_model: str
-    """The one after box supervision alone."""
     box_supervised: DetectionMetrics
     codet: DetectionMetrics
-    box_seconds: float
-    joint_seconds: float
-    eval_seconds: float
-    run_id: str
 
 
 def train_worker(
@@ -79,66 +59,43 @@ def train_worker(
     names: Names,
     encoder_folder: str,
     start: dict[str, Tensor],
-    stage_dir: str,
     logger: MetricLogger,
 ) -> None:
     """The loop of both stages: batches -> losses -> step."""
     device = training.prepare_worker(stage.settings)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
     model = CoDet(run.model)
     model.load_state_dict(start)
-    session = Session(model, stage.settings, device, stage_dir)
+    session = Session(model, stage, device, logger)
     if isinstance(model.detector, CenterNet2):
         model.detector.set_image_counts(torch.tensor(names.base_image_counts))
     base_KD, concepts_CD = names.base_embeddings.to(device), names.concept_embeddings.to(device)
 
-    meter = Meter()
-    detections = meter.waiting(
-        ray.train.get_dataset_shard("boxes").iter_torch_batches(
-            batch_size=run.detection_batch // world, collate_fn=DetectionCollate(), prefetch_batches=2
-        )
-    )
+    detections = session.batches("boxes", run.detection_batch, DetectionCollate())
     groups: Iterator[ConceptBatch] = iter(())
     if uses_captions(run, stage):
         encoder = load_encoder(storage.local_folder(encoder_folder))
         collate = GroupCollate(len(concepts_CD), encoder if run.model.caption_weight else None)
-        shard = ray.train.get_dataset_shard("groups")
-        groups = meter.waiting(
-            shard.iter_torch_batches(batch_size=run.groups_per_step // world, collate_fn=collate, prefetch_batches=2)
-        )
+        groups = session.batches("groups", run.groups_per_step, collate)
     replaced = 0
     while not session.done:
-        takes_boxes, takes_captions = kinds_of_step(run, stage, session.step)
-        detection = next(detections).to(device) if takes_boxes else None
-        concepts = next(groups).to(device) if takes_captions else None
+        with_boxes, with_captions = kinds_of_step(run, stage, session.step)
+        detection = next(detections).to(device) if with_boxes else None
+        concepts = next(groups).to(device) if with_captions else None
         with session.autocast():
             losses = session.model(detection, concepts, base_KD, concepts_CD)
-        session.update(torch.stack(list(losses.values())).sum())
-        images = run.detection_batch * takes_boxes + run.groups_per_step * run.group_size * takes_captions
-        meter.add(losses, images)
+        session.update(losses)
         if concepts is not None and concepts.unreadable:
             if not replaced:
-                print(
-                    f"codet {stage.name}: replaced an image that cannot be read: {concepts.unreadable[0]}", flush=True
-                )
+                print(f"{stage.job}: replaced an image that cannot be read: {concepts.unreadable[0]}", flush=True)
             replaced += len(concepts.unreadable)
-        if rank == 0 and session.step % stage.settings.log_every == 0:
-            metrics = meter.collect()
-            logged = {**metrics, "train/replaced_images": replaced} if replaced else metrics
-            logger.log({f"{stage.name}/{key}": value for key, value in logged.items()}, session.step)
-            training.print_progress(f"codet {stage.name}", session.step, stage.settings.steps, metrics)
-        if session.due:
-            with meter.timing("checkpoint"):
-                session.checkpoint({})
-            if rank == 0 and concepts is not None:
-                log_attention(session.module, concepts, names, session.step, logger)
-            logger.flush()
-    logger.flush(wait=True)
+        if session.due and session.rank == 0 and concepts is not None:
+            log_attention(session.module, concepts, names, session.step, logger)
+        images = run.detection_batch * with_boxes + run.groups_per_step * run.group_size * with_captions
+        session.end_step(losses, images, {"train/replaced_images": replaced} if replaced else None)
 
 
 def kinds_of_step(run: Run, stage: Stage, step: int) -> tuple[bool, bool]:
-    """Whether a step takes boxes, and whether it takes captions: the same on every worker."""
+    """Whether a step uses boxes, and whether it uses captions: the same on every worker."""
     captions = uses_captions(run, stage)
     if captions and run.alternate:
         return step % 2 == 0, step % 2 == 1
@@ -160,7 +117,7 @@ def log_attention(model: nn.Module, concepts: ConceptBatch, names: Names, step: 
 
 def uses_captions(run: Run, stage: Stage) -> bool:
     """Whether a stage reads caption groups."""
-    return stage.joint and run.model.supervision != "boxes"
+    return stage.name == "joint" and run.model.supervision != "boxes"
 
 
 def train_stage(
@@ -169,7 +126,6 @@ def train_stage(
     names: Names,
     encoder_folder: str,
     start: dict[str, Tensor],
-    run_dir: str,
     logger: MetricLogger,
 ) -> dict[str, Tensor]:
     """Feed the streams of one stage to the loop; returns the final weights."""
@@ -183,127 +139,97 @@ def train_stage(
         masks=run.model.architecture == "centernet2" and run.model.centernet2.mask_convs > 0,
         repeat_threshold=run.repeat_threshold,
     )
-    box_shape = StreamShape(rows_per_step=run.detection_batch, workers=settings.workers)
-    pace = 2 if run.alternate and uses_captions(run, stage) else 1  # steps from one batch of a kind to the next
-    last = -(-settings.steps // pace)
-    streams: dict[str, Callable[[int], Stream]] = {"boxes": lambda step: stream(boxes, box_shape, step // pace, last)}
+    every = 2 if run.alternate and uses_captions(run, stage) else 1
+    streams = {"boxes": training.feed(boxes, run.detection_batch, settings, every)}
     if uses_captions(run, stage):
         groups = group_loader(
             run.storage, run.pairs, seed=settings.seed, group_size=run.group_size, sampling=run.sampling
         )
-        group_shape = StreamShape(rows_per_step=run.groups_per_step, workers=settings.workers)
-        streams["groups"] = lambda step: stream(groups, group_shape, step // pace, last)
-    stage_dir = storage.join(run_dir, stage.name)
-    loop = partial(train_worker, run, stage, names, encoder_folder, start, stage_dir, logger)
-    training.fit(loop, settings, stage_dir, streams)
-    return training.final_weights(stage_dir)
+        streams["groups"] = training.feed(groups, run.groups_per_step, settings, every)
+    loop = partial(train_worker, run, stage, names, encoder_folder, start, logger)
+    return training.fit(loop, stage, streams)
 
 
-def train(run: Run) -> Trained:
+def train(run: Run) -> Trained[Metrics]:
     """Box supervision, then joint training; both are evaluated and saved.
 
     Raises:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
-    run_dir = training.open_run(run.storage, "codet", run.config, run.resume)
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
     names = read_names(run.storage, run.boxes, run.pairs, encoder)
-    training.start_ray_for(run.box_stage, run.joint_stage)
     run, weights = initial_weights(run, names.base_embeddings.shape[1])
-    tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in inputs_of(run).items()}
-    training.hold_to_inputs(run_dir, {**tags, "teacher": encoder.teacher})
-    encoder_folder = share_encoder(encoder, run_dir)
-    results: dict[str, tuple[str, DetectionMetrics, float, float]] = {}
-    with tracking.run(run.storage, experiment="codet", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
-        tracked.log_text(cli.to_json(run), "run.json")
-        stages = [Stage("boxes", run.box_stage, joint=False), Stage("joint", run.joint_stage, joint=True)]
+    boxes, joint = run.box_stage, run.joint_stage
+    with runs.open_run(
+        run,
+        "codet",
+        tables_read={
+            "boxes": f"{run.boxes}-train",
+            "categories": run.boxes,
+            "concepts": run.pairs,
+            "groups": run.pairs,
+        },
+        inputs={"teacher": encoder.teacher},
+        stages=(boxes, joint),
+    ) as active:
+        encoder_folder, logger = active.save("encoder", partial(save_encoder, encoder)), active.tracked.logger()
         if run.box_model:
-            stages, (weights, results["boxes"]) = stages[1:], given_boxes(run, weights)
-        for stage in stages:
-            started = time.perf_counter()
-            weights = train_stage(run, stage, names, encoder_folder, weights, run_dir, tracked.logger())
-            trained = time.perf_counter()
-            model, metrics = finish_stage(run, stage, names, encoder, weights, run_dir, tracked)
-            results[stage.name] = (model, metrics, trained - started, time.perf_counter() - trained)
-    boxes_model, box_metrics, box_seconds, box_eval = results["boxes"]
-    model, metrics, joint_seconds, joint_eval = results["joint"]
-    return Trained(
-        model=model,
-        boxes_model=boxes_model,
-        box_supervised=box_metrics,
-        codet=metrics,
-        box_seconds=box_seconds,
-        joint_seconds=joint_seconds,
-        eval_seconds=box_eval + joint_eval,
-        run_id=tracked.run_id,
+            boxes_model = run.box_model
+        else:
+            with active.timing("boxes"):
+                weights = train_stage(run, active.stage("boxes", boxes), names, encoder_folder, weights, logger)
+            boxes_model = active.save("boxes_model", partial(save, run, weights, names, encoder))
+        active.outputs["boxes_model"] = boxes_model
+        with active.timing("evaluate"):
+            supervised = evaluate_model(run, active, boxes_model, f"eval/{run.boxes}/box_supervised", boxes)
+        with active.timing("joint"):
+            weights = train_stage(run, active.stage("joint", joint), names, encoder_folder, weights, logger)
+
+        def evaluate_joint(model: str) -> Evaluation[Metrics]:
+            found = evaluate_model(run, active, model, f"eval/{run.boxes}", joint)
+            return found.of(Metrics(supervised.metrics, found.metrics))
+
+        return active.finish(partial(save, run, weights, names, encoder), evaluate_joint, f"ovd-codet-{run.boxes}")
+
+
+def save(run: Run, weights: dict[str, Tensor], names: Names, encoder: TextEncoder, folder: Path) -> None:
+    """Write a complete checkpoint folder."""
+    model = CoDet(run.model)
+    model.load_state_dict(weights)
+    save_detector(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
+
+
+def evaluate_model(
+    run: Run, active: ActiveRun, model: str, prefix: str, stage: Optimisation
+) -> Evaluation[DetectionMetrics]:
+    """Evaluate a checkpoint and log the results under `prefix`."""
+    settings = evaluate.Run(
+        storage=run.storage, model=model, boxes=f"{run.boxes}-eval", device=training.device_of(stage)
     )
+    return evaluate.evaluate_and_log(settings, active.tracked, prefix, stage.steps)
 
 
-def given_boxes(
-    run: Run, start: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], tuple[str, DetectionMetrics, float, float]]:
-    """Weights of the detector that `--box-model` names, and its results as a box stage that took no time.
+def given_weights(run: Run, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The initial weights with those of the detector that `--box-model` names.
 
     Raises:
         InputError: it is no detector of this architecture.
     """
-    started = time.perf_counter()
-    folder = storage.local_folder(run.box_model)
-    given = load_codet(folder).state_dict()
+    given = load_codet(storage.local_folder(run.box_model)).state_dict()
     for name, value in start.items():
         found = list(given[name].shape) if name in given else "nothing"
         if found != list(value.shape) and not name.startswith("aggregations."):
             raise InputError(f"--box-model {run.box_model}: {name}: found {found}, expected {list(value.shape)}")
     same = {name for name, value in start.items() if name in given and given[name].shape == value.shape}
-    weights = {name: given[name] if name in same else value for name, value in start.items()}
-    metrics, _ = evaluate.evaluate(evaluate.Run(storage=run.storage, model=str(folder), boxes=f"{run.boxes}-eval"))
-    return weights, (run.box_model, metrics, 0.0, time.perf_counter() - started)
-
-
-def finish_stage(
-    run: Run,
-    stage: Stage,
-    names: Names,
-    encoder: TextEncoder,
-    weights: dict[str, Tensor],
-    run_dir: str,
-    tracked: TrackedRun,
-) -> tuple[str, DetectionMetrics]:
-    """Save the checkpoint folder, evaluate it, and log metrics, pictures and the per-class table."""
-    model = CoDet(run.model)
-    model.load_state_dict(weights)
-    target = storage.join(run_dir, "model" if stage.joint else "boxes_model")
-    with tempfile.TemporaryDirectory() as folder:
-        save_detector(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
-        storage.upload_folder(Path(folder), target)
-        metrics, pictures = evaluate.evaluate(
-            evaluate.Run(
-                storage=run.storage,
-                model=folder,
-                boxes=f"{run.boxes}-eval",
-                device=training.device_of(run.joint_stage),
-            )
-        )
-        prefix = f"eval/{run.boxes}" if stage.joint else f"eval/{run.boxes}/box_supervised"
-        evaluate.log(tracked, metrics, pictures, prefix, stage.settings.steps)
-        if stage.joint:
-            tracking.register(
-                tracked,
-                Path(folder),
-                name=f"ovd-codet-{run.boxes}",
-                metric=f"{prefix}/{metrics.headline}",
-                value=metrics.summary()[metrics.headline],
-            )
-    return target, metrics
-
-
-def inputs_of(run: Run) -> dict[str, str]:
-    """The tables that a run reads."""
-    return {"boxes": f"{run.boxes}-train", "categories": run.boxes, "concepts": run.pairs, "groups": run.pairs}
+    return {name: given[name] if name in same else value for name, value in start.items()}
 
 
 def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
-    """Weights to start from, and the run with the embedding width and batch norm that go with them."""
+    """Weights to start from, and the run with the embedding width and batch norm that go with them.
+
+    Raises:
+        InputError: see `given_weights`.
+    """
     torch.manual_seed(run.box_stage.seed)
     state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
     frozen = state is not None or (bool(run.box_model) and run.model.detector.freeze_norm)
@@ -313,35 +239,29 @@ def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
     model = CoDet(run.model)
     if state is not None and isinstance(model.detector, RCNN):
         load_backbone(model.detector, state)
-    return run, model.state_dict()
+    weights = model.state_dict()
+    return run, given_weights(run, weights) if run.box_model else weights
 
 
 def prepare_data(run: Run) -> Run:
-    """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
-    if run.config == "smoke" and not run.data:
-        prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
-        prepare_pairs.prepare_smoke(run.storage)
-        if not run.teacher:
-            run = dataclasses.replace(run, teacher=untrained_teacher(run.storage))
-    elif run.data:
+    """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher."""
+    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
+    if run.data:
         boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
-        prepare_boxes.prepare(boxes)
         prepare_boxes.prepare_captions(boxes, run.pairs)
-    return run
+    elif run.config == "smoke":
+        prepare_pairs.prepare_smoke(run.storage)
+    teacher = default_teacher(run.storage, run.config, run.data, run.teacher)
+    return dataclasses.replace(run, teacher=teacher)
 
 
 def main() -> None:
-    """Read -> train -> evaluate; prints the table and what comes next."""
+    """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
-    run = prepare_data(run)
-    trained = train(run)
-    print(f"{'AP50':16}{'base':>8}{'novel':>8}{'all':>8}")
-    for label, metrics in (("box supervision", trained.box_supervised), ("CoDet", trained.codet)):
-        row = metrics.summary()
-        print(f"{label:16}{row['ap50_base']:8.3f}{row['ap50_novel']:8.3f}{row['ap50_all']:8.3f}")
-    print(f"model: {trained.model}")
-    print(f"next:  python workflows/serve.py --model {trained.model}")
+    trained = train(prepare_data(run))
+    rows = {"box supervision": trained.metrics.box_supervised, "CoDet": trained.metrics.codet}
+    runs.print_results(trained, runs.ap_table(rows), f"python workflows/serve.py --model {trained.model}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from data_prep.pictograms.world import World, contact_sheet
 from ovd_models.errors import InputError
 from workflows import clip, codet, evaluate, prepare_boxes, prepare_pairs, serve
 from workflows.common import cli, cluster, tracking
+from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
 from workflows.reports import demo as report
 
@@ -43,7 +44,7 @@ class Run:
     storage: str = "runs/demo"
     pairs: prepare_pairs.Run = field(default_factory=prepare_pairs.pictograms)
     boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
-    teacher: clip.Run = field(default_factory=clip.pictograms)
+    teacher: clip_configs.Run = field(default_factory=clip_configs.pictograms)
     detector: codet_configs.Run = field(default_factory=codet_configs.pictograms)
     port: int = 0
     """Of the endpoint that is called once; 0 finds a free one."""
@@ -56,13 +57,13 @@ def pictograms() -> Run:
 
 def smoke() -> Run:
     """The same path in little: shows that it runs, not that it learns."""
-    few = dataclasses.replace(clip.smoke().optimisation, steps=5, checkpoint_every=5, workers=1)
+    few = dataclasses.replace(clip_configs.smoke().optimisation, steps=5, checkpoint_every=5, workers=1)
     stage = dataclasses.replace(codet_configs.smoke().box_stage, workers=1)
     return Run(
         storage="runs/demo-smoke",
         pairs=prepare_pairs.smoke(),
         boxes=prepare_boxes.smoke(),
-        teacher=dataclasses.replace(clip.smoke(), optimisation=few),
+        teacher=dataclasses.replace(clip_configs.smoke(), optimisation=few),
         detector=dataclasses.replace(codet_configs.smoke(), box_stage=stage, joint_stage=stage),
     )
 
@@ -112,19 +113,19 @@ def tell(run: Run, folder: Path) -> dict[str, Any]:
         prepare_boxes.prepare(dataclasses.replace(run.boxes, storage=home))
     with watch.stage("clip"):
         teacher = clip.train(dataclasses.replace(run.teacher, storage=home))
-        print(f"zero-shot top-1: base {teacher.top1_base:.3f}, novel {teacher.top1_novel:.3f}")
+        print(f"zero-shot top-1: base {teacher.metrics.top1_base:.3f}, novel {teacher.metrics.top1_novel:.3f}")
     with watch.stage("codet"):
         trained = codet.train(dataclasses.replace(run.detector, storage=home, teacher=teacher.model))
     model = folder / "codet"
     storage.download_folder(trained.model, model)
     with watch.stage("serve"):
         answer, detect_ms, picture = ask(run, model, home)
-    box_supervised, joint = trained.box_supervised.summary(), trained.codet.summary()
+    box_supervised, joint = trained.metrics.box_supervised.summary(), trained.metrics.codet.summary()
     summary = {
         "seconds": 0.0,
         "stage_seconds": watch.seconds,
         "pairs": {"input": crawled.input, "kept": crawled.kept, "rejected": crawled.rejected},
-        "clip": {"top1_base": teacher.top1_base, "top1_novel": teacher.top1_novel},
+        "clip": {"top1_base": teacher.metrics.top1_base, "top1_novel": teacher.metrics.top1_novel},
         "box_supervised": {key: box_supervised[key] for key in ("ap50_base", "ap50_novel")},
         "codet": {key: joint[key] for key in ("ap50_base", "ap50_novel")},
         "detect_ms": detect_ms,
@@ -140,7 +141,7 @@ def tell(run: Run, folder: Path) -> dict[str, Any]:
             storage_uri=home,
             pairs=run.pairs.name,
             boxes=f"{run.boxes.name}-eval",
-            checkpoints=(trained.boxes_model, trained.model),
+            checkpoints=(trained.outputs["boxes_model"], trained.model),
             curves={
                 "CLIP": tracking.metric_history(tracking.tracking_uri(home), teacher.run_id, "train/loss"),
                 "Box supervision": tracking.metric_history(

@@ -26,6 +26,7 @@ from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.images import decode_image
 from ovd_models.ovsam.checkpoints import load_sam_folder, load_segmenter
 from workflows.common import cli, tracking
+from workflows.common.runs import Evaluation
 from workflows.common.teacher import read_categories
 from workflows.common.tracking import TrackedRun
 from workflows.reports import pointing as pointing_report
@@ -156,6 +157,19 @@ def log(
     }
     tracked.log_table(columns, f"{prefix}/per_class.json")
     tracked.log_pictures(pictures, prefix)
+
+
+def evaluate_and_log(run: Run, tracked: TrackedRun, prefix: str, step: int) -> Evaluation[DetectionMetrics]:
+    """Evaluate a detector in training and log the results.
+
+    Raises:
+        InputError: the model or a table is missing.
+    """
+    metrics, pictures = evaluate(run)
+    log(tracked, metrics, pictures, prefix, step)
+    return Evaluation(
+        metrics=metrics, headline=f"{prefix}/{metrics.headline}", value=metrics.summary()[metrics.headline]
+    )
 
 
 def main() -> None:

@@ -15,26 +15,21 @@ ray job submit --working-dir . -- python workflows/ovsam.py --config smoke --sto
 """
 
 import dataclasses
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray.data
-import ray.train
 import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 from torch import Tensor, nn
 
-from data_prep import storage, tables
+from data_prep import storage
 from data_prep.embeddings import features
 from data_prep.embeddings.texts import StoredEncoder, TextStore
 from data_prep.streams.collate import FeatureCollate, MaskCollate
 from data_prep.streams.mask_loader import feature_loader, mask_loader
-from data_prep.streams.plans import StreamShape, stream
 from ovd_models.clip.model import Clip, ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
 from ovd_models.ovsam.checkpoints import load_sam_folder, sam_id, save_ovsam, save_sam, save_text_to_mask
@@ -46,210 +41,13 @@ from ovd_models.sam.model import SamConfig, SamModel, load_sam
 from ovd_models.sam.training import SamTraining
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import prepare_boxes
-from workflows.common import cli, tracking, training
-from workflows.common.teacher import read_categories, untrained_teacher
-from workflows.common.tracking import MetricLogger, TrackedRun
-from workflows.common.training import Meter, Optimisation, Session
+from workflows.common import cli, runs, tracking, training
+from workflows.common.runs import ActiveRun, Evaluation, Trained
+from workflows.common.teacher import default_teacher, read_categories
+from workflows.common.tracking import MetricLogger
+from workflows.common.training import Session, Stage
 from workflows.configs.ovsam import CONFIGS, Run
 from workflows.reports import pointing as pointing_report
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training with a schedule of its own."""
-
-    name: str
-    settings: Optimisation
-    build: Callable[[], nn.Module]
-    """Makes the module that is trained, with any weights."""
-    extra: tuple[Tensor, ...]
-    """What its `forward` takes after the batch."""
-    seeded: bool
-    """Whether its `forward` draws at random, and so takes a generator last."""
-    collate: ArrowBatchCollateFn
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What came of a training."""
-
-    model: str
-    """Folder or URI of the checkpoint."""
-    sam: str
-    """Folder or URI of the SAM it learnt from."""
-    report: pointing_report.Report
-    seconds: dict[str, float]
-    """Of each stage."""
-    run_id: str
-
-
-def train_worker(stage: Stage, batch_size: int, start: dict[str, Tensor], stage_dir: str, logger: MetricLogger) -> None:
-    """The loop of every stage: batches -> losses -> step."""
-    device = training.prepare_worker(stage.settings)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    module = stage.build()
-    module.load_state_dict(start)
-    session = Session(module, stage.settings, device, stage_dir)
-    extra = [value.to(device) for value in stage.extra]
-    batches = ray.train.get_dataset_shard("images").iter_torch_batches(
-        batch_size=batch_size // world, collate_fn=stage.collate, prefetch_batches=2
-    )
-    meter = Meter()
-    for batch in meter.waiting(batches):
-        drawn: list[Any] = []
-        if stage.seeded:  # by step, so that a resumed run draws as an undisturbed one
-            drawn.append(torch.Generator().manual_seed((stage.settings.seed << 32) + session.step * world + rank))
-        with session.autocast():
-            losses = session.model(batch.to(device), *extra, *drawn)
-        session.update(torch.stack(list(losses.values())).sum())
-        meter.add(losses, batch_size)
-        if rank == 0 and session.step % stage.settings.log_every == 0:
-            metrics = meter.collect()
-            logger.log({f"{stage.name}/{key}": value for key, value in metrics.items()}, session.step)
-            training.print_progress(f"ovsam {stage.name}", session.step, stage.settings.steps, metrics)
-        if session.due:
-            with meter.timing("checkpoint"):
-                session.checkpoint({})
-            logger.flush()
-        if session.done:
-            break
-    logger.flush(wait=True)
-
-
-def train_stage(
-    run: Run, stage: Stage, load: Callable[[Any], Any], run_dir: str, start: dict[str, Tensor], logger: MetricLogger
-) -> dict[str, Tensor]:
-    """Feed a stream to the loop; returns the final weights."""
-    settings, stage_dir = stage.settings, storage.join(run_dir, stage.name)
-    shape = StreamShape(rows_per_step=run.batch_size, workers=settings.workers)
-    streams = {"images": lambda step: stream(load, shape, step, settings.steps)}
-    training.fit(partial(train_worker, stage, run.batch_size, start, stage_dir, logger), settings, stage_dir, streams)
-    return training.final_weights(stage_dir)
-
-
-def train_sam(run: Run, run_dir: str, logger: MetricLogger) -> str:
-    """Train a SAM on the masks of base categories; returns its checkpoint folder."""
-    target = storage.join(run_dir, "sam_model")
-    if storage.exists(storage.join(target, "config.json")):
-        return target
-    build = partial(SamTraining, run.sam_model, run.sam_training)
-    stage = Stage("sam", run.sam_stage, build, (), True, MaskCollate())
-    seed, flip = run.sam_stage.seed, run.flip_probability
-    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=seed, flip_probability=flip)
-    torch.manual_seed(seed)
-    module = build()
-    module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
-    return store_sam(run, module.model, target)
-
-
-def store_sam(run: Run, sam: SamModel, target: str) -> str:
-    """Write a SAM's checkpoint folder to the storage; returns it."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_sam(sam, folder, run=dataclasses.asdict(run))
-        storage.upload_folder(Path(folder), target)
-    return target
-
-
-def teach_sam(run: Run) -> str:
-    """Train a SAM in a run of its own, for several OV-SAMs to learn from; returns its checkpoint folder.
-
-    Raises:
-        InputError: the table of masks is missing.
-    """
-    run_dir = training.open_run(run.storage, "ovsam", run.config, run.resume)
-    tags = {"boxes": tables.read_manifest(run.storage, "boxes", f"{run.boxes}-train").digest}
-    training.start_ray_for(run.sam_stage)
-    with tracking.run(run.storage, experiment="ovsam", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
-        return train_sam(run, run_dir, tracked.logger())
-
-
-def open_sam(run: Run) -> tuple[SamModel, str]:
-    """The SAM that `--sam` gives, and its id.
-
-    Raises:
-        InputError: there is none, or the file is not a SAM of `sam_model`.
-    """
-    if not run.sam.endswith(".pth"):
-        return load_sam_folder(storage.local_folder(run.sam))
-    sam = load_sam(run.sam, run.sam_model)
-    return sam, sam_id(sam)
-
-
-def share_sam(run: Run, sam: SamModel, run_dir: str) -> str:
-    """The folder of the given SAM, for other processes; a published file is brought into that form."""
-    if not run.sam.endswith(".pth"):
-        return storage.absolute(run.sam)  # actors of the cache have other working folders
-    return store_sam(run, sam, storage.join(run_dir, "sam_model"))
-
-
-def train_adapter(run: Run, model: OvSam, sam: str, sam_name: str, run_dir: str, logger: MetricLogger) -> None:
-    """Cache the SAM's embeddings, then teach the adapter to make them from CLIP's levels."""
-    settings, name = run.sam2clip_stage, f"{run.boxes}-train"
-    features.cache_features(
-        run.storage,
-        name,
-        sam,
-        sam_name,
-        model.config.sam,
-        rows_per_shard=run.rows_per_shard,
-        workers=settings.workers,
-        gpus=float(settings.use_gpu),
-    )
-    cache = features.cache_name(run.storage, name, sam_name)
-    load = feature_loader(run.storage, name, cache, sam_name, seed=run.sam2clip_stage.seed)
-    build = partial(build_adapter_training, model.config)
-    stage = Stage("sam2clip", run.sam2clip_stage, build, (), False, FeatureCollate(load.shape))
-    module = Sam2ClipTraining(model)
-    module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
-
-
-def build_adapter_training(config: OvSamConfig) -> nn.Module:
-    """The second stage's module."""
-    return Sam2ClipTraining(OvSam(config))
-
-
-def build_head_training(config: OvSamConfig, settings: Clip2SamConfig) -> nn.Module:
-    """The third stage's module."""
-    return Clip2SamTraining(OvSam(config), settings)
-
-
-def train_head(
-    run: Run, model: OvSam, base: Vocabulary, base_ids: list[int], run_dir: str, logger: MetricLogger
-) -> None:
-    """Teach mask decoder and label branch the base categories."""
-    settings = run.clip2sam_stage
-    load = mask_loader(
-        run.storage, f"{run.boxes}-train", base_ids, seed=settings.seed, flip_probability=run.flip_probability
-    )
-    build = partial(build_head_training, model.config, run.clip2sam)
-    stage = Stage("clip2sam", settings, build, (base.embeddings[:, None],), True, MaskCollate())
-    module = Clip2SamTraining(model, run.clip2sam)
-    module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
-
-
-def build_text_training(sam: SamConfig, tower: TowerConfig, settings: TextToMaskConfig) -> nn.Module:
-    """The module that learns names as prompts."""
-    clip = ClipPyramid(build_tower(tower, sam.image_size))
-    return TextToMask(SamModel(sam), clip, tower, settings)
-
-
-def train_text(
-    run: Run, config: OvSamConfig, sam: SamModel, clip: Clip, names: "Names", run_dir: str, logger: MetricLogger
-) -> TextToMask:
-    """Teach a copy of the SAM to take CLIP's embeddings as prompts."""
-    settings = run.text_stage
-    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=settings.seed, flip_probability=0.0)
-    torch.manual_seed(settings.seed)
-    build = partial(build_text_training, config.sam, config.tower, run.text)
-    module = build()
-    assert isinstance(module, TextToMask)
-    module.sam.load_state_dict(sam.state_dict())
-    module.clip.load_tower(clip.model.visual.state_dict())
-    stage = Stage("text", settings, build, (), True, MaskCollate())
-    module.load_state_dict(train_stage(run, stage, load, run_dir, module.state_dict(), logger))
-    module.set_text_centre(names.base.embeddings)
-    return module.eval()
 
 
 @dataclass(frozen=True)
@@ -264,6 +62,156 @@ class Names:
     """All of them, base ones marked."""
     base: Vocabulary
     """Those that training masks carry."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage trains, in a form that workers can build."""
+
+    build: Callable[[], nn.Module]
+    """Makes the module, with any weights."""
+    collate: ArrowBatchCollateFn
+    extra: tuple[Tensor, ...] = ()
+    """Further arguments of its `forward`, after the batch."""
+    seeded: bool = False
+    """Whether its `forward` draws at random, and so takes a generator as its last argument."""
+
+
+def train_worker(run: Run, stage: Stage, task: Task, start: dict[str, Tensor], logger: MetricLogger) -> None:
+    """The loop of every stage: batches -> losses -> step."""
+    device = training.prepare_worker(stage.settings)
+    module = task.build()
+    module.load_state_dict(start)
+    session = Session(module, stage, device, logger)
+    extra = [value.to(device) for value in task.extra]
+    for batch in session.batches("images", run.batch_size, task.collate):
+        generators: list[torch.Generator] = []
+        if task.seeded:  # by step, so that a resumed run draws as an undisturbed one
+            position = session.step * session.world + session.rank
+            generators.append(torch.Generator().manual_seed((stage.settings.seed << 32) + position))
+        with session.autocast():
+            losses = session.model(batch.to(device), *extra, *generators)
+        session.update(losses)
+        session.end_step(losses, run.batch_size)
+
+
+def train_stage(
+    run: Run, active: ActiveRun, stage: Stage, task: Task, load: Callable[[Any], Any], module: nn.Module
+) -> None:
+    """Feed a stream to the loop; the module gets the final weights."""
+    loop = partial(train_worker, run, stage, task, module.state_dict(), active.tracked.logger())
+    streams = {"images": training.feed(load, run.batch_size, stage.settings)}
+    module.load_state_dict(training.fit(loop, stage, streams))
+
+
+def train_sam(run: Run, active: ActiveRun) -> str:
+    """Train a SAM on the masks of base categories; returns its checkpoint folder."""
+    target = storage.join(active.folder, "sam_model")
+    if storage.exists(storage.join(target, "config.json")):
+        return target
+    build = partial(SamTraining, run.sam_model, run.sam_training)
+    seed, flip = run.sam_stage.seed, run.flip_probability
+    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=seed, flip_probability=flip)
+    torch.manual_seed(seed)
+    module = build()
+    train_stage(run, active, active.stage("sam", run.sam_stage), Task(build, MaskCollate(), seeded=True), load, module)
+    return active.save("sam_model", partial(write_sam, run, module.model))
+
+
+def write_sam(run: Run, sam: SamModel, folder: Path) -> None:
+    """Write a SAM's checkpoint folder."""
+    save_sam(sam, folder, run=dataclasses.asdict(run))
+
+
+def teach_sam(run: Run) -> str:
+    """Train a SAM in a run of its own, for several OV-SAMs to learn from; returns its checkpoint folder.
+
+    Raises:
+        InputError: the table of masks is missing.
+    """
+    tables_read = {"boxes": f"{run.boxes}-train"}
+    with runs.open_run(run, "ovsam", tables_read=tables_read, inputs={}, stages=(run.sam_stage,)) as active:
+        return train_sam(run, active)
+
+
+def open_sam(run: Run) -> tuple[SamModel, str]:
+    """The SAM that `--sam` names, and its id.
+
+    Raises:
+        InputError: there is none, or the file is not a SAM of `sam_model`.
+    """
+    if not run.sam.endswith(".pth"):
+        return load_sam_folder(storage.local_folder(run.sam))
+    sam = load_sam(run.sam, run.sam_model)
+    return sam, sam_id(sam)
+
+
+def share_sam(run: Run, sam: SamModel, active: ActiveRun) -> str:
+    """The folder of the given SAM, for other processes; a published file is converted to a folder."""
+    if not run.sam.endswith(".pth"):
+        return storage.absolute(run.sam)  # actors of the cache have other working folders
+    return active.save("sam_model", partial(write_sam, run, sam))
+
+
+def train_adapter(run: Run, model: OvSam, sam_folder: str, sam_name: str, active: ActiveRun) -> None:
+    """Cache the SAM's embeddings, then train the adapter to predict them from CLIP's levels."""
+    settings, name = run.sam2clip_stage, f"{run.boxes}-train"
+    features.cache_features(
+        run.storage,
+        name,
+        sam_folder,
+        sam_name,
+        model.config.sam,
+        rows_per_shard=run.rows_per_shard,
+        workers=settings.workers,
+        gpus=float(settings.use_gpu),
+    )
+    cache = features.cache_name(run.storage, name, sam_name)
+    load = feature_loader(run.storage, name, cache, sam_name, seed=settings.seed)
+    task = Task(partial(build_adapter_training, model.config), FeatureCollate(load.shape))
+    train_stage(run, active, active.stage("sam2clip", settings), task, load, Sam2ClipTraining(model))
+
+
+def build_adapter_training(config: OvSamConfig) -> nn.Module:
+    """The second stage's module."""
+    return Sam2ClipTraining(OvSam(config))
+
+
+def build_head_training(config: OvSamConfig, settings: Clip2SamConfig) -> nn.Module:
+    """The third stage's module."""
+    return Clip2SamTraining(OvSam(config), settings)
+
+
+def train_head(run: Run, model: OvSam, names: Names, active: ActiveRun) -> None:
+    """Train the mask decoder and the label branch on the base categories."""
+    settings, base_ids = run.clip2sam_stage, [names.ids[name] for name in names.base.names]
+    load = mask_loader(
+        run.storage, f"{run.boxes}-train", base_ids, seed=settings.seed, flip_probability=run.flip_probability
+    )
+    build = partial(build_head_training, model.config, run.clip2sam)
+    task = Task(build, MaskCollate(), extra=(names.base.embeddings[:, None],), seeded=True)
+    train_stage(run, active, active.stage("clip2sam", settings), task, load, Clip2SamTraining(model, run.clip2sam))
+
+
+def build_text_training(sam: SamConfig, tower: TowerConfig, settings: TextToMaskConfig) -> nn.Module:
+    """The module that learns names as prompts."""
+    clip = ClipPyramid(build_tower(tower, sam.image_size))
+    return TextToMask(SamModel(sam), clip, tower, settings)
+
+
+def train_text(run: Run, config: OvSamConfig, sam: SamModel, clip: Clip, names: Names, active: ActiveRun) -> TextToMask:
+    """Train a copy of the SAM to use CLIP's embeddings as prompts."""
+    settings = run.text_stage
+    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=settings.seed, flip_probability=0.0)
+    torch.manual_seed(settings.seed)
+    build = partial(build_text_training, config.sam, config.tower, run.text)
+    module = build()
+    assert isinstance(module, TextToMask)
+    module.sam.load_state_dict(sam.state_dict())
+    module.clip.load_tower(clip.model.visual.state_dict())
+    train_stage(run, active, active.stage("text", settings), Task(build, MaskCollate(), seeded=True), load, module)
+    module.set_text_centre(names.base.embeddings)
+    return module.eval()
 
 
 def read_names(run: Run, encoder: ClipTextEncoder) -> Names:
@@ -312,7 +260,7 @@ def model_config(run: Run, sam: SamConfig, clip: Clip) -> OvSamConfig:
     )
 
 
-def train(run: Run) -> Trained:
+def train(run: Run) -> Trained[pointing_report.Report]:
     """All stages, then the evaluation beside SAM and the baselines.
 
     Raises:
@@ -320,104 +268,82 @@ def train(run: Run) -> Trained:
     """
     if run.needs_sam and not run.sam:
         raise InputError("--sam: missing, expected a SAM checkpoint, since this config trains none")
-    run_dir = training.open_run(run.storage, "ovsam", run.config, run.resume)
     clip, encoder = open_clip_teacher(run)
     names = read_names(run, encoder)
     if run.text_to_mask and len(names.base) < 2:
         raise InputError(f"categories/{run.boxes}: {len(names.base)} base names, expected at least 2 for text prompts")
-    inputs = {"boxes": f"{run.boxes}-train", "categories": run.boxes}
-    tags = {table: tables.read_manifest(run.storage, table, name).digest for table, name in inputs.items()}
     pointing_report.read_rows(run.storage, f"{run.boxes}-eval", names.ids, run.eval_images)  # before days of training
     given = open_sam(run) if run.sam else None
-    training.hold_to_inputs(run_dir, {**tags, "teacher": encoder.teacher, "sam": given[1] if given else "its own"})
-    training.start_ray_for(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage)
-    seconds: dict[str, float] = {}
-    with tracking.run(run.storage, experiment="ovsam", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
-        tracked.log_text(cli.to_json(run), "run.json")
-        logger, started = tracked.logger(), time.perf_counter()
-        sam_folder = share_sam(run, given[0], run_dir) if given else train_sam(run, run_dir, logger)
-        seconds["sam"] = time.perf_counter() - started
+    with runs.open_run(
+        run,
+        "ovsam",
+        tables_read={"boxes": f"{run.boxes}-train", "categories": run.boxes},
+        inputs={"teacher": encoder.teacher, "sam": given[1] if given else "its own"},
+        stages=(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage),
+    ) as active:
+        with active.timing("sam"):
+            sam_folder = share_sam(run, given[0], active) if given else train_sam(run, active)
+        active.outputs["sam"] = sam_folder
         sam, sam_name = given or load_sam_folder(storage.local_folder(sam_folder))
-        torch.manual_seed(run.sam2clip_stage.seed)
-        model = OvSam(model_config(run, sam.config, clip))
-        model.adopt(sam, clip.model.visual)
-        train_adapter(run, model, sam_folder, sam_name, run_dir, logger)
-        seconds["sam2clip"] = time.perf_counter() - started - sum(seconds.values())
-        base_ids = [names.ids[name] for name in names.base.names]
-        train_head(run, model, names.base, base_ids, run_dir, logger)
-        seconds["clip2sam"] = time.perf_counter() - started - sum(seconds.values())
+        with active.timing("sam2clip"):
+            torch.manual_seed(run.sam2clip_stage.seed)
+            model = OvSam(model_config(run, sam.config, clip))
+            model.adopt(sam, clip.model.visual)
+            train_adapter(run, model, sam_folder, sam_name, active)
+        with active.timing("clip2sam"):
+            train_head(run, model, names, active)
         text = None
         if run.text_to_mask:
-            text = train_text(run, model.config, sam, clip, names, run_dir, logger)
-            with tempfile.TemporaryDirectory() as folder:
-                save_text_to_mask(text, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
-                storage.upload_folder(Path(folder), storage.join(run_dir, "text_model"))
-            seconds["text"] = time.perf_counter() - started - sum(seconds.values())
-        target, report = finish(run, model.eval(), sam, text, encoder, names, run_dir, tracked)
-        seconds["evaluate"] = time.perf_counter() - started - sum(seconds.values())
-    return Trained(model=target, sam=sam_folder, report=report, seconds=seconds, run_id=tracked.run_id)
+            with active.timing("text"):
+                text = train_text(run, model.config, sam, clip, names, active)
+                active.outputs["text"] = active.save("text_model", partial(save, run, text, encoder, names))
+        evaluation = partial(evaluate_models, run, model.eval(), sam, text, names, active)
+        return active.finish(partial(save, run, model, encoder, names), evaluation, f"ovd-ovsam-{run.boxes}")
 
 
-def finish(
-    run: Run,
-    model: OvSam,
-    sam: SamModel,
-    text: TextToMask | None,
-    encoder: ClipTextEncoder,
-    names: Names,
-    run_dir: str,
-    tracked: TrackedRun,
-) -> tuple[str, pointing_report.Report]:
-    """Save the checkpoint folder, evaluate it beside SAM and the baselines, and log metrics and pictures."""
-    target = storage.join(run_dir, "model")
-    with tempfile.TemporaryDirectory() as folder:
+def save(run: Run, model: OvSam | TextToMask, encoder: ClipTextEncoder, names: Names, folder: Path) -> None:
+    """Write a complete checkpoint folder."""
+    if isinstance(model, TextToMask):
+        save_text_to_mask(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
+    else:
         save_ovsam(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
-        storage.upload_folder(Path(folder), target)
-        report = pointing_report.evaluate(
-            run.storage,
-            f"{run.boxes}-eval",
-            names.ids,
-            names.vocabulary,
-            model,
-            sam,
-            text,
-            limit=run.eval_images,
-            device=training.device_of(run.clip2sam_stage),
-        )
-        report.log(tracked, f"eval/{run.boxes}", run.clip2sam_stage.steps)
-        headline = "accuracy_novel" if "novel" in names.splits.values() else "accuracy_all"
-        tracking.register(
-            tracked,
-            Path(folder),
-            name=f"ovd-ovsam-{run.boxes}",
-            metric=f"eval/{run.boxes}/ovsam/box/{headline}",
-            value=report.rows["ovsam", "box"][headline],
-        )
-    return target, report
+
+
+def evaluate_models(
+    run: Run, model: OvSam, sam: SamModel, text: TextToMask | None, names: Names, active: ActiveRun, folder: str
+) -> Evaluation[pointing_report.Report]:
+    """Evaluate the OV-SAM beside SAM and the baselines, and log the results."""
+    report = pointing_report.evaluate(
+        run.storage,
+        f"{run.boxes}-eval",
+        names.ids,
+        names.vocabulary,
+        model,
+        sam,
+        text,
+        limit=run.eval_images,
+        device=training.device_of(run.clip2sam_stage),
+    )
+    report.log(active.tracked, f"eval/{run.boxes}", run.clip2sam_stage.steps)
+    metric = "accuracy_novel" if "novel" in names.splits.values() else "accuracy_all"
+    return Evaluation(
+        metrics=report, headline=f"eval/{run.boxes}/ovsam/box/{metric}", value=report.rows["ovsam", "box"][metric]
+    )
 
 
 def prepare_data(run: Run) -> Run:
-    """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
-    if run.config == "smoke" and not run.data:
-        prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
-        if not run.teacher:
-            run = dataclasses.replace(run, teacher=untrained_teacher(run.storage))
-    elif run.data:
-        boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
-        prepare_boxes.prepare(boxes)
-    return run
+    """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher."""
+    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
+    teacher = default_teacher(run.storage, run.config, run.data, run.teacher)
+    return dataclasses.replace(run, teacher=teacher)
 
 
 def main() -> None:
-    """Read -> train -> evaluate; prints the table and what comes next."""
+    """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
-    run = prepare_data(run)
-    trained = train(run)
-    print(trained.report.table())
-    print("  ".join(f"{name} {value:.0f} s" for name, value in trained.seconds.items()))
-    print(f"sam:   {trained.sam}")
-    print(f"model: {trained.model}")
+    trained = train(prepare_data(run))
+    runs.print_results(trained, trained.metrics.table(), f"python workflows/serve.py --model {trained.model}")
 
 
 if __name__ == "__main__":

@@ -202,6 +202,21 @@ def prepare_captions(run: Run, name: str) -> None:
     prepare_pairs.prepare_local(crawl, pa.table({"url": boxes["uri"], "caption": captions}))
 
 
+def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str) -> None:
+    """Publish the tables of a training's `--data`, or those of its `smoke` config; other configs have theirs.
+
+    Args:
+        storage_uri: the storage.
+        config: of the training.
+        boxes: name of the tables.
+        data: a folder of COCO's form, or empty.
+    """
+    if data:
+        prepare(dataclasses.replace(coco(), storage=storage_uri, name=boxes, data=data))
+    elif config == "smoke":
+        prepare(dataclasses.replace(smoke(), storage=storage_uri))
+
+
 def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)

@@ -12,20 +12,17 @@ python workflows/vild.py --config lvis_r50 --storage s3://bucket/ovd --teacher s
 """
 
 import dataclasses
-import tempfile
-import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import ray.train
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep import storage, tables
 from data_prep.streams.box_loader import RegionSource, detection_loader
 from data_prep.streams.collate import DetectionCollate
-from data_prep.streams.plans import StreamShape, stream
 from ovd_models.checkpoints import load_vild, read_info, save_detector
 from ovd_models.detectors.rcnn import ProposalNetwork, find_backbone_weights, load_backbone
 from ovd_models.errors import InputError
@@ -33,10 +30,11 @@ from ovd_models.evaluation import DetectionMetrics
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, evaluate, prepare_boxes
-from workflows.common import cli, tracking, training
-from workflows.common.teacher import open_encoder, read_categories, untrained_teacher
-from workflows.common.tracking import MetricLogger, TrackedRun
-from workflows.common.training import Meter, Optimisation, Session
+from workflows.common import cli, runs, tracking, training
+from workflows.common.runs import ActiveRun, Evaluation, Trained
+from workflows.common.teacher import default_teacher, open_encoder, read_categories
+from workflows.common.tracking import MetricLogger
+from workflows.common.training import Session, Stage
 from workflows.configs.vild import CONFIGS, Run
 
 
@@ -57,146 +55,96 @@ class Names:
         return torch.arange(len(self.vocabulary)) < len(self.ids)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What came of a training."""
-
-    model: str
-    """Folder or URI of the checkpoint."""
-    proposals: str
-    """The one of the proposal network."""
-    regions: str
-    """Name of the `regions` table; empty without distillation."""
-    metrics: DetectionMetrics
-    seconds: dict[str, float]
-    """By stage."""
-    run_id: str
-
-
 # --------------------------------------------------------------------------------------------------------- training
 
 
 def train_worker(
-    run: Run,
-    stage: Optimisation,
-    stage_dir: str,
-    start: dict[str, Tensor],
-    text_KD: Tensor,
-    trained_K: Tensor,
-    logger: MetricLogger,
+    run: Run, stage: Stage, start: dict[str, Tensor], text_KD: Tensor, trained_K: Tensor, logger: MetricLogger
 ) -> None:
     """The loop of both stages: batches -> losses -> step."""
-    device = training.prepare_worker(stage)
-    context = ray.train.get_context()
-    rank, world, name = context.get_world_rank(), context.get_world_size(), stage_dir.rsplit("/", 1)[-1]
-    model = build_model(run, name)
+    device = training.prepare_worker(stage.settings)
+    model = build_model(run, stage.name)
     model.load_state_dict(start)
-    if device.type == "cuda" and world > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    session = Session(model, stage, device, stage_dir)
+    session = Session(model, stage, device, logger)
     names = (text_KD.to(device), trained_K.to(device)) if isinstance(model, ViLD) else ()
-
-    meter = Meter()
-    batches = ray.train.get_dataset_shard("boxes").iter_torch_batches(
-        batch_size=run.detection_batch // world, collate_fn=DetectionCollate(), prefetch_batches=2
-    )
-    for batch in meter.waiting(batches):
+    for batch in session.batches("boxes", run.detection_batch, DetectionCollate()):
         with session.autocast():
             losses = session.model(batch.to(device), *names)
-        session.update(torch.stack(list(losses.values())).sum())
-        meter.add(losses, run.detection_batch)
-        if rank == 0 and session.step % stage.log_every == 0:
-            metrics = meter.collect()
-            logger.log({f"{name}/{key}": value for key, value in metrics.items()}, session.step)
-            training.print_progress(f"vild {name}", session.step, stage.steps, metrics)
-        if session.due:
-            with meter.timing("checkpoint"):
-                session.checkpoint({})
-            logger.flush()
-        if session.done:
-            break
-    logger.flush(wait=True)
+        session.update(losses)
+        session.end_step(losses, run.detection_batch)
 
 
 def build_model(run: Run, stage: str) -> ProposalNetwork | ViLD:
-    """What a stage trains."""
+    """The model that a stage trains."""
     return ProposalNetwork(run.model.detector) if stage == "rpn" else ViLD(run.model)
 
 
 def train_stage(
     run: Run,
-    name: str,
+    stage: Stage,
     names: Names,
     start: dict[str, Tensor],
-    run_dir: str,
     regions: RegionSource | None,
-    tracked: TrackedRun,
+    logger: MetricLogger,
 ) -> dict[str, Tensor]:
     """Feed the stream of a stage (`rpn` or `detector`) to the loop; returns the final weights."""
-    stage = run.rpn_stage if name == "rpn" else run.detector_stage
     loader = detection_loader(
         run.storage,
         run.train_table,
         names.ids,
-        seed=stage.seed,
+        seed=stage.settings.seed,
         augmentation=run.augmentation,
-        masks=run.model.detector.masks and name == "detector",
+        masks=run.model.detector.masks and stage.name == "detector",
         repeat_threshold=run.repeat_threshold,
         regions=regions,
     )
-    shape = StreamShape(rows_per_step=run.detection_batch, workers=stage.workers)
-    stage_dir = storage.join(run_dir, name)
-    loop = partial(
-        train_worker, run, stage, stage_dir, start, names.vocabulary.embeddings, names.trained, tracked.logger()
-    )
-    training.fit(loop, stage, stage_dir, {"boxes": lambda step: stream(loader, shape, step, stage.steps)})
-    return training.final_weights(stage_dir)
+    loop = partial(train_worker, run, stage, start, names.vocabulary.embeddings, names.trained, logger)
+    return training.fit(loop, stage, {"boxes": training.feed(loader, run.detection_batch, stage.settings)})
 
 
-def train(run: Run) -> Trained:
-    """Proposals, their embeddings, the detector; which is evaluated and saved.
+def train(run: Run) -> Trained[DetectionMetrics]:
+    """Proposals, their embeddings, then the detector, which is evaluated and saved.
 
     Raises:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
-    run, run_dir, names, encoder = begin(run)
-    tags = {"boxes": run.train_table, "categories": run.boxes}
-    tags = {table: tables.read_manifest(run.storage, table, entry).digest for table, entry in tags.items()}
-    training.hold_to_inputs(run_dir, {**tags, "teacher": encoder.teacher})
+    run, names, encoder = read_inputs(run)
     if run.proposals:
         check_proposals(run)
-    seconds, clock = {}, time.perf_counter
-    with tracking.run(run.storage, experiment="vild", name=run.config, params=cli.flatten(run), tags=tags) as tracked:
-        tracked.log_text(cli.to_json(run), "run.json")
-        started = clock()
-        proposals = run.proposals or train_proposals(run, names, encoder, run_dir, tracked)
-        seconds["rpn"], started = clock() - started, clock()
-        regions = embed_proposals(run, encoder, proposals) if run.model.distils else None
+    with open_run(run, encoder) as active:
+        logger = active.tracked.logger()
+        with active.timing("rpn"):
+            proposals = run.proposals or train_proposals(run, names, encoder, active)
+        with active.timing("embed"):
+            regions = embed_proposals(run, encoder, proposals) if run.model.distils else None
         if regions:
-            training.hold_to_inputs(run_dir, {"regions": regions.name})
-        seconds["embed"], started = clock() - started, clock()
-        start = detector_start(run, proposals)
-        weights = train_stage(run, "detector", names, start, run_dir, regions, tracked)
-        seconds["detector"], started = clock() - started, clock()
-        model, metrics = finish(run, names, encoder, weights, run_dir, tracked)
-        seconds["evaluate"] = clock() - started
-    return Trained(
-        model=model,
-        proposals=proposals,
-        regions=regions.name if regions else "",
-        metrics=metrics,
-        seconds=seconds,
-        run_id=tracked.run_id,
-    )
+            runs.hold_to_inputs(active.folder, {"regions": regions.name})
+        active.outputs.update(proposals=proposals, regions=regions.name if regions else "")
+        stage = active.stage("detector", run.detector_stage)
+        with active.timing("detector"):
+            weights = train_stage(run, stage, names, detector_start(run, proposals), regions, logger)
+        model = ViLD(run.model)
+        model.load_state_dict(weights)
+        evaluation = partial(evaluate_model, run, active)
+        return active.finish(partial(save, run, model, encoder, names), evaluation, f"ovd-vild-{run.boxes}")
 
 
-def begin(run: Run) -> tuple[Run, str, Names, TextEncoder]:
-    """What both stages need: the run with what follows from its data, its folder, the names and what embeds them."""
-    run_dir = training.open_run(run.storage, "vild", run.config, run.resume)
+def read_inputs(run: Run) -> tuple[Run, Names, TextEncoder]:
+    """The run completed by its data, the names and their encoder."""
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
     names = read_names(run, encoder)
-    training.start_ray_for(run.rpn_stage, run.detector_stage)
-    return complete(run, names), run_dir, names, encoder
+    return complete(run, names), names, encoder
+
+
+def open_run(run: Run, encoder: TextEncoder) -> AbstractContextManager[ActiveRun]:
+    """Open or resume the run of either stage."""
+    return runs.open_run(
+        run,
+        "vild",
+        tables_read={"boxes": run.train_table, "categories": run.boxes},
+        inputs={"teacher": encoder.teacher},
+        stages=(run.rpn_stage, run.detector_stage),
+    )
 
 
 def train_rpn(run: Run) -> str:
@@ -205,28 +153,27 @@ def train_rpn(run: Run) -> str:
     Raises:
         InputError: a table or the teacher is missing.
     """
-    run, run_dir, names, encoder = begin(run)
-    with tracking.run(run.storage, experiment="vild", name=run.config, params=cli.flatten(run)) as tracked:
-        return train_proposals(run, names, encoder, run_dir, tracked)
+    run, names, encoder = read_inputs(run)
+    with open_run(run, encoder) as active:
+        return train_proposals(run, names, encoder, active)
 
 
-def train_proposals(run: Run, names: Names, encoder: TextEncoder, run_dir: str, tracked: TrackedRun) -> str:
-    """Train the proposal network on the training boxes, whatever their category; returns its checkpoint.
+def train_proposals(run: Run, names: Names, encoder: TextEncoder, active: ActiveRun) -> str:
+    """Train the proposal network on all training boxes, whatever their category; returns its checkpoint.
 
-    A checkpoint is a whole detector: this one's box head has learnt nothing yet, only its proposals are of use.
+    A checkpoint is a whole detector: the box head of this one is untrained, and only its proposals are useful.
     """
     torch.manual_seed(run.rpn_stage.seed)
     network = ProposalNetwork(run.model.detector)
     state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
     if state is not None:
         load_backbone(network, state)
-    weights = train_stage(run, "rpn", names, network.state_dict(), run_dir, None, tracked)
+    stage = active.stage("rpn", run.rpn_stage)
+    weights = train_stage(run, stage, names, network.state_dict(), None, active.tracked.logger())
     torch.manual_seed(run.rpn_stage.seed)  # a resumed run gives the same checkpoint, and so the same embeddings
     model = ViLD(dataclasses.replace(run.model, variant="text", supervised_names=()))
     model.detector.load_state_dict(weights, strict=False)
-    target = storage.join(run_dir, "proposals")
-    save(run, model, encoder, names, target)
-    return target
+    return active.save("proposals", partial(save, run, model, encoder, names))
 
 
 def check_proposals(run: Run) -> None:
@@ -288,42 +235,23 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def finish(
-    run: Run, names: Names, encoder: TextEncoder, weights: dict[str, Tensor], run_dir: str, tracked: TrackedRun
-) -> tuple[str, DetectionMetrics]:
-    """Save the checkpoint folder, evaluate it, and log metrics, pictures and the per-class table."""
-    model = ViLD(run.model)
-    model.load_state_dict(weights)
-    target = storage.join(run_dir, "model")
-    save(run, model, encoder, names, target)
-    metrics, pictures = evaluate.evaluate(
-        evaluate.Run(
-            storage=run.storage,
-            model=target,
-            boxes=f"{run.boxes}-eval",
-            score_threshold=run.score_threshold,
-            max_detections=run.max_detections,
-            masks=run.measure_masks,
-            device=training.device_of(run.detector_stage),
-        )
+def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[DetectionMetrics]:
+    """Evaluate the checkpoint and log the results."""
+    settings = evaluate.Run(
+        storage=run.storage,
+        model=model,
+        boxes=f"{run.boxes}-eval",
+        score_threshold=run.score_threshold,
+        max_detections=run.max_detections,
+        masks=run.measure_masks,
+        device=training.device_of(run.detector_stage),
     )
-    prefix = f"eval/{run.boxes}"
-    evaluate.log(tracked, metrics, pictures, prefix, run.detector_stage.steps)
-    tracking.register(
-        tracked,
-        storage.local_folder(target),
-        name=f"ovd-vild-{run.boxes}",
-        metric=f"{prefix}/{metrics.headline}",
-        value=metrics.summary()[metrics.headline],
-    )
-    return target, metrics
+    return evaluate.evaluate_and_log(settings, active.tracked, f"eval/{run.boxes}", run.detector_stage.steps)
 
 
-def save(run: Run, model: ViLD, encoder: TextEncoder, names: Names, target: str) -> None:
-    """Write a complete checkpoint folder to the storage."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_detector(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
-        storage.upload_folder(Path(folder), target)
+def save(run: Run, model: ViLD, encoder: TextEncoder, names: Names, folder: Path) -> None:
+    """Write a complete checkpoint folder."""
+    save_detector(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
 
 
 # ------------------------------------------------------------------------------------------------------------ input
@@ -355,30 +283,19 @@ def complete(run: Run, names: Names) -> Run:
 
 
 def prepare_data(run: Run) -> Run:
-    """Publish the tables of `--data`, or those of `smoke`, unless they are there; other configs have theirs."""
-    if run.config == "smoke" and not run.data:
-        prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
-        if not run.teacher:
-            run = dataclasses.replace(run, teacher=untrained_teacher(run.storage))
-    elif run.data:
-        prepare_boxes.prepare(
-            dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
-        )
-    return run
+    """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher."""
+    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
+    teacher = default_teacher(run.storage, run.config, run.data, run.teacher)
+    return dataclasses.replace(run, teacher=teacher)
 
 
 def main() -> None:
-    """Read -> train -> evaluate; prints the table and what comes next."""
+    """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
-    run = prepare_data(run)
-    trained = train(run)
-    row = trained.metrics.summary()
-    print(f"{'AP50':16}{'base':>8}{'novel':>8}{'all':>8}")
-    print(f"{run.model.variant:16}{row['ap50_base']:8.3f}{row['ap50_novel']:8.3f}{row['ap50_all']:8.3f}")
-    print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in trained.seconds.items()))
-    print(f"model: {trained.model}\nproposals: {trained.proposals}  regions: {trained.regions or 'none'}")
-    print(f"next:  python workflows/serve.py --model {trained.model}")
+    trained = train(prepare_data(run))
+    table = runs.ap_table({run.model.variant: trained.metrics})
+    runs.print_results(trained, table, f"python workflows/serve.py --model {trained.model}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ from data_prep.pictograms.world import PICTURES, World, single_objects
 from ovd_models.clip.model import Clip, load_clip, load_text_encoder
 from ovd_models.errors import InputError
 from workflows import clip, prepare_pairs
-from workflows.clip import Run, Trained, random_shift, zero_shot
+from workflows.clip import Accuracy, held_out, random_shift, read_pretrained
 from workflows.common import cli, tracking, training
+from workflows.common.runs import Trained
+from workflows.configs import clip as clip_configs
+from workflows.configs.clip import Run
 
 
 def test_a_shift_moves_each_image_by_itself_and_repeats_its_edges() -> None:
@@ -44,20 +47,20 @@ def shift_of(before: torch.Tensor, after: torch.Tensor) -> tuple[int, int]:
 
 def test_an_untrained_model_names_at_chance() -> None:
     torch.manual_seed(0)
-    run = dataclasses.replace(clip.smoke(), eval_images=272)
-    base, novel = zero_shot(Clip(run.model).eval(), "clip:test", run)
-    assert 0 <= base < 0.1  # one of 68
-    assert 0 <= novel < 0.15
+    run = dataclasses.replace(clip_configs.smoke(), eval_images=272)
+    accuracy = held_out(Clip(run.model).eval(), run).accuracy()
+    assert 0 <= accuracy.top1_base < 0.1  # one of 68
+    assert 0 <= accuracy.top1_novel < 0.15
 
 
 def test_a_model_that_knows_the_answer_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = dataclasses.replace(clip.smoke(), eval_images=136)
+    run = dataclasses.replace(clip_configs.smoke(), eval_images=136)
     world = World.create(0)
     _, labels = single_objects(world, PICTURES, 136, seed=1_000)
     wrong = np.array([split == "novel" for split in world.splits])[labels]
-    told = iter([torch.nn.functional.one_hot(torch.from_numpy(labels + wrong) % 68, 68).float()])
-    monkeypatch.setattr(clip, "zero_shot_logits", lambda *_: next(told))
-    assert zero_shot(Clip(run.model).eval(), "clip:test", run) == (1.0, 0.0)
+    answers = iter([torch.nn.functional.one_hot(torch.from_numpy(labels + wrong) % 68, 68).float()])
+    monkeypatch.setattr(clip, "zero_shot_logits", lambda *_: next(answers))
+    assert held_out(Clip(run.model).eval(), run).accuracy() == Accuracy(top1_base=1.0, top1_novel=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +68,11 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run
     root = str(tmp_path_factory.mktemp("clip"))
     with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=root)) as crawl:
         prepare_pairs.prepare(crawl)
-    return dataclasses.replace(clip.smoke(), storage=root)
+    return dataclasses.replace(clip_configs.smoke(), storage=root)
 
 
 @pytest.fixture(scope="module")
-def trained(prepared: Run) -> Trained:
+def trained(prepared: Run) -> Trained[Accuracy]:
     return clip.train(prepared)
 
 
@@ -77,24 +80,24 @@ def test_a_flag_that_names_an_architecture_brings_its_settings() -> None:
     model = cli.parse(clip.CONFIGS, "", ["--model.name", "ViT-B-32"]).model
     assert model.statistics == (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
     assert (model.image_size, model.logit_scale_bound, model.templates) == (224, 100, "vild")
-    told = ["--model.name", "ViT-B-32", "--model.max-logit-scale", "30", "--model.text.layers", "4"]
-    assert cli.parse(clip.CONFIGS, "", told).model.logit_scale_bound == 30
+    flags = ["--model.name", "ViT-B-32", "--model.max-logit-scale", "30", "--model.text.layers", "4"]
+    assert cli.parse(clip.CONFIGS, "", flags).model.logit_scale_bound == 30
     tiny = cli.parse(clip.CONFIGS, "", ["--model.text.layers", "4"]).model
     assert (tiny.text["layers"], tiny.logit_scale_bound, tiny.templates) == (4, 50, "colours")
 
 
 @pytest.mark.ray
-def test_smoke_trains_evaluates_and_saves(prepared: Run, trained: Trained) -> None:
+def test_smoke_trains_evaluates_and_saves(prepared: Run, trained: Trained[Accuracy]) -> None:
     model, teacher = load_clip(trained.model)
     assert teacher.startswith("clip:")
-    assert zero_shot(model, teacher, prepared) == (trained.top1_base, trained.top1_novel)
+    assert held_out(model, prepared).accuracy() == trained.metrics
     assert load_text_encoder(trained.model).embed_names(["anchor"]).shape == (1, 128)
     saved = json.loads((Path(trained.model) / "run.json").read_text())
     assert (saved["config"], saved["pairs"], saved["optimisation"]["steps"]) == ("smoke", "smoke", 10)
 
 
 @pytest.mark.ray
-def test_losses_and_accuracy_are_tracked(prepared: Run, trained: Trained) -> None:
+def test_losses_and_accuracy_are_tracked(prepared: Run, trained: Trained[Accuracy]) -> None:
     uri = tracking.tracking_uri(prepared.storage)
     losses = tracking.metric_history(uri, trained.run_id, "train/loss")["train/loss_contrastive"]
     assert [step for step, _ in losses] == [10]
@@ -110,26 +113,27 @@ def test_losses_and_accuracy_are_tracked(prepared: Run, trained: Trained) -> Non
 
 
 @pytest.mark.ray
-def test_a_finished_run_resumes_to_the_same_model(prepared: Run, trained: Trained) -> None:
+def test_a_finished_run_resumes_to_the_same_model(prepared: Run, trained: Trained[Accuracy]) -> None:
     name = Path(trained.model).parent.name
     again = clip.train(dataclasses.replace(prepared, resume=name))
     assert again.model == trained.model
-    assert (again.top1_base, again.top1_novel) == (trained.top1_base, trained.top1_novel)
+    assert again.metrics == trained.metrics
 
 
 def first_weights(run: Run) -> dict[str, torch.Tensor]:
-    """What a worker starts from."""
-    _, first = clip.first_model(run, run.storage)
-    return load_clip(first)[0].state_dict()
+    """The weights that a worker starts from."""
+    first = read_pretrained(run)
+    assert first is not None
+    return first.state_dict()
 
 
 @pytest.mark.ray
-def test_training_goes_on_from_our_own_checkpoint_and_from_a_file(prepared: Run, trained: Trained) -> None:
+def test_training_goes_on_from_our_own_checkpoint_and_from_a_file(prepared: Run, trained: Trained[Accuracy]) -> None:
     ours = load_clip(trained.model)[0]
     tuned = dataclasses.replace(prepared, pretrained=trained.model)
     assert all(torch.equal(value, first_weights(tuned)[name]) for name, value in ours.state_dict().items())
     with pytest.raises(InputError, match=r"--pretrained none: expected --model\.name, or a checkpoint folder"):
-        clip.first_model(dataclasses.replace(prepared, pretrained="none"), prepared.storage)
+        read_pretrained(dataclasses.replace(prepared, pretrained="none"))
     once = dataclasses.replace(prepared.optimisation, steps=5, checkpoint_every=5, learning_rate=1e-9, warmup=0.0)
     again = clip.train(dataclasses.replace(tuned, optimisation=once, config="tuned"))
     after = load_clip(again.model)[0].state_dict()

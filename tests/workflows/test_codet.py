@@ -25,8 +25,9 @@ from ovd_models.detectors.centernet import CenterNetConfig
 from ovd_models.detectors.centernet2 import CenterNet2Config
 from ovd_models.errors import InputError
 from workflows import codet, evaluate
-from workflows.codet import Trained
+from workflows.codet import Metrics
 from workflows.common import cli, tracking
+from workflows.common.runs import Trained
 from workflows.configs import codet as codet_configs
 from workflows.configs.codet import Run
 from workflows.studies import codet as codet_study
@@ -42,7 +43,7 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 
 @pytest.fixture(scope="module")
-def trained(prepared: Run) -> Trained:
+def trained(prepared: Run) -> Trained[Metrics]:
     return codet.train(prepared)
 
 
@@ -51,7 +52,7 @@ def with_workers(run: Run, workers: int) -> Run:
     return dataclasses.replace(run, box_stage=stage, joint_stage=stage)
 
 
-def losses_of(run: Run, trained: Trained) -> dict[str, float]:
+def losses_of(run: Run, trained: Trained[Metrics]) -> dict[str, float]:
     """The last value of every loss of both stages."""
     uri = tracking.tracking_uri(run.storage)
     histories = {
@@ -74,25 +75,25 @@ LOSSES = {
 
 
 @pytest.mark.ray
-def test_both_stages_leave_a_checkpoint_that_detects(prepared: Run, trained: Trained) -> None:
-    for folder in (trained.boxes_model, trained.model):
+def test_both_stages_leave_a_checkpoint_that_detects(prepared: Run, trained: Trained[Metrics]) -> None:
+    for folder in (trained.outputs["boxes_model"], trained.model):
         detector = ovd_models.load(folder)
         assert (detector.method, len(detector.vocabulary)) == ("codet", 68)
         picture = Image.new("RGB", (128, 128), "grey")
         assert detector.detect(picture, ["anchor", "a name of nobody"]).names == ("anchor", "a name of nobody")
-    before, after = load_codet(trained.boxes_model).state_dict(), load_codet(trained.model).state_dict()
+    before, after = load_codet(trained.outputs["boxes_model"]).state_dict(), load_codet(trained.model).state_dict()
     assert not all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.ray
-def test_losses_are_finite_and_tracked_by_stage(prepared: Run, trained: Trained) -> None:
+def test_losses_are_finite_and_tracked_by_stage(prepared: Run, trained: Trained[Metrics]) -> None:
     found = losses_of(prepared, trained)
     assert set(found) == LOSSES
     assert all(math.isfinite(value) and value >= 0 for value in found.values())
 
 
 @pytest.mark.ray
-def test_the_resolved_run_lies_beside_the_checkpoint(prepared: Run, trained: Trained) -> None:
+def test_the_resolved_run_lies_beside_the_checkpoint(prepared: Run, trained: Trained[Metrics]) -> None:
     info = json.loads((Path(trained.model) / "config.json").read_text())
     assert info["run"]["teacher"] == prepared.teacher
     assert info["run"]["model"]["detector"]["embed_dim"] == info["model"]["detector"]["embed_dim"] == 128
@@ -112,14 +113,14 @@ def test_novel_boxes_never_reach_training(prepared: Run) -> None:
 
 @pytest.mark.ray
 def test_a_checkpoint_is_evaluated_by_its_own_script(
-    prepared: Run, trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    prepared: Run, trained: Trained[Metrics], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model", trained.model, "--storage", prepared.storage, "--boxes", "smoke-eval", "--num-pictures", "2"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     evaluate.main()
     lines = capsys.readouterr().out.splitlines()
     shown = {line.split()[0]: float(line.split()[1]) for line in lines[:6]}
-    expected = trained.codet.summary()
+    expected = trained.metrics.codet.summary()
     assert set(shown) == set(expected)
     assert all(shown[name] == pytest.approx(expected[name], abs=6e-4, nan_ok=True) for name in shown)
 
@@ -129,12 +130,12 @@ class Pair:
     """A run on two workers, and whether Ctrl-C means the same after it."""
 
     run: Run
-    trained: Trained
+    trained: Trained[Metrics]
     same_interrupt: bool
 
 
 @pytest.fixture(scope="module")
-def pair(prepared: Run, trained: Trained) -> Iterator[Pair]:
+def pair(prepared: Run, trained: Trained[Metrics]) -> Iterator[Pair]:
     # Box supervision stays inside the driver, to save the time that a group of workers takes to start.
     run = dataclasses.replace(prepared, joint_stage=dataclasses.replace(prepared.joint_stage, workers=2))
     before = signal.getsignal(signal.SIGINT)
@@ -150,7 +151,7 @@ def test_ctrl_c_means_the_same_after_training(pair: Pair) -> None:
 
 
 @pytest.mark.ray
-def test_two_workers_give_the_same_kind_of_result(prepared: Run, trained: Trained, pair: Pair) -> None:
+def test_two_workers_give_the_same_kind_of_result(prepared: Run, trained: Trained[Metrics], pair: Pair) -> None:
     run, found = pair.run, pair.trained
     losses = losses_of(run, found)
     assert set(losses) == LOSSES
@@ -164,27 +165,33 @@ def test_two_workers_give_the_same_kind_of_result(prepared: Run, trained: Traine
 
 
 @pytest.mark.ray
-def test_a_run_can_be_repeated(prepared: Run, trained: Trained, pair: Pair) -> None:
+def test_a_run_can_be_repeated(prepared: Run, trained: Trained[Metrics], pair: Pair) -> None:
     # both had their box supervision inside the driver
-    one, two = load_codet(trained.boxes_model).state_dict(), load_codet(pair.trained.boxes_model).state_dict()
+    one, two = (
+        load_codet(trained.outputs["boxes_model"]).state_dict(),
+        load_codet(pair.trained.outputs["boxes_model"]).state_dict(),
+    )
     assert all(torch.allclose(value, two[name], atol=1e-3) for name, value in one.items())
 
 
 @pytest.mark.ray
-def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: Trained) -> None:
-    run = dataclasses.replace(prepared, box_model=trained.boxes_model)
+def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: Trained[Metrics]) -> None:
+    run = dataclasses.replace(prepared, box_model=trained.outputs["boxes_model"])
     found = codet.train(run)
-    assert (found.boxes_model, found.box_seconds) == (trained.boxes_model, 0.0)
-    assert found.box_supervised.summary() == pytest.approx(trained.box_supervised.summary(), nan_ok=True)
+    assert found.outputs["boxes_model"] == trained.outputs["boxes_model"]
+    assert "boxes" not in found.seconds
+    assert found.metrics.box_supervised.summary() == pytest.approx(
+        trained.metrics.box_supervised.summary(), nan_ok=True
+    )
     # The same joint stage from the same weights as in the run that trained both.
     one, two = load_codet(trained.model).state_dict(), load_codet(found.model).state_dict()
     assert all(torch.allclose(value, two[name], atol=1e-3) for name, value in one.items())
 
 
 @pytest.mark.ray
-def test_kinds_of_batches_can_alternate(prepared: Run, trained: Trained) -> None:
+def test_kinds_of_batches_can_alternate(prepared: Run, trained: Trained[Metrics]) -> None:
     stage = dataclasses.replace(prepared.joint_stage, steps=4, checkpoint_every=10, log_every=1)
-    run = dataclasses.replace(prepared, box_model=trained.boxes_model, alternate=True, joint_stage=stage)
+    run = dataclasses.replace(prepared, box_model=trained.outputs["boxes_model"], alternate=True, joint_stage=stage)
     joint = codet.Stage("joint", stage, joint=True)
     assert [codet.kinds_of_step(run, joint, step) for step in range(3)] == [(True, False), (False, True), (True, False)]
     found = codet.train(run)
@@ -229,7 +236,7 @@ def test_the_detector_of_lvis_trains_with_masks_and_is_evaluated(prepared: Run) 
 
 
 @pytest.mark.ray
-def test_where_the_model_looks_is_tracked_as_pictures(prepared: Run, trained: Trained) -> None:
+def test_where_the_model_looks_is_tracked_as_pictures(prepared: Run, trained: Trained[Metrics]) -> None:
     (folder,) = (Path(prepared.storage) / "mlartifacts/codet").glob(f"{trained.run_id}/artifacts/images")
     for name in ("attention", "similarity"):
         (path,) = folder.glob(f"{name}*.png")
@@ -325,7 +332,9 @@ def bad(change: Callable[[Run], Run], prepared: Run) -> str:
 
 
 @pytest.mark.ray
-def test_what_cannot_be_trained_is_told_before_any_work(prepared: Run, trained: Trained, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_told_before_any_work(
+    prepared: Run, trained: Trained[Metrics], tmp_path: Path
+) -> None:
     replace = dataclasses.replace
     assert "--teacher: missing" in bad(lambda run: replace(run, teacher=""), prepared)
     assert "group_size: 1, expected at least 2" in bad(lambda run: replace(run, group_size=1), prepared)
@@ -351,7 +360,9 @@ def test_what_cannot_be_trained_is_told_before_any_work(prepared: Run, trained: 
     )
     assert "no detector checkpoint" in bad(lambda run: replace(run, box_model=str(tmp_path)), prepared)
     wider = replace(prepared.model, detector=replace(prepared.model.detector, head_width=32))
-    assert "expected [32" in bad(lambda run: replace(run, box_model=trained.boxes_model, model=wider), prepared)
+    assert "expected [32" in bad(
+        lambda run: replace(run, box_model=trained.outputs["boxes_model"], model=wider), prepared
+    )
     assert "no concept has 1000 images" in bad(lambda run: replace(run, group_size=1000), prepared)
 
 

@@ -28,11 +28,12 @@ from ovd_models.segments import Prompts, Segments, boxes_of
 from ovd_models.vocabulary import Vocabulary
 from workflows import evaluate, ovsam
 from workflows.common import cli, tracking
+from workflows.common.runs import Trained
 from workflows.common.teacher import read_categories
 from workflows.configs import ovsam as ovsam_configs
 from workflows.configs.ovsam import Run
-from workflows.ovsam import Trained
 from workflows.reports import pointing as pointing_report
+from workflows.reports.pointing import Report
 from workflows.studies import ovsam as ovsam_study
 from workflows.studies import ovsam_boxes, ovsam_names
 
@@ -43,12 +44,12 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 
 @pytest.fixture(scope="module")
-def trained(prepared: Run) -> Trained:
+def trained(prepared: Run) -> Trained[Report]:
     return ovsam.train(prepared)
 
 
 @pytest.mark.ray
-def test_smoke_leaves_a_checkpoint_that_segments_and_names(trained: Trained) -> None:
+def test_smoke_leaves_a_checkpoint_that_segments_and_names(trained: Trained[Report]) -> None:
     segmenter = ovd_models.load_segmenter(trained.model)
     assert len(segmenter.vocabulary) == 68
     picture = Image.new("RGB", (100, 80), "grey")
@@ -63,8 +64,8 @@ def test_smoke_leaves_a_checkpoint_that_segments_and_names(trained: Trained) -> 
 
 
 @pytest.mark.ray
-def test_every_stage_changes_its_part_and_no_other(prepared: Run, trained: Trained) -> None:
-    sam, _ = load_sam_folder(trained.sam)
+def test_every_stage_changes_its_part_and_no_other(prepared: Run, trained: Trained[Report]) -> None:
+    sam, _ = load_sam_folder(trained.outputs["sam"])
     model, info = load_ovsam_folder(trained.model)
     prompt = sam.sam.prompt_encoder.state_dict()
     assert all(torch.equal(value, prompt[name]) for name, value in model.prompt_encoder.state_dict().items())
@@ -76,8 +77,8 @@ def test_every_stage_changes_its_part_and_no_other(prepared: Run, trained: Train
 
 
 @pytest.mark.ray
-def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained) -> None:
-    report = trained.report
+def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained[Report]) -> None:
+    report = trained.metrics
     assert {kind for _, kind in report.rows} == {"box", "point", "text"}
     assert {"sam", "ovsam", "image crop", "mask features", "roi features"} <= {variant for variant, _ in report.rows}
     assert 0 <= report.rows["ovsam", "box"]["iou_all"] <= 1
@@ -90,19 +91,19 @@ def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained) -> No
 
 @pytest.mark.ray
 def test_a_checkpoint_is_measured_again(
-    prepared: Run, trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    prepared: Run, trained: Trained[Report], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = evaluate.Run(
         storage=prepared.storage,
         model=trained.model,
         boxes=f"{prepared.boxes}-eval",
         images=prepared.eval_images,
-        sam=trained.sam,
+        sam=trained.outputs["sam"],
     )
     again = evaluate.evaluate_segmenter(run)
-    assert set(again.rows) == {key for key in trained.report.rows if key[1] != "text"}
+    assert set(again.rows) == {key for key in trained.metrics.rows if key[1] != "text"}
     for key, values in again.rows.items():
-        assert values == pytest.approx(trained.report.rows[key], abs=1e-3, nan_ok=True)
+        assert values == pytest.approx(trained.metrics.rows[key], abs=1e-3, nan_ok=True)
     monkeypatch.setattr(
         sys,
         "argv",
@@ -114,7 +115,7 @@ def test_a_checkpoint_is_measured_again(
 
 
 @pytest.mark.ray
-def test_names_are_prompts_too(prepared: Run, trained: Trained) -> None:
+def test_names_are_prompts_too(prepared: Run, trained: Trained[Report]) -> None:
     segmenter = ovd_models.load_text_segmenter(Path(trained.model).parent / "text_model")
     image = torch.zeros(3, 50, 70, dtype=torch.uint8)
     assert segmenter.segment(image).names == load_ovsam_folder(trained.model)[1].vocabulary
@@ -131,7 +132,7 @@ def test_names_are_prompts_too(prepared: Run, trained: Trained) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize(("shift", "shown", "expected"), [(0, True, 1.0), (1, True, 0.0), (0, False, 0.0)])
 def test_masks_of_names_are_right_where_they_agree_with_what_is_so_named(
-    prepared: Run, trained: Trained, monkeypatch: pytest.MonkeyPatch, shift: int, shown: bool, expected: float
+    prepared: Run, trained: Trained[Report], monkeypatch: pytest.MonkeyPatch, shift: int, shown: bool, expected: float
 ) -> None:
     categories, _ = read_categories(prepared.storage, prepared.boxes)
     label_of = {key: label for label, key in enumerate(categories)}
@@ -151,7 +152,7 @@ def test_masks_of_names_are_right_where_they_agree_with_what_is_so_named(
 
 
 @pytest.mark.ray
-def test_losses_are_tracked_by_stage(prepared: Run, trained: Trained) -> None:
+def test_losses_are_tracked_by_stage(prepared: Run, trained: Trained[Report]) -> None:
     uri = tracking.tracking_uri(prepared.storage)
     names = {
         "sam": ("focal", "dice", "iou"),
@@ -165,11 +166,11 @@ def test_losses_are_tracked_by_stage(prepared: Run, trained: Trained) -> None:
 
 
 @pytest.mark.ray
-def test_a_trained_sam_is_taken_over_and_its_cache_used_again(prepared: Run, trained: Trained) -> None:
+def test_a_trained_sam_is_taken_over_and_its_cache_used_again(prepared: Run, trained: Trained[Report]) -> None:
     (cache,) = (Path(prepared.storage) / "features").iterdir()
     before = (cache / "manifest.json").stat().st_mtime_ns
-    again = ovsam.train(dataclasses.replace(prepared, sam=trained.sam))
-    assert again.sam == trained.sam
+    again = ovsam.train(dataclasses.replace(prepared, sam=trained.outputs["sam"]))
+    assert again.outputs["sam"] == trained.outputs["sam"]
     assert (cache / "manifest.json").stat().st_mtime_ns == before
     one, two = (load_ovsam_folder(folder)[0].state_dict() for folder in (trained.model, again.model))
     assert all(torch.allclose(value, two[name], atol=1e-4) for name, value in one.items())
@@ -218,10 +219,10 @@ def test_bad_input_is_told_before_any_work(prepared: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.ray
-def test_a_resumed_run_keeps_its_sam_and_its_teacher(prepared: Run, trained: Trained, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_sam_and_its_teacher(prepared: Run, trained: Trained[Report], tmp_path: Path) -> None:
     again = dataclasses.replace(prepared, resume=Path(trained.model).parent.name)
     with pytest.raises(InputError, match=r"began with sam its own, now has sam:\w+, expected the same"):
-        ovsam.train(dataclasses.replace(again, sam=trained.sam))
+        ovsam.train(dataclasses.replace(again, sam=trained.outputs["sam"]))
     torch.manual_seed(1)
     save_clip(Clip(ClipConfig()), tmp_path / "other")
     with pytest.raises(InputError, match=r"began with teacher clip:\w+, now has clip:\w+"):
@@ -258,11 +259,11 @@ def detector_folder(prepared: Run, folder: Path) -> str:
 
 
 @pytest.mark.ray
-def test_a_detectors_boxes_get_masks_and_names(prepared: Run, trained: Trained, tmp_path: Path) -> None:
+def test_a_detectors_boxes_get_masks_and_names(prepared: Run, trained: Trained[Report], tmp_path: Path) -> None:
     run = ovsam_boxes.Run(
         storage=prepared.storage,
         model=trained.model,
-        sam=trained.sam,
+        sam=trained.outputs["sam"],
         boxes=prepared.boxes,
         images=2,
         score_threshold=0.0,
@@ -308,7 +309,7 @@ def test_perfect_boxes_masks_and_names_have_an_ap_of_one(prepared: Run) -> None:
 
 @pytest.mark.ray
 def test_a_study_measures_once_and_continues(
-    prepared: Run, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Run, trained: Trained[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vision = {"image_size": 64, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
     save_clip(Clip(ClipConfig(vision=vision)), tmp_path / "vit")
@@ -324,7 +325,7 @@ def test_a_study_measures_once_and_continues(
     trainings: list[Run] = []
     train = ovsam.train
 
-    def noted(own: Run) -> Trained:
+    def noted(own: Run) -> Trained[Report]:
         trainings.append(own)
         return train(own)
 

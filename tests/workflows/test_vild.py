@@ -17,14 +17,15 @@ from ovd_models.checkpoints import load_vild
 from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
+from ovd_models.evaluation import DetectionMetrics
 from workflows import evaluate, failures, vild
 from workflows.common import cli, tracking
+from workflows.common.runs import Trained
 from workflows.configs import vild as vild_configs
 from workflows.configs.vild import Run
 from workflows.studies import study as studies
 from workflows.studies import vild as vild_study
 from workflows.studies import vild_sweep
-from workflows.vild import Trained
 
 NOVEL = 17
 
@@ -36,25 +37,28 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 
 @pytest.fixture(scope="module")
-def trained(prepared: Run) -> Trained:
+def trained(prepared: Run) -> Trained[DetectionMetrics]:
     return vild.train(prepared)
 
 
 @pytest.mark.ray
-def test_every_stage_leaves_what_the_next_one_reads(prepared: Run, trained: Trained) -> None:
-    manifest = tables.read_manifest(prepared.storage, "regions", trained.regions)
+def test_every_stage_leaves_what_the_next_one_reads(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
+    manifest = tables.read_manifest(prepared.storage, "regions", trained.outputs["regions"])
     assert manifest.details["crops"] == {"scales": [1.0, 1.5], "fit": "warp"}
-    counts = tables.read_table(prepared.storage, "regions", trained.regions, ["count"])["count"].to_pylist()
+    counts = tables.read_table(prepared.storage, "regions", trained.outputs["regions"], ["count"])["count"].to_pylist()
     assert len(counts) == 48
     assert 0 < max(counts) <= prepared.max_proposals
     detector = ovd_models.load(trained.model)
     assert (detector.method, len(detector.vocabulary)) == ("vild", 68)
-    before, after = load_vild(trained.proposals).detector.state_dict(), load_vild(trained.model).detector.state_dict()
+    before, after = (
+        load_vild(trained.outputs["proposals"]).detector.state_dict(),
+        load_vild(trained.model).detector.state_dict(),
+    )
     assert not all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.ray
-def test_losses_of_both_stages_are_tracked_and_finite(prepared: Run, trained: Trained) -> None:
+def test_losses_of_both_stages_are_tracked_and_finite(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
     uri = tracking.tracking_uri(prepared.storage)
     found = {
         name: points[-1][1]
@@ -67,14 +71,14 @@ def test_losses_of_both_stages_are_tracked_and_finite(prepared: Run, trained: Tr
 
 
 @pytest.mark.ray
-def test_the_resolved_run_lies_beside_the_checkpoint(trained: Trained) -> None:
+def test_the_resolved_run_lies_beside_the_checkpoint(trained: Trained[DetectionMetrics]) -> None:
     info = json.loads((Path(trained.model) / "config.json").read_text())
     assert info["run"]["model"]["detector"]["embed_dim"] == info["model"]["detector"]["embed_dim"] == 128
     assert list(info["splits"].values()).count("novel") == NOVEL
 
 
 @pytest.mark.ray
-def test_any_names_attributes_and_hierarchies_are_answered(trained: Trained) -> None:
+def test_any_names_attributes_and_hierarchies_are_answered(trained: Trained[DetectionMetrics]) -> None:
     detector = ovd_models.load(trained.model)
     picture = Image.new("RGB", (128, 128), "grey")
     assert detector.detect(picture, ["anchor", "a name of nobody"]).names == ("anchor", "a name of nobody")
@@ -90,17 +94,22 @@ def test_any_names_attributes_and_hierarchies_are_answered(trained: Trained) -> 
 
 
 @pytest.mark.ray
-def test_an_earlier_runs_proposals_and_embeddings_are_used_again(prepared: Run, trained: Trained) -> None:
+def test_an_earlier_runs_proposals_and_embeddings_are_used_again(
+    prepared: Run, trained: Trained[DetectionMetrics]
+) -> None:
     model = dataclasses.replace(prepared.model, variant="vild")
-    again = vild.train(dataclasses.replace(prepared, model=model, proposals=trained.proposals))
-    assert (again.proposals, again.regions) == (trained.proposals, trained.regions)
+    again = vild.train(dataclasses.replace(prepared, model=model, proposals=trained.outputs["proposals"]))
+    assert (again.outputs["proposals"], again.outputs["regions"]) == (
+        trained.outputs["proposals"],
+        trained.outputs["regions"],
+    )
     assert load_vild(again.model).config.variant == "vild"
 
 
 @pytest.mark.ray
-def test_supervised_training_finds_no_novel_name(prepared: Run, trained: Trained) -> None:
+def test_supervised_training_finds_no_novel_name(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
     model = dataclasses.replace(prepared.model, variant="supervised")
-    found = vild.train(dataclasses.replace(prepared, model=model, proposals=trained.proposals))
+    found = vild.train(dataclasses.replace(prepared, model=model, proposals=trained.outputs["proposals"]))
     assert found.metrics.summary()["ap50_novel"] == 0.0
     assert len(load_vild(found.model).config.supervised_names) == 68 - NOVEL
     rows = tables.read_table(prepared.storage, "categories", "smoke").to_pylist()
@@ -110,7 +119,7 @@ def test_supervised_training_finds_no_novel_name(prepared: Run, trained: Trained
 
 @pytest.mark.ray
 def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
-    prepared: Run, trained: Trained, tmp_path: Path
+    prepared: Run, trained: Trained[DetectionMetrics], tmp_path: Path
 ) -> None:
     detector = ovd_models.load(trained.model)
     seen = vild_sweep.record(detector, prepared.storage, "smoke-eval", "smoke")
@@ -128,7 +137,7 @@ def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
 
 
 @pytest.mark.ray
-def test_the_teacher_alone_is_measured_on_the_same_regions(prepared: Run, trained: Trained) -> None:
+def test_the_teacher_alone_is_measured_on_the_same_regions(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
     detector = ovd_models.load(trained.model)
     seen = vild_sweep.record(detector, prepared.storage, "smoke-eval", "smoke")
     run = vild_sweep.Run(max_crops=4)
@@ -159,7 +168,7 @@ def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() 
 
 
 @pytest.mark.ray
-def test_failures_are_found_and_written(prepared: Run, trained: Trained, tmp_path: Path) -> None:
+def test_failures_are_found_and_written(prepared: Run, trained: Trained[DetectionMetrics], tmp_path: Path) -> None:
     output = tmp_path / "failures.html"
     counts = failures.gallery(
         failures.Run(
@@ -269,9 +278,9 @@ def bad(change: Callable[[Run], Run], prepared: Run) -> str:
 
 
 @pytest.mark.ray
-def test_what_cannot_be_trained_is_told(prepared: Run, trained: Trained, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_told(prepared: Run, trained: Trained[DetectionMetrics], tmp_path: Path) -> None:
     replace = dataclasses.replace
-    given = replace(prepared, proposals=trained.proposals)
+    given = replace(prepared, proposals=trained.outputs["proposals"])
     assert "--teacher: missing" in bad(lambda run: replace(run, teacher=""), prepared)
     assert "regions_per_step: 9, expected 1 to 8" in bad(lambda run: replace(run, regions_per_step=9), prepared)
     assert "no CLIP checkpoint" in bad(lambda run: replace(run, teacher=str(tmp_path)), prepared)
@@ -279,13 +288,13 @@ def test_what_cannot_be_trained_is_told(prepared: Run, trained: Trained, tmp_pat
     assert "no such table; `python workflows/embed.py`" in bad(lambda run: replace(run, regions="nowhere"), given)
     wider = replace(prepared.model, detector=replace(prepared.model.detector, pyramid_channels=128))
     assert "pyramid_channels is 64, expected 128" in bad(lambda run: replace(run, model=wider), given)
-    info = json.loads(Path(trained.proposals, "config.json").read_text())
-    shutil.copytree(trained.proposals, tmp_path / "seen")
+    info = json.loads(Path(trained.outputs["proposals"], "config.json").read_text())
+    shutil.copytree(trained.outputs["proposals"], tmp_path / "seen")
     Path(tmp_path, "seen", "config.json").write_text(json.dumps({**info, "run": {**info["run"], "novel_boxes": True}}))
     told = bad(lambda run: replace(run, proposals=str(tmp_path / "seen")), prepared)
     assert "learnt from novel boxes, expected proposals of base boxes" in told
     other = replace(prepared.crops, fit="pad")
-    assert "made with crops" in bad(lambda run: replace(run, regions=trained.regions, crops=other), given)
+    assert "made with crops" in bad(lambda run: replace(run, regions=trained.outputs["regions"], crops=other), given)
     texts = tmp_path / "texts.npy"
     np.save(texts, np.ones((68, 8)))
     assert "--texts: names only" in bad(lambda run: replace(run, texts=str(texts)), prepared)

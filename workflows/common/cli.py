@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
-from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, ParseErrorEvent, UnrecognizedArgs, on_parse_error
+from tyro._errors import (
+    BadValue,
+    InstantiationFailure,
+    InvalidChoice,
+    ParseErrorEvent,
+    UnrecognizedArgs,
+    on_parse_error,
+)
 
 from ovd_models.errors import InputError
 

@@ -1,9 +1,7 @@
 """The teacher of a detector: its text encoder, and the names that it embeds."""
 
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from data_prep import storage, tables
 from data_prep.embeddings.teachers import EmbedConfig, Teacher, store_checkpoint
 from data_prep.embeddings.texts import StoredEncoder, TextStore, read_matrix
-from ovd_models.checkpoints import load_encoder, save_encoder
+from ovd_models.checkpoints import load_encoder
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
@@ -102,6 +100,13 @@ def untrained_teacher(storage_uri: str) -> str:
     return folder
 
 
+def default_teacher(storage_uri: str, config: str, data: str, teacher: str) -> str:
+    """The teacher of a training: the given one; for a `smoke` run on its own tables an untrained one."""
+    if config == "smoke" and not data and not teacher:
+        return untrained_teacher(storage_uri)
+    return teacher
+
+
 def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str) -> TextEncoder:
     """The teacher's text encoder.
 
@@ -114,12 +119,3 @@ def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str) -> T
     if teacher:
         return load_encoder(storage.local_folder(teacher))
     raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`), or --texts")
-
-
-def share_encoder(encoder: TextEncoder, run_dir: str) -> str:
-    """A folder of the run that workers load the encoder from."""
-    folder = storage.join(run_dir, "encoder")
-    with tempfile.TemporaryDirectory() as local:
-        save_encoder(encoder, Path(local))
-        storage.upload_folder(Path(local), folder)
-    return folder

@@ -1,107 +1,70 @@
-"""What every training loop shares: optimiser, schedule, checkpoint, resume, precision, and the Ray Train call.
+"""The training loop's shared parts: the Ray Train call, checkpoints and resume, precision, metrics.
 
-The loop itself stays visible in each workflow.
+The loop itself stays visible in each workflow:
+
+    session = Session(model, stage, device, logger)
+    for batch in session.batches("boxes", run.detection_batch, DetectionCollate()):
+        with session.autocast():
+            losses = session.model(batch.to(device))
+        session.update(losses)
+        session.end_step(losses, run.detection_batch)
 """
 
 import contextlib
-import json
-import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import ray
 import ray.data
 import ray.train
 import torch
-from pyarrow import fs
 from ray.train.torch import TorchTrainer
-from timm.optim.muon import Muon
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from data_prep import storage
-from data_prep.streams.plans import Stream
+from data_prep.streams.plans import Stream, StreamShape, stream
 from ovd_models.errors import InputError
 from workflows.common import cluster
+from workflows.common.optimisation import Optimisation, build_optimiser, build_schedule, moving_average
+from workflows.common.tracking import MetricLogger
 
-Batch = TypeVar("Batch")
 DRIVER_CHECKPOINTS = ("driver_checkpoint/a", "driver_checkpoint/b")
-"""Written in turn, so that one is whole at any time."""
-MIN_SCHEDULE_STEPS = 10
-"""One cycle has no shorter form."""
-REQUIRED_DIVISOR = 5
-"""Steps in a block of a stream; `checkpoint_every` is a multiple of it, so that a resumed stream is exact."""
+"""Written in turn, so that one of them is complete at any time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimisation:
-    """How a model is optimised, with which schedule, and on how many workers."""
+class Stage:
+    """A part of a training with a schedule and checkpoints of its own."""
 
-    steps: int
-    learning_rate: float
-    weight_decay: float = 0.05
-    optimiser: Literal["adamw", "sgd", "muon"] = "adamw"
-    """`sgd` has a momentum of 0.9; `muon` takes orthogonalised steps for matrices and kernels, and AdamW's, half as
-    long, for all else. Both decay matrices and kernels alone."""
-    warmup: float = 0.1
-    """Part of the steps in which the learning rate rises."""
-    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
-    """One cycle of learning rate and momentum, or a linear rise and a cosine to zero with constant momentum."""
-    ema_decay: float = 0.0
-    """Keep an average of the weights that decays so much a step, and end with it; 0 keeps none."""
-    decay_at: tuple[float, ...] = ()
-    """Instead of `schedule`: parts of the steps after which the learning rate falls to a tenth."""
-    clip_norm: float | None = 5.0
-    """Largest norm of the gradient; None leaves gradients as they are."""
-    checkpoint_every: int = 100
-    """Steps; a multiple of 5."""
-    log_every: int = 10
-    """Steps."""
-    seed: int = 0
-    workers: int = 1
-    """Processes that train together; 0 trains inside the driver, for debugging."""
-    use_gpu: bool = False
-    max_failures: int = 2
-    """How often a lost worker is replaced before the run fails."""
-    waiting_bytes: int = 256 << 20
-    """Of decoded images that wait for a worker."""
-
-    def __post_init__(self) -> None:
-        """Check what the streams rely on."""
-        if self.steps < 1:
-            raise InputError(f"steps: {self.steps}, expected at least 1")
-        for name in ("learning_rate", "clip_norm", "log_every"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name}: {value}, expected more than 0")
-        if list(self.decay_at) != sorted(self.decay_at) or not all(0 < part < 1 for part in self.decay_at):
-            raise InputError(f"decay_at: {self.decay_at}, expected rising parts between 0 and 1")
-        for name in ("warmup", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name}: {getattr(self, name)}, expected 0 to less than 1")
-        if self.workers < 0:
-            raise InputError(f"workers: {self.workers}, expected 0 or more")
-        if self.checkpoint_every < 1 or self.checkpoint_every % REQUIRED_DIVISOR:
-            raise InputError(f"checkpoint_every: {self.checkpoint_every}, expected a multiple of {REQUIRED_DIVISOR}")
+    job: str
+    """Start of its progress lines, such as `codet boxes`."""
+    name: str
+    settings: Optimisation
+    folder: str
+    """Folder or URI of its checkpoints."""
+    metric_prefix: str
+    """Start of its metrics' names in MLflow."""
 
 
-def committed_step(run_dir: str) -> int:
-    """The step of the last whole checkpoint below a Ray Train run's folder, 0 if there is none."""
-    checkpoint = last_checkpoint(run_dir)
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def committed_step(folder: str) -> int:
+    """The step of the last complete checkpoint of a stage, 0 if there is none."""
+    checkpoint = last_checkpoint(folder)
     return 0 if checkpoint is None else step_of(checkpoint)
 
 
 def step_of(checkpoint: ray.train.Checkpoint) -> int:
-    """The step that a checkpoint was made after."""
+    """The step after which a checkpoint was made."""
     with checkpoint.as_directory() as folder:
         return int(torch.load(Path(folder) / "progress.pt", weights_only=True, map_location="cpu")["step"])
 
@@ -112,18 +75,41 @@ def other_than(name: str) -> str:
     return second if name == first else first
 
 
-def last_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
-    """The checkpoint of the latest step, of those that Ray Train committed and a loop inside the driver left."""
-    filesystem, path = storage.resolve(run_dir)
+def last_checkpoint(folder: str) -> ray.train.Checkpoint | None:
+    """The latest checkpoint of a stage, whether Ray Train committed it or a loop inside the driver wrote it."""
+    filesystem, path = storage.resolve(folder)
     found = [
         ray.train.Checkpoint(f"{path}/{name}", filesystem)
         for name in DRIVER_CHECKPOINTS
-        if storage.exists(storage.join(run_dir, name, "progress.pt"))
+        if storage.exists(storage.join(folder, name, "progress.pt"))
     ]
-    if storage.exists(storage.join(run_dir, "checkpoint_manager_snapshot.json")):
+    if storage.exists(storage.join(folder, "checkpoint_manager_snapshot.json")):
         committed = ray.train.Result.from_path(path, storage_filesystem=filesystem).checkpoint
         found += [] if committed is None else [committed]
     return max(found, key=step_of) if len(found) > 1 else next(iter(found), None)
+
+
+def load_weights(folder: str | Path, name: str = "model.pt") -> dict[str, Tensor]:
+    """The model's state dict in a training checkpoint's folder."""
+    weights: dict[str, Tensor] = torch.load(Path(folder) / name, weights_only=True, map_location="cpu")
+    return weights
+
+
+def final_weights(folder: str) -> dict[str, Tensor]:
+    """The state dict of a finished stage: the average where one was kept.
+
+    Raises:
+        InputError: the stage has no checkpoint.
+    """
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise InputError(f"{folder}: no checkpoint, expected a finished training run")
+    with checkpoint.as_directory() as local:
+        name = "average.pt" if (Path(local) / "average.pt").is_file() else "model.pt"
+        return load_weights(local, name)
+
+
+# --------------------------------------------------------------------------------------------------------- Ray Train
 
 
 def start_ray_for(*stages: Optimisation) -> None:
@@ -133,39 +119,52 @@ def start_ray_for(*stages: Optimisation) -> None:
         cluster.start_ray()
 
 
-class Trainer(TorchTrainer):
-    """A trainer that leaves Ctrl-C as it is.
+def feed(
+    load: Callable[[Any], Any], rows_per_step: int, settings: Optimisation, every: int = 1
+) -> Callable[[int], Stream]:
+    """The stream of a stage as a function of the step to start at.
 
-    Ray's own handler stays in place after `fit`, and ends the script with 0 or 1 whatever it was doing.
+    Args:
+        load: makes rows of positions of the stream.
+        rows_per_step: rows in a batch, over all workers.
+        settings: of the stage.
+        every: steps from one batch of this stream to the next.
+    """
+    shape = StreamShape(rows_per_step=rows_per_step, workers=settings.workers)
+    last = -(-settings.steps // every)
+    return lambda step: stream(load, shape, step // every, last)
+
+
+class Trainer(TorchTrainer):
+    """A trainer that does not replace the script's Ctrl-C handler.
+
+    Ray's own handler stays in place after `fit` and ends the script with 0 or 1, whatever it was doing.
     """
 
     def _register_sigint_handler(self, controller: object) -> None:
         """Keep the script's handler: `KeyboardInterrupt` ends `fit`, and Ray ends its processes with the driver."""
 
 
-def fit(
-    worker: Callable[[], None],
-    settings: Optimisation,
-    run_dir: str,
-    streams: Mapping[str, Callable[[int], Stream]],
-) -> None:
-    """Run a training loop on Ray Train until its last step is checkpointed; continues what `run_dir` holds.
+def fit(worker: Callable[[], None], stage: Stage, streams: Mapping[str, Callable[[int], Stream]]) -> dict[str, Tensor]:
+    """Run a training loop on Ray Train until its last step is checkpointed; returns the final weights.
+
+    Continues from the last checkpoint in the stage's folder.
 
     Args:
         worker: the loop, run by every worker.
-        settings: steps and workers.
-        run_dir: folder or URI of this run.
+        stage: steps, workers and folder.
         streams: for each data set, a function from the step to start at to its stream.
     """
-    if committed_step(run_dir) >= settings.steps:
-        return
-    parent, name = run_dir.rsplit("/", 1)
+    settings = stage.settings
+    if committed_step(stage.folder) >= settings.steps:
+        return final_weights(stage.folder)
+    parent, name = stage.folder.rsplit("/", 1)
     filesystem, path = storage.resolve(parent)
     filesystem.create_dir(path, recursive=True)
 
     def from_committed(make: Callable[[int], Stream]) -> Callable[[], Stream]:
         # Called whenever a group of workers starts, so that a replaced group gets the rest of the stream.
-        return lambda: make(committed_step(run_dir))
+        return lambda: make(committed_step(stage.folder))
 
     limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=settings.waiting_bytes * max(1, settings.workers)
@@ -186,14 +185,18 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
-        # Inside the driver Ray Train hands on whatever it is given.
+        # Inside the driver Ray Train passes on whatever it is given.
         datasets={key: from_committed(make) for key, make in streams.items()},  # type: ignore[misc]
         dataset_config=ray.train.DataConfig(enable_shard_locality=False, execution_options=options),
     ).fit()
+    return final_weights(stage.folder)
 
 
 def prepare_worker(settings: Optimisation) -> torch.device:
-    """Seeds, threads and device of this worker: its share of the node's cores, where Ray would leave it one."""
+    """Set the seed and the threads of this worker; returns its device.
+
+    Threads: this worker's share of the node's cores, where Ray would leave it a single one.
+    """
     context = ray.train.get_context()
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // max(1, context.get_local_world_size())))
@@ -201,86 +204,51 @@ def prepare_worker(settings: Optimisation) -> torch.device:
     return torch.device(ray.train.torch.get_device()) if settings.use_gpu else torch.device("cpu")
 
 
-def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
-    """AdamW over all weights, SGD with momentum, or Muon."""
-    rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimiser == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
-    kernels = [value for value in model.parameters() if value.ndim > 1]
-    others = [value for value in model.parameters() if value.ndim <= 1]
-    groups = [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    if settings.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
-    muon: torch.optim.Optimizer = Muon(groups, lr=rate, momentum=0.9, betas=(0.9, 0.999), fallback_lr_scale=0.5)
-    return muon
-
-
 def device_of(settings: Optimisation) -> str:
-    """Where a trained model is evaluated: in the driver, on a GPU if training took some and the driver has one."""
+    """Where the driver evaluates a trained model: on a GPU if the training used GPUs and the driver has one."""
     return "cuda" if settings.use_gpu and torch.cuda.is_available() else "cpu"
 
 
-def build_schedule(
-    optimiser: torch.optim.Optimizer, settings: Optimisation
-) -> torch.optim.lr_scheduler.OneCycleLR | torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate's course over all steps."""
-    if settings.decay_at:
-        return torch.optim.lr_scheduler.LambdaLR(optimiser, partial(step_factor, settings))
-    if settings.schedule == "cosine":
-        rising = math.ceil(settings.warmup * settings.steps)
-        return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warmup_cosine(step, rising, settings.steps))
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimiser,
-        settings.learning_rate,
-        total_steps=max(settings.steps, MIN_SCHEDULE_STEPS),
-        pct_start=max(settings.warmup, 2 / settings.steps if settings.steps > MIN_SCHEDULE_STEPS else 0.5),
-    )
+def check_shared(field: str, size: int, workers: int) -> None:
+    """Raise InputError where a batch cannot be shared evenly among the workers."""
+    if size < max(1, workers) or size % max(1, workers):
+        raise InputError(f"{field}: {size}, expected a multiple of the {max(1, workers)} workers")
 
 
-def step_factor(settings: Optimisation, step: int) -> float:
-    """What the learning rate is multiplied by at a step of a schedule with `decay_at`."""
-    done = step / settings.steps
-    rise = 0.01 + 0.99 * done / settings.warmup if done < settings.warmup else 1.0
-    return float(rise * 0.1 ** sum(done >= part for part in settings.decay_at))
-
-
-def warmup_cosine(step: int, rising: int, steps: int) -> float:
-    """The factor of the learning rate in a step, from 0: (step + 1) / rising at first, then half a cosine to zero."""
-    if step < rising:
-        return (step + 1) / rising
-    return (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising)))) / 2
-
-
-def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """An exponential average that forgets faster in its first steps, so that the first weights do not stay in it."""
-
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        if not averaged.is_floating_point():
-            return current  # a counter
-        return averaged.lerp(current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
-
-    return average
+# ---------------------------------------------------------------------------------------------------------- the loop
 
 
 class Session:
-    """A model in training: its optimiser, schedule and position, saved and restored together."""
+    """A model in training on one worker: optimiser, schedule, position and metrics; resumed from its checkpoint."""
 
-    def __init__(self, model: nn.Module, settings: Optimisation, device: torch.device, run_dir: str) -> None:
-        self.settings, self.device, self.run_dir, self.step = settings, device, run_dir, 0
+    def __init__(self, model: nn.Module, stage: Stage, device: torch.device, logger: MetricLogger) -> None:
+        """Move the model to the device and restore the stage's last checkpoint.
+
+        Args:
+            model: with the weights to start from.
+            stage: settings, names and the folder of checkpoints.
+            device: of this worker.
+            logger: writes metrics to MLflow, from rank 0.
+        """
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.stage, self.settings, self.device, self.logger, self.step = stage, stage.settings, device, logger, 0
+        self.meter = Meter()
+        if device.type == "cuda" and self.world > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.module = model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
-        self.optimiser = build_optimiser(model, settings)
-        self.schedule = build_schedule(self.optimiser, settings)
-        decay = settings.ema_decay
+        self.optimiser = build_optimiser(model, self.settings)
+        self.schedule = build_schedule(self.optimiser, self.settings)
+        decay = self.settings.ema_decay
         self.average = AveragedModel(self.module, avg_fn=moving_average(decay), use_buffers=True) if decay else None
         self._next = DRIVER_CHECKPOINTS[0]
         self._restore()
-        world = ray.train.get_context().get_world_size()
-        self.model = DistributedDataParallel(self.module) if world > 1 else self.module
+        self.model = DistributedDataParallel(self.module) if self.world > 1 else self.module
         self.model.train()
 
     def _restore(self) -> None:
         given = ray.train.get_checkpoint() if self.settings.workers else None
-        checkpoint = given or last_checkpoint(self.run_dir)  # a run begun inside the driver may go on in workers
+        checkpoint = given or last_checkpoint(self.stage.folder)  # a run begun in the driver may continue in workers
         if checkpoint is None:
             return
         with checkpoint.as_directory() as folder:
@@ -291,19 +259,40 @@ class Session:
         self.optimiser.load_state_dict(progress["optimiser"])
         self.schedule.load_state_dict(progress["schedule"])
         self.step = int(progress["step"])
-        if checkpoint.path.endswith(self._next):  # it stays while the next one is written
+        if checkpoint.path.endswith(self._next):  # kept while the next one is written
             self._next = other_than(self._next)
+
+    def batches(self, name: str, batch_size: int, collate: Any, prefetch: int = 2) -> Iterator[Any]:
+        """This worker's share of the batches of a data set, until the last step; waiting time is measured.
+
+        Args:
+            name: of the data set.
+            batch_size: rows in a batch, over all workers.
+            collate: rows -> batch.
+            prefetch: batches prepared ahead.
+        """
+        shard = ray.train.get_dataset_shard(name)
+        batches = iter(
+            shard.iter_torch_batches(batch_size=batch_size // self.world, collate_fn=collate, prefetch_batches=prefetch)
+        )
+        while not self.done:  # the stream may hold more
+            with self.meter.timing("data_wait"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The bfloat16 context on a GPU, where it pays; nothing on CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step.
+    def update(self, losses: Mapping[str, Tensor]) -> None:
+        """One optimiser step on the sum of the losses.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the sum is not finite.
         """
+        loss = torch.stack(list(losses.values())).sum()
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(f"loss is {loss.item()} at step {self.step}")
         self.optimiser.zero_grad(set_to_none=True)
@@ -316,20 +305,41 @@ class Session:
             self.average.update_parameters(self.module)
         self.step += 1
 
+    def end_step(self, losses: Mapping[str, Tensor], images: int, extra: Mapping[str, float] | None = None) -> None:
+        """Log and checkpoint when due.
+
+        Metrics are sent after the checkpoint is committed: steps that a crash undoes are never logged.
+
+        Args:
+            losses: of the step.
+            images: of the step, over all workers.
+            extra: more metrics to log beside the averages.
+        """
+        self.meter.add(losses, images)
+        if self.rank == 0 and self.step % self.settings.log_every == 0:
+            metrics = self.meter.collect()
+            logged = {**metrics, **(extra or {})}
+            self.logger.log({f"{self.stage.metric_prefix}{key}": value for key, value in logged.items()}, self.step)
+            print_progress(self.stage.job, self.step, self.settings.steps, metrics)
+        if self.due:
+            with self.meter.timing("checkpoint"):
+                self.checkpoint()
+            self.logger.flush(wait=self.done)
+
     @property
     def due(self) -> bool:
         """Whether the step just done ends with a checkpoint."""
-        return self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps
+        return self.step % self.settings.checkpoint_every == 0 or self.done
 
     @property
     def done(self) -> bool:
-        """Whether this was the last step; the stream may hold more."""
+        """Whether the last step is done."""
         return self.step >= self.settings.steps
 
-    def checkpoint(self, metrics: Mapping[str, float]) -> None:
+    def checkpoint(self) -> None:
         """Save from rank 0 and report from all ranks; returns when the checkpoint is committed."""
-        report = {"step": self.step, **metrics}
-        if ray.train.get_context().get_world_rank() != 0:
+        report = {"step": self.step}
+        if self.rank != 0:
             ray.train.report(report)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -344,34 +354,14 @@ class Session:
             }
             torch.save(progress, Path(folder) / "progress.pt")
             if not self.settings.workers:  # Ray Train keeps no checkpoints of a loop inside the driver
-                storage.upload_folder(Path(folder), storage.join(self.run_dir, self._next))
+                storage.upload_folder(Path(folder), storage.join(self.stage.folder, self._next))
                 self._next = other_than(self._next)
                 return
             ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def load_weights(folder: str | Path, name: str = "model.pt") -> dict[str, Tensor]:
-    """The model's state dict in a training checkpoint's folder."""
-    weights: dict[str, Tensor] = torch.load(Path(folder) / name, weights_only=True, map_location="cpu")
-    return weights
-
-
-def final_weights(run_dir: str) -> dict[str, Tensor]:
-    """The state dict of a finished run: the average where one was kept.
-
-    Raises:
-        InputError: the run has no checkpoint.
-    """
-    checkpoint = last_checkpoint(run_dir)
-    if checkpoint is None:
-        raise InputError(f"{run_dir}: no checkpoint, expected a finished training run")
-    with checkpoint.as_directory() as folder:
-        name = "average.pt" if (Path(folder) / "average.pt").is_file() else "model.pt"
-        return load_weights(folder, name)
-
-
 class Meter:
-    """Averages of what a loop reports, and the shares of time that went into data and checkpoints."""
+    """Averages of losses, and the fractions of time spent waiting for data and writing checkpoints."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -379,25 +369,15 @@ class Meter:
         self._spent = dict.fromkeys(("data_wait", "checkpoint"), 0.0)
         self._since = time.perf_counter()
 
-    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, timing how long each was waited for."""
-        iterator = iter(batches)
-        while True:
-            with self.timing("data_wait"):
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch
-
     @contextlib.contextmanager
     def timing(self, what: Literal["data_wait", "checkpoint"]) -> Iterator[None]:
-        """Count the time of the block."""
+        """Add the block's time."""
         started = time.perf_counter()
         yield
         self._spent[what] += time.perf_counter() - started
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
-        """One step's losses and images."""
+        """Add one step's losses and images."""
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         self._steps += 1
@@ -412,51 +392,6 @@ class Meter:
         self._sums, self._steps, self._images, self._spent = {}, 0, 0, dict.fromkeys(self._spent, 0.0)
         self._since = time.perf_counter()
         return result
-
-
-def open_run(storage_uri: str, workflow: str, config: str, resume: str) -> str:
-    """The folder of the run to continue, or of a new one, named after its config and the microsecond it began in.
-
-    Raises:
-        InputError: there is no run of the name to continue.
-    """
-    name = resume or f"{config}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = storage.absolute(storage.join(storage_uri, "runs", workflow, name))
-    if resume and not storage.exists(run_dir):
-        raise InputError(f"--resume {resume}: no such run, {run_dir} does not exist")
-    return run_dir
-
-
-def hold_to_inputs(run_dir: str, inputs: Mapping[str, str]) -> None:
-    """Note what a run learns from in its `inputs.json`, and hold it to what is noted there.
-
-    Args:
-        run_dir: its folder.
-        inputs: name -> digest of a table, id of a teacher and so on.
-
-    Raises:
-        InputError: an input is another one than the run began with.
-    """
-    uri = storage.join(run_dir, "inputs.json")
-    before = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
-    for name, value in inputs.items():
-        if before.get(name, value) != value:
-            raise InputError(f"{run_dir}: began with {name} {before[name]}, now has {value}, expected the same")
-    if not inputs.keys() <= before.keys():
-        storage.write_bytes(uri, json.dumps({**before, **inputs}, indent=1).encode())
-
-
-def find_run(storage_uri: str, workflow: str, config: str) -> str:
-    """The name of the last run of a config, as `--resume` takes it; empty if there is none."""
-    filesystem, path = storage.resolve(storage.join(storage_uri, "runs", workflow))
-    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return max((str(info.base_name) for info in found if info.base_name.startswith(f"{config}-")), default="")
-
-
-def check_shared(field: str, size: int, workers: int) -> None:
-    """Raise InputError where a batch cannot be shared evenly among the workers."""
-    if size < max(1, workers) or size % max(1, workers):
-        raise InputError(f"{field}: {size}, expected a multiple of the {max(1, workers)} workers")
 
 
 def print_progress(job: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ from ovd_models.codet.model import CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.importers.codet import released_architectures
 from workflows.common import training
-from workflows.common.training import Optimisation
+from workflows.common.optimisation import STEPS_PER_BLOCK, Optimisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,8 @@ class Run:
             training.check_shared("groups_per_step", self.groups_per_step, stage.workers)
         if self.group_size < 2:
             raise InputError(f"group_size: {self.group_size}, expected at least 2")
-        if self.alternate and self.joint_stage.checkpoint_every % (2 * training.REQUIRED_DIVISOR):
-            expected = f"a multiple of {2 * training.REQUIRED_DIVISOR}, since kinds of batches alternate"
+        if self.alternate and self.joint_stage.checkpoint_every % (2 * STEPS_PER_BLOCK):
+            expected = f"a multiple of {2 * STEPS_PER_BLOCK}, since kinds of batches alternate"
             raise InputError(f"checkpoint_every: {self.joint_stage.checkpoint_every}, expected {expected}")
         if self.model.aggregation == "learned" and self.model.guidance == "support":
             raise InputError('model.guidance: "support", expected "dimensions" or "none" for the learned aggregation')

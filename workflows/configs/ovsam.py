@@ -10,7 +10,7 @@ from ovd_models.ovsam.training import Clip2SamConfig
 from ovd_models.sam.model import VIT_H, SamConfig
 from ovd_models.sam.training import SamTrainingConfig
 from workflows.common import training
-from workflows.common.training import Optimisation
+from workflows.common.optimisation import Optimisation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.vild.model import ViLDConfig
 from workflows.common import training
-from workflows.common.training import Optimisation
+from workflows.common.optimisation import Optimisation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,9 +43,9 @@ TEMPLATE = """<!doctype html>
 generation {{ manifest.details.generation }}</p>
 <div class="tiles">
   <div><b>{{ summary.input|count }}</b><span>rows of input</span></div>
-  <div><b class="number">{{ summary.kept|count }}</b><span>kept: {{ summary.kept|share(summary.input) }}</span></div>
+  <div><b class="number">{{ summary.kept|count }}</b><span>kept: {{ summary.kept|percentage(summary.input) }}</span></div>
   <div><b>{{ (summary.input - summary.kept)|count }}</b><span>rejected:
-    {{ (summary.input - summary.kept)|share(summary.input) }}</span></div>
+    {{ (summary.input - summary.kept)|percentage(summary.input) }}</span></div>
   <div><b>{{ image_bytes|filesizeformat }}</b><span>of images</span></div>
   <div><b>{{ num_concepts|count }}</b><span>concepts</span></div>
   <div><b>{{ duration }}</b><span>of the last run</span></div>
@@ -61,7 +61,7 @@ generation {{ manifest.details.generation }}</p>
 <p class="legend">
   {% for stage, rows in stages.items() %}
   <span><i style="background: {{ colours[stage] }}"></i>{{ "kept" if stage == "kept" else "rejected: " ~ stage }}:
-    {{ rows|count }} ({{ rows|share(summary.input) }})</span>
+    {{ rows|count }} ({{ rows|percentage(summary.input) }})</span>
   {% endfor %}
 </p>
 
@@ -71,7 +71,7 @@ generation {{ manifest.details.generation }}</p>
   <tr><th>stage</th><th>reason</th><th class="n">rows</th><th class="n">of the input</th><th></th></tr>
   {% for stage, reason, rows in reasons %}
   <tr><td>{{ stage }}</td><td><a href="#{{ reason }}">{{ reason }}</a></td><td class="n">{{ rows|count }}</td>
-    <td class="n">{{ rows|share(summary.input) }}</td><td class="bar"><div style="background: {{ colours[stage] }};
+    <td class="n">{{ rows|percentage(summary.input) }}</td><td class="bar"><div style="background: {{ colours[stage] }};
     width: {{ 100 * rows / reasons|map(attribute=2)|max }}%"></div></td></tr>
   {% endfor %}
 </table>
@@ -84,7 +84,7 @@ generation {{ manifest.details.generation }}</p>
     <tr><th class="n">{{ title }}</th><th class="n">rows</th><th class="n">share</th></tr>
     {% for value, rows in entries[:12] %}
     <tr><td class="n">{{ "no answer" if value is none else value }}</td><td class="n">{{ rows|count }}</td>
-      <td class="n">{{ rows|share(stages.fetch) }}</td></tr>
+      <td class="n">{{ rows|percentage(stages.fetch) }}</td></tr>
     {% endfor %}
   </table>
   {% endfor %}
@@ -145,7 +145,7 @@ generation {{ manifest.details.generation }}</p>
 {% endfor %}
 
 <h2>Concepts</h2>
-<p>{{ num_concepts|count }} concepts; {{ covered|count }} images ({{ covered|share(summary.kept) }} of those kept)
+<p>{{ num_concepts|count }} concepts; {{ covered|count }} images ({{ covered|percentage(summary.kept) }} of those kept)
 show at least one of them.
 {% if top %}The most frequent ones, with their images:{% endif %}</p>
 <div class="columns">

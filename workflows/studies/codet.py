@@ -32,7 +32,7 @@ from ovd_models.checkpoints import load_codet, load_encoder
 from ovd_models.codet.model import CoDet
 from ovd_models.errors import InputError
 from workflows import codet, prepare_pairs
-from workflows.common import cli, cluster, training
+from workflows.common import cli, cluster, runs
 from workflows.common.teacher import read_names
 from workflows.configs import codet as codet_configs
 from workflows.studies import study as studies
@@ -208,14 +208,15 @@ def trained(run: Run, seed: int, name: str, own: codet_configs.Run, boxes_model:
     label = studies.label_of(seed, name.replace(", ", "_").replace(" ", "_"), own)
 
     def job() -> dict[str, Any]:
-        resume = training.find_run(run.storage, "codet", label)
+        resume = runs.find_run(run.storage, "codet", label)
         found = codet.train(dataclasses.replace(own, config=label, resume=resume, box_model=boxes_model))
         return {
             "model": found.model,
-            "boxes_model": found.boxes_model,
-            "seconds": found.joint_seconds,
-            "box_supervised": found.box_supervised.summary() | find_planted(run, own, found.boxes_model),
-            "metrics": found.codet.summary() | find_planted(run, own, found.model),
+            "boxes_model": found.outputs["boxes_model"],
+            "seconds": found.seconds["joint"],
+            "box_supervised": found.metrics.box_supervised.summary()
+            | find_planted(run, own, found.outputs["boxes_model"]),
+            "metrics": found.metrics.codet.summary() | find_planted(run, own, found.model),
         }
 
     return studies.remembered(run.storage, "codet_study", label, job)

@@ -39,8 +39,8 @@ from ovd_models.sam.training import SamTrainingConfig
 from ovd_models.segments import MaskBatch
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import ovsam, prepare_boxes
-from workflows.common import cli, training
-from workflows.common.training import Optimisation
+from workflows.common import cli, runs
+from workflows.common.optimisation import Optimisation
 from workflows.configs import ovsam as ovsam_configs
 from workflows.reports import pointing as pointing_report
 from workflows.reports.pointing import BASELINES, PROMPT_KINDS
@@ -195,16 +195,16 @@ def trained(own: ovsam_configs.Run, seed: int, name: str) -> dict[str, Any]:
 
     def job() -> dict[str, Any]:
         found = ovsam.train(continued(own, label))
-        rows = {", ".join(key): dict(values) for key, values in found.report.rows.items()}
-        costs = {f"{key}, cost": dataclasses.asdict(cost) for key, cost in found.report.costs.items()}
-        return {"model": found.model, "sam": found.sam, "seconds": found.seconds, "rows": rows | costs}
+        rows = {", ".join(key): dict(values) for key, values in found.metrics.rows.items()}
+        costs = {f"{key}, cost": dataclasses.asdict(cost) for key, cost in found.metrics.costs.items()}
+        return {"model": found.model, "sam": found.outputs["sam"], "seconds": found.seconds, "rows": rows | costs}
 
     return studies.remembered(own.storage, STUDY, label, job)
 
 
 def continued(own: ovsam_configs.Run, label: str) -> ovsam_configs.Run:
     """The training under the study's label, from where a killed study left it."""
-    return dataclasses.replace(own, config=label, resume=training.find_run(own.storage, "ovsam", label))
+    return dataclasses.replace(own, config=label, resume=runs.find_run(own.storage, "ovsam", label))
 
 
 def named_rows(answer: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Numbers]]:

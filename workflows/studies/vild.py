@@ -32,7 +32,7 @@ from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import build_vocabulary
 from workflows import evaluate, failures, prepare_boxes, vild
-from workflows.common import cli, training
+from workflows.common import cli, runs
 from workflows.common.teacher import read_categories
 from workflows.configs import vild as vild_configs
 from workflows.studies import study as studies
@@ -217,7 +217,7 @@ def remembered(
     label = studies.label_of(own.rpn_stage.seed, name, own)
 
     def begin() -> dict[str, Any]:
-        resume = training.find_run(run.storage, "vild", label)
+        resume = runs.find_run(run.storage, "vild", label)
         return job(dataclasses.replace(own, config=label, resume=resume))
 
     return studies.remembered(run.storage, "vild_study", label, begin)

@@ -64,7 +64,9 @@ def test_an_unknown_config_is_refused() -> None:
         (["x"], "unknown flags: x"),
     ],
 )
-def test_a_bad_flag_is_refused_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_flag_is_refused_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError) as caught:
         parse(*arguments)
     assert str(caught.value) == message

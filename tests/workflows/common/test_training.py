@@ -13,12 +13,20 @@ import ray.train
 import torch
 from torch import Tensor, nn
 
-from data_prep.streams.plans import Integers, StreamShape, stream
+from data_prep.streams.plans import Integers
 from ovd_models.errors import InputError
-from workflows.common import training
-from workflows.common.training import Meter, Optimisation, Session
+from workflows.common import optimisation, runs, training
+from workflows.common.optimisation import Optimisation
+from workflows.common.tracking import MetricLogger
+from workflows.common.training import Meter, Session, Stage
 
 QUICK = Optimisation(steps=10, learning_rate=0.05, checkpoint_every=5, workers=0)
+NOWHERE = MetricLogger("", "")
+"""Never flushed."""
+
+
+def stage_of(settings: Optimisation, folder: Path) -> Stage:
+    return Stage(job="test", name="test", settings=settings, folder=str(folder), metric_prefix="")
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -43,7 +51,7 @@ QUICK = Optimisation(steps=10, learning_rate=0.05, checkpoint_every=5, workers=0
         ),
     ],
 )
-def test_impossible_settings_are_told(changes: dict[str, float], message: str) -> None:
+def test_impossible_settings_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(QUICK, **changes)  # type: ignore[arg-type]
 
@@ -54,8 +62,8 @@ def test_impossible_settings_are_told(changes: dict[str, float], message: str) -
 def test_steps_warm_up_and_fall_to_tenths() -> None:
     stage = dataclasses.replace(QUICK, steps=1000, optimiser="sgd", warmup=0.1, decay_at=(0.5, 0.9), learning_rate=2.0)
     parameter = nn.Parameter(torch.ones(2, 2))
-    optimiser = training.build_optimiser(nn.ParameterList([parameter, nn.Parameter(torch.ones(2))]), stage)
-    schedule = training.build_schedule(optimiser, stage)
+    optimiser = optimisation.build_optimiser(nn.ParameterList([parameter, nn.Parameter(torch.ones(2))]), stage)
+    schedule = optimisation.build_schedule(optimiser, stage)
     rates = []
     for _ in range(1000):
         rates.append(optimiser.param_groups[0]["lr"])
@@ -90,13 +98,13 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def session(settings: Optimisation, folder: Path, seed: int = 0) -> Session:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
-    return Session(model, settings, torch.device("cpu"), str(folder))
+    return Session(model, stage_of(settings, folder), torch.device("cpu"), NOWHERE)
 
 
 def step(running: Session, number: int) -> float:
     inputs = torch.randn(16, 3, generator=torch.Generator().manual_seed(number))
     loss = (running.model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
-    running.update(loss)
+    running.update({"error": loss})
     return loss.item()
 
 
@@ -117,7 +125,7 @@ def test_any_number_of_steps_has_a_schedule(alone: None, tmp_path: Path, steps: 
     assert found[0] == pytest.approx(0.05 / 25)  # OneCycleLR's start
 
 
-def test_the_rate_rises_to_its_peak_and_falls_to_nothing(alone: None, tmp_path: Path) -> None:
+def test_the_rate_rises_to_its_peak_and_falls_to_almost_zero(alone: None, tmp_path: Path) -> None:
     found = rates(100, tmp_path)
     peak = int(np.argmax(found))
     assert peak == 9  # a tenth of the steps
@@ -151,7 +159,7 @@ def test_a_resumed_session_continues_as_if_undisturbed(
     first = session(settings, tmp_path / "halves")
     for number in range(5):
         step(first, number)
-    first.checkpoint({})
+    first.checkpoint()
     assert training.committed_step(str(tmp_path / "halves")) == 5
     step(first, 5)  # lost with the crash
     second = session(settings, tmp_path / "halves", seed=9)
@@ -162,19 +170,19 @@ def test_a_resumed_session_continues_as_if_undisturbed(
     assert second.optimiser.param_groups[0]["lr"] == whole.optimiser.param_groups[0]["lr"]
 
 
-def test_muon_steps_alike_in_all_directions_and_decays_matrices_alone(alone: None, tmp_path: Path) -> None:
+def test_muon_steps_equally_in_all_directions_and_decays_only_matrices(alone: None, tmp_path: Path) -> None:
     settings = dataclasses.replace(QUICK, optimiser="muon", weight_decay=0.0, clip_norm=None)
     torch.manual_seed(0)
     layer = nn.Linear(8, 16)
-    running = Session(layer, settings, torch.device("cpu"), str(tmp_path))
+    running = Session(layer, stage_of(settings, tmp_path), torch.device("cpu"), NOWHERE)
     matrix, before = layer.weight, layer.weight.detach().clone()
-    running.update(running.model(torch.randn(64, 8) * torch.logspace(0.5, -0.5, 8)).square().mean())
+    running.update({"size": running.model(torch.randn(64, 8) * torch.logspace(0.5, -0.5, 8)).square().mean()})
     assert matrix.grad is not None
     of_gradient, of_step = torch.linalg.svdvals(matrix.grad), torch.linalg.svdvals(matrix.detach() - before)
     assert of_gradient.max() / of_gradient.min() > 30
     assert of_step.max() / of_step.min() < 1.5
     decayed = dataclasses.replace(settings, weight_decay=0.05)
-    for group in training.build_optimiser(layer, decayed).param_groups:
+    for group in optimisation.build_optimiser(layer, decayed).param_groups:
         assert {value.ndim > 1 for value in group["params"]} == {group["weight_decay"] > 0}
 
 
@@ -183,15 +191,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(alone
     before = {name: value.clone() for name, value in running.module.state_dict().items()}
     for value in (math.nan, math.inf):
         with pytest.raises(FloatingPointError, match="at step 0"):
-            running.update(torch.tensor(value, requires_grad=True))
+            running.update({"broken": torch.tensor(value, requires_grad=True)})
     assert all(torch.equal(value, before[name]) for name, value in running.module.state_dict().items())
     assert running.step == 0
 
 
 @pytest.mark.parametrize("limit", [0.5, None])
-def test_gradients_are_clipped_to_a_norm_or_left_as_they_are(alone: None, tmp_path: Path, limit: float | None) -> None:
+def test_gradients_are_clipped_to_a_norm_or_left_unclipped(alone: None, tmp_path: Path, limit: float | None) -> None:
     running = session(dataclasses.replace(QUICK, clip_norm=limit), tmp_path)
-    running.update(running.model(torch.ones(4, 3)).sum() * 100)
+    running.update({"large": running.model(torch.ones(4, 3)).sum() * 100})
     squares = sum(float(value.grad.square().sum()) for value in running.module.parameters() if value.grad is not None)
     if limit is None:
         assert math.sqrt(squares) > 100
@@ -209,7 +217,7 @@ def test_a_run_without_a_checkpoint_has_no_step_and_no_weights(tmp_path: Path) -
 # -------------------------------------------------------------------------------------------------------- meter
 
 
-def test_a_meter_averages_losses_and_starts_anew() -> None:
+def test_a_meter_averages_losses_since_the_last_call() -> None:
     meter = Meter()
     for value in (1.0, 3.0):
         meter.add({"a": torch.tensor(value), "b": torch.tensor(1.0)}, 4)
@@ -219,13 +227,7 @@ def test_a_meter_averages_losses_and_starts_anew() -> None:
     assert "train/loss_a" not in meter.collect()
 
 
-def test_a_meter_counts_what_was_waited_for() -> None:
-    meter = Meter()
-    assert list(meter.waiting([1, 2, 3])) == [1, 2, 3]
-    assert 0 <= meter.collect()["train/data_wait_fraction"] <= 1
-
-
-def test_a_meter_tells_the_share_of_checkpoints() -> None:
+def test_a_meter_measures_the_fraction_of_time_in_checkpoints() -> None:
     meter = Meter()
     with meter.timing("checkpoint"):
         time.sleep(0.05)
@@ -237,19 +239,20 @@ def test_a_meter_tells_the_share_of_checkpoints() -> None:
 # ----------------------------------------------------------------------------------------------------- Ray Train
 
 
-def loop(settings: Optimisation, run_dir: str, stop_after: int) -> Callable[[], None]:
-    """A small loop of the form that every workflow has; `stop_after` steps it crashes."""
+def first_column(rows: dict[str, np.ndarray]) -> Tensor:
+    return torch.as_tensor(rows["position"], dtype=torch.float32)[:, None] / 40
+
+
+def loop(stage: Stage, stop_after: int) -> Callable[[], None]:
+    """A small loop of the form that every workflow has; it crashes after `stop_after` steps."""
 
     def worker() -> None:
-        training.prepare_worker(settings)
-        running = Session(nn.Linear(1, 1), settings, torch.device("cpu"), run_dir)
-        world = ray.train.get_context().get_world_size()
-        batches = ray.train.get_dataset_shard("rows").iter_batches(batch_size=4 // world, batch_format="pyarrow")
-        for batch in batches:
-            values = torch.tensor(batch["position"].to_pylist(), dtype=torch.float32)[:, None] / 40
-            running.update((running.model(values) - 2 * values).square().mean())
+        training.prepare_worker(stage.settings)
+        running = Session(nn.Linear(1, 1), stage, torch.device("cpu"), NOWHERE)
+        for values in running.batches("rows", 4, first_column):
+            running.update({"error": (running.model(values) - 2 * values).square().mean()})
             if running.due:
-                running.checkpoint({})
+                running.checkpoint()
             if running.step == stop_after:
                 raise RuntimeError("a crash in the middle")
 
@@ -260,18 +263,16 @@ def run_loop(settings: Optimisation, folder: Path, stop_after: int = 0) -> dict[
     def load(positions: Integers) -> pa.Table:
         return pa.table({"position": positions})
 
-    shape = StreamShape(rows_per_step=4, workers=max(1, settings.workers))
-    streams = {"rows": lambda start: stream(load, shape, start, settings.steps)}
-    training.fit(loop(settings, str(folder), stop_after), settings, str(folder), streams)
-    return training.final_weights(str(folder))
+    stage = stage_of(settings, folder)
+    return training.fit(loop(stage, stop_after), stage, {"rows": training.feed(load, 4, settings)})
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
-    folders = [training.open_run(str(tmp_path), "clip", "smoke", "") for _ in range(5)]
+    folders = [runs.run_folder(str(tmp_path), "clip", "smoke", "") for _ in range(5)]
     assert len(set(folders)) == 5
     for folder in folders:
         Path(folder).mkdir(parents=True)
-    assert training.find_run(str(tmp_path), "clip", "smoke") == Path(folders[-1]).name
+    assert runs.find_run(str(tmp_path), "clip", "smoke") == Path(folders[-1]).name
 
 
 @pytest.mark.ray
@@ -321,16 +322,16 @@ def test_a_run_begun_inside_the_driver_continues_on_a_worker(ray_cluster: None, 
 
 def test_the_cosine_schedule_by_hand() -> None:
     # 10 steps, 2 of them rising: 1/2, 1, then cosines over 8 steps
-    factors = [training.warmup_cosine(step, 2, 10) for step in range(11)]
+    factors = [optimisation.warmup_cosine(step, 2, 10) for step in range(11)]
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert factors[6] == pytest.approx(0.5)
     assert factors[4] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     assert factors[10] == pytest.approx(0)
-    assert training.warmup_cosine(0, 0, 1) == 1.0
+    assert optimisation.warmup_cosine(0, 0, 1) == 1.0
 
 
 def test_a_moving_average_by_hand() -> None:
-    average = training.moving_average(0.9)
+    average = optimisation.moving_average(0.9)
     old, new = torch.zeros(2), torch.ones(2)
     assert torch.allclose(average(old, new, 0), torch.full((2,), 0.9))  # forgets 9/10 at first
     assert torch.allclose(average(old, new, 10_000), torch.full((2,), 0.1))
@@ -348,11 +349,11 @@ def test_a_run_with_cosine_and_average_resumes_exactly(alone: None, tmp_path: Pa
     steps(whole, 10)
     first = session(settings, tmp_path / "halves")
     steps(first, 5)
-    first.checkpoint({})
+    first.checkpoint()
     second = session(settings, tmp_path / "halves")
     assert second.step == 5
     steps(second, 5)
-    second.checkpoint({})
+    second.checkpoint()
     assert whole.average is not None
     weights = training.final_weights(str(tmp_path / "halves"))
     for name, value in whole.average.module.state_dict().items():
@@ -366,7 +367,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(alone: None,
     running = session(QUICK, tmp_path)
     for _ in range(3):
         step(running, running.step)
-        running.checkpoint({})
+        running.checkpoint()
     assert {path.name for path in (tmp_path / "driver_checkpoint").iterdir()} == {"a", "b"}
     third = {name: value.clone() for name, value in running.module.state_dict().items()}
     # The fourth goes where the second was; the kill comes before its last file.
@@ -377,6 +378,6 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(alone: None,
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_a_decay_that_makes_no_sense_is_told(decay: float) -> None:
+def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
     with pytest.raises(InputError, match=r"ema_decay: .*, expected 0 to less than 1"):
         dataclasses.replace(QUICK, ema_decay=decay)

@@ -1,0 +1,126 @@
+"""How a model is optimised: the settings of a training stage, the optimiser, and the learning rate's schedule."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from timm.optim.muon import Muon
+from torch import Tensor, nn
+
+from ovd_models.errors import InputError
+
+MIN_ONE_CYCLE_STEPS = 10
+"""PyTorch's one-cycle schedule cannot be shorter."""
+STEPS_PER_BLOCK = 5
+"""Steps in a block of a stream; `checkpoint_every` is a multiple of it, so that a resumed stream is exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How a model is optimised, with which schedule, and on how many workers."""
+
+    steps: int
+    learning_rate: float
+    weight_decay: float = 0.05
+    optimiser: Literal["adamw", "sgd", "muon"] = "adamw"
+    """`sgd` has a momentum of 0.9. `muon` takes orthogonalised steps for matrices and kernels, and AdamW steps at half
+    the learning rate for all other weights. Both decay matrices and kernels only."""
+    warmup: float = 0.1
+    """Fraction of the steps in which the learning rate rises."""
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    """One cycle of learning rate and momentum, or a linear rise and a cosine to zero with constant momentum."""
+    ema_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which becomes the result; 0 keeps no average."""
+    decay_at: tuple[float, ...] = ()
+    """Replaces `schedule`: fractions of the steps after which the learning rate falls to a tenth."""
+    clip_norm: float | None = 5.0
+    """Largest norm of the gradient; None does not clip."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; a multiple of 5."""
+    log_every: int = 10
+    """Steps between log lines."""
+    seed: int = 0
+    workers: int = 1
+    """Processes that train together; 0 trains inside the driver, for debugging."""
+    use_gpu: bool = False
+    max_failures: int = 2
+    """How often a lost worker is replaced before the run fails."""
+    waiting_bytes: int = 256 << 20
+    """Maximum bytes of decoded images that wait for one worker."""
+
+    def __post_init__(self) -> None:
+        """Check the values, some of which the streams rely on."""
+        if self.steps < 1:
+            raise InputError(f"steps: {self.steps}, expected at least 1")
+        for name in ("learning_rate", "clip_norm", "log_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name}: {value}, expected more than 0")
+        if list(self.decay_at) != sorted(self.decay_at) or not all(0 < part < 1 for part in self.decay_at):
+            raise InputError(f"decay_at: {self.decay_at}, expected rising fractions between 0 and 1")
+        for name in ("warmup", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)}, expected 0 to less than 1")
+        if self.workers < 0:
+            raise InputError(f"workers: {self.workers}, expected 0 or more")
+        if self.checkpoint_every < 1 or self.checkpoint_every % STEPS_PER_BLOCK:
+            raise InputError(f"checkpoint_every: {self.checkpoint_every}, expected a multiple of {STEPS_PER_BLOCK}")
+
+
+def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
+    """AdamW over all weights, SGD with momentum, or Muon."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimiser == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+    kernels = [value for value in model.parameters() if value.ndim > 1]
+    others = [value for value in model.parameters() if value.ndim <= 1]
+    groups = [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    muon: torch.optim.Optimizer = Muon(groups, lr=rate, momentum=0.9, betas=(0.9, 0.999), fallback_lr_scale=0.5)
+    return muon
+
+
+def build_schedule(
+    optimiser: torch.optim.Optimizer, settings: Optimisation
+) -> torch.optim.lr_scheduler.OneCycleLR | torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate over all steps."""
+    if settings.decay_at:
+        return torch.optim.lr_scheduler.LambdaLR(optimiser, partial(step_factor, settings))
+    if settings.schedule == "cosine":
+        rising = math.ceil(settings.warmup * settings.steps)
+        return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warmup_cosine(step, rising, settings.steps))
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimiser,
+        settings.learning_rate,
+        total_steps=max(settings.steps, MIN_ONE_CYCLE_STEPS),
+        pct_start=max(settings.warmup, 2 / settings.steps if settings.steps > MIN_ONE_CYCLE_STEPS else 0.5),
+    )
+
+
+def step_factor(settings: Optimisation, step: int) -> float:
+    """Factor of the learning rate at a step of a schedule with `decay_at`."""
+    done = step / settings.steps
+    rise = 0.01 + 0.99 * done / settings.warmup if done < settings.warmup else 1.0
+    return float(rise * 0.1 ** sum(done >= part for part in settings.decay_at))
+
+
+def warmup_cosine(step: int, rising: int, steps: int) -> float:
+    """Factor of the learning rate at a step, from 0: first (step + 1) / rising, then half a cosine to zero."""
+    if step < rising:
+        return (step + 1) / rising
+    return (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising)))) / 2
+
+
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """An exponential moving average with a lower decay in the first steps, so that the initial weights fade."""
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        if not averaged.is_floating_point():
+            return current  # a counter
+        return averaged.lerp(current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return average

@@ -1,0 +1,220 @@
+"""A training run from its opening to its end: folder, inputs, tracking, stage times, checkpoint, results."""
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from pyarrow import fs
+
+from data_prep import storage, tables
+from ovd_models.errors import InputError
+from ovd_models.evaluation import DetectionMetrics
+from workflows.common import cli, tracking, training
+from workflows.common.optimisation import Optimisation
+from workflows.common.tracking import TrackedRun
+from workflows.common.training import Stage
+
+M = TypeVar("M")
+N = TypeVar("N")
+
+
+class TrainingConfig(Protocol):
+    """What every training's `Run` has."""
+
+    @property
+    def storage(self) -> str:
+        """Folder or URI that holds tables and runs."""
+
+    @property
+    def config(self) -> str:
+        """Name of the config."""
+
+    @property
+    def resume(self) -> str:
+        """Name of the run to continue, or empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Generic[M]):
+    """Results of a training."""
+
+    model: str
+    """Folder or URI of the checkpoint."""
+    metrics: M
+    seconds: Mapping[str, float]
+    """Time of each stage."""
+    run_id: str
+    """MLflow's."""
+    outputs: Mapping[str, str]
+    """Further checkpoints and tables by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Generic[M]):
+    """Results of an evaluation, and the metric by which checkpoints compete."""
+
+    metrics: M
+    headline: str
+    """The headline metric's name in MLflow; higher is better."""
+    value: float
+
+    def of(self, metrics: N) -> "Evaluation[N]":
+        """The same headline with other metrics."""
+        return Evaluation(metrics=metrics, headline=self.headline, value=self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveRun:
+    """An open training run."""
+
+    workflow: str
+    folder: str
+    """Folder or URI of its checkpoints."""
+    tracked: TrackedRun
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time of each finished stage."""
+    outputs: dict[str, str] = field(default_factory=dict)
+    """Further checkpoints and tables by name."""
+
+    @contextlib.contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Record the block's time as that of a stage."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def stage(self, name: str, settings: Optimisation) -> Stage:
+        """A stage with a folder, progress lines and metrics under its name."""
+        return Stage(
+            job=f"{self.workflow} {name}",
+            name=name,
+            settings=settings,
+            folder=storage.join(self.folder, name),
+            metric_prefix=f"{name}/",
+        )
+
+    def save(self, name: str, write: Callable[[Path], object]) -> str:
+        """Write a checkpoint folder to the run's folder; returns its URI."""
+        target = storage.join(self.folder, name)
+        with tempfile.TemporaryDirectory() as local:
+            write(Path(local))
+            storage.upload_folder(Path(local), target)
+        return target
+
+    def finish(
+        self, write: Callable[[Path], object], evaluate: Callable[[str], Evaluation[M]], registered: str
+    ) -> Trained[M]:
+        """Save the final checkpoint, evaluate it and register it.
+
+        Args:
+            write: writes the checkpoint folder.
+            evaluate: evaluates and logs the checkpoint at a local folder.
+            registered: name of the registered model, as `ovd-codet-pictograms`.
+        """
+        model = self.save("model", write)
+        with self.timing("evaluate"):
+            local = storage.local_folder(model)
+            found = evaluate(str(local))
+            tracking.register(self.tracked, local, name=registered, metric=found.headline, value=found.value)
+        return Trained(
+            model=model,
+            metrics=found.metrics,
+            seconds=self.seconds,
+            outputs=self.outputs,
+            run_id=self.tracked.run_id,
+        )
+
+
+@contextlib.contextmanager
+def open_run(
+    run: TrainingConfig,
+    workflow: str,
+    *,
+    tables_read: Mapping[str, str],
+    inputs: Mapping[str, str],
+    stages: Sequence[Optimisation],
+) -> Iterator[ActiveRun]:
+    """Open or resume a training run: its folder, held to its inputs, with Ray started and MLflow tracking it.
+
+    Args:
+        run: the resolved config.
+        workflow: such as `codet`.
+        tables_read: table -> name of each table that the training reads.
+        inputs: ids of further inputs, such as the teacher's.
+        stages: settings of all stages.
+
+    Raises:
+        InputError: the run to resume or a table is missing, or an input differs from the resumed run's.
+    """
+    folder = run_folder(run.storage, workflow, run.config, run.resume)
+    digests = {table: tables.read_manifest(run.storage, table, name).digest for table, name in tables_read.items()}
+    hold_to_inputs(folder, {**digests, **inputs})
+    training.start_ray_for(*stages)
+    with tracking.run(
+        run.storage, experiment=workflow, name=run.config, params=cli.flatten(run), tags=digests
+    ) as tracked:
+        tracked.log_text(cli.to_json(run), "run.json")
+        yield ActiveRun(workflow=workflow, folder=folder, tracked=tracked)
+
+
+def run_folder(storage_uri: str, workflow: str, config: str, resume: str) -> str:
+    """The folder of the run to continue, or of a new one, named by its config and its start to the microsecond.
+
+    Raises:
+        InputError: there is no run of the name to continue.
+    """
+    name = resume or f"{config}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = storage.absolute(storage.join(storage_uri, "runs", workflow, name))
+    if resume and not storage.exists(folder):
+        raise InputError(f"--resume {resume}: no such run, {folder} does not exist")
+    return folder
+
+
+def find_run(storage_uri: str, workflow: str, config: str) -> str:
+    """The name of the last run of a config, as `--resume` takes it; empty if there is none."""
+    filesystem, path = storage.resolve(storage.join(storage_uri, "runs", workflow))
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return max((str(info.base_name) for info in found if info.base_name.startswith(f"{config}-")), default="")
+
+
+def hold_to_inputs(folder: str, inputs: Mapping[str, str]) -> None:
+    """Record a run's inputs in its `inputs.json`, or check that they equal the recorded ones.
+
+    Args:
+        folder: of the run.
+        inputs: name -> digest of a table, id of a teacher and so on.
+
+    Raises:
+        InputError: an input differs from the one the run began with.
+    """
+    uri = storage.join(folder, "inputs.json")
+    before = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    for name, value in inputs.items():
+        if before.get(name, value) != value:
+            raise InputError(f"{folder}: began with {name} {before[name]}, now has {value}, expected the same")
+    if not inputs.keys() <= before.keys():
+        storage.write_bytes(uri, json.dumps({**before, **inputs}, indent=1).encode())
+
+
+def print_results(trained: Trained[M], table: str, next_command: str) -> None:
+    """Print a training's table, its times, where its results are, and the next command."""
+    print(table)
+    print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in trained.seconds.items()))
+    for name, output in {"model": trained.model, **trained.outputs}.items():
+        print(f"{name}: {output or 'none'}")
+    print(f"next:  {next_command}")
+
+
+def ap_table(rows: Mapping[str, DetectionMetrics]) -> str:
+    """AP50 of base, novel and all names for the console, a line for each detector."""
+    lines = [f"{'AP50':16}{'base':>8}{'novel':>8}{'all':>8}"]
+    for label, metrics in rows.items():
+        row = metrics.summary()
+        lines.append(f"{label:16}{row['ap50_base']:8.3f}{row['ap50_novel']:8.3f}{row['ap50_all']:8.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""The settings of `clip.py`: one field for everything that affects results, and the named configs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ovd_models.clip.model import ClipConfig
+from ovd_models.errors import InputError
+from workflows.common import training
+from workflows.common.optimisation import Optimisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training of CLIP."""
+
+    storage: str = "store"
+    """Folder or URI that holds tables and runs."""
+    config: str
+    """Name of the config, for tracking."""
+    pairs: str
+    """Name of the `pairs` table."""
+    max_side: int | None = None
+    """Only pairs whose longer side is at most this, in pixels."""
+    model: ClipConfig = field(default_factory=ClipConfig)
+    pretrained: str = ""
+    """First weights: a tag of open_clip's (`openai`) or a file for `model.name`, or a checkpoint of ours, whose
+    architecture is taken too; empty: from scratch."""
+    batch_size: int = 192
+    """Pairs in a step, over all workers."""
+    chunks: int = 1
+    """Parts in which a worker encodes its share of a batch, for batches that do not fit in memory: the loss is that
+    of the whole batch, at the price of a second forward pass."""
+    shift: int = 4
+    """Each image is moved by up to this many pixels, edges repeated."""
+    optimisation: Optimisation
+    world_seed: int = 0
+    """Seed of the pictogram world whose names are the zero-shot test."""
+    eval_images: int = 4_080
+    """Held-out images of the zero-shot test."""
+    eval_every: int = 0
+    """Steps after which the zero-shot test is made in training; 0 makes it at the end only."""
+    resume: str = ""
+    """Continue this run instead of starting a new one."""
+
+    def __post_init__(self) -> None:
+        """Check that a batch can be shared among the workers."""
+        training.check_shared("batch_size", self.batch_size, self.optimisation.workers)
+        if not 1 <= self.chunks <= self.batch_size // max(1, self.optimisation.workers):
+            raise InputError(f"chunks: {self.chunks}, expected 1 to a worker's share of the batch")
+
+
+def smoke() -> Run:
+    """Seconds; builds its own pairs."""
+    return Run(
+        config="smoke",
+        pairs="smoke",
+        max_side=64,
+        batch_size=32,
+        eval_images=136,
+        eval_every=5,
+        optimisation=Optimisation(steps=10, learning_rate=2e-3, checkpoint_every=10, workers=0),
+    )
+
+
+def pictograms() -> Run:
+    """The tiny CLIP of the pictogram world: from 12,000 small pictures to its teacher in minutes on two cores."""
+    return Run(
+        config="pictograms",
+        pairs="pictograms",
+        max_side=64,
+        batch_size=96,  # many small steps reach more than few large ones
+        optimisation=Optimisation(
+            steps=1600,
+            learning_rate=2e-3,
+            weight_decay=0.2,
+            clip_norm=None,
+            warmup=0.3,
+            checkpoint_every=250,
+            log_every=25,
+            workers=1,
+        ),
+    )
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms}
