@@ -13,8 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("workflows", "data_prep", "ovd_models")
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("**/*.py"))]
+SHARED_FOLDERS = {("workflows", name) for name in ("common", "configs", "reports", "serving")}
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.py"))
-SCRIPTS = [path for path in WORKFLOWS if "\ndef main(" in path.read_text()]
+SCRIPTS = [path for path in WORKFLOWS if path.stem != "__init__"]
+"""All files at the top of `workflows/` are scripts."""
+STUDIES = [path for path in sorted((ROOT / "workflows/studies").glob("*.py")) if "\ndef main(" in path.read_text()]
+RUNNABLE = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (*SCRIPTS, *STUDIES)]
+SHARED = [path for path in SOURCES if path.relative_to(ROOT).parts[:2] in SHARED_FOLDERS]
+FOLDERS = sorted({path.parent for path in SOURCES})
 FORBIDDEN = {
     "ovd_models": {"workflows", "data_prep", "ray", "mlflow"},
     "data_prep": {"workflows", "mlflow"},
@@ -22,21 +28,38 @@ FORBIDDEN = {
 }
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Top-level names of all imports of a file, those inside functions too."""
+def imported_modules(path: Path) -> Iterator[str]:
+    """Dotted names of all imports of a file, those inside functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield (node.module or "").partition(".")[0]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     allowed = {"mlflow"} if path == ROOT / "workflows/common/tracking.py" else set()
-    assert not set(imports(path)) & FORBIDDEN[package] - allowed
+    imported = {module.partition(".")[0] for module in imported_modules(path)}
+    assert not imported & FORBIDDEN[package] - allowed
+
+
+@pytest.mark.parametrize("path", SHARED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_scripts_import_scripts(path: Path) -> None:
+    scripts = {f"workflows.{script.stem}" for script in SCRIPTS}
+    imported = {".".join(module.split(".")[:2]) for module in imported_modules(path)}
+    assert not imported & scripts
+    above = {"common": {"configs", "reports", "serving", "studies"}, "configs": {"reports", "serving", "studies"}}
+    room = path.relative_to(ROOT / "workflows").parts[0]
+    assert not imported & {f"workflows.{other}" for other in above.get(room, {"studies"})}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_folder_holds_at_most_20_files(folder: Path) -> None:
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != "__init__.py"]
+    assert len(files) <= 20
 
 
 def test_no_workflow_bears_the_name_of_an_installed_module() -> None:
@@ -64,7 +87,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-# Runs the scripts one after another in one process, which imports torch and Ray once, as `python workflows/x.py` would.
+# Runs the scripts one after another in one process, which imports torch and Ray once, as `python -m workflows.x` would.
 RUN_SCRIPTS = """
 import contextlib, io, json, os, runpy, sys
 answers = []
@@ -72,7 +95,7 @@ for script, flag in json.loads(sys.argv[1]):
     sys.argv, output, errors = [script, flag], io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            code = runpy.run_path(script, run_name="__main__") and None
+            code = runpy.run_module(script, run_name="__main__") and None
         except SystemExit as exit:
             code = exit.code
     answers.append((code, output.getvalue(), errors.getvalue()))
@@ -89,23 +112,23 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def answers() -> dict[tuple[str, str], Answer]:
-    """What every script says to `--help` and to an unknown config."""
-    cases = [(f"workflows/{path.name}", flag) for path in SCRIPTS for flag in ("--help", "--config=unheard")]
+    """The output of every script for `--help` and for an unknown config."""
+    cases = [(script, flag) for script in RUNNABLE for flag in ("--help", "--config=unheard")]
     ran = run(sys.executable, "-c", RUN_SCRIPTS, json.dumps(cases))
     assert ran.returncode == 0, ran.stderr
     return {case: Answer(*answer) for case, answer in zip(cases, json.loads(ran.stdout), strict=True)}
 
 
-@pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
+@pytest.mark.parametrize("script", RUNNABLE)
 def test_every_script_shows_its_flags(script: str, answers: dict[tuple[str, str], Answer]) -> None:
-    answer = answers[f"workflows/{script}", "--help"]
+    answer = answers[script, "--help"]
     assert answer.code == 0, answer.errors
     assert "--config" in answer.output
 
 
-@pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
+@pytest.mark.parametrize("script", RUNNABLE)
 def test_unknown_config_is_one_line_and_exit_code_2(script: str, answers: dict[tuple[str, str], Answer]) -> None:
-    answer = answers[f"workflows/{script}", "--config=unheard"]
+    answer = answers[script, "--config=unheard"]
     assert (answer.code, answer.output) == (2, "")
     assert len(answer.errors.strip().splitlines()) == 1
     assert "unheard" in answer.errors
@@ -116,13 +139,3 @@ def test_scripts_run_by_path_and_as_modules(start: tuple[str, ...]) -> None:
     answer = run(sys.executable, *start, "--config", "unheard")
     assert answer.returncode == 2
     assert len(answer.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize("target", ["help", "demo", "test", "test-slow", "lint", "bench"])
-def test_make_knows_its_targets(target: str) -> None:
-    planned = run("make", "-n", target)
-    assert planned.returncode == 0, planned.stderr
-
-
-def test_make_demo_runs_the_demo() -> None:
-    assert "workflows/demo.py" in run("make", "-n", "demo").stdout

@@ -28,6 +28,7 @@ from workflows import codet, evaluate
 from workflows.codet import Metrics
 from workflows.common import cli, tracking
 from workflows.common.runs import Trained
+from workflows.common.training import Stage
 from workflows.configs import codet as codet_configs
 from workflows.configs.codet import Run
 from workflows.studies import codet as codet_study
@@ -192,7 +193,7 @@ def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: T
 def test_kinds_of_batches_can_alternate(prepared: Run, trained: Trained[Metrics]) -> None:
     stage = dataclasses.replace(prepared.joint_stage, steps=4, checkpoint_every=10, log_every=1)
     run = dataclasses.replace(prepared, box_model=trained.outputs["boxes_model"], alternate=True, joint_stage=stage)
-    joint = codet.Stage("joint", stage, joint=True)
+    joint = Stage(job="codet joint", name="joint", settings=stage, folder="", metric_prefix="joint/")
     assert [codet.kinds_of_step(run, joint, step) for step in range(3)] == [(True, False), (False, True), (True, False)]
     found = codet.train(run)
     uri = tracking.tracking_uri(run.storage)
