@@ -39,7 +39,7 @@ from workflows import evaluate, prepare_boxes, prepare_pairs
 from workflows.common import cli, runs, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.runs import ActiveRun, Evaluation, Trained
-from workflows.common.teacher import Names, default_teacher, open_encoder, read_names
+from workflows.common.teacher import CodetNames, default_teacher, open_encoder, read_codet_names
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Session, Stage
 from workflows.configs.codet import CONFIGS, Run
@@ -56,7 +56,7 @@ class Metrics:
 def train_worker(
     run: Run,
     stage: Stage,
-    names: Names,
+    names: CodetNames,
     encoder_folder: str,
     start: dict[str, Tensor],
     logger: MetricLogger,
@@ -102,8 +102,8 @@ def kinds_of_step(run: Run, stage: Stage, step: int) -> tuple[bool, bool]:
     return True, captions
 
 
-def log_attention(model: nn.Module, concepts: ConceptBatch, names: Names, step: int, logger: MetricLogger) -> None:
-    """Pictures of the first group: attention over its proposals, and their similarities."""
+def log_attention(model: nn.Module, concepts: ConceptBatch, names: CodetNames, step: int, logger: MetricLogger) -> None:
+    """Log pictures of the first group: attention over its proposals, and their similarities."""
     assert isinstance(model, CoDet)
     size, device = concepts.group_size, concepts.concept_ids.device
     images = concepts.images[:size]
@@ -116,14 +116,14 @@ def log_attention(model: nn.Module, concepts: ConceptBatch, names: Names, step: 
 
 
 def uses_captions(run: Run, stage: Stage) -> bool:
-    """Whether a stage reads caption groups."""
+    """Whether a stage uses caption groups."""
     return stage.name == "joint" and run.model.supervision != "boxes"
 
 
 def train_stage(
     run: Run,
     stage: Stage,
-    names: Names,
+    names: CodetNames,
     encoder_folder: str,
     start: dict[str, Tensor],
     logger: MetricLogger,
@@ -157,7 +157,7 @@ def train(run: Run) -> Trained[Metrics]:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
-    names = read_names(run.storage, run.boxes, run.pairs, encoder)
+    names = read_codet_names(run.storage, run.boxes, run.pairs, encoder)
     run, weights = initial_weights(run, names.base_embeddings.shape[1])
     boxes, joint = run.box_stage, run.joint_stage
     with runs.open_run(
@@ -192,7 +192,7 @@ def train(run: Run) -> Trained[Metrics]:
         return active.finish(partial(save, run, weights, names, encoder), evaluate_joint, f"ovd-codet-{run.boxes}")
 
 
-def save(run: Run, weights: dict[str, Tensor], names: Names, encoder: TextEncoder, folder: Path) -> None:
+def save(run: Run, weights: dict[str, Tensor], names: CodetNames, encoder: TextEncoder, folder: Path) -> None:
     """Write a complete checkpoint folder."""
     model = CoDet(run.model)
     model.load_state_dict(weights)

@@ -6,7 +6,7 @@ teacher (clip.py) --> sam2clip: CLIP's levels -> SAM's embedding <---------+
                         |
                       clip2sam: mask decoder and label branch, base names --> evaluate: IoU and accuracy of
                                                                               base, novel, all names
-      with --text-to-mask also: SAM learns to be prompted by CLIP's embeddings, so by names
+      with --text-to-mask also: SAM is trained to take CLIP's embeddings, and so names, as prompts
 
 python workflows/ovsam.py --config smoke
 python workflows/ovsam.py --config pictograms --teacher store/runs/clip/<run>/model
@@ -51,17 +51,17 @@ from workflows.reports import pointing as pointing_report
 
 
 @dataclass(frozen=True)
-class Names:
-    """The names of a box set."""
+class OvSamNames:
+    """The names of a box set, embedded."""
 
     ids: dict[str, int]
-    """Category id by name, those with a split."""
+    """Category id by name, for categories with a split."""
     splits: dict[str, str]
     """`base` or `novel` by name."""
     vocabulary: Vocabulary
-    """All of them, base ones marked."""
+    """All names, base ones marked."""
     base: Vocabulary
-    """Those that training masks carry."""
+    """The base names, which training masks have."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def build_head_training(config: OvSamConfig, settings: Clip2SamConfig) -> nn.Mod
     return Clip2SamTraining(OvSam(config), settings)
 
 
-def train_head(run: Run, model: OvSam, names: Names, active: ActiveRun) -> None:
+def train_head(run: Run, model: OvSam, names: OvSamNames, active: ActiveRun) -> None:
     """Train the mask decoder and the label branch on the base categories."""
     settings, base_ids = run.clip2sam_stage, [names.ids[name] for name in names.base.names]
     load = mask_loader(
@@ -199,7 +199,9 @@ def build_text_training(sam: SamConfig, tower: TowerConfig, settings: TextToMask
     return TextToMask(SamModel(sam), clip, tower, settings)
 
 
-def train_text(run: Run, config: OvSamConfig, sam: SamModel, clip: Clip, names: Names, active: ActiveRun) -> TextToMask:
+def train_text(
+    run: Run, config: OvSamConfig, sam: SamModel, clip: Clip, names: OvSamNames, active: ActiveRun
+) -> TextToMask:
     """Train a copy of the SAM to use CLIP's embeddings as prompts."""
     settings = run.text_stage
     load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=settings.seed, flip_probability=0.0)
@@ -214,7 +216,7 @@ def train_text(run: Run, config: OvSamConfig, sam: SamModel, clip: Clip, names: 
     return module.eval()
 
 
-def read_names(run: Run, encoder: ClipTextEncoder) -> Names:
+def read_names(run: Run, encoder: ClipTextEncoder) -> OvSamNames:
     """Embed the names of `categories/<boxes>`, or read them from the teacher's `texts`.
 
     Raises:
@@ -223,7 +225,7 @@ def read_names(run: Run, encoder: ClipTextEncoder) -> Names:
     categories, splits = read_categories(run.storage, run.boxes)
     base = [name for name, split in splits.items() if split == "base"]
     stored = StoredEncoder(encoder, TextStore.of(run.storage, encoder.teacher))
-    return Names(
+    return OvSamNames(
         {name: category_id for category_id, name in categories.items()},
         splits,
         build_vocabulary(stored, list(splits), splits),
@@ -244,7 +246,7 @@ def open_clip_teacher(run: Run) -> tuple[Clip, ClipTextEncoder]:
 
 
 def model_config(run: Run, sam: SamConfig, clip: Clip) -> OvSamConfig:
-    """The OV-SAM of a SAM and a CLIP, whose cosines count as much as that CLIP learnt."""
+    """The OV-SAM of a SAM and a CLIP, with CLIP's learned logit scale."""
     log_scale = float(clip.model.logit_scale.detach())
     return OvSamConfig(
         sam=sam,
@@ -301,7 +303,7 @@ def train(run: Run) -> Trained[pointing_report.Report]:
         return active.finish(partial(save, run, model, encoder, names), evaluation, f"ovd-ovsam-{run.boxes}")
 
 
-def save(run: Run, model: OvSam | TextToMask, encoder: ClipTextEncoder, names: Names, folder: Path) -> None:
+def save(run: Run, model: OvSam | TextToMask, encoder: ClipTextEncoder, names: OvSamNames, folder: Path) -> None:
     """Write a complete checkpoint folder."""
     if isinstance(model, TextToMask):
         save_text_to_mask(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
@@ -310,7 +312,7 @@ def save(run: Run, model: OvSam | TextToMask, encoder: ClipTextEncoder, names: N
 
 
 def evaluate_models(
-    run: Run, model: OvSam, sam: SamModel, text: TextToMask | None, names: Names, active: ActiveRun, folder: str
+    run: Run, model: OvSam, sam: SamModel, text: TextToMask | None, names: OvSamNames, active: ActiveRun, folder: str
 ) -> Evaluation[pointing_report.Report]:
     """Evaluate the OV-SAM beside SAM and the baselines, and log the results."""
     report = pointing_report.evaluate(

@@ -39,19 +39,19 @@ from workflows.configs.vild import CONFIGS, Run
 
 
 @dataclass(frozen=True)
-class Names:
-    """The names of a box set: those that are trained with come first."""
+class VildNames:
+    """The names of a box set; those with training boxes come first."""
 
     ids: list[int]
-    """Category ids of those that are trained with."""
+    """Category ids of the names with training boxes."""
     splits: dict[str, str]
     """`base` or `novel` by name."""
     vocabulary: Vocabulary
-    """All of them."""
+    """All names."""
 
     @property
     def trained(self) -> Tensor:
-        """[K] bool: the names that carry boxes in training."""
+        """[K] bool: whether a name has training boxes."""
         return torch.arange(len(self.vocabulary)) < len(self.ids)
 
 
@@ -82,7 +82,7 @@ def build_model(run: Run, stage: str) -> ProposalNetwork | ViLD:
 def train_stage(
     run: Run,
     stage: Stage,
-    names: Names,
+    names: VildNames,
     start: dict[str, Tensor],
     regions: RegionSource | None,
     logger: MetricLogger,
@@ -129,7 +129,7 @@ def train(run: Run) -> Trained[DetectionMetrics]:
         return active.finish(partial(save, run, model, encoder, names), evaluation, f"ovd-vild-{run.boxes}")
 
 
-def read_inputs(run: Run) -> tuple[Run, Names, TextEncoder]:
+def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
     """The run completed by its data, the names and their encoder."""
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
     names = read_names(run, encoder)
@@ -158,7 +158,7 @@ def train_rpn(run: Run) -> str:
         return train_proposals(run, names, encoder, active)
 
 
-def train_proposals(run: Run, names: Names, encoder: TextEncoder, active: ActiveRun) -> str:
+def train_proposals(run: Run, names: VildNames, encoder: TextEncoder, active: ActiveRun) -> str:
     """Train the proposal network on all training boxes, whatever their category; returns its checkpoint.
 
     A checkpoint is a whole detector: the box head of this one is untrained, and only its proposals are useful.
@@ -177,7 +177,7 @@ def train_proposals(run: Run, names: Names, encoder: TextEncoder, active: Active
 
 
 def check_proposals(run: Run) -> None:
-    """Whether the given proposals are of this detector's first stage, and have seen no box that this run must not.
+    """Check that the given proposals fit this detector and were not trained on boxes that this run must not use.
 
     Raises:
         InputError: they do not fit.
@@ -189,11 +189,13 @@ def check_proposals(run: Run) -> None:
             found, expected = getattr(theirs, name), getattr(ours, name)
             raise InputError(f"--proposals {run.proposals}: {name} is {found!r}, expected {expected!r}")
     if read_info(folder).run.get("novel_boxes") and not run.novel_boxes:
-        raise InputError(f"--proposals {run.proposals}: learnt from novel boxes, expected proposals of base boxes")
+        raise InputError(
+            f"--proposals {run.proposals}: trained on novel boxes, expected proposals trained on base boxes"
+        )
 
 
 def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSource:
-    """The stored embeddings of the best proposals of every training image; computed where they are not there yet.
+    """The stored embeddings of the best proposals of every training image; computed where they are missing.
 
     Raises:
         InputError: `regions` names a table of another teacher or other crops.
@@ -221,7 +223,7 @@ def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSou
 
 
 def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
-    """Weights that the detector starts from: the proposal network's, or none but the backbone's."""
+    """The detector's initial weights: the proposal network's, or only the backbone's."""
     torch.manual_seed(run.detector_stage.seed)
     model = ViLD(run.model)
     if run.start_from_proposals:
@@ -249,7 +251,7 @@ def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[Detect
     return evaluate.evaluate_and_log(settings, active.tracked, f"eval/{run.boxes}", run.detector_stage.steps)
 
 
-def save(run: Run, model: ViLD, encoder: TextEncoder, names: Names, folder: Path) -> None:
+def save(run: Run, model: ViLD, encoder: TextEncoder, names: VildNames, folder: Path) -> None:
     """Write a complete checkpoint folder."""
     save_detector(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
 
@@ -257,21 +259,21 @@ def save(run: Run, model: ViLD, encoder: TextEncoder, names: Names, folder: Path
 # ------------------------------------------------------------------------------------------------------------ input
 
 
-def read_names(run: Run, encoder: TextEncoder) -> Names:
-    """Embed the names of the box set; categories without a split take no part, and are named."""
+def read_names(run: Run, encoder: TextEncoder) -> VildNames:
+    """Embed the names of the box set; prints the categories without a split, which are not used."""
     categories, splits = read_categories(run.storage, run.boxes)
     rows = tables.read_table(run.storage, "categories", run.boxes, ["name", "split"]).to_pylist()
     without = [row["name"] for row in rows if not row["split"]]
     if without:
-        print(f"categories/{run.boxes}: {len(without)} without a split take no part: {', '.join(without[:20])}")
+        print(f"categories/{run.boxes}: {len(without)} without a split are not used: {', '.join(without[:20])}")
     trained = [key for key, name in categories.items() if run.novel_boxes or splits[name] == "base"]
     others = [key for key in categories if key not in set(trained)]
     ordered = [categories[key] for key in (*trained, *others)]
-    return Names(trained, splits, build_vocabulary(encoder, ordered, splits))
+    return VildNames(trained, splits, build_vocabulary(encoder, ordered, splits))
 
 
-def complete(run: Run, names: Names) -> Run:
-    """The run with what follows from its data: embedding width, frozen batch norm, names of a supervised classifier."""
+def complete(run: Run, names: VildNames) -> Run:
+    """The run completed by its data: embedding width, frozen batch norm, names of a supervised classifier."""
     pretrained = find_backbone_weights(run.model.detector.backbone, run.backbone_weights) is not None
     detector = dataclasses.replace(
         run.model.detector, embed_dim=names.vocabulary.embeddings.shape[1], freeze_norm=pretrained

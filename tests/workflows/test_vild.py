@@ -129,7 +129,7 @@ def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
     for name, value in metrics.summary().items():
         assert own.summary()[name] == pytest.approx(value, nan_ok=True)
     save_clip(Clip(ClipConfig()), tmp_path / "other")
-    with pytest.raises(InputError, match=f"the detector learnt from {detector.teacher}"):
+    with pytest.raises(InputError, match=f"expected the detector's teacher, {detector.teacher}"):
         vild_sweep.baselines(detector, seen, str(tmp_path / "other"), Scoring(), run)
     grid = list(vild_sweep.scorings(vild_sweep.Run(temperature=(10.0, 20.0)), Scoring()))
     assert len(grid) == 4 * 2 * 2
@@ -292,7 +292,7 @@ def test_what_cannot_be_trained_is_told(prepared: Run, trained: Trained[Detectio
     shutil.copytree(trained.outputs["proposals"], tmp_path / "seen")
     Path(tmp_path, "seen", "config.json").write_text(json.dumps({**info, "run": {**info["run"], "novel_boxes": True}}))
     told = bad(lambda run: replace(run, proposals=str(tmp_path / "seen")), prepared)
-    assert "learnt from novel boxes, expected proposals of base boxes" in told
+    assert "trained on novel boxes, expected proposals trained on base boxes" in told
     other = replace(prepared.crops, fit="pad")
     assert "made with crops" in bad(lambda run: replace(run, regions=trained.outputs["regions"], crops=other), given)
     texts = tmp_path / "texts.npy"

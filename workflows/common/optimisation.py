@@ -70,6 +70,12 @@ class Optimisation:
             raise InputError(f"checkpoint_every: {self.checkpoint_every}, expected a multiple of {STEPS_PER_BLOCK}")
 
 
+def check_shared(field: str, size: int, workers: int) -> None:
+    """Raise InputError where a batch cannot be shared evenly among the workers."""
+    if size < max(1, workers) or size % max(1, workers):
+        raise InputError(f"{field}: {size}, expected a multiple of the {max(1, workers)} workers")
+
+
 def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
     """AdamW over all weights, SGD with momentum, or Muon."""
     rate, decay = settings.learning_rate, settings.weight_decay

@@ -1,8 +1,8 @@
-"""What every worker process of a Ray on this machine runs first; it imports nothing heavy."""
+"""Set-up of the worker processes of a Ray that was started on this machine; imports nothing heavy."""
 
 import logging
 
 
 def setup() -> None:
-    """Leave a laptop's console to the job's own lines: of what Ray logs, only errors."""
+    """Log only errors, so that the console shows the job's own lines."""
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""The teacher of a detector: its text encoder, and the names that it embeds."""
+"""A detector's teacher: its text encoder, and the names it embeds."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from ovd_models.vocabulary import TextEncoder, build_vocabulary
 
 
 @dataclass(frozen=True)
-class Names:
+class CodetNames:
     """The names of a box set and of a concept table, embedded."""
 
     categories: dict[int, str]
-    """Category id -> name, those with a split."""
+    """Category id -> name, for categories with a split."""
     splits: dict[str, str]
     """`base` or `novel` by name."""
     base_embeddings: Tensor
-    """[K, D] the names that boxes are annotated with in training."""
+    """[K, D] embeddings of the names of training boxes."""
     concept_embeddings: Tensor
-    """[C, D]."""
+    """[C, D] embeddings of the concepts."""
     concepts: tuple[str, ...]
-    """C names."""
+    """Names of the C concepts."""
     base_image_counts: tuple[int, ...]
-    """K numbers of images that show each of the names with boxes, for the federated loss."""
+    """For each of the K names the number of images with its boxes, for the federated loss."""
 
     @property
     def base_ids(self) -> list[int]:
@@ -39,20 +39,22 @@ class Names:
 
 
 def read_categories(storage_uri: str, boxes: str) -> tuple[dict[int, str], dict[str, str]]:
-    """Category id -> name of those with a split, and `base` or `novel` by name.
+    """Category id -> name, and name -> `base` or `novel`, for categories with a split.
 
     Raises:
         InputError: the table is missing, or two categories have the same name.
     """
     rows = tables.read_table(storage_uri, "categories", boxes, ["category_id", "name", "split"]).to_pylist()
-    taking_part = [row for row in rows if row["split"]]
-    twice = [name for name, count in Counter(row["name"] for row in taking_part).items() if count > 1]
-    if twice:
-        raise InputError(f"categories/{boxes}: {twice[0]!r} is the name of several categories, expected one for each")
-    return {row["category_id"]: row["name"] for row in taking_part}, {row["name"]: row["split"] for row in taking_part}
+    with_split = [row for row in rows if row["split"]]
+    repeated = [name for name, count in Counter(row["name"] for row in with_split).items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"categories/{boxes}: {repeated[0]!r} is the name of several categories, expected unique names"
+        )
+    return {row["category_id"]: row["name"] for row in with_split}, {row["name"]: row["split"] for row in with_split}
 
 
-def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -> Names:
+def read_codet_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -> CodetNames:
     """Embed the names of `categories/<boxes>` and of `concepts/<pairs>`, or read them from the teacher's `texts`.
 
     Raises:
@@ -65,7 +67,7 @@ def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -
     counts = tables.read_table(storage_uri, "categories", boxes, ["name", "image_count"]).to_pylist()
     images = {row["name"]: row["image_count"] for row in counts}
     concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist()
-    return Names(
+    return CodetNames(
         categories,
         splits,
         build_vocabulary(encoder, base).embeddings,
@@ -76,23 +78,23 @@ def read_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -
 
 
 def open_teacher(teacher: str, expected: str) -> Teacher:
-    """The teacher that a detector learnt from, to look at crops.
+    """The teacher that a detector was trained with, to embed crops.
 
     Args:
-        teacher: of a CLIP checkpoint.
-        expected: the id that the detector knows.
+        teacher: folder or URI of a CLIP checkpoint.
+        expected: the id of the detector's teacher.
 
     Raises:
         InputError: there is no such checkpoint, or its id is not the expected one.
     """
     model = Teacher(teacher, EmbedConfig(batch_size=128))
     if model.id != expected:
-        raise InputError(f"--teacher {teacher}: is {model.id}, the detector learnt from {expected}")
+        raise InputError(f"--teacher {teacher}: is {model.id}, expected the detector's teacher, {expected}")
     return model
 
 
 def untrained_teacher(storage_uri: str) -> str:
-    """The checkpoint of a CLIP that has not learnt anything, always the same, for smoke runs; made if it is missing."""
+    """The checkpoint of an untrained CLIP, always the same, for smoke runs; made if it is missing."""
     folder = storage.join(storage_uri, "runs", "clip", "untrained")
     if not storage.exists(storage.join(folder, "clip.json")):
         torch.manual_seed(0)

@@ -77,19 +77,19 @@ class MetricLogger:
         self._client: MlflowClient | None = None
 
     def __reduce__(self) -> tuple[type["MetricLogger"], tuple[str, str]]:
-        """Unsent metrics and open connections stay in the process that has them."""
+        """Pickle without unsent metrics and open connections."""
         return MetricLogger, (self.uri, self.run_id)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Note the metrics of a step."""
+        """Add the metrics of a step."""
         self._buffer.extend(_metrics(metrics, step))
 
     def log_image(self, image: PIL.Image.Image, name: str, step: int) -> None:
-        """Note a picture of a series that MLflow shows with a slider."""
+        """Add a picture of a series that MLflow shows with a slider."""
         self._pictures.append((image, name, step))
 
     def flush(self, *, wait: bool = False) -> None:
-        """Send what was noted, in the background unless `wait`; a loop's last flush should wait.
+        """Send what was added, in the background unless `wait`; a loop's last flush should wait.
 
         Raises:
             MlflowException: on `wait`, the tracking server refused something sent since the last one.
@@ -120,11 +120,11 @@ class TrackedRun:
     client: MlflowClient = field(repr=False)
 
     def logger(self) -> MetricLogger:
-        """What a worker needs to write this run's metrics."""
+        """A logger with which a worker writes this run's metrics."""
         return MetricLogger(self.uri, self.run_id)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Write metrics now."""
+        """Log metrics immediately."""
         self.client.log_batch(self.run_id, metrics=_metrics(metrics, step))
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
@@ -135,25 +135,25 @@ class TrackedRun:
             self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_image(self, image: PIL.Image.Image | np.ndarray, name: str, step: int | None = None) -> None:
-        """A picture: the file `name`.jpg, or with a step one of a series that MLflow shows with a slider."""
+        """Log a picture: the file `name`.jpg or, with a step, one of a series that MLflow shows with a slider."""
         if step is None:
             self.client.log_image(self.run_id, image, artifact_file=f"{name}.jpg")
         else:
             self.client.log_image(self.run_id, image, key=name, step=step)
 
     def log_pictures(self, images: Sequence[PIL.Image.Image], prefix: str) -> None:
-        """Numbered pictures below `prefix`."""
+        """Log numbered pictures below `prefix`."""
         for number, image in enumerate(images):
             self.log_image(image, f"{prefix}/picture_{number:02d}")
 
     def log_table(self, columns: Mapping[str, Sequence[object]], path: str) -> None:
-        """A table that MLflow can compare between runs; `path` ends in `.json`."""
+        """Log a table that MLflow can compare between runs; `path` ends in `.json`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # pandas', on MLflow's use of it
             self.client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)
 
     def log_text(self, text: str, path: str) -> None:
-        """A text file."""
+        """Log a text file."""
         self.client.log_text(self.run_id, text, path)
 
 
@@ -175,7 +175,7 @@ def run(
     params: Mapping[str, object],
     tags: Mapping[str, str] | None = None,
 ) -> Iterator[TrackedRun]:
-    """A run that ends with the block: FINISHED, FAILED on an exception, KILLED on Ctrl-C or `ray job stop`.
+    """Start a run that ends with the block: FINISHED, FAILED on an exception, KILLED on Ctrl-C or `ray job stop`.
 
     Args:
         storage_uri: where the job keeps its files; decides where the run is tracked.
@@ -217,7 +217,7 @@ class ModelVersion:
 
 
 def register(tracked: TrackedRun, folder: Path, *, name: str, metric: str, value: float) -> ModelVersion:
-    """Store a checkpoint folder as a new version of a registered model; the best one bears the alias `champion`.
+    """Store a checkpoint folder as a new version of a registered model; the best one gets the alias `champion`.
 
     Args:
         tracked: the run that made the checkpoint.
@@ -245,7 +245,7 @@ def register(tracked: TrackedRun, folder: Path, *, name: str, metric: str, value
 
 
 def local_model(uri: str, storage_uri: str) -> Path:
-    """The local folder of a checkpoint that is given as a folder, its URI, or `models:/<name>@<alias>`.
+    """The local folder of a checkpoint given as a folder, a URI, or `models:/<name>@<alias>`.
 
     Raises:
         InputError: there is no such checkpoint.
@@ -288,7 +288,7 @@ def model_folder(uri: str, storage_uri: str = "store") -> Path:
 
 
 def _local_folder(storage_uri: str) -> Path | None:
-    """The storage's folder on this machine, or None where it is elsewhere."""
+    """The storage's folder if it is on this machine, else None."""
     filesystem, path = storage.resolve(storage_uri)
     return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
 
@@ -320,7 +320,7 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
 
 
 def _champion(client: MlflowClient, name: str) -> Any:
-    """The model version that bears the alias, or None."""
+    """The model version with the alias, or None."""
     try:
         return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException:
@@ -333,7 +333,7 @@ def _metrics(metrics: Mapping[str, float], step: int) -> list[Metric]:
 
 
 def _git_tags() -> dict[str, str]:
-    """The commit of this code, and whether files differ from it; nothing where there is no repository."""
+    """The git commit of this code and whether files differ from it; empty without a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)

@@ -209,12 +209,6 @@ def device_of(settings: Optimisation) -> str:
     return "cuda" if settings.use_gpu and torch.cuda.is_available() else "cpu"
 
 
-def check_shared(field: str, size: int, workers: int) -> None:
-    """Raise InputError where a batch cannot be shared evenly among the workers."""
-    if size < max(1, workers) or size % max(1, workers):
-        raise InputError(f"{field}: {size}, expected a multiple of the {max(1, workers)} workers")
-
-
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 

@@ -1,12 +1,11 @@
-"""The settings of `clip.py`: one field for everything that affects results, and the named configs."""
+"""Settings of `clip.py`: a `Run` holds everything that affects results; each function returns a named one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ovd_models.clip.model import ClipConfig
 from ovd_models.errors import InputError
-from workflows.common import training
-from workflows.common.optimisation import Optimisation
+from workflows.common.optimisation import Optimisation, check_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,41 +15,41 @@ class Run:
     storage: str = "store"
     """Folder or URI that holds tables and runs."""
     config: str
-    """Name of the config, for tracking."""
+    """Name of the config; starts the run's name."""
     pairs: str
     """Name of the `pairs` table."""
     max_side: int | None = None
-    """Only pairs whose longer side is at most this, in pixels."""
+    """Use only pairs whose longer side is at most this many pixels."""
     model: ClipConfig = field(default_factory=ClipConfig)
     pretrained: str = ""
-    """First weights: a tag of open_clip's (`openai`) or a file for `model.name`, or a checkpoint of ours, whose
-    architecture is taken too; empty: from scratch."""
+    """Initial weights: an open_clip tag (`openai`) or file for `model.name`, or one of our checkpoints, whose
+    architecture replaces `model`. Empty: from scratch."""
     batch_size: int = 192
     """Pairs in a step, over all workers."""
     chunks: int = 1
-    """Parts in which a worker encodes its share of a batch, for batches that do not fit in memory: the loss is that
-    of the whole batch, at the price of a second forward pass."""
+    """Parts in which a worker encodes its share of a batch that does not fit in memory. The loss is still that of the
+    whole batch; the cost is a second forward pass."""
     shift: int = 4
-    """Each image is moved by up to this many pixels, edges repeated."""
+    """Each training image is shifted by up to this many pixels, edges repeated."""
     optimisation: Optimisation
     world_seed: int = 0
-    """Seed of the pictogram world whose names are the zero-shot test."""
+    """Seed of the pictogram world of the zero-shot test."""
     eval_images: int = 4_080
-    """Held-out images of the zero-shot test."""
+    """Held-out images in the zero-shot test."""
     eval_every: int = 0
-    """Steps after which the zero-shot test is made in training; 0 makes it at the end only."""
+    """Steps between zero-shot tests during training; 0 tests at the end only."""
     resume: str = ""
-    """Continue this run instead of starting a new one."""
+    """Name of a run to continue."""
 
     def __post_init__(self) -> None:
         """Check that a batch can be shared among the workers."""
-        training.check_shared("batch_size", self.batch_size, self.optimisation.workers)
+        check_shared("batch_size", self.batch_size, self.optimisation.workers)
         if not 1 <= self.chunks <= self.batch_size // max(1, self.optimisation.workers):
             raise InputError(f"chunks: {self.chunks}, expected 1 to a worker's share of the batch")
 
 
 def smoke() -> Run:
-    """Seconds; builds its own pairs."""
+    """Runs in seconds; builds its own pairs."""
     return Run(
         config="smoke",
         pairs="smoke",
@@ -63,7 +62,7 @@ def smoke() -> Run:
 
 
 def pictograms() -> Run:
-    """The tiny CLIP of the pictogram world: from 12,000 small pictures to its teacher in minutes on two cores."""
+    """The tiny CLIP of the pictogram world, trained on 12,000 small pictures in minutes on two cores."""
     return Run(
         config="pictograms",
         pairs="pictograms",

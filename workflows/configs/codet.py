@@ -1,4 +1,4 @@
-"""The settings of `codet.py`: one field for everything that affects results, and the named configs."""
+"""Settings of `codet.py`: a `Run` holds everything that affects results; each function returns a named one."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,8 +9,7 @@ from data_prep.streams.group_loader import Sampling
 from ovd_models.codet.model import CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.importers.codet import released_architectures
-from workflows.common import training
-from workflows.common.optimisation import STEPS_PER_BLOCK, Optimisation
+from workflows.common.optimisation import STEPS_PER_BLOCK, Optimisation, check_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +19,7 @@ class Run:
     storage: str = "store"
     """Folder or URI that holds tables and runs."""
     config: str
-    """Name of the config, for tracking."""
+    """Name of the config; starts the run's name."""
     boxes: str
     """Name of the box set: tables `boxes/<name>-train`, `boxes/<name>-eval`, `categories/<name>`."""
     pairs: str
@@ -28,38 +27,38 @@ class Run:
     teacher: str = ""
     """Folder or URI of a CLIP checkpoint that embeds names and captions."""
     texts: str = ""
-    """Instead of a teacher: a .npy file with an embedding for each category of the data, in category-id order."""
+    """Replaces the teacher: a .npy file with an embedding for each category of the data, in category-id order."""
     data: str = ""
-    """A folder with `instances.json` and `images/` (and `captions.tsv`, if there are captions), read first."""
+    """A folder with `instances.json`, `images/` and, optionally, `captions.tsv`, whose tables are made first."""
     backbone_weights: str = "auto"
-    """`auto` (torchvision's, when they are on this machine), `none`, or a file with a state dict."""
+    """`auto` (torchvision's, if they are on this machine), `none`, or a file with a state dict."""
     model: CoDetConfig = field(default_factory=CoDetConfig)
     detection_batch: int = 8
     """Images with boxes in a step, over all workers."""
     groups_per_step: int = 4
     """Caption groups in a step, over all workers."""
     group_size: int = 4
-    """Images of a group."""
+    """Images in a group."""
     sampling: Sampling = field(default_factory=Sampling)
     """How groups are drawn."""
     alternate: bool = False
-    """Boxes in even steps, captions in odd ones, on all workers; else both in every step."""
+    """Boxes in even steps and captions in odd ones, on all workers; otherwise both in every step."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """Of images with boxes."""
+    """Augmentation of images with boxes."""
     repeat_threshold: float = 0.0
-    """Repeat-factor sampling of images with boxes: those of categories rarer than this part of all come more often."""
+    """Repeat-factor sampling: images of categories in less than this fraction of the images are repeated; 0: never."""
     box_stage: Optimisation
     joint_stage: Optimisation
     box_model: str = ""
-    """Folder or URI of a detector checkpoint that the joint stage starts from; no box stage is trained then."""
+    """Folder or URI of a detector checkpoint to start the joint stage from, instead of training the box stage."""
     resume: str = ""
-    """Continue this run instead of starting a new one."""
+    """Name of a run to continue."""
 
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
         for stage in (self.box_stage, self.joint_stage):
-            training.check_shared("detection_batch", self.detection_batch, stage.workers)
-            training.check_shared("groups_per_step", self.groups_per_step, stage.workers)
+            check_shared("detection_batch", self.detection_batch, stage.workers)
+            check_shared("groups_per_step", self.groups_per_step, stage.workers)
         if self.group_size < 2:
             raise InputError(f"group_size: {self.group_size}, expected at least 2")
         if self.alternate and self.joint_stage.checkpoint_every % (2 * STEPS_PER_BLOCK):
@@ -72,7 +71,7 @@ class Run:
 
 
 def smoke() -> Run:
-    """Seconds; builds its own tables and an untrained teacher."""
+    """Runs in seconds; builds its own tables and an untrained teacher."""
     quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
     return Run(
         config="smoke",
@@ -95,7 +94,7 @@ def pictograms() -> Run:
         pairs="pictograms",
         sampling=Sampling(min_side=100),
         groups_per_step=2,
-        # Small operators do not share well among threads: two processes of one thread take less CPU than one of two.
+        # Small operators parallelise badly: two processes with one thread each use less CPU than one with two.
         box_stage=Optimisation(steps=300, learning_rate=2e-3, workers=2),
         joint_stage=Optimisation(steps=600, learning_rate=2e-3, workers=2),
     )
@@ -193,7 +192,7 @@ def lvis_r50() -> Run:
 
 
 def lvis_swin_b() -> Run:
-    """The same with Swin-B: half the batch, twice the steps, half the learning rate, larger images."""
+    """`lvis_r50` with Swin-B: half the batch, twice the steps, half the learning rate, larger images."""
     paper = lvis_r50()
     released = released_architectures()["centernet2_swin_b"].config
     stage = dataclasses.replace(paper.joint_stage, steps=180_000, learning_rate=1e-4, warmup=1 / 180)
@@ -210,9 +209,9 @@ def lvis_swin_b() -> Run:
 
 
 def lvis_eva() -> Run:
-    """The same with EVA-02-L on 16 GPUs: 32 images with boxes and 256 captioned ones; one learning rate for all of it.
+    """`lvis_r50` with EVA-02-L on 16 GPUs: 32 images with boxes and 256 captioned ones.
 
-    The published training gives the backbone a quarter of the learning rate.
+    All weights share one learning rate; the published training gives the backbone a quarter of it.
     """
     paper = lvis_r50()
     released = released_architectures()["centernet2_eva02_l"].config

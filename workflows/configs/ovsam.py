@@ -1,4 +1,4 @@
-"""The settings of `ovsam.py`: one field for everything that affects results, and the named configs."""
+"""Settings of `ovsam.py`: a `Run` holds everything that affects results; each function returns a named one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,8 +9,7 @@ from ovd_models.ovsam.text_to_mask import TextToMaskConfig
 from ovd_models.ovsam.training import Clip2SamConfig
 from ovd_models.sam.model import VIT_H, SamConfig
 from ovd_models.sam.training import SamTrainingConfig
-from workflows.common import training
-from workflows.common.optimisation import Optimisation
+from workflows.common.optimisation import Optimisation, check_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +19,18 @@ class Run:
     storage: str = "store"
     """Folder or URI that holds tables and runs."""
     config: str
-    """Name of the config, for tracking."""
+    """Name of the config; starts the run's name."""
     boxes: str
     """Name of the box set: tables `boxes/<name>-train` and `boxes/<name>-eval` with masks, `categories/<name>`."""
     data: str = ""
-    """A folder with `instances.json` and `images/`, read first."""
+    """A folder with `instances.json` and `images/`, whose tables are made first."""
     teacher: str = ""
-    """Folder or URI of a CLIP checkpoint: the image tower that is taken over, and the text tower for names."""
+    """Folder or URI of a CLIP checkpoint: its image tower becomes OV-SAM's encoder, its text tower embeds names."""
     sam: str = ""
-    """Folder or URI of a SAM checkpoint, or a published `.pth` file of `sam_model`'s numbers; if empty, a SAM is
+    """Folder or URI of a SAM checkpoint, or a published `.pth` file of the architecture `sam_model`; if empty, a SAM is
     trained first."""
     needs_sam: bool = False
-    """Whether `sam` must be given: these published numbers want a published SAM."""
+    """Whether `sam` must be given, as for the published recipes."""
     sam_model: SamConfig = field(default_factory=SamConfig)
     """The SAM to be trained."""
     sam_training: SamTrainingConfig = field(default_factory=SamTrainingConfig)
@@ -39,40 +38,40 @@ class Run:
     pyramid_width: int = 64
     label_hidden: int = 256
     alpha: float = 0.1
-    """CLIP's part in the score of base names."""
+    """CLIP's weight in the score of base names."""
     beta: float = 0.9
-    """CLIP's part in the score of novel names."""
+    """CLIP's weight in the score of novel names."""
     novel_bias: float = 0.0
-    """What the log scores of novel names gain."""
+    """Constant added to the log scores of novel names."""
     clip_view: Literal["features", "cut_out"] = "features"
-    """How CLIP is asked about a mask, see `OvSamConfig`."""
+    """How CLIP sees a mask, see `OvSamConfig`."""
     clip2sam: Clip2SamConfig = field(default_factory=Clip2SamConfig)
     batch_size: int = 8
     """Images in a step of any stage, over all workers."""
     rows_per_shard: int = 200
-    """Images in a file of the feature cache."""
+    """Images in one file of the feature cache."""
     flip_probability: float = 0.5
-    """How often an image is mirrored, where masks are learnt."""
+    """Probability of mirroring an image in the stages that learn masks."""
     sam_stage: Optimisation
     sam2clip_stage: Optimisation
     clip2sam_stage: Optimisation
     text_to_mask: bool = False
-    """Whether SAM also learns to take a name as its prompt."""
+    """Whether SAM is also trained to take a name as its prompt."""
     text: TextToMaskConfig = field(default_factory=TextToMaskConfig)
     text_stage: Optimisation = field(default_factory=lambda: Optimisation(steps=500, learning_rate=1e-3))
     eval_images: int = 0
-    """Of the evaluation set, this many of its first images; all if 0."""
+    """Evaluate on this many first images of the evaluation set; all if 0."""
     resume: str = ""
-    """Continue this run instead of starting a new one."""
+    """Name of a run to continue."""
 
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
         for stage in (self.sam_stage, self.sam2clip_stage, self.clip2sam_stage, self.text_stage):
-            training.check_shared("batch_size", self.batch_size, stage.workers)
+            check_shared("batch_size", self.batch_size, stage.workers)
 
 
 def smoke() -> Run:
-    """Seconds; builds its own tables and an untrained CLIP."""
+    """Runs in seconds; builds its own tables and an untrained CLIP."""
     quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
     sam = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,))
     return Run(
@@ -95,21 +94,21 @@ def pictograms() -> Run:
     return Run(
         config="pictograms",
         boxes="pictograms",
-        # Strokes are about three pixels wide: the annotated masks themselves, averaged to every second pixel as patches
-        # of 8 pixels would have them, keep an IoU of 0.85 only. Patches of 4 give maps of the image's own size.
-        # The width of the prompts is that of the masks too, which come far later with less.
+        # Strokes are about three pixels wide. At half resolution, which patches of 8 pixels give, even the annotated
+        # masks reach an IoU of only 0.85; patches of 4 give masks at full resolution. A smaller prompt width, which
+        # is the mask decoder's too, learns masks far more slowly.
         sam_model=SamConfig(patch_size=4, width=96, heads=2, global_blocks=(), prompt_width=128),
-        # Three pixels wide strokes are a small part of a picture: the paper's weight of 1 leaves them to the last.
+        # Thin strokes cover little of an image: with the paper's weight of 1 they are learnt last.
         sam_training=SamTrainingConfig(dice_weight=5.0),
         pyramid_width=32,
-        # Chosen by the study's first seed on scenes that the evaluation does not use.
+        # Chosen on the study's first seed, on scenes that the evaluation does not use.
         alpha=0.5,
         beta=0.8,
         novel_bias=1.0,
         clip_view="cut_out",
         batch_size=4,
-        # Small operations keep one core busy: two processes of one thread are faster than one of two. AdamW takes more
-        # steps to the same loss of SAM, and to a label branch that names as well.
+        # Small operators parallelise badly: two processes with one thread each are faster than one with two. AdamW
+        # needs more steps than Muon to the same SAM loss and label accuracy.
         sam_stage=Optimisation(steps=1800, learning_rate=2e-3, optimiser="muon", workers=2),
         sam2clip_stage=Optimisation(steps=1000, learning_rate=3e-3, optimiser="muon", workers=2),
         clip2sam_stage=Optimisation(steps=1200, learning_rate=2e-3, optimiser="muon", workers=2),
@@ -119,7 +118,7 @@ def pictograms() -> Run:
 
 
 def photos() -> Run:
-    """Photographs in COCO's form at 256 px, short enough for a laptop; far too short to be of use."""
+    """Photographs in COCO's form at 256 px, short enough for a laptop; far too short to be useful."""
     quick = Optimisation(steps=20, learning_rate=5e-4, checkpoint_every=20, log_every=5, workers=0)
     return Run(
         config="photos",
@@ -134,11 +133,11 @@ def photos() -> Run:
 
 
 def published_recipe(name: str, boxes: str, images: int) -> Run:
-    """The paper's numbers on eight GPUs, two images each; SAM is given by `--sam`, CLIP by `--teacher`.
+    """The paper's settings on eight GPUs with two images each; `--sam` gives SAM, `--teacher` CLIP.
 
-    Where it differs: images are mirrored, not scaled (0.9 to 2.0, cut to 1024 px); the adapter learns from the images
-    of the box set, not from a part of SA-1B; weight decay is on norms and biases too; the warm-up is a hundredth of the
-    steps instead of 500; names are embedded by the teacher's own templates; and small masks count.
+    Differences from the paper: images are mirrored but not scaled (0.9 to 2.0, cropped to 1024 px); the adapter learns
+    from the images of the box set, not from a part of SA-1B; norms and biases have weight decay too; the warm-up is a
+    hundredth of the steps instead of 500; names are embedded by the teacher's own templates; small masks are used too.
     """
     step = partial(Optimisation, learning_rate=1e-4, warmup=0.01, workers=8, use_gpu=True, checkpoint_every=1000)
     return Run(

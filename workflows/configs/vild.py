@@ -1,4 +1,4 @@
-"""The settings of `vild.py`: one field for everything that affects results, and the named configs."""
+"""Settings of `vild.py`: a `Run` holds everything that affects results; each function returns a named one."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,8 +11,7 @@ from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.vild.model import ViLDConfig
-from workflows.common import training
-from workflows.common.optimisation import Optimisation
+from workflows.common.optimisation import Optimisation, check_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,53 +21,53 @@ class Run:
     storage: str = "store"
     """Folder or URI that holds tables and runs."""
     config: str
-    """Name of the config, for tracking."""
+    """Name of the config; starts the run's name."""
     boxes: str
     """Name of the box set: tables `boxes/<name>-train`, `boxes/<name>-eval`, `categories/<name>`."""
     train_boxes: str = ""
-    """Name of the training table, if it is another one than `<boxes>-train`."""
+    """Name of the training table; `<boxes>-train` if empty."""
     novel_boxes: bool = False
-    """Train with novel boxes too, as supervised comparisons do; `train_boxes` must have them."""
+    """Train with novel boxes too, for supervised comparisons; `train_boxes` must contain them."""
     teacher: str = ""
     """Folder or URI of a CLIP checkpoint that embeds names and regions."""
     texts: str = ""
-    """For names alone, instead of a teacher: a .npy file with an embedding for each category, in category-id order."""
+    """Replaces the teacher for names: a .npy file with an embedding for each category, in category-id order."""
     data: str = ""
-    """A folder with `instances.json` and `images/`, read first."""
+    """A folder with `instances.json` and `images/`, whose tables are made first."""
     backbone_weights: str = "auto"
-    """`auto` (torchvision's, when they are on this machine), `none`, or a file with a state dict."""
+    """`auto` (torchvision's, if they are on this machine), `none`, or a file with a state dict."""
     proposals: str = ""
-    """Folder or URI of a proposals checkpoint of an earlier run, instead of the `rpn` stage."""
+    """Folder or URI of an earlier run's proposals checkpoint, used instead of training the `rpn` stage."""
     regions: str = ""
-    """Name of a `regions` table; if empty, proposals are embedded into one named after their detector."""
+    """Name of a `regions` table; if empty, the proposals are embedded into a table named after their detector."""
     start_from_proposals: bool = True
-    """Continue the proposal network's weights; else the detector starts anew."""
+    """Start the detector from the proposal network's weights."""
     model: ViLDConfig = field(default_factory=ViLDConfig)
     crops: CropConfig = field(default_factory=CropConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     max_proposals: int = 300
-    """M: an image's best proposals, which are embedded."""
+    """M: the number of an image's best proposals that are embedded."""
     regions_per_step: int = 300
-    """Of these, how many are learnt from each time the image comes."""
+    """Embedded proposals of an image that a step distils from."""
     detection_batch: int = 8
     """Images in a step, over all workers."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     repeat_threshold: float = 0.0
-    """Repeat-factor sampling: images of categories rarer than this part of all images come more often; 0: never."""
+    """Repeat-factor sampling: images of categories in less than this fraction of the images are repeated; 0: never."""
     rpn_stage: Optimisation
     detector_stage: Optimisation
     score_threshold: float = 0.01
     max_detections: int = 100
-    """Of an image, in evaluation."""
+    """Detections of an image in evaluation."""
     measure_masks: bool = False
     """Evaluate masks instead of boxes, as is usual on LVIS."""
     resume: str = ""
-    """Continue this run instead of starting a new one."""
+    """Name of a run to continue."""
 
     def __post_init__(self) -> None:
-        """Check that batches can be shared among the workers, and what goes together."""
+        """Check that batches can be shared among the workers and that the settings fit together."""
         for stage in (self.rpn_stage, self.detector_stage):
-            training.check_shared("detection_batch", self.detection_batch, stage.workers)
+            check_shared("detection_batch", self.detection_batch, stage.workers)
         if self.texts and self.model.distils:
             raise InputError(f"--texts: names only, expected --teacher for the variant {self.model.variant!r}")
         if not 1 <= self.regions_per_step <= self.max_proposals:
@@ -81,7 +80,7 @@ class Run:
 
 
 def smoke() -> Run:
-    """Seconds; builds its own tables and an untrained teacher."""
+    """Runs in seconds; builds its own tables and an untrained teacher."""
     quick = Optimisation(steps=5, learning_rate=1e-3, checkpoint_every=5, log_every=5, workers=0)
     return Run(
         config="smoke",
@@ -100,11 +99,11 @@ def pictograms() -> Run:
     return Run(
         config="pictograms",
         boxes="pictograms",
-        # The paper has w = 0.5 and lambda 2/3, for a far larger backbone: here w = 0.5 takes 0.06 of base AP50.
+        # The paper has w = 0.5 and lambda = 2/3 for a far larger backbone; here w = 0.5 costs 0.06 base AP50.
         model=ViLDConfig(image_weight=0.1, scoring=Scoring(image_temperature=25.0, base_image=0.2, novel_image=0.8)),
         max_proposals=32,
         regions_per_step=32,
-        # Small operators do not share well among threads: two processes of one thread take less CPU than one of two.
+        # Small operators parallelise badly: two processes with one thread each use less CPU than one with two.
         rpn_stage=Optimisation(steps=200, learning_rate=2e-3, workers=2),
         detector_stage=Optimisation(steps=800, learning_rate=2e-3, workers=2),
     )
@@ -194,7 +193,7 @@ def lvis_r50() -> Run:
 
 
 def lvis_r50_short() -> Run:
-    """The same from ImageNet weights in 20 epochs of 16 images a step (as DetPro trains): for one machine."""
+    """`lvis_r50` from ImageNet weights in 20 epochs of 16 images a step (DetPro's schedule), for one machine."""
     return short(lvis_r50(), images=100_170, repeat_threshold=1e-3)
 
 
@@ -221,12 +220,12 @@ def coco_48_17() -> Run:
 
 
 def coco_48_17_short() -> Run:
-    """The same from ImageNet weights, for one machine."""
+    """`coco_48_17` from ImageNet weights, for one machine."""
     return short(coco_48_17(), images=107_761, repeat_threshold=0.0)
 
 
 def short(run: Run, *, images: int, repeat_threshold: float) -> Run:
-    """A run of 20 epochs from pretrained weights: 16 images a step, the learning rate a tenth after epoch 16."""
+    """20 epochs from pretrained weights: 16 images a step, the learning rate falls to a tenth after epoch 16."""
     stage = dataclasses.replace(
         run.detector_stage,
         steps=20 * images // 16,

@@ -33,7 +33,7 @@ from ovd_models.codet.model import CoDet
 from ovd_models.errors import InputError
 from workflows import codet, prepare_pairs
 from workflows.common import cli, cluster, runs
-from workflows.common.teacher import read_names
+from workflows.common.teacher import read_codet_names
 from workflows.configs import codet as codet_configs
 from workflows.studies import study as studies
 from workflows.studies.study import Numbers
@@ -266,7 +266,7 @@ def find_planted(run: Run, own: codet_configs.Run, folder: str) -> Numbers:
     model, encoder = load_codet(local), load_encoder(local / "text")
     if model.config.supervision in ("captions", "boxes"):
         return {}
-    names = read_names(run.storage, own.boxes, own.pairs, encoder)
+    names = read_codet_names(run.storage, own.boxes, own.pairs, encoder)
     concepts = tables.read_table(run.storage, "concepts", own.pairs, ["name"])["name"].to_pylist()
     hits = [
         find_in_group(model, names.concept_embeddings, *planted)
