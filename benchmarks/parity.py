@@ -329,7 +329,7 @@ def ovcoco_r50c4(name: str) -> Iterator[Pair]:
     boxes = detector.propose(batch, features).boxes[0]
     nearest = box_iou(pack["prop_boxes"], boxes).argmax(1)
     yield "proposals", boxes[nearest], pack["prop_boxes"]
-    regions = detector.region_features(features, [pack["prop_boxes"]], batch)
+    regions = detector.region_features(features, [pack["prop_boxes"]])
     yield "box deltas", detector.box_deltas(regions), pack["deltas"]
     logits = F.pad(cosine_logits(detector.projection(regions), names, 50.0), (0, 1))
     yield "logits", sampled(logits, 8192), pack["logits_slice"]
@@ -443,7 +443,7 @@ def caption_ovcoco_r50c4(name: str) -> Iterator[Pair]:
             theirs = pack[f"top_boxes_{image}"][:-1]
             yield f"proposals of image {image}", boxes[:count][box_iou(theirs, boxes[:count]).argmax(1)], theirs
         given = [pack[f"top_boxes_{image}"] for image in range(groups * size)]
-        rows = detector.projection(detector.region_features(features, given, batch)).view(groups * size, count + 1, -1)
+        rows = detector.projection(detector.region_features(features, given)).view(groups * size, count + 1, -1)
     captions = F.normalize(pack["caption_feats"], dim=1)
     same_rank = torch.ones(len(rows), dtype=torch.bool)
     caption = [caption_loss(rows[[i], -1], captions, torch.tensor([i]), same_rank, 50.0) for i in range(len(rows))]

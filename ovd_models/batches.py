@@ -1,13 +1,12 @@
-"""Typed records that cross module boundaries: what goes into a model and what comes out.
+"""Typed records that cross module boundaries: inputs and outputs of models.
 
 B images, N boxes of one image, M stored regions of one image, G groups, g images of a group, C concepts,
 D embedding width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -17,28 +16,39 @@ from torchvision.ops import nms
 from ovd_models.drawing import draw_boxes
 
 
-def _move(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+class TensorRecord:
+    """Base of dataclasses that hold tensors."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same record on another device, including tensors in tuples and in records inside it."""
+        moved: Self = _moved(self, device)
+        return moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(_moved(entry, device) for entry in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
+    return value
 
 
 @dataclass(frozen=True)
-class StoredRegions:
-    """Regions whose embeddings the teacher made beforehand; their boxes went through the image's augmentation."""
+class StoredRegions(TensorRecord):
+    """Regions with precomputed teacher embeddings; their boxes went through the image's augmentation."""
 
     boxes: Tensor
     """[B, M, 4] float32 xyxy, pixels of the image."""
     embeddings: Tensor
-    """[B, M, D] unit rows of the region as it was before augmentation."""
+    """[B, M, D] unit rows of the region before augmentation."""
     valid: Tensor
     """[B, M] bool: False for padding, and for regions that the augmentation moved out of view."""
 
-    def to(self, device: torch.device) -> "StoredRegions":
-        """The same regions on another device."""
-        return StoredRegions(*_move((self.boxes, self.embeddings, self.valid), device))
-
 
 @dataclass(frozen=True)
-class DetectionBatch:
+class DetectionBatch(TensorRecord):
     """Images with boxes of base categories."""
 
     images: tuple[Tensor, ...]
@@ -48,19 +58,9 @@ class DetectionBatch:
     labels: tuple[Tensor, ...]
     """B tensors [N] int64, rows of the training vocabulary."""
     masks: tuple[Tensor, ...] | None = None
-    """B tensors [N, H, W] bool, where masks are learned."""
+    """B tensors [N, H, W] bool; None if masks are not learned."""
     regions: StoredRegions | None = None
-    """Where embeddings are distilled."""
-
-    def to(self, device: torch.device) -> "DetectionBatch":
-        """The same batch on another device."""
-        return DetectionBatch(
-            _move(self.images, device),
-            _move(self.boxes, device),
-            _move(self.labels, device),
-            None if self.masks is None else _move(self.masks, device),
-            None if self.regions is None else self.regions.to(device),
-        )
+    """None if embeddings are not distilled."""
 
     @property
     def num_images(self) -> int:
@@ -69,7 +69,7 @@ class DetectionBatch:
 
 
 @dataclass(frozen=True)
-class ConceptBatch:
+class ConceptBatch(TensorRecord):
     """G groups of g captioned images; the images of a group share the group's concept."""
 
     images: tuple[Tensor, ...]
@@ -81,20 +81,9 @@ class ConceptBatch:
     captions: tuple[str, ...]
     """B captions."""
     caption_embeddings: Tensor | None = None
-    """[B, D] unit rows from the frozen text encoder; None where the teacher has no text tower."""
+    """[B, D] unit rows from the frozen text encoder; None if the teacher has no text tower."""
     unreadable: tuple[str, ...] = ()
-    """Images that others of the same concept stand in for, and why."""
-
-    def to(self, device: torch.device) -> "ConceptBatch":
-        """The same batch on another device."""
-        embeddings = self.caption_embeddings
-        return replace(
-            self,
-            images=_move(self.images, device),
-            concept_ids=self.concept_ids.to(device, non_blocking=True),
-            mentioned=self.mentioned.to(device, non_blocking=True),
-            caption_embeddings=None if embeddings is None else embeddings.to(device, non_blocking=True),
-        )
+    """Images that were replaced by others of the same concept, with the reason."""
 
     @property
     def num_images(self) -> int:
@@ -109,7 +98,7 @@ class ConceptBatch:
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first."""
+    """Objects found in one image, best first."""
 
     boxes: Tensor
     """[N, 4] float32 xyxy, pixels of the original image."""
@@ -118,13 +107,13 @@ class Detections:
     labels: Tensor
     """[N] int64, indices into `names`."""
     names: tuple[str, ...]
-    """The vocabulary that was asked for."""
+    """The vocabulary."""
     width: int
     height: int
     image: Image.Image | None = None
-    """The picture, when `detect` was given one to draw on."""
+    """The picture, if `detect` kept one to draw on."""
     masks: tuple[str, ...] | None = None
-    """N COCO RLE counts, of a detector that predicts masks."""
+    """N COCO RLE counts; None if the detector predicts no masks."""
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -138,7 +127,7 @@ class Detections:
         return self._select(nms(self.boxes, self.scores, iou))
 
     def with_area(self) -> "Detections":
-        """Those whose boxes can be asked about; a box that was cut off at the image's edge may have no side."""
+        """Those whose boxes have an area; a box cut off at the image's edge may have none."""
         return self._select(torch.nonzero((self.boxes[:, 2:] > self.boxes[:, :2]).all(1)).squeeze(1))
 
     def _select(self, rows: Tensor) -> "Detections":
@@ -146,7 +135,7 @@ class Detections:
         return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], masks=masks)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """`[{"box": [x0, y0, x1, y1], "label": name, "score": s}]`, as the HTTP endpoint answers."""
+        """`[{"box": [x0, y0, x1, y1], "label": name, "score": s}]`, the form of the HTTP endpoint."""
         rows = zip(self.boxes.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True)
         return [{"box": box, "label": self.names[label], "score": score} for box, label, score in rows]
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ovd_models.batches import Detections
 from ovd_models.clip.model import ClipTextEncoder, load_text_encoder, save_text_encoder
 from ovd_models.codet.model import CoDet, CoDetConfig
-from ovd_models.detectors.questions import build_query
 from ovd_models.detectors.rcnn import ProposalNetwork
+from ovd_models.detectors.region_query import build_query
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.images import open_image

@@ -30,8 +30,9 @@ from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_codet, load_encoder, save_detector, save_encoder
 from ovd_models.codet.drawing import draw_attention, draw_similarity
 from ovd_models.codet.model import CoDet
+from ovd_models.detectors.backbones import find_backbone_weights, load_backbone
 from ovd_models.detectors.centernet2 import CenterNet2
-from ovd_models.detectors.rcnn import RCNN, find_backbone_weights, load_backbone
+from ovd_models.detectors.rcnn import RCNN
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.vocabulary import TextEncoder
@@ -238,7 +239,7 @@ def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, detector=detector, centernet2=centernet2))
     model = CoDet(run.model)
     if state is not None and isinstance(model.detector, RCNN):
-        load_backbone(model.detector, state)
+        load_backbone(model.detector.backbone, state)
     weights = model.state_dict()
     return run, given_weights(run, weights) if run.box_model else weights
 

@@ -24,7 +24,8 @@ from data_prep import storage, tables
 from data_prep.streams.box_loader import RegionSource, detection_loader
 from data_prep.streams.collate import DetectionCollate
 from ovd_models.checkpoints import load_vild, read_info, save_detector
-from ovd_models.detectors.rcnn import ProposalNetwork, find_backbone_weights, load_backbone
+from ovd_models.detectors.backbones import find_backbone_weights, load_backbone
+from ovd_models.detectors.rcnn import ProposalNetwork
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.vild.model import ViLD
@@ -167,7 +168,7 @@ def train_proposals(run: Run, names: VildNames, encoder: TextEncoder, active: Ac
     network = ProposalNetwork(run.model.detector)
     state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
     if state is not None:
-        load_backbone(network, state)
+        load_backbone(network.backbone, state)
     stage = active.stage("rpn", run.rpn_stage)
     weights = train_stage(run, stage, names, network.state_dict(), None, active.tracked.logger())
     torch.manual_seed(run.rpn_stage.seed)  # a resumed run gives the same checkpoint, and so the same embeddings
@@ -233,7 +234,7 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
     else:
         state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
         if state is not None:
-            load_backbone(model.detector, state)
+            load_backbone(model.detector.backbone, state)
     return model.state_dict()
 
 

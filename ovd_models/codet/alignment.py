@@ -1,6 +1,6 @@
-"""Which of an image's proposals a caption's concept is about: by what its group shares (CoDet), or by simpler rules.
+"""Align a caption's concept with an image's proposals: by what its group shares (CoDet), or by simpler rules.
 
-Every rule spreads attention over an image's proposals; their weighted mean is what the concept's name is learned on.
+Every rule gives attention weights over an image's proposals; their weighted mean is trained with the concept's name.
 
 G groups, g images of a group, Q = g query images, S = g supports, N proposals of an image, M = g * N proposals of a
 group, D embedding width.
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Aggregation = Literal["maximum", "top_k", "attention", "learned"]
-"""From similarities to one score a proposal; `learned` is `LearnedAggregation`, the others are rules of `align`."""
+"""From similarities to one score per proposal; `learned` is `LearnedAggregation`, the others are rules of `align`."""
 Guidance = Literal["support", "dimensions", "none"]
-"""How a concept's name says which of the things that a group shares is meant: it is compared with the proposals as the
-images are, or weighs the dimensions of their similarity (`guidance_weights`, the paper's way), or not at all."""
+"""How a concept's name selects among the objects that a group shares: it is compared with the proposals like another
+support image, or weights the dimensions of their similarity (`guidance_weights`, as in the paper), or is not used."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Alignment:
 def guidance_weights(text_GD: Tensor, centre_D: Tensor) -> Tensor:
     """[G, D] weights of embedding dimensions for each group's concept, averaging 1 (CoDet, text guidance).
 
-    The absolute embedding, after the mean over all concepts is taken away: without that, a few large dimensions that
-    all concepts share decide, and guidance hardly depends on the concept.
+    The absolute embedding after subtracting the mean over all concepts. Without that, a few large dimensions that all
+    concepts share dominate, and guidance hardly depends on the concept.
     """
     magnitude_GD = (text_GD - centre_D).abs()
     return magnitude_GD * text_GD.shape[1] / magnitude_GD.sum(1, keepdim=True).clamp(min=1e-12)
 
 
-def usable(region_GgND: Tensor, valid_GgN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, unit features (zero ones stay zero), and which take part: neither padding nor what is not finite.
+def finite_regions(region_GgND: Tensor, valid_GgN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, unit features (zero ones stay zero), and a mask of those that are finite and not padding.
 
     A feature that is not finite becomes zero.
     """
@@ -51,7 +51,7 @@ def usable(region_GgND: Tensor, valid_GgN: Tensor) -> tuple[Tensor, Tensor, Tens
     if not bool(finite_GgN1.all()):
         region_GgND = torch.where(finite_GgN1, region_GgND, 0.0)
         norm_GgN1 = torch.linalg.vector_norm(region_GgND, dim=-1, keepdim=True)
-    # A product, since the backward pass of a quotient takes twice as long.
+    # A product: the backward pass of a quotient takes twice as long.
     return region_GgND, region_GgND * norm_GgN1.clamp(min=1e-12).reciprocal(), valid_GgN & finite_GgN1[..., 0]
 
 
@@ -69,11 +69,12 @@ def align(
     top_k: int = 3,
     gradient: bool = True,
 ) -> Alignment:
-    """Find in every image what its group shares (CoDet, section 3.2; all queries at once).
+    """Find in every image the object that its group shares (CoDet, section 3.2; all queries at once).
 
-    S[a, b] = sum_k w_k p_a[k] p_b[k] between unit features of a query's proposals a and a support's proposals b; for
-    each a one number a support, the mean over supports, and a softmax over a. So neither the order of images nor that
-    of proposals matters, and padding takes no part. A name, if given, counts as much as all supports together.
+    S[a, b] = sum_k w_k p_a[k] p_b[k] between unit features of a query's proposals a and a support's proposals b. For
+    each a, S is reduced to one number per support, averaged over supports, and a softmax is taken over a. The result
+    does not depend on the order of images or proposals, nor on padding. A name, if given, has the weight of all
+    supports together.
 
     Args:
         region_GgND: [G, g, N, D] region features of any norm.
@@ -81,19 +82,19 @@ def align(
         guidance_GD: [G, D] weights of the dimensions.
         temperature: divides the similarity before the softmax.
         text_GD: [G, D] unit embeddings of the groups' concepts, whose similarity to a is added.
-        aggregation: what a support says about a: its greatest similarity (`maximum`), the mean of its `top_k` greatest,
+        aggregation: a support's number for a: its greatest similarity (`maximum`), the mean of its `top_k` greatest,
             or the mean of all, weighted by a softmax over b at the same temperature (`attention`).
-        top_k: see above.
-        gradient: whether one flows to the regions through the attention too, and not only through their mean.
+        top_k: see `aggregation`.
+        gradient: let the gradient flow to the regions through the attention too, and not only through their mean.
     """
     if not region_GgND.shape[2]:  # no image has a proposal
         return Alignment(region_GgND.new_zeros(valid_GgN.shape), region_GgND.sum(2))
-    region_GgND, unit_GgND, valid_GgN = usable(region_GgND, valid_GgN)
+    region_GgND, unit_GgND, valid_GgN = finite_regions(region_GgND, valid_GgN)
     unit_GgND = unit_GgND if gradient else unit_GgND.detach()
     guided_GgND = unit_GgND * guidance_GD[:, None, None, :]
     weight_GQS = support_weights(valid_GgN)
     if aggregation == "attention":
-        shared_GQN = attended(guided_GgND, unit_GgND, valid_GgN, weight_GQS, temperature)
+        shared_GQN = soft_matches(guided_GgND, unit_GgND, valid_GgN, weight_GQS, temperature)
     else:
         count = 1 if aggregation == "maximum" else min(top_k, unit_GgND.shape[2])
         shared_GQN = best_matches(guided_GgND, unit_GgND, valid_GgN, weight_GQS, count)
@@ -105,17 +106,17 @@ def align(
 
 
 def support_weights(valid_GgN: Tensor) -> Tensor:
-    """[G, Q, S] weights of the mean over a query's supports: the other images, if they have a proposal."""
+    """[G, Q, S] weights of the mean over a query's supports: the other images that have a proposal."""
     itself_QS = torch.eye(valid_GgN.shape[1], dtype=torch.bool, device=valid_GgN.device)
-    usable_GQS = valid_GgN.any(-1)[:, None, :] & ~itself_QS
-    return usable_GQS / usable_GQS.sum(-1, keepdim=True).clamp(min=1)
+    support_GQS = valid_GgN.any(-1)[:, None, :] & ~itself_QS
+    return support_GQS / support_GQS.sum(-1, keepdim=True).clamp(min=1)
 
 
 def best_matches(guided_GgND: Tensor, unit_GgND: Tensor, valid_GgN: Tensor, weight_GQS: Tensor, count: int) -> Tensor:
     """[G, Q, N] mean over supports of the mean of each one's `count` greatest similarities.
 
-    Only the matches carry a gradient, so they are found without one; the mean of the matched features, a bag of rows,
-    is then compared once. The backward pass never sees the similarity matrix.
+    Only the matches have a gradient, so they are searched for without one. The mean of the matched features, a bag of
+    rows, is then compared once, and the backward pass needs no similarity matrix.
     """
     groups, size, proposals, width = unit_GgND.shape
     with torch.no_grad():
@@ -139,27 +140,26 @@ def best_matches(guided_GgND: Tensor, unit_GgND: Tensor, valid_GgN: Tensor, weig
     return (guided_GgND * matched_RD.view_as(guided_GgND)).sum(-1)
 
 
-def attended(
+def soft_matches(
     guided_GgND: Tensor, unit_GgND: Tensor, valid_GgN: Tensor, weight_GQS: Tensor, temperature: float
 ) -> Tensor:
-    """[G, Q, N] mean over supports of each one's similarities, weighted by their own softmax."""
+    """[G, Q, N] mean over supports of each one's similarities, weighted by their softmax."""
     similarity_GQNSN = torch.einsum("gqad,gsbd->gqasb", guided_GgND, unit_GgND)
     hidden = torch.finfo(similarity_GQNSN.dtype).min
     logits_GQNSN = (similarity_GQNSN / temperature).masked_fill(~valid_GgN[:, None, None], hidden)
-    answer_GQNS = (torch.softmax(logits_GQNSN, dim=-1) * similarity_GQNSN).sum(-1)
-    return torch.einsum("gqas,gqs->gqa", answer_GQNS, weight_GQS)
+    mean_GQNS = (torch.softmax(logits_GQNSN, dim=-1) * similarity_GQNSN).sum(-1)
+    return torch.einsum("gqas,gqs->gqa", mean_GQNS, weight_GQS)
 
 
 class LearnedAggregation(nn.Module):
-    """The released aggregation: a two-layer perceptron scores each row of the similarity matrix.
+    """The released aggregation: a two-layer MLP scores each row of the similarity matrix.
 
-    Unlike `align`, it knows the ranks of proposals and the order of supports, fits one group size and one number of
-    proposals only, and gives padding its share of the attention; it is here so that released weights give released
-    results.
+    Unlike `align`, it depends on the ranks of proposals and the order of supports, fits only one group size and one
+    number of proposals, and gives attention to padding. It reproduces the results of released weights.
 
     Args:
         group_size: g.
-        num_proposals: N, which images with fewer are padded to with zero features.
+        num_proposals: N; images with fewer are padded with zero features.
     """
 
     def __init__(self, group_size: int, num_proposals: int) -> None:
@@ -194,11 +194,11 @@ def nearest_to_text(region_GgND: Tensor, valid_GgN: Tensor, text_GD: Tensor) -> 
         valid_GgN: [G, g, N] bool, False where padded.
         text_GD: [G, D] unit embeddings of the groups' concepts.
     """
-    region_GgND, unit_GgND, valid_GgN = usable(region_GgND, valid_GgN)
-    return all_on_one(region_GgND, valid_GgN, torch.einsum("gqad,gd->gqa", unit_GgND, text_GD))
+    region_GgND, unit_GgND, valid_GgN = finite_regions(region_GgND, valid_GgN)
+    return hard_attention(region_GgND, valid_GgN, torch.einsum("gqad,gd->gqa", unit_GgND, text_GD))
 
 
-def largest(region_GgND: Tensor, valid_GgN: Tensor, area_GgN: Tensor) -> Alignment:
+def largest_proposal(region_GgND: Tensor, valid_GgN: Tensor, area_GgN: Tensor) -> Alignment:
     """All attention on the largest proposal (Detic, arXiv 2201.02605, max-size loss).
 
     Args:
@@ -206,12 +206,12 @@ def largest(region_GgND: Tensor, valid_GgN: Tensor, area_GgN: Tensor) -> Alignme
         valid_GgN: [G, g, N] bool, False where padded.
         area_GgN: [G, g, N] areas of the proposals, in any unit.
     """
-    region_GgND, _, valid_GgN = usable(region_GgND, valid_GgN)
-    return all_on_one(region_GgND, valid_GgN, area_GgN)
+    region_GgND, _, valid_GgN = finite_regions(region_GgND, valid_GgN)
+    return hard_attention(region_GgND, valid_GgN, area_GgN)
 
 
-def all_on_one(region_GgND: Tensor, valid_GgN: Tensor, score_GgN: Tensor) -> Alignment:
-    """All attention on the valid proposal with the highest score, none where no proposal is valid."""
+def hard_attention(region_GgND: Tensor, valid_GgN: Tensor, score_GgN: Tensor) -> Alignment:
+    """All attention on the valid proposal with the highest score; none if no proposal is valid."""
     if not region_GgND.shape[2]:
         return Alignment(region_GgND.new_zeros(valid_GgN.shape), region_GgND.sum(2))
     best_Gg = score_GgN.masked_fill(~valid_GgN, -torch.inf).argmax(-1)

@@ -1,4 +1,7 @@
-"""Pictures for people: where a model looks in a group of captioned images."""
+"""Pictures of a model's attention in a group of captioned images.
+
+g images of a group, N proposals of an image, M proposals of the group.
+"""
 
 from collections.abc import Sequence
 
@@ -12,24 +15,26 @@ from ovd_models.drawing import draw_boxes
 
 MAP_SIDE = 640
 SHOWN = 3
-"""Proposals of an image whose attention is written out."""
+"""Proposals per image that are drawn with their attention."""
 
 
 def draw_attention(
     images: Sequence[Tensor], boxes: Sequence[Tensor], attention: Sequence[Tensor], title: str, captions: Sequence[str]
 ) -> Image.Image:
-    """A group's images side by side: brighter where attention lies, with the proposals that have most of it.
+    """A group's images side by side, brighter where attention is high, with the proposals that have most of it.
 
     Args:
         images: g tensors [3, H, W] uint8.
         boxes: g tensors [N, 4] xyxy, pixels.
         attention: g tensors [N].
-        title: stands above.
-        captions: g, below the images.
+        title: drawn above the images.
+        captions: g, drawn below the images.
     """
     panels = []
     for image, box, weight in zip(images, boxes, attention, strict=True):
-        pixels = image.cpu().permute(1, 2, 0).float() * (0.25 + 0.75 * heat(box, weight, *image.shape[1:])[..., None])
+        pixels = image.cpu().permute(1, 2, 0).float() * (
+            0.25 + 0.75 * attention_map(box, weight, *image.shape[1:])[..., None]
+        )
         most = weight.topk(min(SHOWN, len(weight))).indices.cpu()
         texts = [f"{value:.2f}" for value in weight[most].tolist()]
         picture = Image.fromarray(pixels.to(torch.uint8).numpy())
@@ -46,8 +51,8 @@ def draw_attention(
     return sheet
 
 
-def heat(boxes: Tensor, attention: Tensor, height: int, width: int) -> Tensor:
-    """[H, W] in [0, 1]: the attention of the boxes around each pixel, divided by the greatest; 1 without boxes."""
+def attention_map(boxes: Tensor, attention: Tensor, height: int, width: int) -> Tensor:
+    """[H, W] in [0, 1]: total attention of the boxes around each pixel, divided by the maximum; 1 without boxes."""
     if not len(boxes):
         return torch.ones(height, width)
     left, top, right, bottom = boxes.cpu()[:, :, None].unbind(1)
@@ -62,7 +67,7 @@ def draw_similarity(similarity: Tensor, counts: Sequence[int]) -> Image.Image:
 
     Args:
         similarity: [M, M].
-        counts: of each image's proposals; they sum to M.
+        counts: proposals of each image; they sum to M.
     """
     values = similarity.cpu().float().numpy() if len(similarity) else np.zeros((1, 1))
     low, high = float(values.min()), float(values.max())

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
+from ovd_models.detectors.resizing import image_indices
+
 TINY_HEAT = 1e-4
 """Target heat below this is 0."""
 
@@ -24,25 +26,25 @@ class CenterNetConfig:
 
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
     sizes: tuple[int, ...] = (0, 64, 128, 256, 512)
-    """Smallest half diagonal, in pixels, of the boxes that each level learns."""
+    """Smallest half diagonal, in pixels, of the boxes assigned to each level."""
     largest: tuple[int, ...] = (80, 160, 320, 640, 10_000_000)
     """Largest half diagonal; the levels overlap."""
     num_convs: int = 4
     min_overlap: float = 0.8
-    """A box displaced within its heat's radius still overlaps the true one so much; sets the radius."""
+    """Least overlap with its box of a box displaced within the heat's radius; sets the radius."""
     min_radius: float = 4.0
     """In pixels."""
     score_threshold: float = 1e-4
     pre_nms: tuple[int, int] = (4000, 1000)
-    """Proposals a level before suppression: in training, and at test time."""
+    """Proposals per level before suppression: in training, and at test time."""
     post_nms: tuple[int, int] = (2000, 256)
-    """Proposals an image after it."""
+    """Proposals per image after suppression: in training, and at test time."""
     nms: float = 0.9
     alpha: float = 0.25
-    """Weight of centres against 1 - alpha of everything else in the heat's focal loss."""
+    """Weight of centres in the heat's focal loss; all other points have 1 - alpha."""
     heat_weight: float = 0.5
     ignore_above: float = 0.85
-    """Points hotter than this that are no centre are not punished: they may be objects nobody annotated."""
+    """Points with a higher heat that are no centre have no loss: they may be unannotated objects."""
 
     @property
     def radius_factor(self) -> float:
@@ -55,8 +57,8 @@ class CenterNetHead(nn.Module):
 
     Args:
         channels: of the pyramid.
-        levels: of the pyramid; each has a scale of its own for the distances.
-        num_convs: of the tower that both predictions share.
+        levels: of the pyramid; each has its own scale for the distances.
+        num_convs: convolutions of the tower that both predictions share.
     """
 
     def __init__(self, channels: int, levels: int, num_convs: int) -> None:
@@ -84,16 +86,16 @@ class CenterNetHead(nn.Module):
 
 @dataclass(frozen=True)
 class CentreTargets:
-    """What the points of a batch should say."""
+    """Training targets of the points of a batch."""
 
     heat: Tensor
     """[P] in [0, 1]."""
     distances: Tensor
-    """[P, 4] in strides, of meaning where `regress` is set."""
+    """[P, 4] in strides, valid where `regress` is set."""
     regress: Tensor
-    """[P] bool: points that learn a box, around the centres of boxes that fit their level."""
+    """[P] bool: points with a box target, around the centres of boxes that fit their level."""
     centres: Tensor
-    """[boxes and levels that fit] int64, rows of the above."""
+    """[pairs of a box and a fitting level] int64, rows of the above."""
 
 
 def grid_points(height: int, width: int, stride: int, like: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ def _fits(box_N4: Tensor, config: CenterNetConfig) -> Tensor:
 def _image_targets(
     box_N4: Tensor, point_M2: Tensor, level_M: Tensor, config: CenterNetConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heat [M], whether a point learns a box [M] and distances [M, 4] in strides, of one image."""
+    """Heat [M], whether a point has a box target [M] and distances [M, 4] in strides, of one image."""
     if not len(box_N4):
         none_M = point_M2.new_zeros(len(point_M2))
         return none_M, none_M, point_M2.new_zeros(len(point_M2), 4)
@@ -149,22 +151,21 @@ def _image_targets(
     cell_MN2 = (centre_N2 / stride_M11).floor() * stride_M11 + stride_M11 / 2
     to_cell_MN2 = (point_M2[:, None] - cell_MN2).abs()
     distance_MN4 = torch.cat((point_M2[:, None] - box_N4[:, :2], box_N4[:, 2:] - point_M2[:, None]), dim=-1)
-    # A level's points learn a box in the 3 x 3 cells around its centre, as far as they lie inside it.
-    learns_MN = (to_cell_MN2 <= stride_M11).all(-1) & (distance_MN4.amin(-1) > 0) & _fits(box_N4, config).T[level_M]
+    # A box is a target of the 3 x 3 cells around its centre whose points lie inside it.
+    regress_MN = (to_cell_MN2 <= stride_M11).all(-1) & (distance_MN4.amin(-1) > 0) & _fits(box_N4, config).T[level_M]
     squared_MN = (point_M2[:, None] - centre_N2).square().sum(-1)
     squared_MN = squared_MN.masked_fill((to_cell_MN2 == 0).all(-1), 0.0)
     area_N = (box_N4[:, 2:] - box_N4[:, :2]).prod(1)
     scaled_MN = squared_MN / (2 * config.radius_factor**2 * area_N).clamp(min=config.min_radius**2)
     heat_M = torch.exp(-scaled_MN.amin(1))
-    nearest = scaled_MN.masked_fill(~learns_MN, torch.inf).min(1)
+    nearest = scaled_MN.masked_fill(~regress_MN, torch.inf).min(1)
     chosen_M4 = distance_MN4[torch.arange(len(point_M2), device=point_M2.device), nearest.indices] / stride_M1
     return heat_M.where(heat_M >= TINY_HEAT, 0.0), nearest.values.isfinite().float(), chosen_M4
 
 
 def _centre_indices(boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]], config: CenterNetConfig) -> Tensor:
-    """[boxes and levels that fit] int64: the point in whose cell a box has its centre."""
-    box_N4 = torch.cat(list(boxes))
-    image_N = torch.repeat_interleave(torch.tensor([len(entry) for entry in boxes], device=box_N4.device))
+    """[pairs of a box and a fitting level] int64: the point whose cell holds the box's centre."""
+    box_N4, image_N = torch.cat(list(boxes)), image_indices(boxes)
     height_L, width_L = torch.tensor(shapes, device=box_N4.device).T
     before_L = (height_L * width_L).cumsum(0) - height_L * width_L
     centre_N12 = ((box_N4[:, :2] + box_N4[:, 2:]) / 2)[:, None]
@@ -186,11 +187,11 @@ def centre_losses(
         config: weights.
     """
     clamp = 1e-4
-    heat = heat_P.float().sigmoid().clamp(clamp, 1 - clamp)  # half precision knows no 0.9999
+    heat = heat_P.float().sigmoid().clamp(clamp, 1 - clamp)  # half precision rounds 0.9999 to 1
     at_centres = heat[targets.centres]
     positive = -(at_centres.log() * (1 - at_centres).square()).sum()
-    punished = (heat < config.ignore_above) * (1 - targets.heat).pow(4)
-    negative = -((1 - heat).log() * heat.square() * punished).sum()
+    weight = (heat < config.ignore_above) * (1 - targets.heat).pow(4)
+    negative = -((1 - heat).log() * heat.square() * weight).sum()
     count = max(1, len(targets.centres))
     box_loss = distance_loss(distance_P4[targets.regress].float(), targets.distances[targets.regress])
     return {
@@ -201,9 +202,9 @@ def centre_losses(
 
 
 def distance_loss(predicted_R4: Tensor, target_R4: Tensor) -> Tensor:
-    """Sum of 1 - GIoU of boxes that are given by their distances from a shared point.
+    """Sum of 1 - GIoU of boxes given by their distances from a shared point.
 
-    As in the released code, 1 is added to both sides of the overlap's fraction.
+    As in the released code, 1 is added to both intersection and union.
 
     Args:
         predicted_R4: [R, 4] distances, not negative.
@@ -228,7 +229,7 @@ def decode_proposals(
         heat: L maps of logits [B, 1, H, W].
         distances: L maps [B, 4, H, W] in strides.
         config: thresholds and counts.
-        training: which of the counts.
+        training: use the counts for training.
 
     Returns:
         B boxes [N, 4], not clipped to the image, and B scores [N], the roots of the heat.

@@ -1,7 +1,7 @@
-"""CenterNet2: proposals from a heat map of centres, then three stages that refine boxes and name them by text.
+"""CenterNet2: proposals from a heat map of centres, then three stages that refine boxes and classify them by text.
 
 The open-vocabulary LVIS detector of Detic and CoDet: class-agnostic boxes and masks, a text classifier in every stage,
-the federated loss. B images, R regions, N boxes of one image, K classes, D embedding width, F pyramid channels.
+and the federated loss. B images, R regions, N boxes of one image, K classes, D embedding width, F pyramid channels.
 Boxes are xyxy in pixels of the resized image inside this file, of the original image at its borders.
 """
 
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
 
 from ovd_models.batches import Detections
+from ovd_models.detectors.backbones import build_backbone
 from ovd_models.detectors.centernet import (
     CenterNetConfig,
     CenterNetHead,
@@ -31,8 +29,10 @@ from ovd_models.detectors.centernet import (
 )
 from ovd_models.detectors.eva import EvaConfig, EvaPyramid
 from ovd_models.detectors.feature_pyramid import Pyramid, SwinMaps, TimmMaps, pool_regions
-from ovd_models.detectors.masks import encode_masks
-from ovd_models.detectors.rcnn import IMAGENET_MEAN, IMAGENET_STD, RCNNConfig, restore_boxes, select_detections, widen
+from ovd_models.detectors.heads import build_box_deltas
+from ovd_models.detectors.masks import with_masks
+from ovd_models.detectors.rcnn import build_roi_heads, sample_regions, select_detections
+from ovd_models.detectors.resizing import ResizedImages, build_transform, resize_images
 from ovd_models.losses import cosine_logits, federated_classes, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
 
@@ -47,9 +47,9 @@ class CenterNet2Config:
     """Passed to timm, or to torchvision's `SwinTransformer`."""
     freeze_norm: bool = True
     eva: EvaConfig = field(default_factory=EvaConfig)
-    """The transformer if `backbone` is `eva02`; regions are then pooled from a level of stride 4, too."""
+    """The transformer if `backbone` is `eva02`; regions are then also pooled from a level of stride 4."""
     strides: tuple[int, ...] = (8, 16, 32)
-    """Maps that enter the pyramid, and levels that regions are pooled from."""
+    """Strides of the maps that enter the pyramid, and of the levels that regions are pooled from."""
     pyramid_channels: int = 256
     proposals: CenterNetConfig = field(default_factory=CenterNetConfig)
     head_width: int = 1024
@@ -58,11 +58,11 @@ class CenterNet2Config:
     max_size: int = 1333
     rois_per_image: int = 512
     stage_ious: tuple[float, ...] = (0.6, 0.7, 0.8)
-    """Overlap with a true box that makes a region an object, one a stage."""
+    """Least overlap with a true box of an object, for each stage."""
     stage_scales: tuple[float, ...] = (1.0, 2.0, 3.0)
-    """Each stage codes smaller displacements: multiplies the box coding's (10, 10, 5, 5)."""
+    """Factor of the box coding's weights (10, 10, 5, 5), for each stage: later stages code smaller displacements."""
     federated: int = 50
-    """Classes that an image batch's class loss is taken over; 0 for all."""
+    """Classes per batch that the class loss is computed on; 0 for all."""
     mask_convs: int = 4
     """0 for no masks."""
     temperature: float = 50.0
@@ -71,10 +71,10 @@ class CenterNet2Config:
 
 @dataclass(frozen=True)
 class HeatProposals:
-    """What the proposal generator says about B images."""
+    """Output of the proposal generator for B images."""
 
     boxes: list[Tensor]
-    """B tensors [N, 4], best first; they may reach beyond the image."""
+    """B tensors [N, 4], best first, not clipped to the image."""
     scores: list[Tensor]
     """B tensors [N] in [0, 1]."""
     heat: list[Tensor]
@@ -85,10 +85,10 @@ class HeatProposals:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What one stage says about the R regions of all images."""
+    """Output of one stage for the R regions of all images."""
 
     boxes: list[Tensor]
-    """B tensors [N, 4]: where it looked."""
+    """B tensors [N, 4]: the regions."""
     embeddings: Tensor
     """[R, D] in the text space."""
     deltas: Tensor
@@ -103,7 +103,7 @@ class CascadeStage(nn.Module):
         width = config.head_width
         self.head = TwoMLPHead(config.pyramid_channels * 49, width)
         self.projection = nn.Linear(width, config.embed_dim)
-        self.box_deltas = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+        self.box_deltas = build_box_deltas(width)
         self.coder = BoxCoder((10.0 * scale, 10.0 * scale, 5.0 * scale, 5.0 * scale))
 
     def forward(self, pooled_RF77: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,20 +113,17 @@ class CascadeStage(nn.Module):
 
     def refined(self, output: StageOutput) -> list[Tensor]:
         """B tensors [N, 4]: the boxes after this stage, not clipped."""
-        counts = [len(entry) for entry in output.boxes]
-        moved_R4 = self.coder.decode_single(output.deltas, torch.cat(output.boxes))
-        return list(torch.split(moved_R4, counts))
+        refined_R4 = self.coder.decode_single(output.deltas, torch.cat(output.boxes))
+        return list(torch.split(refined_R4, [len(entry) for entry in output.boxes]))
 
 
 class CenterNet2(nn.Module):
-    """A multi-stage detector whose classes are whatever text embeddings it is given."""
+    """A multi-stage detector that classifies by any text embeddings."""
 
     def __init__(self, config: CenterNet2Config) -> None:
         super().__init__()
         self.config = c = config
-        self.transform = GeneralizedRCNNTransform(
-            c.min_size, c.max_size, list(IMAGENET_MEAN), list(IMAGENET_STD), size_divisible=max(c.strides)
-        )
+        self.transform = build_transform(c.min_size, c.max_size, max(c.strides))
         self.pyramid = build_pyramid(config)
         self.proposals = CenterNetHead(c.pyramid_channels, len(c.proposals.strides), c.proposals.num_convs)
         self.stages = nn.ModuleList(CascadeStage(config, scale) for scale in c.stage_scales)
@@ -135,28 +132,26 @@ class CenterNet2(nn.Module):
                 MaskRCNNHeads(c.pyramid_channels, (c.pyramid_channels,) * c.mask_convs, 1),
                 MaskRCNNPredictor(c.pyramid_channels, c.pyramid_channels, 1),
             )
-        first = c.stage_ious[0]
-        self.sampler = RoIHeads(None, None, None, first, first, c.rois_per_image, 0.25, None, 0.0, c.box_nms, 100)
+        self.sampler = build_roi_heads(c.rois_per_image, iou=c.stage_ious[0])
         self.register_buffer("class_weight_K", None, persistent=False)
 
     def set_image_counts(self, count_K: Tensor | None) -> None:
-        """Draw the federated loss's extra classes in proportion to the root of their image counts; None: evenly.
+        """Draw the federated loss's extra classes in proportion to the root of their image counts; evenly if None.
 
         Args:
             count_K: [K] training images of each class; those with 0 are never drawn.
         """
         self.class_weight_K = None if count_K is None else count_K.float().sqrt().to(next(self.parameters()).device)
 
-    def preprocess(self, images: Sequence[Tensor]) -> ImageList:
-        """B uint8 images [3, H, W] -> one padded, normalised batch with the sizes before padding."""
-        batch, _ = self.transform([image.float() / 255 for image in images])
-        return batch
+    def preprocess(self, images: Sequence[Tensor]) -> ResizedImages:
+        """B uint8 images [3, H, W] as one batch."""
+        return resize_images(images, self.transform, self.config.max_size)
 
-    def features(self, batch: ImageList) -> dict[str, Tensor]:
+    def features(self, images: ResizedImages) -> dict[str, Tensor]:
         """Pyramid levels `{"0": [B, F, H / stride, W / stride], ...}`."""
-        return {str(index): level for index, level in enumerate(self.pyramid(batch.tensors))}
+        return {str(index): level for index, level in enumerate(self.pyramid(images.tensors))}
 
-    def propose(self, batch: ImageList, features: dict[str, Tensor]) -> HeatProposals:
+    def propose(self, images: ResizedImages, features: dict[str, Tensor]) -> HeatProposals:
         """Class-agnostic proposals of every image."""
         levels = list(features.values())[-len(self.config.proposals.strides) :]
         heat, distances = self.proposals(levels)
@@ -167,7 +162,7 @@ class CenterNet2(nn.Module):
     def cascade(
         self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[StageOutput]:
-        """What every stage says: each looks at the boxes that the one before refined, clipped to the image.
+        """Outputs of all stages; the regions of each are the boxes that the one before refined, clipped to the image.
 
         Args:
             features: pyramid levels.
@@ -177,7 +172,7 @@ class CenterNet2(nn.Module):
         outputs: list[StageOutput] = []
         for stage in self.stages:
             pooled_RF77 = self._pool(features, boxes, 7)
-            # All stages push on the pyramid: each pushes with its share (Cascade R-CNN).
+            # Each stage contributes an equal share of the pyramid's gradient (Cascade R-CNN).
             shared = pooled_RF77.detach() + (pooled_RF77 - pooled_RF77.detach()) / len(self.stages)
             output = StageOutput(boxes, *stage(shared))
             outputs.append(output)
@@ -185,12 +180,12 @@ class CenterNet2(nn.Module):
             boxes = [clip_boxes_to_image(entry.detach(), size) for entry, size in zip(refined, sizes, strict=True)]
         return outputs
 
-    def region_embeddings(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> list[Tensor]:
-        """[R, D] embeddings of boxes of each image in every stage, images in order."""
-        return [output.embeddings for output in self.cascade(features, boxes, batch.image_sizes)]
+    def stage_embeddings(self, features: dict[str, Tensor], boxes: list[Tensor], images: ResizedImages) -> list[Tensor]:
+        """[R, D] embeddings of B tensors of boxes [N, 4] in every stage, images in order."""
+        return [output.embeddings for output in self.cascade(features, boxes, images.image_sizes)]
 
     def mask_logits(self, features: dict[str, Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """[R, 28, 28] logits of the object's mask inside each box."""
+        """[R, 28, 28] mask logits inside B tensors of boxes [N, 4], images in order."""
         return cast(Tensor, self.mask_head(self._pool(features, boxes, 14))[:, 0])
 
     def _pool(self, features: dict[str, Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
@@ -199,7 +194,7 @@ class CenterNet2(nn.Module):
 
     def detection_losses(
         self,
-        batch: ImageList,
+        images: ResizedImages,
         features: dict[str, Tensor],
         proposals: HeatProposals,
         targets: list[dict[str, Tensor]],
@@ -208,29 +203,27 @@ class CenterNet2(nn.Module):
         """Losses of the first `len(targets)` images of the batch, which are those with boxes.
 
         Args:
-            batch: all images.
-            features: their pyramid.
+            images: the batch.
+            features: pyramid levels of all images.
             proposals: of all images.
-            targets: `boxes` [N, 4] in resized pixels, `labels` [N], rows of `text_KD`, and perhaps `masks`
-                [N, H, W] bool, of the resized image.
-            text_KD: [K, D] unit rows of the categories that boxes are annotated with.
+            targets: `boxes` [N, 4] in resized pixels, `labels` [N], rows of `text_KD`, and optionally `masks`
+                [N, H, W] bool of the resized image.
+            text_KD: [K, D] unit rows of the annotated categories.
         """
-        count = len(targets)
-        own = {name: level[:count] for name, level in features.items()}
-        sizes = batch.image_sizes[:count]
+        count, config = len(targets), self.config
         shapes = [(int(level.shape[-2]), int(level.shape[-1])) for level in proposals.heat]
-        goals = centre_targets([target["boxes"] for target in targets], shapes, self.config.proposals)
+        point_targets = centre_targets([target["boxes"] for target in targets], shapes, config.proposals)
         heat_P = flatten_levels([level[:count] for level in proposals.heat])[:, 0]
         distance_P4 = flatten_levels([level[:count] for level in proposals.distances])
-        losses = centre_losses(heat_P, distance_P4, goals, self.config.proposals)
+        losses = centre_losses(heat_P, distance_P4, point_targets, config.proposals)
+        features, sizes = {name: level[:count] for name, level in features.items()}, images.image_sizes[:count]
         inside = [clip_boxes_to_image(box, size) for box, size in zip(proposals.boxes[:count], sizes, strict=True)]
-        shifted = [{"boxes": target["boxes"], "labels": target["labels"] + 1} for target in targets]
-        regions, _, _, _ = self.sampler.select_training_samples(inside, shifted)
-        for index, output in enumerate(self.cascade(own, regions, sizes)):
+        regions = sample_regions(self.sampler, inside, targets).boxes
+        for index, output in enumerate(self.cascade(features, regions, sizes)):
             for name, loss in self._stage_losses(index, output, targets, text_KD).items():
                 losses[f"{name}_{index}"] = loss
-        if self.config.mask_convs:
-            losses["mask"] = self._mask_loss(own, regions, targets)
+        if config.mask_convs:
+            losses["mask"] = self._mask_loss(features, regions, targets)
         return losses
 
     def _stage_losses(
@@ -238,7 +231,8 @@ class CenterNet2(nn.Module):
     ) -> dict[str, Tensor]:
         """Class and box losses of one stage."""
         pairs = [
-            match(box, target, self.config.stage_ious[index]) for box, target in zip(output.boxes, targets, strict=True)
+            match_targets(box, target, self.config.stage_ious[index])
+            for box, target in zip(output.boxes, targets, strict=True)
         ]
         label_R, matched_R4 = torch.cat([label for label, _ in pairs]), torch.cat([box for _, box in pairs])
         logits_RK = cosine_logits(output.embeddings, text_KD, self.config.temperature)
@@ -248,8 +242,8 @@ class CenterNet2(nn.Module):
             counted_K = federated_classes(label_R, weight_K, self.config.federated)
         foreground = label_R >= 0
         coder = self.stages[index].coder
-        goal_R4 = coder.encode_single(matched_R4[foreground], torch.cat(output.boxes)[foreground])  # type: ignore[operator, union-attr]
-        loss_box = F.l1_loss(output.deltas[foreground], goal_R4, reduction="sum")
+        target_R4 = coder.encode_single(matched_R4[foreground], torch.cat(output.boxes)[foreground])  # type: ignore[operator, union-attr]
+        loss_box = F.l1_loss(output.deltas[foreground], target_R4, reduction="sum")
         return {
             "classes": sigmoid_loss(logits_RK, label_R, counted_K),
             "box": loss_box / max(1, len(label_R)),
@@ -258,39 +252,19 @@ class CenterNet2(nn.Module):
     def _mask_loss(
         self, features: dict[str, Tensor], regions: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> Tensor:
-        """Mean binary cross-entropy over the cells of the object regions' masks; 0 where no image has masks."""
-        chosen, goals = [], [regions[0].new_zeros((0, 28, 28), dtype=torch.bool)]
+        """Mean binary cross-entropy over the cells of the object regions' masks; 0 if no image has masks."""
+        objects, true_masks = [], [regions[0].new_zeros((0, 28, 28), dtype=torch.bool)]
         for box_N4, target in zip(regions, targets, strict=True):
-            matched_N = overlaps(box_N4, target["boxes"], self.config.stage_ious[0])
+            matched_N = match_boxes(box_N4, target["boxes"], self.config.stage_ious[0])
             rows = (matched_N >= 0) & ("masks" in target)
-            chosen.append(box_N4[rows])
+            objects.append(box_N4[rows])
             if "masks" in target:
                 region_N5 = torch.cat((matched_N[rows, None].to(box_N4.dtype), box_N4[rows]), dim=1)
                 mask = target["masks"].to(box_N4.dtype)[:, None]
-                goals.append(roi_align(mask, region_N5, 28, 1.0, sampling_ratio=-1, aligned=True)[:, 0] >= 0.5)
-        goal_R28 = torch.cat(goals)
-        logits_R28 = self.mask_logits(features, chosen)
-        loss = F.binary_cross_entropy_with_logits(logits_R28, goal_R28.to(logits_R28.dtype), reduction="sum")
-        return loss / max(1, goal_R28.numel())
-
-    def predict(
-        self, batch: ImageList, features: dict[str, Tensor], vocabulary: Vocabulary, threshold: float, limit: int
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Boxes [N, 4] in resized pixels, scores [N] and classes [N] of every image, best first.
-
-        A score is the root of the mean class probability of all stages times the proposal's.
-        """
-        proposals = self.propose(batch, features)
-        outputs = self.cascade(features, proposals.boxes, batch.image_sizes)
-        logits_RS = [cosine_logits(each.embeddings, vocabulary.embeddings, self.config.temperature) for each in outputs]
-        stages_SRK = torch.stack([vocabulary.strongest(logits).sigmoid() for logits in logits_RS])
-        score_RK = combine_scores(stages_SRK, torch.cat(proposals.scores))
-        refined = self.stages[-1].refined(outputs[-1])  # type: ignore[operator]
-        scores = torch.split(score_RK, [len(entry) for entry in proposals.boxes])
-        return [
-            select_detections(clip_boxes_to_image(box, size), score, threshold, self.config.box_nms, limit)
-            for box, score, size in zip(refined, scores, batch.image_sizes, strict=True)
-        ]
+                true_masks.append(roi_align(mask, region_N5, 28, 1.0, sampling_ratio=-1, aligned=True)[:, 0] >= 0.5)
+        target_RSS, logits_RSS = torch.cat(true_masks), self.mask_logits(features, objects)
+        loss = F.binary_cross_entropy_with_logits(logits_RSS, target_RSS.to(logits_RSS.dtype), reduction="sum")
+        return loss / max(1, target_RSS.numel())
 
     @torch.no_grad()
     def detect(
@@ -301,22 +275,28 @@ class CenterNet2(nn.Module):
         score_threshold: float = 0.02,
         max_detections: int = 300,
     ) -> list[Detections]:
-        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` an image, with masks if learnt."""
-        padded = [widen(image, self.config.max_size) for image in images]
-        batch = self.preprocess(padded)
-        features = self.features(batch)
-        found = self.predict(batch, features, vocabulary, score_threshold, max_detections)
-        masks: list[Tensor] | None = None
+        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` per image, with masks if learned.
+
+        A score is the root of the mean class probability of all stages times the proposal's.
+        """
+        resized = self.preprocess(images)
+        features = self.features(resized)
+        proposals = self.propose(resized, features)
+        outputs = self.cascade(features, proposals.boxes, resized.image_sizes)
+        logits_RS = [cosine_logits(each.embeddings, vocabulary.embeddings, self.config.temperature) for each in outputs]
+        stage_SRK = torch.stack([vocabulary.strongest(logits).sigmoid() for logits in logits_RS])
+        score_RK = combine_scores(stage_SRK, torch.cat(proposals.scores))
+        refined = self.stages[-1].refined(outputs[-1])  # type: ignore[operator]
+        scores = torch.split(score_RK, [len(entry) for entry in proposals.boxes])
+        selected = [
+            select_detections(
+                clip_boxes_to_image(box_N4, size), score_NK, score_threshold, self.config.box_nms, max_detections
+            )
+            for box_N4, score_NK, size in zip(refined, scores, resized.image_sizes, strict=True)
+        ]
+        detections = resized.detections(selected, vocabulary.names)
         if self.config.mask_convs:
-            boxes = [box_N4 for box_N4, _, _ in found]
-            masks = list(torch.split(self.mask_logits(features, boxes).sigmoid(), [len(box) for box in boxes]))
-        detections = []
-        for index, (image, wide, size) in enumerate(zip(images, padded, batch.image_sizes, strict=True)):
-            box_N4, score_N, label_N = found[index]
-            height, width = (int(side) for side in image.shape[-2:])
-            inside = restore_boxes(box_N4, image, wide, size)
-            encoded = None if masks is None else encode_masks(masks[index], inside, height, width)
-            detections.append(Detections(inside, score_N, label_N, vocabulary.names, width, height, masks=encoded))
+            detections = with_masks(detections, self.mask_logits(features, [box for box, _, _ in selected]))
         return detections
 
 
@@ -326,13 +306,9 @@ def build_pyramid(config: CenterNet2Config) -> nn.Module:
         return EvaPyramid(config.eva, config.pyramid_channels)
     if config.backbone == "swin":
         return Pyramid(SwinMaps(config.backbone_options), config.pyramid_channels)
-    trunk = RCNNConfig(
-        backbone=config.backbone,
-        backbone_options=config.backbone_options,
-        freeze_norm=config.freeze_norm,
-        strides=config.strides,
-    )
-    return Pyramid(TimmMaps(trunk), config.pyramid_channels)
+    c = config
+    backbone = build_backbone(c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm)
+    return Pyramid(TimmMaps(backbone), c.pyramid_channels)
 
 
 def combine_scores(stage_SRK: Tensor, proposal_R: Tensor) -> Tensor:
@@ -340,18 +316,18 @@ def combine_scores(stage_SRK: Tensor, proposal_R: Tensor) -> Tensor:
     return (stage_SRK.mean(0) * proposal_R[:, None]).sqrt()
 
 
-def overlaps(box_N4: Tensor, true_M4: Tensor, iou: float) -> Tensor:
-    """[N] int64: the true box that each box overlaps most, -1 where no overlap reaches `iou`."""
+def match_boxes(box_N4: Tensor, true_M4: Tensor, iou: float) -> Tensor:
+    """[N] int64: the true box with the largest overlap, -1 if that is below `iou`."""
     if not len(true_M4):
         return torch.full((len(box_N4),), -1, dtype=torch.int64, device=box_N4.device)
     matched_N: Tensor = Matcher(iou, iou)(box_iou(true_M4, box_N4))
     return matched_N
 
 
-def match(box_N4: Tensor, target: dict[str, Tensor], iou: float) -> tuple[Tensor, Tensor]:
-    """Class [N] (-1: background) and true box [N, 4] of each region; the box has a meaning for objects only."""
-    matched_N = overlaps(box_N4, target["boxes"], iou)
+def match_targets(box_N4: Tensor, target: dict[str, Tensor], iou: float) -> tuple[Tensor, Tensor]:
+    """Class [N] (-1: background) and true box [N, 4] of each region; the box is arbitrary for background."""
+    matched_N = match_boxes(box_N4, target["boxes"], iou)
     if not len(target["boxes"]):
         return matched_N, box_N4
-    label_N = target["labels"][matched_N.clamp(min=0)].where(matched_N >= 0, -1)
-    return label_N, target["boxes"][matched_N.clamp(min=0)]
+    rows = matched_N.clamp(min=0)
+    return target["labels"][rows].where(matched_N >= 0, -1), target["boxes"][rows]

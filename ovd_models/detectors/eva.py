@@ -1,7 +1,7 @@
 """EVA-02 as a detector's backbone: windowed attention, rotary positions and a pyramid from its last map alone.
 
 EVA-02 (arXiv 2303.11331) in the manner of ViTDet (arXiv 2203.16527), on timm's blocks. B images, E width of a token,
-H x W tokens, w tokens a side of a window, F pyramid channels.
+H x W tokens, F pyramid channels.
 """
 
 import math
@@ -24,17 +24,17 @@ class EvaConfig:
     depth: int = 24
     heads: int = 16
     hidden: int = 2730
-    """Width of a block's perceptron."""
+    """Width of a block's MLP."""
     patch: int = 16
-    """Pixels of a token's side."""
+    """Side of a token in pixels."""
     trained_grid: int = 14
-    """Tokens a side in pretraining, to which the position table belongs."""
+    """Tokens per side of the position table, as in pretraining."""
     rotary_grid: int = 16
-    """Tokens a side that rotary angles are stretched to."""
+    """Tokens per side of the grid whose rotary angles are interpolated."""
     window_share: float = 0.4
     """Window side over grid side: 32 of 80 tokens for the published 1280 px, 16 of 40 for 640."""
     global_every: int = 3
-    """One block in so many looks at the whole image."""
+    """Every n-th block attends to the whole image, the others within windows."""
     drop_path: float = 0.4
 
 
@@ -62,7 +62,7 @@ class EvaPyramid(nn.Module):
         super().__init__()
         self.config = c = config
         self.patches = nn.Conv2d(3, c.width, c.patch, c.patch)
-        self.positions = nn.Parameter(torch.zeros(1, 1 + c.trained_grid**2, c.width))  # the first is no place's
+        self.positions = nn.Parameter(torch.zeros(1, 1 + c.trained_grid**2, c.width))  # the first is the class token's
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.blocks = nn.ModuleList(
             EvaBlock(
@@ -97,7 +97,7 @@ class EvaPyramid(nn.Module):
         """[B, 3, height, width] -> six levels [B, F, height / stride, width / stride], strides 4 to 128."""
         c = self.config
         height, width = images.shape[-2:]
-        # Positions are those of a square grid that the longer side fills; sides are even, for the halved level.
+        # Positions belong to a square grid that the longer side fills; its side is even for the halved level.
         grid = 2 * math.ceil(max(height, width) / (2 * c.patch))
         side = grid * c.patch
         tokens_BHWE = self.patches(F.pad(images, (0, side - width, 0, side - height))).permute(0, 2, 3, 1)
@@ -121,7 +121,7 @@ class EvaPyramid(nn.Module):
 
 
 def rotary_angles(size: int, config: EvaConfig, like: Tensor) -> Tensor:
-    """[size * size, 2 * width of a head] sines and cosines of a square of tokens, row after row."""
+    """[size * size, 2 * head width] sines and cosines of a square of tokens, row after row."""
     sine, cosine = build_rotary_pos_embed(
         [size, size],
         dim=config.width // config.heads,
@@ -133,12 +133,12 @@ def rotary_angles(size: int, config: EvaConfig, like: Tensor) -> Tensor:
 
 
 def run_block(block: nn.Module, tokens_BHWE: Tensor, window: int, angles: Tensor) -> Tensor:
-    """One transformer block whose attention looks at windows of `window` x `window` tokens, the grid padded to them.
+    """One transformer block with attention within windows of `window` x `window` tokens; the grid is padded to them.
 
     Args:
         block: timm's `EvaBlock`.
         tokens_BHWE: [B, H, W, E].
-        window: tokens a side.
+        window: tokens per side.
         angles: of the window's tokens.
 
     Returns:

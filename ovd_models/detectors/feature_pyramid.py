@@ -15,17 +15,18 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from ovd_models.detectors.rcnn import RCNNConfig, build_backbone, feature_info
+from ovd_models.detectors.backbones import feature_info
+from ovd_models.detectors.resizing import image_indices
 
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
-"""A region of this side is looked at on the level of stride 2 ** CANONICAL_LEVEL (FPN, section 4.2)."""
+"""A region of this side is pooled from the level of stride 2 ** CANONICAL_LEVEL (FPN, section 4.2)."""
 
 
 class SwinMaps(nn.Module):
-    """Swin's maps of strides 8, 16 and 32, each through a layer norm of its own.
+    """Swin's maps of strides 8, 16 and 32, each with its own layer norm.
 
-    torchvision's Swin pads a map to whole windows before it shifts them, as the original does. timm's shifts first,
-    which gives other values wherever windows do not fill the map.
+    torchvision's Swin pads a map to whole windows before it shifts them, like the original. timm's shifts first, which
+    gives other values if the windows do not fill the map.
 
     Args:
         options: of torchvision's `SwinTransformer`.
@@ -47,11 +48,11 @@ class SwinMaps(nn.Module):
 
 
 class TimmMaps(nn.Module):
-    """The maps of any timm backbone that gives some."""
+    """The maps of a timm feature extractor, channels first."""
 
-    def __init__(self, config: RCNNConfig) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self.trunk = build_backbone(config)
+        self.trunk = backbone
         self.widths = feature_info(self.trunk).channels()
         self.channels_last = getattr(self.trunk, "output_fmt", None) == Format.NHWC
 
@@ -62,7 +63,7 @@ class TimmMaps(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid on a backbone's maps of strides 8, 16 and 32, with two coarser levels on top.
+    """A feature pyramid on a backbone's maps of strides 8, 16 and 32, with two coarser levels.
 
     Args:
         maps: the backbone.
@@ -83,23 +84,23 @@ class Pyramid(nn.Module):
 def pool_regions(levels: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], size: int) -> Tensor:
     """RoIAlign of each region on the level that suits its size, without the half-pixel shift of the original RoIAlign.
 
-    torchvision's `MultiScaleRoIAlign` has the shift and cannot be told otherwise.
+    torchvision's `MultiScaleRoIAlign` always has the shift.
 
     Args:
         levels: maps [B, F, H / stride, W / stride], finest first.
         strides: of the levels, each twice the one before.
         boxes: B tensors [N, 4] xyxy in pixels.
-        size: cells of a side.
+        size: bins per side.
 
     Returns:
         [R, F, size, size], images in order.
     """
-    box_R4 = torch.cat(list(boxes)).float()  # half precision is too coarse for places in an image
-    image_R = torch.repeat_interleave(torch.tensor([len(entry) for entry in boxes], device=box_R4.device))
-    region_R5 = torch.cat((image_R[:, None].float(), box_R4), dim=1)
+    box_R4 = torch.cat(list(boxes)).float()  # half precision is too coarse for coordinates
+    region_R5 = torch.cat((image_indices(boxes)[:, None].float(), box_R4), dim=1)
     side_R = (box_R4[:, 2:] - box_R4[:, :2]).clamp(min=0).prod(1).sqrt()
-    wanted_R = torch.floor(CANONICAL_LEVEL + torch.log2(side_R / CANONICAL_SIZE + 1e-8))
-    level_R = wanted_R.clamp(math.log2(strides[0]), math.log2(strides[-1])).long() - int(math.log2(strides[0]))
+    finest, coarsest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
+    level_R = torch.floor(CANONICAL_LEVEL + torch.log2(side_R / CANONICAL_SIZE + 1e-8))
+    level_R = level_R.clamp(finest, coarsest).long() - finest
     pooled_RFSS = box_R4.new_zeros(len(box_R4), levels[0].shape[1], size, size)
     for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
         rows = torch.nonzero(level_R == index).squeeze(1)

@@ -1,6 +1,6 @@
-"""What a two-stage detector says about regions, beside their class: the box head's layers, and masks.
+"""Heads of a two-stage detector: box features, box refinement and masks.
 
-B images, R regions, F channels.
+B images, R regions, N boxes of one image, S side of a mask, F channels.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ MASK_WIDTH = 256
 
 
 def build_box_head(channels: int, width: int, convs: int) -> nn.Module:
-    """[R, channels, 7, 7] -> [R, width]: two fully connected layers, after any number of 3x3 convolutions.
+    """[R, channels, 7, 7] -> [R, width]: any number of 3x3 convolutions, then two fully connected layers.
 
-    With convolutions every layer has batch norm, as in ViLD (4conv + 2FC).
+    With convolutions, every layer has batch norm, as in ViLD (4conv + 2FC).
     """
     if not convs:
         return cast(nn.Module, TwoMLPHead(channels * POOLED**2, width))
@@ -34,8 +34,13 @@ def build_box_head(channels: int, width: int, convs: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def build_box_deltas(width: int) -> nn.Sequential:
+    """[R, width] features -> [R, 4] class-agnostic box displacements."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+
+
 class MaskHead(nn.Module):
-    """Class-agnostic masks: 14x14 regions, four convolutions, one deconvolution, 28x28 logits."""
+    """Class-agnostic masks: pooling to 14x14, four convolutions, one deconvolution, 28x28 logits."""
 
     def __init__(self, channels: int, strides: Sequence[int], samples: int) -> None:
         super().__init__()
@@ -44,19 +49,19 @@ class MaskHead(nn.Module):
         self.layers = MaskRCNNHeads(channels, (width,) * 4, 1)
         self.predictor = MaskRCNNPredictor(width, width, 1)
 
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
-        """[R, 28, 28] logits of the boxes of each image, in resized pixels."""
-        return cast(Tensor, self.predictor(self.layers(self.pool(features, boxes, sizes))))[:, 0]
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        """[R, 28, 28] logits inside B tensors of boxes [N, 4], images in order."""
+        return cast(Tensor, self.predictor(self.layers(self.pool(features, boxes))))[:, 0]
 
 
 def mask_loss(logits_RSS: Tensor, boxes: list[Tensor], matched: list[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """Binary cross-entropy between predicted masks and annotated ones, cut out at the regions; 0 for no region.
+    """Binary cross-entropy between predicted masks and annotated ones cropped to the regions; 0 for no region.
 
     Args:
-        logits_RSS: [R, S, S] of all images, in order.
-        boxes: B tensors [R_b, 4], pixels of the masks.
-        matched: B tensors [R_b] int64, rows of the image's masks.
-        masks: B tensors [N_b, H, W] bool.
+        logits_RSS: [R, S, S], images in order.
+        boxes: B tensors [N, 4] of regions, pixels of the masks.
+        matched: B tensors [N] int64, rows of the image's masks.
+        masks: B tensors [objects, H, W] bool.
     """
     whole = [mask.float() for mask in masks]
     labels = [torch.zeros(len(mask), dtype=torch.int64, device=logits_RSS.device) for mask in masks]

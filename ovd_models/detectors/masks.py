@@ -1,27 +1,31 @@
-"""Masks of boxes as masks of the image.
+"""Masks predicted inside boxes as masks of the image.
 
 N boxes, S side of a predicted mask. Boxes are xyxy in pixels of the image.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from faster_coco_eval import mask as rle
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd_models.batches import Detections
+
 MASKS_AT_A_TIME = 32
 
 
 def paste_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
-    """Masks of boxes as masks of the image, bilinear between the cells' centres.
+    """Paste each box's mask into the image, bilinearly between the cells' centres.
 
     Args:
         probability_NSS: [N, S, S] inside each box.
         box_N4: [N, 4] in pixels of the image.
         height: of the image.
         width: of the image.
-        threshold: from which a pixel belongs to the object.
+        threshold: least probability of a pixel of the object.
 
     Returns:
         [N, height, width] bool.
@@ -41,7 +45,7 @@ def paste_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: int
 
 
 def encode_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: int) -> tuple[str, ...]:
-    """COCO RLE counts of N masks; a few at a time, since each is as large as the image."""
+    """COCO RLE counts of N masks, a few at a time, since each is as large as the image."""
     counts: list[str] = []
     for start in range(0, len(box_N4), MASKS_AT_A_TIME):
         rows = slice(start, start + MASKS_AT_A_TIME)
@@ -49,3 +53,12 @@ def encode_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: in
         columns = pasted_NHW.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         counts += [entry["counts"].decode() for entry in rle.encode(columns.copy(order="F"))]
     return tuple(counts)
+
+
+def with_masks(detections: Sequence[Detections], logits_RSS: Tensor) -> list[Detections]:
+    """Detections with masks from the logits [R, S, S] inside all their boxes, images in order."""
+    parts = torch.split(logits_RSS.sigmoid(), [len(entry) for entry in detections])
+    return [
+        replace(entry, masks=encode_masks(part_NSS, entry.boxes, entry.height, entry.width))
+        for entry, part_NSS in zip(detections, parts, strict=True)
+    ]

@@ -4,37 +4,29 @@ B images, R regions, N boxes or proposals of one image, K classes, D embedding w
 Boxes are xyxy in pixels of the resized image inside this file, of the original image at its borders.
 """
 
-import math
-import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
-import torchvision
-from timm.layers.norm_act import freeze_batch_norm_2d
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ovd_models.batches import DetectionBatch, Detections
-from ovd_models.detectors.heads import POOLED, MaskHead, build_box_head
+from ovd_models.detectors.backbones import build_backbone, feature_info
+from ovd_models.detectors.heads import POOLED, MaskHead, build_box_deltas, build_box_head
 from ovd_models.detectors.region_pool import RegionPool
-from ovd_models.errors import InputError
+from ovd_models.detectors.resizing import ResizedImages, annotated_targets, build_transform, resize_images
 from ovd_models.losses import cosine_logits, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +40,10 @@ class RCNNConfig:
     freeze_norm: bool = False
     """Freeze the backbone's batch norm, as is usual with pretrained weights and small batches."""
     strides: tuple[int, ...] = (4, 8, 16)
-    """Feature maps that enter the pyramid."""
+    """Strides of the feature maps that enter the pyramid."""
     anchor_sizes: tuple[int, ...] = (16, 32, 64)
-    """Anchor side in pixels, one a pyramid level; one more than `strides` adds a coarser level for proposals alone."""
+    """Anchor side in pixels, one for each pyramid level; one more than `strides` adds a coarser level for proposals
+    alone."""
     pyramid_channels: int = 64
     head_convs: int = 0
     """3x3 convolutions of a box head, before its two fully connected layers; with any, all of them have batch norm."""
@@ -59,27 +52,27 @@ class RCNNConfig:
     """Predict class-agnostic masks."""
     embed_dim: int = 128
     min_size: int = 128
-    """Images are resized so that their shorter side has this many pixels ..."""
+    """Shorter side of a resized image in pixels ..."""
     max_size: int = 256
-    """... but the longer one no more than this."""
+    """... unless the longer side would then exceed this."""
     rpn_batch_size: int = 128
     pre_nms: int = 300
-    """Proposals a level before suppression."""
+    """Proposals per level before suppression."""
     post_nms: int = 150
-    """Proposals an image after it."""
+    """Proposals per image after suppression."""
     rois_per_image: int = 64
-    """Regions of an image that the box and class losses are taken over."""
+    """Regions per image that the box and class losses are computed on."""
     roi_samples: int = 2
-    """RoIAlign's samples a bin and axis."""
+    """RoIAlign samples per bin and axis."""
     temperature: float = 50.0
     box_beta: float = 1 / 9
-    """Where the smooth L1 box loss turns linear."""
+    """Transition of the smooth L1 box loss from quadratic to linear."""
     box_nms: float = 0.5
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """What the proposal network says about B images."""
+    """Output of the proposal network for B images."""
 
     boxes: list[Tensor]
     """B tensors [N, 4], best first."""
@@ -94,62 +87,55 @@ class Proposals:
 
 @dataclass(frozen=True)
 class RegionSample:
-    """Regions of B images drawn for the second stage, a quarter of them objects."""
+    """Regions of B images sampled for the second stage, at most a quarter of them objects."""
 
     boxes: list[Tensor]
     """B tensors [R, 4]."""
     matched: list[Tensor]
-    """B tensors [R] int64, the annotated box that each region stands for; any where it is background."""
+    """B tensors [R] int64, the annotated box matched to each region; arbitrary for background."""
     labels: Tensor
     """[sum of R] int64, -1 for background."""
     deltas: Tensor
-    """[sum of R, 4] what the box branch should answer."""
+    """[sum of R, 4] regression targets of the box branch."""
 
 
 class ProposalNetwork(nn.Module):
-    """The first stage: where things may be, whatever they are."""
+    """The first stage: class-agnostic proposals."""
 
     def __init__(self, config: RCNNConfig) -> None:
         super().__init__()
-        self.config = config
-        c = config
-        self.transform = GeneralizedRCNNTransform(
-            c.min_size, c.max_size, list(IMAGENET_MEAN), list(IMAGENET_STD), size_divisible=max(c.strides)
-        )
-        self.backbone = build_backbone(c)
+        self.config = c = config
+        self.transform = build_transform(c.min_size, c.max_size, max(c.strides))
+        self.backbone = build_backbone(c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm)
         coarser = LastLevelMaxPool() if len(c.anchor_sizes) > len(c.strides) else None
         self.pyramid = FeaturePyramidNetwork(feature_info(self.backbone).channels(), c.pyramid_channels, coarser)
-        anchors = AnchorGenerator(tuple((size,) for size in c.anchor_sizes), ((0.5, 1.0, 2.0),) * len(c.anchor_sizes))
-        top_n = {"training": c.pre_nms, "testing": c.pre_nms}
-        keep_n = {"training": c.post_nms, "testing": c.post_nms}
-        head = RPNHead(c.pyramid_channels, anchors.num_anchors_per_location()[0])
-        self.rpn = RegionProposalNetwork(anchors, head, 0.7, 0.3, c.rpn_batch_size, 0.5, top_n, keep_n, 0.7)
+        anchors = AnchorGenerator(tuple((size,) for size in c.anchor_sizes), (ASPECT_RATIOS,) * len(c.anchor_sizes))
+        self.rpn = build_rpn(c, anchors, c.pyramid_channels)
 
-    def preprocess(self, images: Sequence[Tensor]) -> ImageList:
-        """B uint8 images [3, H, W] -> one padded, normalised batch with the sizes before padding."""
-        batch, _ = self.transform([image.float() / 255 for image in images])
-        return batch
+    def preprocess(self, images: Sequence[Tensor]) -> ResizedImages:
+        """B uint8 images [3, H, W] as one batch."""
+        return resize_images(images, self.transform, self.config.max_size)
 
-    def features(self, batch: ImageList) -> dict[str, Tensor]:
+    def features(self, images: ResizedImages) -> dict[str, Tensor]:
         """Pyramid levels `{"0": [B, F, H / stride, W / stride], ...}`."""
-        maps = self.backbone(batch.tensors)
+        maps = self.backbone(images.tensors)
         pyramid = self.pyramid(OrderedDict((str(index), level) for index, level in enumerate(maps)))
         return cast(dict[str, Tensor], pyramid)
 
-    def propose(self, batch: ImageList, features: dict[str, Tensor]) -> Proposals:
+    def propose(self, images: ResizedImages, features: dict[str, Tensor]) -> Proposals:
         """Class-agnostic proposals of every image."""
         levels = list(features.values())
         objectness, deltas = self.rpn.head(levels)
         # Boxes are float32 also under autocast: bfloat16 would put them on a grid of pixels.
-        anchors = self.rpn.anchor_generator(batch, [level[:1, :1].float() for level in levels])
+        anchors = self.rpn.anchor_generator(images, [level[:1, :1].float() for level in levels])
         per_level = [int(level[0].numel()) for level in objectness]
         objectness_flat, deltas_flat = (values.float() for values in concat_box_prediction_layers(objectness, deltas))
         decoded = self.rpn.box_coder.decode(deltas_flat.detach(), anchors).view(len(anchors), -1, 4)
-        boxes, scores = self.rpn.filter_proposals(decoded, objectness_flat, batch.image_sizes, per_level)
+        boxes, scores = self.rpn.filter_proposals(decoded, objectness_flat, images.image_sizes, per_level)
         return Proposals(boxes, scores, anchors, objectness_flat, deltas_flat)
 
     def proposal_losses(self, proposals: Proposals, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Losses of the first `len(targets)` images, `boxes` [N, 4] of each in resized pixels."""
+        """Losses of the first `len(targets)` images; targets hold `boxes` [N, 4] in resized pixels."""
         count = len(targets)
         num_anchors = len(proposals.anchors[0])
         assigned, matched = self.rpn.assign_targets_to_anchors(proposals.anchors[:count], targets)
@@ -160,59 +146,48 @@ class ProposalNetwork(nn.Module):
         return {"objectness": loss_objectness, "rpn_box": loss_rpn_box}
 
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
-        """Weighted losses of one step; labels take no part."""
-        images, targets = self.resized(batch)
-        return self.proposal_losses(self.propose(images, self.features(images)), targets)
-
-    def resized(self, batch: DetectionBatch) -> tuple[ImageList, list[dict[str, Tensor]]]:
-        """The images as the backbone takes them, and their `boxes` and `labels` in resized pixels."""
-        images = [widen(image, self.config.max_size) for image in batch.images]
-        sized = self.preprocess(images)
-        targets = [
-            {"boxes": resize_boxes(box, list(image.shape[-2:]), list(size)), "labels": label}
-            for image, box, label, size in zip(images, batch.boxes, batch.labels, sized.image_sizes, strict=True)
-        ]
-        return sized, targets
+        """Weighted losses of one step; labels are not used."""
+        images = self.preprocess(batch.images)
+        proposals = self.propose(images, self.features(images))
+        return self.proposal_losses(proposals, annotated_targets(batch, images))
 
     @torch.no_grad()
     def find_proposals(self, images: Sequence[Tensor], limit: int) -> list[tuple[Tensor, Tensor]]:
-        """Boxes [N, 4] in pixels of each uint8 image [3, H, W] and their objectness [N]: the best, at most `limit`."""
-        padded = [widen(image, self.config.max_size) for image in images]
-        batch = self.preprocess(padded)
-        proposals = self.propose(batch, self.features(batch))
-        return [
-            (restore_boxes(boxes[:limit], image, wide, size), scores[:limit])
-            for image, wide, size, boxes, scores in zip(
-                images, padded, batch.image_sizes, proposals.boxes, proposals.scores, strict=True
-            )
-        ]
+        """The best proposals of uint8 images [3, H, W], at most `limit` each.
+
+        Returns:
+            Boxes [N, 4] in pixels of each image and their objectness [N].
+        """
+        resized = self.preprocess(images)
+        proposals = self.propose(resized, self.features(resized))
+        boxes = resized.original_boxes([entry[:limit] for entry in proposals.boxes])
+        return [(box, scores[:limit]) for box, scores in zip(boxes, proposals.scores, strict=True)]
 
 
 class RCNN(ProposalNetwork):
-    """A two-stage detector whose classes are whatever text embeddings it is given."""
+    """A two-stage detector that classifies by any text embeddings."""
 
     def __init__(self, config: RCNNConfig) -> None:
         super().__init__(config)
         c = config
-        pool = RegionPool(c.strides, POOLED, c.roi_samples)
-        # RoIHeads gives the sampling of regions and the box coding; classification is ours, below.
         box_head = build_box_head(c.pyramid_channels, c.head_width, c.head_convs)
-        self.roi = RoIHeads(
-            pool, box_head, None, 0.5, 0.5, c.rois_per_image, 0.25, None, 0.0, c.box_nms, 100
-        )  # fmt: skip
-        self.box_deltas = nn.Sequential(nn.Linear(c.head_width, c.head_width), nn.ReLU(), nn.Linear(c.head_width, 4))
+        self.roi = build_roi_heads(c.rois_per_image, RegionPool(c.strides, POOLED, c.roi_samples), box_head)
+        self.box_deltas = build_box_deltas(c.head_width)
         self.projection = nn.Linear(c.head_width, c.embed_dim)
         if c.masks:
             self.mask_head = MaskHead(c.pyramid_channels, c.strides, c.roi_samples)
 
-    def region_features(self, features: dict[str, Tensor], boxes: list[Tensor], batch: ImageList) -> Tensor:
-        """[R, head_width] features of boxes of each image, images in order."""
-        pooled = self.roi.box_roi_pool(features, boxes, batch.image_sizes)
-        return cast(Tensor, self.roi.box_head(pooled))
+    def region_features(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        """[R, head_width] features of B tensors of boxes [N, 4], images in order."""
+        return cast(Tensor, self.roi.box_head(self.roi.box_roi_pool(features, boxes)))
+
+    def stage_embeddings(self, features: dict[str, Tensor], boxes: list[Tensor], _: ResizedImages) -> list[Tensor]:
+        """[R, D] embeddings of B tensors of boxes [N, 4] in the only stage, images in order."""
+        return [self.projection(self.region_features(features, boxes))]
 
     def detection_losses(
         self,
-        batch: ImageList,
+        images: ResizedImages,
         features: dict[str, Tensor],
         proposals: Proposals,
         targets: list[dict[str, Tensor]],
@@ -221,27 +196,18 @@ class RCNN(ProposalNetwork):
         """Losses of the first `len(targets)` images of the batch, which are those with boxes.
 
         Args:
-            batch: all images.
-            features: their pyramid.
+            images: the batch.
+            features: pyramid levels of all images.
             proposals: of all images.
             targets: `boxes` [N, 4] in resized pixels and `labels` [N], rows of `text_KD`.
-            text_KD: [K, D] unit rows of the categories that boxes are annotated with.
+            text_KD: [K, D] unit rows of the annotated categories.
         """
         count = len(targets)
         losses = self.proposal_losses(proposals, targets)
-        sample = self.sample_regions(proposals.boxes[:count], targets)
-        own = {name: level[:count] for name, level in features.items()}
-        sizes = ImageList(batch.tensors[:count], batch.image_sizes[:count])
-        region_RF = self.region_features(own, sample.boxes, sizes)
+        sample = sample_regions(self.roi, proposals.boxes[:count], targets)
+        region_RF = self.region_features({name: level[:count] for name, level in features.items()}, sample.boxes)
         logits_RK = cosine_logits(self.projection(region_RF), text_KD, self.config.temperature)
         return losses | {"classes": sigmoid_loss(logits_RK, sample.labels), "box": self.box_loss(region_RF, sample)}
-
-    def sample_regions(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> RegionSample:
-        """Draw regions of each image from its proposals and annotated boxes, `boxes` and `labels` of `targets`."""
-        # RoIHeads counts background as class 0.
-        shifted = [{"boxes": target["boxes"], "labels": target["labels"] + 1} for target in targets]
-        boxes, matched, labels, deltas = self.roi.select_training_samples(list(proposals), shifted)
-        return RegionSample(boxes, matched, torch.cat(labels) - 1, torch.cat(deltas))
 
     def box_loss(self, region_RF: Tensor, sample: RegionSample) -> Tensor:
         """Smooth L1 of the class-agnostic box branch on objects, averaged over all regions."""
@@ -255,10 +221,10 @@ class RCNN(ProposalNetwork):
         return loss / max(1, len(sample.labels))
 
     def refine(self, region_RF: Tensor, boxes: list[Tensor]) -> list[Tensor]:
-        """The boxes of each image, moved by the box branch."""
+        """The boxes of each image, refined by the box branch."""
         deltas_R4 = self.box_deltas(region_RF)
-        moved = self.roi.box_coder.decode(deltas_R4, boxes).view(-1, 4)
-        return list(torch.split(moved, [len(entry) for entry in boxes]))
+        refined = self.roi.box_coder.decode(deltas_R4, boxes).view(-1, 4)
+        return list(torch.split(refined, [len(entry) for entry in boxes]))
 
     @torch.no_grad()
     def detect(
@@ -269,104 +235,47 @@ class RCNN(ProposalNetwork):
         score_threshold: float = 0.05,
         max_detections: int = 100,
     ) -> list[Detections]:
-        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` an image."""
-        padded = [widen(image, self.config.max_size) for image in images]
-        batch = self.preprocess(padded)
-        features = self.features(batch)
-        boxes = self.propose(batch, features).boxes
-        counts = [len(entry) for entry in boxes]
-        region_RF = self.region_features(features, boxes, batch)
+        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` per image."""
+        resized = self.preprocess(images)
+        features = self.features(resized)
+        boxes = self.propose(resized, features).boxes
+        region_RF = self.region_features(features, boxes)
         refined = self.refine(region_RF, boxes)
         logits_RS = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
-        logits_RK = vocabulary.strongest(logits_RS)
-        found = []
-        for image, wide, size, box_N4, score_NK in zip(
-            images, padded, batch.image_sizes, refined, torch.split(logits_RK.sigmoid(), counts), strict=True
-        ):
-            kept_boxes, scores, labels = select_detections(
+        scores = torch.split(vocabulary.strongest(logits_RS).sigmoid(), [len(entry) for entry in boxes])
+        selected = [
+            select_detections(
                 clip_boxes_to_image(box_N4, size), score_NK, score_threshold, self.config.box_nms, max_detections
             )
-            height, width = (int(side) for side in image.shape[-2:])
-            restored = restore_boxes(kept_boxes, image, wide, size)
-            found.append(Detections(restored, scores, labels, vocabulary.names, width, height))
-        return found
+            for box_N4, score_NK, size in zip(refined, scores, resized.image_sizes, strict=True)
+        ]
+        return resized.detections(selected, vocabulary.names)
 
 
-def restore_boxes(box_N4: Tensor, image: Tensor, wide: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes of an image resized to `size` as pixels of the image itself, which `widen` made `wide` before that."""
-    if len(box_N4):
-        box_N4 = resize_boxes(box_N4, list(size), list(wide.shape[-2:]))
-    height, width = (int(side) for side in image.shape[-2:])
-    return cast(Tensor, clip_boxes_to_image(box_N4, (height, width)))
+def build_rpn(
+    config: RCNNConfig, anchors: AnchorGenerator, channels: int, training_factor: int = 1
+) -> RegionProposalNetwork:
+    """Torchvision's proposal network, with `training_factor` times as many proposals in training."""
+    pre_nms, post_nms = (
+        {"training": training_factor * count, "testing": count} for count in (config.pre_nms, config.post_nms)
+    )
+    head = RPNHead(channels, anchors.num_anchors_per_location()[0])
+    return RegionProposalNetwork(anchors, head, 0.7, 0.3, config.rpn_batch_size, 0.5, pre_nms, post_nms, 0.7)
 
 
-def widen(image: Tensor, max_size: int) -> Tensor:
-    """Pad the shorter side of an extremely long image at its end, so that resizing leaves it at least one pixel."""
-    height, width = image.shape[-2:]
-    least = math.ceil(2 * max(height, width) / max_size)
-    return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
+def build_roi_heads(
+    rois_per_image: int, pool: nn.Module | None = None, box_head: nn.Module | None = None, iou: float = 0.5
+) -> RoIHeads:
+    """Torchvision's sampling of regions and box coding; classification and inference are ours."""
+    return RoIHeads(pool, box_head, None, iou, iou, rois_per_image, 0.25, None, 0.0, 0.5, 100)
 
 
-def build_backbone(config: RCNNConfig) -> nn.Module:
-    """A timm feature extractor with the config's strides."""
-    options = config.backbone_options
-    everything = timm.create_model(config.backbone, features_only=True, **options)
-    reductions = feature_info(everything).reduction()
-    indices = tuple(reductions.index(stride) for stride in config.strides)
-    backbone = timm.create_model(config.backbone, features_only=True, out_indices=indices, **options)
-    return cast(nn.Module, freeze_batch_norm_2d(backbone)) if config.freeze_norm else backbone  # type: ignore[no-untyped-call]
-
-
-def find_backbone_weights(backbone: str, weights: str) -> dict[str, Tensor] | None:
-    """A pretrained state dict for a backbone.
-
-    Args:
-        backbone: its name.
-        weights: `auto` (torchvision's file, when an earlier download left it on this machine), `none`, or a file.
-
-    Raises:
-        InputError: the given file cannot be read as a state dict.
-    """
-    if weights == "none":
-        return None
-    path = Path(weights)
-    if weights == "auto":
-        if backbone not in torchvision.models.list_models(torchvision.models):
-            return None
-        file = torchvision.models.get_model_weights(backbone).DEFAULT.url.rsplit("/", 1)[-1]
-        path = Path(torch.hub.get_dir()) / "checkpoints" / file
-        if not path.is_file():
-            return None
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}), expected a state dict of {backbone}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: expected a state dict of {backbone}: names and tensors")
-    return state
-
-
-def load_backbone(detector: ProposalNetwork, state: dict[str, Tensor]) -> None:
-    """Load a classifier's state dict into the backbone, its classifier left out.
-
-    Raises:
-        InputError: a weight of the backbone is missing or of another shape.
-    """
-    wanted = detector.backbone.state_dict()
-    for name, value in wanted.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        if name not in state or state[name].shape != value.shape:
-            found = list(state[name].shape) if name in state else "nothing"
-            raise InputError(f"backbone weight {name}: found {found}, expected shape {list(value.shape)}")
-    detector.backbone.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
-
-
-def feature_info(backbone: nn.Module) -> FeatureInfo:
-    """What timm says about a feature extractor's maps."""
-    return cast(FeatureInfo, backbone.feature_info)
+def sample_regions(heads: RoIHeads, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> RegionSample:
+    """Sample regions of each image from its proposals [N, 4] and the annotated `boxes` and `labels` of `targets`."""
+    # RoIHeads counts background as class 0.
+    shifted = [{"boxes": target["boxes"], "labels": target["labels"] + 1} for target in targets]
+    boxes, matched, labels, deltas = heads.select_training_samples(proposals, shifted)
+    return RegionSample(boxes, matched, torch.cat(labels) - 1, torch.cat(deltas))
 
 
 def select_detections(
@@ -379,7 +288,7 @@ def select_detections(
     """
     region, label = torch.nonzero(score_NK > threshold, as_tuple=True)
     score = score_NK[region, label]
-    if len(score) > 20 * limit:  # suppression is quadratic: hopeless candidates are dropped first
+    if len(score) > 20 * limit:  # suppression is quadratic: drop hopeless candidates first
         best = score.topk(20 * limit).indices
         region, label, score = region[best], label[best], score[best]
     keep = batched_nms(box_N4[region], score, label, nms)[:limit]

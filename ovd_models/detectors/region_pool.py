@@ -1,10 +1,10 @@
 """RoIAlign over the levels of a pyramid, fast on CPU.
 
-torchvision's backward scatters sample by sample on one core, and takes a third of a training step of a small detector.
-A bin is the mean of bilinear samples on a grid, so pooling is a product with two small matrices, one an axis, which
-BLAS does many times faster, as it does the gradient's products with their transposes.
+torchvision's backward pass scatters sample by sample on one core and takes a third of a small detector's training step.
+A bin is the mean of bilinear samples on a grid, so pooling is a product with two small matrices, one per axis. BLAS
+computes these products, and those of the backward pass, many times faster.
 
-B images, F channels, R regions, P bins of a side, S samples of a bin and axis.
+B images, F channels, R regions, P bins per side, S samples per bin and axis.
 """
 
 import math
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
+from ovd_models.detectors.resizing import image_indices
+
 MAX_CELLS = 40 * 40
 MAX_CELLS_TRAINING = 64 * 64
-"""Of a map: the products take time in proportion to it; torchvision's forward is slow on smaller maps only, its
-backward on larger ones too."""
+"""Largest maps that products are used on: their time grows with the map. torchvision's forward pass is slower on small
+maps only, its backward pass on larger ones too."""
 
 
 class RegionPool(nn.Module):
-    """[R, F, P, P] of each region, from the level that suits its size (FPN, equation 1): torchvision's RoIAlign.
+    """RoIAlign of each region on the level that suits its size (FPN, equation 1), equal to torchvision's.
 
     Args:
         strides: of the levels, finest first, each twice the one before.
@@ -36,11 +38,11 @@ class RegionPool(nn.Module):
         self.strides, self.size, self.samples = tuple(strides), size, samples
         self.level_of = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
 
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], _: list[tuple[int, int]]) -> Tensor:
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
         """Pool regions of a batch of padded images.
 
         Args:
-            features: levels `{"0": [B, F, H / stride, W / stride], ...}`; those beyond the strides are not looked at.
+            features: levels `{"0": [B, F, H / stride, W / stride], ...}`; those beyond the strides are not used.
             boxes: B tensors [N, 4] xyxy, pixels of the images.
 
         Returns:
@@ -48,20 +50,19 @@ class RegionPool(nn.Module):
         """
         levels = [features[str(index)] for index in range(len(self.strides))]
         box_R4 = torch.cat(boxes)
-        image_R = torch.repeat_interleave(torch.tensor([len(entry) for entry in boxes], device=box_R4.device))
-        region_R5 = torch.cat([image_R[:, None].to(box_R4.dtype), box_R4], dim=1)
+        region_R5 = torch.cat([image_indices(boxes)[:, None].to(box_R4.dtype), box_R4], dim=1)
         level_R = self.level_of(boxes)
         pooled_RFPP = levels[0].new_zeros(len(region_R5), levels[0].shape[1], self.size, self.size)
         for index, (level, stride) in enumerate(zip(levels, self.strides, strict=True)):
             rows = torch.nonzero(level_R == index).squeeze(1)
             if len(rows):
-                pooled = align_map(level, region_R5[rows], self.size, 1 / stride, self.samples)
+                pooled = pool_level(level, region_R5[rows], self.size, 1 / stride, self.samples)
                 pooled_RFPP = pooled_RFPP.index_copy(0, rows, pooled.to(pooled_RFPP.dtype))
         return pooled_RFPP
 
 
-def align_map(level: Tensor, region_R5: Tensor, size: int, scale: float, samples: int) -> Tensor:
-    """RoIAlign of a map [B, F, H, W] at regions [R, 5], image numbers in order and xyxy in pixels: [R, F, P, P]."""
+def pool_level(level: Tensor, region_R5: Tensor, size: int, scale: float, samples: int) -> Tensor:
+    """RoIAlign on one map [B, F, H, W]: [R, F, P, P] of regions [R, 5], image index (in order) and xyxy in pixels."""
     images, channels, height, width = level.shape
     learns = torch.is_grad_enabled() and level.requires_grad
     if level.device.type != "cpu" or height * width > (MAX_CELLS_TRAINING if learns else MAX_CELLS):
@@ -72,7 +73,7 @@ def align_map(level: Tensor, region_R5: Tensor, size: int, scale: float, samples
     counts = torch.bincount(region_R5[:, 0].long(), minlength=images).tolist()
     level_BHFW = level.transpose(1, 2).reshape(images, height, channels * width)
     with torch.autocast(level.device.type, enabled=False):
-        # Down the columns of the map all regions of an image at once; along its rows region by region.
+        # Along the columns of the map for all regions of an image at once, along its rows region by region.
         parts = (torch.split(weights, counts) for weights in (down_RPH, across_RPW))
         pooled = [
             (down.flatten(0, 1) @ rows).view(len(down), size * channels, width) @ across.mT
@@ -82,21 +83,21 @@ def align_map(level: Tensor, region_R5: Tensor, size: int, scale: float, samples
 
 
 def bin_weights(start_R: Tensor, stop_R: Tensor, cells: int, size: int, scale: float, samples: int) -> Tensor:
-    """How much each cell of an axis counts in each bin of a region: the mean of bilinear samples.
+    """Weights of the cells along an axis in each bin of a region: the mean of bilinear samples.
 
     Args:
         start_R: [R] left or upper ends in pixels.
         stop_R: [R] right or lower ends.
-        cells: of the map along this axis.
+        cells: number of cells of the map along this axis.
         size: P.
-        scale: cells a pixel.
+        scale: cells per pixel.
         samples: S.
 
     Returns:
-        [R, P, cells]; rows sum to 1 where all samples are in the map, or less than one cell outside of it.
+        [R, P, cells]; rows sum to 1 if all samples lie in the map or less than one cell outside it.
     """
     first_R = start_R * scale
-    step_R = (stop_R * scale - first_R).clamp(min=1.0) / (size * samples)  # a region is one cell wide at least
+    step_R = (stop_R * scale - first_R).clamp(min=1.0) / (size * samples)  # a region is at least one cell wide
     place_RQ = first_R[:, None] + (torch.arange(size * samples, device=start_R.device) + 0.5) * step_R[:, None]
     inside_RQ = (place_RQ >= -1.0) & (place_RQ <= cells)
     place_RQ = place_RQ.clamp(0, cells - 1)

@@ -1,82 +1,72 @@
-"""From cached regions to scores of any names: fusion, objectness, attributes and hierarchies, without a forward pass.
+"""Scores of any names for cached regions: fusion, objectness, attributes and hierarchies, without a forward pass.
 
-N regions of one image, K names, A attributes, C children, D embedding width.
+N regions of one image, K names, A attributes, C children, L labels, D embedding width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from ovd_models.batches import Detections
-from ovd_models.detectors.questions import RegionQuery
 from ovd_models.detectors.rcnn import select_detections
+from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.losses import cosine_logits
 from ovd_models.vocabulary import Vocabulary
 
 RegionEncoder = Callable[[Tensor, Tensor], Tensor]
-"""A uint8 image [3, H, W] and boxes [N, 4] in its pixels -> unit embeddings [N, D], as the teacher sees the crops."""
+"""A uint8 image [3, H, W] and boxes [N, 4] in its pixels -> the teacher's unit embeddings [N, D] of the crops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How cosines become scores; anything here can be changed after training."""
+    """How cosines become scores; all of it can be changed after training."""
 
     temperature: float = 50.0
     """Multiplies cosines before a softmax."""
     image_temperature: float = 50.0
-    """The same for the image head, or for the teacher itself."""
+    """The same for the image head, or for the teacher on crops."""
     base_image: float = 1 / 3
-    """Exponent of the image head's probability for names that had boxes (1 - lambda in ViLD); the text head's is the
-    rest up to 1."""
+    """Exponent of the image head's probability for base names (1 - lambda in ViLD); the text head has 1 minus it."""
     novel_image: float = 2 / 3
-    """The same for names that had none (lambda in ViLD)."""
+    """The same for novel names (lambda in ViLD)."""
     unknown_image: float = 0.4
-    """The same where nobody knows which names had boxes, as on another data set."""
+    """The same if the split is unknown, as on another data set."""
     objectness: float = 0.0
-    """Exponent of the proposal's objectness; the class probability's is the rest up to 1, so 0.5 is their geometric
-    mean. ViLD itself does not use it."""
+    """Exponent of the proposal's objectness; the class probability has 1 minus it, so 0.5 is their geometric mean.
+    ViLD itself does not use objectness."""
 
 
 @dataclass(frozen=True)
 class RegionRecord:
-    """What a detector knows about the regions of one image, whatever names are asked for."""
+    """Regions of one image as a detector embeds them, independent of any names."""
 
     boxes: Tensor
     """[N, 4] float32 xyxy, pixels of the original image, refined."""
     objectness: Tensor
     """[N] in [0, 1]."""
     text: Tensor | None
-    """[N, D] unit rows of the head trained with names; None where there is none."""
+    """[N, D] unit rows of the head trained with names; None if the detector has none."""
     background: Tensor | None
-    """[N] cosines of `text` with the learned background."""
+    """[N] cosines of `text` and the learned background."""
     image: Tensor | None
-    """[N, D] unit rows of the distilled head, or of the teacher on crops; None where there is neither."""
+    """[N, D] unit rows of the distilled head, or of the teacher on crops; None if there is neither."""
     width: int
     height: int
 
     def top(self, count: int) -> "RegionRecord":
         """The `count` regions of highest objectness."""
         rows = self.objectness.argsort(descending=True, stable=True)[:count]
-
-        def pick(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows]
-
-        return replace(
-            self,
-            boxes=self.boxes[rows],
-            objectness=self.objectness[rows],
-            text=pick(self.text),
-            background=pick(self.background),
-            image=pick(self.image),
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        picked = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **picked)  # type: ignore[arg-type]
 
 
 def class_probabilities(record: RegionRecord, vocabulary: Vocabulary, scoring: Scoring) -> Tensor:
-    """[N, K] probabilities of the names, those of two heads fused (ViLD, equations 2, 5 and 6).
+    """[N, K] probabilities of the names, fused if there are two heads (ViLD, equations 2, 5 and 6).
 
-    The text head's softmax runs over the names and the background, the image head's over the names alone.
+    The text head's softmax is over the names and the background, the image head's over the names alone.
     """
     heads = []
     if record.text is not None:
@@ -130,18 +120,18 @@ def child_probabilities(parent_NK: Tensor, logits_NC: Tensor, parent_C: Tensor) 
     return parent_NK[:, parent_C] * (weight_NC / family_NK[:, parent_C]).to(parent_NK.dtype)
 
 
-def answer(record: RegionRecord, query: RegionQuery, scoring: Scoring) -> tuple[Tensor, tuple[str, ...]]:
-    """Scores [N, L] in [0, 1] of all labels, and the labels."""
+def score_labels(record: RegionRecord, query: RegionQuery, scoring: Scoring) -> tuple[Tensor, tuple[str, ...]]:
+    """Scores [N, L] in [0, 1] of a query's labels, and the L labels."""
     score_NL, labels = class_probabilities(record, query.names, scoring), query.names.names
     if query.children is not None and query.parents is not None:
         childless = torch.ones(len(labels), dtype=torch.bool, device=score_NL.device)
         childless[query.parents] = False
-        logits_NC = _cosines(record, query.children, scoring)
-        of_children = child_probabilities(score_NL, logits_NC, query.parents)
-        kept = tuple(name for name, alone in zip(labels, childless.tolist(), strict=True) if alone)
-        score_NL, labels = torch.cat([score_NL[:, childless], of_children], 1), kept + query.children.names
+        logits_NC = _best_logits(record, query.children, scoring)
+        child_NC = child_probabilities(score_NL, logits_NC, query.parents)
+        kept = tuple(name for name, keep in zip(labels, childless.tolist(), strict=True) if keep)
+        score_NL, labels = torch.cat([score_NL[:, childless], child_NC], 1), kept + query.children.names
     if query.attributes is not None:
-        attribute_NA = _cosines(record, query.attributes, scoring).softmax(1)
+        attribute_NA = _best_logits(record, query.attributes, scoring).softmax(1)
         score_NL = attribute_probabilities(score_NL, attribute_NA)
         labels = tuple(f"{word} {name}" for word in query.attributes.names for name in labels)
     if scoring.objectness:
@@ -150,8 +140,8 @@ def answer(record: RegionRecord, query: RegionQuery, scoring: Scoring) -> tuple[
     return score_NL, labels
 
 
-def _cosines(record: RegionRecord, words: Vocabulary, scoring: Scoring) -> Tensor:
-    """[N, A] logits of words that are told apart among themselves: by the distilled head, which knows more of them."""
+def _best_logits(record: RegionRecord, words: Vocabulary, scoring: Scoring) -> Tensor:
+    """[N, A] logits for a softmax over the words alone: of the distilled head if any, which knows more words."""
     if record.image is not None:
         return _logits(record.image, words, scoring.image_temperature)
     assert record.text is not None  # a record has at least one of the two
@@ -159,11 +149,11 @@ def _cosines(record: RegionRecord, words: Vocabulary, scoring: Scoring) -> Tenso
 
 
 def _logits(region_ND: Tensor, vocabulary: Vocabulary, temperature: float) -> Tensor:
-    """[N, K], of each name that of its best synonym."""
+    """[N, K] logits, for each name those of its best synonym."""
     return vocabulary.strongest(cosine_logits(region_ND, vocabulary.embeddings, temperature))
 
 
-def find(
+def detect_in_record(
     record: RegionRecord,
     query: RegionQuery,
     scoring: Scoring,
@@ -173,24 +163,24 @@ def find(
     max_detections: int,
 ) -> Detections:
     """The best (box, label) pairs of one image, after suppression within each label."""
-    score_NL, labels = answer(record, query, scoring)
+    score_NL, labels = score_labels(record, query, scoring)
     boxes, scores, chosen = select_detections(record.boxes, score_NL, score_threshold, nms, max_detections)
     return Detections(boxes, scores, chosen, labels, record.width, record.height)
 
 
-def with_teacher(
+def use_teacher(
     records: Sequence[RegionRecord], images: Sequence[Tensor], encoder: RegionEncoder, *, keep_text: bool
 ) -> list[RegionRecord]:
-    """Records whose image embeddings are the teacher's own, on crops.
+    """Records with the teacher's embeddings of crops as image embeddings.
 
     Args:
-        records: one an image.
+        records: one per image.
         images: uint8 [3, H, W].
         encoder: the teacher.
         keep_text: fuse with the detector's text head (ViLD-text + CLIP); else the teacher alone classifies
             (CLIP on crops).
     """
-    seen = [encoder(image, record.boxes) for record, image in zip(records, images, strict=True)]
-    if keep_text:
-        return [replace(record, image=rows) for record, rows in zip(records, seen, strict=True)]
-    return [replace(record, text=None, background=None, image=rows) for record, rows in zip(records, seen, strict=True)]
+    embedded = [
+        replace(record, image=encoder(image, record.boxes)) for record, image in zip(records, images, strict=True)
+    ]
+    return embedded if keep_text else [replace(record, text=None, background=None) for record in embedded]

@@ -6,45 +6,45 @@ F width of the box head.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.transform import resize_boxes
 
 from ovd_models.batches import DetectionBatch, Detections
 from ovd_models.detectors.heads import build_box_head, mask_loss
-from ovd_models.detectors.masks import encode_masks
-from ovd_models.detectors.questions import RegionQuery
-from ovd_models.detectors.rcnn import RCNN, Proposals, RCNNConfig, RegionSample, restore_boxes, widen
-from ovd_models.detectors.region_scores import RegionRecord, Scoring, find
+from ovd_models.detectors.masks import with_masks
+from ovd_models.detectors.rcnn import RCNN, RCNNConfig, RegionSample, sample_regions
+from ovd_models.detectors.region_query import RegionQuery
+from ovd_models.detectors.region_scores import RegionRecord, Scoring, detect_in_record
+from ovd_models.detectors.resizing import ResizedImages, annotated_targets
 from ovd_models.errors import InputError
 from ovd_models.losses import cosine_logits, distillation_loss, softmax_loss
 from ovd_models.vocabulary import Vocabulary
 
-VARIANTS = ("supervised", "text", "image", "vild", "ensemble")
+Variant = Literal["supervised", "text", "image", "vild", "ensemble"]
 BACKGROUND_STD = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViLDConfig:
-    """The detector, and what its heads learn from."""
+    """The detector and the supervision of its heads."""
 
     detector: RCNNConfig = field(default_factory=RCNNConfig)
-    variant: str = "ensemble"
-    """`supervised` (a learned classifier of its own), `text` (names), `image` (stored embeddings), `vild` (both, one
+    variant: Variant = "ensemble"
+    """`supervised` (a learned classifier), `text` (names), `image` (stored embeddings), `vild` (both, one
     head) or `ensemble` (both, two heads)."""
     image_weight: float = 0.5
     """w: weight of the distillation loss."""
     supervised_names: tuple[str, ...] = ()
-    """Names of the `supervised` classifier: those that carry boxes in training."""
+    """Names of the `supervised` classifier: those with boxes in training."""
     scoring: Scoring = field(default_factory=Scoring)
 
     def __post_init__(self) -> None:
         """Check the variant."""
-        if self.variant not in VARIANTS:
-            raise InputError(f"variant: {self.variant!r}, expected one of {', '.join(VARIANTS)}")
+        if self.variant not in get_args(Variant):
+            raise InputError(f"variant: {self.variant!r}, expected one of {', '.join(get_args(Variant))}")
 
     @property
     def names_classes(self) -> bool:
@@ -58,7 +58,7 @@ class ViLDConfig:
 
 
 class ViLD(nn.Module):
-    """A detector that learns names from boxes of base categories, and other things from a teacher's embeddings."""
+    """A detector trained with boxes of base categories and with a teacher's embeddings of other regions."""
 
     def __init__(self, config: ViLDConfig) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ViLD(nn.Module):
             self.background = nn.Parameter(torch.randn(c.embed_dim) * BACKGROUND_STD)
         if config.variant == "supervised":
             if not config.supervised_names:
-                raise InputError("supervised_names: empty, expected the names that carry boxes in training")
+                raise InputError("supervised_names: empty, expected the names with boxes in training")
             self.classes = nn.Parameter(torch.randn(len(config.supervised_names), c.embed_dim) * BACKGROUND_STD)
         if config.variant == "ensemble":
             self.image_head = build_box_head(c.pyramid_channels, c.head_width, c.head_convs)
@@ -80,28 +80,29 @@ class ViLD(nn.Module):
 
         Args:
             batch: images with boxes, and with stored regions where the variant distils.
-            text_KD: [K, D] unit rows that `batch.labels` count; the `supervised` variant has its own.
-            trained_K: [K] bool, the names that carry boxes; others carry no probability.
+            text_KD: [K, D] unit rows that `batch.labels` index; not used by the `supervised` variant.
+            trained_K: [K] bool, the names with boxes; others get no probability.
         """
         detector, config = self.detector, self.config
-        images, targets = detector.resized(batch)
+        images = detector.preprocess(batch.images)
+        targets = annotated_targets(batch, images)
         features = detector.features(images)
         proposals = detector.propose(images, features)
         losses = detector.proposal_losses(proposals, targets)
-        sample = detector.sample_regions(proposals.boxes, targets)
+        sample = sample_regions(detector.roi, proposals.boxes, targets)
         stored = self._stored_boxes(batch, images)
         if config.variant == "ensemble" or not config.distils:
-            region_RF = detector.region_features(features, sample.boxes, images)
-        else:  # one head sees both kinds of region, and its batch norm too
+            region_RF = detector.region_features(features, sample.boxes)
+        else:  # one head, and its batch norm, processes both kinds of region
             both = [torch.cat(pair) for pair in zip(sample.boxes, stored, strict=True)]
             counts = [len(entry) for pair in zip(sample.boxes, stored, strict=True) for entry in pair]
-            split = torch.split(detector.region_features(features, both, images), counts)
+            split = torch.split(detector.region_features(features, both), counts)
             region_RF, student_MD = torch.cat(split[::2]), detector.projection(torch.cat(split[1::2]))
         losses["box"] = detector.box_loss(region_RF, sample)
         if config.names_classes:
             losses["classes"] = self._class_loss(region_RF, sample.labels, text_KD, trained_K)
         if config.variant == "ensemble":
-            student_MD = self._image_embeddings(features, stored, images)
+            student_MD = self._image_embeddings(features, stored)
         if config.distils and batch.regions is not None:
             rows, valid = batch.regions.embeddings.flatten(0, 1), batch.regions.valid.flatten()
             losses["image"] = config.image_weight * distillation_loss(student_MD, rows, valid)
@@ -109,19 +110,19 @@ class ViLD(nn.Module):
             losses["mask"] = self._mask_loss(batch, images, features, sample)
         return losses
 
-    def _stored_boxes(self, batch: DetectionBatch, images: ImageList) -> list[Tensor]:
-        """The stored regions of each image in resized pixels; regions that are not valid are the whole image."""
+    def _stored_boxes(self, batch: DetectionBatch, images: ResizedImages) -> list[Tensor]:
+        """The stored regions of each image in resized pixels; regions that are not valid become the whole image."""
         if not self.config.distils:
             return []
         if batch.regions is None:
             raise InputError(f"batch: no stored regions, expected some for the variant {self.config.variant!r}")
-        found = []
-        regions, size_of = batch.regions, images.image_sizes
-        for image, box, valid, size in zip(batch.images, regions.boxes, regions.valid, size_of, strict=True):
-            wide = widen(image, self.detector.config.max_size)
-            whole = box.new_tensor([0, 0, size[1], size[0]])
-            found.append(torch.where(valid[:, None], resize_boxes(box, list(wide.shape[-2:]), list(size)), whole))
-        return found
+        regions = batch.regions
+        return [
+            torch.where(valid[:, None], box, box.new_tensor([0, 0, width, height]))
+            for box, valid, (height, width) in zip(
+                images.resized_boxes(regions.boxes.unbind()), regions.valid, images.image_sizes, strict=True
+            )
+        ]
 
     def _class_loss(self, region_RF: Tensor, labels_R: Tensor, text_KD: Tensor, trained_K: Tensor | None) -> Tensor:
         region_RD, temperature = self.detector.projection(region_RF), self.detector.config.temperature
@@ -133,14 +134,13 @@ class ViLD(nn.Module):
     def _background_logits(self, region_RD: Tensor, temperature: float) -> Tensor:
         return cosine_logits(region_RD, F.normalize(self.background, dim=0)[None], temperature)[:, 0]
 
-    def _image_embeddings(self, features: dict[str, Tensor], boxes: list[Tensor], images: ImageList) -> Tensor:
+    def _image_embeddings(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
         """[sum of N, D] of the ensemble's second head."""
-        pooled = self.detector.roi.box_roi_pool(features, boxes, images.image_sizes)
-        rows: Tensor = self.image_projection(self.image_head(pooled))
+        rows: Tensor = self.image_projection(self.image_head(self.detector.roi.box_roi_pool(features, boxes)))
         return rows
 
     def _mask_loss(
-        self, batch: DetectionBatch, images: ImageList, features: dict[str, Tensor], sample: RegionSample
+        self, batch: DetectionBatch, images: ResizedImages, features: dict[str, Tensor], sample: RegionSample
     ) -> Tensor:
         if batch.masks is None:
             raise InputError("batch: no masks, expected some for a detector that predicts them")
@@ -148,55 +148,45 @@ class ViLD(nn.Module):
         objects = [labels >= 0 for labels in torch.split(sample.labels, counts)]
         boxes = [box[keep] for box, keep in zip(sample.boxes, objects, strict=True)]
         matched = [rows[keep] for rows, keep in zip(sample.matched, objects, strict=True)]
-        logits_RSS = self.detector.mask_head(features, boxes, images.image_sizes)
-        # Annotated masks stay as they are: the regions are moved to their pixels instead.
-        own = [
-            resize_boxes(box, list(size), list(widen(image, self.detector.config.max_size).shape[-2:]))
-            for box, size, image in zip(boxes, images.image_sizes, batch.images, strict=True)
-        ]
-        return mask_loss(logits_RSS, own, matched, batch.masks)
+        logits_RSS = self.detector.mask_head(features, boxes)
+        # The regions are moved to the pixels of the annotated masks, which are not resized.
+        return mask_loss(logits_RSS, images.wide_boxes(boxes), matched, batch.masks)
 
     # ------------------------------------------------------------------------------------------------ inference
 
     @torch.no_grad()
-    def record(self, images: Sequence[Tensor]) -> list[RegionRecord]:
-        """What the heads say about uint8 images [3, H, W], from which any question is answered without another pass."""
-        return self._look(images)[0]
+    def record_regions(self, images: Sequence[Tensor]) -> list[RegionRecord]:
+        """Regions of uint8 images [3, H, W], embedded by all heads; `find_in_records` scores any names on them."""
+        resized = self.detector.preprocess(images)
+        return self._region_records(resized, self.detector.features(resized))
 
-    def _look(self, images: Sequence[Tensor]) -> tuple[list[RegionRecord], ImageList, dict[str, Tensor]]:
+    def _region_records(self, images: ResizedImages, features: dict[str, Tensor]) -> list[RegionRecord]:
         detector, config = self.detector, self.config
-        padded = [widen(image, detector.config.max_size) for image in images]
-        batch = detector.preprocess(padded)
-        features = detector.features(batch)
-        proposals: Proposals = detector.propose(batch, features)
-        region_RF = detector.region_features(features, proposals.boxes, batch)
+        proposals = detector.propose(images, features)
+        region_RF = detector.region_features(features, proposals.boxes)
         first_RD = F.normalize(detector.projection(region_RF).float(), dim=1)
         text_RD = first_RD if config.names_classes else None
         image_RD = first_RD if config.variant == "image" else None
         if config.variant == "ensemble":
-            image_RD = F.normalize(self._image_embeddings(features, proposals.boxes, batch).float(), dim=1)
+            image_RD = F.normalize(self._image_embeddings(features, proposals.boxes).float(), dim=1)
         background_R = self._background_logits(first_RD, 1.0) if config.names_classes else None
         counts = [len(entry) for entry in proposals.boxes]
 
-        def of_images(values: Tensor | None) -> Sequence[Tensor | None]:
+        def per_image(values: Tensor | None) -> Sequence[Tensor | None]:
             return [None] * len(counts) if values is None else torch.split(values, counts)
 
-        records = []
-        for image, wide, size, box, objectness, text, background, own in zip(
-            images,
-            padded,
-            batch.image_sizes,
-            detector.refine(region_RF, proposals.boxes),
-            proposals.scores,
-            of_images(text_RD),
-            of_images(background_R),
-            of_images(image_RD),
-            strict=True,
-        ):
-            height, width = (int(side) for side in image.shape[-2:])
-            boxes = restore_boxes(box, image, wide, size)
-            records.append(RegionRecord(boxes, objectness, text, background, own, width, height))
-        return records, batch, features
+        return [
+            RegionRecord(box, objectness, text, background, image, width, height)
+            for box, objectness, text, background, image, (height, width) in zip(
+                images.original_boxes(detector.refine(region_RF, proposals.boxes)),
+                proposals.scores,
+                per_image(text_RD),
+                per_image(background_R),
+                per_image(image_RD),
+                images.original_sizes,
+                strict=True,
+            )
+        ]
 
     @torch.no_grad()
     def detect(
@@ -208,17 +198,23 @@ class ViLD(nn.Module):
         max_detections: int = 100,
         scoring: Scoring | None = None,
     ) -> list[Detections]:
-        """Find the vocabulary's names, or answer a question, in uint8 images [3, H, W]; one `Detections` an image."""
+        """Find the labels of a vocabulary or query in uint8 images [3, H, W]; one `Detections` per image."""
         query = vocabulary if isinstance(vocabulary, RegionQuery) else RegionQuery(vocabulary)
-        records, batch, features = self._look(images)
-        found = self.find(
-            records, query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
+        resized = self.detector.preprocess(images)
+        features = self.detector.features(resized)
+        detections = self.find_in_records(
+            self._region_records(resized, features),
+            query,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            scoring=scoring,
         )
-        if self.config.detector.masks:
-            found = self._with_masks(images, found, batch, features)
-        return found
+        if self.config.detector.masks:  # pooled from the final boxes
+            boxes = resized.resized_boxes([entry.boxes for entry in detections])
+            detections = with_masks(detections, self.detector.mask_head(features, boxes))
+        return detections
 
-    def find(
+    def find_in_records(
         self,
         records: Sequence[RegionRecord],
         query: RegionQuery,
@@ -227,51 +223,35 @@ class ViLD(nn.Module):
         max_detections: int = 100,
         scoring: Scoring | None = None,
     ) -> list[Detections]:
-        """Answer a question about recorded images.
+        """Find a query's labels in recorded images, without a forward pass.
 
         Raises:
-            InputError: a `supervised` model is asked for attributes or children.
+            InputError: a `supervised` model is given attributes or children.
         """
-        closed, known = self._closed(query.names)
-        if known is not None and (query.attributes is not None or query.children is not None):
-            raise InputError("question: a supervised model knows its names alone, expected no attributes or children")
-        found = []
-        for record in records:
-            entry = find(
+        names, rows = self._closed_vocabulary(query.names)
+        if rows is not None and (query.attributes is not None or query.children is not None):
+            raise InputError("query: a supervised model knows its names alone, expected no attributes or children")
+        detections = [
+            detect_in_record(
                 record,
-                replace(query, names=closed),
+                replace(query, names=names),
                 scoring or self.config.scoring,
                 nms=self.config.detector.box_nms,
                 score_threshold=score_threshold,
                 max_detections=max_detections,
             )
-            found.append(
-                entry if known is None else replace(entry, labels=known[entry.labels], names=query.names.names)
-            )
-        return found
+            for record in records
+        ]
+        if rows is None:
+            return detections
+        return [replace(entry, labels=rows[entry.labels], names=query.names.names) for entry in detections]
 
-    def _closed(self, vocabulary: Vocabulary) -> tuple[Vocabulary, Tensor | None]:
+    def _closed_vocabulary(self, vocabulary: Vocabulary) -> tuple[Vocabulary, Tensor | None]:
         """The names that a `supervised` model has classes for, and their rows in the vocabulary."""
         if self.config.variant != "supervised":
             return vocabulary, None
-        row_of = {name: row for row, name in enumerate(self.config.supervised_names)}
-        known = [row for row, name in enumerate(vocabulary.names) if name in row_of]
+        class_of = {name: row for row, name in enumerate(self.config.supervised_names)}
+        known = [row for row, name in enumerate(vocabulary.names) if name in class_of]
         names = tuple(vocabulary.names[row] for row in known)
-        rows = F.normalize(self.classes, dim=1)[[row_of[name] for name in names]]
-        return Vocabulary(names, rows), torch.tensor(known, dtype=torch.int64, device=rows.device)
-
-    def _with_masks(
-        self, images: Sequence[Tensor], found: list[Detections], batch: ImageList, features: dict[str, Tensor]
-    ) -> list[Detections]:
-        """Masks pooled from the final boxes, as COCO RLE."""
-        boxes = []
-        for image, entry, size in zip(images, found, batch.image_sizes, strict=True):
-            wide = widen(image, self.detector.config.max_size)
-            boxes.append(resize_boxes(entry.boxes, list(wide.shape[-2:]), list(size)))
-        logits = torch.split(
-            self.detector.mask_head(features, boxes, batch.image_sizes), [len(entry) for entry in boxes]
-        )
-        return [
-            replace(entry, masks=encode_masks(rows.sigmoid(), entry.boxes, entry.height, entry.width))
-            for entry, rows in zip(found, logits, strict=True)
-        ]
+        embeddings = F.normalize(self.classes, dim=1)[[class_of[name] for name in names]]
+        return Vocabulary(names, embeddings), torch.tensor(known, dtype=torch.int64, device=embeddings.device)

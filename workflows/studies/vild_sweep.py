@@ -23,8 +23,8 @@ from data_prep import storage, tables
 from data_prep.embeddings.crops import CropConfig
 from data_prep.embeddings.teachers import embed_regions
 from ovd_models.checkpoints import Detector
-from ovd_models.detectors.questions import RegionQuery, build_query
-from ovd_models.detectors.region_scores import RegionEncoder, RegionRecord, Scoring, with_teacher
+from ovd_models.detectors.region_query import RegionQuery, build_query
+from ovd_models.detectors.region_scores import RegionEncoder, RegionRecord, Scoring, use_teacher
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.images import decode_image
@@ -95,7 +95,7 @@ def record(detector: Detector, storage_uri: str, boxes: str, categories: str, ba
     records: list[RegionRecord] = []
     for start in range(0, len(images), batch_size):
         batch = [image.to(detector.device) for image in images[start : start + batch_size]]
-        records += detector.model.record(batch)
+        records += detector.model.record_regions(batch)
     query = build_query(detector.encoder, list(names.values()), detector.info.splits).to(detector.device)
     return RecordedRegions(rows, images, records, query, names, splits)
 
@@ -111,7 +111,7 @@ def measure(
 ) -> DetectionMetrics:
     """Metrics of recorded regions under a scoring."""
     assert isinstance(detector.model, ViLD)
-    found = detector.model.find(
+    found = detector.model.find_in_records(
         records,
         seen.query,
         score_threshold=run.score_threshold,
@@ -161,7 +161,7 @@ def baselines(
     """
     best = [entry.top(run.max_crops) for entry in seen.records]
     encoder = crop_encoder(teacher, run.crops, detector.teacher)
-    crops = with_teacher(best, seen.images, encoder, keep_text=False)
+    crops = use_teacher(best, seen.images, encoder, keep_text=False)
     fused = [dataclasses.replace(entry, image=own.image) for entry, own in zip(best, crops, strict=True)]
     found = {
         "CLIP on crops": measure(detector, seen, crops, dataclasses.replace(base, objectness=0.0), run),

@@ -12,7 +12,7 @@ from ovd_models.codet.alignment import (
     LearnedAggregation,
     align,
     guidance_weights,
-    largest,
+    largest_proposal,
     nearest_to_text,
 )
 
@@ -160,7 +160,7 @@ def test_a_feature_that_is_not_finite_takes_no_part(bad: float) -> None:
     assert broken.grad is not None
     assert bool(torch.isfinite(broken.grad).all())
     text, area = torch.ones(2, 4), torch.ones(2, 3, 5)
-    for chosen in (nearest_to_text(broken, ~torch.zeros_like(without), text), largest(broken, without, area)):
+    for chosen in (nearest_to_text(broken, ~torch.zeros_like(without), text), largest_proposal(broken, without, area)):
         assert bool(torch.isfinite(chosen.prototype).all())
         assert chosen.attention[0, 1, 2] == 0
 
@@ -180,7 +180,7 @@ def test_region_text_takes_the_proposal_nearest_to_the_name() -> None:
 def test_max_size_takes_the_largest_proposal() -> None:
     region = torch.tensor([[[[1.0, 0.0], [0.6, 0.8]], [[0.0, 1.0], [2.0, 0.0]]]])
     valid = torch.tensor([[[True, True], [True, False]]])
-    found = largest(region, valid, torch.tensor([[[4.0, 9.0], [1.0, 100.0]]]))
+    found = largest_proposal(region, valid, torch.tensor([[[4.0, 9.0], [1.0, 100.0]]]))
     assert found.attention.tolist() == [[[0, 1], [1, 0]]]
     assert torch.equal(found.prototype, torch.tensor([[[0.6, 0.8], [0.0, 1.0]]]))
 
@@ -188,7 +188,10 @@ def test_max_size_takes_the_largest_proposal() -> None:
 def test_without_a_proposal_the_baselines_look_at_nothing() -> None:
     for count in (0, 2):
         region, valid = torch.zeros(1, 2, count, 4), torch.zeros(1, 2, count, dtype=torch.bool)
-        for found in (nearest_to_text(region, valid, unit(1, 4)), largest(region, valid, torch.zeros(1, 2, count))):
+        for found in (
+            nearest_to_text(region, valid, unit(1, 4)),
+            largest_proposal(region, valid, torch.zeros(1, 2, count)),
+        ):
             assert torch.equal(found.attention, torch.zeros(1, 2, count))
             assert torch.equal(found.prototype, torch.zeros(1, 2, 4))
 

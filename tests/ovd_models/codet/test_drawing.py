@@ -1,13 +1,13 @@
 import numpy as np
 import torch
 
-from ovd_models.codet.drawing import draw_attention, draw_similarity, heat
+from ovd_models.codet.drawing import attention_map, draw_attention, draw_similarity
 
 
 def test_heat_is_the_attention_around_a_pixel_by_hand() -> None:
     # Two boxes that overlap in the second column: 0.25, 0.25 + 0.5 and 0.5, divided by 0.75.
     boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 3.0, 1.0]])
-    found = heat(boxes, torch.tensor([0.25, 0.5]), 2, 3)
+    found = attention_map(boxes, torch.tensor([0.25, 0.5]), 2, 3)
     assert torch.allclose(found, torch.tensor([[1 / 3, 1.0, 2 / 3], [0, 0, 0]]))
 
 

@@ -221,7 +221,7 @@ def test_images_without_a_proposal_teach_no_concept() -> None:
     torch.manual_seed(0)
     model = CoDet(CONFIG)
     nothing = [torch.zeros(0, 4)] * 4
-    model._best = lambda proposals, batch: nothing  # type: ignore[method-assign]
+    model._best_proposals = lambda proposals, images: nothing  # type: ignore[method-assign]
     losses = model(blocks(), groups(), unit(2, 16), unit(3, 16, seed=1))
     assert losses["concept"] == 0
     assert losses["caption"] > 0

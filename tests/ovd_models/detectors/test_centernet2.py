@@ -7,19 +7,20 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from ovd_models.batches import ConceptBatch, DetectionBatch
-from ovd_models.codet.model import CoDet, CoDetConfig, resize_masks
+from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.centernet import CenterNetConfig
 from ovd_models.detectors.centernet2 import (
     CenterNet2,
     CenterNet2Config,
     StageOutput,
     combine_scores,
-    match,
-    overlaps,
+    match_boxes,
+    match_targets,
 )
 from ovd_models.detectors.eva import EvaConfig
 from ovd_models.detectors.feature_pyramid import pool_regions
 from ovd_models.detectors.masks import encode_masks, paste_masks
+from ovd_models.detectors.resizing import resize_masks
 from ovd_models.errors import InputError
 from ovd_models.losses import federated_classes, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
@@ -72,12 +73,12 @@ def test_scores_are_the_root_of_the_mean_class_score_times_the_proposals() -> No
 def test_a_region_takes_the_class_of_the_box_that_it_overlaps_enough() -> None:
     truth = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]]), "labels": torch.tensor([4, 7])}
     regions = torch.tensor([[20.0, 0, 30, 8], [0, 0, 10, 5], [50, 50, 60, 60]])  # overlap 0.8 of the second, 0.5, none
-    labels, boxes = match(regions, truth, 0.6)
+    labels, boxes = match_targets(regions, truth, 0.6)
     assert labels.tolist() == [7, -1, -1]
     assert boxes[0].tolist() == [20, 0, 30, 10]
-    assert overlaps(regions, truth["boxes"], 0.5).tolist() == [1, 0, -1]
+    assert match_boxes(regions, truth["boxes"], 0.5).tolist() == [1, 0, -1]
     nobody = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    assert match(regions, nobody, 0.6)[0].tolist() == [-1, -1, -1]
+    assert match_targets(regions, nobody, 0.6)[0].tolist() == [-1, -1, -1]
 
 
 def test_federated_classes_are_those_that_occur_and_draws_up_to_the_count() -> None:

@@ -1,8 +1,8 @@
 import timm
 import torch
 
+from ovd_models.detectors.backbones import build_backbone
 from ovd_models.detectors.feature_pyramid import Pyramid, SwinMaps, TimmMaps
-from ovd_models.detectors.rcnn import RCNNConfig
 
 SIZES = {"embed_dim": 16, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4]}
 SWIN = {"patch_size": [4, 4], "window_size": [7, 7], **SIZES}
@@ -11,7 +11,10 @@ SWIN = {"patch_size": [4, 4], "window_size": [7, 7], **SIZES}
 def test_levels_have_strides_of_eight_to_a_hundred_and_twenty_eight() -> None:
     torch.manual_seed(0)
     image = torch.randn(2, 3, 128, 256)
-    for maps in (TimmMaps(RCNNConfig(strides=(8, 16, 32))), SwinMaps(SWIN)):
+    for maps in (
+        TimmMaps(build_backbone("resnet10t", {"channels": [32, 64, 96, 128], "stem_width": 16}, (8, 16, 32))),
+        SwinMaps(SWIN),
+    ):
         levels = Pyramid(maps, 16)(image)
         assert [tuple(level.shape) for level in levels] == [(2, 16, 128 // s, 256 // s) for s in (8, 16, 32, 64, 128)]
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from ovd_models.detectors import region_pool
-from ovd_models.detectors.region_pool import RegionPool, align_map, bin_weights
+from ovd_models.detectors.region_pool import RegionPool, bin_weights, pool_level
 
 STRIDES = (4, 8, 16)
 
@@ -51,9 +51,9 @@ def test_the_weights_of_a_bin_by_hand() -> None:
 @pytest.mark.parametrize("count", [0, 2])
 def test_no_region_gives_no_rows_and_no_gradient(count: int) -> None:
     level = pyramid()["0"]
-    assert align_map(level, torch.zeros(count, 5, dtype=level.dtype), 7, 0.25, 2).shape == (count, 3, 7, 7)
+    assert pool_level(level, torch.zeros(count, 5, dtype=level.dtype), 7, 0.25, 2).shape == (count, 3, 7, 7)
     features = pyramid()
-    pooled = RegionPool(STRIDES, 7, 2)(features, [torch.zeros(0, 4, dtype=torch.float64)] * 2, [(384, 384)] * 2)
+    pooled = RegionPool(STRIDES, 7, 2)(features, [torch.zeros(0, 4, dtype=torch.float64)] * 2)
     assert pooled.shape == (0, 3, 7, 7)
 
 
@@ -68,6 +68,6 @@ def test_large_maps_take_torchvisions_own_operator(monkeypatch: pytest.MonkeyPat
     region = torch.tensor([[0.0, 0.0, 0.0, 40.0, 40.0]])
     for side, learns in ((100, True), (50, False), (50, True), (30, False)):
         level = torch.ones(1, 1, side, side, requires_grad=learns)
-        pooled = align_map(level, region, 2, 0.5, 2)
+        pooled = pool_level(level, region, 2, 0.5, 2)
         assert float(pooled.sum()) == pytest.approx(4.0)
     assert sides == [100, 50]

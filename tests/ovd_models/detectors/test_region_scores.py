@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd_models.detectors.questions import RegionQuery
+from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.detectors.region_scores import (
     RegionRecord,
     Scoring,
-    answer,
     attribute_probabilities,
     child_probabilities,
     class_probabilities,
-    find,
+    detect_in_record,
     geometric_mean,
     image_exponents,
-    with_teacher,
+    score_labels,
+    use_teacher,
 )
 from ovd_models.vocabulary import Vocabulary
 
@@ -109,10 +109,10 @@ def test_the_background_takes_probability_from_the_text_head_alone() -> None:
 
 def test_objectness_enters_as_a_geometric_mean() -> None:
     entry, query = record(), RegionQuery(words(3))
-    plain, _ = answer(entry, query, Scoring())
-    mean, _ = answer(entry, query, Scoring(objectness=0.5))
+    plain, _ = score_labels(entry, query, Scoring())
+    mean, _ = score_labels(entry, query, Scoring(objectness=0.5))
     assert torch.allclose(mean, (plain * entry.objectness[:, None]).sqrt(), atol=1e-6)
-    alone, _ = answer(entry, query, Scoring(objectness=1.0))
+    alone, _ = score_labels(entry, query, Scoring(objectness=1.0))
     assert torch.allclose(alone, entry.objectness[:, None].expand(4, 3))
 
 
@@ -120,9 +120,9 @@ def test_attributes_are_independent_of_names() -> None:
     name, attribute = torch.tensor([[0.5, 0.25]]), torch.tensor([[0.9, 0.1]])
     assert torch.allclose(attribute_probabilities(name, attribute), torch.tensor([[0.45, 0.225, 0.05, 0.025]]))
     query = RegionQuery(words(2), attributes=words(3, seed=9, kind="colour"))
-    scores, labels = answer(record(), query, Scoring())
+    scores, labels = score_labels(record(), query, Scoring())
     assert labels[:3] == ("colour 0 name 0", "colour 0 name 1", "colour 1 name 0")
-    plain, _ = answer(record(), RegionQuery(words(2)), Scoring())
+    plain, _ = score_labels(record(), RegionQuery(words(2)), Scoring())
     assert torch.allclose(scores.view(4, 3, 2).sum(1), plain, atol=1e-6)
 
 
@@ -144,9 +144,9 @@ def test_families_far_apart_keep_their_probability() -> None:
 
 def test_a_hierarchy_answers_with_children_and_childless_names() -> None:
     query = RegionQuery(words(3), children=words(4, seed=8, kind="child"), parents=torch.tensor([2, 0, 2, 0]))
-    scores, labels = answer(record(), query, Scoring())
+    scores, labels = score_labels(record(), query, Scoring())
     assert labels == ("name 1", "child 0", "child 1", "child 2", "child 3")
-    plain, _ = answer(record(), RegionQuery(words(3)), Scoring())
+    plain, _ = score_labels(record(), RegionQuery(words(3)), Scoring())
     assert torch.allclose(scores[:, 0], plain[:, 1])
     assert torch.allclose(scores[:, [1, 3]].sum(1), plain[:, 2], atol=1e-6)
 
@@ -154,9 +154,9 @@ def test_a_hierarchy_answers_with_children_and_childless_names() -> None:
 def test_the_teacher_on_crops_replaces_the_image_head() -> None:
     images = [torch.zeros(3, 100, 100, dtype=torch.uint8)]
     seen = unit(4, D, seed=11)
-    (both,) = with_teacher([record(image=False)], images, lambda image, boxes: seen, keep_text=True)
+    (both,) = use_teacher([record(image=False)], images, lambda image, boxes: seen, keep_text=True)
     assert both.text is not None and both.image is seen
-    (alone,) = with_teacher([record()], images, lambda image, boxes: seen, keep_text=False)
+    (alone,) = use_teacher([record()], images, lambda image, boxes: seen, keep_text=False)
     assert alone.text is None and alone.background is None and alone.image is seen
 
 
@@ -172,7 +172,7 @@ def test_the_best_regions_by_objectness_are_kept_together() -> None:
 def test_an_image_without_regions_has_no_detections() -> None:
     empty = record(0)
     query = RegionQuery(words(2), attributes=words(2, seed=9))
-    found = find(empty, query, Scoring(objectness=0.5), nms=0.5, score_threshold=0.0, max_detections=10)
+    found = detect_in_record(empty, query, Scoring(objectness=0.5), nms=0.5, score_threshold=0.0, max_detections=10)
     assert (len(found), found.boxes.shape, found.names[0]) == (0, (0, 4), "name 0 name 0")
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from ovd_models.batches import DetectionBatch, StoredRegions
 from ovd_models.checkpoints import load_codet, load_detector, load_vild, save_detector
 from ovd_models.detectors.heads import build_box_head
 from ovd_models.detectors.masks import encode_masks, paste_masks
-from ovd_models.detectors.questions import RegionQuery
 from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
+from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
-from ovd_models.vild.model import VARIANTS, ViLD, ViLDConfig
+from ovd_models.vild.model import Variant, ViLD, ViLDConfig
 from ovd_models.vocabulary import EmbeddingTable, Vocabulary
 
 SMALL = RCNNConfig(
@@ -39,7 +40,7 @@ def text(count: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(count, 16, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def config(variant: str, **detector: object) -> ViLDConfig:
+def config(variant: Variant, **detector: object) -> ViLDConfig:
     names = ("name 0", "name 1") if variant == "supervised" else ()
     return ViLDConfig(
         detector=dataclasses.replace(SMALL, **detector),  # type: ignore[arg-type]
@@ -81,8 +82,8 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_each_variant_learns_from_what_it_says(variant: str) -> None:
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_each_variant_learns_from_what_it_says(variant: Variant) -> None:
     torch.manual_seed(0)
     model = ViLD(config(variant)).train()
     losses = model(batch_of(scene(0), scene(1)), text(8), torch.arange(8) < 2)
@@ -93,8 +94,8 @@ def test_each_variant_learns_from_what_it_says(variant: str) -> None:
     assert without == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_batch_without_boxes_or_valid_regions_still_has_finite_losses(variant: str) -> None:
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_a_batch_without_boxes_or_valid_regions_still_has_finite_losses(variant: Variant) -> None:
     model = ViLD(config(variant, masks=True, head_convs=1)).train()
     batch = batch_of(scene(0, boxes=False), scene(1, boxes=False), valid=False)
     losses = model(batch, text(8), torch.arange(8) < 2)
@@ -132,7 +133,7 @@ def test_stored_boxes_follow_the_resizing_of_their_image() -> None:
     model = ViLD(config("ensemble"))
     large = scene(0)[0].repeat_interleave(2, 1).repeat_interleave(2, 2)  # 128 px, reduced to 64
     batch = dataclasses.replace(batch_of(scene(0)), images=(large,))
-    images, _ = model.detector.resized(batch)
+    images = model.detector.preprocess(batch.images)
     (found,) = model._stored_boxes(batch, images)
     assert torch.allclose(found[:2], torch.tensor([[3.0, 4, 13, 14], [18, 15, 29, 26]]))
     assert found[2].tolist() == [0, 0, 64, 64]  # what is not valid looks at the whole image
@@ -149,19 +150,19 @@ def test_distillation_weight_scales_its_loss_alone() -> None:
         assert float(losses[1][name]) == pytest.approx(float(value) * (4 if name == "image" else 1), rel=1e-5)
 
 
-def test_a_batch_that_lacks_what_is_learned_is_told() -> None:
+def test_a_batch_without_regions_or_masks_is_refused() -> None:
     batch = batch_of(scene(0), masks=False)
     with pytest.raises(InputError, match="no stored regions"):
         ViLD(config("vild"))(dataclasses.replace(batch, regions=None), text(8))
     with pytest.raises(InputError, match="no masks"):
         ViLD(config("text", masks=True))(batch, text(8))
     with pytest.raises(InputError, match="variant: 'best'"):
-        config("best")
+        config("best")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="supervised_names"):
         ViLD(ViLDConfig(variant="supervised"))
 
 
-def overfit(variant: str, steps: int = 150, **detector: object) -> ViLD:
+def overfit(variant: Variant, steps: int = 150, **detector: object) -> ViLD:
     """Two images, of which names 0 and 1 are annotated; stored embeddings call the same squares words 4 and 5."""
     torch.manual_seed(0)
     model = ViLD(dataclasses.replace(config(variant, **detector), scoring=Scoring(objectness=0.5))).train()
@@ -214,16 +215,16 @@ def test_a_supervised_detector_never_finds_other_names() -> None:
         model.detect([scene(0)[0]], RegionQuery(vocabulary, attributes=Vocabulary(("red",), text(1))))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_recorded_regions_answer_as_detection_does(variant: str) -> None:
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_recorded_regions_answer_as_detection_does(variant: Variant) -> None:
     torch.manual_seed(0)
     model = ViLD(config(variant)).eval()
     images = [scene(0)[0], scene(1)[0][:, :40]]
     vocabulary = Vocabulary(("name 0", "name 1", "c"), text(3), torch.tensor([True, True, False]))
-    records = model.record(images)
+    records = model.record_regions(images)
     for scoring in (Scoring(), Scoring(objectness=0.5, novel_image=0.9, temperature=9.0)):
         direct = model.detect(images, vocabulary, score_threshold=0.01, scoring=scoring)
-        cached = model.find(records, RegionQuery(vocabulary), score_threshold=0.01, scoring=scoring)
+        cached = model.find_in_records(records, RegionQuery(vocabulary), score_threshold=0.01, scoring=scoring)
         for one, two in zip(direct, cached, strict=True):
             assert torch.equal(one.boxes, two.boxes)
             assert torch.equal(one.scores, two.scores)
@@ -232,7 +233,7 @@ def test_recorded_regions_answer_as_detection_does(variant: str) -> None:
 
 def test_temperature_is_a_matter_of_scoring_alone() -> None:
     model = ViLD(config("ensemble")).eval()
-    record = model.record([scene(0)[0]])[0]
+    record = model.record_regions([scene(0)[0]])[0]
     assert record.text is not None and record.image is not None
     assert torch.allclose(record.text.norm(dim=1), torch.ones(len(record.text)))
     assert torch.allclose(record.image.norm(dim=1), torch.ones(len(record.image)))
@@ -297,8 +298,8 @@ def test_proposals_learn_without_labels() -> None:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_checkpoint_gives_the_same_answers(tmp_path: Path, variant: str) -> None:
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_a_checkpoint_gives_the_same_answers(tmp_path: Path, variant: Variant) -> None:
     torch.manual_seed(0)
     model = ViLD(config(variant, masks=True)).eval()
     names = ("name 0", "name 1", "name 2")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd_models.detectors.questions import build_query
+from ovd_models.detectors.region_query import build_query
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable
 

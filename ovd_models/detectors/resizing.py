@@ -1,0 +1,117 @@
+"""Images of any size as one batch for a backbone, and boxes to and from its pixels.
+
+B images, N boxes of one image. Boxes are xyxy in pixels; sizes are (height, width).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops import clip_boxes_to_image
+
+from ovd_models.batches import DetectionBatch, Detections
+
+Size = tuple[int, int]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ResizedImages:
+    """B images resized, normalised and padded into one batch; serves torchvision as an `ImageList`."""
+
+    tensors: Tensor
+    """[B, 3, H, W]."""
+    image_sizes: list[Size]
+    """Sizes after resizing, before padding."""
+    wide_sizes: list[Size]
+    """Sizes after `widen`, before resizing."""
+    original_sizes: list[Size]
+
+    def __getitem__(self, rows: slice) -> "ResizedImages":
+        return ResizedImages(
+            self.tensors[rows], self.image_sizes[rows], self.wide_sizes[rows], self.original_sizes[rows]
+        )
+
+    def resized_boxes(self, boxes: Sequence[Tensor]) -> list[Tensor]:
+        """B tensors [N, 4]: boxes of the original images in resized pixels."""
+        return _scale_boxes(boxes, self.wide_sizes, self.image_sizes)
+
+    def wide_boxes(self, boxes: Sequence[Tensor]) -> list[Tensor]:
+        """B tensors [N, 4]: boxes of the resized images in pixels of the original ones, not clipped."""
+        return _scale_boxes(boxes, self.image_sizes, self.wide_sizes)
+
+    def original_boxes(self, boxes: Sequence[Tensor]) -> list[Tensor]:
+        """B tensors [N, 4]: boxes of the resized images in pixels of the original ones, clipped to them."""
+        wide = self.wide_boxes(boxes)
+        return [clip_boxes_to_image(box, size) for box, size in zip(wide, self.original_sizes, strict=True)]
+
+    def detections(self, selected: Sequence[tuple[Tensor, Tensor, Tensor]], names: tuple[str, ...]) -> list[Detections]:
+        """Boxes [N, 4] in resized pixels, scores [N] and labels [N] of each image as its detections."""
+        boxes = self.original_boxes([box for box, _, _ in selected])
+        return [
+            Detections(box, scores, labels, names, width, height)
+            for box, (_, scores, labels), (height, width) in zip(boxes, selected, self.original_sizes, strict=True)
+        ]
+
+
+def _scale_boxes(boxes: Sequence[Tensor], old: Sequence[Size], new: Sequence[Size]) -> list[Tensor]:
+    return [resize_boxes(box, list(a), list(b)) for box, a, b in zip(boxes, old, new, strict=True)]
+
+
+def build_transform(
+    min_size: int, max_size: int, divisible: int, std: Sequence[float] = IMAGENET_STD
+) -> GeneralizedRCNNTransform:
+    """Resizing, ImageNet normalisation of values in [0, 1] and padding to a multiple of `divisible` pixels."""
+    return GeneralizedRCNNTransform(min_size, max_size, list(IMAGENET_MEAN), list(std), size_divisible=divisible)
+
+
+def resize_images(images: Sequence[Tensor], transform: GeneralizedRCNNTransform, max_size: int) -> ResizedImages:
+    """Batch uint8 images [3, H, W].
+
+    Args:
+        images: B tensors.
+        transform: resizes, normalises and pads.
+        max_size: greatest longer side that `transform` gives, in pixels.
+    """
+    wide = [widen(image, max_size) for image in images]
+    batch, _ = transform([image.float() / 255 for image in wide])
+    return ResizedImages(batch.tensors, batch.image_sizes, [_size(image) for image in wide], list(map(_size, images)))
+
+
+def _size(image: Tensor) -> Size:
+    height, width = image.shape[-2:]
+    return int(height), int(width)
+
+
+def widen(image: Tensor, max_size: int) -> Tensor:
+    """Pad the shorter side of an extremely long image at its end, so that resizing leaves it at least one pixel."""
+    height, width = image.shape[-2:]
+    least = math.ceil(2 * max(height, width) / max_size)
+    return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
+
+
+def annotated_targets(batch: DetectionBatch, images: ResizedImages, *, masks: bool = False) -> list[dict[str, Tensor]]:
+    """`boxes` [N, 4], `labels` [N] and, if wanted and annotated, `masks` [N, H, W] of each image in resized pixels."""
+    boxes = images.resized_boxes(batch.boxes)
+    targets = [{"boxes": box, "labels": label} for box, label in zip(boxes, batch.labels, strict=True)]
+    if masks and batch.masks is not None:
+        for target, mask, wide, size in zip(targets, batch.masks, images.wide_sizes, images.image_sizes, strict=True):
+            target["masks"] = resize_masks(mask, wide, size)
+    return targets
+
+
+def resize_masks(mask_NHW: Tensor, wide: Size, size: Size) -> Tensor:
+    """[N, H, W] bool masks of an image that was widened to `wide` and then resized to `size`: [N, *size]."""
+    wide_NHW = F.pad(mask_NHW, (0, wide[1] - mask_NHW.shape[2], 0, wide[0] - mask_NHW.shape[1]))
+    if not len(wide_NHW):
+        return wide_NHW.new_zeros((0, *size))
+    return F.interpolate(wide_NHW[:, None].float(), size, mode="nearest-exact")[:, 0].bool()
+
+
+def image_indices(boxes: Sequence[Tensor]) -> Tensor:
+    """[R] int64: the image that each box of B tensors [N, 4] belongs to, images in order."""
+    return torch.repeat_interleave(torch.tensor([len(entry) for entry in boxes], device=boxes[0].device))
