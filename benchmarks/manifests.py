@@ -17,17 +17,18 @@ from pathlib import Path
 
 from reference import REFERENCE
 
-from ovd_models.importers import codet as importers
+from ovd_models.importers.codet import account_codet_tensors
+from ovd_models.weights import TensorAccount
 
 REPOSITORY = Path(__file__).parents[1]
 MANIFESTS = REFERENCE / "parity/manifests"
 FIGURES = REPOSITORY / "runs" / "bench" / "manifests.json"
-Account = Callable[[Mapping[str, Sequence[int]], str], importers.TensorAccount]
-FAMILIES: dict[str, Account] = {"codet": importers.account_tensors}
+Account = Callable[[Mapping[str, Sequence[int]], str], TensorAccount]
+FAMILIES: dict[str, Account] = {"codet": account_codet_tensors}
 """The beginning of a manifest's name -> what accounts for its names and shapes."""
 
 
-def accounts() -> dict[str, importers.TensorAccount]:
+def accounts() -> dict[str, TensorAccount]:
     """Every manifest of a known family."""
     found = {}
     for path in sorted(MANIFESTS.glob("*.json")):

@@ -62,7 +62,7 @@ def crops(checkpoint: str, images: str, boxes: str, bfloat16: str) -> dict[str, 
     rng = np.random.default_rng(0)
     pictures = [draw(rng) for _ in range(int(images))]
     arrays = [np.asarray(picture) for picture in pictures]
-    box_N4 = [draw_boxes(rng, int(boxes), picture) for picture in pictures]
+    box_N4 = [random_boxes(rng, int(boxes), picture) for picture in pictures]
     config = CropConfig(fit="centre")
 
     def embed_shard(number: int) -> list[np.ndarray]:
@@ -161,7 +161,7 @@ def draw(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def draw_boxes(rng: np.random.Generator, count: int, picture: Image.Image) -> np.ndarray:
+def random_boxes(rng: np.random.Generator, count: int, picture: Image.Image) -> np.ndarray:
     """[N, 4] boxes of 16 to 320 pixels a side, as proposals are."""
     sides = np.exp(rng.uniform(np.log(16), np.log(320), (count, 2)))
     first = rng.uniform(0, 1, (count, 2)) * (np.array(picture.size) - sides)

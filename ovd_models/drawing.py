@@ -1,4 +1,4 @@
-"""Pictures for people: boxes with their names."""
+"""Draw boxes with their names on pictures."""
 
 import colorsys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ MIN_SIDE = 320
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
-    """A colour of its own for each label: golden-ratio steps around the hue circle."""
+    """A distinct colour for each label: golden-ratio steps around the hue circle."""
     red, green, blue = colorsys.hsv_to_rgb((index * 0.618034) % 1.0, 0.85, 0.8)
     return int(red * 255), int(green * 255), int(blue * 255)
 
@@ -23,7 +23,7 @@ def draw_boxes(
     picture = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     rows = list(zip((boxes * scale).tolist(), texts, labels, strict=True))
-    for box, text, label in reversed(rows):  # the first ones, which are the best, end on top
+    for box, text, label in reversed(rows):  # the first ones, which are the best, are drawn on top
         colour = colour_of(label)
         pen.rectangle(box, outline=colour, width=2)
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)

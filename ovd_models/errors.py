@@ -2,8 +2,8 @@
 
 
 class InputError(ValueError):
-    """Bad input from a person or a file.
+    """Bad input from a user or a file.
 
-    The message is one line that names the file, row or field and what was expected; command lines print it
-    without a traceback and exit with 2.
+    The message is one line that names the file, row or field and what was expected. Scripts print it without a
+    traceback and exit with code 2.
     """

@@ -1,4 +1,7 @@
-"""Average precision of detections, by base, novel and all categories, with faster-coco-eval."""
+"""Average precision of detections, by base, novel and all categories, with faster-coco-eval.
+
+T IoU thresholds, R recall levels, K categories, L limits on the number of detections.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +13,8 @@ from torch import Tensor
 
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
+
+Measure = Literal["ap50", "ap"]
 
 
 @dataclass(frozen=True)
@@ -30,26 +35,26 @@ class DetectionMetrics:
 
     categories: tuple[CategoryResult, ...]
 
-    def mean(self, value: str, split: str | None = None) -> float:
-        """Mean of `ap` or `ap50` over the categories of a split that have boxes (all splits if None); NaN if none."""
-        chosen = [getattr(entry, value) for entry in self.categories if split in (None, entry.split)]
-        return float(np.nanmean(chosen)) if np.isfinite(chosen).any() else float("nan")
+    def mean(self, measure: Measure, split: str | None = None) -> float:
+        """Mean over the categories of a split that have boxes (all splits if None); NaN if there are none."""
+        return _nanmean([getattr(entry, measure) for entry in self.categories if split in (None, entry.split)])
 
     def summary(self) -> dict[str, float]:
         """`ap50_base`, `ap50_novel`, `ap50_all`, `ap_base`, `ap_novel`, `ap_all`."""
         splits = {"base": "base", "novel": "novel", "all": None}
+        measures: tuple[Measure, ...] = ("ap50", "ap")
         return {
-            f"{value}_{name}": self.mean(value, split) for value in ("ap50", "ap") for name, split in splits.items()
+            f"{measure}_{name}": self.mean(measure, split) for measure in measures for name, split in splits.items()
         }
 
     @property
     def headline(self) -> str:
-        """Key of the summary by which checkpoints compete: novel AP50, or that of all where no name is novel."""
+        """Key of the summary that checkpoints are ranked by: AP50 of novel names, of all names if none is novel."""
         return "ap50_novel" if any(entry.split == "novel" for entry in self.categories) else "ap50_all"
 
 
 def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> dict[str, Any]:
-    """Rows of a `boxes` table as COCO json; boxes of categories outside `names` are left out.
+    """Rows of a `boxes` table as COCO json, without boxes of categories outside `names`.
 
     Args:
         rows: of a `boxes` table.
@@ -60,14 +65,14 @@ def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> d
         masks = row.get("masks") or [""] * len(row["boxes"])
         for box, category, crowd, mask in zip(row["boxes"], row["category_ids"], row["iscrowd"], masks, strict=True):
             if category in names:
-                x0, y0, x1, y1 = box
+                _, _, width, height = bbox = _xywh(box)
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
                         "image_id": number,
                         "category_id": category,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": (x1 - x0) * (y1 - y0),
+                        "bbox": bbox,
+                        "area": width * height,
                         "iscrowd": int(crowd),
                         **_segmentation(row, mask),
                     }
@@ -79,79 +84,83 @@ def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> d
     }
 
 
+def _xywh(box: Sequence[float]) -> list[float]:
+    x0, y0, x1, y1 = box
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
 def _segmentation(row: Mapping[str, Any], counts: str) -> dict[str, Any]:
-    """COCO's field for a mask in an image of the row's size; nothing without a mask."""
+    """COCO's field for a mask in an image of the row's size; empty without a mask."""
     return {"segmentation": {"size": [row["height"], row["width"]], "counts": counts}} if counts else {}
 
 
 def evaluate_detections(
     rows: Sequence[Mapping[str, Any]],
-    found: Sequence[Detections],
+    detections: Sequence[Detections],
     names: Mapping[int, str],
     splits: Mapping[str, str],
     kind: Literal["bbox", "segm"] = "bbox",
 ) -> DetectionMetrics:
-    """COCO's AP of boxes or of masks, up to 100 detections an image.
+    """COCO's AP of boxes or of masks, up to 100 detections per image.
 
     Args:
         rows: of a `boxes` table.
-        found: detections of the same images, in the same order; their `names` are those of `names`.
+        detections: of the same images, in the same order; their `names` are those of `names`.
         names: category id -> name.
         splits: `base` or `novel` by name.
-        kind: what is compared; masks must be there on both sides.
+        kind: boxes or masks; masks need one for every box and detection.
 
     Raises:
         InputError: a mask is missing.
     """
-    if kind == "segm" and not _all_masked(rows, found, names):
+    if kind == "segm" and not _all_masked(rows, detections, names):
         raise InputError("masks: a box or a detection has none, expected a mask for each")
     ids = {name: key for key, name in names.items()}
     results = [
         {
             "image_id": number,
-            "category_id": ids[detections.names[label]],
-            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+            "category_id": ids[entry.names[label]],
+            "bbox": _xywh(box),
             "score": score,
             **(_segmentation(rows[number], mask) if kind == "segm" else {}),
         }
-        for number, detections in enumerate(found)
+        for number, entry in enumerate(detections)
         for box, label, score, mask in zip(
-            detections.boxes.tolist(),
-            detections.labels.tolist(),
-            detections.scores.tolist(),
-            detections.masks or [""] * len(detections),
+            entry.boxes.tolist(),
+            entry.labels.tolist(),
+            entry.scores.tolist(),
+            entry.masks or [""] * len(entry),
             strict=True,
         )
     ]
-    truth = COCO(coco_truth(rows, names), print_function=_silent)
+    truth = coco_truth(rows, names)
     if not results:
-        value = {key: 0.0 if truth.getAnnIds(catIds=[key], iscrowd=False) else np.nan for key in names}
-        empty = [CategoryResult(name, splits[name], value[key], value[key]) for key, name in names.items()]
-        return DetectionMetrics(tuple(empty))
-    evaluator = COCOeval_faster(truth, truth.loadRes(results), kind, print_function=_silent)
-    evaluator.evaluate()
-    evaluator.accumulate()
-    # [IoU thresholds, recalls, categories, areas, maximal detections]; all areas, 100 detections. -1: no box.
+        annotated = {entry["category_id"] for entry in truth["annotations"] if not entry["iscrowd"]}
+        zeros = {key: 0.0 if key in annotated else float("nan") for key in names}
+        return DetectionMetrics(tuple(CategoryResult(n, splits[n], zeros[k], zeros[k]) for k, n in names.items()))
+    evaluator = _accumulate(truth, results, kind)
+    # [IoU thresholds, recalls, categories, areas, limits]: all areas, 100 detections; -1 for no box.
     precision_TRK = np.asarray(evaluator.eval["precision"])[:, :, :, 0, -1]
     precision_TRK = np.where(precision_TRK < 0, np.nan, precision_TRK)
-    order = [int(key) for key in evaluator.params.catIds]
-    by_category = {
-        key: CategoryResult(names[key], splits[names[key]], _mean(precision_TRK[..., k]), _mean(precision_TRK[0, :, k]))
-        for k, key in enumerate(order)
-    }
-    return DetectionMetrics(tuple(by_category[key] for key in names))
+    column = {int(key): precision_TRK[:, :, k] for k, key in enumerate(evaluator.params.catIds)}
+    return DetectionMetrics(
+        tuple(
+            CategoryResult(name, splits[name], _nanmean(column[key]), _nanmean(column[key][0]))
+            for key, name in names.items()
+        )
+    )
 
 
-def _all_masked(rows: Sequence[Mapping[str, Any]], found: Sequence[Detections], names: Mapping[int, str]) -> bool:
+def _all_masked(rows: Sequence[Mapping[str, Any]], detections: Sequence[Detections], names: Mapping[int, str]) -> bool:
     annotated = (
         mask for row in rows for mask, key in zip(row["masks"], row["category_ids"], strict=True) if key in names
     )
-    return all(annotated) and all(entry.masks is not None for entry in found)
+    return all(annotated) and all(entry.masks is not None for entry in detections)
 
 
 def evaluate_proposals(
     rows: Sequence[Mapping[str, Any]],
-    found: Sequence[tuple[Tensor, Tensor]],
+    proposals: Sequence[tuple[Tensor, Tensor]],
     category_ids: Collection[int],
     limits: Sequence[int],
 ) -> dict[int, float]:
@@ -159,41 +168,45 @@ def evaluate_proposals(
 
     Args:
         rows: of a `boxes` table.
-        found: boxes [N, 4] and scores [N] of each image.
-        category_ids: whose boxes are looked for.
-        limits: how many of an image's proposals count.
+        proposals: boxes [N, 4] and scores [N] of each image.
+        category_ids: categories whose boxes are to be found.
+        limits: numbers of best proposals per image.
 
     Returns:
-        AR by limit; NaN where there is no box to find.
+        AR by limit; NaN if there is no box to find.
     """
-    truth = coco_truth(rows, dict.fromkeys(category_ids, "thing"))
+    truth = coco_truth(rows, dict.fromkeys(category_ids, "object"))
     for annotation in truth["annotations"]:
         annotation["category_id"] = 1
-    truth["categories"] = [{"id": 1, "name": "thing"}]
+    truth["categories"] = [{"id": 1, "name": "object"}]
     results = [
-        {
-            "image_id": number,
-            "category_id": 1,
-            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-            "score": score,
-        }
-        for number, (boxes, scores) in enumerate(found)
+        {"image_id": number, "category_id": 1, "bbox": _xywh(box), "score": score}
+        for number, (boxes, scores) in enumerate(proposals)
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
     ]
     if not truth["annotations"] or not results:
         return dict.fromkeys(limits, 0.0 if truth["annotations"] else float("nan"))
-    loaded = COCO(truth, print_function=_silent)
-    evaluator = COCOeval_faster(loaded, loaded.loadRes(results), "bbox", print_function=_silent)
-    evaluator.params.maxDets = list(limits)
-    evaluator.evaluate()
-    evaluator.accumulate()
+    evaluator = _accumulate(truth, results, "bbox", limits)
     recall_TL = np.asarray(evaluator.eval["recall"])[:, 0, 0, :]  # [IoU thresholds, categories, areas, limits]
     return {limit: float(recall_TL[:, column].mean()) for column, limit in enumerate(limits)}
 
 
-def _mean(values: Any) -> float:
+def _accumulate(
+    truth: dict[str, Any], results: list[dict[str, Any]], kind: Literal["bbox", "segm"], limits: Sequence[int] = ()
+) -> COCOeval_faster:
+    """COCO's evaluation with its `eval` filled."""
+    loaded = COCO(truth, print_function=_silent)
+    evaluator = COCOeval_faster(loaded, loaded.loadRes(results), kind, print_function=_silent)
+    if limits:
+        evaluator.params.maxDets = list(limits)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return evaluator
+
+
+def _nanmean(values: Any) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def _silent(*words: object) -> None:
-    """The library reports to this instead of the console."""
+    """Replaces the library's output to the console."""

@@ -11,22 +11,22 @@ from ovd_models.errors import InputError
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "MPO")
-"""What is decoded; Pillow knows others, some of which start programs."""
+"""Formats that are decoded; Pillow knows others, some of which start programs."""
 MAGIC: tuple[tuple[int, bytes], ...] = (
     (0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n\x1a\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"),
     (0, b"MM\0*"), (4, b"ftypavif"),
 )  # fmt: skip
-"""Offset and first bytes of the formats that are decoded."""
+"""Offset and first bytes of these formats."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""What undoes each EXIF orientation."""
+"""EXIF orientation -> what undoes it."""
 
 
 def has_image_magic(content: bytes) -> bool:
-    """Whether a file begins as one of `FORMATS` does: the cheap check before a decoder sees it."""
+    """Whether a file begins like one of `FORMATS`: a cheap check before decoding."""
     return any(content[offset : offset + len(magic)] == magic for offset, magic in MAGIC)
 
 
@@ -44,7 +44,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def decode_image(content: bytes, name: str = "image") -> Image.Image:
-    """An RGB, upright PIL image from a file's bytes; `name` stands in messages.
+    """An RGB, upright PIL image from a file's bytes; `name` is used in error messages.
 
     Raises:
         InputError: the bytes are not a whole image, or it has more than `MAX_PIXELS` pixels.
@@ -66,35 +66,29 @@ def decode_image(content: bytes, name: str = "image") -> Image.Image:
 
 
 def orientation(image: Image.Image) -> Image.Transpose | None:
-    """What turns a picture as its camera's orientation says; None where nothing is to be done."""
+    """The transposition that makes a picture upright by its EXIF orientation; None if it is."""
     return TURNS.get(image.getexif().get(0x0112, 1))
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height after `upright`, without decoding the picture."""
     width, height = image.size
-    lying = (
-        Image.Transpose.ROTATE_90,
-        Image.Transpose.ROTATE_270,
-        Image.Transpose.TRANSPOSE,
-        Image.Transpose.TRANSVERSE,
-    )
-    return (height, width) if orientation(image) in lying else (width, height)
+    return (height, width) if orientation(image) in [TURNS[code] for code in (5, 6, 7, 8)] else (width, height)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture as its camera's orientation says; the other EXIF fields, which may be damaged, are let go."""
+    """The picture turned by its EXIF orientation; metadata that holds the orientation is then dropped."""
     turn = orientation(image)
     if turn is None:
         return image
     turned = image.transpose(turn)
-    for name in ("exif", "xmp", "XML:com.adobe.xmp"):  # or it would be turned again
+    for name in ("exif", "xmp", "XML:com.adobe.xmp"):  # otherwise it would be turned again
         turned.info.pop(name, None)
     return turned
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as 8-bit RGB: transparency over white, 16-bit and float greys scaled to the range of 8 bits."""
+    """Any mode as 8-bit RGB: transparency over white, 16-bit and float greys scaled to 8 bits."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode.startswith("I") or image.mode == "F":

@@ -23,7 +23,7 @@ def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor, counted_K: Tensor | None =
     Args:
         logits_RK: [R, K].
         labels_R: [R] int64; the class, or -1 for background: target 0 everywhere.
-        counted_K: [K] bool, the classes that the loss is taken over; all if None.
+        counted_K: [K] bool, the classes included in the loss; all if None.
 
     Returns:
         A scalar; 0 for no region.
@@ -39,16 +39,16 @@ def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor, counted_K: Tensor | None =
 def federated_classes(
     labels_R: Tensor, weight_K: Tensor, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The classes that a batch's class loss is taken over (federated loss, arXiv 2103.07461, section 4).
+    """Classes included in a batch's class loss (federated loss, arXiv 2103.07461, section 4).
 
-    Those that occur, and more drawn without replacement in proportion to their weight until there are `count`.
-    Background takes a place if it occurs, as in the released code.
+    All that occur, and others drawn without replacement in proportion to their weight until there are `count`.
+    Background counts as one of them if it occurs, as in the released code.
 
     Args:
         labels_R: [R] int64 classes of the batch's regions; -1 for background.
         weight_K: [K] float; classes of weight 0 are never drawn.
-        count: of classes.
-        generator: of the random draw, on the device of `weight_K`; torch's own if None.
+        count: number of classes.
+        generator: for the random draw, on the device of `weight_K`; torch's default if None.
 
     Returns:
         [K] bool.
@@ -66,14 +66,14 @@ def federated_classes(
 def softmax_loss(logits_RK: Tensor, background_R: Tensor, labels_R: Tensor, trained_K: Tensor | None = None) -> Tensor:
     """Cross-entropy over all names and the background, averaged over regions (ViLD, equations 2 and 3).
 
-    Names outside `trained_K` get a logit of minus infinity: they carry no probability. A logit of zero, as for a name
-    multiplied away, would leave exp(0) in the denominator for each of them.
+    Names outside `trained_K` get a logit of minus infinity, so no probability. Multiplying their logits by zero would
+    leave exp(0) in the denominator for each of them.
 
     Args:
         logits_RK: [R, K].
         background_R: [R] logits of the background.
         labels_R: [R] int64; the name, or -1 for background.
-        trained_K: [K] bool, the names that carry boxes in training; all of them if None.
+        trained_K: [K] bool, the names with boxes in training; all if None.
 
     Returns:
         A scalar; 0 for no region.
@@ -89,9 +89,9 @@ def distillation_loss(student_MD: Tensor, teacher_MD: Tensor, valid_M: Tensor) -
     """L1 distance of unit embeddings, summed over dimensions and averaged over valid regions (ViLD, equation 4).
 
     Args:
-        student_MD: [M, D] of any norm; a zero row is compared as zero.
+        student_MD: [M, D] of any norm; a zero row stays zero.
         teacher_MD: [M, D] of any norm.
-        valid_M: [M] bool; what stands in other rows does not matter.
+        valid_M: [M] bool; other rows are ignored.
 
     Returns:
         A scalar; 0 for no valid region.
@@ -108,8 +108,7 @@ def concept_loss(logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor) -> Te
     Args:
         logits_BC: [B, C] of the prototypes.
         concept_B: [B] int64, the concept of each image's group.
-        ignored_BC: [B, C] bool; concepts that count neither as positive nor as negative. The image's own is never
-            ignored.
+        ignored_BC: [B, C] bool; concepts that are neither positives nor negatives. The image's own is never ignored.
 
     Returns:
         A scalar, summed over concepts and averaged over images.
@@ -138,7 +137,7 @@ def caption_loss(
         own_B: [B] int64, the row of each image's own caption.
         same_rank_M: [M] bool, the captions of this rank.
         temperature: multiplies cosines.
-        same_rank_weight: weight of negatives from this rank, whose captions often mention the same things.
+        same_rank_weight: weight of negatives from this rank, whose captions often mention the same objects.
         other_rank_weight: weight of negatives from other ranks.
 
     Returns:

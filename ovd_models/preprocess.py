@@ -1,6 +1,6 @@
-"""One way from any image to the tensor that models take, for training, evaluation and serving.
+"""Convert any image to the tensor that models take, in the same way for training, evaluation and serving.
 
-Resizing and normalisation are the detector's own (`rcnn.py`), so that they cannot differ between the three.
+Detectors resize and normalise it themselves (`detectors/resizing.py`).
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Files of weights, read without running anything that they hold."""
+"""Read files of weights without running code from them, and load released weights by name."""
 
 import pickle
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,28 @@ from torch import Tensor, nn
 from ovd_models.errors import InputError
 
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8")
-"""The types of arrays that become tensors."""
+"""Array types that are converted to tensors."""
+
+
+@dataclass(frozen=True)
+class TensorAccount:
+    """What happens to every tensor of a released file."""
+
+    used: dict[str, str]
+    """Released name -> ours."""
+    ignored: dict[str, str]
+    """Released name -> reason."""
+    unaccounted: tuple[str, ...]
+    """Released names that are neither used nor ignored."""
+    missing: tuple[str, ...] = ()
+    """Our names without a released tensor of the right shape."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a released file, bare or under `state_dict` or `model`.
 
     Args:
-        path: `.pkl` with arrays, or what torch saves.
+        path: `.pkl` with arrays, or a file saved by torch.
 
     Raises:
         InputError: the file cannot be read, or holds anything but tensors and plain values.
@@ -31,7 +46,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
                 raw = ArrayUnpickler(stream, encoding="latin1").load()
         else:
             raw = torch.load(source, weights_only=True, map_location="cpu")
-    except Exception as error:  # there is no end to what a broken pickle raises
+    except Exception as error:  # a broken pickle can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{source}: cannot be read safely, expected tensors or arrays by name ({reason})") from error
     for key in ("state_dict", "model"):
@@ -49,10 +64,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads a pickle of plain values and numpy arrays, and refuses to look up anything else."""
+    """Reads pickles of plain values and numpy arrays, and refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few callables that pickled arrays are made of."""
+        """One of the few callables that pickled arrays need."""
         allowed = {
             ("collections", "OrderedDict"): OrderedDict,
             ("numpy", "ndarray"): np.ndarray,
@@ -67,7 +82,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocol 2 spells bytes."""
+    """Bytes in pickle protocol 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
     return text.encode("latin1")

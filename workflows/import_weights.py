@@ -19,7 +19,7 @@ from data_prep.boxes.annotations import coco_splits
 from ovd_models.checkpoints import save_detector
 from ovd_models.clip.model import ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
-from ovd_models.importers.codet import Imported, load_codet_release
+from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.importers.ovsam import load_ovsam
 from ovd_models.ovsam.checkpoints import save_ovsam
 from ovd_models.ovsam.clip_pyramid import TowerConfig
@@ -109,7 +109,7 @@ def read_names(path: str) -> dict[str, str]:
         raise InputError(f"{path}: no names ({type(error).__name__}), expected {expected}") from error
 
 
-def choose_encoder(run: Run, imported: Imported, names: tuple[str, ...]) -> TextEncoder:
+def choose_encoder(run: Run, imported: ImportedDetector, names: tuple[str, ...]) -> TextEncoder:
     """What turns names into embeddings.
 
     Raises:

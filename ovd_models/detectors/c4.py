@@ -75,7 +75,7 @@ class C4(RCNN):
 def last_stage(config: RCNNConfig) -> nn.Module:
     """The last stage of the config's ResNet."""
     stage: Any = timm.create_model(config.backbone, num_classes=0, **config.backbone_options).layer4
-    return freeze_norms(stage) if config.freeze_norm else stage  # type: ignore[no-any-return]
+    return freeze_norms(stage) if config.freeze_norm else stage
 
 
 def stride_in_first_convolution(stage: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Released CoDet and Detic weights in our models: a map of names, tensor by tensor, and why some are left out.
+"""Released CoDet and Detic weights in our models: rules from our tensor names to theirs, and the tensors left out.
 
 K names, C concepts, D embedding width.
 """
@@ -18,10 +18,10 @@ from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.c4 import coco_r50_c4
 from ovd_models.detectors.centernet2 import CenterNet2Config
 from ovd_models.errors import InputError
-from ovd_models.weights import read_state
+from ovd_models.weights import TensorAccount, load_strict, read_state
 
 Rules = Sequence[tuple[str, str]]
-"""(pattern, replacement): applied one after the other to our name, they give the released one."""
+"""(pattern, replacement) pairs that, applied in order, turn our name into the released one."""
 
 CLASSIFIER: Rules = (
     (r"\.projection\.", r".cls_score.linear."),
@@ -97,14 +97,14 @@ IGNORED: Sequence[tuple[str, str]] = (
     (r"\.cls_score\.zs_weight$", "text embeddings of the training concepts: a table given at run time"),
     (r"\.cls_score\.detection_weight$", "text embeddings of the evaluated names: a vocabulary, not weights"),
     (r"\.weight_transform\.[02]\.(weight|bias)$", "the same storage as fc1 and fc2 under a second name"),
-    (r"(^|\.)base\.fc\.(weight|bias)$", "classifier of the ImageNet-21k pretraining, which no detector runs"),
-    (r"\.attn\.relative_position_index$", "counted from the window size"),
+    (r"(^|\.)base\.fc\.(weight|bias)$", "classifier of the ImageNet-21k pretraining, not used by detectors"),
+    (r"\.attn\.relative_position_index$", "computed from the window size"),
     (r"\.freqs_(cos|sin)(_s)?$", "rotary angles, computed from the window size and the grid"),
 )
-"""Patterns of released names that our models have no place for, each with the reason."""
+"""Patterns of released names that our models do not use, each with the reason."""
 
-COUNTED = "relative_position_index"
-"""Tensors of ours that their constructor fills."""
+COMPUTED = "relative_position_index"
+"""Ending of the names of our tensors that their constructor fills."""
 TEXT_PREFIX = "text_encoder."
 TEXT_CONFIG: dict[str, Any] = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 
@@ -114,16 +114,16 @@ class Release:
     """One released architecture."""
 
     config: CoDetConfig
-    """Without what the file itself decides: the aggregation and its sizes."""
+    """Without the aggregation and its sizes, which `recognise_release` adds."""
     rules: Rules
-    mark: str
-    """A pattern of tensors that no other of these architectures has."""
+    marker: str
+    """A pattern of tensor names that no other of these architectures has."""
     bgr: str = ""
-    """Our name of the first convolution, where the released one takes blue first."""
+    """Our name of the first convolution, if the released one takes images as BGR."""
 
 
 def released_architectures() -> dict[str, Release]:
-    """What CoDet and Detic have released, by name."""
+    """The architectures released by CoDet and Detic, by name."""
     coco = CoDetConfig(
         architecture="c4",
         detector=coco_r50_c4(),
@@ -156,32 +156,35 @@ def released_architectures() -> dict[str, Release]:
 
 
 def released_names(name: str, release: Release) -> list[str]:
-    """The released names of one of our tensors: several where ours puts them together."""
+    """The released names of one of our tensors; several if ours concatenates them."""
     for pattern, replacement in release.rules:
         name = re.sub(pattern, replacement, name)
     return [name.replace("*", str(level)) for level in range(5)] if "*" in name else [name]
 
 
-def recognise(shapes: Mapping[str, Sequence[int]], origin: str) -> Release:
+def recognise_release(shapes: Mapping[str, Sequence[int]], origin: str) -> Release:
     """The architecture of a released state dict, its config completed from the tensors' shapes.
 
     Raises:
-        InputError: it is none that this program knows.
+        InputError: it is none of the released architectures.
     """
     known = released_architectures()
     for release in known.values():
-        if any(re.search(release.mark, name) for name in shapes):
-            hidden = match_name(shapes, "roi_heads.box_predictor.fc1.weight", "roi_heads.box_predictor.0.fc1.weight")
+        if any(re.search(release.marker, name) for name in shapes):
+            hidden = find_name(shapes, "roi_heads.box_predictor.fc1.weight", "roi_heads.box_predictor.0.fc1.weight")
             if hidden is None:
                 return release
             count, row = shapes[hidden]
             config = replace(release.config, aggregation="learned", num_proposals=count, group_size=row // count + 1)
             return replace(release, config=config)
-    raise InputError(f"{origin}: tensors of no released detector, expected one of {', '.join(known)}")
+    raise InputError(f"{origin}: holds no released detector, expected one of {', '.join(known)}")
 
 
-def match_name(names: Mapping[str, Any], *wanted: str) -> str | None:
-    """The longest name of the file that ends one of the wanted names, as detectron2 matches them; second names too."""
+def find_name(names: Mapping[str, Any], *wanted: str) -> str | None:
+    """The file's longest name that is the end of a wanted name, as detectron2 matches them.
+
+    The weights of the MLP may also be stored under the names of `weight_transform`.
+    """
     for full in wanted:
         second = re.sub(r"\.fc([12])\.", lambda match: f".weight_transform.{2 * int(match[1]) - 2}.", full)
         for name in (full, second) if "box_predictor" in full else (full,):
@@ -192,15 +195,15 @@ def match_name(names: Mapping[str, Any], *wanted: str) -> str | None:
     return None
 
 
-def gather(state: Mapping[str, Tensor], names: Sequence[str]) -> tuple[list[str], Tensor | None]:
-    """The file's names for released ones, and their tensors put together; None if one is not there."""
-    found = [name for name in (match_name(state, wanted) for wanted in names) if name is not None]
+def find_tensors(state: Mapping[str, Tensor], names: Sequence[str]) -> tuple[list[str], Tensor | None]:
+    """The file's names for released ones, and their concatenated tensors; None if one is missing."""
+    found = [name for name in (find_name(state, wanted) for wanted in names) if name is not None]
     if len(found) < len(names):
         return found, None
     return found, torch.cat([state[name] for name in found]) if len(found) > 1 else state[found[0]]
 
 
-def translate(state: Mapping[str, Tensor], model: CoDet, release: Release, origin: str) -> dict[str, Tensor]:
+def translate_state(state: Mapping[str, Tensor], model: CoDet, release: Release, origin: str) -> dict[str, Tensor]:
     """A state dict of our model from a released one.
 
     Raises:
@@ -208,11 +211,11 @@ def translate(state: Mapping[str, Tensor], model: CoDet, release: Release, origi
     """
     translated: dict[str, Tensor] = {}
     for ours, value in model.state_dict().items():
-        if ours.endswith(COUNTED):
+        if ours.endswith(COMPUTED):
             translated[ours] = value
             continue
         names = released_names(ours, release)
-        tensor = gather(state, names)[1]
+        tensor = find_tensors(state, names)[1]
         if tensor is None or tensor.shape != value.shape:
             shape = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
             raise InputError(f"{origin}: {names[0]} {shape}, expected {list(value.shape)}")
@@ -220,56 +223,36 @@ def translate(state: Mapping[str, Tensor], model: CoDet, release: Release, origi
     return translated
 
 
-@dataclass(frozen=True)
-class TensorAccount:
-    """What becomes of every tensor of a released state dict."""
-
-    used: tuple[str, ...]
-    ignored: dict[str, str]
-    """Name -> reason."""
-    unaccounted: tuple[str, ...]
-    """Neither used nor known to be of no use."""
-    missing: tuple[str, ...]
-    """Ours that nothing fills, or that something of another shape would."""
-
-
-def account_tensors(shapes: Mapping[str, Sequence[int]], origin: str) -> TensorAccount:
-    """Account for a released state dict by names and shapes alone; no weight is loaded or made.
+def account_codet_tensors(shapes: Mapping[str, Sequence[int]], origin: str) -> TensorAccount:
+    """Account for a released state dict by names and shapes alone, without weights.
 
     Raises:
-        InputError: it is no released detector that this program knows.
+        InputError: it is no released detector.
     """
-    release = recognise(shapes, origin)
+    release = recognise_release(shapes, origin)
     with torch.device("meta"):
         state = {name: torch.empty(*shape) for name, shape in shapes.items()}
-        model = CoDet(release.config)
-        tower = build_text_tower(text_config())
-    wanted = {
-        ours: (released_names(ours, release), value.shape)
-        for ours, value in model.state_dict().items()
-        if not ours.endswith(COUNTED)
-    }
+        own = CoDet(release.config).state_dict()
+        tower = build_text_tower(text_config()).state_dict()
+    wanted = {ours: released_names(ours, release) for ours in own if not ours.endswith(COMPUTED)}
     if any(name.startswith(TEXT_PREFIX) for name in shapes):
-        wanted |= {
-            TEXT_PREFIX + ours: ([TEXT_PREFIX + ours], value.shape) for ours, value in tower.state_dict().items()
-        }
-    used, missing = set[str](), []
-    for ours, (names, shape) in wanted.items():
-        found, tensor = gather(state, names)
-        if tensor is not None and tensor.shape == shape:
-            used.update(found)
+        own |= {TEXT_PREFIX + ours: value for ours, value in tower.items()}
+        wanted |= {TEXT_PREFIX + ours: [TEXT_PREFIX + ours] for ours in tower}
+    used, missing = dict[str, str](), []
+    for ours, names in wanted.items():
+        found, tensor = find_tensors(state, names)
+        if tensor is not None and tensor.shape == own[ours].shape:
+            used |= dict.fromkeys(found, ours)
         else:
             missing.append(ours)
     left = [name for name in shapes if name not in used]
     ignored = {name: reason for name in left for pattern, reason in IGNORED if re.search(pattern, name)}
-    return TensorAccount(
-        tuple(sorted(used)), ignored, tuple(name for name in left if name not in ignored), tuple(missing)
-    )
+    return TensorAccount(used, ignored, tuple(name for name in left if name not in ignored), tuple(missing))
 
 
 @dataclass(frozen=True)
-class Imported:
-    """A released detector in our form."""
+class ImportedDetector:
+    """A released detector as our model."""
 
     model: CoDet
     encoder: ClipTextEncoder | None
@@ -278,31 +261,31 @@ class Imported:
     """[K, D] unit embeddings of the evaluated names, in category order, if the file holds them."""
 
 
-def load_codet_release(path: str | Path) -> Imported:
+def load_codet_release(path: str | Path) -> ImportedDetector:
     """A released CoDet or Detic checkpoint, `.pth` or `.pkl`, bare or with `model` on top.
 
     Raises:
-        InputError: the file cannot be read safely, or holds no detector that this program knows.
+        InputError: the file cannot be read safely or holds no released detector.
     """
     state, origin = read_state(path), str(path)
-    release = recognise({name: list(value.shape) for name, value in state.items()}, origin)
+    release = recognise_release({name: list(value.shape) for name, value in state.items()}, origin)
     model = CoDet(release.config)
-    model.load_state_dict(translate(state, model, release, origin))
+    model.load_state_dict(translate_state(state, model, release, origin))
     text = {name.removeprefix(TEXT_PREFIX): value for name, value in state.items() if name.startswith(TEXT_PREFIX)}
     column = next((name for name in state if name.endswith("cls_score.detection_weight")), None)
-    return Imported(
+    return ImportedDetector(
         model.eval(),
-        load_text(text, origin) if text else None,
+        load_text_encoder(text, origin) if text else None,
         F.normalize(state[column].float().T[:-1], dim=1) if column else None,
     )
 
 
 def text_config() -> ClipConfig:
-    """CLIP ViT-B/32 as far as its text tower goes; prompts are "a" and the name."""
+    """The text tower of CLIP ViT-B/32; prompts are "a" and the name."""
     return ClipConfig(embed_dim=512, text=TEXT_CONFIG, quick_gelu=True, prompt_set="name")
 
 
-def load_text(state: dict[str, Tensor], origin: str) -> ClipTextEncoder:
+def load_text_encoder(state: dict[str, Tensor], origin: str) -> ClipTextEncoder:
     """The text encoder from the tensors of CLIP ViT-B/32's text tower.
 
     Raises:
@@ -310,8 +293,5 @@ def load_text(state: dict[str, Tensor], origin: str) -> ClipTextEncoder:
     """
     config = text_config()
     tower = build_text_tower(config)
-    try:
-        tower.load_state_dict({name: value.float() for name, value in state.items()})
-    except RuntimeError as error:
-        raise InputError(f"{origin}: text encoder: {str(error).splitlines()[-1].strip()}") from error
+    load_strict(tower, {name: value.float() for name, value in state.items()}, f"{origin}: text encoder")
     return ClipTextEncoder(config, tower, f"clip-vit-b-32:{weights_digest(tower.state_dict())}")

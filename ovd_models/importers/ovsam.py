@@ -1,4 +1,4 @@
-"""Weights that others published for OV-SAM, SAM and CLIP's ResNets, under our names.
+"""Released weights of OV-SAM, SAM and CLIP's ResNets under our names.
 
 OV-SAM's files hold `{'meta', 'state_dict'}` or a bare state dict: the adapter alone (`neck_student.`), the naming head
 (`mask_decoder.`, `fpn_neck.`), or the whole model.
@@ -6,14 +6,13 @@ OV-SAM's files hold `{'meta', 'state_dict'}` or a bare state dict: the adapter a
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from ovd_models.errors import InputError
 from ovd_models.ovsam.model import OvSam
-from ovd_models.weights import read_state
+from ovd_models.weights import TensorAccount, read_state
 
 STEM = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
 RULES: tuple[tuple[str, str], ...] = (
@@ -28,27 +27,15 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"fpn_neck\.lateral_convs\.(\d+)\.conv\.", "namer.fpn.inner_blocks.{0}.0."),
     (r"fpn_neck\.fpn_convs\.(\d+)\.conv\.", "namer.fpn.layer_blocks.{0}.0."),
 )
-"""Prefix of a published name -> prefix of ours."""
+"""Prefix of a released name -> prefix of ours."""
 IGNORED: tuple[tuple[str, str], ...] = (
     (r"mask_decoder\.label_mlp\.", "its output is multiplied by zero in the released model"),
 )
-"""Published tensors that have no effect, and why."""
+"""Released tensors without effect, with the reason."""
 
 
-@dataclass(frozen=True)
-class TensorAccount:
-    """What becomes of every tensor of a published file."""
-
-    used: dict[str, str]
-    """Published name -> ours."""
-    ignored: dict[str, str]
-    """Published name -> reason."""
-    unaccounted: tuple[str, ...]
-    """Names that nothing is known about."""
-
-
-def account_tensors(names: Iterable[str]) -> TensorAccount:
-    """Sort the names of a published OV-SAM file, or of a manifest of one."""
+def account_ovsam_tensors(names: Iterable[str]) -> TensorAccount:
+    """Account for the tensor names of a released OV-SAM file; our missing tensors are not checked."""
     used, ignored, unaccounted = {}, {}, []
     for name in names:
         reason = next((reason for pattern, reason in IGNORED if re.match(pattern, name)), None)
@@ -62,7 +49,7 @@ def account_tensors(names: Iterable[str]) -> TensorAccount:
 
 
 def our_name(name: str) -> str | None:
-    """Our name of a published tensor; None where there is none."""
+    """Our name of a released tensor; None if there is none."""
     for pattern, prefix in RULES:
         found = re.match(pattern, name)
         if found is not None:
@@ -72,16 +59,15 @@ def our_name(name: str) -> str | None:
 
 
 def load_ovsam(model: OvSam, *paths: str | Path, tower: Mapping[str, Tensor] | None = None) -> None:
-    """Fill a model from published files; together they must hold every weight.
+    """Load a model from released files; together they must hold every weight.
 
     Args:
-        model: of the numbers that `ovsam.published` gives.
+        model: with the sizes of the released model.
         paths: later files override earlier ones: SAM, CLIP, the adapter, then the naming head.
-        tower: the weights of CLIP's image tower in open_clip's names, before those of the files.
+        tower: weights of CLIP's image tower under open_clip's names; the files override them.
 
     Raises:
-        InputError: a file is unreadable, or holds a tensor that the model has no place for; or a weight of the model is
-            in none.
+        InputError: a file is unreadable or holds an unknown tensor, or no file holds some weight of the model.
     """
     wanted = model.state_dict()
     state = {f"clip.tower.{name}": value for name, value in (tower or {}).items()}
@@ -92,11 +78,11 @@ def load_ovsam(model: OvSam, *paths: str | Path, tower: Mapping[str, Tensor] | N
         elif any(name.startswith(("visual.", "attnpool.")) for name in raw):
             state |= from_clip(raw)
         else:
-            sorted_names = account_tensors(raw)
-            if sorted_names.unaccounted:
-                unknown = sorted_names.unaccounted[0]
+            account = account_ovsam_tensors(raw)
+            if account.unaccounted:
+                unknown = account.unaccounted[0]
                 raise InputError(f"{path}: tensor {unknown!r}, expected those of a whole SAM, a CLIP or an OV-SAM file")
-            state |= {ours: raw[name] for name, ours in sorted_names.used.items()}
+            state |= {ours: raw[name] for name, ours in account.used.items()}
     for name, value in wanted.items():
         if name not in state:
             raise InputError(f"{', '.join(map(str, paths))}: no weight for {name!r}")
@@ -106,7 +92,7 @@ def load_ovsam(model: OvSam, *paths: str | Path, tower: Mapping[str, Tensor] | N
 
 
 def from_sam(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an OV-SAM takes over from SAM: place codes, prompt encoder, and the decoder for the first mask."""
+    """The parts of SAM in an OV-SAM: position embedding, prompt encoder, and the decoder for the first mask."""
     found = {"adapter.pos_embed": state["image_encoder.pos_embed"]}
     for name, value in state.items():
         if name.startswith(("prompt_encoder.", "mask_decoder.")) and name in wanted:
@@ -115,7 +101,7 @@ def from_sam(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
 
 
 def from_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The image tower of a CLIP ResNet in OpenAI's or open_clip's names; its text tower is left out."""
+    """The image tower of a CLIP ResNet under OpenAI's or open_clip's names, without the text tower."""
     prefix = "visual." if any(name.startswith("visual.") for name in state) else ""
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return {f"clip.tower.{name}": value.float() if value.is_floating_point() else value for name, value in own.items()}

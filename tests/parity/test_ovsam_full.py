@@ -12,7 +12,7 @@ from reference_data import PARITY, load_fill, needs
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd_models.importers.ovsam import account_tensors
+from ovd_models.importers.ovsam import account_ovsam_tensors
 from ovd_models.ovsam.head import fuse_scores, name_logits
 from ovd_models.ovsam.model import RN50X16, OvSam, enlarge, published
 from ovd_models.sam.model import EncodedImage
@@ -38,7 +38,7 @@ def pack() -> dict[str, Tensor]:
 def model(fill: ModuleType) -> OvSam:
     manifest = json.loads((PARITY / "manifests/ovsam_ovsam_coco_rn50x16_point.json").read_text())
     state = {}
-    for name, ours in account_tensors(manifest).used.items():
+    for name, ours in account_ovsam_tensors(manifest).used.items():
         shape, dtype = manifest[name]
         if dtype == "int64":
             state[ours] = torch.zeros(shape, dtype=torch.int64)

@@ -11,7 +11,7 @@ from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from reference_data import PARITY, needs
 from torch import Tensor
 
-from ovd_models.importers.ovsam import account_tensors, our_name
+from ovd_models.importers.ovsam import account_ovsam_tensors, our_name
 from ovd_models.ovsam.adapter import LevelProjection, Sam2Clip, feature_distillation_loss
 from ovd_models.ovsam.clip_pyramid import ClipPyramid
 from ovd_models.ovsam.head import (
@@ -242,7 +242,7 @@ def test_masks_to_boxes() -> None:
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_every_published_tensor_has_its_place(path: Path) -> None:
     manifest: dict[str, Any] = json.loads(path.read_text())
-    found = account_tensors(manifest)
+    found = account_ovsam_tensors(manifest)
     assert found.unaccounted == ()
     assert len(found.used) + len(found.ignored) == len(manifest)
     assert {name for name in found.ignored if "label_mlp" not in name} == set()

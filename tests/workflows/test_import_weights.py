@@ -10,7 +10,7 @@ from PIL import Image
 from reference_data import needs
 
 import ovd_models
-from benchmarks import parity
+from benchmarks import parity_models, parity_packs
 from ovd_models import load_segmenter
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, save_clip
 from ovd_models.codet.model import CoDet
@@ -68,14 +68,14 @@ def test_names_are_embedded_by_a_given_table_before_the_files_own(lvis: Path, tm
     names, rows = tuple(import_weights.read_names(str(lvis))), np.eye(2, 512, dtype=np.float16)
     np.save(tmp_path / "rows.npy", rows)
     own = torch.eye(2, 512).flip(0)
-    imported = importers.Imported(CoDet.__new__(CoDet), None, own)
+    imported = importers.ImportedDetector(CoDet.__new__(CoDet), None, own)
     given = import_weights.choose_encoder(Run(table=str(tmp_path / "rows.npy")), imported, names)
     assert torch.equal(given.embed_names(["anchor"])[0], torch.eye(2, 512)[0])
     inside = import_weights.choose_encoder(Run(weights="file.pth"), imported, names)
     assert torch.equal(inside.embed_names(["anchor"])[0], own[0])
     with pytest.raises(InputError, match="one row for each of 1"):
         import_weights.choose_encoder(Run(weights="file.pth"), imported, names[:1])
-    nothing = importers.Imported(CoDet.__new__(CoDet), None, None)
+    nothing = importers.ImportedDetector(CoDet.__new__(CoDet), None, None)
     with pytest.raises(InputError, match="no text encoder"):
         import_weights.choose_encoder(Run(weights="file.pth"), nothing, names)
 
@@ -84,10 +84,10 @@ def test_names_are_embedded_by_a_given_table_before_the_files_own(lvis: Path, tm
 @needs("parity")
 @pytest.mark.parametrize("text", [True, False])
 def test_a_released_file_becomes_a_detector_that_finds_what_the_released_one_found(text: bool, tmp_path: Path) -> None:
-    entries = json.loads((parity.PACKS / "manifests" / "codet_ovcoco_r50c4.json").read_text())
-    table = parity.embedded("coco_clip_vitb32_a_name.npy")
+    entries = json.loads((parity_packs.PACKS / "manifests" / "codet_ovcoco_r50c4.json").read_text())
+    table = parity_models.embedded("coco_clip_vitb32_a_name.npy")
     state = {
-        name: parity.filled(name, shape, "ovcoco_r50c4")
+        name: parity_models.filled(name, shape, "ovcoco_r50c4")
         for name, (shape, _) in entries.items()
         if not name.endswith(("zs_weight", "detection_weight")) and (text or not name.startswith("text_encoder"))
     }
@@ -97,7 +97,7 @@ def test_a_released_file_becomes_a_detector_that_finds_what_the_released_one_fou
     run = Run(weights=str(tmp_path / "released.pth"), out=str(tmp_path / "ours"), names=str(tmp_path / "names.txt"))
     import_weights.convert(run)
     detector = ovd_models.load(run.out)
-    pack = parity.read("codet_full/ovcoco_r50c4")
+    pack = parity_packs.read("codet_full/ovcoco_r50c4")
     image = pack["image"].flip(2).numpy()
     if text:
         found = detector.detect(image, ["a name of nobody", "anchor"], score_threshold=0.0)

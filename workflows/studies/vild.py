@@ -29,7 +29,7 @@ from ovd_models.detectors.rcnn import ProposalNetwork
 from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_proposals
 from ovd_models.preprocess import to_tensor
-from ovd_models.vild.model import ViLD
+from ovd_models.vild.model import Variant, ViLD
 from ovd_models.vocabulary import build_vocabulary
 from workflows import evaluate, failures, prepare_boxes, vild
 from workflows.common import cli, runs
@@ -63,7 +63,7 @@ class Run:
     seeds: tuple[int, ...] = (0, 1, 2)
     regions_seed: int = 0
     """Seed of the proposal network whose regions are embedded, once for all seeds."""
-    variants: tuple[str, ...] = ("text", "ensemble", "vild", "supervised", "image")
+    variants: tuple[Variant, ...] = ("text", "ensemble", "vild", "supervised", "image")
     one_head_weight: float = 0.5
     """w of `vild`, whose one head needs more of it than the second head of the ensemble, which does nothing else."""
     parts: tuple[Part, ...] = ("variants", "fusions", "proposals", "baselines", "supervised_full", "teachers")
@@ -139,12 +139,12 @@ def first_stage(run: Run, own: vild_configs.Run) -> vild_configs.Run:
     return dataclasses.replace(own, proposals=proposals, regions=regions)
 
 
-def measure_variant(run: Run, own: vild_configs.Run, variant: str) -> dict[str, Numbers]:
+def measure_variant(run: Run, own: vild_configs.Run, variant: Variant) -> dict[str, Numbers]:
     """AP50 of one variant."""
     return {variant: trained_variant(run, own, variant)["metrics"]}
 
 
-def trained_variant(run: Run, own: vild_configs.Run, variant: str) -> dict[str, Any]:
+def trained_variant(run: Run, own: vild_configs.Run, variant: Variant) -> dict[str, Any]:
     """One variant's checkpoint and metrics."""
     return remembered(run, with_variant(run, first_stage(run, own), variant), variant, train_variant)
 
@@ -201,7 +201,7 @@ def with_seed(run: Run, seed: int) -> vild_configs.Run:
     )
 
 
-def with_variant(run: Run, own: vild_configs.Run, variant: str) -> vild_configs.Run:
+def with_variant(run: Run, own: vild_configs.Run, variant: Variant) -> vild_configs.Run:
     """The training of a variant; its scoring is the config's."""
     weight = run.one_head_weight if variant == "vild" else own.model.image_weight
     return dataclasses.replace(own, model=dataclasses.replace(own.model, variant=variant, image_weight=weight))

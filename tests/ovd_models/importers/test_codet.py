@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference_data import needs
 
-from benchmarks import parity
+from benchmarks import parity_packs
 from ovd_models.codet.model import CoDet
 from ovd_models.errors import InputError
 from ovd_models.importers import codet as importers
@@ -22,7 +22,7 @@ needs_manifests = needs("parity")
 
 
 def shapes(architecture: str) -> dict[str, list[int]]:
-    entries = json.loads((parity.PACKS / "manifests" / f"{MANIFESTS[architecture]}.json").read_text())
+    entries = json.loads((parity_packs.PACKS / "manifests" / f"{MANIFESTS[architecture]}.json").read_text())
     return {name: shape for name, (shape, _) in entries.items()}
 
 
@@ -52,16 +52,16 @@ def test_names_end_where_the_released_ones_begin() -> None:
 
 def test_a_name_is_found_by_its_longest_ending() -> None:
     wanted = "roi_heads.box_predictor.fc1.weight"
-    assert importers.match_name({"box_predictor.fc1.weight": 0, "fc1.weight": 0}, wanted) == "box_predictor.fc1.weight"
-    assert importers.match_name({"predictor.fc1.weight": 0}, wanted) is None  # no part of a name is cut
+    assert importers.find_name({"box_predictor.fc1.weight": 0, "fc1.weight": 0}, wanted) == "box_predictor.fc1.weight"
+    assert importers.find_name({"predictor.fc1.weight": 0}, wanted) is None  # no part of a name is cut
     second = {"roi_heads.box_predictor.weight_transform.0.weight": 0}
-    assert importers.match_name(second, wanted) == "roi_heads.box_predictor.weight_transform.0.weight"
+    assert importers.find_name(second, wanted) == "roi_heads.box_predictor.weight_transform.0.weight"
 
 
 @needs_manifests
 @pytest.mark.parametrize("architecture", RELEASES)
 def test_the_architecture_is_told_from_the_names(architecture: str) -> None:
-    release = importers.recognise(shapes(architecture), "file")
+    release = importers.recognise_release(shapes(architecture), "file")
     assert release.rules == RELEASES[architecture].rules
     assert release.config.aggregation == "learned"
     expected = (2, 32) if architecture == "r50_c4" else (8, 128)
@@ -72,23 +72,23 @@ def test_the_architecture_is_told_from_the_names(architecture: str) -> None:
 def test_a_file_without_the_perceptron_is_read_too() -> None:
     perceptron = re.compile(r"box_predictor\.\d\.(fc|weight_transform)")
     bare = {name: shape for name, shape in shapes("centernet2_r50").items() if not perceptron.search(name)}
-    assert importers.recognise(bare, "file").config.aggregation == "maximum"
-    account_tensors = importers.account_tensors(bare, "file")
-    assert (account_tensors.unaccounted, account_tensors.missing) == ((), ())
+    assert importers.recognise_release(bare, "file").config.aggregation == "maximum"
+    account = importers.account_codet_tensors(bare, "file")
+    assert (account.unaccounted, account.missing) == ((), ())
 
 
 @needs_manifests
 def test_what_nobody_knows_and_what_is_not_there_are_told() -> None:
     names = shapes("r50_c4") | {"roi_heads.unheard.weight": [3]}
     del names["backbone.stem.conv1.weight"]
-    account_tensors = importers.account_tensors(names, "file")
-    assert account_tensors.unaccounted == ("roi_heads.unheard.weight",)
-    assert account_tensors.missing == ("detector.backbone.conv1.weight",)
+    account = importers.account_codet_tensors(names, "file")
+    assert account.unaccounted == ("roi_heads.unheard.weight",)
+    assert account.missing == ("detector.backbone.conv1.weight",)
 
 
 def test_files_of_other_models_are_refused() -> None:
     with pytest.raises(InputError, match="r50_c4"):
-        importers.recognise({"layer1.0.conv1.weight": [64, 64, 1, 1]}, "other.pth")
+        importers.recognise_release({"layer1.0.conv1.weight": [64, 64, 1, 1]}, "other.pth")
 
 
 def state_of(model: CoDet, release: importers.Release) -> dict[str, torch.Tensor]:
@@ -106,13 +106,13 @@ def test_a_missing_or_misshapen_tensor_is_named(architecture: str) -> None:
     release = RELEASES[architecture]
     model = on_meta(release)
     state = state_of(model, release)
-    assert list(importers.translate(state, model, release, "file")) == list(model.state_dict())
+    assert list(importers.translate_state(state, model, release, "file")) == list(model.state_dict())
     name = next(name for name in state if name.endswith("cls_score.linear.weight"))
     with pytest.raises(InputError, match=rf"{name} has shape \[1\]"):
-        importers.translate(state | {name: torch.zeros(1)}, model, release, "file")
+        importers.translate_state(state | {name: torch.zeros(1)}, model, release, "file")
     del state[name]
     with pytest.raises(InputError, match=f"{name} is missing"):
-        importers.translate(state, model, release, "file")
+        importers.translate_state(state, model, release, "file")
 
 
 def test_the_first_convolution_takes_red_first_in_ours() -> None:
@@ -120,7 +120,7 @@ def test_the_first_convolution_takes_red_first_in_ours() -> None:
     model = on_meta(release)
     state = state_of(model, release)
     first = torch.arange(3.0).view(1, 3, 1, 1).expand(64, 3, 7, 7)
-    translated = importers.translate(state | {"backbone.stem.conv1.weight": first}, model, release, "file")
+    translated = importers.translate_state(state | {"backbone.stem.conv1.weight": first}, model, release, "file")
     assert translated["detector.backbone.conv1.weight"][0, :, 0, 0].tolist() == [2, 1, 0]
 
 
@@ -129,4 +129,4 @@ def test_the_text_tower_is_open_clips_and_says_what_does_not_fit() -> None:
         dataclasses.replace(importers.text_config(), text={**importers.TEXT_CONFIG, "layers": 1})
     )
     with pytest.raises(InputError, match="text encoder"):
-        importers.load_text(dict(tower.state_dict()), "file.pth")
+        importers.load_text_encoder(dict(tower.state_dict()), "file.pth")

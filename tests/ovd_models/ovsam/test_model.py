@@ -11,7 +11,7 @@ from torchvision.ops import nms
 
 from ovd_models.clip.model import Clip, ClipConfig
 from ovd_models.errors import InputError
-from ovd_models.importers.ovsam import account_tensors, load_ovsam
+from ovd_models.importers.ovsam import account_ovsam_tensors, load_ovsam
 from ovd_models.ovsam import crops as ovsam_crops
 from ovd_models.ovsam import model as ovsam
 from ovd_models.ovsam.adapter import Sam2Clip, feature_distillation_loss, valid_positions
@@ -528,7 +528,7 @@ def test_published_files_load_and_strangers_are_told(tmp_path: Any) -> None:
     torch.save({**published, "surplus.weight": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="surplus"):
         load_ovsam(target, path)
-    assert account_tensors(["surplus.weight"]).unaccounted == ("surplus.weight",)
+    assert account_ovsam_tensors(["surplus.weight"]).unaccounted == ("surplus.weight",)
     part = {name: value for name, value in published.items() if not name.startswith("pe.")}
     torch.save(part, path)
     with pytest.raises(InputError, match="no weight for 'prompt_encoder"):

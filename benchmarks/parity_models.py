@@ -1,0 +1,269 @@
+"""Our full-size CoDet models on the recorded inputs of the released ones: the large packs of `parity.py`.
+
+A function of this module yields the compared quantities of a pack.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from parity_packs import PACKS, Pack, Quantity, group_losses, read
+from reference import REFERENCE
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+from ovd_models.codet.model import CoDet
+from ovd_models.detectors.centernet2 import CenterNet2
+from ovd_models.detectors.masks import paste_masks
+from ovd_models.importers.codet import (
+    TEXT_PREFIX,
+    Release,
+    load_text_encoder,
+    recognise_release,
+    released_names,
+    translate_state,
+)
+from ovd_models.losses import caption_loss, cosine_logits
+from ovd_models.vocabulary import Vocabulary
+
+
+def text_encoder(name: str) -> Iterator[Quantity]:
+    pack = read(f"text/{name}")
+    manifest = json.loads((PACKS / "manifests" / "codet_ovcoco_r50c4.json").read_text())
+    state = {
+        key.removeprefix(TEXT_PREFIX): filled(key, shape, "")
+        for key, (shape, _) in manifest.items()
+        if key.startswith(TEXT_PREFIX)
+    }
+    state["positional_embedding"] = state["positional_embedding"] * 0.3
+    encoder = load_text_encoder(state, name)
+    captions = np.load(PACKS / "goldens" / "text" / f"{name}.npz")["captions"].tolist()
+    yield "tokens", encoder.tokenizer(captions), pack["tokens"]
+    yield "features", encoder.embed_captions(captions), F.normalize(pack["features"], dim=1)
+
+
+def filled(name: str, shape: list[int], special: str) -> Tensor:
+    """The weight that the packs' rule gives to a released name."""
+    spec = importlib.util.spec_from_file_location("fill", PACKS / "fill.py")
+    assert spec is not None and spec.loader is not None
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+    array = fill.value(name, tuple(shape))
+    for pattern, scale, shift in fill.SPECIAL.get(special, []):
+        if re.search(pattern, name):
+            array = array * np.float32(scale) + np.float32(shift)
+    return torch.from_numpy(array)
+
+
+def manifest_shapes(manifest: str) -> dict[str, list[int]]:
+    entries = json.loads((PACKS / "manifests" / f"{manifest}.json").read_text())
+    left_out = re.compile(r"text_encoder|zs_weight|detection_weight|base\.fc|weight_transform")
+    return {name: shape for name, (shape, _) in entries.items() if not left_out.search(name)}
+
+
+def manifest_release(manifest: str) -> Release:
+    return recognise_release(manifest_shapes(manifest), manifest)
+
+
+def filled_model(manifest: str, special: str, size: tuple[int, int]) -> CoDet:
+    """The model of a manifest with the rule's weights, for images that are not to be resized."""
+    release = manifest_release(manifest)
+    part = "centernet2" if release.config.architecture == "centernet2" else "detector"
+    sized = dataclasses.replace(getattr(release.config, part), min_size=min(size), max_size=max(size))
+    release = dataclasses.replace(release, config=dataclasses.replace(release.config, **{part: sized}))
+    state = {name: filled(name, shape, special) for name, shape in manifest_shapes(manifest).items()}
+    model = CoDet(release.config)
+    model.load_state_dict(translate_state(state, model, release, manifest))
+    return model.eval()
+
+
+def statistics(values: Tensor) -> Tensor:
+    """What the packs keep of large tensors: sum, sum of magnitudes, deviation, least and greatest."""
+    x = values.detach().double()
+    return torch.stack([x.sum(), x.abs().sum(), x.std(), x.min(), x.max()])
+
+
+def sampled(values: Tensor, count: int) -> Tensor:
+    """`count` values at even distances."""
+    return values.detach().flatten()[torch.from_numpy(np.linspace(0, values.numel() - 1, count).astype(np.int64))]
+
+
+def embedded(file: str) -> Tensor:
+    rows = np.load(REFERENCE / "data" / "lvis" / file).astype(np.float32)
+    return F.normalize(torch.from_numpy(rows), dim=1)
+
+
+def paired(ours: Tensor, scores: Tensor, theirs: Tensor, their_scores: Tensor) -> Iterator[Quantity]:
+    """Proposals are sets: each of theirs is compared with the nearest of ours in place and score, and the reverse."""
+    width = float(theirs.max())
+    entries = [torch.column_stack((box / width, score)) for box, score in ((theirs, their_scores), (ours, scores))]
+    distance = torch.cdist(entries[0], entries[1])
+    nearest, back = distance.argmin(1), distance.argmin(0)
+    yield "proposals", ours[nearest], theirs
+    yield "proposal scores", scores[nearest], their_scores
+    yield "proposals, the reverse", ours, theirs[back]
+    yield "proposal scores, the reverse", scores, their_scores[back]
+
+
+@torch.no_grad()
+def ovcoco_r50c4(name: str) -> Iterator[Quantity]:
+    pack, names = read(f"codet_full/{name}"), embedded("coco_clip_vitb32_a_name.npy")
+    model = filled_model("codet_ovcoco_r50c4", name, tuple(pack["hw"].tolist()))
+    detector = model.detector
+    image = pack["image"].permute(2, 0, 1).flip(0)  # recorded as blue, green, red
+    batch = detector.preprocess([image])
+    yield "pixels", statistics(batch.tensors), pack["preprocessed_stats"]
+    features = detector.features(batch)
+    yield "res4", sampled(features["0"], 2048), pack["feat_res4_slice"]
+    boxes = detector.propose(batch, features).boxes[0]
+    nearest = box_iou(pack["prop_boxes"], boxes).argmax(1)
+    yield "proposals", boxes[nearest], pack["prop_boxes"]
+    regions = detector.region_features(features, [pack["prop_boxes"]])
+    yield "box deltas", detector.box_deltas(regions), pack["deltas"]
+    logits = F.pad(cosine_logits(detector.projection(regions), names, 50.0), (0, 1))
+    yield "logits", sampled(logits, 8192), pack["logits_slice"]
+    yield "logit statistics", statistics(logits), pack["logits_stats"]
+    yield from detections(model, image, names, pack, 0.05, 100)
+
+
+def detections(
+    model: CoDet, image: Tensor, names: Tensor, pack: Pack, threshold: float, limit: int
+) -> Iterator[Quantity]:
+    vocabulary = Vocabulary(tuple(map(str, range(len(names)))), names)
+    (found,) = model.detect([image], vocabulary, score_threshold=threshold, max_detections=limit)
+    yield "detected classes", found.labels, pack["det_classes"]
+    yield "detected boxes", found.boxes, pack["det_boxes"]
+    yield "detection scores", found.scores, pack["det_scores"]
+    yield "boxes at twice the size", found.boxes * 2, pack["post_boxes"]
+
+
+@torch.no_grad()
+def ovlvis_r50(name: str) -> Iterator[Quantity]:
+    pack, names = read(f"codet_full/{name}"), embedded("lvis_v1_clip_vitb32_a_name.npy")
+    model = filled_model("codet_ovlvis_r50", name, tuple(pack["hw"].tolist()))
+    detector = model.detector
+    assert isinstance(detector, CenterNet2)
+    image = pack["image"].permute(2, 0, 1)
+    batch = detector.preprocess([image])
+    yield "pixels", statistics(batch.tensors), pack["preprocessed_stats"]
+    features = detector.features(batch)
+    for level, values in zip(range(3, 8), features.values(), strict=True):
+        theirs = pack[f"feat_p{level}_slice"]
+        yield f"p{level}", sampled(values, len(theirs)), theirs
+    proposals = detector.propose(batch, features)
+    yield from paired(proposals.boxes[0], proposals.scores[0], pack["prop_boxes"], pack["prop_scores"])
+    for index, output in enumerate(detector.cascade(features, [pack["prop_boxes"]], batch.image_sizes)):
+        logits = F.pad(cosine_logits(output.embeddings, names, 50.0), (0, 1))
+        yield f"stage {index} logits", sampled(logits, 8192), pack[f"stage{index}_logits_slice"]
+        yield f"stage {index} logit statistics", statistics(logits), pack[f"stage{index}_logits_stats"]
+        yield f"stage {index} deltas", output.deltas, pack[f"stage{index}_deltas"]
+        yield f"stage {index} boxes", detector.stages[index].refined(output)[0], pack[f"stage{index}_boxes"]
+    yield from detections(model, image, names, pack, 0.02, 300)
+    masks = detector.mask_logits(features, [pack["det_boxes"]]).sigmoid()
+    yield "masks", masks[: len(pack["det_masks_slice"])], pack["det_masks_slice"]
+    yield "mask statistics", statistics(masks), pack["det_masks_stats"]
+    height, width = (2 * side for side in pack["hw"].tolist())
+    areas = paste_masks(masks, pack["post_boxes"], height, width).sum((1, 2))
+    yield "mask areas", areas, pack["post_mask_area"]
+
+
+def caption_ovlvis_r50(name: str) -> Iterator[Quantity]:
+    pack = read(f"codet_full/{name}")
+    count, size = 128, int(pack["g"])
+    concepts = F.normalize(filled("cc3m_zs_standin", [512, 4706], "").T, dim=1)
+    model = filled_model("codet_ovlvis_r50", "ovlvis_r50", (128, 160)).train()
+    detector = model.detector
+    assert isinstance(detector, CenterNet2)
+    batch = detector.preprocess(list(pack["images"].permute(0, 3, 1, 2)))
+    features = detector.features(batch)
+    proposals = detector.propose(batch, features)
+    for image, (boxes, scores) in enumerate(zip(proposals.boxes, proposals.scores, strict=True)):
+        inside = clip_boxes_to_image(boxes[:count], batch.image_sizes[image])
+        theirs = pack[f"top_boxes_{image}"][:-1], pack[f"top_scores_{image}"][:-1]
+        yield from paired(inside, scores[:count], *theirs)
+    # The perceptron knows the ranks of proposals, so from here on theirs are used, in their order.
+    outputs = detector.cascade(features, [pack[f"top_boxes_{image}"] for image in range(size)], batch.image_sizes)
+    total, chosen = torch.zeros(()), torch.full((size,), 77)
+    for stage, output in enumerate(outputs):
+        rows = output.embeddings.view(size, count + 1, -1)
+        regions = rows[None, :, :-1]
+        aligned = model.aggregations[stage](regions, torch.ones(1, regions.shape[-1]))
+        yield f"stage {stage} attention", aligned.attention[0], pack[f"st{stage}_weights"]
+        yield f"stage {stage} prototypes", aligned.prototype[0], pack[f"st{stage}_prototype"]
+        recorded = {"fed": True, "fed_inds": pack["fed_inds"][stage * size : (stage + 1) * size], "rank": 0}
+        recorded["caption_feats_with_rank"] = F.pad(pack["caption_feats"], (0, 1))
+        region, caption = group_losses(
+            recorded, cosine_logits(aligned.prototype[0], concepts, 50.0), chosen, rows[:, -1]
+        )
+        yield f"stage {stage} region loss", region, pack[f"st{stage}_region_loss"]
+        yield f"stage {stage} caption loss", caption, pack[f"st{stage}_caption_loss"]
+        loss = 0.2 * (region.mean() + caption.mean())
+        yield f"stage {stage} loss", loss, pack[f"loss:image_loss_stage{stage}"]
+        total = total + loss
+    total.backward()
+    yield from gradients(model, "codet_ovlvis_r50", pack)
+
+
+def gradients(model: CoDet, manifest: str, pack: Pack) -> Iterator[Quantity]:
+    """Statistics and samples of the recorded gradients, scaled to the greatest of each tensor."""
+    release = manifest_release(manifest)
+    parameters = {
+        theirs: parameter for ours, parameter in model.named_parameters() for theirs in released_names(ours, release)
+    }
+    for key, theirs in pack.items():
+        if key.startswith("grad:") and not key.endswith("fc2.bias"):  # a softmax ignores it: rounding noise
+            gradient = parameters[key.removeprefix("grad:")].grad
+            assert gradient is not None
+            ours = torch.cat((statistics(gradient), sampled(gradient, len(theirs) - 5)))
+            scale = theirs[3:5].abs().max()
+            yield f"gradient {key.removeprefix('grad:')}", ours[3:] / scale, theirs[3:] / scale
+
+
+def caption_ovcoco_r50c4(name: str) -> Iterator[Quantity]:
+    pack = read(f"codet_full/{name}")
+    count, groups, size = 32, 2, int(pack["g"])
+    model = filled_model("codet_ovcoco_r50c4", "ovcoco_r50c4", (160, 208)).train()
+    detector = model.detector
+    batch = detector.preprocess(list(pack["images"].permute(0, 3, 1, 2).flip(1)))
+    with torch.no_grad():
+        features = detector.features(batch)
+        proposals = detector.propose(batch, features).boxes
+        for image, boxes in enumerate(proposals):
+            theirs = pack[f"top_boxes_{image}"][:-1]
+            yield f"proposals of image {image}", boxes[:count][box_iou(theirs, boxes[:count]).argmax(1)], theirs
+        given = [pack[f"top_boxes_{image}"] for image in range(groups * size)]
+        rows = detector.projection(detector.region_features(features, given)).view(groups * size, count + 1, -1)
+    captions = F.normalize(pack["caption_feats"], dim=1)
+    same_rank = torch.ones(len(rows), dtype=torch.bool)
+    caption = [caption_loss(rows[[i], -1], captions, torch.tensor([i]), same_rank, 50.0) for i in range(len(rows))]
+    yield "caption loss", torch.stack(caption), pack["st0_caption_loss"]
+    # The table of concepts that guided this run is not at hand. A group's 512 weights are solved for from its 1,024
+    # recorded similarities; that one set of weights explains them all is what is checked, and what follows from them.
+    units = F.normalize(rows[:, :-1], dim=-1).double()
+    guidance = []
+    for group in range(groups):
+        query, support = units[2 * group], units[2 * group + 1]
+        products = torch.einsum("ad,bd->abd", query, support).flatten(0, 1)
+        recorded = pack["st0_simi_slice"][2 * group].double()
+        weights = torch.linalg.lstsq(products, recorded[:, None], driver="gelsd").solution[:, 0]
+        yield f"similarities of group {group}", products @ weights, recorded
+        guidance.append(weights)
+    regions = rows[:, :-1].view(groups, size, count, -1)
+    with torch.no_grad():
+        aligned = model.aggregations[0](regions, torch.stack(guidance).float())
+    yield "attention", aligned.attention.flatten(0, 1), pack["st0_weights"]
+    yield "prototypes", aligned.prototype.flatten(0, 1), pack["st0_prototype"]
+
+
+FULL_FUNCTIONS: dict[str, Callable[[str], Iterator[Quantity]]] = {
+    "clip_text_encoder": text_encoder,
+    "ovcoco_r50c4": ovcoco_r50c4,
+    "ovlvis_r50": ovlvis_r50,
+    "caption_ovcoco_r50c4": caption_ovcoco_r50c4,
+    "caption_ovlvis_r50": caption_ovlvis_r50,
+}
