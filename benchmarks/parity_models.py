@@ -186,7 +186,7 @@ def caption_ovlvis_r50(name: str) -> Iterator[Quantity]:
         inside = clip_boxes_to_image(boxes[:count], batch.image_sizes[image])
         theirs = pack[f"top_boxes_{image}"][:-1], pack[f"top_scores_{image}"][:-1]
         yield from paired(inside, scores[:count], *theirs)
-    # The perceptron knows the ranks of proposals, so from here on theirs are used, in their order.
+    # The MLP depends on the ranks of proposals, so theirs are used from here on, in their order.
     outputs = detector.cascade(features, [pack[f"top_boxes_{image}"] for image in range(size)], batch.image_sizes)
     total, chosen = torch.zeros(()), torch.full((size,), 77)
     for stage, output in enumerate(outputs):

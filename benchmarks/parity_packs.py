@@ -25,7 +25,7 @@ from ovd_models.detectors.centernet import (
     flatten_levels,
 )
 from ovd_models.detectors.centernet2 import combine_scores
-from ovd_models.detectors.rcnn import select_detections
+from ovd_models.detectors.resizing import Selection, select_detections
 from ovd_models.losses import caption_loss, concept_loss, cosine_logits, federated_classes, sigmoid_loss
 
 PACKS = REFERENCE / "parity"
@@ -101,11 +101,11 @@ def boxloss(name: str) -> Iterator[Quantity]:
         yield f"{variant} class loss", loss, pack[f"{variant}_loss_cls"]
         yield f"{variant} class gradient", scores.grad, pack[f"{variant}_grad_scores"]
     coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
-    goals = coder.encode_single(pack["gt_boxes"], pack["proposal_boxes"])
-    yield "coded boxes", goals, pack["target_deltas"]
+    targets_R4 = coder.encode_single(pack["gt_boxes"], pack["proposal_boxes"])
+    yield "coded boxes", targets_R4, pack["target_deltas"]
     yield "decoded boxes", coder.decode_single(pack["deltas"], pack["proposal_boxes"]), pack["applied"]
     deltas, objects = pack["deltas"].clone().requires_grad_(), labels >= 0
-    loss = F.l1_loss(deltas[objects], goals[objects], reduction="sum") / len(labels)
+    loss = F.l1_loss(deltas[objects], targets_R4[objects], reduction="sum") / len(labels)
     loss.backward()
     yield "box loss", loss, pack["plain_loss_box_reg"]
     yield "box gradient", deltas.grad, pack["plain_grad_deltas"]
@@ -119,7 +119,7 @@ def inference(name: str) -> Iterator[Quantity]:
     boxes = clip_boxes_to_image(pack["boxes"], (height, width))
     for prefix, limits, used in (("out", "", scores), ("b", "b_", pack["mean_scores"])):
         threshold, limit = float(pack[f"{limits}thr"]), int(pack[f"{limits}topk"])
-        found = select_detections(boxes, used[:, :-1], threshold, float(pack["nms"]), limit)
+        found = select_detections(boxes, used[:, :-1], Selection(float(pack["nms"]), threshold, limit))
         for what, ours in zip(("boxes", "scores", "classes"), found, strict=True):
             yield f"{prefix} {what}", ours, pack[f"{prefix}_{what}"]
 
@@ -129,7 +129,7 @@ def zeroshot(name: str) -> Iterator[Quantity]:
     concepts = F.normalize(read(f"codet/align_zs_{name[-2:]}")["zs_raw"], dim=1)
     names, other = F.normalize(pack["det_raw"], dim=1), F.normalize(pack["classifier_override"], dim=1)
     regions = F.linear(pack["x"], pack["linear_weight"], pack["linear_bias"])
-    # Theirs has a last column for background whose logit is always 0.
+    # The released logits end with a background column, which is always 0.
     yield "caption training", F.pad(cosine_logits(regions, concepts, 50.0), (0, 1)), pack["out_train_caption"]
     yield "box training", F.pad(cosine_logits(regions, names, 50.0), (0, 1)), pack["out_train_box"]
     yield "evaluation", F.pad(cosine_logits(regions, names, 50.0), (0, 1)), pack["out_eval"]

@@ -20,7 +20,7 @@ class TensorRecord:
     """Base of dataclasses that hold tensors."""
 
     def to(self, device: torch.device) -> Self:
-        """The same record on another device, including tensors in tuples and in records inside it."""
+        """The same record on another device, with all tensors in its tuples and records."""
         moved: Self = _moved(self, device)
         return moved
 

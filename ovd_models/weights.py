@@ -97,5 +97,5 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], origin: str | Path)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise InputError(f"{origin}: weights do not fit ({lines[min(1, len(lines) - 1)].strip()})") from error
+        reason = str(error).splitlines()[:2][-1].strip().split('", "')[0]
+        raise InputError(f"{origin}: weights do not fit ({reason})") from error

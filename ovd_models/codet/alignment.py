@@ -187,25 +187,13 @@ class LearnedAggregation(nn.Module):
 
 
 def nearest_to_text(region_GgND: Tensor, valid_GgN: Tensor, text_GD: Tensor) -> Alignment:
-    """Region-text alignment: all attention on the proposal most similar to the concept's name.
-
-    Args:
-        region_GgND: [G, g, N, D] region features of any norm.
-        valid_GgN: [G, g, N] bool, False where padded.
-        text_GD: [G, D] unit embeddings of the groups' concepts.
-    """
+    """Region-text alignment: all attention on the proposal most similar to the concept's name, as in `align`."""
     region_GgND, unit_GgND, valid_GgN = finite_regions(region_GgND, valid_GgN)
     return hard_attention(region_GgND, valid_GgN, torch.einsum("gqad,gd->gqa", unit_GgND, text_GD))
 
 
 def largest_proposal(region_GgND: Tensor, valid_GgN: Tensor, area_GgN: Tensor) -> Alignment:
-    """All attention on the largest proposal (Detic, arXiv 2201.02605, max-size loss).
-
-    Args:
-        region_GgND: [G, g, N, D] region features of any norm.
-        valid_GgN: [G, g, N] bool, False where padded.
-        area_GgN: [G, g, N] areas of the proposals, in any unit.
-    """
+    """All attention on the largest proposal (Detic, arXiv 2201.02605, max-size loss); areas [G, g, N] in any unit."""
     region_GgND, _, valid_GgN = finite_regions(region_GgND, valid_GgN)
     return hard_attention(region_GgND, valid_GgN, area_GgN)
 

@@ -128,11 +128,10 @@ class CoDet(nn.Module):
         """
         if concepts_CD is None or self.config.supervision == "boxes":
             concepts = None
-        if self.config.caption_sizes and detection is not None and concepts is not None:
-            losses = self._losses(detection, None, categories_KD, None)
-            losses |= self._losses(None, concepts, categories_KD, concepts_CD)
-        else:
-            losses = self._losses(detection, concepts, categories_KD, concepts_CD)
+        separate = self.config.caption_sizes and detection is not None and concepts is not None
+        losses: dict[str, Tensor] = {}
+        for annotated, captioned in ((detection, None), (None, concepts)) if separate else ((detection, concepts),):
+            losses |= self._losses(annotated, captioned, categories_KD, concepts_CD)
         if detection is None:  # all parameters need a gradient, which is averaged over ranks
             unused = 0.0 * torch.stack([value.sum() for value in self.parameters()]).sum()
             losses["concept"] = losses["concept"] + unused if "concept" in losses else unused

@@ -10,8 +10,7 @@ from timm.layers.norm_act import freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from ovd_models.errors import InputError
-from ovd_models.weights import read_state
+from ovd_models.weights import load_strict, read_state
 
 
 def build_backbone(
@@ -68,11 +67,6 @@ def load_backbone(backbone: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         InputError: a weight of the backbone is missing or of another shape.
     """
-    wanted = backbone.state_dict()
-    for name, value in wanted.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        if name not in state or state[name].shape != value.shape:
-            found = list(state[name].shape) if name in state else "nothing"
-            raise InputError(f"backbone weight {name}: found {found}, expected shape {list(value.shape)}")
-    backbone.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
+    own = backbone.state_dict()
+    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    load_strict(backbone, {name: value for name, value in (counters | state).items() if name in own}, "backbone")

@@ -14,8 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from ovd_models.detectors.backbones import build_backbone, feature_info, freeze_norms
 from ovd_models.detectors.feature_pyramid import pool_regions
-from ovd_models.detectors.heads import build_box_deltas
-from ovd_models.detectors.rcnn import ASPECT_RATIOS, RCNN, RCNNConfig, build_roi_heads, build_rpn
+from ovd_models.detectors.rcnn import ASPECT_RATIOS, RCNN, RCNNConfig, build_box_deltas, build_roi_heads, build_rpn
 from ovd_models.detectors.resizing import ResizedImages, build_transform
 
 

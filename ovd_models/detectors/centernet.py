@@ -46,11 +46,6 @@ class CenterNetConfig:
     ignore_above: float = 0.85
     """Points with a higher heat that are no centre have no loss: they may be unannotated objects."""
 
-    @property
-    def radius_factor(self) -> float:
-        """Ratio of the heat's radius to the root of twice the box's area."""
-        return (1 - self.min_overlap) / (1 + self.min_overlap)
-
 
 class CenterNetHead(nn.Module):
     """Heat and box distances at every point of every level.
@@ -155,8 +150,9 @@ def _image_targets(
     regress_MN = (to_cell_MN2 <= stride_M11).all(-1) & (distance_MN4.amin(-1) > 0) & _fits(box_N4, config).T[level_M]
     squared_MN = (point_M2[:, None] - centre_N2).square().sum(-1)
     squared_MN = squared_MN.masked_fill((to_cell_MN2 == 0).all(-1), 0.0)
+    radius_factor = (1 - config.min_overlap) / (1 + config.min_overlap)  # relative to the root of twice the area
     area_N = (box_N4[:, 2:] - box_N4[:, :2]).prod(1)
-    scaled_MN = squared_MN / (2 * config.radius_factor**2 * area_N).clamp(min=config.min_radius**2)
+    scaled_MN = squared_MN / (2 * radius_factor**2 * area_N).clamp(min=config.min_radius**2)
     heat_M = torch.exp(-scaled_MN.amin(1))
     nearest = scaled_MN.masked_fill(~regress_MN, torch.inf).min(1)
     chosen_M4 = distance_MN4[torch.arange(len(point_M2), device=point_M2.device), nearest.indices] / stride_M1

@@ -29,10 +29,9 @@ from ovd_models.detectors.centernet import (
 )
 from ovd_models.detectors.eva import EvaConfig, EvaPyramid
 from ovd_models.detectors.feature_pyramid import Pyramid, SwinMaps, TimmMaps, pool_regions
-from ovd_models.detectors.heads import build_box_deltas
 from ovd_models.detectors.masks import with_masks
-from ovd_models.detectors.rcnn import build_roi_heads, sample_regions, select_detections
-from ovd_models.detectors.resizing import ResizedImages, build_transform, resize_images
+from ovd_models.detectors.rcnn import build_box_deltas, build_roi_heads, sample_regions
+from ovd_models.detectors.resizing import ResizedImages, Selection, build_transform, resize_images
 from ovd_models.losses import cosine_logits, federated_classes, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
 
@@ -200,16 +199,7 @@ class CenterNet2(nn.Module):
         targets: list[dict[str, Tensor]],
         text_KD: Tensor,
     ) -> dict[str, Tensor]:
-        """Losses of the first `len(targets)` images of the batch, which are those with boxes.
-
-        Args:
-            images: the batch.
-            features: pyramid levels of all images.
-            proposals: of all images.
-            targets: `boxes` [N, 4] in resized pixels, `labels` [N], rows of `text_KD`, and optionally `masks`
-                [N, H, W] bool of the resized image.
-            text_KD: [K, D] unit rows of the annotated categories.
-        """
+        """Losses as of `RCNN.detection_losses`; targets may also hold `masks` [N, H, W] bool of the resized image."""
         count, config = len(targets), self.config
         shapes = [(int(level.shape[-2]), int(level.shape[-1])) for level in proposals.heat]
         point_targets = centre_targets([target["boxes"] for target in targets], shapes, config.proposals)
@@ -244,10 +234,7 @@ class CenterNet2(nn.Module):
         coder = self.stages[index].coder
         target_R4 = coder.encode_single(matched_R4[foreground], torch.cat(output.boxes)[foreground])  # type: ignore[operator, union-attr]
         loss_box = F.l1_loss(output.deltas[foreground], target_R4, reduction="sum")
-        return {
-            "classes": sigmoid_loss(logits_RK, label_R, counted_K),
-            "box": loss_box / max(1, len(label_R)),
-        }
+        return {"classes": sigmoid_loss(logits_RK, label_R, counted_K), "box": loss_box / max(1, len(label_R))}
 
     def _mask_loss(
         self, features: dict[str, Tensor], regions: list[Tensor], targets: list[dict[str, Tensor]]
@@ -279,6 +266,7 @@ class CenterNet2(nn.Module):
 
         A score is the root of the mean class probability of all stages times the proposal's.
         """
+        selection = Selection(self.config.box_nms, score_threshold, max_detections)
         resized = self.preprocess(images)
         features = self.features(resized)
         proposals = self.propose(resized, features)
@@ -288,16 +276,8 @@ class CenterNet2(nn.Module):
         score_RK = combine_scores(stage_SRK, torch.cat(proposals.scores))
         refined = self.stages[-1].refined(outputs[-1])  # type: ignore[operator]
         scores = torch.split(score_RK, [len(entry) for entry in proposals.boxes])
-        selected = [
-            select_detections(
-                clip_boxes_to_image(box_N4, size), score_NK, score_threshold, self.config.box_nms, max_detections
-            )
-            for box_N4, score_NK, size in zip(refined, scores, resized.image_sizes, strict=True)
-        ]
-        detections = resized.detections(selected, vocabulary.names)
-        if self.config.mask_convs:
-            detections = with_masks(detections, self.mask_logits(features, [box for box, _, _ in selected]))
-        return detections
+        detections, boxes = resized.detections(refined, scores, vocabulary.names, selection)
+        return with_masks(detections, self.mask_logits(features, boxes)) if self.config.mask_convs else detections
 
 
 def build_pyramid(config: CenterNet2Config) -> nn.Module:

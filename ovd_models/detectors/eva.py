@@ -73,24 +73,16 @@ class EvaPyramid(nn.Module):
             for index in range(c.depth)
         )  # fmt: skip
         half, quarter = c.width // 2, c.width // 4
-        ends = [
-            (ConvNorm(width, channels, 1), ConvNorm(channels, channels, 3))
-            for width in (quarter, half, c.width, c.width)
-        ]
+        widths = (quarter, half, c.width, c.width)
+        ends = [(ConvNorm(width, channels, 1), ConvNorm(channels, channels, 3)) for width in widths]
         up = (
             nn.ConvTranspose2d(c.width, half, 2, 2),
             LayerNorm2d(half),
             nn.GELU(),
             nn.ConvTranspose2d(half, quarter, 2, 2),
         )
-        self.simple = nn.ModuleList(
-            [
-                nn.Sequential(*up, *ends[0]),
-                nn.Sequential(nn.ConvTranspose2d(c.width, half, 2, 2), *ends[1]),
-                nn.Sequential(*ends[2]),
-                nn.Sequential(nn.MaxPool2d(2), *ends[3]),
-            ]
-        )
+        starts = (up, (nn.ConvTranspose2d(c.width, half, 2, 2),), (), (nn.MaxPool2d(2),))
+        self.simple = nn.ModuleList(nn.Sequential(*start, *end) for start, end in zip(starts, ends, strict=True))
         self.p6, self.p7 = (nn.Conv2d(channels, channels, 3, 2, 1) for _ in range(2))
 
     def forward(self, images: Tensor) -> list[Tensor]:

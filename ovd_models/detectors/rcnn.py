@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ovd_models.batches import DetectionBatch, Detections
 from ovd_models.detectors.backbones import build_backbone, feature_info
-from ovd_models.detectors.heads import POOLED, MaskHead, build_box_deltas, build_box_head
-from ovd_models.detectors.region_pool import RegionPool
-from ovd_models.detectors.resizing import ResizedImages, annotated_targets, build_transform, resize_images
+from ovd_models.detectors.masks import MaskHead
+from ovd_models.detectors.region_pool import POOLED, RegionPool
+from ovd_models.detectors.resizing import ResizedImages, Selection, annotated_targets, build_transform, resize_images
 from ovd_models.losses import cosine_logits, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
 
@@ -212,12 +213,8 @@ class RCNN(ProposalNetwork):
     def box_loss(self, region_RF: Tensor, sample: RegionSample) -> Tensor:
         """Smooth L1 of the class-agnostic box branch on objects, averaged over all regions."""
         foreground = sample.labels >= 0
-        loss = F.smooth_l1_loss(
-            self.box_deltas(region_RF)[foreground],
-            sample.deltas[foreground],
-            beta=self.config.box_beta,
-            reduction="sum",
-        )
+        predicted_R4, target_R4 = self.box_deltas(region_RF)[foreground], sample.deltas[foreground]
+        loss = F.smooth_l1_loss(predicted_R4, target_R4, beta=self.config.box_beta, reduction="sum")
         return loss / max(1, len(sample.labels))
 
     def refine(self, region_RF: Tensor, boxes: list[Tensor]) -> list[Tensor]:
@@ -236,6 +233,7 @@ class RCNN(ProposalNetwork):
         max_detections: int = 100,
     ) -> list[Detections]:
         """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` per image."""
+        selection = Selection(self.config.box_nms, score_threshold, max_detections)
         resized = self.preprocess(images)
         features = self.features(resized)
         boxes = self.propose(resized, features).boxes
@@ -243,13 +241,7 @@ class RCNN(ProposalNetwork):
         refined = self.refine(region_RF, boxes)
         logits_RS = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
         scores = torch.split(vocabulary.strongest(logits_RS).sigmoid(), [len(entry) for entry in boxes])
-        selected = [
-            select_detections(
-                clip_boxes_to_image(box_N4, size), score_NK, score_threshold, self.config.box_nms, max_detections
-            )
-            for box_N4, score_NK, size in zip(refined, scores, resized.image_sizes, strict=True)
-        ]
-        return resized.detections(selected, vocabulary.names)
+        return resized.detections(refined, scores, vocabulary.names, selection)[0]
 
 
 def build_rpn(
@@ -278,18 +270,20 @@ def sample_regions(heads: RoIHeads, proposals: list[Tensor], targets: list[dict[
     return RegionSample(boxes, matched, torch.cat(labels) - 1, torch.cat(deltas))
 
 
-def select_detections(
-    box_N4: Tensor, score_NK: Tensor, threshold: float, nms: float, limit: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best (box, class) pairs after suppression within each class.
+def build_box_head(channels: int, width: int, convs: int) -> nn.Module:
+    """[R, channels, 7, 7] -> [R, width]: any number of 3x3 convolutions, then two fully connected layers.
 
-    Returns:
-        Boxes [M, 4], scores [M] and classes [M], best first, at most `limit`.
+    With convolutions, every layer has batch norm, as in ViLD (4conv + 2FC).
     """
-    region, label = torch.nonzero(score_NK > threshold, as_tuple=True)
-    score = score_NK[region, label]
-    if len(score) > 20 * limit:  # suppression is quadratic: drop hopeless candidates first
-        best = score.topk(20 * limit).indices
-        region, label, score = region[best], label[best], score[best]
-    keep = batched_nms(box_N4[region], score, label, nms)[:limit]
-    return box_N4[region[keep]], score[keep], label[keep]
+    if not convs:
+        return cast(nn.Module, TwoMLPHead(channels * POOLED**2, width))
+    layers: list[nn.Module] = [Conv2dNormActivation(channels, channels) for _ in range(convs)]
+    layers.append(nn.Flatten())
+    for inputs in (channels * POOLED**2, width):
+        layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def build_box_deltas(width: int) -> nn.Sequential:
+    """[R, width] features -> [R, 4] class-agnostic box displacements."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))

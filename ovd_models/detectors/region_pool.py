@@ -18,6 +18,8 @@ from torchvision.ops.poolers import LevelMapper
 
 from ovd_models.detectors.resizing import image_indices
 
+POOLED = 7
+"""Side of a pooled region."""
 MAX_CELLS = 40 * 40
 MAX_CELLS_TRAINING = 64 * 64
 """Largest maps that products are used on: their time grows with the map. torchvision's forward pass is slower on small

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 from ovd_models.prompts import prompts_of
-from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary, clean_names
+from ovd_models.vocabulary import TextEncoder, Vocabulary, clean_names
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,16 @@ def build_query(
     Raises:
         InputError: a name is empty or cannot be embedded, or the prompts are unknown.
     """
+
+    def embed(labels: Sequence[str]) -> Tensor:
+        if not prompts:
+            return encoder.embed_names(labels)
+        return embed_prompts(encoder, [prompts_of(name, prompts) for name in labels])
+
     top = clean_names(list(names))
-    known = build_vocabulary(encoder, top, splits if any(name in splits for name in top) else None)
-    if prompts:
-        known = Vocabulary(known.names, embed_prompts(encoder, top, prompts), known.is_base)
-    children, parents = None, None
+    has_split = any(name in splits for name in top)
+    is_base = torch.tensor([splits.get(name) == "base" for name in top]) if has_split else None
+    parents, children, rows = Vocabulary(top, embed(top), is_base), None, None
     if isinstance(names, Mapping):
         if len(top) != len(names):
             raise InputError("vocabulary: a name is repeated, expected each parent once")
@@ -66,40 +71,23 @@ def build_query(
             below = clean_names([child for child, _ in pairs])
             if len(below) != len(pairs):
                 raise InputError("vocabulary: a child has two parents, expected one")
-            rows = embed_prompts(encoder, below, prompts) if prompts else encoder.embed_names(below)
-            children, parents = Vocabulary(below, rows), torch.tensor([row for _, row in pairs])
+            children, rows = Vocabulary(below, embed(below)), torch.tensor([row for _, row in pairs])
     words = None
     if attributes:
         cleaned = clean_names(attributes)
         labels = children.names if children is not None else top
-        words = Vocabulary(cleaned, embed_attributes(encoder, cleaned, labels, attribute_prompts))
-    return RegionQuery(known, words, children, parents)
+        # The part that comes from the names is the same for all words, so a softmax over the words ignores it.
+        texts = [[text for n in labels for text in prompts_of(f"{word} {n}", attribute_prompts)] for word in cleaned]
+        words = Vocabulary(cleaned, embed_prompts(encoder, texts))
+    return RegionQuery(parents, words, children, rows)
 
 
-def embed_prompts(encoder: TextEncoder, names: Sequence[str], prompts: str) -> Tensor:
-    """[K, D] unit rows: the mean of each name's prompt embeddings.
-
-    Raises:
-        InputError: the prompt set is unknown, or the encoder is a table of names.
-    """
-    return _mean_of(encoder, [prompts_of(name, prompts) for name in names])
-
-
-def embed_attributes(encoder: TextEncoder, words: Sequence[str], names: Sequence[str], prompts: str) -> Tensor:
-    """[A, D] unit rows: the mean over each word before every name, in all prompts.
-
-    The part that comes from the names is the same for all words, so a softmax over the words ignores it.
+def embed_prompts(encoder: TextEncoder, texts_KP: Sequence[Sequence[str]]) -> Tensor:
+    """[K, D] unit rows: the mean of each name's P prompt embeddings.
 
     Raises:
-        InputError: the prompt set is unknown, or the encoder is a table of names.
+        InputError: the encoder is a table of names.
     """
-    return _mean_of(
-        encoder, [[text for name in names for text in prompts_of(f"{word} {name}", prompts)] for word in words]
-    )
-
-
-def _mean_of(encoder: TextEncoder, texts_KP: Sequence[Sequence[str]]) -> Tensor:
-    """K lists of P texts -> [K, D] unit means of their unit rows."""
     rows = encoder.embed_captions([text for texts in texts_KP for text in texts])
     if rows is None:
         raise InputError("prompts: the checkpoint has a table of names, expected one with a text tower")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ovd_models.batches import Detections
-from ovd_models.detectors.rcnn import select_detections
 from ovd_models.detectors.region_query import RegionQuery
+from ovd_models.detectors.resizing import Selection, select_detections
 from ovd_models.losses import cosine_logits
 from ovd_models.vocabulary import Vocabulary
 
@@ -153,19 +153,10 @@ def _logits(region_ND: Tensor, vocabulary: Vocabulary, temperature: float) -> Te
     return vocabulary.strongest(cosine_logits(region_ND, vocabulary.embeddings, temperature))
 
 
-def detect_in_record(
-    record: RegionRecord,
-    query: RegionQuery,
-    scoring: Scoring,
-    *,
-    nms: float,
-    score_threshold: float,
-    max_detections: int,
-) -> Detections:
+def detect_in_record(record: RegionRecord, query: RegionQuery, scoring: Scoring, selection: Selection) -> Detections:
     """The best (box, label) pairs of one image, after suppression within each label."""
     score_NL, labels = score_labels(record, query, scoring)
-    boxes, scores, chosen = select_detections(record.boxes, score_NL, score_threshold, nms, max_detections)
-    return Detections(boxes, scores, chosen, labels, record.width, record.height)
+    return Detections(*select_detections(record.boxes, score_NL, selection), labels, record.width, record.height)
 
 
 def use_teacher(

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from ovd_models.batches import DetectionBatch, Detections
 
 Size = tuple[int, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which (box, class) pairs of an image are detections."""
+
+    nms: float
+    """Overlap above which the lower score of a class is suppressed."""
+    score_threshold: float
+    max_detections: int
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,23 @@ class ResizedImages:
         wide = self.wide_boxes(boxes)
         return [clip_boxes_to_image(box, size) for box, size in zip(wide, self.original_sizes, strict=True)]
 
-    def detections(self, selected: Sequence[tuple[Tensor, Tensor, Tensor]], names: tuple[str, ...]) -> list[Detections]:
-        """Boxes [N, 4] in resized pixels, scores [N] and labels [N] of each image as its detections."""
-        boxes = self.original_boxes([box for box, _, _ in selected])
+    def detections(
+        self, boxes: Sequence[Tensor], scores: Sequence[Tensor], names: tuple[str, ...], selection: Selection
+    ) -> tuple[list[Detections], list[Tensor]]:
+        """Select detections from boxes [N, 4] in resized pixels and scores [N, K] of each image.
+
+        Returns:
+            The detections, and their boxes in resized pixels.
+        """
+        inside = [clip_boxes_to_image(box, size) for box, size in zip(boxes, self.image_sizes, strict=True)]
+        selected = [select_detections(*pair, selection) for pair in zip(inside, scores, strict=True)]
+        resized = [box for box, _, _ in selected]
         return [
-            Detections(box, scores, labels, names, width, height)
-            for box, (_, scores, labels), (height, width) in zip(boxes, selected, self.original_sizes, strict=True)
-        ]
+            Detections(box, score, label, names, width, height)
+            for box, (_, score, label), (height, width) in zip(
+                self.original_boxes(resized), selected, self.original_sizes, strict=True
+            )
+        ], resized
 
 
 def _scale_boxes(boxes: Sequence[Tensor], old: Sequence[Size], new: Sequence[Size]) -> list[Tensor]:
@@ -115,3 +135,19 @@ def resize_masks(mask_NHW: Tensor, wide: Size, size: Size) -> Tensor:
 def image_indices(boxes: Sequence[Tensor]) -> Tensor:
     """[R] int64: the image that each box of B tensors [N, 4] belongs to, images in order."""
     return torch.repeat_interleave(torch.tensor([len(entry) for entry in boxes], device=boxes[0].device))
+
+
+def select_detections(box_N4: Tensor, score_NK: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    """The best (box, class) pairs after suppression within each class.
+
+    Returns:
+        Boxes [M, 4], scores [M] and classes [M], best first, at most `selection.max_detections`.
+    """
+    limit = selection.max_detections
+    region, label = torch.nonzero(score_NK > selection.score_threshold, as_tuple=True)
+    score = score_NK[region, label]
+    if len(score) > 20 * limit:  # suppression is quadratic: drop hopeless candidates first
+        best = score.topk(20 * limit).indices
+        region, label, score = region[best], label[best], score[best]
+    keep = batched_nms(box_N4[region], score, label, selection.nms)[:limit]
+    return box_N4[region[keep]], score[keep], label[keep]

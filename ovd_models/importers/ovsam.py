@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovd_models.errors import InputError
 from ovd_models.ovsam.model import OvSam
-from ovd_models.weights import TensorAccount, read_state
+from ovd_models.weights import TensorAccount, load_strict, read_state
 
 STEM = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
 RULES: tuple[tuple[str, str], ...] = (
@@ -83,12 +83,8 @@ def load_ovsam(model: OvSam, *paths: str | Path, tower: Mapping[str, Tensor] | N
                 unknown = account.unaccounted[0]
                 raise InputError(f"{path}: tensor {unknown!r}, expected those of a whole SAM, a CLIP or an OV-SAM file")
             state |= {ours: raw[name] for name, ours in account.used.items()}
-    for name, value in wanted.items():
-        if name not in state:
-            raise InputError(f"{', '.join(map(str, paths))}: no weight for {name!r}")
-        if state[name].shape != value.shape:
-            raise InputError(f"{name}: shape {list(state[name].shape)}, expected {list(value.shape)}")
-    model.load_state_dict({name: state[name] for name in wanted})
+    own = {name: value for name, value in state.items() if name in wanted}
+    load_strict(model, own, ", ".join(map(str, paths)))
 
 
 def from_sam(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

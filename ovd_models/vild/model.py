@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd_models.batches import DetectionBatch, Detections
-from ovd_models.detectors.heads import build_box_head, mask_loss
-from ovd_models.detectors.masks import with_masks
-from ovd_models.detectors.rcnn import RCNN, RCNNConfig, RegionSample, sample_regions
+from ovd_models.detectors.masks import mask_loss, with_masks
+from ovd_models.detectors.rcnn import RCNN, RCNNConfig, RegionSample, build_box_head, sample_regions
 from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.detectors.region_scores import RegionRecord, Scoring, detect_in_record
-from ovd_models.detectors.resizing import ResizedImages, annotated_targets
+from ovd_models.detectors.resizing import ResizedImages, Selection, annotated_targets
 from ovd_models.errors import InputError
 from ovd_models.losses import cosine_logits, distillation_loss, softmax_loss
 from ovd_models.vocabulary import Vocabulary
@@ -79,7 +78,7 @@ class ViLD(nn.Module):
         """Weighted losses of one step.
 
         Args:
-            batch: images with boxes, and with stored regions where the variant distils.
+            batch: images with boxes, and with stored regions if the variant distils.
             text_KD: [K, D] unit rows that `batch.labels` index; not used by the `supervised` variant.
             trained_K: [K] bool, the names with boxes; others get no probability.
         """
@@ -228,23 +227,16 @@ class ViLD(nn.Module):
         Raises:
             InputError: a `supervised` model is given attributes or children.
         """
+        all_names = query.names.names
         names, rows = self._closed_vocabulary(query.names)
         if rows is not None and (query.attributes is not None or query.children is not None):
             raise InputError("query: a supervised model knows its names alone, expected no attributes or children")
-        detections = [
-            detect_in_record(
-                record,
-                replace(query, names=names),
-                scoring or self.config.scoring,
-                nms=self.config.detector.box_nms,
-                score_threshold=score_threshold,
-                max_detections=max_detections,
-            )
-            for record in records
-        ]
+        query, scoring = replace(query, names=names), scoring or self.config.scoring
+        selection = Selection(self.config.detector.box_nms, score_threshold, max_detections)
+        detections = [detect_in_record(record, query, scoring, selection) for record in records]
         if rows is None:
             return detections
-        return [replace(entry, labels=rows[entry.labels], names=query.names.names) for entry in detections]
+        return [replace(entry, labels=rows[entry.labels], names=all_names) for entry in detections]
 
     def _closed_vocabulary(self, vocabulary: Vocabulary) -> tuple[Vocabulary, Tensor | None]:
         """The names that a `supervised` model has classes for, and their rows in the vocabulary."""

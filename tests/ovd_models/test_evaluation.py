@@ -57,7 +57,7 @@ def test_a_category_without_boxes_is_nan_and_counts_in_no_mean() -> None:
     assert math.isnan(metrics.mean("ap50", "base"))
 
 
-def test_checkpoints_compete_by_all_names_where_none_is_novel() -> None:
+def test_checkpoints_are_ranked_by_all_names_if_none_is_novel() -> None:
     rows, answers = [row([BOX], [3])], [found((BOX, "cat", 0.9))]
     assert measure(rows, answers).headline == "ap50_novel"
     own = evaluate_detections(rows, answers, NAMES, dict.fromkeys(SPLITS, "base"))
@@ -100,7 +100,7 @@ def test_a_second_detection_of_an_object_is_wrong() -> None:
     assert by_name(metrics)["cat"][1] == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
-def test_crowds_neither_count_nor_punish() -> None:
+def test_crowds_are_neither_objects_nor_false_positives() -> None:
     crowded = row([BOX, OTHER], [3, 3], [False, True])
     metrics = measure([crowded], [found((OTHER, "cat", 0.95), (OTHER, "cat", 0.94), (BOX, "cat", 0.5))])
     assert by_name(metrics)["cat"] == pytest.approx((1.0, 1.0))
@@ -212,7 +212,7 @@ def test_masks_are_compared_with_masks() -> None:
     assert by_name(measure([truth], [answer]))["dog"] == pytest.approx((1.0, 1.0))
 
 
-def test_a_missing_mask_is_told() -> None:
+def test_a_missing_mask_is_refused() -> None:
     truth = {**row([BOX], [3]), "masks": [""]}
     with pytest.raises(InputError, match="masks: a box or a detection has none"):
         evaluate_detections([truth], [found((BOX, "cat", 0.9))], NAMES, SPLITS, "segm")

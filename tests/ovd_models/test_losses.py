@@ -71,7 +71,7 @@ def test_concept_loss_leaves_ignored_concepts_out() -> None:
     assert float(concept_loss(logits, concept, ignored)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_only_the_own_concept_pulls_and_ignored_ones_have_no_gradient() -> None:
+def test_only_the_own_concept_is_a_positive_and_ignored_ones_have_no_gradient() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(6, 9, generator=generator).requires_grad_()
     concept = torch.tensor([0, 3, 3, 8, 1, 0])
@@ -192,7 +192,7 @@ def test_distillation_equals_a_slow_loop() -> None:
     assert float(distillation_loss(student, teacher, valid)) == pytest.approx(total / 5, rel=1e-5)
 
 
-def test_what_is_not_valid_does_not_matter() -> None:
+def test_rows_that_are_not_valid_have_no_effect() -> None:
     student = torch.randn(3, 4).requires_grad_()
     teacher, valid = torch.randn(3, 4), torch.tensor([True, False, True])
     changed = torch.where(valid[:, None], teacher, torch.full((3, 4), 1e4))

@@ -92,7 +92,7 @@ def test_transparency_lies_over_white_as_in_the_crawl() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
-def test_a_truncated_file_is_told(kind: str) -> None:
+def test_a_truncated_file_is_refused(kind: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     content = encoded(noise, kind)
     with pytest.raises(InputError, match=r"^cat: (broken image|not an image)") as caught:
@@ -101,7 +101,7 @@ def test_a_truncated_file_is_told(kind: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_image_is_told(content: bytes) -> None:
+def test_other_files_are_refused(content: bytes) -> None:
     with pytest.raises(InputError, match=r"^a\.jpg: not an image, expected JPEG, PNG, WebP or the like$"):
         decode_image(content, "a.jpg")
 
@@ -127,7 +127,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(side: int, message: str) -> None
         decode_image(declared_png(side, side))
 
 
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be read .No such file or directory., expected an image file"):
         open_image(tmp_path / "none.jpg")
     with pytest.raises(InputError, match="cannot be read"):
@@ -161,7 +161,7 @@ def test_other_shapes_and_types_are_refused(image: torch.Tensor | np.ndarray) ->
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_files_are_decoded_or_told_and_nothing_else(kind: str) -> None:
+def test_damaged_files_are_decoded_or_refused_with_one_line(kind: str) -> None:
     dice = random.Random(0)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
@@ -201,7 +201,7 @@ def test_nothing_found_draws_the_picture_alone() -> None:
     assert np.array_equal(np.array(drawn), np.array(gradient().resize((480, 320))))
 
 
-def test_detections_without_a_picture_say_so() -> None:
+def test_detections_without_a_picture_cannot_be_drawn() -> None:
     with pytest.raises(ValueError, match="pass image="):
         found(1, None).draw()
     assert found(1, None).draw(image=gradient()).size == (480, 320)
@@ -221,5 +221,5 @@ def test_labels_have_colours_of_their_own() -> None:
     assert len({colour_of(index) for index in range(100)}) == 100
 
 
-def test_detections_answer_as_the_endpoint_does() -> None:
+def test_detections_have_the_form_of_the_endpoint() -> None:
     assert found(1, None).to_list() == [{"box": [2.0, 2.0, 9.0, 7.0], "label": "red umbrella", "score": 0.5}]

@@ -64,8 +64,8 @@ BROKEN = [
 def test_broken_and_foreign_files_are_one_line(content: bytes, tmp_path: Path) -> None:
     for name in ("a.pkl", "a.pth"):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError) as told:
+        with pytest.raises(InputError) as caught:
             read_state(tmp_path / name)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"missing\.pth"):
         read_state(tmp_path / "missing.pth")

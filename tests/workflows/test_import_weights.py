@@ -42,7 +42,7 @@ def test_names_come_in_the_order_of_their_ids_rare_ones_novel(lvis: Path, tmp_pa
             import_weights.read_names(str(tmp_path / path))
 
 
-def test_names_of_coco_are_split_and_nobodys_are_novel(tmp_path: Path) -> None:
+def test_names_of_coco_are_split_and_others_are_novel(tmp_path: Path) -> None:
     coco = [{"id": 9, "name": "traffic light"}, {"id": 2, "name": "car"}, {"id": 1, "name": "dog"}]
     (tmp_path / "coco.json").write_text(json.dumps({"categories": coco}))
     found = import_weights.read_names(str(tmp_path / "coco.json"))

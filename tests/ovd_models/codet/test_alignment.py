@@ -272,7 +272,7 @@ def test_a_batch_without_any_proposal_gives_zero_prototypes() -> None:
     assert torch.equal(found.prototype, torch.zeros(1, 2, 4))
 
 
-def test_an_image_whose_group_has_nothing_looks_at_all_its_proposals_alike() -> None:
+def test_attention_is_uniform_if_no_other_image_has_a_proposal() -> None:
     valid = torch.tensor([[[True, True, True, True], [False] * 4]])
     found = align(normal(1, 2, 4, 8), valid, torch.ones(1, 8), TAU)
     assert torch.allclose(found.attention[0, 0], torch.full((4,), 0.25))

@@ -11,7 +11,7 @@ def test_heat_is_the_attention_around_a_pixel_by_hand() -> None:
     assert torch.allclose(found, torch.tensor([[1 / 3, 1.0, 2 / 3], [0, 0, 0]]))
 
 
-def test_what_has_no_attention_is_dark() -> None:
+def test_pixels_without_attention_are_dark() -> None:
     image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
     boxes = [torch.tensor([[0.0, 0.0, 32.0, 64.0]])] * 2
     sheet = draw_attention([image, image], boxes, [torch.ones(1)] * 2, "step 1: anchor", ["an anchor"] * 2)
@@ -28,7 +28,7 @@ def test_an_image_without_a_proposal_is_drawn_as_it_is() -> None:
     assert min(draw_similarity(torch.zeros(0, 0), [0]).size) > 0
 
 
-def test_a_similarity_matrix_shows_its_greatest_value_brightest_and_parts_images() -> None:
+def test_a_similarity_matrix_is_brightest_at_its_maximum_and_separates_images() -> None:
     similarity = torch.eye(4)
     picture = np.asarray(draw_similarity(similarity, [1, 3]))
     assert picture.shape == (640, 640, 3)

@@ -217,7 +217,7 @@ def test_captioned_images_may_be_smaller_than_those_with_boxes() -> None:
         CoDet(dataclasses.replace(CONFIG, caption_sizes=(32,)))
 
 
-def test_images_without_a_proposal_teach_no_concept() -> None:
+def test_images_without_a_proposal_have_no_concept_loss() -> None:
     torch.manual_seed(0)
     model = CoDet(CONFIG)
     nothing = [torch.zeros(0, 4)] * 4
@@ -228,14 +228,14 @@ def test_images_without_a_proposal_teach_no_concept() -> None:
     assert without_gradient(model, losses) == []
 
 
-def test_a_caption_that_mentions_no_known_concept_still_teaches_its_groups() -> None:
+def test_a_caption_without_known_concepts_is_trained_with_its_groups() -> None:
     torch.manual_seed(0)
     model, batch = CoDet(CONFIG), groups()
     silent = dataclasses.replace(batch, mentioned=torch.zeros_like(batch.mentioned))
     assert bool(torch.isfinite(model(blocks(), silent, unit(2, 16), unit(3, 16, seed=1))["concept"]))
 
 
-def test_an_explanation_tells_where_the_model_looks_and_leaves_it_as_it_was() -> None:
+def test_an_explanation_gives_the_attention_and_does_not_change_the_model() -> None:
     torch.manual_seed(0)
     model, batch = CoDet(CONFIG), groups()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -253,7 +253,7 @@ def test_an_explanation_tells_where_the_model_looks_and_leaves_it_as_it_was() ->
         assert all(bool((entry >= 0).all() and (entry <= 64).all()) for entry in group.boxes)
 
 
-def test_two_images_are_learnt_by_heart() -> None:
+def test_two_images_are_overfitted() -> None:
     torch.manual_seed(0)
     text = torch.eye(16)[:2]
     model, batch = CoDet(CONFIG), blocks()

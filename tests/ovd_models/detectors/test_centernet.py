@@ -29,7 +29,7 @@ def test_points_are_the_centres_of_cells() -> None:
     assert grid_points(1, 2, 8, torch.zeros(1)).tolist() == [[4, 4], [12, 4]]
 
 
-def test_a_box_is_learnt_around_its_centre_on_the_level_of_its_size() -> None:
+def test_a_box_is_learned_around_its_centre_on_the_level_of_its_size() -> None:
     # Centre (11, 13) lies in cell (1, 1) of the fine level, half diagonal sqrt(10^2 + 14^2) / 2 = 8.6: fine only.
     box = torch.tensor([[6.0, 6.0, 16.0, 20.0]])
     targets = centre_targets([box], SHAPES, CONFIG)
@@ -52,13 +52,13 @@ def test_heat_is_one_at_the_centre_and_falls_with_the_squared_distance() -> None
     assert wide.heat[6].item() == pytest.approx(math.exp(-82 / 81), rel=1e-5)
 
 
-def test_a_box_that_fits_two_levels_is_learnt_on_both() -> None:
+def test_a_box_that_fits_two_levels_is_learned_on_both() -> None:
     # Half diagonal of 15 x 15 pixels: 10.6. Centre (15.5, 15.5): cell (1, 1) of the fine level, (0, 0) of the coarse.
     targets = centre_targets([torch.tensor([[8.0, 8.0, 23.0, 23.0]])], SHAPES, CONFIG)
     assert targets.centres.tolist() == [5, 16]
 
 
-def test_where_boxes_meet_a_point_learns_the_nearer_one() -> None:
+def test_a_point_of_two_boxes_learns_the_nearer_one() -> None:
     near, far = [7.0, 7.0, 17.0, 17.0], [4.0, 4.0, 20.0, 19.0]  # centres (12, 12) and (12, 11.5)
     targets = centre_targets(
         [torch.tensor([far, near])], SHAPES, CenterNetConfig(strides=(8, 16), sizes=(0, 90), largest=(80, 99))
@@ -111,7 +111,7 @@ def test_hot_points_become_boxes_best_first() -> None:
     assert scores.tolist() == pytest.approx([0.7, 0.5])
 
 
-def test_of_boxes_on_the_same_place_the_hottest_stays() -> None:
+def test_the_hottest_of_equal_boxes_is_kept() -> None:
     heat = [torch.full((1, 1, *shape), -20.0) for shape in SHAPES]
     heat[0][0, 0, 1, 1], heat[0][0, 0, 1, 2] = logit(0.4), logit(0.5)
     distances = [torch.ones(1, 4, *shape) for shape in SHAPES]
@@ -129,7 +129,7 @@ def test_training_keeps_more_proposals_than_testing() -> None:
         assert [len(entry) for entry in boxes] == [count, count]
 
 
-def test_where_nothing_is_hot_there_is_no_proposal() -> None:
+def test_cold_points_give_no_proposals() -> None:
     heat = [torch.full((1, 1, *shape), -20.0) for shape in SHAPES]
     (boxes,), (scores,) = decode_proposals(heat, [torch.ones(1, 4, *shape) for shape in SHAPES], CONFIG, training=True)
     assert boxes.shape == (0, 4)

@@ -126,7 +126,7 @@ def test_a_full_mask_fills_its_box_and_nothing_else() -> None:
     assert paste_masks(torch.zeros(0, 4, 4), torch.zeros(0, 4), 10, 12).shape == (0, 10, 12)
 
 
-def test_each_stage_looks_at_what_the_one_before_refined() -> None:
+def test_regions_of_a_stage_are_the_refined_boxes_of_the_one_before() -> None:
     torch.manual_seed(0)
     model = CenterNet2(TINY).eval()
     batch = model.preprocess(blocks().images)
@@ -233,7 +233,7 @@ def test_the_federated_loss_never_draws_classes_that_no_image_shows() -> None:
         assert shown[f"classes_{stage}"] < every[f"classes_{stage}"] / 5
 
 
-def test_the_learned_aggregation_takes_its_place_in_every_stage() -> None:
+def test_every_stage_has_its_learned_aggregation() -> None:
     torch.manual_seed(0)
     model = CoDet(dataclasses.replace(MODEL, aggregation="learned", guidance="none", group_size=2))
     losses = model(blocks(), groups(), torch.eye(16)[:2], torch.eye(16)[:3])
@@ -259,7 +259,7 @@ def test_any_image_gives_detections_inside_itself() -> None:
     assert len(model.detect(images[:1], words, score_threshold=1.0)[0]) == 0
 
 
-def test_detections_carry_masks_inside_their_boxes_where_masks_are_learnt() -> None:
+def test_detections_have_masks_inside_their_boxes_if_masks_are_learned() -> None:
     torch.manual_seed(0)
     words = Vocabulary(("red", "blue"), torch.eye(16)[:2])
     images = [blocks().images[0], torch.zeros(3, 40, 90, dtype=torch.uint8)]
@@ -298,11 +298,11 @@ def test_masks_of_a_batch_train_the_mask_head() -> None:
 
 def test_masks_are_resized_with_their_picture_by_hand() -> None:
     mask = torch.tensor([[[True, False], [False, False]]])
-    image = torch.zeros(3, 2, 4)  # widened by two columns
+    # The image of 2 x 2 pixels was widened by two columns.
     expected = torch.zeros(4, 8, dtype=torch.bool)
     expected[:2, :2] = True
-    assert torch.equal(resize_masks(mask, image, (4, 8))[0], expected)
-    assert resize_masks(mask[:0], image, (4, 8)).shape == (0, 4, 8)
+    assert torch.equal(resize_masks(mask, (2, 4), (4, 8))[0], expected)
+    assert resize_masks(mask[:0], (2, 4), (4, 8)).shape == (0, 4, 8)
 
 
 def test_a_name_scores_as_its_best_synonym() -> None:
@@ -316,7 +316,7 @@ def test_a_name_scores_as_its_best_synonym() -> None:
         assert two.names == ("red",)
 
 
-def test_a_transformer_takes_the_backbones_place() -> None:
+def test_a_transformer_can_be_the_backbone() -> None:
     torch.manual_seed(0)
     small = EvaConfig(width=32, depth=3, heads=2, hidden=40, trained_grid=4, drop_path=0.0)
     for config in (
@@ -335,7 +335,7 @@ def test_a_transformer_takes_the_backbones_place() -> None:
         assert without_gradient(model, losses) == []
 
 
-def test_two_images_are_learnt_by_heart() -> None:
+def test_two_images_are_overfitted() -> None:
     torch.manual_seed(0)
     text, batch = torch.eye(16)[:2], blocks()
     model = CoDet(MODEL)

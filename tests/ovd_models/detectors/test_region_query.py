@@ -11,7 +11,7 @@ from ovd_models.vocabulary import EmbeddingTable
 
 
 class Letters:
-    """Embeds a text by how often each letter stands in it."""
+    """Embeds a text as its letter counts."""
 
     teacher, prompt_set = "letters", "none"
 
@@ -30,11 +30,11 @@ def test_names_are_flagged_by_the_training_split() -> None:
     assert query.names.names == ("cat", "zebra", "dog")
 
 
-def test_names_of_another_world_carry_no_flag() -> None:
+def test_names_of_another_data_set_have_no_split() -> None:
     assert build_query(Letters(), ["zebra"], {"cat": "base"}).names.is_base is None
 
 
-def test_children_stand_below_their_parents() -> None:
+def test_children_index_their_parents() -> None:
     query = build_query(Letters(), {"bird": ["robin", "jay"], "anchor": [], "cat": ["lion"]}, {})
     assert query.names.names == ("bird", "anchor", "cat")
     assert query.children is not None and query.parents is not None
@@ -64,15 +64,15 @@ def test_attributes_are_averaged_over_the_names() -> None:
     ("options", "message"),
     [
         ({"names": []}, "vocabulary: empty"),
-        ({"names": {"a": ["x"], "b": ["x"]}}, "a child stands below two names"),
-        ({"names": {"a": ["x"], "a ": ["y"]}}, "a name stands twice"),
+        ({"names": {"a": ["x"], "b": ["x"]}}, "a child has two parents"),
+        ({"names": {"a": ["x"], "a ": ["y"]}}, "a name is repeated"),
         ({"prompts": "unheard"}, "prompt set 'unheard': unknown"),
         ({"prompts": "a photo of {nome}"}, "expected {a}, {a:word} or {name}"),
         ({"attributes": ["red"], "attribute_prompts": "unheard"}, "prompt set 'unheard': unknown"),
         ({"attributes": [""]}, "expected a non-empty name"),
     ],
 )
-def test_impossible_questions_are_told(options: dict[str, object], message: str) -> None:
+def test_impossible_queries_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError) as caught:
         build_query(Letters(), **{"names": ["cat"], "splits": {}, **options})  # type: ignore[arg-type]
     assert message in str(caught.value)

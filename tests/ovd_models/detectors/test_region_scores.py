@@ -19,6 +19,7 @@ from ovd_models.detectors.region_scores import (
     score_labels,
     use_teacher,
 )
+from ovd_models.detectors.resizing import Selection
 from ovd_models.vocabulary import Vocabulary
 
 D = 8
@@ -142,7 +143,7 @@ def test_families_far_apart_keep_their_probability() -> None:
     assert torch.allclose(found, torch.tensor([[0.5, 0.25, 0.25]]))
 
 
-def test_a_hierarchy_answers_with_children_and_childless_names() -> None:
+def test_labels_of_a_hierarchy_are_children_and_childless_names() -> None:
     query = RegionQuery(words(3), children=words(4, seed=8, kind="child"), parents=torch.tensor([2, 0, 2, 0]))
     scores, labels = score_labels(record(), query, Scoring())
     assert labels == ("name 1", "child 0", "child 1", "child 2", "child 3")
@@ -172,7 +173,7 @@ def test_the_best_regions_by_objectness_are_kept_together() -> None:
 def test_an_image_without_regions_has_no_detections() -> None:
     empty = record(0)
     query = RegionQuery(words(2), attributes=words(2, seed=9))
-    found = detect_in_record(empty, query, Scoring(objectness=0.5), nms=0.5, score_threshold=0.0, max_detections=10)
+    found = detect_in_record(empty, query, Scoring(objectness=0.5), Selection(0.5, 0.0, 10))
     assert (len(found), found.boxes.shape, found.names[0]) == (0, (0, 4), "name 0 name 0")
 
 

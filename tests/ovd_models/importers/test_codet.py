@@ -60,7 +60,7 @@ def test_a_name_is_found_by_its_longest_ending() -> None:
 
 @needs_manifests
 @pytest.mark.parametrize("architecture", RELEASES)
-def test_the_architecture_is_told_from_the_names(architecture: str) -> None:
+def test_the_architecture_is_recognised_from_the_names(architecture: str) -> None:
     release = importers.recognise_release(shapes(architecture), "file")
     assert release.rules == RELEASES[architecture].rules
     assert release.config.aggregation == "learned"
@@ -78,7 +78,7 @@ def test_a_file_without_the_perceptron_is_read_too() -> None:
 
 
 @needs_manifests
-def test_what_nobody_knows_and_what_is_not_there_are_told() -> None:
+def test_unknown_and_missing_tensors_are_listed() -> None:
     names = shapes("r50_c4") | {"roi_heads.unheard.weight": [3]}
     del names["backbone.stem.conv1.weight"]
     account = importers.account_codet_tensors(names, "file")

@@ -393,7 +393,7 @@ def test_images_without_objects_teach_nothing() -> None:
     sum(losses.values()).backward()
 
 
-def test_two_images_are_learnt_by_heart(teacher: SamModel) -> None:
+def test_two_images_are_overfitted(teacher: SamModel) -> None:
     torch.manual_seed(0)
     model = OvSam(TINY)
     training, generator = Clip2SamTraining(model, Clip2SamConfig(num_points=256)), torch.Generator().manual_seed(0)
@@ -514,7 +514,7 @@ def test_masks_of_an_extremely_long_image_lose_their_edge() -> None:
     assert enlarge(torch.ones(1, 32, 32), encoded, 64).shape == (1, 20, 20_000)
 
 
-def test_published_files_load_and_strangers_are_told(tmp_path: Any) -> None:
+def test_published_files_load_and_unknown_tensors_are_refused(tmp_path: Any) -> None:
     config = dataclasses.replace(TINY, tower=RESNET, label_hidden=0, label_token=True, iou_head=False)
     torch.manual_seed(0)
     source, target = OvSam(config), OvSam(config)
@@ -531,7 +531,7 @@ def test_published_files_load_and_strangers_are_told(tmp_path: Any) -> None:
     assert account_ovsam_tensors(["surplus.weight"]).unaccounted == ("surplus.weight",)
     part = {name: value for name, value in published.items() if not name.startswith("pe.")}
     torch.save(part, path)
-    with pytest.raises(InputError, match="no weight for 'prompt_encoder"):
+    with pytest.raises(InputError, match=r"Missing .*prompt_encoder"):
         load_ovsam(target, path)
     sam = SamModel(TINY_SAM).sam
     torch.save(sam.state_dict(), tmp_path / "sam.pth")

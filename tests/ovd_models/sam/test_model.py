@@ -343,7 +343,7 @@ def test_the_same_seed_gives_the_same_losses() -> None:
     assert first == again != other
 
 
-def test_two_images_are_learnt_by_heart() -> None:
+def test_two_images_are_overfitted() -> None:
     torch.manual_seed(0)
     training, generator = SamTraining(TINY, SamTrainingConfig()), torch.Generator().manual_seed(0)
     optimiser = torch.optim.AdamW(training.parameters(), lr=2e-3)

@@ -13,9 +13,8 @@ from torchvision.ops import box_iou
 
 from ovd_models.batches import DetectionBatch, StoredRegions
 from ovd_models.checkpoints import load_codet, load_detector, load_vild, save_detector
-from ovd_models.detectors.heads import build_box_head
 from ovd_models.detectors.masks import encode_masks, paste_masks
-from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
+from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig, build_box_head
 from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
@@ -83,7 +82,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("variant", get_args(Variant))
-def test_each_variant_learns_from_what_it_says(variant: Variant) -> None:
+def test_each_variant_has_its_losses_and_all_gradients(variant: Variant) -> None:
     torch.manual_seed(0)
     model = ViLD(config(variant)).train()
     losses = model(batch_of(scene(0), scene(1)), text(8), torch.arange(8) < 2)
@@ -105,7 +104,7 @@ def test_a_batch_without_boxes_or_valid_regions_still_has_finite_losses(variant:
     assert [name for name, value in model.named_parameters() if value.grad is None] == []
 
 
-def test_the_image_head_is_out_of_reach_of_boxes_and_names() -> None:
+def test_only_the_distillation_loss_trains_the_image_head() -> None:
     torch.manual_seed(0)
     model = ViLD(config("ensemble")).train()
     losses = model(batch_of(scene(0)), text(8), torch.arange(8) < 2)
@@ -216,7 +215,7 @@ def test_a_supervised_detector_never_finds_other_names() -> None:
 
 
 @pytest.mark.parametrize("variant", get_args(Variant))
-def test_recorded_regions_answer_as_detection_does(variant: Variant) -> None:
+def test_recorded_regions_give_the_same_detections(variant: Variant) -> None:
     torch.manual_seed(0)
     model = ViLD(config(variant)).eval()
     images = [scene(0)[0], scene(1)[0][:, :40]]
@@ -240,7 +239,7 @@ def test_temperature_is_a_matter_of_scoring_alone() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 900), (900, 1), (1, 1), (64, 64)])
-def test_blank_and_extreme_images_are_answered(shape: tuple[int, int]) -> None:
+def test_blank_and_extreme_images_are_detected(shape: tuple[int, int]) -> None:
     model = ViLD(config("ensemble", masks=True)).eval()
     (found,) = model.detect(
         [torch.zeros(3, *shape, dtype=torch.uint8)], Vocabulary(("a",), text(1)), score_threshold=0.0
@@ -299,7 +298,7 @@ def test_proposals_learn_without_labels() -> None:
 
 
 @pytest.mark.parametrize("variant", get_args(Variant))
-def test_a_checkpoint_gives_the_same_answers(tmp_path: Path, variant: Variant) -> None:
+def test_a_checkpoint_gives_the_same_detections(tmp_path: Path, variant: Variant) -> None:
     torch.manual_seed(0)
     model = ViLD(config(variant, masks=True)).eval()
     names = ("name 0", "name 1", "name 2")
