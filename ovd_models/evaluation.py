@@ -54,12 +54,7 @@ class DetectionMetrics:
 
 
 def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> dict[str, Any]:
-    """Rows of a `boxes` table as COCO json, without boxes of categories outside `names`.
-
-    Args:
-        rows: of a `boxes` table.
-        names: category id -> name.
-    """
+    """Rows of a `boxes` table as COCO json, without boxes of categories outside `names` (by category id)."""
     annotations: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         masks = row.get("masks") or [""] * len(row["boxes"])

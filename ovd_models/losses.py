@@ -18,15 +18,12 @@ def cosine_logits(feature_RD: Tensor, text_KD: Tensor, temperature: float) -> Te
 
 
 def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor, counted_K: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy, summed over classes and averaged over regions.
+    """Binary cross-entropy, summed over classes and averaged over regions; 0 for no region.
 
     Args:
         logits_RK: [R, K].
         labels_R: [R] int64; the class, or -1 for background: target 0 everywhere.
         counted_K: [K] bool, the classes included in the loss; all if None.
-
-    Returns:
-        A scalar; 0 for no region.
     """
     target_RK = torch.zeros_like(logits_RK)
     foreground = torch.nonzero(labels_R >= 0).squeeze(1)
@@ -64,7 +61,7 @@ def federated_classes(
 
 
 def softmax_loss(logits_RK: Tensor, background_R: Tensor, labels_R: Tensor, trained_K: Tensor | None = None) -> Tensor:
-    """Cross-entropy over all names and the background, averaged over regions (ViLD, equations 2 and 3).
+    """Cross-entropy over all names and the background, averaged over regions or 0 (ViLD, equations 2 and 3).
 
     Names outside `trained_K` get a logit of minus infinity, so no probability. Multiplying their logits by zero would
     leave exp(0) in the denominator for each of them.
@@ -74,9 +71,6 @@ def softmax_loss(logits_RK: Tensor, background_R: Tensor, labels_R: Tensor, trai
         background_R: [R] logits of the background.
         labels_R: [R] int64; the name, or -1 for background.
         trained_K: [K] bool, the names with boxes in training; all if None.
-
-    Returns:
-        A scalar; 0 for no region.
     """
     if trained_K is not None:
         logits_RK = logits_RK.masked_fill(~trained_K, -torch.inf)
@@ -86,15 +80,12 @@ def softmax_loss(logits_RK: Tensor, background_R: Tensor, labels_R: Tensor, trai
 
 
 def distillation_loss(student_MD: Tensor, teacher_MD: Tensor, valid_M: Tensor) -> Tensor:
-    """L1 distance of unit embeddings, summed over dimensions and averaged over valid regions (ViLD, equation 4).
+    """L1 distance of unit embeddings, summed over dimensions, averaged over valid regions or 0 (ViLD, equation 4).
 
     Args:
         student_MD: [M, D] of any norm; a zero row stays zero.
         teacher_MD: [M, D] of any norm.
         valid_M: [M] bool; other rows are ignored.
-
-    Returns:
-        A scalar; 0 for no valid region.
     """
     with torch.autocast(student_MD.device.type, enabled=False):
         student_MD, teacher_MD = (F.normalize(rows.float(), dim=-1, eps=1e-6) for rows in (student_MD, teacher_MD))
@@ -105,13 +96,12 @@ def distillation_loss(student_MD: Tensor, teacher_MD: Tensor, valid_M: Tensor) -
 def concept_loss(logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor) -> Tensor:
     """Region-word loss: binary cross-entropy with target 1 only at the image's concept (CoDet, section 2).
 
+    Summed over concepts and averaged over images.
+
     Args:
         logits_BC: [B, C] of the prototypes.
         concept_B: [B] int64, the concept of each image's group.
         ignored_BC: [B, C] bool; concepts that are neither positives nor negatives. The image's own is never ignored.
-
-    Returns:
-        A scalar, summed over concepts and averaged over images.
     """
     target_BC = F.one_hot(concept_B, logits_BC.shape[1]).to(logits_BC.dtype)
     weight_BC = (~ignored_BC | target_BC.bool()).to(logits_BC.dtype)
@@ -131,6 +121,8 @@ def caption_loss(
 ) -> Tensor:
     """Image-text loss of whole-image features against frozen caption embeddings of all ranks.
 
+    Summed over captions and averaged over images.
+
     Args:
         image_BD: [B, D] features of any norm.
         caption_MD: [M, D] unit rows of all ranks' captions.
@@ -139,9 +131,6 @@ def caption_loss(
         temperature: multiplies cosines.
         same_rank_weight: weight of negatives from this rank, whose captions often mention the same objects.
         other_rank_weight: weight of negatives from other ranks.
-
-    Returns:
-        A scalar, summed over captions and averaged over images.
     """
     logits_BM = cosine_logits(image_BD, caption_MD, temperature)
     target_BM = F.one_hot(own_B, len(caption_MD)).to(logits_BM.dtype)

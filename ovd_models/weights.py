@@ -31,10 +31,7 @@ class TensorAccount:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a released file, bare or under `state_dict` or `model`.
-
-    Args:
-        path: `.pkl` with arrays, or a file saved by torch.
+    """The state dict of a file saved by torch or a `.pkl` with arrays, bare or under `state_dict` or `model`.
 
     Raises:
         InputError: the file cannot be read, or holds anything but tensors and plain values.

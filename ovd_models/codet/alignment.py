@@ -155,11 +155,8 @@ class LearnedAggregation(nn.Module):
     """The released aggregation: a two-layer MLP scores each row of the similarity matrix.
 
     Unlike `align`, it depends on the ranks of proposals and the order of supports, fits only one group size and one
-    number of proposals, and gives attention to padding. It reproduces the results of released weights.
-
-    Args:
-        group_size: g.
-        num_proposals: N; images with fewer are padded with zero features.
+    number N of proposals, and gives attention to padding. It reproduces the results of released weights. Images with
+    fewer than N proposals are padded with zero features.
     """
 
     def __init__(self, group_size: int, num_proposals: int) -> None:

@@ -63,12 +63,7 @@ def attention_map(boxes: Tensor, attention: Tensor, height: int, width: int) -> 
 
 
 def draw_similarity(similarity: Tensor, counts: Sequence[int]) -> Image.Image:
-    """A heat map of similarities [M, M] between all proposals of a group, with lines between its images.
-
-    Args:
-        similarity: [M, M].
-        counts: proposals of each image; they sum to M.
-    """
+    """A heat map of the similarities [M, M] of a group's proposals, with lines between images of `counts` proposals."""
     values = similarity.cpu().float().numpy() if len(similarity) else np.zeros((1, 1))
     low, high = float(values.min()), float(values.max())
     colours = matplotlib.colormaps["viridis"]((values - low) / max(1e-6, high - low))[..., :3]

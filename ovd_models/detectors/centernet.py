@@ -48,13 +48,7 @@ class CenterNetConfig:
 
 
 class CenterNetHead(nn.Module):
-    """Heat and box distances at every point of every level.
-
-    Args:
-        channels: of the pyramid.
-        levels: of the pyramid; each has its own scale for the distances.
-        num_convs: convolutions of the tower that both predictions share.
-    """
+    """Heat and box distances at every point of every level; each level has its own scale for the distances."""
 
     def __init__(self, channels: int, levels: int, num_convs: int) -> None:
         super().__init__()
@@ -108,13 +102,7 @@ def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
 def centre_targets(
     boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]], config: CenterNetConfig
 ) -> CentreTargets:
-    """Targets of a batch.
-
-    Args:
-        boxes: B tensors [N, 4].
-        shapes: height and width of each level's map.
-        config: strides and sizes of the levels, and the heat's radius.
-    """
+    """Targets of B tensors of boxes [N, 4] on level maps of `shapes` (height, width)."""
     like = boxes[0]
     points = [grid_points(*shape, stride, like) for shape, stride in zip(shapes, config.strides, strict=True)]
     counts = [len(entry) for entry in points]
@@ -176,11 +164,7 @@ def centre_losses(
 ) -> dict[str, Tensor]:
     """Focal loss of the heat at centres and elsewhere, and generalised IoU of the boxes (CenterNet2, section 4).
 
-    Args:
-        heat_P: [P] logits.
-        distance_P4: [P, 4] predicted distances in strides.
-        targets: of the same points.
-        config: weights.
+    `heat_P` are logits, and `distance_P4` are in strides.
     """
     clamp = 1e-4
     heat = heat_P.float().sigmoid().clamp(clamp, 1 - clamp)  # half precision rounds 0.9999 to 1
@@ -198,13 +182,9 @@ def centre_losses(
 
 
 def distance_loss(predicted_R4: Tensor, target_R4: Tensor) -> Tensor:
-    """Sum of 1 - GIoU of boxes given by their distances from a shared point.
+    """Sum of 1 - GIoU of boxes given by their distances [R, 4] from a shared point, which are not negative.
 
     As in the released code, 1 is added to both intersection and union.
-
-    Args:
-        predicted_R4: [R, 4] distances, not negative.
-        target_R4: [R, 4].
     """
     shared_R4, around_R4 = torch.minimum(predicted_R4, target_R4), torch.maximum(predicted_R4, target_R4)
 
@@ -219,13 +199,7 @@ def distance_loss(predicted_R4: Tensor, target_R4: Tensor) -> Tensor:
 def decode_proposals(
     heat: Sequence[Tensor], distances: Sequence[Tensor], config: CenterNetConfig, *, training: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Proposals of every image, best first.
-
-    Args:
-        heat: L maps of logits [B, 1, H, W].
-        distances: L maps [B, 4, H, W] in strides.
-        config: thresholds and counts.
-        training: use the counts for training.
+    """Proposals of every image, best first, from L maps of heat logits and L maps of distances in strides.
 
     Returns:
         B boxes [N, 4], not clipped to the image, and B scores [N], the roots of the heat.

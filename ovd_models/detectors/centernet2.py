@@ -135,10 +135,9 @@ class CenterNet2(nn.Module):
         self.register_buffer("class_weight_K", None, persistent=False)
 
     def set_image_counts(self, count_K: Tensor | None) -> None:
-        """Draw the federated loss's extra classes in proportion to the root of their image counts; evenly if None.
+        """Draw the federated loss's extra classes in proportion to the root of their numbers of training images [K].
 
-        Args:
-            count_K: [K] training images of each class; those with 0 are never drawn.
+        Classes without images are never drawn; with None, all are drawn evenly.
         """
         self.class_weight_K = None if count_K is None else count_K.float().sqrt().to(next(self.parameters()).device)
 
@@ -161,12 +160,9 @@ class CenterNet2(nn.Module):
     def cascade(
         self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[StageOutput]:
-        """Outputs of all stages; the regions of each are the boxes that the one before refined, clipped to the image.
+        """Outputs of all stages, the first for `boxes`, B tensors [N, 4].
 
-        Args:
-            features: pyramid levels.
-            boxes: B tensors [N, 4] for the first stage.
-            sizes: height and width of each image.
+        The regions of every other stage are the boxes that the one before refined, clipped to the image sizes.
         """
         outputs: list[StageOutput] = []
         for stage in self.stages:

@@ -51,12 +51,7 @@ class ConvNorm(nn.Conv2d):
 
 
 class EvaPyramid(nn.Module):
-    """Levels P2 to P7 from EVA-02's last map.
-
-    Args:
-        config: the transformer.
-        channels: F.
-    """
+    """Levels P2 to P7 of F channels from EVA-02's last map."""
 
     def __init__(self, config: EvaConfig, channels: int) -> None:
         super().__init__()
@@ -125,16 +120,9 @@ def rotary_angles(size: int, config: EvaConfig, like: Tensor) -> Tensor:
 
 
 def run_block(block: nn.Module, tokens_BHWE: Tensor, window: int, angles: Tensor) -> Tensor:
-    """One transformer block with attention within windows of `window` x `window` tokens; the grid is padded to them.
+    """[B, H, W, E] -> [B, H, W, E]: timm's `EvaBlock` with attention within windows of `window` x `window` tokens.
 
-    Args:
-        block: timm's `EvaBlock`.
-        tokens_BHWE: [B, H, W, E].
-        window: tokens per side.
-        angles: of the window's tokens.
-
-    Returns:
-        [B, H, W, E].
+    The grid is padded to whole windows; `angles` are those of a window's tokens.
     """
     height, width = tokens_BHWE.shape[1:3]
     normed = block.norm1(tokens_BHWE)  # type: ignore[operator]

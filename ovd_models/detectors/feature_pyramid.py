@@ -27,9 +27,6 @@ class SwinMaps(nn.Module):
 
     torchvision's Swin pads a map to whole windows before it shifts them, like the original. timm's shifts first, which
     gives other values if the windows do not fill the map.
-
-    Args:
-        options: of torchvision's `SwinTransformer`.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -63,12 +60,7 @@ class TimmMaps(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid on a backbone's maps of strides 8, 16 and 32, with two coarser levels.
-
-    Args:
-        maps: the backbone.
-        channels: F.
-    """
+    """A feature pyramid of F channels on a backbone's maps of strides 8, 16 and 32, with two coarser levels."""
 
     def __init__(self, maps: SwinMaps | TimmMaps, channels: int) -> None:
         super().__init__()

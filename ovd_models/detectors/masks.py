@@ -52,17 +52,9 @@ def mask_loss(logits_RSS: Tensor, boxes: list[Tensor], matched: list[Tensor], ma
 
 
 def paste_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
-    """Paste each box's mask into the image, bilinearly between the cells' centres.
+    """[N, height, width] bool masks of the image from probabilities inside each box, bilinear between cell centres.
 
-    Args:
-        probability_NSS: [N, S, S] inside each box.
-        box_N4: [N, 4] in pixels of the image.
-        height: of the image.
-        width: of the image.
-        threshold: least probability of a pixel of the object.
-
-    Returns:
-        [N, height, width] bool.
+    A pixel belongs to the object if its probability is at least `threshold`; it is 0 outside the box.
     """
     x_W = torch.arange(width, device=box_N4.device) + 0.5
     y_H = torch.arange(height, device=box_N4.device) + 0.5

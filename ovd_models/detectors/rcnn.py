@@ -154,11 +154,7 @@ class ProposalNetwork(nn.Module):
 
     @torch.no_grad()
     def find_proposals(self, images: Sequence[Tensor], limit: int) -> list[tuple[Tensor, Tensor]]:
-        """The best proposals of uint8 images [3, H, W], at most `limit` each.
-
-        Returns:
-            Boxes [N, 4] in pixels of each image and their objectness [N].
-        """
+        """Boxes [N, 4] in pixels of each uint8 image [3, H, W] and their objectness [N], the best `limit` at most."""
         resized = self.preprocess(images)
         proposals = self.propose(resized, self.features(resized))
         boxes = resized.original_boxes([entry[:limit] for entry in proposals.boxes])

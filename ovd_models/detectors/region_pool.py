@@ -29,10 +29,7 @@ maps only, its backward pass on larger ones too."""
 class RegionPool(nn.Module):
     """RoIAlign of each region on the level that suits its size (FPN, equation 1), equal to torchvision's.
 
-    Args:
-        strides: of the levels, finest first, each twice the one before.
-        size: P.
-        samples: S.
+    Each level has twice the stride of the one before; `size` is P and `samples` is S.
     """
 
     def __init__(self, strides: Sequence[int], size: int, samples: int) -> None:

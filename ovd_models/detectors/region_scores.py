@@ -94,25 +94,17 @@ def geometric_mean(text_NK: Tensor, image_NK: Tensor, image_exponent_K: Tensor) 
 
 
 def attribute_probabilities(name_NK: Tensor, attribute_NA: Tensor) -> Tensor:
-    """p(name | region) p(attribute | region) of every pair (ViLD, section 4.5).
+    """[N, K] names, [N, A] attributes -> [N, A * K] p(name | region) p(attribute | region) (ViLD, section 4.5).
 
-    Args:
-        name_NK: [N, K].
-        attribute_NA: [N, A].
-
-    Returns:
-        [N, A * K], all names with the first attribute, then with the second one.
+    All names with the first attribute, then with the second one.
     """
     return (attribute_NA[:, :, None] * name_NK[:, None, :]).flatten(1)
 
 
 def child_probabilities(parent_NK: Tensor, logits_NC: Tensor, parent_C: Tensor) -> Tensor:
-    """p(parent | region) p(child | parent, region), the second factor a softmax among siblings.
+    """[N, C] p(parent | region) p(child | parent, region), the second factor a softmax among siblings.
 
-    Args:
-        parent_NK: [N, K] probabilities of the parents.
-        logits_NC: [N, C] of the children.
-        parent_C: [C] int64, the parent of each child.
+    `parent_C` [C] int64 is the row in `parent_NK` of each child of `logits_NC`.
     """
     # Float64 holds exp(-200), the smallest weight that cosines times 100 can give.
     weight_NC = (logits_NC.double() - logits_NC.double().amax(1, keepdim=True)).exp()
@@ -162,14 +154,10 @@ def detect_in_record(record: RegionRecord, query: RegionQuery, scoring: Scoring,
 def use_teacher(
     records: Sequence[RegionRecord], images: Sequence[Tensor], encoder: RegionEncoder, *, keep_text: bool
 ) -> list[RegionRecord]:
-    """Records with the teacher's embeddings of crops as image embeddings.
+    """Records with the teacher's embeddings of crops from uint8 images [3, H, W] as image embeddings.
 
-    Args:
-        records: one per image.
-        images: uint8 [3, H, W].
-        encoder: the teacher.
-        keep_text: fuse with the detector's text head (ViLD-text + CLIP); else the teacher alone classifies
-            (CLIP on crops).
+    With `keep_text` they are fused with the detector's text head (ViLD-text + CLIP); otherwise the teacher alone
+    classifies (CLIP on crops).
     """
     embedded = [
         replace(record, image=encoder(image, record.boxes)) for record, image in zip(records, images, strict=True)

@@ -62,11 +62,7 @@ class ResizedImages:
     def detections(
         self, boxes: Sequence[Tensor], scores: Sequence[Tensor], names: tuple[str, ...], selection: Selection
     ) -> tuple[list[Detections], list[Tensor]]:
-        """Select detections from boxes [N, 4] in resized pixels and scores [N, K] of each image.
-
-        Returns:
-            The detections, and their boxes in resized pixels.
-        """
+        """Detections from boxes [N, 4] in resized pixels and scores [N, K], and their boxes in resized pixels."""
         inside = [clip_boxes_to_image(box, size) for box, size in zip(boxes, self.image_sizes, strict=True)]
         selected = [select_detections(*pair, selection) for pair in zip(inside, scores, strict=True)]
         resized = [box for box, _, _ in selected]
@@ -90,13 +86,7 @@ def build_transform(
 
 
 def resize_images(images: Sequence[Tensor], transform: GeneralizedRCNNTransform, max_size: int) -> ResizedImages:
-    """Batch uint8 images [3, H, W].
-
-    Args:
-        images: B tensors.
-        transform: resizes, normalises and pads.
-        max_size: greatest longer side that `transform` gives, in pixels.
-    """
+    """Batch B uint8 images [3, H, W] with a transform that resizes longer sides to at most `max_size` pixels."""
     wide = [widen(image, max_size) for image in images]
     batch, _ = transform([image.float() / 255 for image in wide])
     return ResizedImages(batch.tensors, batch.image_sizes, [_size(image) for image in wide], list(map(_size, images)))

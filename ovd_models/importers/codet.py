@@ -31,9 +31,7 @@ CLASSIFIER: Rules = (
 )
 C4_RULES: Rules = (
     (r"^detector\.backbone\.(conv1\.|bn1\.)", r"backbone.stem.\1"),
-    (r"^detector\.backbone\.layer1\.", r"backbone.res2."),
-    (r"^detector\.backbone\.layer2\.", r"backbone.res3."),
-    (r"^detector\.backbone\.layer3\.", r"backbone.res4."),
+    *((rf"^detector\.backbone\.layer{i}\.", rf"backbone.res{i + 1}.") for i in (1, 2, 3)),
     (r"^detector\.res5\.", r"roi_heads.res5."),
     (r"\.bn(\d)\.", r".conv\1.norm."),
     (r"\.downsample\.0\.", r".shortcut."),
