@@ -297,7 +297,7 @@ def build_detector(config: CoDetConfig) -> RCNN | CenterNet2:
 
 
 def gather_captions(caption_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Caption embeddings [M, D] of all ranks, which have the same B, the row of each own caption [B], and own rows [M]."""
+    """Captions of all ranks [M, D] (with equal B), the row of each own caption [B], and a mask [M] of own rows."""
     count, device = len(caption_BD), caption_BD.device
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return caption_BD, torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
