@@ -1,6 +1,7 @@
 """Read files of weights without running code from them, and load released weights by name."""
 
 import pickle
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,5 +95,5 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], origin: str | Path)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[:2][-1].strip().split('", "')[0]
+        reason = re.sub('", ".*', '" ...', str(error).splitlines()[:2][-1].strip())
         raise InputError(f"{origin}: weights do not fit ({reason})") from error

@@ -31,15 +31,16 @@ def regions(side: float = 384.0) -> list[Tensor]:
 
 def test_pooled_regions_and_gradients_are_torchvisions() -> None:
     results = []
-    for pool in (MultiScaleRoIAlign(["0", "1", "2"], 7, sampling_ratio=2), RegionPool(STRIDES, 7, 2)):
+    theirs, ours = MultiScaleRoIAlign(["0", "1", "2"], 7, sampling_ratio=2), RegionPool(STRIDES, 7, 2)
+    for pool, sizes in ((theirs, [[(384, 384), (384, 300)]]), (ours, [])):
         features = pyramid()
-        pooled = pool(features, regions(), [(384, 384), (384, 300)])
+        pooled = pool(features, regions(), *sizes)
         (pooled * torch.linspace(-1, 1, pooled.numel(), dtype=pooled.dtype).view_as(pooled)).sum().backward()
         results.append((pooled.detach(), *(level.grad for level in features.values())))
-    for theirs, ours in zip(*results, strict=True):
-        assert theirs is not None
-        assert float(theirs.abs().max()) > 0
-        torch.testing.assert_close(ours, theirs)
+    for expected, found in zip(*results, strict=True):
+        assert expected is not None
+        assert float(expected.abs().max()) > 0
+        torch.testing.assert_close(found, expected)
 
 
 def test_the_weights_of_a_bin_by_hand() -> None:
