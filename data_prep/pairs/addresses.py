@@ -1,7 +1,7 @@
-"""Where a crawler may connect to: URLs read strictly, names looked up once, every address checked.
+"""Which addresses a crawler may connect to: URLs are parsed strictly, names looked up once, every address checked.
 
-Only addresses of the public internet, or of networks explicitly allowed, are ever given out, and the last check is made
-when the socket is opened, on the very address it will connect to.
+Only addresses of the public internet or of explicitly allowed networks are returned. The last check is made when the
+socket is opened, on the address it connects to.
 """
 
 import asyncio
@@ -12,9 +12,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
@@ -28,59 +28,60 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
     for network in (
-        "192.0.0.0/24",  # protocol assignments, and a metadata service of Oracle's cloud
-        "192.88.99.0/24",  # retired relays of 6to4
-        "168.63.129.16/32",  # what every machine of Azure can reach its host by
+        "192.0.0.0/24",  # protocol assignments, and the metadata service of Oracle's cloud
+        "192.88.99.0/24",  # retired 6to4 relays
+        "168.63.129.16/32",  # the host of every virtual machine on Azure
         "3fff::/20",  # documentation
     )
 )
-"""Networks nobody's web site is in, although Python 3.11 counts them as global."""
+"""Networks without public web sites that Python 3.11 counts as global."""
 
 REMEMBERED_HOSTS = 100_000
 REPEAT_SECONDS = 0.2
-"""Pause before a lookup that failed for the moment is repeated."""
+"""Pause before a lookup that failed temporarily is repeated."""
 NEGATIVE_SECONDS = 30.0
-"""How long a name is taken not to exist."""
+"""How long a failed lookup is cached."""
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = tuple[int, str]
 """An address family and a literal address."""
 Lookup = Callable[[str], list[Address]]
+FetchReason = Literal[
+    "bad_url", "forbidden_address", "dns", "connect", "tls", "timeout", "http_status", "too_many_redirects",
+    "too_large", "opt_out",
+]  # fmt: skip
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class FetchError(Exception):
-    """A URL that cannot be fetched; `transient` ones are worth another attempt.
+    """Why a URL cannot be fetched. Copy it with `replace` to keep it: a raised exception holds its frames' memory."""
 
-    A `refusal` is ours: nobody was asked.
-    """
+    reason: FetchReason
+    detail: str
+    transient: bool = False
+    """Another attempt may succeed."""
+    refusal: bool = False
+    """We refused to make the request."""
+    retry_after: float = 0.0
+    """Seconds that the server asked to wait."""
 
-    def __init__(
-        self, reason: str, detail: str, *, transient: bool = False, refusal: bool = False, retry_after: float = 0.0
-    ) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail[:MAX_DETAIL_LENGTH].encode(errors="replace").decode()  # servers send what is no Unicode
-        self.transient, self.refusal, self.retry_after = transient, refusal, retry_after
+    def __post_init__(self) -> None:
+        """Shorten the detail and replace what servers send that is not Unicode."""
+        self.detail = self.detail[:MAX_DETAIL_LENGTH].encode(errors="replace").decode()
 
-    def fresh(self) -> "FetchError":
-        """The same, to be kept or raised again: one that was raised keeps what its frames hold."""
-        return FetchError(
-            self.reason,
-            self.detail,
-            transient=self.transient,
-            refusal=self.refusal,
-            retry_after=self.retry_after,
-        )
+    def __str__(self) -> str:
+        """The detail."""
+        return self.detail
 
 
 def parse_url(text: str, base: URL | None = None) -> URL:
-    """An absolute http or https URL, or a redirect's reference relative to `base`, with its host in canonical form.
+    """Parse an absolute http or https URL, or a redirect relative to `base`, and bring its host into canonical form.
 
-    The very object is requested later, so that no second parser can see another host in it.
+    The returned object is the one requested later, so no second parser can find another host in it.
 
     Raises:
-        FetchError: `bad_url`, it is none.
+        FetchError: `bad_url`.
     """
     text = text.strip()
     if len(text) > MAX_URL_LENGTH:
@@ -106,9 +107,9 @@ def _bad_url(text: str, problem: str) -> FetchError:
 
 
 def _canonical_host(host: str) -> str | None:
-    """A host with its name in lower case, without the root's dot, its IPv4 address in four decimal parts; else None."""
+    """The host in lower case without a trailing dot, IPv4 addresses as four decimal parts; None if malformed."""
     if ":" in host:
-        return None if "%" in host else host  # a zone names one of our own network cards
+        return None if "%" in host else host  # a zone names one of our own network interfaces
     name = host.lower().removesuffix(".")
     if len(name) > MAX_HOST_LENGTH or not HOST_NAME.fullmatch(name):
         return None
@@ -122,9 +123,9 @@ def _canonical_host(host: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def may_connect(address: str, allowed: tuple[Network, ...] = ()) -> bool:
-    """Whether an IP address is one of the public internet, or of an allowed network.
+    """Whether an IP address belongs to the public internet or to an allowed network.
 
-    IPv4 addresses wrapped in IPv6 ones (mapped, 6to4, NAT64) count as what they wrap.
+    An IPv4 address wrapped in an IPv6 one (mapped, 6to4, NAT64) is checked itself.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
@@ -144,67 +145,67 @@ def may_connect(address: str, allowed: tuple[Network, ...] = ()) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class LookupResult(Generic[T]):
-    """What a question came to."""
+    """The result of a lookup."""
 
     value: T | FetchError
-    """The answer, or what to raise."""
+    """The result, or the error to raise."""
     seconds: float
-    """How long it holds."""
+    """How long it is valid."""
     weight: int = 1
-    """Its share of the memory for answers."""
+    """Its share of the cache's capacity."""
 
 
 class LookupCache(Generic[T]):
-    """Answers to slow questions: a key is asked about once at a time, its answer shared, and remembered for a while.
+    """Caches slow lookups; concurrent requests for a key share one lookup.
 
-    The answers used longest ago are forgotten once all together weigh more than `capacity`.
+    The least recently used results are dropped once the total weight exceeds `capacity`.
     """
 
-    def __init__(self, ask: Callable[[str], Coroutine[Any, Any, LookupResult[T]]], capacity: int) -> None:
-        self._ask, self._capacity, self._weight = ask, capacity, 0
-        self._answers: OrderedDict[str, tuple[float, LookupResult[T]]] = OrderedDict()
+    def __init__(self, look_up: Callable[[str], Coroutine[Any, Any, LookupResult[T]]], capacity: int) -> None:
+        self._look_up, self._capacity, self._weight = look_up, capacity, 0
+        self._results: OrderedDict[str, tuple[float, LookupResult[T]]] = OrderedDict()
         self._running: dict[str, asyncio.Task[LookupResult[T]]] = {}
 
     async def get(self, key: str) -> T:
-        """The answer for a key.
+        """The result for a key.
 
         Raises:
-            FetchError: that is the answer.
+            FetchError: the result is an error.
         """
-        expires, answer = self._answers.get(key, (0.0, None))
-        if answer is None or expires < time.monotonic():
+        expires, result = self._results.get(key, (0.0, None))
+        if result is None or expires < time.monotonic():
             if key not in self._running:
-                self._running[key] = asyncio.create_task(self._remember(key))
-            answer = await asyncio.shield(self._running[key])
+                self._running[key] = asyncio.create_task(self._look_up_and_store(key))
+            result = await asyncio.shield(self._running[key])
         else:
-            self._answers.move_to_end(key)
-        if isinstance(answer.value, FetchError):
-            raise answer.value.fresh()
-        return answer.value
+            self._results.move_to_end(key)
+        if isinstance(result.value, FetchError):
+            raise replace(result.value)
+        return result.value
 
-    async def _remember(self, key: str) -> LookupResult[T]:
+    async def _look_up_and_store(self, key: str) -> LookupResult[T]:
         try:
-            answer = await self._ask(key)
+            result = await self._look_up(key)
         finally:
             del self._running[key]
-        if key in self._answers:
-            self._weight -= self._answers.pop(key)[1].weight
-        self._answers[key] = time.monotonic() + answer.seconds, answer
-        self._weight += answer.weight
+        if key in self._results:
+            self._weight -= self._results.pop(key)[1].weight
+        self._results[key] = time.monotonic() + result.seconds, result
+        self._weight += result.weight
         while self._weight > self._capacity:
-            _, (_, oldest) = self._answers.popitem(last=False)
+            _, (_, oldest) = self._results.popitem(last=False)
             self._weight -= oldest.weight
-        return answer
+        return result
 
 
 def look_up(host: str) -> list[Address]:
     """Addresses of a name from the system's resolver."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return [(family, str(address[0])) for family, _, _, _, address in found]
+    records = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return [(family, str(address[0])) for family, _, _, _, address in records]
 
 
 class CheckedResolver(AbstractResolver):
-    """Looks names up once in a while, and gives out addresses only if every one of them may be connected to."""
+    """Resolves and caches names; returns addresses only if every one of them may be connected to."""
 
     def __init__(
         self,
@@ -219,7 +220,7 @@ class CheckedResolver(AbstractResolver):
         self._cache_seconds, self._retry_seconds = cache_seconds, retry_seconds
         self._lookup = lookup
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="dns")
-        self._names: LookupCache[list[Address]] = LookupCache(self._ask, REMEMBERED_HOSTS)
+        self._names: LookupCache[list[Address]] = LookupCache(self._look_up_and_check, REMEMBERED_HOSTS)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -244,7 +245,7 @@ class CheckedResolver(AbstractResolver):
         ]
 
     def open_socket(self, target: tuple[Any, ...]) -> socket.socket:
-        """A socket for one `getaddrinfo` record.
+        """Open a socket for one `getaddrinfo` record.
 
         Raises:
             FetchError: `forbidden_address`.
@@ -254,13 +255,13 @@ class CheckedResolver(AbstractResolver):
         return socket.socket(family, kind, protocol)
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no connection is held open."""
 
     def _check(self, host: str, address: str) -> None:
         if not may_connect(address, self._allowed):
             raise FetchError("forbidden_address", f"{host} is {address}", refusal=True)
 
-    async def _ask(self, host: str) -> LookupResult[list[Address]]:
+    async def _look_up_and_check(self, host: str) -> LookupResult[list[Address]]:
         try:
             addresses = await self._look_up(host)
         except (OSError, UnicodeError) as error:
@@ -271,18 +272,18 @@ class CheckedResolver(AbstractResolver):
             for _, address in addresses:
                 self._check(host, address)
         except FetchError as error:
-            return LookupResult(value=error.fresh(), seconds=self._cache_seconds)
+            return LookupResult(value=replace(error), seconds=self._cache_seconds)
         return LookupResult(value=addresses, seconds=self._cache_seconds)
 
     async def _look_up(self, host: str) -> list[Address]:
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.run_in_executor(self._threads, self._lookup, host)
+            addresses = await loop.run_in_executor(self._threads, self._lookup, host)
         except socket.gaierror as error:
             if error.errno != socket.EAI_AGAIN:
                 raise
             await asyncio.sleep(REPEAT_SECONDS)
-            found = await loop.run_in_executor(self._threads, self._lookup, host)
-        if not found:
+            addresses = await loop.run_in_executor(self._threads, self._lookup, host)
+        if not addresses:
             raise OSError("no addresses")
-        return found
+        return addresses

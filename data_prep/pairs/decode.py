@@ -1,31 +1,31 @@
-"""Decode fetched bytes: every body ends as an upright RGB JPEG without metadata, or as a reason why not."""
+"""Decode fetched bytes: every body gives an upright RGB JPEG without metadata, or the reason for its rejection."""
 
 import io
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image, ImageFile
 
 from data_prep import storage, tables
+from data_prep.pairs.rows import Rejection, append_columns, with_rejections
 from ovd_models.images import FORMATS, has_image_magic, orientation, to_rgb, upright
 
 SIDEWAYS = (
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
 )  # fmt: skip
-"""Turns that exchange width and height."""
+"""Orientations that swap width and height."""
 HASH_SIDE = 32
 END_OF_IMAGE = b"\xff\xd9"
 REDUCTIONS = ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2))
 REDUCTION_MARGIN = 1.5
-"""A JPEG is decoded at a fraction of its size if that is the wanted one or still so many times it: between, detail is
-lost when it is reduced once more."""
+"""A JPEG is decoded at a fraction of its size if that is exactly the target size or at least this many times as large;
+closer to the target, the second reduction would lose detail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +35,14 @@ class DecodeConfig:
     max_pixels: int = 50_000_000
     """Images that declare more are rejected before any pixel is decoded."""
     max_side: int | None = None
-    """Longer images are reduced to this longer side, in pixels; None keeps every size."""
+    """Maximum longer side in pixels; larger images are reduced. None keeps every size."""
     jpeg_quality: int = 95
-    """For images that have to be encoded anew; upright RGB JPEG files of an allowed size keep their pixel data."""
-
-
-class Rejection(NamedTuple):
-    """Why a row is not kept."""
-
-    reason: str
-    detail: str
+    """Quality of re-encoded images; upright RGB JPEG files of an allowed size keep their pixel data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """An image as it will be stored, and what the filters need to know of it."""
+    """An image as it will be stored, with the measures that the filters need."""
 
     content: bytes
     """JPEG, RGB, upright, without metadata."""
@@ -58,16 +51,21 @@ class Decoded:
     width: int
     height: int
     original_width: int
-    """As found, upright, in pixels."""
+    """Upright width of the fetched image in pixels."""
     original_height: int
     phash: int
     """See `perceptual_hash`."""
     contrast: float
     """Standard deviation of the image reduced to 32 x 32, in grey levels of 255."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the content."""
+        return len(self.content)
 
-def decode(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
-    """Decode one body; never raises for its sake."""
+
+def decode_image(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
+    """Decode one body. No body raises."""
     if not has_image_magic(content):
         return Rejection("not_an_image", f"starts with {content[:16]!r}")
     try:
@@ -82,12 +80,12 @@ def decode(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
     if frames > 1:
         return Rejection("animated", f"{frames} frames")
     try:
-        return _store(image, content, config)
+        return _normalize(image, content, config)
     except Exception as error:
         return Rejection("truncated", f"{type(error).__name__}: {error}")
 
 
-def _store(image: ImageFile.ImageFile, content: bytes, config: DecodeConfig) -> Decoded:
+def _normalize(image: ImageFile.ImageFile, content: bytes, config: DecodeConfig) -> Decoded:
     turn = orientation(image)
     size = image.size[::-1] if turn in SIDEWAYS else image.size
     scale = min(1.0, (config.max_side or max(size)) / max(size))
@@ -119,19 +117,21 @@ def _store(image: ImageFile.ImageFile, content: bytes, config: DecodeConfig) -> 
 
 
 def _is_whole(jpeg: bytes) -> bool:
-    """Whether a JPEG file ends with its end marker: OpenCV fills what is missing with grey and does not tell."""
+    """Whether a JPEG file ends with its end marker: OpenCV silently fills missing pixels with grey."""
     return jpeg.endswith(END_OF_IMAGE) or jpeg.rstrip(b"\0\r\n ").endswith(END_OF_IMAGE)
 
 
 def _decode_jpeg(content: bytes, wanted: tuple[int, int], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """BGR pixels at an eighth, quarter or half of the size where that leaves enough of them, else at full size."""
+    """BGR pixels at an eighth, quarter or half of the size where `REDUCTION_MARGIN` allows it, else at full size."""
     ratio = min(size[0] / wanted[0], size[1] / wanted[1])
-    fits = (
-        flag
-        for part, flag in REDUCTIONS
-        if ratio >= part * REDUCTION_MARGIN or size == (part * wanted[0], part * wanted[1])
+    flag = next(
+        (
+            flag
+            for part, flag in REDUCTIONS
+            if ratio >= part * REDUCTION_MARGIN or size == (part * wanted[0], part * wanted[1])
+        ),
+        cv2.IMREAD_COLOR,
     )
-    flag = next(fits, cv2.IMREAD_COLOR)
     pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None:
         raise ValueError("broken pixel data")
@@ -139,7 +139,7 @@ def _decode_jpeg(content: bytes, wanted: tuple[int, int], size: tuple[int, int])
 
 
 def _resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Pixels of another width and height, each the average of what it covers."""
+    """Resize to a width and height; each pixel is the average of the area it covers."""
     return cast(npt.NDArray[np.uint8], cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
 
 
@@ -152,9 +152,9 @@ def perceptual_hash(grey: npt.NDArray[np.float32]) -> int:
 
 
 def strip_metadata(jpeg: bytes) -> bytes:
-    """A JPEG file without EXIF, XMP, colour profile and comments; its pixel data stays as it is.
+    """Remove EXIF, XMP, colour profile and comments from a JPEG file without touching its pixel data.
 
-    Only the JFIF header and Adobe's colour transform remain of the application segments.
+    Of the application segments, only the JFIF header and Adobe's colour transform remain.
     """
     position, kept = 2, [jpeg[:2]]
     while position + 4 <= len(jpeg) and jpeg[position] == 0xFF:
@@ -173,34 +173,13 @@ def strip_metadata(jpeg: bytes) -> bytes:
 
 
 def with_images(rows: pa.Table, results: Sequence[Decoded | Rejection | None]) -> pa.Table:
-    """Table rows with what is stored of their pictures, or why there is nothing; None where nothing was fetched.
-
-    Adds the columns of `Decoded` and `size`, the bytes of the content; `stage`, `reason` and `detail` tell of failures,
-    earlier ones stay.
-    """
+    """Append the columns of `Decoded` and its `size`, and record rejections; None stands for rows not fetched."""
+    kinds = {"content": pa.large_binary(), "image_id": pa.string(), "size": pa.int64(), "contrast": pa.float32()}
+    for name in ("width", "height", "original_width", "original_height", "phash"):
+        kinds[name] = tables.SCHEMAS["pairs"].field(name).type
     images = [result if isinstance(result, Decoded) else None for result in results]
     columns = {
-        "content": pa.array([image and image.content for image in images], pa.large_binary()),
-        "image_id": pa.array([image and image.image_id for image in images], pa.string()),
-        "size": pa.array([image and len(image.content) for image in images], pa.int64()),
-        "contrast": pa.array([image and image.contrast for image in images], pa.float32()),
+        name: pa.array([image and getattr(image, name) for image in images], kind) for name, kind in kinds.items()
     }
-    for name in ("width", "height", "original_width", "original_height", "phash"):
-        kind = tables.SCHEMAS["pairs"].field(name).type
-        columns[name] = pa.array([image and getattr(image, name) for image in images], kind)
-    for name, column in columns.items():
-        rows = rows.append_column(name, column)
-    return with_failures(rows, "decode", [result if isinstance(result, Rejection) else None for result in results])
-
-
-def with_failures(rows: pa.Table, stage: str, failures: Sequence[Rejection | None]) -> pa.Table:
-    """Enter what a stage rejects into `stage`, `reason` and `detail`; rows without a failure stay as they are."""
-    told = {
-        "stage": [failure and stage for failure in failures],
-        "reason": [failure and failure.reason for failure in failures],
-        "detail": [failure and failure.detail for failure in failures],
-    }
-    for name, values in told.items():
-        position = rows.schema.get_field_index(name)
-        rows = rows.set_column(position, name, pc.coalesce(pa.array(values, pa.string()), rows[name]))
-    return rows
+    rejections = [result if isinstance(result, Rejection) else None for result in results]
+    return with_rejections(append_columns(rows, columns), "decode", rejections)
