@@ -23,11 +23,11 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.ops import roi_align
 
+from data_prep import storage
 from data_prep.embeddings import stores as embeddings
 from data_prep.embeddings.crops import CropConfig, crop_squares, crop_windows, square
 from data_prep.embeddings.stores import ROWS, EmbeddingJob, RegionStore
 from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions
-from data_prep.pairs import shards
 from ovd_models.clip.model import Clip, load_clip
 
 T = TypeVar("T")
@@ -193,7 +193,7 @@ def store(folder: str) -> dict[str, float]:
 def write_store(root: Path) -> None:
     """2,000 images of 300 regions of width 512: 614 MB."""
     job = EmbeddingJob(storage=str(root), table="regions", name="bench", staging=str(root / "staging"))
-    shards.remove_folder(str(root / "regions"))
+    storage.remove_folder(str(root / "regions"))
     rng = np.random.default_rng(0)
     per_shard = 50
     for start in range(0, STORED_IMAGES, per_shard):

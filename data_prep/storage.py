@@ -117,3 +117,10 @@ def local_folder(uri: str) -> Path:
     except OSError as error:
         raise InputError(f"{uri}: cannot be read ({error}), expected a folder") from error
     return target
+
+
+def remove_folder(uri: str) -> None:
+    """Delete a folder if it exists."""
+    filesystem, path = resolve(uri)
+    if exists(uri):
+        filesystem.delete_dir(path)

@@ -105,7 +105,7 @@ def tell(run: Run, folder: Path) -> dict[str, Any]:
     began, watch, home = time.perf_counter(), Stopwatch(), str(folder)
     with contextlib.ExitStack() as stack:
         with watch.stage("web site"):
-            crawl = stack.enter_context(prepare_pairs.site_of(dataclasses.replace(run.pairs, storage=home)))
+            crawl = stack.enter_context(prepare_pairs.pictogram_site(dataclasses.replace(run.pairs, storage=home)))
         with watch.stage("pairs"):
             cluster.start_ray()
             crawled = prepare_pairs.prepare(crawl)

@@ -19,7 +19,6 @@ import pyarrow as pa
 from pyarrow import fs
 
 from data_prep import storage, tables
-from data_prep.pairs import shards
 from data_prep.tables import FileEntry, Manifest
 from ovd_models.errors import InputError
 
@@ -115,7 +114,7 @@ def publish(
     manifest = tables.publish(
         job.storage, job.table, job.name, files, producer=producer, config_hash=config_hash, details=details
     )
-    shards.remove_folder(job.staging)
+    storage.remove_folder(job.staging)
     return manifest
 
 

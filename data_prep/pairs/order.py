@@ -1,4 +1,4 @@
-"""The order of all rows of a corpus, which says who comes first of those that are equal."""
+"""The order of all rows of a corpus: the first of equal rows survives deduplication."""
 
 import itertools
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 NEW = 1 << 50
-"""Added to the ids of rows that are not published yet, so that they come after all that are."""
+"""Added to the ids of new rows, so that they come after all published ones."""
 
 
 @dataclass(frozen=True)
 class RowNumbering:
-    """Numbers the rows of all sources: a source's base plus the row in it."""
+    """Numbers the rows of all sources: the source's base plus the row number."""
 
     bases: dict[str, int]
 
     @classmethod
     def of(cls, rows: dict[str, int]) -> Self:
-        """The order of sources by their digests, from the number of rows of each."""
+        """Order sources by digest, given the number of rows of each."""
         digests = sorted(rows)
         starts = itertools.accumulate((rows[digest] for digest in digests), initial=0)
         return cls(dict(zip(digests, starts, strict=False)))
@@ -34,7 +34,7 @@ class RowNumbering:
         digests, starts = list(self.bases), np.array(list(self.bases.values()), np.int64)
         known = ids.is_valid().to_numpy(zero_copy_only=False)
         plain = ids.fill_null(0).to_numpy(zero_copy_only=False) % NEW
-        # Of sources without rows, which start where the next one does, the last is meant.
+        # A source without rows starts where the next one does: the last of these is meant.
         source = np.searchsorted(starts, plain, side="right") - 1
         return pa.StructArray.from_arrays(
             [pa.array(digests, pa.string()).take(pa.array(source)), pa.array(plain - starts[source], pa.int64())],

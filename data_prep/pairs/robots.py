@@ -1,4 +1,4 @@
-"""What a web site asks of crawlers: its robots.txt (RFC 9309), and the headers that opt out or ask to wait."""
+"""What a web site permits crawlers: its robots.txt (RFC 9309), and headers that opt out or ask to wait."""
 
 import email.utils
 import re
@@ -18,23 +18,23 @@ VALUED_DIRECTIVES = frozenset({"unavailable_after", "max-snippet", "max-image-pr
 AGENT_NAME = re.compile(r"[a-z0-9_.*/-]+", re.ASCII)
 
 MAX_BYTES = 500 << 10
-"""As much of a robots.txt as is read."""
+"""Maximum bytes read of a robots.txt."""
 MAX_RULES = 5_000
-"""A site with more rules for us is left alone: each of its URLs would have to be held against all of them."""
+"""A site with more rules for us is skipped: each of its URLs would have to be checked against all of them."""
 REMEMBERED_RULES = 100_000
-"""Of all sites together, by weight; a site counts as one more."""
+"""Total weight of the rules of all sites; each site adds one."""
 UNAVAILABLE_SECONDS = 600.0
-"""How long a site is left alone whose server fails to give its robots.txt."""
+"""How long a site is skipped if its server fails to return its robots.txt."""
 AGENT_LINE = re.compile(r"\s*user[- ]?agent(?:\s*:|\s)\s*([^#]*)", re.IGNORECASE)
 OTHER_LINE = re.compile(r"\s*(?:$|#|(?:site-?maps?|host)\s*:)", re.IGNORECASE)
 
 HttpGet = Callable[[URL], Coroutine[Any, Any, tuple[int, bytes]]]
-"""Gets a robots.txt: the final status, and up to MAX_BYTES of the body; raises FetchError where nobody answers."""
+"""Gets a robots.txt: the final status and up to MAX_BYTES of the body; raises FetchError if there is no answer."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a site's robots.txt asks of us; by default nothing."""
+    """The rules of a site's robots.txt for us; by default none."""
 
     parsed: Protego | None = None
     closed: str | None = None
@@ -42,33 +42,33 @@ class Rules:
 
 
 class Robots:
-    """The robots.txt of every site met, each read once a while for all URLs that wait for it."""
+    """The robots.txt files of all sites met, each fetched once for all URLs that wait for it."""
 
     def __init__(self, user_agent: str, *, cache_seconds: float, retry_seconds: float, get: HttpGet) -> None:
         self._agent = product_token(user_agent)
         self._cache_seconds, self._retry_seconds = cache_seconds, retry_seconds
         self._get = get
-        self._sites: LookupCache[Rules] = LookupCache(self._ask, REMEMBERED_RULES)
+        self._sites: LookupCache[Rules] = LookupCache(self._load, REMEMBERED_RULES)
 
     async def refusal(self, url: URL) -> str | None:
         """Why a URL may not be fetched, or None.
 
         Raises:
-            FetchError: nobody answered for the robots.txt, and so the URL fails the same way.
+            FetchError: robots.txt could not be fetched; the URL fails in the same way.
         """
         rules = await self._sites.get(str(url.origin()))
         if rules.closed or rules.parsed is None or rules.parsed.can_fetch(str(url), self._agent):
             return rules.closed
         return "robots.txt disallows it"
 
-    async def _ask(self, origin: str) -> LookupResult[Rules]:
+    async def _load(self, origin: str) -> LookupResult[Rules]:
         try:
             status, body = await self._get(URL(origin) / "robots.txt")
         except FetchError as error:
             detail = f"robots.txt: {error.detail}"
-            same = FetchError(error.reason, detail, transient=error.transient, refusal=error.refusal)
-            again = self._retry_seconds if error.transient or error.reason == "timeout" else NEGATIVE_SECONDS
-            return LookupResult(value=same, seconds=min(again, self._cache_seconds))
+            failure = FetchError(error.reason, detail, transient=error.transient, refusal=error.refusal)
+            seconds = self._retry_seconds if error.transient or error.reason == "timeout" else NEGATIVE_SECONDS
+            return LookupResult(value=failure, seconds=min(seconds, self._cache_seconds))
         if status >= 500:
             closed = Rules(closed=f"robots.txt answered {status}")
             return LookupResult(value=closed, seconds=min(UNAVAILABLE_SECONDS, self._cache_seconds))
@@ -77,12 +77,12 @@ class Robots:
 
 
 def product_token(user_agent: str) -> str:
-    """The name by which sites address a crawler: `ovd-ray` of `ovd-ray/0.1 (crawler)`."""
+    """The name of a crawler in robots.txt files: `ovd-ray` for `ovd-ray/0.1 (crawler)`."""
     return user_agent.partition("/")[0].strip().lower()
 
 
 def parse_rules(content: bytes, agent: str) -> tuple[Rules, int]:
-    """The rules of a robots.txt for an agent, and their weight in memory: lines, or 32 characters if there are more."""
+    """The rules for an agent, and their memory weight: the number of lines, or of 32-character units if larger."""
     lines = _lines_for(content[:MAX_BYTES].decode("utf-8-sig", errors="replace"), agent)
     if len(lines) > MAX_RULES:
         return Rules(closed=f"robots.txt has more than {MAX_RULES} lines for us"), 0
@@ -91,9 +91,9 @@ def parse_rules(content: bytes, agent: str) -> tuple[Rules, int]:
 
 
 def _lines_for(text: str, agent: str) -> list[str]:
-    """The groups for an agent or for all.
+    """The lines of the groups for an agent or for all.
 
-    The parser holds each line of a group for each of the group's agents: half a megabyte would grow to gigabytes.
+    The parser copies a group's lines for each of its agents: half a megabyte could grow to gigabytes.
     """
     kept: list[str] = []
     named: set[str] = set()
@@ -118,13 +118,13 @@ def _lines_for(text: str, agent: str) -> list[str]:
 
 
 def opt_out(robots_tags: Sequence[str], tdm_reservation: str, user_agent: str) -> str | None:
-    """The header that asks crawlers like this one to leave the image, or None.
+    """The header by which the site opts out of crawls like this one, or None.
 
     Args:
-        robots_tags: values of `X-Robots-Tag`. Directives that follow the name of an agent, as in
-            `otherbot: noindex, nofollow, ovd-ray: noai`, speak to that agent alone.
+        robots_tags: values of `X-Robots-Tag`. Directives after an agent's name apply to that agent only:
+            `otherbot: noindex, nofollow, ovd-ray: noai`.
         tdm_reservation: value of `tdm-reservation`, the W3C community group's text and data mining reservation.
-        user_agent: who we are.
+        user_agent: our user agent.
     """
     for header in robots_tags:
         agent = "*"
@@ -140,7 +140,7 @@ def opt_out(robots_tags: Sequence[str], tdm_reservation: str, user_agent: str) -
 
 
 def retry_after(header: str) -> float:
-    """Seconds that a `Retry-After` header, a number or a date, asks to wait; 0 if it asks nothing."""
+    """Seconds that a `Retry-After` header (a number or a date) asks to wait; 0 if malformed."""
     if re.fullmatch(r"\d{1,9}", header.strip(), re.ASCII):
         return float(header)
     try:

@@ -1,14 +1,14 @@
-"""Scores of image-text pairs by models that live in actors: CLIP, or any that the user gives.
+"""Scores of image-text pairs by models in actors: CLIP, or a scorer of your own.
 
-A scorer of your own is a class: `--scores.scorers nsfw mypackage.mymodule:Scorer`. It is made once an actor, without
-arguments, and called with a batch of pictures and their captions; it returns a number for each.
+Your own scorer is a class: `--scores.scorers nsfw mypackage.mymodule:Scorer`. Each actor constructs it once, without
+arguments, and calls it with a batch of images and their captions; it returns one number per pair.
 """
 
 import importlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from data_prep import storage
-from data_prep.pairs.decode import Rejection, with_failures
-from data_prep.pairs.inputs import EMBEDDING, SCORE
+from data_prep.pairs.rows import EMBEDDING, SCORE, Rejection, append_columns, with_rejections
 from ovd_models.errors import InputError
 
 BATCH = 64
@@ -26,40 +25,39 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """Which models look at the pairs."""
+    """Models that score pairs."""
 
     scorers: dict[str, str] = field(default_factory=dict)
-    """Name and model of each: folder or URI of a CLIP checkpoint (cosine of image and caption), or `module:Class`."""
+    """Models by name: folder or URI of a CLIP checkpoint (cosine of image and caption), or `module:Class`."""
     minimum: dict[str, float] = field(default_factory=dict)
-    """Pairs that score less are rejected as `low_score`."""
+    """Minimum scores by scorer; pairs below are rejected as `low_score`."""
     actors: int = 1
     gpus: float = 0
-    """GPUs of an actor."""
+    """GPUs per actor."""
 
     def __post_init__(self) -> None:
-        """Check that every limit has its scorer."""
+        """Check the names of the scorers, and that every minimum has its scorer."""
         for name in self.minimum:
             if name not in self.scorers:
                 raise InputError(f"--scores.minimum {name}: no such scorer, expected one of {sorted(self.scorers)}")
         for name in self.scorers:
             if not name.isidentifier() or name in ("image_id", EMBEDDING):
-                raise InputError(
-                    f"--scores.scorers {name!r}: expected another name, of letters, digits and underscores"
-                )
+                problem = "expected another name, of letters, digits and underscores"
+                raise InputError(f"--scores.scorers {name!r}: {problem}")
 
 
 class Scorer(Protocol):
-    """Gives each pair a number."""
+    """Scores image-text pairs."""
 
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Sequence[float]:
-        """One number a pair, higher is better."""
+        """One number per pair; higher is better."""
 
 
 class ClipScorer:
     """Cosine between the CLIP embeddings of image and caption."""
 
     def __init__(self, checkpoint: str, device: str = "cpu") -> None:
-        import torch  # here, so that the other tasks of a crawl stay small
+        import torch  # here: other tasks of a crawl do without its memory
 
         from ovd_models.clip.model import load_clip
 
@@ -74,7 +72,7 @@ class ClipScorer:
         return cosines
 
     def embed(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
-        """[N, D] unit rows of the images alone."""
+        """[N, D] unit embeddings of images."""
         side = self.clip.config.image_size
         pixels = np.stack([np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images])
         with self._torch.inference_mode():
@@ -84,21 +82,21 @@ class ClipScorer:
 
 
 def is_class(model: str) -> bool:
-    """Whether a scorer is named as `module:Class`, and not by the folder or URI of a CLIP checkpoint."""
+    """Whether a scorer is given as `module:Class` rather than a CLIP checkpoint's folder or URI."""
     return ":" in model and "/" not in model
 
 
 def check_checkpoint(folder: str) -> None:
-    """Raise InputError where no CLIP checkpoint lies at a folder or URI."""
+    """Raise InputError if there is no CLIP checkpoint at a folder or URI."""
     if not storage.exists(storage.join(folder, "clip.json")):
         raise InputError(f"{folder}: no CLIP checkpoint (clip.json), expected one, or module:Class")
 
 
 def load_scorer(model: str, device: str) -> Scorer:
-    """The scorer of a class's name or of a CLIP checkpoint.
+    """Load a scorer from a CLIP checkpoint or `module:Class`.
 
     Raises:
-        InputError: there is no such class or checkpoint.
+        InputError: the class or checkpoint does not exist.
     """
     if not is_class(model):
         return ClipScorer(model, device)
@@ -111,14 +109,14 @@ def load_scorer(model: str, device: str) -> Scorer:
 
 
 class ScoreStage:
-    """Rows of decoded images -> the same with a column of scores a scorer, and the images' embeddings if asked."""
+    """Adds a column per scorer, and optionally the images' embeddings, to rows of decoded images."""
 
     def __init__(self, config: ScoreConfig, embedder: str = "") -> None:
         """Load the models.
 
         Args:
             config: the scorers.
-            embedder: a CLIP checkpoint, or empty.
+            embedder: CLIP checkpoint for the embeddings; empty for none.
         """
         device = "cuda" if config.gpus else "cpu"
         self.config = config
@@ -126,39 +124,32 @@ class ScoreStage:
         self.embedder = ClipScorer(embedder, device) if embedder else None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Score what is kept so far; `embedding` holds little-endian float16 rows as bytes."""
+        """Score the rows not rejected so far; `embedding` holds little-endian float16 rows as bytes."""
         chosen = np.flatnonzero(pc.is_null(rows["reason"]).to_numpy(zero_copy_only=False))
         good = rows.select(["content", "caption"]).take(pa.array(chosen))
         scores: dict[str, list[float]] = {name: [] for name in self.scorers}
         embeddings: list[bytes] = []
         for start in range(0, good.num_rows, BATCH):
-            part = good.slice(start, BATCH)
-            images = [Image.open(io.BytesIO(content)).convert("RGB") for content in part["content"].to_pylist()]
-            captions = part["caption"].to_pylist()
+            batch = good.slice(start, BATCH)
+            images = [Image.open(io.BytesIO(content)).convert("RGB") for content in batch["content"].to_pylist()]
+            captions = batch["caption"].to_pylist()
             for name, scorer in self.scorers.items():
                 scores[name] += [float(value) for value in scorer(images, captions)]
             if self.embedder is not None:
                 embeddings += [row.tobytes() for row in self.embedder.embed(images).astype("<f2")]
-        columns: dict[str, pa.Array] = {}
-        for name, values in scores.items():
-            columns[SCORE + name] = _spread(values, chosen, rows.num_rows, pa.float32())
+        index = np.full(rows.num_rows, -1)
+        index[chosen] = np.arange(len(chosen))
+        place = pa.array(index, mask=index < 0)  # null where a row was rejected before
+        columns = {SCORE + name: pa.array(values, pa.float32()).take(place) for name, values in scores.items()}
         if self.embedder is not None:
-            columns[EMBEDDING] = _spread(embeddings, chosen, rows.num_rows, pa.binary())
-        for name, column in columns.items():
-            rows = rows.append_column(name, column)
-        return with_failures(rows, "filter", self._failures(rows))
+            columns[EMBEDDING] = pa.array(embeddings, pa.binary()).take(place)
+        rows = append_columns(rows, columns)
+        return with_rejections(rows, "filter", self._rejections(rows))
 
-    def _failures(self, rows: pa.Table) -> list[Rejection | None]:
-        failures: list[Rejection | None] = [None] * rows.num_rows
-        for name, least in self.config.minimum.items():
+    def _rejections(self, rows: pa.Table) -> list[Rejection | None]:
+        rejections: list[Rejection | None] = [None] * rows.num_rows
+        for name, minimum in self.config.minimum.items():
             for position, value in enumerate(rows[SCORE + name].to_pylist()):
-                if value is not None and not value >= least and failures[position] is None:
-                    failures[position] = Rejection("low_score", f"{name} {value:.3f}, at least {least:g}")
-        return failures
-
-
-def _spread(values: Sequence[Any], positions: npt.NDArray[np.int64], count: int, kind: pa.DataType) -> pa.Array:
-    """Values at their positions among `count` rows, null elsewhere."""
-    index = np.full(count, -1)
-    index[positions] = np.arange(len(positions))
-    return pa.array(values, kind).take(pa.array(index, mask=index < 0))
+                if value is not None and not value >= minimum and rejections[position] is None:  # NaN is too low
+                    rejections[position] = Rejection("low_score", f"{name} {value:.3f}, at least {minimum:g}")
+        return rejections

@@ -66,7 +66,7 @@ def test_a_model_that_knows_the_answer_names_everything(monkeypatch: pytest.Monk
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = str(tmp_path_factory.mktemp("clip"))
-    with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.smoke(), storage=root)) as crawl:
+    with prepare_pairs.pictogram_site(dataclasses.replace(prepare_pairs.smoke(), storage=root)) as crawl:
         prepare_pairs.prepare(crawl)
     return dataclasses.replace(clip_configs.smoke(), storage=root)
 

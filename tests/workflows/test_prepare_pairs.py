@@ -77,7 +77,7 @@ def test_kept_and_rejected_rows_are_what_the_faults_imply(crawled: tuple[Run, Su
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_demos_whole_site_comes_out_as_its_faults_imply(ray_cluster: None, tmp_path: Path) -> None:
-    with prepare_pairs.site_of(dataclasses.replace(prepare_pairs.pictograms(), storage=str(tmp_path))) as run:
+    with prepare_pairs.pictogram_site(dataclasses.replace(prepare_pairs.pictograms(), storage=str(tmp_path))) as run:
         summary = prepare(run)
         site = Path(run.urls).parent
     assert outcomes_of(rows_of(tmp_path, "pictograms")) == expected_of(site)

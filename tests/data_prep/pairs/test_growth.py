@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_prep.pairs.generations import CrawlPlan, Cut, Published, cut_rejects, plan
 
 from data_prep import tables
 from data_prep.pairs import generations, inputs
-from data_prep.pairs.generations import CrawlPlan, Cut, Published, cut_rejects, plan
 from data_prep.pairs.inputs import Columns, Part
 from data_prep.pairs.order import NEW, RowNumbering
 from ovd_models.errors import InputError

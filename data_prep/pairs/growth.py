@@ -1,0 +1,304 @@
+"""Tables that grow: what is published under a name, the work of the next run, and publishing both together.
+
+The first run publishes generation 0. Every run that adds lists or retries rejected rows publishes the next one. Files
+never change: a new manifest lists the old files and the new ones, except those that were replaced.
+"""
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from data_prep import storage, tables
+from data_prep.pairs import inputs
+from data_prep.pairs.order import RowNumbering
+from data_prep.pairs.rows import EMBEDDING, LIGHT, STATUS
+from data_prep.pairs.shards import WrittenPartition
+from data_prep.pairs.staging import Part, Staging, partition_name
+from data_prep.tables import FileEntry
+from ovd_models.errors import InputError
+
+PRODUCER = "workflows/prepare_pairs.py"
+URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
+IMAGES = LIGHT.remove(LIGHT.get_field_index("reason"))
+EMBEDDINGS = pa.schema({"image_id": pa.string(), EMBEDDING: pa.binary()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """The published tables of a name."""
+
+    storage: str
+    name: str
+    config_hash: str
+    details: Mapping[str, Any]
+    files: Mapping[str, Sequence[FileEntry]]
+    """By table: `pairs`, `rejects`, `scores`."""
+
+    @classmethod
+    def find(cls, storage_uri: str, name: str) -> Self | None:
+        """The tables of a name, or None; `pairs` is published last, so it decides.
+
+        Raises:
+            InputError: an incompatible version of this program published them.
+        """
+        pairs = tables.find_manifest(storage_uri, "pairs", name)
+        if pairs is None:
+            return None
+        if "files" not in pairs.details:
+            uri = tables.table_uri(storage_uri, "pairs", name)
+            raise InputError(
+                f"{uri}: made by a version of this program that cannot be continued, expected a new --name"
+            )
+        # Not from the other tables' manifests: their generation may be one whose `pairs` were never published.
+        others = tables.entries_from_json(pairs.details["files"])
+        return cls(
+            storage=storage_uri,
+            name=name,
+            config_hash=pairs.config_hash,
+            details=pairs.details,
+            files={"pairs": pairs.files, **others},
+        )
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Number of rows of each source, by digest."""
+        return dict(self.details["sources"])
+
+    @property
+    def generation(self) -> int:
+        """How many times the tables grew."""
+        return int(self.details["generation"])
+
+    def count_rejected(self, reasons: Sequence[str]) -> int:
+        """Number of rows rejected for one of the reasons."""
+        counts: dict[str, int] = self.details["summary"]["rejected"]
+        return sum(counts.get(reason, 0) for reason in reasons)
+
+    def index_files(self) -> list[str]:
+        """The Parquet files of `pairs`, relative to its folder."""
+        return [entry.path for entry in self.files["pairs"] if entry.path.endswith(".parquet")]
+
+    def urls(self) -> ds.Dataset:
+        """`URLS` of all rows, kept or rejected."""
+        return tables.open_parquet(self._uris("pairs") + self._uris("rejects"), URLS)
+
+    def images(self) -> ds.Dataset:
+        """`IMAGES` of the kept rows."""
+        return tables.open_parquet(self._uris("pairs"), IMAGES)
+
+    def embeddings(self) -> ds.Dataset:
+        """`EMBEDDINGS` of the kept rows; null if there is none."""
+        return tables.open_parquet(self._uris("scores"), EMBEDDINGS)
+
+    def _uris(self, table: str) -> list[str]:
+        folder = tables.table_uri(self.storage, table, self.name)
+        return [storage.join(folder, entry.path) for entry in self.files[table] if entry.path.endswith(".parquet")]
+
+
+def find_published(
+    storage_uri: str, name: str, config_hash: str, *, lists: Iterable[str], add: bool, retry: Sequence[str]
+) -> Published | None:
+    """The published tables of a name, checked for whether a run may continue them.
+
+    Args:
+        storage_uri: folder or URI of all tables.
+        name: of the tables.
+        config_hash: of the run.
+        lists: digests of the run's lists.
+        add: whether rows of other lists may be added.
+        retry: reasons of rejected rows to retry.
+
+    Raises:
+        InputError: the tables have another config, or other lists without `add`; or there are none to retry.
+    """
+    for reason in retry:
+        if reason not in {known for reasons in tables.REASONS.values() for known in reasons}:
+            raise InputError(f"--retry {reason}: unknown reason, expected those of `rejects`, such as timeout")
+    published = Published.find(storage_uri, name)
+    uri = tables.table_uri(storage_uri, "pairs", name)
+    if published is None:
+        if retry:
+            raise InputError(f"--retry: {uri} is not published yet, expected a finished crawl")
+        return None
+    if published.config_hash != config_hash:
+        raise InputError(f"{uri}: made from another config, expected the same one, a new --name or an empty place")
+    if not add and any(digest not in published.sources for digest in lists):
+        raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")
+    return published
+
+
+def publish_tables(
+    storage_uri: str,
+    name: str,
+    config_hash: str,
+    *,
+    summary: Mapping[str, Any],
+    details: Mapping[str, Any],
+    files: Mapping[str, Sequence[FileEntry]],
+) -> None:
+    """Write the manifests; the last is that of `pairs`, with `details` for later runs: it makes the tables complete."""
+    for table, entries in sorted(files.items(), key=lambda item: item[0] == "pairs"):
+        about = {"summary": summary, **(details if table == "pairs" else {})}
+        tables.publish(storage_uri, table, name, entries, producer=PRODUCER, config_hash=config_hash, details=about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrawlPlan:
+    """The work of a run; saved, so that a killed run continues with the same."""
+
+    sources: dict[str, int]
+    """Number of rows of each published or new source, by digest."""
+    columns: dict[str, str]
+    """Types of the lists' further columns, by name."""
+    partitions: dict[str, int]
+    """Number of rows to crawl in each partition."""
+    retried: dict[str, int] = field(default_factory=dict)
+    """Number of rows to retry, by the reason of their rejection."""
+    earlier_rejects: dict[str, str] = field(default_factory=dict)
+    """Published `rejects` files of retried partitions; each is replaced by the partition's new one."""
+
+    @functools.cached_property
+    def order(self) -> RowNumbering:
+        """The order of all rows."""
+        return RowNumbering.of(self.sources)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows to crawl."""
+        return sum(self.partitions.values())
+
+    def first_id(self, partition: str, partition_rows: int) -> int:
+        """The id of the first input row of a partition."""
+        digest, _, number = partition.partition("-")
+        return int(self.order.ids(digest, np.array([int(number) * partition_rows]))[0])
+
+    def parts(self, staging: Staging, repeated: npt.NDArray[np.int64]) -> list[Part]:
+        """All parts; rows with the (ascending) ids `repeated` are skipped."""
+        parts, size = [], staging.part_rows
+        for name, rows in self.partitions.items():
+            first = self.first_id(name, staging.partition_rows)
+            for start in range(0, rows, size):
+                skipped: tuple[int, ...] = ()
+                if name not in self.earlier_rejects:  # retried rows are not consecutive, and their URLs were checked
+                    among = np.searchsorted(repeated, [first + start, first + start + size])
+                    skipped = tuple((repeated[slice(*among)] - first - start).tolist())
+                parts.append(Part(name, start // size, skipped))
+        return parts
+
+    def save(self, staging: Staging) -> None:
+        """Write the plan to the staging folder."""
+        storage.write_bytes(storage.join(staging.uri, "work.json"), json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def load(cls, staging: Staging) -> Self | None:
+        """The plan of a killed run, or None."""
+        uri = storage.join(staging.uri, "work.json")
+        return cls(**json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
+
+
+def stage_rejects(
+    published: Published, reasons: Sequence[str], staging: Staging
+) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
+    """Stage the rows that were rejected for one of the reasons as input rows.
+
+    Returns:
+        Number of rows by partition, number of rows by reason, and the published `rejects` file of each partition.
+    """
+    partitions: dict[str, int] = {}
+    retried: Counter[str] = Counter()
+    earlier: dict[str, str] = {}
+    for entry in published.files["rejects"]:
+        uri = storage.join(tables.table_uri(published.storage, "rejects", published.name), entry.path)
+        rejects = tables.read_parquet(uri)
+        rows = rejects.filter(pc.is_in(rejects["reason"], pa.array(list(reasons), pa.string())))
+        if not rows.num_rows:
+            continue
+        retried.update(rows["reason"].to_pylist())
+        rows = rows.drop_columns([*STATUS, "duplicate_of"]).rename_columns({"caption": "raw_caption"})
+        name = partition_name(rows["source"][0].as_py(), rows["row"][0].as_py() // staging.partition_rows)
+        staging.write_rows(name, rows)
+        partitions[name], earlier[name] = rows.num_rows, entry.path
+    return partitions, dict(retried), earlier
+
+
+def plan_crawl(
+    lists: Sequence[str],
+    columns: inputs.Columns,
+    published: Published | None,
+    retry: Sequence[str],
+    staging: Staging,
+    run: Callable[[Callable[..., inputs.Source], Sequence[tuple[Any, ...]]], list[inputs.Source]],
+) -> CrawlPlan:
+    """Cut new lists into partitions, in parallel, and stage the rejected rows to retry.
+
+    Args:
+        lists: URIs of the new lists.
+        columns: names of their columns.
+        published: the published tables.
+        retry: reasons of the rows to retry.
+        staging: the run's staging folder.
+        run: runs a function with each of several arguments, as `crawl.CrawlerPool.run` does.
+
+    Raises:
+        InputError: a list is malformed.
+    """
+    saved = CrawlPlan.load(staging)
+    if saved is not None:
+        return saved
+    new = run(inputs.cut_file, [(uri, columns, staging) for uri in lists])
+    kinds = dict(published.details["columns"]) if published else {}
+    for source in new:
+        for name, kind in source.columns.items():
+            if kinds.setdefault(name, kind) != kind:
+                raise InputError(f"list {source.digest}: column {name!r} holds {kind}, elsewhere {kinds[name]}")
+    again, retried, earlier = stage_rejects(published, retry, staging) if published and retry else ({}, {}, {})
+    plan = CrawlPlan(
+        sources={**(published.sources if published else {}), **{source.digest: source.rows for source in new}},
+        columns=kinds,
+        partitions={name: rows for source in new for name, rows in source.partitions.items()} | again,
+        retried=retried,
+        earlier_rejects=earlier,
+    )
+    plan.save(staging)
+    return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFiles:
+    """The rows and files of the tables of a new generation."""
+
+    kept: int
+    rejected: dict[str, int]
+    """Number of rows by reason."""
+    files: dict[str, list[FileEntry]]
+    """By table: `pairs`, `rejects`, `scores`."""
+
+
+def combine_files(published: Published | None, plan: CrawlPlan, written: Sequence[WrittenPartition]) -> TableFiles:
+    """Combine the published tables with what a run wrote."""
+    kept, rejected = sum(part.kept for part in written), Counter[str]()
+    for part in written:
+        rejected.update(part.rejected)
+    assert kept + rejected.total() == plan.rows, "every row is kept or rejected, once"
+    files = {
+        table: [entry for part in written for entry in part.files[table]] for table in ("pairs", "rejects", "scores")
+    }
+    if published is not None:
+        summary = published.details["summary"]
+        kept += summary["kept"]
+        rejected.update(summary["rejected"])
+        rejected.subtract(plan.retried)
+        replaced = {("rejects", path) for path in plan.earlier_rejects.values()}
+        for table, entries in published.files.items():
+            files[table][:0] = [entry for entry in entries if (table, entry.path) not in replaced]
+    counts = {reason: count for reason, count in sorted(rejected.items()) if count}
+    return TableFiles(kept=kept, rejected=counts, files=files)
