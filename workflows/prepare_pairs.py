@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -174,6 +174,7 @@ class Job:
     """What the steps of a run share."""
 
     run: Run
+    config_hash: str
     published: Published | None
     plan: CrawlPlan
     staging: Staging
@@ -230,7 +231,7 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
     config_hash = result_hash(run, vocabulary)
     published = growth.find_published(run.storage, run.name, config_hash, lists=lists, add=run.add, retry=run.retry)
     new = {digest: uri for digest, uri in lists.items() if published is None or digest not in published.sources}
-    if published is not None and not new and not published.count_rejected(run.retry):
+    if published is not None and not new and not published.rejected.keys() & set(run.retry):
         return reuse(run, published)
     generation = published.generation if published else None
     task = f"{config_hash} {sorted(new)} {run.retry} {generation} {run.rows_per_part}"
@@ -239,40 +240,13 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
 
     with start_crawlers(run, staging, are_files=are_files) as pool:
         plan = growth.plan_crawl(list(new.values()), run.columns, published, run.retry, staging, pool.run)
-        job = Job(run=run, published=published, plan=plan, staging=staging)
+        job = Job(run=run, config_hash=config_hash, published=published, plan=plan, staging=staging)
         repeated_urls = find_repeated_urls(job)
         progress = crawl(job, repeated_urls, pool)
         decisions = pa.concat_tables([repeated_urls, deduplicate(job)])
         written = write_shards(job, decisions, extractor, pool)
 
-    grown = growth.combine_files(published, plan, written)
-    generation = 0 if generation is None else generation + 1
-    mentions = staging.open("mentions", shards.MENTIONS)
-    grouped = write_groups(
-        mentions, run.storage, run.name, f"part-{generation:03d}", min_images=run.min_images, memory=run.corpus.memory
-    )
-    summary = Summary(
-        input=sum(plan.sources.values()),
-        kept=grown.kept,
-        rejected=grown.rejected,
-        concepts=grouped.num_concepts,
-        seconds=round(time.monotonic() - started, 2),
-        reused=False,
-    )
-    details = {
-        "generation": generation,
-        "sources": plan.sources,
-        "columns": plan.columns,
-        "progress": progress,
-        "staging": staging.uri,
-        "files": {name: [dataclasses.asdict(entry) for entry in grown.files[name]] for name in ("rejects", "scores")},
-    }
-    files = {**grown.files, "concepts": grouped.concepts, "groups": grouped.groups}
-    if not uses_models(run):
-        del files["scores"]
-    growth.publish_tables(
-        run.storage, run.name, config_hash, summary=dataclasses.asdict(summary), details=details, files=files
-    )
+    summary = publish(job, written, progress, started)
     from workflows import pairs_report  # here, for its plots take memory that the crawl can do without
 
     samples = staging.open("samples", shards.SAMPLES).to_table()
@@ -326,15 +300,17 @@ def start_crawlers(run: Run, staging: Staging, *, are_files: bool) -> CrawlerPoo
         stage = ray.remote(ScoreStage).options(**RESTARTING, num_gpus=run.scores.gpus)
         scorers = [stage.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
     steps = CrawlSteps(
-        read=staging.read_part,
         fetcher=FileReader if are_files else partial(Fetcher, fetch),
         decode=partial(decode_image, config=run.decode),
         filter=partial(filter_rows, config=run.filters),
         scorers=scorers,
-        save=staging.write_part,
     )
     return CrawlerPool(
-        steps, processes=processes, parts_at_a_time=run.parts_per_crawler, waiting_bytes=run.waiting_bytes
+        steps,
+        staging,
+        processes=processes,
+        parts_at_a_time=run.parts_per_crawler,
+        waiting_bytes=run.waiting_bytes,
     )
 
 
@@ -406,6 +382,47 @@ def write_shards(
     if published is not None:
         pool.run(shards.stage_published_mentions, [(common, path, concepts) for path in published.index_files()])
     return written
+
+
+def publish(
+    job: Job, written: Sequence[shards.WrittenPartition], progress: Sequence[tuple[float, int]], started: float
+) -> Summary:
+    """Group the kept pairs by concept and publish all tables."""
+    run, plan, published = job.run, job.plan, job.published
+    generation = published.generation + 1 if published else 0
+    grouped = write_groups(
+        job.staging.open("mentions", shards.MENTIONS),
+        run.storage,
+        run.name,
+        f"part-{generation:03d}",
+        min_images=run.min_images,
+        memory=run.corpus.memory,
+    )
+    files = growth.combine_files(published, plan, written)
+    num_rows, rejected = sum(plan.sources.values()), growth.count_rejected(published, plan, written)
+    summary = Summary(
+        input=num_rows,
+        kept=num_rows - sum(rejected.values()),
+        rejected=rejected,
+        concepts=grouped.num_concepts,
+        seconds=round(time.monotonic() - started, 2),
+        reused=False,
+    )
+    details = {
+        "generation": generation,
+        "sources": plan.sources,
+        "columns": plan.columns,
+        "progress": progress,
+        "staging": job.staging.uri,
+        "files": {name: [dataclasses.asdict(entry) for entry in files[name]] for name in ("rejects", "scores")},
+    }
+    files |= {"concepts": grouped.concepts, "groups": grouped.groups}
+    if not uses_models(run):
+        del files["scores"]
+    growth.publish_tables(
+        run.storage, run.name, job.config_hash, summary=dataclasses.asdict(summary), details=details, files=files
+    )
+    return summary
 
 
 def result_hash(run: Run, vocabulary: NameMatcher) -> str:

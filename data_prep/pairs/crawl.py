@@ -1,6 +1,6 @@
 """Crawl part by part: one process fetches, decodes, filters, scores and saves each part.
 
-    with CrawlerPool(CrawlSteps(...), processes=1, parts_at_a_time=6, waiting_bytes=64 << 20) as pool:
+    with CrawlerPool(CrawlSteps(...), staging, processes=1, parts_at_a_time=6, waiting_bytes=64 << 20) as pool:
         for counts in pool.crawl([Part(partition, 0), Part(partition, 1)]):   # the part's results are saved by now
             ...
 
@@ -9,6 +9,7 @@ that have arrived are decoded in threads; OpenCV releases the GIL.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import itertools
 import time
@@ -25,9 +26,9 @@ from ray.util import ActorPool
 
 from data_prep import storage
 from data_prep.pairs.decode import Decoded, with_images
-from data_prep.pairs.fetch import Fetched, Fetcher, Process, open_gate, with_fetch_status
+from data_prep.pairs.fetch import Fetched, Fetcher, with_fetch_status
 from data_prep.pairs.rows import Rejection
-from data_prep.pairs.staging import Part
+from data_prep.pairs.staging import Part, Staging
 from data_prep.shared import shared
 from ovd_models.errors import InputError
 
@@ -64,47 +65,41 @@ class FileReader:
     """Like `fetch.Fetcher`, for files that are known to exist, by path or URI."""
 
     def __init__(self) -> None:
-        self.gate = open_gate()
+        self.gate = asyncio.Event()
+        self.gate.set()
         self._slots = asyncio.Semaphore(FILES_AT_A_TIME)
 
-    async def fetch(self, urls: Sequence[str | None], process: Process[T]) -> list[T]:
-        """Read files and pass each to `process`; its results in the order of the files."""
-        return list(await asyncio.gather(*(self._read(url or "", process) for url in urls)))
+    def open(self) -> contextlib.nullcontext[None]:
+        """Do nothing: there are no connections."""
+        return contextlib.nullcontext()
 
-    async def _read(self, uri: str, process: Process[T]) -> T:
+    async def fetch(self, url: str | None) -> Fetched:
+        """Read a file."""
         async with self._slots:
             await self.gate.wait()
-            content = await asyncio.to_thread(storage.read_bytes, uri)
-        return await process(Fetched(content=content))
+            return Fetched(content=await asyncio.to_thread(storage.read_bytes, url or ""))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrawlSteps:
     """The steps of crawling a part, in order."""
 
-    read: Callable[[Part], pa.Table]
     fetcher: Callable[[], Fetcher | FileReader]
     """Called once per process."""
     decode: Callable[[bytes], Decoded | Rejection]
     filter: Callable[[pa.Table], pa.Table]
     scorers: Sequence[Any]
     """Actors of `scores.ScoreStage`, used in turn; empty if nothing is scored."""
-    save: Callable[[pa.Table, Part], None]
 
 
 class Crawler:
     """Crawls parts; calls overlap, so that a slow host does not hold up the rest."""
 
-    def __init__(self, steps: CrawlSteps, waiting_bytes: int) -> None:
-        """Start the threads.
-
-        Args:
-            steps: of a part.
-            waiting_bytes: maximum bytes of fetched images waiting to be decoded; at the limit, no request is made.
-        """
+    def __init__(self, steps: CrawlSteps, staging: Staging, waiting_bytes: int) -> None:
+        """Start the threads; while `waiting_bytes` of fetched images wait to be decoded, no request is made."""
         keep_memory()
         cv2.setNumThreads(1)
-        self._steps, self._waiting_limit, self._waiting = steps, waiting_bytes, 0
+        self._steps, self._staging, self._waiting_limit, self._waiting = steps, staging, waiting_bytes, 0
         self._crawled = False
         self._fetcher = steps.fetcher()
         self._decoders = ThreadPoolExecutor(DECODERS)
@@ -113,16 +108,17 @@ class Crawler:
 
     async def crawl(self, part: Part) -> PartCounts:
         """Read, fetch, decode, filter, score and save a part."""
-        steps, in_thread, self._crawled = self._steps, asyncio.get_running_loop().run_in_executor, True
-        rows = await in_thread(self._storage, steps.read, part)
-        results = await self._fetcher.fetch(rows["url"].to_pylist(), self._decode)
+        in_thread, self._crawled = asyncio.get_running_loop().run_in_executor, True
+        rows = await in_thread(self._storage, self._staging.read_part, part)
+        async with self._fetcher.open():
+            results = await asyncio.gather(*(self._fetch_and_decode(url) for url in rows["url"].to_pylist()))
         rows = with_fetch_status(rows, [fetched for fetched, _ in results])
         rows = with_images(rows, [image for _, image in results])
         del results
-        rows = steps.filter(rows)
-        if steps.scorers:
+        rows = self._steps.filter(rows)
+        if self._steps.scorers:
             rows = await next(self._scorers).__call__.remote(rows)
-        await in_thread(self._storage, steps.save, rows, part)
+        await in_thread(self._storage, self._staging.write_part, rows, part)
         unfetched = pc.sum(pc.equal(rows["stage"], "fetch")).as_py() or 0
         return PartCounts(rows=rows.num_rows, good=rows["reason"].null_count, unfetched=unfetched)
 
@@ -133,8 +129,9 @@ class Crawler:
             self._crawled = False
         return await asyncio.get_running_loop().run_in_executor(self._storage, task, *arguments)
 
-    async def _decode(self, fetched: Fetched) -> tuple[Fetched, Decoded | Rejection | None]:
+    async def _fetch_and_decode(self, url: str | None) -> tuple[Fetched, Decoded | Rejection | None]:
         """The fetch result without its body, and the decoded image, if there was a body."""
+        fetched = await self._fetcher.fetch(url)
         body = fetched.content
         if body is None:
             return fetched, None
@@ -179,17 +176,12 @@ class CrawlerPool:
     An actor that is lost with its machine restarts elsewhere, and its unfinished parts are crawled again.
     """
 
-    def __init__(self, steps: CrawlSteps, *, processes: int, parts_at_a_time: int, waiting_bytes: int) -> None:
-        """Prepare the pool; no actor starts yet.
-
-        Args:
-            steps: of a part.
-            processes: maximum number of actors; 0 does everything in the driver.
-            parts_at_a_time: concurrent parts of each crawler.
-            waiting_bytes: see `Crawler`.
-        """
+    def __init__(
+        self, steps: CrawlSteps, staging: Staging, *, processes: int, parts_at_a_time: int, waiting_bytes: int
+    ) -> None:
+        """Prepare up to `processes` actors (0: a crawler in the driver), each with concurrent parts; none starts yet."""
         self._actor_class = ray.remote(Crawler).options(**RESTARTING, max_concurrency=parts_at_a_time)
-        self._steps, self._waiting_bytes = steps, waiting_bytes
+        self._arguments = steps, staging, waiting_bytes
         self._processes, self._parts_at_a_time = processes, parts_at_a_time
         self._actors: list[Any] = []
 
@@ -197,7 +189,7 @@ class CrawlerPool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for actor in (*self._actors, *self._steps.scorers):
+        for actor in (*self._actors, *self._arguments[0].scorers):
             ray.kill(actor)
 
     def crawl(self, parts: Sequence[Part]) -> Iterator[PartCounts]:
@@ -227,7 +219,7 @@ class CrawlerPool:
 
     def _crawl_in_driver(self, parts: Iterable[Part]) -> Iterator[PartCounts]:
         todo, running = iter(parts), set[asyncio.Task[PartCounts]]()
-        crawler = Crawler(self._steps, self._waiting_bytes)
+        crawler = Crawler(*self._arguments)
         with asyncio.Runner() as runner:
             start = runner.get_loop().create_task
             while True:
@@ -241,16 +233,12 @@ class CrawlerPool:
 
     def _pool(self, tasks: int) -> ActorPool:
         while len(self._actors) < min(self._processes, tasks):
-            self._actors.append(self._actor_class.remote(self._steps, self._waiting_bytes))
+            self._actors.append(self._actor_class.remote(*self._arguments))
         return ActorPool([actor for _ in range(self._parts_at_a_time) for actor in self._actors])
 
 
 def show_progress(parts: Iterable[PartCounts], total: int) -> list[tuple[float, int]]:
-    """Finish a crawl; prints a line every few seconds, and a warning if most fetches fail.
-
-    Args:
-        parts: counts of each part, as they come.
-        total: rows of all parts.
+    """Finish a crawl of `total` rows; prints a line every few seconds, and a warning if most fetches fail.
 
     Returns:
         Seconds and rows done so far, for the report.

@@ -1,6 +1,8 @@
 """Fetch images over HTTP: every URL gives its bytes or the reason for the failure.
 
-    results = await Fetcher(FetchConfig()).fetch(["https://example.com/cat.jpg", ...], process)
+    fetcher = Fetcher(FetchConfig())
+    async with fetcher.open():
+        fetched = await fetcher.fetch("https://example.com/cat.jpg")
 
 Every hop of a URL takes the same steps: `parse_url`, a slot of its host, the host's robots.txt, a check of all its
 addresses, and one request with a deadline, a minimum rate and a maximum size.
@@ -10,9 +12,8 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import aiohttp
 import pyarrow as pa
@@ -86,11 +87,6 @@ class Fetched:
     """Attempts, not counting redirects; 0 if we refused to make a request."""
 
 
-T = TypeVar("T")
-Process = Callable[[Fetched], Coroutine[Any, Any, T]]
-"""Processes a URL's result as soon as it is there."""
-
-
 @dataclass(kw_only=True)
 class _Visit:
     """The state of one URL."""
@@ -117,7 +113,7 @@ class _Visit:
 
 
 class Fetcher:
-    """Fetches batches of URLs; concurrent batches share connections, limits and what is known of hosts."""
+    """Fetches URLs; concurrent fetches share connections, limits and what is known of hosts."""
 
     def __init__(self, config: FetchConfig, lookup: Lookup = look_up) -> None:
         self.config = config
@@ -136,23 +132,33 @@ class Fetcher:
         )
         self._hosts = Hosts(slots=config.per_host, max_failures=config.host_failures)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self.gate = open_gate()
+        self.gate = asyncio.Event()
+        self.gate.set()
         """While it is cleared, no new request is made."""
-        self._batches = 0
+        self._users = 0
         self._session: aiohttp.ClientSession | None = None
 
-    async def fetch(self, urls: Sequence[str | None], process: Process[T]) -> list[T]:
-        """Fetch URLs and pass each result to `process`; its results in the order of the URLs. No URL raises."""
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Keep connections open; they close with the last of several concurrent users."""
         if self._session is None:
             self._session = self._open_session()
-        self._batches += 1
+        self._users += 1
         try:
-            return list(await asyncio.gather(*(self._fetch_and_process(url, process) for url in urls)))
+            yield
         finally:
-            self._batches -= 1
-            if not self._batches:  # a worker is not notified of its end, so no connection outlives the last batch
+            self._users -= 1
+            if not self._users:
                 session, self._session = self._session, None
                 await session.close()
+
+    async def fetch(self, url: str | None) -> Fetched:
+        """Fetch a URL; failures are returned, not raised."""
+        visit = _Visit(remaining=self.config.deadline_seconds)
+        try:
+            return await self._try(url, visit)
+        finally:
+            visit.leave()
 
     def _open_session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
@@ -172,14 +178,6 @@ class Fetcher:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
         )
-
-    async def _fetch_and_process(self, url: str | None, process: Process[T]) -> T:
-        visit = _Visit(remaining=self.config.deadline_seconds)
-        try:
-            fetched = await self._try(url, visit)
-        finally:
-            visit.leave()
-        return await process(fetched)
 
     async def _try(self, url: str | None, visit: _Visit) -> Fetched:
         for attempt in range(1, self.config.max_attempts + 1):
@@ -329,13 +327,6 @@ class Fetcher:
         except TimeoutError:
             raise FetchError("timeout", f"{body.received} bytes came slower than {rate} a second") from None
         body.end()
-
-
-def open_gate() -> asyncio.Event:
-    """An event that is set."""
-    gate = asyncio.Event()
-    gate.set()
-    return gate
 
 
 def with_fetch_status(rows: pa.Table, fetched: Sequence[Fetched]) -> pa.Table:

@@ -78,10 +78,10 @@ class Published:
         """How many times the tables grew."""
         return int(self.details["generation"])
 
-    def count_rejected(self, reasons: Sequence[str]) -> int:
-        """Number of rows rejected for one of the reasons."""
-        counts: dict[str, int] = self.details["summary"]["rejected"]
-        return sum(counts.get(reason, 0) for reason in reasons)
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Number of rejected rows by reason."""
+        return dict(self.details["summary"]["rejected"])
 
     def index_files(self) -> list[str]:
         """The Parquet files of `pairs`, relative to its folder."""
@@ -107,15 +107,7 @@ class Published:
 def find_published(
     storage_uri: str, name: str, config_hash: str, *, lists: Iterable[str], add: bool, retry: Sequence[str]
 ) -> Published | None:
-    """The published tables of a name, checked for whether a run may continue them.
-
-    Args:
-        storage_uri: folder or URI of all tables.
-        name: of the tables.
-        config_hash: of the run.
-        lists: digests of the run's lists.
-        add: whether rows of other lists may be added.
-        retry: reasons of rejected rows to retry.
+    """The published tables of a name, if a run may continue them: by adding lists (digests) or by retrying reasons.
 
     Raises:
         InputError: the tables have another config, or other lists without `add`; or there are none to retry.
@@ -241,8 +233,7 @@ def plan_crawl(
     """Cut new lists into partitions, in parallel, and stage the rejected rows to retry.
 
     Args:
-        lists: URIs of the new lists.
-        columns: names of their columns.
+        lists: URIs of the new lists, with the given `columns`.
         published: the published tables.
         retry: reasons of the rows to retry.
         staging: the run's staging folder.
@@ -272,33 +263,27 @@ def plan_crawl(
     return plan
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableFiles:
-    """The rows and files of the tables of a new generation."""
+def combine_files(
+    published: Published | None, plan: CrawlPlan, written: Sequence[WrittenPartition]
+) -> dict[str, list[FileEntry]]:
+    """The files of the next generation's `pairs`, `rejects` and `scores`: the published ones and what a run wrote."""
+    replaced = {("rejects", path) for path in plan.earlier_rejects.values()}
+    files: dict[str, list[FileEntry]] = {}
+    for table in ("pairs", "rejects", "scores"):
+        old = published.files[table] if published else ()
+        files[table] = [entry for entry in old if (table, entry.path) not in replaced]
+        files[table] += [entry for part in written for entry in part.files[table]]
+    return files
 
-    kept: int
-    rejected: dict[str, int]
-    """Number of rows by reason."""
-    files: dict[str, list[FileEntry]]
-    """By table: `pairs`, `rejects`, `scores`."""
 
-
-def combine_files(published: Published | None, plan: CrawlPlan, written: Sequence[WrittenPartition]) -> TableFiles:
-    """Combine the published tables with what a run wrote."""
-    kept, rejected = sum(part.kept for part in written), Counter[str]()
+def count_rejected(published: Published | None, plan: CrawlPlan, written: Sequence[WrittenPartition]) -> dict[str, int]:
+    """The next generation's number of rejected rows by reason."""
+    rejected = Counter[str]()
     for part in written:
         rejected.update(part.rejected)
+    kept = sum(part.kept for part in written)
     assert kept + rejected.total() == plan.rows, "every row is kept or rejected, once"
-    files = {
-        table: [entry for part in written for entry in part.files[table]] for table in ("pairs", "rejects", "scores")
-    }
     if published is not None:
-        summary = published.details["summary"]
-        kept += summary["kept"]
-        rejected.update(summary["rejected"])
+        rejected.update(published.rejected)
         rejected.subtract(plan.retried)
-        replaced = {("rejects", path) for path in plan.earlier_rejects.values()}
-        for table, entries in published.files.items():
-            files[table][:0] = [entry for entry in entries if (table, entry.path) not in replaced]
-    counts = {reason: count for reason, count in sorted(rejected.items()) if count}
-    return TableFiles(kept=kept, rejected=counts, files=files)
+    return {reason: count for reason, count in sorted(rejected.items()) if count}
