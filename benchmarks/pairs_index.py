@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.pairs import shards
 from data_prep.pairs.dedup import Corpus, CorpusConfig
 from data_prep.pairs.filters import FilterConfig, filter_rows
-from data_prep.pairs.order import RowNumbering
+from data_prep.pairs.rows import LIGHT, RowNumbering
+from data_prep.pairs.staging import Staging
 
 BLOCK = 10_000
 SOURCE = "0" * 16
@@ -70,7 +70,7 @@ def main() -> None:
         started = time.perf_counter()
         config = CorpusConfig(max_caption_uses=50, memory="400MB")
         corpus = Corpus(
-            RowNumbering.of({SOURCE: count}), shards.open_staged(folder, "parts", shards.LIGHT), memory=config.memory
+            RowNumbering.of({SOURCE: count}), Staging(folder, count, BLOCK).open("parts", LIGHT), memory=config.memory
         )
         corpus.reject_boilerplate(50)
         corpus.reject_repeats("image_id", "duplicate_bytes")

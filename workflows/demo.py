@@ -32,6 +32,7 @@ from workflows import clip, codet, evaluate, prepare_boxes, prepare_pairs, serve
 from workflows.common import cli, cluster, tracking
 from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
+from workflows.configs import pairs as pairs_configs
 from workflows.reports import demo as report
 
 MARKER = ".ovd-demo"
@@ -42,7 +43,7 @@ class Run:
     """The demo; everything lands below `storage`, which it empties first."""
 
     storage: str = "runs/demo"
-    pairs: prepare_pairs.Run = field(default_factory=prepare_pairs.pictograms)
+    pairs: pairs_configs.Run = field(default_factory=pairs_configs.pictograms)
     boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
     teacher: clip_configs.Run = field(default_factory=clip_configs.pictograms)
     detector: codet_configs.Run = field(default_factory=codet_configs.pictograms)
@@ -61,7 +62,7 @@ def smoke() -> Run:
     stage = dataclasses.replace(codet_configs.smoke().box_stage, workers=1)
     return Run(
         storage="runs/demo-smoke",
-        pairs=prepare_pairs.smoke(),
+        pairs=pairs_configs.smoke(),
         boxes=prepare_boxes.smoke(),
         teacher=dataclasses.replace(clip_configs.smoke(), optimisation=few),
         detector=dataclasses.replace(codet_configs.smoke(), box_stage=stage, joint_stage=stage),

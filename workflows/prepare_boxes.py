@@ -25,6 +25,7 @@ from data_prep.pictograms.world import World
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
 from workflows.common import cli, cluster
+from workflows.configs import pairs as pairs_configs
 
 PRODUCER = "workflows/prepare_boxes.py"
 SCENES = 100
@@ -196,7 +197,7 @@ def prepare_captions(run: Run, name: str) -> None:
         captions = annotations.read_captions(given, boxes["uri"].to_pylist())
     else:
         captions = annotations.category_captions(boxes, categories)
-    crawl = prepare_pairs.Run(
+    crawl = pairs_configs.Run(
         storage=run.storage, name=name, names=tuple(categories["name"].to_pylist()), rows_per_shard=500
     )
     prepare_pairs.prepare_local(crawl, pa.table({"url": boxes["uri"], "caption": captions}))

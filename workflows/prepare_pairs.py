@@ -22,9 +22,9 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,120 +38,23 @@ from data_prep.concepts.names import Extractor, NameMatcher
 from data_prep.concepts.nouns import Nouns
 from data_prep.pairs import growth, inputs, scores, shards
 from data_prep.pairs.crawl import DECODERS, RESTARTING, CrawlerPool, CrawlSteps, FileReader, show_progress
-from data_prep.pairs.decode import DecodeConfig, decode_image
-from data_prep.pairs.dedup import Corpus, CorpusConfig
-from data_prep.pairs.fetch import FetchConfig, Fetcher
-from data_prep.pairs.filters import FilterConfig, filter_rows
+from data_prep.pairs.decode import decode_image
+from data_prep.pairs.dedup import Corpus
+from data_prep.pairs.fetch import Fetcher
+from data_prep.pairs.filters import filter_rows
 from data_prep.pairs.growth import CrawlPlan, Published
-from data_prep.pairs.inputs import Columns
 from data_prep.pairs.rows import EMBEDDING, LIGHT
-from data_prep.pairs.scores import ScoreConfig, ScoreStage
+from data_prep.pairs.scores import ScoreStage
 from data_prep.pairs.staging import Staging
 from data_prep.pictograms import webserver, website
-from data_prep.pictograms.world import GLYPHS
 from data_prep.shared import share
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
+from workflows.configs.pairs import CONFIGS, Run, smoke
 
+PRODUCER = "workflows/prepare_pairs.py"
 SAMPLED_PARTITIONS = 40
 """Partitions from which the report shows examples of rejected rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One crawl."""
-
-    storage: str = "store"
-    """Folder or URI that holds all tables."""
-    name: str
-    """Name of the tables."""
-    urls: str = ""
-    """The URL lists: a .tsv, .csv, .jsonl or .parquet file, a folder of them, or a pattern; by path or URI."""
-    columns: Columns = field(default_factory=Columns)
-    add: bool = False
-    """Add the rows of new lists to published tables."""
-    retry: tuple[str, ...] = ()
-    """Retry the rows rejected for these reasons, such as `timeout connect http_status`."""
-    vocabulary: str = ""
-    """Text file of concepts: one name per line, synonyms after commas. Without it, concepts are nouns."""
-    names: tuple[str, ...] = ()
-    """The concepts, if there is no file."""
-    site_pictures: int = 0
-    """Instead of `urls`, crawl a locally served pictogram web site with this many pictures."""
-    site_scenes: int = 0
-    fetch: FetchConfig = field(default_factory=FetchConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    filters: FilterConfig = field(default_factory=FilterConfig)
-    scores: ScoreConfig = field(default_factory=ScoreConfig)
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    rows_per_shard: int = 1000
-    """Input rows per shard."""
-    max_shard_bytes: int = 1 << 30
-    """Maximum bytes of a shard; a larger one is continued in another file."""
-    rows_per_part: int = 100
-    """Input rows saved at a time: what a killed run may have to fetch again."""
-    min_images: int = 2
-    """Concepts with fewer images are left out."""
-    crawlers: int | None = None
-    """Crawler processes, each of which keeps two cores busy; 0 crawls in the driver. None: one per two cores of the
-    cluster, or 0 on a machine of two cores outside a cluster."""
-    parts_per_crawler: int = 16
-    """Concurrent parts of a crawler, so that slow hosts do not hold up the rest; a kill may lose as many."""
-    waiting_bytes: int = 16 << 20
-    """Maximum bytes of fetched images waiting to be decoded in a crawler; at the limit, it makes no requests."""
-
-
-def web() -> Run:
-    """A crawl of the public internet; set `--name` and `--urls`."""
-    return Run(name="web", decode=DecodeConfig(max_side=512), corpus=CorpusConfig(max_caption_uses=50))
-
-
-def cc3m() -> Run:
-    """Conceptual Captions as published: captions and URLs in a .tsv file without a header."""
-    return dataclasses.replace(web(), name="cc3m", columns=Columns(header=("caption", "url")))
-
-
-def coyo() -> Run:
-    """COYO-700M as published: Parquet files with `url` and `text`."""
-    return dataclasses.replace(web(), name="coyo", columns=Columns(caption="text"))
-
-
-def laion() -> Run:
-    """LAION-400M and LAION-2B as published: Parquet files with `URL` and `TEXT`."""
-    return dataclasses.replace(web(), name="laion", columns=Columns(url="URL", caption="TEXT"))
-
-
-def pictograms() -> Run:
-    """The pictogram web site: 12,000 small pictures and 4,000 scenes, plus about 10 % faulty rows."""
-    local = FetchConfig(deadline_seconds=3.0, backoff_seconds=0.1, max_bytes=1 << 20, concurrency=64, per_host=128)
-    return Run(
-        name="pictograms",
-        names=tuple(GLYPHS),
-        site_pictures=12_000,
-        site_scenes=4_000,
-        fetch=dataclasses.replace(local, allow_networks=("127.0.0.1/32",)),
-        corpus=CorpusConfig(near_bits=2),  # small drawings differ in little
-        rows_per_shard=500,
-    )
-
-
-def smoke() -> Run:
-    """A tiny pictogram web site."""
-    run = pictograms()
-    return dataclasses.replace(
-        run,
-        name="smoke",
-        fetch=dataclasses.replace(run.fetch, deadline_seconds=1.0, backoff_seconds=0.1),
-        site_pictures=120,
-        site_scenes=60,
-        rows_per_shard=64,
-        rows_per_part=32,
-    )
-
-
-CONFIGS: dict[str, Callable[[], Run]] = {
-    "smoke": smoke, "pictograms": pictograms, "web": web, "cc3m": cc3m, "coyo": coyo, "laion": laion,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +102,7 @@ def prepare(run: Run) -> Summary:
 def prepare_local(run: Run, rows: pa.Table) -> Summary:
     """Like `prepare`, for image files that need no download.
 
-    Args:
-        run: without `urls`.
-        rows: columns `url` (path or URI of the file) and `caption`; further columns are kept.
+    `rows` have the columns `url` (path or URI of the file) and `caption`; further columns are kept.
 
     Raises:
         InputError: as `prepare`, or a file is missing.
@@ -271,8 +172,8 @@ def reuse(run: Run, published: Published) -> Summary:
         print(f"pairs: no row of {run.name} is rejected for {', '.join(run.retry)}")
     else:
         print(f"pairs: {tables.table_uri(run.storage, 'pairs', run.name)} is there already, from the same config")
-        storage.remove_folder(published.details["staging"])  # left by a run that was killed at its very end
-    return Summary(**{**published.details["summary"], "reused": True})
+        storage.remove_folder(published.pairs.details["staging"])  # left by a run that was killed at its very end
+    return Summary(**{**published.pairs.details["summary"], "reused": True})
 
 
 def uses_models(run: Run) -> bool:
@@ -419,9 +320,11 @@ def publish(
     files |= {"concepts": grouped.concepts, "groups": grouped.groups}
     if not uses_models(run):
         del files["scores"]
-    growth.publish_tables(
-        run.storage, run.name, job.config_hash, summary=dataclasses.asdict(summary), details=details, files=files
-    )
+    for table, entries in sorted(files.items(), key=lambda item: item[0] == "pairs"):  # `pairs` makes them complete
+        about = {"summary": dataclasses.asdict(summary), **(details if table == "pairs" else {})}
+        tables.publish(
+            run.storage, table, run.name, entries, producer=PRODUCER, config_hash=job.config_hash, details=about
+        )
     return summary
 
 

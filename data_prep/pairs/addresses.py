@@ -67,11 +67,9 @@ class FetchError(Exception):
     """Seconds that the server asked to wait."""
 
     def __post_init__(self) -> None:
-        """Shorten the detail and replace what servers send that is not Unicode."""
-        self.detail = self.detail[:MAX_DETAIL_LENGTH].encode(errors="replace").decode()
+        self.detail = self.detail[:MAX_DETAIL_LENGTH].encode(errors="replace").decode()  # servers send invalid Unicode
 
     def __str__(self) -> str:
-        """The detail."""
         return self.detail
 
 

@@ -179,7 +179,7 @@ class CrawlerPool:
     def __init__(
         self, steps: CrawlSteps, staging: Staging, *, processes: int, parts_at_a_time: int, waiting_bytes: int
     ) -> None:
-        """Prepare up to `processes` actors (0: a crawler in the driver), each with concurrent parts; none starts yet."""
+        """Prepare up to `processes` actors (0: a crawler in the driver) with concurrent parts; none starts yet."""
         self._actor_class = ray.remote(Crawler).options(**RESTARTING, max_concurrency=parts_at_a_time)
         self._arguments = steps, staging, waiting_bytes
         self._processes, self._parts_at_a_time = processes, parts_at_a_time
@@ -240,8 +240,7 @@ class CrawlerPool:
 def show_progress(parts: Iterable[PartCounts], total: int) -> list[tuple[float, int]]:
     """Finish a crawl of `total` rows; prints a line every few seconds, and a warning if most fetches fail.
 
-    Returns:
-        Seconds and rows done so far, for the report.
+    Returns the seconds and rows done so far at each line, for the report.
     """
     started = shown = time.monotonic()
     done, good, failed, warned = 0, 0, 0, False

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from data_prep.pairs.order import NEW, RowNumbering
+from data_prep.pairs.rows import NEW, RowNumbering
 
 HASH_BITS = 64
 CLUSTER_ROWS = 20_000
@@ -63,14 +63,9 @@ class Corpus:
         *,
         memory: str = "1GB",
     ) -> None:
-        """Open the rows.
+        """Open the rows, with `source`, `row` and the columns to search; `memory` bounds DuckDB's.
 
-        Args:
-            order: of the sources.
-            new: rows to decide about, with `source`, `row` and the columns to search; if it has a column `reason`, only
-                those where it is null are used.
-            published: rows of the published tables.
-            memory: memory DuckDB may use before it uses the disk.
+        If `new` has a column `reason`, only those of its rows where it is null are used.
         """
         self._scratch = tempfile.TemporaryDirectory(prefix="ovd-")
         self._sql = duckdb.connect(config={"memory_limit": memory, "temp_directory": self._scratch.name})
@@ -137,11 +132,8 @@ class Corpus:
     def reject_semantic_duplicates(self, cosine: float, published: ds.Dataset | pa.Table | None = None) -> None:
         """Reject images whose `embedding` (float16 bytes) has at least a cosine with that of an earlier, kept image.
 
-        Images are compared within clusters, as in SemDeDup (arXiv 2303.09540), each in its two nearest.
-
-        Args:
-            cosine: minimum cosine of duplicates.
-            published: `image_id` and `embedding` of published rows.
+        Images are compared within clusters, as in SemDeDup (arXiv 2303.09540), each in its two nearest. `published` has
+        the columns `image_id` and `embedding`.
         """
         self._sql.execute(
             "create or replace table embedded as select id, embedding from rows "
@@ -243,11 +235,8 @@ def near_pairs(id_N: Ids, unit_ND: npt.NDArray[np.float32], cosine: float) -> pa
 def first_kept(pairs: Iterable[tuple[int, int, float]]) -> pa.Table:
     """In ascending order, decide which rows are duplicates: a row duplicates the first kept row it pairs with.
 
-    Args:
-        pairs: first < second, and their distance, ascending by second and first.
-
-    Returns:
-        `DISTANCES`: each duplicate once as `second`, with a kept row as `first`.
+    Takes pairs (first < second, distance), ascending by second and first. Returns `DISTANCES` with each duplicate once
+    as `second`, and a kept row as `first`.
     """
     duplicates: dict[int, tuple[int, float]] = {}
     for first, second, distance in pairs:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import random
 import time
+import zlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,6 @@ from yarl import URL
 
 from data_prep.pairs import robots
 from data_prep.pairs.addresses import CheckedResolver, FetchError, FetchReason, Lookup, look_up, parse_url
-from data_prep.pairs.body import Body
 from data_prep.pairs.hosts import Host, Hosts
 from data_prep.pairs.rows import STATUS, append_columns
 
@@ -30,6 +30,7 @@ TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
 RETRY_AFTER_STATUSES = (429, 503)
 KEEP_ALIVE_SECONDS = 4.0
 """Idle connections are kept this long; longer, those to a million hosts would use up the open files."""
+UNSUPPORTED_ENCODINGS = ("br", "zstd", "compress")
 ROBOTS_REDIRECTS = 5
 ROBOTS_SHARE = 0.5
 """Share of the deadline that robots.txt may take."""
@@ -110,6 +111,41 @@ class _Visit:
         for host in self.admitted.values():
             host.leave()
         self.admitted.clear()
+
+
+class _Body:
+    """Receives a body block by block and decodes it, holding at most the limit and one block."""
+
+    def __init__(self, encoding: str, limit: int) -> None:
+        self.content = bytearray()
+        self.received = 0
+        self._encoding, self._limit = encoding.strip().lower().removeprefix("x-"), limit
+        self._stream: zlib._Decompress | None = None
+        if self._encoding in UNSUPPORTED_ENCODINGS or "," in self._encoding:
+            raise FetchError("http_status", f"200, but encoded as {encoding[:100]!r}, which was not requested")
+
+    def feed(self, block: bytes) -> None:
+        """Add the next block received."""
+        self.received += len(block)
+        self.content += self._decode(block) if self._encoding in ("gzip", "deflate") else block
+        if max(self.received, len(self.content)) > self._limit:
+            raise FetchError("too_large", f"more than {self._limit} bytes")
+
+    def _decode(self, block: bytes) -> bytes:
+        if self._stream is None:  # servers send "deflate" with and without a zlib header
+            bits = 31 if self._encoding == "gzip" else 15 if block[0] & 15 == 8 else -15
+            self._stream = zlib.decompressobj(bits)
+        if self._stream.eof:
+            return b""
+        try:
+            return self._stream.decompress(block, self._limit + 1 - len(self.content))
+        except zlib.error as error:
+            raise FetchError("http_status", f"200, but not encoded as {self._encoding}: {error}") from error
+
+    def end(self) -> None:
+        """Check that the body is complete."""
+        if self._stream is not None and not self._stream.eof:
+            raise FetchError("connect", f"the body ends before its {self._encoding} encoding does", transient=True)
 
 
 class Fetcher:
@@ -306,7 +342,7 @@ class Fetcher:
             raise FetchError("http_status", f"{status} {response.reason}", transient=transient, retry_after=wait)
         if (response.content_length or 0) > config.max_bytes and not visit.is_robots_txt:
             raise FetchError("too_large", f"{response.content_length} bytes announced, at most {config.max_bytes}")
-        body = Body(headers.get("Content-Encoding", ""), robots.MAX_BYTES if visit.is_robots_txt else config.max_bytes)
+        body = _Body(headers.get("Content-Encoding", ""), robots.MAX_BYTES if visit.is_robots_txt else config.max_bytes)
         try:
             await self._receive(response, body)
         except FetchError as error:
@@ -314,7 +350,7 @@ class Fetcher:
                 raise
         return bytes(body.content), None
 
-    async def _receive(self, response: aiohttp.ClientResponse, body: Body) -> None:
+    async def _receive(self, response: aiohttp.ClientResponse, body: _Body) -> None:
         rate, grace = self.config.min_bytes_per_second, self.config.grace_seconds
         started = asyncio.get_running_loop().time()
         pace = asyncio.timeout(grace if rate else None)

@@ -33,31 +33,22 @@ class FilterConfig:
     """Minimum share of letters (of any script) among the cleaned caption's characters, not counting spaces."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """The input of the filters: the measures of one decoded image and its cleaned caption."""
-
-    width: int
-    """Of the fetched image, in pixels."""
-    height: int
-    contrast: float
-    caption: str
-
-
-def failed_filters(row: Candidate, config: FilterConfig) -> Iterator[Rejection]:
-    """The filters that a row fails, in order; the first one gives the reason for its rejection."""
-    short, long = sorted((row.width, row.height))
+def failed_filters(
+    config: FilterConfig, *, width: int, height: int, contrast: float, caption: str
+) -> Iterator[Rejection]:
+    """The filters that an image (size in pixels as fetched) with its cleaned caption fails; the first one counts."""
+    short, long = sorted((width, height))
     if short < config.min_side:
-        yield Rejection("too_small", f"{row.width} x {row.height}, at least {config.min_side}")
+        yield Rejection("too_small", f"{width} x {height}, at least {config.min_side}")
     if long > config.max_aspect * short:
-        yield Rejection("aspect", f"{row.width} x {row.height}, at most {config.max_aspect:g} to 1")
-    if row.contrast < config.min_contrast:
-        yield Rejection("blank", f"contrast {row.contrast:.2f}, at least {config.min_contrast:g}")
-    length = len(row.caption)
+        yield Rejection("aspect", f"{width} x {height}, at most {config.max_aspect:g} to 1")
+    if contrast < config.min_contrast:
+        yield Rejection("blank", f"contrast {contrast:.2f}, at least {config.min_contrast:g}")
+    length = len(caption)
     if not config.min_caption <= length <= config.max_caption:
         limits = f"{config.min_caption} to {config.max_caption}"
         yield Rejection("caption_length", f"{length} characters, expected {limits}")
-    solid = row.caption.replace(" ", "")
+    solid = caption.replace(" ", "")
     letters = sum(unicodedata.category(character)[0] in "LM" for character in solid)
     if letters < config.min_letters * len(solid):
         yield Rejection("caption_characters", f"{letters} letters of {len(solid)} characters")
@@ -84,12 +75,10 @@ def filter_rows(rows: pa.Table, config: FilterConfig) -> pa.Table:
     """
     captions = [clean_caption(raw) for raw in rows["raw_caption"].to_pylist()]
     measures = (rows[name].to_pylist() for name in ("reason", "original_width", "original_height", "contrast"))
-    rejections = [
-        next(failed_filters(Candidate(width=width, height=height, contrast=contrast, caption=caption), config), None)
-        if reason is None
-        else None
-        for reason, width, height, contrast, caption in zip(*measures, captions, strict=True)
-    ]
+    rejections = []
+    for reason, width, height, contrast, caption in zip(*measures, captions, strict=True):
+        failed = failed_filters(config, width=width, height=height, contrast=contrast, caption=caption)
+        rejections.append(next(failed, None) if reason is None else None)
     rows = with_rejections(rows, "filter", rejections)
     reasons = rows["reason"].to_pylist()
     first = {reason: position for position, reason in reversed(list(enumerate(reasons)))}

@@ -7,7 +7,7 @@ never change: a new manifest lists the old files and the new ones, except those 
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -19,14 +19,12 @@ import pyarrow.dataset as ds
 
 from data_prep import storage, tables
 from data_prep.pairs import inputs
-from data_prep.pairs.order import RowNumbering
-from data_prep.pairs.rows import EMBEDDING, LIGHT, STATUS
+from data_prep.pairs.rows import EMBEDDING, LIGHT, STATUS, RowNumbering
 from data_prep.pairs.shards import WrittenPartition
 from data_prep.pairs.staging import Part, Staging, partition_name
 from data_prep.tables import FileEntry
 from ovd_models.errors import InputError
 
-PRODUCER = "workflows/prepare_pairs.py"
 URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
 IMAGES = LIGHT.remove(LIGHT.get_field_index("reason"))
 EMBEDDINGS = pa.schema({"image_id": pa.string(), EMBEDDING: pa.binary()})
@@ -37,11 +35,8 @@ class Published:
     """The published tables of a name."""
 
     storage: str
-    name: str
-    config_hash: str
-    details: Mapping[str, Any]
-    files: Mapping[str, Sequence[FileEntry]]
-    """By table: `pairs`, `rejects`, `scores`."""
+    pairs: tables.Manifest
+    """The manifest of `pairs`; its details tell about all tables."""
 
     @classmethod
     def find(cls, storage_uri: str, name: str) -> Self | None:
@@ -51,37 +46,33 @@ class Published:
             InputError: an incompatible version of this program published them.
         """
         pairs = tables.find_manifest(storage_uri, "pairs", name)
-        if pairs is None:
-            return None
-        if "files" not in pairs.details:
+        if pairs is not None and "files" not in pairs.details:
             uri = tables.table_uri(storage_uri, "pairs", name)
-            raise InputError(
-                f"{uri}: made by a version of this program that cannot be continued, expected a new --name"
-            )
-        # Not from the other tables' manifests: their generation may be one whose `pairs` were never published.
-        others = tables.entries_from_json(pairs.details["files"])
-        return cls(
-            storage=storage_uri,
-            name=name,
-            config_hash=pairs.config_hash,
-            details=pairs.details,
-            files={"pairs": pairs.files, **others},
-        )
+            raise InputError(f"{uri}: made by another version of this program, expected another --name")
+        return pairs and cls(storage=storage_uri, pairs=pairs)
+
+    @property
+    def files(self) -> dict[str, Sequence[FileEntry]]:
+        """The files of `pairs`, `rejects` and `scores`.
+
+        Not from the other tables' manifests: their generation may be one whose `pairs` were never published.
+        """
+        return {"pairs": self.pairs.files, **tables.entries_from_json(self.pairs.details["files"])}
 
     @property
     def sources(self) -> dict[str, int]:
         """Number of rows of each source, by digest."""
-        return dict(self.details["sources"])
+        return dict(self.pairs.details["sources"])
 
     @property
     def generation(self) -> int:
         """How many times the tables grew."""
-        return int(self.details["generation"])
+        return int(self.pairs.details["generation"])
 
     @property
     def rejected(self) -> dict[str, int]:
         """Number of rejected rows by reason."""
-        return dict(self.details["summary"]["rejected"])
+        return dict(self.pairs.details["summary"]["rejected"])
 
     def index_files(self) -> list[str]:
         """The Parquet files of `pairs`, relative to its folder."""
@@ -100,7 +91,7 @@ class Published:
         return tables.open_parquet(self._uris("scores"), EMBEDDINGS)
 
     def _uris(self, table: str) -> list[str]:
-        folder = tables.table_uri(self.storage, table, self.name)
+        folder = tables.table_uri(self.storage, table, self.pairs.name)
         return [storage.join(folder, entry.path) for entry in self.files[table] if entry.path.endswith(".parquet")]
 
 
@@ -121,26 +112,11 @@ def find_published(
         if retry:
             raise InputError(f"--retry: {uri} is not published yet, expected a finished crawl")
         return None
-    if published.config_hash != config_hash:
+    if published.pairs.config_hash != config_hash:
         raise InputError(f"{uri}: made from another config, expected the same one, a new --name or an empty place")
     if not add and any(digest not in published.sources for digest in lists):
         raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")
     return published
-
-
-def publish_tables(
-    storage_uri: str,
-    name: str,
-    config_hash: str,
-    *,
-    summary: Mapping[str, Any],
-    details: Mapping[str, Any],
-    files: Mapping[str, Sequence[FileEntry]],
-) -> None:
-    """Write the manifests; the last is that of `pairs`, with `details` for later runs: it makes the tables complete."""
-    for table, entries in sorted(files.items(), key=lambda item: item[0] == "pairs"):
-        about = {"summary": summary, **(details if table == "pairs" else {})}
-        tables.publish(storage_uri, table, name, entries, producer=PRODUCER, config_hash=config_hash, details=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +185,7 @@ def stage_rejects(
     retried: Counter[str] = Counter()
     earlier: dict[str, str] = {}
     for entry in published.files["rejects"]:
-        uri = storage.join(tables.table_uri(published.storage, "rejects", published.name), entry.path)
+        uri = storage.join(tables.table_uri(published.storage, "rejects", published.pairs.name), entry.path)
         rejects = tables.read_parquet(uri)
         rows = rejects.filter(pc.is_in(rejects["reason"], pa.array(list(reasons), pa.string())))
         if not rows.num_rows:
@@ -230,14 +206,9 @@ def plan_crawl(
     staging: Staging,
     run: Callable[[Callable[..., inputs.Source], Sequence[tuple[Any, ...]]], list[inputs.Source]],
 ) -> CrawlPlan:
-    """Cut new lists into partitions, in parallel, and stage the rejected rows to retry.
+    """Cut new lists into partitions, in parallel, and stage the published rows rejected for the reasons to retry.
 
-    Args:
-        lists: URIs of the new lists, with the given `columns`.
-        published: the published tables.
-        retry: reasons of the rows to retry.
-        staging: the run's staging folder.
-        run: runs a function with each of several arguments, as `crawl.CrawlerPool.run` does.
+    `run` calls a function with each of several arguments, as `crawl.CrawlerPool.run` does.
 
     Raises:
         InputError: a list is malformed.
@@ -246,7 +217,7 @@ def plan_crawl(
     if saved is not None:
         return saved
     new = run(inputs.cut_file, [(uri, columns, staging) for uri in lists])
-    kinds = dict(published.details["columns"]) if published else {}
+    kinds = dict(published.pairs.details["columns"]) if published else {}
     for source in new:
         for name, kind in source.columns.items():
             if kinds.setdefault(name, kind) != kind:

@@ -56,13 +56,7 @@ class Host:
         self._changed.clear()
 
     async def wait_for_pause(self, remaining: float) -> float:
-        """Wait as long as the host asked for.
-
-        Args:
-            remaining: seconds to the URL's deadline.
-
-        Returns:
-            The seconds that remain afterwards.
+        """Wait as long as the host asked for; returns the seconds that remain of `remaining`.
 
         Raises:
             FetchError: the pause is longer than `remaining`.

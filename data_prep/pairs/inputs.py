@@ -204,14 +204,7 @@ def _read_text(filesystem: fs.FileSystem, path: str, suffix: str, columns: Colum
 
 
 def normalize_columns(rows: pa.Table, columns: Columns, source: str, first: int, uri: str) -> pa.Table:
-    """Rename the columns of a list to ours.
-
-    Args:
-        rows: a block of the list.
-        columns: names of its columns.
-        source: digest of the file.
-        first: number of the block's first row in the file.
-        uri: the file, for error messages.
+    """Rename the columns of a block of a list, whose first row has the number `first`.
 
     Returns:
         `source`, `row`, `url` (null if missing or empty), `raw_caption` and the further columns of the list; those

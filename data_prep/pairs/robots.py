@@ -118,13 +118,10 @@ def _lines_for(text: str, agent: str) -> list[str]:
 
 
 def opt_out(robots_tags: Sequence[str], tdm_reservation: str, user_agent: str) -> str | None:
-    """The header by which the site opts out of crawls like this one, or None.
+    """The header by which a site opts out of crawls like this one, or None.
 
-    Args:
-        robots_tags: values of `X-Robots-Tag`. Directives after an agent's name apply to that agent only:
-            `otherbot: noindex, nofollow, ovd-ray: noai`.
-        tdm_reservation: value of `tdm-reservation`, the W3C community group's text and data mining reservation.
-        user_agent: our user agent.
+    In the values of `X-Robots-Tag`, directives after an agent's name apply to that agent only: `otherbot: noindex,
+    nofollow, ovd-ray: noai`. `tdm-reservation` is the W3C community group's text and data mining reservation.
     """
     for header in robots_tags:
         agent = "*"

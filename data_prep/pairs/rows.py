@@ -1,8 +1,12 @@
-"""Rows on their way from a list to a table: the columns that the stages add, and how a stage rejects rows."""
+"""Rows on their way from a list to a table: their order, the columns that stages add, and how stages reject rows."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -33,6 +37,9 @@ LIGHT = pa.schema(
     }
 )
 """Columns that corpus-wide deduplication reads."""
+
+NEW = 1 << 50
+"""Added to the ids of new rows, so that they come after all published ones."""
 
 RejectionReason = Literal[
     "not_an_image", "truncated", "too_many_pixels", "animated",
@@ -72,3 +79,34 @@ def fill_nulls(rows: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
         filled = pc.coalesce(rows[name], column)
         rows = rows.set_column(rows.schema.get_field_index(name), name, filled)
     return rows
+
+
+@dataclass(frozen=True)
+class RowNumbering:
+    """Numbers the rows of all sources: the source's base plus the row number."""
+
+    bases: dict[str, int]
+
+    @classmethod
+    def of(cls, rows: dict[str, int]) -> Self:
+        """Order sources by digest, given the number of rows of each."""
+        digests = sorted(rows)
+        starts = itertools.accumulate((rows[digest] for digest in digests), initial=0)
+        return cls(dict(zip(digests, starts, strict=False)))
+
+    def ids(self, source: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Ids of new rows of a source."""
+        return rows + (self.bases[source] + NEW)
+
+    def locate(self, ids: pa.Array) -> pa.StructArray:
+        """`{source, row}` of ids, published or not; null for null."""
+        digests, starts = list(self.bases), np.array(list(self.bases.values()), np.int64)
+        known = ids.is_valid().to_numpy(zero_copy_only=False)
+        plain = ids.fill_null(0).to_numpy(zero_copy_only=False) % NEW
+        # A source without rows starts where the next one does: the last of these is meant.
+        source = np.searchsorted(starts, plain, side="right") - 1
+        return pa.StructArray.from_arrays(
+            [pa.array(digests, pa.string()).take(pa.array(source)), pa.array(plain - starts[source], pa.int64())],
+            fields=[pa.field("source", pa.string()), pa.field("row", pa.int64())],
+            mask=pa.array(~known),
+        )

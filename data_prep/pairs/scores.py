@@ -36,7 +36,6 @@ class ScoreConfig:
     """GPUs per actor."""
 
     def __post_init__(self) -> None:
-        """Check the names of the scorers, and that every minimum has its scorer."""
         for name in self.minimum:
             if name not in self.scorers:
                 raise InputError(f"--scores.minimum {name}: no such scorer, expected one of {sorted(self.scorers)}")
@@ -112,12 +111,7 @@ class ScoreStage:
     """Adds a column per scorer, and optionally the images' embeddings, to rows of decoded images."""
 
     def __init__(self, config: ScoreConfig, embedder: str = "") -> None:
-        """Load the models.
-
-        Args:
-            config: the scorers.
-            embedder: CLIP checkpoint for the embeddings; empty for none.
-        """
+        """Load the scorers, and a CLIP checkpoint for the embeddings unless `embedder` is empty."""
         device = "cuda" if config.gpus else "cpu"
         self.config = config
         self.scorers = {name: load_scorer(model, device) for name, model in config.scorers.items()}

@@ -19,8 +19,7 @@ from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.concepts.names import Extractor
-from data_prep.pairs.order import RowNumbering
-from data_prep.pairs.rows import EMBEDDING, SCORE, STATUS, append_columns, fill_nulls
+from data_prep.pairs.rows import EMBEDDING, SCORE, STATUS, RowNumbering, append_columns, fill_nulls
 from data_prep.pairs.staging import Staging
 
 BLOCK = tarfile.BLOCKSIZE
@@ -71,18 +70,12 @@ class WrittenPartition:
 
 
 def write_partition(
-    job: PartitionJob, partition: str, decisions: pa.Table, extractor: Extractor, samples: bool
+    job: PartitionJob, partition: str, decisions: pa.Table, extractor: Extractor, with_samples: bool
 ) -> WrittenPartition:
     """Write a partition's shards, index, rejects, scores and statistics in input order, unless that was done before.
 
-    Also stages its concept mentions, and examples of its rejected rows for the report.
-
-    Args:
-        job: what all partitions share.
-        partition: its name.
-        decisions: corpus-wide decisions about its rows, `dedup.DECISIONS`.
-        extractor: finds concepts in captions.
-        samples: whether to stage examples.
+    Also stages its concept mentions, which the extractor finds in captions, and examples of its rejected rows.
+    `decisions` are the corpus-wide ones about its rows (`dedup.DECISIONS`).
     """
     done = storage.join(job.staging.uri, "written", f"{partition}.json")
     if storage.exists(done):
@@ -99,10 +92,10 @@ def write_partition(
         "rejects": [],
         "scores": _write_scores(job, kept, stem),
     }
-    rejects = _rejects(rejected, _rejects_not_retried(job, partition, rows))
+    rejects = _rejects(job, partition, rejected, rows["row"])
     if rejects.num_rows:
         files["rejects"].append(tables.write_part(job.storage, "rejects", job.name, f"{stem}.parquet", rejects))
-    if samples and rejected.num_rows:
+    if with_samples and rejected.num_rows:
         contents = dict(_contents(job, partition, rows.num_rows, rejected))
         job.staging.write("samples", f"{stem}.parquet", _samples(rejected, contents))
     reasons = dict(sorted(Counter(rejected["reason"].to_pylist()).items()))
@@ -136,20 +129,15 @@ def _write_pairs(
         offsets: list[int] = []
         tar = tar_pieces(zip(keys, images, rows["caption"].to_pylist(), strict=True), offsets)
         files.append(tables.write_pieces(job.storage, "pairs", job.name, shard, tar))
-        index.append(_index(rows, shard, keys, offsets))
+        kinds = tables.SCHEMAS["pairs"]
+        columns = {"shard": [shard] * len(keys), "key": keys, "offset": offsets}
+        arrays = {name: pa.array(values, kinds.field(name).type) for name, values in columns.items()}
+        index.append(append_columns(rows, arrays))
     if not index:
         return []
-    pairs = pa.concat_tables(index)
+    pairs = pa.concat_tables(index).drop_columns(["duplicate_of", "id", *STATUS, *_model_columns(kept)])
     _stage_mentions(job, stem, pairs, extractor)
     return [*files, tables.write_part(job.storage, "pairs", job.name, f"index/{stem}.parquet", pairs)]
-
-
-def _index(kept: pa.Table, shard: str, keys: Sequence[str], offsets: Sequence[int]) -> pa.Table:
-    """Rows of the `pairs` table."""
-    pairs = kept.drop_columns(["duplicate_of", "id", *STATUS, *_model_columns(kept)])
-    columns = {"shard": [shard] * len(keys), "key": keys, "offset": offsets}
-    kinds = tables.SCHEMAS["pairs"]
-    return append_columns(pairs, {name: pa.array(values, kinds.field(name).type) for name, values in columns.items()})
 
 
 def _write_scores(job: PartitionJob, kept: pa.Table, stem: str) -> list[tables.FileEntry]:
@@ -158,15 +146,6 @@ def _write_scores(job: PartitionJob, kept: pa.Table, stem: str) -> list[tables.F
         return []
     rows = pa.table({"image_id": kept["image_id"], **scores})
     return [tables.write_part(job.storage, "scores", job.name, f"{stem}.parquet", rows)]
-
-
-def _rejects_not_retried(job: PartitionJob, partition: str, rows: pa.Table) -> pa.Table | None:
-    """Published rejects of a retried partition that are not among `rows`."""
-    if partition not in job.earlier_rejects:
-        return None
-    folder = tables.table_uri(job.storage, "rejects", job.name)
-    rejects = tables.read_parquet(storage.join(folder, job.earlier_rejects[partition]))
-    return rejects.filter(pc.invert(pc.is_in(rejects["row"], rows["row"].combine_chunks())))
 
 
 def with_decisions(rows: pa.Table, decisions: pa.Table, order: RowNumbering) -> pa.Table:
@@ -212,13 +191,19 @@ def _tar_bytes(rows: pa.Table) -> list[int]:
     return [2 * BLOCK + sum(-(-size // BLOCK) * BLOCK for size in pair) for pair in sizes]
 
 
-def _rejects(rows: pa.Table, earlier: pa.Table | None) -> pa.Table:
-    """Rows of the `rejects` table; the input's further columns stay, so that a row can be tried again."""
+def _rejects(job: PartitionJob, partition: str, rejected: pa.Table, crawled: pa.ChunkedArray) -> pa.Table:
+    """Rows of the `rejects` table, with the published ones of a retried partition that were not crawled again.
+
+    The input's further columns stay, so that a row can be tried again.
+    """
     images = {name for name in tables.SCHEMAS["pairs"].names if name not in ("source", "row", "url")}
-    columns = [name for name in rows.column_names if name not in images | {"id", *_model_columns(rows)}]
-    rejects = rows.select(columns).append_column("caption", rows["raw_caption"])
-    if earlier is None:
+    columns = [name for name in rejected.column_names if name not in images | {"id", *_model_columns(rejected)}]
+    rejects = rejected.select(columns).append_column("caption", rejected["raw_caption"])
+    if partition not in job.earlier_rejects:
         return rejects
+    folder = tables.table_uri(job.storage, "rejects", job.name)
+    earlier = tables.read_parquet(storage.join(folder, job.earlier_rejects[partition]))
+    earlier = earlier.filter(pc.invert(pc.is_in(earlier["row"], crawled.combine_chunks())))
     return pa.concat_tables([rejects, earlier], promote_options="default").sort_by("row")
 
 
@@ -263,14 +248,9 @@ def stage_published_mentions(job: PartitionJob, index: str, extractor: Extractor
 
 
 def pack(samples: Iterable[tuple[str, bytes, str]]) -> tuple[bytes, list[int]]:
-    """Pack samples into a tar file of `key.jpg` and `key.txt` members.
+    """Pack samples (key, JPEG bytes, caption) into a tar file of `key.jpg` and `key.txt` members.
 
-    Args:
-        samples: key, JPEG bytes and caption of each.
-
-    Returns:
-        The file's bytes, which depend on the samples alone, and the offset of each image's first byte, so that an
-        image is one range read.
+    Returns its bytes, which depend on the samples alone, and the offset of each image: an image is one range read.
     """
     offsets: list[int] = []
     return b"".join(tar_pieces(samples, offsets)), offsets

@@ -18,6 +18,7 @@ from workflows.common import cli, tracking, training
 from workflows.common.runs import Trained
 from workflows.configs import clip as clip_configs
 from workflows.configs.clip import Run
+from workflows.configs import pairs as pairs_configs
 
 
 def test_a_shift_moves_each_image_by_itself_and_repeats_its_edges() -> None:
@@ -66,7 +67,7 @@ def test_a_model_that_knows_the_answer_names_everything(monkeypatch: pytest.Monk
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = str(tmp_path_factory.mktemp("clip"))
-    with prepare_pairs.pictogram_site(dataclasses.replace(prepare_pairs.smoke(), storage=root)) as crawl:
+    with prepare_pairs.pictogram_site(dataclasses.replace(pairs_configs.smoke(), storage=root)) as crawl:
         prepare_pairs.prepare(crawl)
     return dataclasses.replace(clip_configs.smoke(), storage=root)
 

@@ -19,14 +19,16 @@ from data_prep import storage, tables
 from data_prep.pictograms import webserver, website
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
-from workflows.prepare_pairs import Run, Summary, prepare, prepare_local
+from workflows.configs import pairs as configs
+from workflows.configs.pairs import Run
+from workflows.prepare_pairs import Summary, prepare, prepare_local
 
 SCRIPT = Path(prepare_pairs.__file__)
 TABLES = ("pairs", "rejects", "concepts", "groups")
 
 
 def small_run(root: Path, urls: Path) -> Run:
-    run = dataclasses.replace(prepare_pairs.smoke(), name="t", storage=str(root), urls=str(urls))
+    run = dataclasses.replace(configs.smoke(), name="t", storage=str(root), urls=str(urls))
     patient = dataclasses.replace(run.fetch, deadline_seconds=5.0)  # a busy machine is no dead host
     return dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16, fetch=patient)
 
@@ -77,7 +79,7 @@ def test_kept_and_rejected_rows_are_what_the_faults_imply(crawled: tuple[Run, Su
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_demos_whole_site_comes_out_as_its_faults_imply(ray_cluster: None, tmp_path: Path) -> None:
-    with prepare_pairs.pictogram_site(dataclasses.replace(prepare_pairs.pictograms(), storage=str(tmp_path))) as run:
+    with prepare_pairs.pictogram_site(dataclasses.replace(configs.pictograms(), storage=str(tmp_path))) as run:
         summary = prepare(run)
         site = Path(run.urls).parent
     assert outcomes_of(rows_of(tmp_path, "pictograms")) == expected_of(site)
@@ -93,7 +95,8 @@ def test_a_crawl_inside_the_driver_gives_the_same_bytes_and_starts_no_ray(
         "import dataclasses, os, sys\n"
         "import ray\n"
         "from workflows import prepare_pairs\n"
-        "run = dataclasses.replace(prepare_pairs.smoke(), name='t', storage=sys.argv[1], urls=sys.argv[2])\n"
+        "from workflows.configs import pairs as configs\n"
+        "run = dataclasses.replace(configs.smoke(), name='t', storage=sys.argv[1], urls=sys.argv[2])\n"
         "fetch = dataclasses.replace(run.fetch, deadline_seconds=5.0)\n"
         "run = dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16)\n"
         "os.cpu_count = lambda: 2\n"
@@ -215,8 +218,8 @@ def pair_files(root: Path) -> dict[str, bytes]:
 def kill_after_parts(run: Run, count: int) -> dict[str, bytes]:
     """Start the run in a process of its own, kill it when it has staged `count` parts, and return the parts."""
     program = (
-        "import dataclasses, sys\nfrom workflows import prepare_pairs\n"
-        "run = prepare_pairs.smoke()\n"
+        "import dataclasses, sys\nfrom workflows import prepare_pairs\nfrom workflows.configs import pairs as configs\n"
+        "run = configs.smoke()\n"
         "run = dataclasses.replace(run, name='t', storage=sys.argv[1], urls=sys.argv[2],\n"
         "    fetch=dataclasses.replace(run.fetch, deadline_seconds=5.0),\n"
         "    site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16, parts_per_crawler=1)\n"

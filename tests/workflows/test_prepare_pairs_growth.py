@@ -26,7 +26,9 @@ from data_prep.pairs.scores import ScoreConfig
 from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
-from workflows.prepare_pairs import Run, prepare
+from workflows.configs import pairs as configs
+from workflows.configs.pairs import Run
+from workflows.prepare_pairs import prepare
 
 CAPTIONS = ["a red fire hydrant", "two cats on a sofa", "a cat", "a man with an umbrella", "a dog and a cat", "a sofa"]
 
@@ -304,7 +306,7 @@ def test_lists_and_tables_may_lie_in_object_storage(
 
 
 def test_published_corpora_have_configs() -> None:
-    assert {"cc3m", "coyo", "laion"} <= prepare_pairs.CONFIGS.keys()
-    assert prepare_pairs.laion().columns == Columns(url="URL", caption="TEXT")
-    assert prepare_pairs.coyo().columns == Columns(caption="text")
-    assert prepare_pairs.cc3m().columns.header == ("caption", "url")
+    assert {"cc3m", "coyo", "laion"} <= configs.CONFIGS.keys()
+    assert configs.laion().columns == Columns(url="URL", caption="TEXT")
+    assert configs.coyo().columns == Columns(caption="text")
+    assert configs.cc3m().columns.header == ("caption", "url")

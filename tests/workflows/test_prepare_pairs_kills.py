@@ -26,9 +26,10 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from workflows import prepare_pairs
+from workflows.configs import pairs as configs
 
 urls, storage, node_dies_after, cpus = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-run = prepare_pairs.pictograms()
+run = configs.pictograms()
 fetch = dataclasses.replace(run.fetch, deadline_seconds=10.0)
 run = dataclasses.replace(
     run, name="t", storage=storage, urls=urls, site_pictures=0, site_scenes=0, fetch=fetch,

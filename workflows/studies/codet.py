@@ -35,6 +35,7 @@ from workflows import codet, prepare_pairs
 from workflows.common import cli, cluster, runs
 from workflows.common.teacher import read_codet_names
 from workflows.configs import codet as codet_configs
+from workflows.configs import pairs as pairs_configs
 from workflows.studies import study as studies
 from workflows.studies.study import Numbers
 
@@ -241,7 +242,7 @@ def prepare_both(run: Run, name: str) -> None:
         storage.write_bytes(uri, sink.getvalue())
         rows.append({"url": uri, "caption": world.caption(rng, scene)})
     cluster.start_ray()
-    crawl = dataclasses.replace(prepare_pairs.pictograms(), storage=run.storage, name=name, site_pictures=0)
+    crawl = dataclasses.replace(pairs_configs.pictograms(), storage=run.storage, name=name, site_pictures=0)
     prepare_pairs.prepare_local(dataclasses.replace(crawl, site_scenes=0), pa.Table.from_pylist(rows))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from fetching import fetch_all
 
 from data_prep.pairs.addresses import (
     Address,
@@ -51,7 +52,7 @@ def connections() -> Iterator[list[Any]]:
 
 def fetch(url: str, lookup: Lookup | None = None) -> Fetched:
     fetcher = Fetcher(CONFIG, lookup) if lookup else Fetcher(CONFIG)
-    return asyncio.run(fetcher.fetch([url]))[0]
+    return asyncio.run(fetch_all(fetcher, [url]))[0]
 
 
 def family(address: str) -> Address:
@@ -151,7 +152,7 @@ def test_no_redirect_leads_to_a_forbidden_connection(connections: list[Any]) -> 
     async def run() -> list[Fetched]:
         async with redirecting() as base_url:
             starts = [str(parse_url(base_url).with_query(to=target)) for target in forbidden + bad]
-            return await Fetcher(config).fetch(starts)
+            return await fetch_all(Fetcher(config), starts)
 
     found = asyncio.run(run())
     assert [row.reason for row in found[: len(forbidden)]] == ["forbidden_address"] * len(forbidden)
@@ -168,7 +169,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(connections: list[A
         async with redirecting() as base_url:
             port = base_url.rpartition(":")[2]
             starts = [f"http://rebinding.example:{port}/?to={number}" for number in range(4)]
-            return await Fetcher(config, lambda _: [family(next(answers))]).fetch(starts)
+            return await fetch_all(Fetcher(config, lambda _: [family(next(answers))]), starts)
 
     assert [row.reason for row in asyncio.run(run())] == ["http_status"] * 4  # the second hop has no `to`: 404
     assert {address for address, *_ in connections} == {"127.0.0.2"}
@@ -182,9 +183,8 @@ def test_a_name_that_moves_to_a_forbidden_address_is_left_although_a_connection_
     async def run() -> list[Fetched]:
         async with redirecting() as base_url:
             port = base_url.rpartition(":")[2]
-            return await Fetcher(config, lambda _: [family(next(answers, "10.0.0.1"))]).fetch(
-                [f"http://rebinding.example:{port}/?to=x"]
-            )
+            fetcher = Fetcher(config, lambda _: [family(next(answers, "10.0.0.1"))])
+            return await fetch_all(fetcher, [f"http://rebinding.example:{port}/?to=x"])
 
     assert asyncio.run(run())[0].reason == "forbidden_address"
 
@@ -268,7 +268,7 @@ def test_a_dead_name_is_not_looked_up_for_each_of_its_urls() -> None:
         lookups.append(host)
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    found = asyncio.run(Fetcher(CONFIG, dead).fetch([f"http://dead.example/{i}.jpg" for i in range(10_000)]))
+    found = asyncio.run(fetch_all(Fetcher(CONFIG, dead), [f"http://dead.example/{i}.jpg" for i in range(10_000)]))
     assert {row.reason for row in found} == {"dns"}
     assert lookups == ["dead.example"]
 
@@ -304,7 +304,8 @@ def test_nearly_all_hosts_recover_from_a_resolver_that_fails_three_times_in_ten(
         )
         async with redirecting() as base_url:
             port = base_url.rpartition(":")[2]
-            return await Fetcher(config, flaky).fetch([f"http://host{i}.example:{port}/?to=/" for i in range(2000)])
+            urls = [f"http://host{i}.example:{port}/?to=/" for i in range(2000)]
+            return await fetch_all(Fetcher(config, flaky), urls)
 
     found = asyncio.run(run())
     recovered = sum(row.reason == "too_many_redirects" for row in found)  # the server was reached

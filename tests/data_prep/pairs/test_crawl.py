@@ -1,9 +1,9 @@
-"""One part from its rows to what is saved of it, without Ray."""
+"""One part from its rows to its saved results, without Ray."""
 
 import asyncio
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from data_prep import tables
-from data_prep.pairs import crawl, inputs, shards
-from data_prep.pairs.crawl import DECODERS, Crawler, CrawlerPool, CrawlSteps, PartCounts, Reader, follow
-from data_prep.pairs.decode import DecodeConfig, Decoded, Rejection, decode
-from data_prep.pairs.fetch import Fetched
+from data_prep.pairs import crawl, inputs
+from data_prep.pairs.crawl import DECODERS, Crawler, CrawlerPool, CrawlSteps, FileReader, PartCounts, show_progress
+from data_prep.pairs.decode import DecodeConfig, Decoded, decode_image
 from data_prep.pairs.filters import FilterConfig, filter_rows
-from data_prep.pairs.inputs import Columns, Part
+from data_prep.pairs.inputs import Columns
+from data_prep.pairs.rows import Rejection
+from data_prep.pairs.staging import Part, Staging
 
 SOURCE = "0" * 16
 Decode = Callable[[bytes], Decoded | Rejection]
@@ -32,66 +33,59 @@ def photo(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def a_list(root: Path, bodies: list[bytes]) -> str:
-    """Files of these bodies, listed as one partition in parts of four; the place of the staged rows."""
+def stage_list(root: Path, bodies: list[bytes]) -> Staging:
+    """Files of these bodies, staged as one partition in parts of four."""
     for number, body in enumerate(bodies):
         (root / f"{number}.jpg").write_bytes(body)
     rows = {"url": [str(root / f"{number}.jpg") for number in range(len(bodies))], "caption": ["a cat"] * len(bodies)}
-    named = inputs.with_our_names(pa.table(rows), Columns(), SOURCE, 0, "list")
-    inputs.write_rows(str(root), "p", named, 4)
-    return str(root)
+    staging = Staging(str(root), len(bodies), 4)
+    staging.write_rows("p", inputs.normalize_columns(pa.table(rows), Columns(), SOURCE, 0, "list"))
+    return staging
 
 
 def as_usual(body: bytes) -> Decoded | Rejection:
-    return decode(body, DecodeConfig())
+    return decode_image(body, DecodeConfig())
 
 
-def steps_at(staging: str, decoder: Decode = as_usual, **further: object) -> CrawlSteps:
-    steps = {
-        "read": partial(inputs.read_part, staging=staging),
-        "fetch": Reader,
-        "decode": decoder,
-        "filter": partial(filter_rows, config=FilterConfig()),
-        "score": (),
-        "save": partial(shards.stage_part, staging=staging),
-    }
-    return CrawlSteps(**{**steps, **further})
+def steps(decoder: Decode = as_usual, scorers: Sequence[object] = ()) -> CrawlSteps:
+    filters = partial(filter_rows, config=FilterConfig())
+    return CrawlSteps(fetcher=FileReader, decode=decoder, filter=filters, scorers=scorers)
 
 
-def test_what_came_of_a_part_is_saved_and_counted(tmp_path: Path) -> None:
-    staging = a_list(tmp_path, [photo(0), b"<html>", photo(2), photo(3), photo(4)])
-    crawler = Crawler(steps_at(staging), 1 << 20)
+def test_the_results_of_a_part_are_saved_and_counted(tmp_path: Path) -> None:
+    staging = stage_list(tmp_path, [photo(0), b"<html>", photo(2), photo(3), photo(4)])
+    crawler = Crawler(steps(), staging, 1 << 20)
     assert asyncio.run(crawler.crawl(Part("p", 0, (2,)))) == PartCounts(rows=3, good=2, unfetched=0)
-    (saved,) = [file.read() for file in shards.open_parts(staging, "p", 2)]
+    (saved,) = [file.read() for file in staging.open_parts("p", 5)]
     assert saved["row"].to_pylist() == [0, 1, 3]
     assert saved["reason"].to_pylist() == [None, "not_an_image", None]
     assert saved["content"].to_pylist()[::2] == [photo(0), photo(3)]
     assert saved["caption"].to_pylist() == ["a cat"] * 3
 
 
-def test_a_part_of_which_nothing_is_left_saves_nothing(tmp_path: Path) -> None:
-    staging = a_list(tmp_path, [photo(0)])
-    crawler = Crawler(steps_at(staging), 1 << 20)
+def test_a_part_without_rows_saves_nothing(tmp_path: Path) -> None:
+    staging = stage_list(tmp_path, [photo(0)])
+    crawler = Crawler(steps(), staging, 1 << 20)
     assert asyncio.run(crawler.crawl(Part("p", 0, (0,)))) == PartCounts(rows=0, good=0, unfetched=0)
-    assert shards.staged(staging, "parts") == []
+    assert staging.files("parts") == []
 
 
 def test_bodies_that_wait_to_be_decoded_stay_within_their_limit(tmp_path: Path) -> None:
     """Decoders are held up: of twelve bodies, those are read that fit the limit, and what was on its way by then."""
-    staging = a_list(tmp_path, [photo(seed) for seed in range(12)])
+    staging = stage_list(tmp_path, [photo(seed) for seed in range(12)])
     size = max(len(photo(seed)) for seed in range(12))
     free, decoding = threading.Event(), threading.Semaphore(0)
 
     def held_up(body: bytes) -> Decoded | Rejection:
         decoding.release()
         assert free.wait(10)
-        return decode(body, DecodeConfig())
+        return decode_image(body, DecodeConfig())
 
     waiting = []
 
     async def run() -> list[PartCounts]:
-        crawler = Crawler(steps_at(staging, held_up), 3 * size)
-        crawler._get._slots = asyncio.Semaphore(1)
+        crawler = Crawler(steps(held_up), staging, 3 * size)
+        crawler._fetcher._slots = asyncio.Semaphore(1)
         parts = [asyncio.create_task(crawler.crawl(Part("p", number))) for number in range(3)]
         for _ in range(DECODERS):
             await asyncio.to_thread(decoding.acquire)
@@ -106,7 +100,7 @@ def test_bodies_that_wait_to_be_decoded_stay_within_their_limit(tmp_path: Path) 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_scoring_models_take_turns(tmp_path: Path, count: int) -> None:
-    staging = a_list(tmp_path, [photo(seed) for seed in range(12)])
+    staging = stage_list(tmp_path, [photo(seed) for seed in range(12)])
 
     class Model:
         """Answers as an actor's handle does."""
@@ -117,26 +111,21 @@ def test_scoring_models_take_turns(tmp_path: Path, count: int) -> None:
         async def score(self, number: int, rows: pa.Table) -> pa.Table:
             return rows.append_column("score_light", pa.array([float(number)] * rows.num_rows))
 
-    crawler = Crawler(steps_at(staging, score=[Model(number) for number in range(count)]), 1 << 20)
+    crawler = Crawler(steps(scorers=[Model(number) for number in range(count)]), staging, 1 << 20)
 
     async def run() -> None:
         for number in range(3):
             await crawler.crawl(Part("p", number))
 
     asyncio.run(run())
-    found = [tables.read_parquet(path)["score_light"][0].as_py() for path in shards.staged(staging, "parts")]
+    found = [tables.read_parquet(path)["score_light"][0].as_py() for path in staging.files("parts")]
     assert found == [number % count for number in range(3)]
 
 
 def test_local_files_are_read_in_the_place_of_urls(tmp_path: Path) -> None:
-    for name in "abc":
-        (tmp_path / name).write_bytes(name.encode())
-
-    async def content(fetched: Fetched) -> tuple[bytes | None, str | None]:
-        return fetched.content, fetched.reason
-
-    found = asyncio.run(Reader().fetch_then([str(tmp_path / name) for name in "cab"], content))
-    assert found == [(b"c", None), (b"a", None), (b"b", None)]
+    (tmp_path / "a").write_bytes(b"content")
+    found = asyncio.run(FileReader().fetch(str(tmp_path / "a")))
+    assert (found.content, found.reason) == (b"content", None)
 
 
 def test_a_crawl_of_which_most_fetches_fail_warns(
@@ -144,45 +133,46 @@ def test_a_crawl_of_which_most_fetches_fail_warns(
 ) -> None:
     monkeypatch.setattr(crawl, "PROGRESS_SECONDS", 0.0)
     good, bad = PartCounts(rows=10, good=9, unfetched=1), PartCounts(rows=10, good=2, unfetched=8)
-    done = follow([good, good], 40)
+    done = show_progress([good, good], 40)
     assert [rows for _, rows in done] == [10, 20, 20]
     assert "WARNING" not in capsys.readouterr().out
-    follow([good, bad, bad, bad], 40)
+    show_progress([good, bad, bad, bad], 40)
     assert capsys.readouterr().out.count("WARNING: 17 of 30 fetches failed") == 1
 
 
 # ------------------------------------------------------------------------------------------------- inside the driver
 
 
-def here(steps: CrawlSteps) -> CrawlerPool:
-    """A crew without processes, that works on two parts at a time."""
-    return CrawlerPool(steps, processes=0, parts_at_a_time=2, waiting_bytes=1 << 20)
+def in_driver(staging: Staging, decoder: Decode = as_usual) -> CrawlerPool:
+    """A pool without processes that works on two parts at a time."""
+    return CrawlerPool(steps(decoder), staging, processes=0, parts_at_a_time=2, waiting_bytes=1 << 20)
 
 
-def test_a_crew_without_processes_crawls_every_part(tmp_path: Path) -> None:
-    staging = a_list(tmp_path, [photo(number) for number in range(20)])
-    with here(steps_at(staging)) as pool:
+def test_a_pool_without_processes_crawls_every_part(tmp_path: Path) -> None:
+    staging = stage_list(tmp_path, [photo(number) for number in range(20)])
+    with in_driver(staging) as pool:
         assert sum(part.rows for part in pool.crawl([Part("p", number) for number in range(5)])) == 20
         assert pool.run(max, [(1, 2), (4, 3)]) == [2, 4]
-    assert len(shards.staged(staging, "parts")) == 5
+    assert len(staging.files("parts")) == 5
 
 
-def test_a_part_that_fails_ends_a_crew_without_processes(tmp_path: Path) -> None:
-    staging = a_list(tmp_path, [photo(number) for number in range(20)])
+def test_a_part_that_fails_ends_a_pool_without_processes(tmp_path: Path) -> None:
+    bodies = [photo(number) for number in range(20)]
+    staging = stage_list(tmp_path, bodies)
 
-    def save(rows: pa.Table, part: Part) -> None:
-        if part.number == 1:
+    def fail(body: bytes) -> Decoded | Rejection:
+        if body == bodies[7]:
             raise OSError("the disk is full")
-        shards.stage_part(rows, part, staging=staging)
+        return as_usual(body)
 
-    with here(steps_at(staging, save=save)) as pool, pytest.raises(OSError, match="the disk is full"):
+    with in_driver(staging, fail) as pool, pytest.raises(OSError, match="the disk is full"):
         list(pool.crawl([Part("p", number) for number in range(5)]))
 
 
-def test_a_crew_without_processes_can_be_left_early(tmp_path: Path) -> None:
-    staging = a_list(tmp_path, [photo(number) for number in range(20)])
-    with here(steps_at(staging)) as pool:
+def test_a_pool_without_processes_can_be_left_early(tmp_path: Path) -> None:
+    staging = stage_list(tmp_path, [photo(number) for number in range(20)])
+    with in_driver(staging) as pool:
         progress = pool.crawl([Part("p", number) for number in range(5)])
         assert next(progress).rows == 4
         progress.close()
-    assert len(shards.staged(staging, "parts")) < 5
+    assert len(staging.files("parts")) < 5

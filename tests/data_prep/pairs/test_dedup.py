@@ -14,17 +14,16 @@ from reference_data import PHOTOS, needs
 
 from data_prep import storage
 from data_prep.pairs import dedup
-from data_prep.pairs.decode import DecodeConfig, Decoded, decode
-from data_prep.pairs.dedup import DECISIONS, DISTANCES, Corpus, band_masks, survivors
-from data_prep.pairs.order import NEW, RowNumbering
-from data_prep.pairs.shards import LIGHT
+from data_prep.pairs.decode import DecodeConfig, Decoded, decode_image
+from data_prep.pairs.dedup import DECISIONS, DISTANCES, Corpus, band_masks, first_kept
+from data_prep.pairs.rows import LIGHT, NEW, RowNumbering
 
 KEY = "image_id"
 TYPES = dict(zip(LIGHT.names, LIGHT.types, strict=True))
 
 
 def table(**columns: Sequence[object]) -> pa.Table:
-    """Rows of source "s", numbered, unless told otherwise."""
+    """Rows of source "s", numbered, unless given otherwise."""
     count = len(next(iter(columns.values())))
     rows = {"source": ["s"] * count, "row": list(range(count)), **columns}
     return pa.table({name: pa.array(values, TYPES[name]) for name, values in rows.items()})
@@ -86,7 +85,7 @@ def test_published_rows_survive_all_new_ones() -> None:
     assert places == [{"source": "z", "row": 7}, {"source": "z", "row": 7}, {"source": "s", "row": 0}]
 
 
-def test_rows_that_were_rejected_before_are_no_survivors() -> None:
+def test_rows_that_were_rejected_before_are_no_first_kept() -> None:
     found = corpus(table(image_id=["x", "x", "x"], reason=["blank", None, None]))
     found.reject_repeats("image_id", "duplicate_bytes")
     assert fates(found) == {2: 1}
@@ -97,8 +96,8 @@ def test_what_one_question_decides_the_next_does_not_ask_about() -> None:
     found.reject_boilerplate(1)
     found.reject_repeats("image_id", "duplicate_bytes")
     found.reject_near_duplicates(4)
-    told = [(row["stage"], row["reason"], row["detail"]) for row in found.decisions().to_pylist()]
-    assert told == [("filter", "caption_boilerplate", "2 rows bear it")] * 2
+    rejections = [(row["stage"], row["reason"], row["detail"]) for row in found.decisions().to_pylist()]
+    assert rejections == [("filter", "caption_boilerplate", "used by 2 rows")] * 2
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -118,7 +117,7 @@ def test_captions_that_too_many_rows_bear_are_boilerplate() -> None:
     found = corpus(table(caption=captions), table(source=["a"] * 2, caption=["old", "thrice"]))
     found.reject_boilerplate(2)
     assert fates(found) == {1: None, 3: None, 5: None}
-    assert set(found.decisions()["detail"].to_pylist()) == {"4 rows bear it"}  # published ones count, but stay
+    assert set(found.decisions()["detail"].to_pylist()) == {"used by 4 rows"}  # published ones count, but stay
 
 
 def in_pieces(rows: pa.Table, folder: Path, rng: np.random.Generator) -> ds.Dataset:
@@ -144,7 +143,7 @@ def slow_decisions(
     uses = [row["caption"] for row in alive]
     for row in alive:
         if row["caption"] is not None and uses.count(row["caption"]) > most and row["id"] >= NEW:
-            detail = f"{uses.count(row['caption'])} rows bear it"
+            detail = f"used by {uses.count(row['caption'])} rows"
             found[row["id"]] = ("filter", "caption_boilerplate", detail, None)
     alive = [row for row in alive if row["id"] not in found]
     first: dict[str, int] = {}
@@ -263,14 +262,14 @@ def test_masks_leave_no_pair_out() -> None:
 
 def test_a_row_falls_to_the_first_kept_one() -> None:
     pairs = [(1, 3, 2.0), (1, 4, 3.0), (4, 5, 0.0), (2, 9, 4.0), (2, 9, 4.0), (3, 9, 1.0), (5, 9, 1.0)]
-    found = survivors(iter(pairs))
+    found = first_kept(iter(pairs))
     assert found.schema.equals(DISTANCES)
     assert found.to_pylist() == [
         {"first": 1, "second": 3, "distance": 2},
         {"first": 1, "second": 4, "distance": 3},
         {"first": 2, "second": 9, "distance": 4},
     ]
-    assert survivors([]).equals(DISTANCES.empty_table())
+    assert first_kept([]).equals(DISTANCES.empty_table())
 
 
 def test_little_memory_gives_the_same() -> None:
@@ -304,7 +303,7 @@ def test_planted_copies_of_photographs_are_found_and_nothing_else() -> None:
             encoded(image, scale=0.75), encoded(image, scale=1.5), encoded(image, "PNG"),
         ]  # fmt: skip
         for content in contents:
-            decoded = decode(content, DecodeConfig(max_side=512))
+            decoded = decode_image(content, DecodeConfig(max_side=512))
             assert isinstance(decoded, Decoded)
             photo_of.append(photo)
             hashes.append(decoded.phash)

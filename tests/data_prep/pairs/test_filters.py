@@ -1,17 +1,19 @@
-import dataclasses
+from typing import get_args
 
 import pyarrow as pa
 import pytest
 
 from data_prep import tables
-from data_prep.pairs.filters import FILTERS, Candidate, FilterConfig, clean_caption, filter_rows, judge
+from data_prep.pairs.addresses import FetchReason
+from data_prep.pairs.filters import FilterConfig, clean_caption, failed_filters, filter_rows
+from data_prep.pairs.rows import RejectionReason
 
 LIMITS = FilterConfig(min_side=32, max_aspect=3.0, min_contrast=2.0, min_caption=3, max_caption=40, min_letters=0.5)
-GOOD = Candidate(width=64, height=48, contrast=30.0, caption="a red umbrella")
+GOOD = {"width": 64, "height": 48, "contrast": 30.0, "caption": "a red umbrella"}
 
 
 def test_a_good_row_is_kept() -> None:
-    assert judge(GOOD, LIMITS) is None
+    assert list(failed_filters(LIMITS, **GOOD)) == []
 
 
 @pytest.mark.parametrize(
@@ -31,8 +33,7 @@ def test_a_good_row_is_kept() -> None:
     ],
 )
 def test_the_reason_is_the_filter_that_trips(change: dict[str, object], reason: str) -> None:
-    rejection = judge(dataclasses.replace(GOOD, **change), LIMITS)
-    assert rejection is not None
+    rejection = next(failed_filters(LIMITS, **{**GOOD, **change}))
     assert rejection.reason == reason
     assert rejection.detail
 
@@ -52,15 +53,18 @@ def test_the_reason_is_the_filter_that_trips(change: dict[str, object], reason: 
     ],
 )
 def test_limits_are_inclusive_and_know_every_script(change: dict[str, object]) -> None:
-    assert judge(dataclasses.replace(GOOD, **change), LIMITS) is None
+    assert list(failed_filters(LIMITS, **{**GOOD, **change})) == []
 
 
-def test_the_first_filter_gives_the_reason_and_each_is_named_by_it() -> None:
-    worst = Candidate(width=1, height=100, contrast=0.0, caption="")
-    rejection = judge(worst, LIMITS)
-    assert rejection is not None
-    assert rejection.reason == "too_small"
-    assert {check.__name__ for check in FILTERS} <= set(tables.REASONS["filter"])
+def test_filters_fail_in_order() -> None:
+    failed = failed_filters(LIMITS, width=1, height=100, contrast=0.0, caption="")
+    assert [rejection.reason for rejection in failed] == ["too_small", "aspect", "blank", "caption_length"]
+
+
+def test_the_reasons_are_those_of_the_table() -> None:
+    assert get_args(FetchReason) == tables.REASONS["fetch"]
+    stages = (*tables.REASONS["decode"], *tables.REASONS["filter"])
+    assert get_args(RejectionReason) == tuple(reason for reason in stages if reason != "caption_boilerplate")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_prep.pairs.generations import CrawlPlan, Cut, Published, cut_rejects, plan
 
 from data_prep import tables
-from data_prep.pairs import generations, inputs
-from data_prep.pairs.inputs import Columns, Part
-from data_prep.pairs.order import NEW, RowNumbering
+from data_prep.pairs import growth, inputs
+from data_prep.pairs.growth import CrawlPlan, Published, combine_files, count_rejected, plan_crawl, stage_rejects
+from data_prep.pairs.inputs import Columns
+from data_prep.pairs.rows import NEW, RowNumbering
+from data_prep.pairs.shards import WrittenPartition
+from data_prep.pairs.staging import Part, Staging, partition_name
 from ovd_models.errors import InputError
 
 A, B = "aaaaaaaa11111111", "bbbbbbbb22222222"
@@ -61,7 +62,7 @@ def publish(
     uri = str(root)
     files = {
         "rejects": [
-            tables.write_part(uri, "rejects", "t", f"{inputs.partition_name(A, rows[0] // 10)}.parquet", rejects(rows))
+            tables.write_part(uri, "rejects", "t", f"{partition_name(A, rows[0] // 10)}.parquet", rejects(rows))
             for rows in rejected
         ],
         "pairs": [tables.write_file(uri, "pairs", "t", "stats/x.json", b"{}")],
@@ -85,39 +86,39 @@ def publish(
     return found
 
 
-def test_rows_rejected_for_a_reason_are_cut_for_another_try(tmp_path: Path) -> None:
-    found = cut_rejects(publish(tmp_path), ["timeout"], str(tmp_path / "s"), partition=10, part=1)
-    first, last = inputs.partition_name(A, 0), inputs.partition_name(A, 2)
+def test_rows_rejected_for_a_reason_are_staged_for_another_try(tmp_path: Path) -> None:
+    staging = Staging(str(tmp_path / "s"), 10, 1)
+    found = stage_rejects(publish(tmp_path), ["timeout"], staging)
+    first, last = partition_name(A, 0), partition_name(A, 2)
     assert found == ({first: 2, last: 1}, {"timeout": 3}, {first: f"{first}.parquet", last: f"{last}.parquet"})
-    assert inputs.read_part(Part(first, 1), str(tmp_path / "s"))["url"].to_pylist() == ["http://a/3"]
+    assert staging.read_part(Part(first, 1))["url"].to_pylist() == ["http://a/3"]
 
 
-def test_what_is_tried_again_looks_like_an_input(tmp_path: Path) -> None:
-    partitions, retried, _ = cut_rejects(
-        publish(tmp_path), ["dns", "http_status"], str(tmp_path / "s"), partition=10, part=100
-    )
+def test_retried_rows_look_like_an_input(tmp_path: Path) -> None:
+    staging = Staging(str(tmp_path / "s"), 10, 100)
+    partitions, retried, _ = stage_rejects(publish(tmp_path), ["dns", "http_status"], staging)
     assert list(partitions.values()) == [2, 1]
     assert retried == {"dns": 2, "http_status": 1}
-    rows = pq.read_table(inputs.rows_file(str(tmp_path / "s"), inputs.partition_name(A, 0)))
+    rows = pq.read_table(staging.rows_uri(partition_name(A, 0)))
     assert rows.to_pylist() == [
         {"source": A, "row": row, "url": f"http://a/{row}", "raw_caption": f"Caption {row}", "license": f"by {row}"}
         for row in (2, 4)
     ]
 
 
-def test_parts_of_what_is_tried_again_are_row_groups(tmp_path: Path) -> None:
-    every = sorted(set(REASONS.values()))
-    partitions, retried, earlier = cut_rejects(publish(tmp_path), every, str(tmp_path), partition=10, part=3)
+def test_parts_of_retried_rows_are_row_groups(tmp_path: Path) -> None:
+    every, staging = sorted(set(REASONS.values())), Staging(str(tmp_path), 10, 3)
+    partitions, retried, earlier = stage_rejects(publish(tmp_path), every, staging)
     assert (sum(partitions.values()), sum(retried.values())) == (7, 7)
-    crawl_plan = CrawlPlan(sources={A: 30}, columns={}, partitions=partitions, retried=retried, earlier_rejects=earlier)
+    plan = CrawlPlan(sources={A: 30}, columns={}, partitions=partitions, retried=retried, earlier_rejects=earlier)
     repeated = np.array([NEW + 2])  # as an id of another list might be
-    found = [inputs.read_part(part, str(tmp_path))["row"].to_pylist() for part in crawl_plan.parts(10, 3, repeated)]
+    found = [staging.read_part(part)["row"].to_pylist() for part in plan.parts(staging, repeated)]
     assert found == [[0, 2, 3], [4], [13, 14], [21]]
 
 
 @pytest.mark.parametrize("reasons", [[], ["blank"]])
-def test_without_such_rows_there_is_nothing_to_try(tmp_path: Path, reasons: list[str]) -> None:
-    assert cut_rejects(publish(tmp_path), reasons, str(tmp_path / "s"), partition=10, part=3) == ({}, {}, {})
+def test_without_such_rows_there_is_nothing_to_retry(tmp_path: Path, reasons: list[str]) -> None:
+    assert stage_rejects(publish(tmp_path), reasons, Staging(str(tmp_path / "s"), 10, 3)) == ({}, {}, {})
     assert not (tmp_path / "s").exists()
 
 
@@ -127,11 +128,11 @@ def test_nothing_is_published_until_pairs_are(tmp_path: Path) -> None:
     assert Published.find(str(tmp_path), "t") is None
 
 
-def test_published_tables_tell_their_rows(tmp_path: Path) -> None:
+def test_published_tables_give_their_rows(tmp_path: Path) -> None:
     found = publish(tmp_path)
-    assert (found.sources, found.generation, found.config_hash) == ({A: 30}, 0, "hash")
+    assert (found.sources, found.generation, found.pairs.config_hash) == ({A: 30}, 0, "hash")
     assert found.index_files() == ["index/x.parquet"]
-    assert found.urls().schema.equals(generations.URLS)
+    assert found.urls().schema.equals(growth.URLS)
     urls = {row["row"]: row["url"] for row in found.urls().to_table().to_pylist()}
     assert urls == {row: f"http://a/{row}" for row in (0, 1, 2, 3, 4, 5, 13, 14, 21)}
     assert found.images().to_table().to_pylist() == [
@@ -147,28 +148,43 @@ def test_tables_without_kept_or_rejected_rows_can_be_opened(tmp_path: Path) -> N
     none_rejected = publish(tmp_path / "b", rejected=())
     assert none_rejected.urls().to_table().num_rows == 2
     nothing = publish(tmp_path / "c", kept=(), rejected=())
-    assert nothing.urls().to_table().schema.equals(generations.URLS)
+    assert nothing.urls().to_table().schema.equals(growth.URLS)
 
 
-def test_pairs_that_do_not_tell_of_their_rejects_are_told(tmp_path: Path) -> None:
+def test_tables_of_an_older_version_are_refused(tmp_path: Path) -> None:
     details = {"generation": 0, "sources": {A: 30}}
     tables.publish(str(tmp_path), "pairs", "t", [], producer="test", config_hash="hash", details=details)
-    with pytest.raises(InputError, match="pairs/t: made by a program that this one cannot go on from, expected a new"):
+    with pytest.raises(InputError, match="pairs/t: made by another version of this program, expected another"):
         Published.find(str(tmp_path), "t")
 
 
-def test_rejected_rows_are_counted_by_reason(tmp_path: Path) -> None:
-    found = publish(tmp_path)
-    assert found.rejected_for(["timeout"]) == 3
-    assert found.rejected_for(["timeout", "blank", "dns"]) == 5
-    assert found.rejected_for(sorted(set(REASONS.values()))) == len(REASONS)
-    assert found.rejected_for(["blank"]) == found.rejected_for([]) == 0
-    assert publish(tmp_path / "none", rejected=()).rejected_for(["timeout"]) == 0
+def test_a_new_generation_adds_files_and_counts_and_replaces_retried_rejects(tmp_path: Path) -> None:
+    published, name = publish(tmp_path), partition_name(A, 0)
+    entries = {
+        table: [tables.FileEntry(path, 1, 1, "0")]
+        for table, path in (("pairs", "index/new"), ("rejects", "new"), ("scores", "new"))
+    }
+    written = [WrittenPartition(kept=1, rejected={"timeout": 1}, files=entries)]
+    plan = CrawlPlan(
+        sources={A: 30},
+        columns={},
+        partitions={name: 2},
+        retried={"timeout": 2},
+        earlier_rejects={name: f"{name}.parquet"},
+    )
+    files = combine_files(published, plan, written)
+    assert files["pairs"] == [*published.files["pairs"], *entries["pairs"]]
+    assert files["rejects"] == [*published.files["rejects"][1:], *entries["rejects"]]
+    assert files["scores"] == entries["scores"]
+    assert count_rejected(published, plan, written) == {"dns": 2, "http_status": 1, "timeout": 2, "too_small": 1}
+    assert count_rejected(None, plan, written) == {"timeout": 1}
+    with pytest.raises(AssertionError, match="every row is kept or rejected"):
+        count_rejected(published, plan, [])
 
 
 def test_a_run_killed_between_two_manifests_publishes_no_file_twice(tmp_path: Path) -> None:
     before = publish(tmp_path)
-    name = f"{inputs.partition_name(B, 0)}.parquet"
+    name = f"{partition_name(B, 0)}.parquet"
     added = tables.write_part(str(tmp_path), "rejects", "t", name, rejects([21]))
     files = [*before.files["rejects"], added]
     tables.publish(str(tmp_path), "rejects", "t", files, producer="test", config_hash="hash")  # then the kill
@@ -177,94 +193,96 @@ def test_a_run_killed_between_two_manifests_publishes_no_file_twice(tmp_path: Pa
     assert again.files["rejects"] == before.files["rejects"]  # the run that goes on adds `added` to these
 
 
-def test_work_is_saved_and_loaded(tmp_path: Path) -> None:
-    assert CrawlPlan.load(str(tmp_path)) is None
-    crawl_plan = CrawlPlan(
+def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
+    staging = Staging(str(tmp_path), 10, 5)
+    assert CrawlPlan.load(staging) is None
+    plan = CrawlPlan(
         sources={B: 7, A: 30},
         columns={"license": "string"},
         partitions={"x": 3},
         retried={"dns": 1},
         earlier_rejects={"x": "x.parquet"},
     )
-    assert crawl_plan.save(str(tmp_path)) is crawl_plan
-    assert CrawlPlan.load(str(tmp_path)) == crawl_plan
-    assert (crawl_plan.order, crawl_plan.rows) == (RowNumbering.of({A: 30, B: 7}), 3)
+    plan.save(staging)
+    assert CrawlPlan.load(staging) == plan
+    assert (plan.order, plan.rows) == (RowNumbering.of({A: 30, B: 7}), 3)
 
 
-def test_parts_cover_every_row_of_every_partition_but_those_left_out() -> None:
-    crawl_plan = CrawlPlan(
-        sources={A: 30}, columns={}, partitions={f"{A}-000000": 10, f"{A}-000001": 4, f"{A}-000002": 5}
-    )
+def test_parts_cover_every_row_of_every_partition_except_skipped_ones() -> None:
+    plan = CrawlPlan(sources={A: 30}, columns={}, partitions={f"{A}-000000": 10, f"{A}-000001": 4, f"{A}-000002": 5})
     repeated = NEW + np.array([0, 4, 7, 13])
-    assert crawl_plan.parts(10, 5, repeated) == [
+    assert plan.parts(Staging("", 10, 5), repeated) == [
         Part(f"{A}-000000", 0, (0, 4)),
         Part(f"{A}-000000", 1, (2,)),
         Part(f"{A}-000001", 0, (3,)),
         Part(f"{A}-000002", 0),
     ]
-    assert len(crawl_plan.parts(10, 1, repeated)) == crawl_plan.rows == 19
+    assert len(plan.parts(Staging("", 10, 1), repeated)) == plan.rows == 19
     assert Part(f"{A}-000001", 2).name == f"{A}-000001-00002.parquet"
-    assert CrawlPlan(sources={A: 3}, columns={}, partitions={}).parts(10, 5, repeated) == []
+    assert CrawlPlan(sources={A: 3}, columns={}, partitions={}).parts(Staging("", 10, 5), repeated) == []
 
 
 def test_the_first_id_of_a_partition_is_that_of_its_first_row() -> None:
-    crawl_plan = CrawlPlan(sources={B: 25, A: 30}, columns={}, partitions={})
+    plan = CrawlPlan(sources={B: 25, A: 30}, columns={}, partitions={})
     for source, rows, base in ((A, 30, 0), (B, 25, 30)):
         partitions = inputs.Source(digest=source, rows=rows, rows_per_partition=10, columns={}).partitions
-        assert [crawl_plan.first_id(name, 10) for name in partitions] == [NEW + base, NEW + base + 10, NEW + base + 20]
-        first = int(crawl_plan.order.ids(source, np.array([20]))[0])
-        assert crawl_plan.first_id(inputs.partition_name(source, 2), 10) == first
+        assert [plan.first_id(name, 10) for name in partitions] == [NEW + base, NEW + base + 10, NEW + base + 20]
+        first = int(plan.order.ids(source, np.array([20]))[0])
+        assert plan.first_id(partition_name(source, 2), 10) == first
 
 
 def test_lists_whose_digests_begin_alike_have_partitions_of_their_own() -> None:
     twin = A[:8] + "99999999"
-    assert inputs.partition_name(A, 0) != inputs.partition_name(twin, 0)
-    crawl_plan = CrawlPlan(sources={A: 30, twin: 20}, columns={}, partitions={})
-    assert crawl_plan.first_id(inputs.partition_name(A, 1), 10) == NEW + 10
-    assert crawl_plan.first_id(inputs.partition_name(twin, 1), 10) == NEW + 40
+    assert partition_name(A, 0) != partition_name(twin, 0)
+    plan = CrawlPlan(sources={A: 30, twin: 20}, columns={}, partitions={})
+    assert plan.first_id(partition_name(A, 1), 10) == NEW + 10
+    assert plan.first_id(partition_name(twin, 1), 10) == NEW + 40
 
 
-def here(task: Callable[..., inputs.Source], each: Sequence[tuple[Any, ...]]) -> list[inputs.Source]:
+def here(task: Callable[..., inputs.Source], arguments: Sequence[tuple[Any, ...]]) -> list[inputs.Source]:
     """Runs tasks in this process."""
-    return [task(*arguments) for arguments in each]
+    return [task(*values) for values in arguments]
 
 
-def a_list(source: str, **further: Sequence[object]) -> Cut:
-    """A list of two rows with further columns."""
-    rows = pa.table({"url": ["http://b/0", "http://b/1"], "caption": ["c", "d"], **further})
-    return partial(inputs.cut, source, [rows], Columns(), source)
+def write_list(root: Path, **further: Sequence[object]) -> str:
+    """A list of two rows with further columns; its path."""
+    path = root / f"{len(list(root.iterdir()))}.parquet"
+    pq.write_table(pa.table({"url": ["http://b/0", "http://b/1"], "caption": ["c", "d"], **further}), path)
+    return str(path)
 
 
 def test_a_plan_is_made_once_from_new_lists_and_rejected_rows(tmp_path: Path) -> None:
-    published, staging = publish(tmp_path), str(tmp_path / "s")
-    crawl_plan = plan(
-        [a_list(B, license=["by", "by"], n=[1, 2])], published, ["dns"], staging, partition=10, part=5, run=here
-    )
-    again = {f"{A}-000000": 1, f"{A}-000001": 1}
-    assert crawl_plan == CrawlPlan(
-        sources={A: 30, B: 2},
+    published, staging = publish(tmp_path), Staging(str(tmp_path / "s"), 10, 5)
+    path = write_list(tmp_path, license=["by", "by"], n=[1, 2])
+    plan = plan_crawl([path], Columns(), published, ["dns"], staging, here)
+    digest, again = inputs.file_digest(path), {f"{A}-000000": 1, f"{A}-000001": 1}
+    assert plan == CrawlPlan(
+        sources={A: 30, digest: 2},
         columns={"license": "string", "n": "int64"},
-        partitions={f"{B}-000000": 2, **again},
+        partitions={f"{digest}-000000": 2, **again},
         retried={"dns": 2},
         earlier_rejects={name: f"{name}.parquet" for name in again},
     )
-    assert (
-        plan([], None, [], staging, partition=1, part=1, run=here) == crawl_plan
-    )  # what a run that was killed had planned
+    assert plan_crawl([], Columns(), None, [], staging, here) == plan  # the plan of a killed run
 
 
-def test_lists_whose_columns_are_of_different_types_are_told(tmp_path: Path) -> None:
-    lists = [a_list(A, n=[1, 2], m=["x", "y"]), a_list(B, n=["1", "2"], m=["x", "y"])]
-    with pytest.raises(InputError, match=f"^list {B}: column 'n' holds string, elsewhere int64$"):
-        plan(lists, None, [], str(tmp_path), partition=10, part=5, run=here)
-    assert CrawlPlan.load(str(tmp_path)) is None
+def test_lists_with_columns_of_different_types_are_refused(tmp_path: Path) -> None:
+    lists = [write_list(tmp_path, n=[1, 2], m=["x", "y"]), write_list(tmp_path, n=["1", "2"], m=["x", "y"])]
+    staging = Staging(str(tmp_path / "s"), 10, 5)
+    with pytest.raises(
+        InputError, match=f"^list {inputs.file_digest(lists[1])}: column 'n' holds string, elsewhere int64"
+    ):
+        plan_crawl(lists, Columns(), None, [], staging, here)
+    assert CrawlPlan.load(staging) is None
 
 
-def test_a_list_whose_columns_differ_from_the_published_ones_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"^list {B}: column 'license' holds int64, elsewhere string$"):
-        plan([a_list(B, license=[1, 2])], publish(tmp_path), [], str(tmp_path / "s"), partition=10, part=5, run=here)
+def test_a_list_whose_columns_differ_from_the_published_ones_is_refused(tmp_path: Path) -> None:
+    published, path = publish(tmp_path), write_list(tmp_path, license=[1, 2])
+    with pytest.raises(InputError, match="column 'license' holds int64, elsewhere string$"):
+        plan_crawl([path], Columns(), published, [], Staging(str(tmp_path / "s"), 10, 5), here)
 
 
 def test_a_column_without_values_fits_every_type(tmp_path: Path) -> None:
-    lists = [a_list(A, n=[None, None]), a_list(B, n=[1, 2])]
-    assert plan(lists, None, [], str(tmp_path), partition=10, part=5, run=here).columns == {"n": "int64"}
+    lists = [write_list(tmp_path, n=[None, None]), write_list(tmp_path, n=[1, 2])]
+    plan = plan_crawl(lists, Columns(), None, [], Staging(str(tmp_path / "s"), 10, 5), here)
+    assert plan.columns == {"n": "int64"}

@@ -12,6 +12,7 @@ from pyarrow import fs
 from data_prep import storage, tables
 from data_prep.pairs import inputs
 from data_prep.pairs.inputs import Columns, Source
+from data_prep.pairs.staging import Part, Staging, partition_name
 from ovd_models.errors import InputError
 
 LISTS = {
@@ -25,7 +26,7 @@ def read(path: Path, columns: Columns | None = None) -> pa.Table:
     """All rows of a list under our names, numbered through."""
     columns, found, count = columns or Columns(), [], 0
     for block in inputs.read_blocks(str(path), columns):
-        found.append(inputs.with_our_names(block, columns, "digest", count, str(path)))
+        found.append(inputs.normalize_columns(block, columns, "digest", count, str(path)))
         count += block.num_rows
     return pa.concat_tables(found)
 
@@ -39,17 +40,17 @@ def tsv(rows: int) -> str:
     return "url\tcaption\n" + "".join(f"http://a/{row}\tcaption {row}\n" for row in range(rows))
 
 
-def cut(path: Path, staging: Path, *, partition: int, part: int) -> Source:
-    return inputs.cut_file(str(path), columns=Columns(), staging=str(staging), partition=partition, part=part)
+def cut(path: Path, folder: Path, *, partition: int, part: int) -> Source:
+    return inputs.cut_file(str(path), Columns(), Staging(str(folder), partition, part))
 
 
 def test_a_list_is_cut_into_partitions_and_parts(tmp_path: Path) -> None:
     source = cut(written(tmp_path / "list.tsv", tsv(5)), tmp_path, partition=3, part=2)
-    first, second = inputs.partition_name(source.digest, 0), inputs.partition_name(source.digest, 1)
+    first, second = partition_name(source.digest, 0), partition_name(source.digest, 1)
     assert source.partitions == {first: 3, second: 2}
     assert (first, second) == (f"{source.digest}-000000", f"{source.digest}-000001")
-    assert inputs.read_part(inputs.Part(first, 1), str(tmp_path))["url"].to_pylist() == ["http://a/2"]
-    assert inputs.read_part(inputs.Part(second, 0), str(tmp_path))["row"].to_pylist() == [3, 4]
+    assert Staging(str(tmp_path), 6, 2).read_part(Part(first, 1))["url"].to_pylist() == ["http://a/2"]
+    assert Staging(str(tmp_path), 6, 2).read_part(Part(second, 0))["row"].to_pylist() == [3, 4]
 
 
 @pytest.mark.parametrize("suffix", [*LISTS, "parquet"])
@@ -128,7 +129,7 @@ def test_urls_are_trimmed_and_those_of_spaces_alone_are_missing(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("list.tsv", b"", "not a tsv file that can be read"),
+        ("list.tsv", b"", "not a readable tsv file"),
         ("list.tsv", b"url\tcaption\n", "holds no rows"),
         ("list.jsonl", b"", "holds no rows, expected at least one"),
         ("list.tsv", b"link\tcaption\na\tb\n", "no column 'url', expected it among: link, caption"),
@@ -136,7 +137,7 @@ def test_urls_are_trimmed_and_those_of_spaces_alone_are_missing(tmp_path: Path) 
         ("list.tsv", b"url\tcaption\na\tb\nc\td\te\n", "Row #3: Expected 2 columns, got 3: c d e"),
         ("list.csv", b"url,caption\na,b\nc\n", "Row #3: Expected 2 columns, got 1: c"),
         ("list.tsv", b"url\tcaption\na\tb\na\t\xff\xfe\n", "Row #3: CSV conversion error to string: invalid UTF8"),
-        ("list.jsonl", b'{"url": "a", "caption": "b"}\n{"url": \n', "not a jsonl file"),
+        ("list.jsonl", b'{"url": "a", "caption": "b"}\n{"url": \n', "not a readable jsonl file"),
         ("list.jsonl", b'{"url": ["a"], "caption": "b"}\n', "Column(/url) changed from string to array"),
         ("list.jsonl", b'{"url": "a", "caption": 5}\n', "Column(/caption) changed from string to number"),
         ("list.jsonl", b'{"url": "a"}\n', "no column 'caption', expected it among: url"),
@@ -145,10 +146,10 @@ def test_urls_are_trimmed_and_those_of_spaces_alone_are_missing(tmp_path: Path) 
             b'{"url": "a", "caption": "b", "n": 1}\n{"n": "x"}\n',
             "Column(/n) changed from number to string",
         ),
-        ("list.parquet", b"PAR1 no", "not a parquet file"),
+        ("list.parquet", b"PAR1 no", "not a readable parquet file"),
     ],
 )
-def test_a_bad_list_is_told_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_bad_list_is_reported_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = written(tmp_path / name, content)
     with pytest.raises(InputError) as caught:
         cut(path, tmp_path / "staging", partition=10, part=5)
@@ -158,14 +159,14 @@ def test_a_bad_list_is_told_in_one_line(tmp_path: Path, name: str, content: byte
     assert not (tmp_path / "staging/sources").exists(), "a list that failed is not taken for done"
 
 
-def test_a_ragged_row_of_a_later_block_is_told_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ragged_row_of_a_later_block_is_reported_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "list.tsv", tsv(100) + "one\ttwo\tthree\n" + "u\tc\n" * 50)
     monkeypatch.setattr(inputs, "BLOCK_BYTES", 256)
     with pytest.raises(InputError, match="Row #102: Expected 2 columns, got 3: one two three"):
         read(path)
 
 
-def test_a_header_that_is_no_text_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_header_that_is_no_text_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"list\.tsv"):
         read(written(tmp_path / "list.tsv", b"url\tcaption\t\xff\na\tb\tc\n"))
 
@@ -176,17 +177,17 @@ def test_a_broken_line_of_a_long_jsonl_file_is_counted_from_the_block_it_is_in(
     monkeypatch.setattr(inputs, "BLOCK_BYTES", 100)
     good = b'{"url": "http://a", "caption": "b"}\n'  # 36 bytes: two whole lines a block
     (tmp_path / "list.jsonl").write_bytes(good * 8 + b'{"url": \n' + good)
-    told = r"list\.jsonl: not a jsonl file .* in row (\d+), rows counted from line (\d+)"
-    with pytest.raises(InputError, match=told) as caught:
+    message = r"list\.jsonl: not a readable jsonl file .* in row (\d+), rows counted from line (\d+)"
+    with pytest.raises(InputError, match=message) as caught:
         list(inputs.read_blocks(str(tmp_path / "list.jsonl"), Columns()))
-    found = re.search(told, str(caught.value))
+    found = re.search(message, str(caught.value))
     assert found
     row, line = map(int, found.groups())
     assert (row + line, line > 1) == (9, True)  # Arrow counts rows from 0
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_bytes_that_are_no_text_are_told_for_every_format(tmp_path: Path, suffix: str) -> None:
+def test_bytes_that_are_no_text_are_reported_for_every_format(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"list.{suffix}"
     if suffix == "jsonl":
         path.write_bytes(b'{"url": "a", "caption": "\xff"}\n')
@@ -198,7 +199,7 @@ def test_bytes_that_are_no_text_are_told_for_every_format(tmp_path: Path, suffix
 
 
 @pytest.mark.parametrize("header", ["url,caption,n,n", "url,url,caption,n"])
-def test_columns_of_one_name_are_told_in_one_line(tmp_path: Path, header: str) -> None:
+def test_columns_of_one_name_are_reported_in_one_line(tmp_path: Path, header: str) -> None:
     with pytest.raises(InputError, match=r"list\.csv"):
         read(written(tmp_path / "list.csv", f"{header}\na,b,c,d\n"))
 
@@ -272,7 +273,7 @@ def test_empty_lines_and_those_longer_than_a_block_of_jsonl_are_read(
 
 def test_further_columns_stay_and_those_that_clash_with_ours_are_renamed() -> None:
     rows = pa.table({"URL": ["u"], "TEXT": ["c"], "width": [5], "url": ["other"], "reason": ["r"], "license": ["by"]})
-    found = inputs.with_our_names(rows, Columns(url="URL", caption="TEXT"), "digest", 7, "here")
+    found = inputs.normalize_columns(rows, Columns(url="URL", caption="TEXT"), "digest", 7, "here")
     assert found.column_names == [
         "source", "row", "url", "raw_caption", "input_width", "input_url", "input_reason", "license",
     ]  # fmt: skip
@@ -282,13 +283,13 @@ def test_further_columns_stay_and_those_that_clash_with_ours_are_renamed() -> No
 
 @pytest.mark.parametrize("name", ["id", "embedding"])
 def test_columns_that_rows_get_on_their_way_are_renamed_too(name: str) -> None:
-    found = inputs.with_our_names(pa.table({"url": ["u"], "caption": ["c"], name: [1]}), Columns(), "d", 0, "here")
+    found = inputs.normalize_columns(pa.table({"url": ["u"], "caption": ["c"], name: [1]}), Columns(), "d", 0, "here")
     assert found.column_names[-1] == f"input_{name}"
 
 
 def test_a_renamed_column_does_not_replace_another() -> None:
     rows = pa.table({"url": ["u"], "caption": ["c"], "width": [1], "input_width": [2]})
-    found = inputs.with_our_names(rows, Columns(), "digest", 0, "here").to_pylist()[0]
+    found = inputs.normalize_columns(rows, Columns(), "digest", 0, "here").to_pylist()[0]
     assert {1, 2} <= set(found.values())
 
 
@@ -296,7 +297,7 @@ def test_a_renamed_column_does_not_replace_another() -> None:
 def test_text_of_any_kind_is_taken(kind: pa.DataType) -> None:
     text = pa.array(["u", None], pa.string())
     rows = pa.table({"url": text.cast(kind), "caption": text.cast(kind)})
-    found = inputs.with_our_names(rows, Columns(), "digest", 0, "here")
+    found = inputs.normalize_columns(rows, Columns(), "digest", 0, "here")
     assert found["url"].to_pylist() == ["u", None]
     assert found.schema.field("raw_caption").type == pa.string()
 
@@ -330,7 +331,7 @@ def test_files_of_a_folder_or_a_pattern_come_in_alphabetical_order(tmp_path: Pat
         ("none://bucket/list.tsv", "none://bucket/list.tsv: not a storage location"),
     ],
 )
-def test_no_list_is_told_in_one_line(tmp_path: Path, uri: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_list_is_reported(tmp_path: Path, uri: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "list.txt", "http://a/1")
     written(tmp_path / "list", "http://a/1")
@@ -390,12 +391,12 @@ def test_cuts_are_exact_at_the_boundaries(
     assert [file.name for file in files] == [f"{name}.parquet" for name in source.partitions]
     numbers = list(range(rows))
     for start, (name, count) in zip(range(0, rows, 6), source.partitions.items(), strict=True):
-        with pq.ParquetFile(inputs.rows_file(str(tmp_path), name)) as file:
+        with pq.ParquetFile(Staging(str(tmp_path), 6, 2).rows_uri(name)) as file:
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
             assert file.read()["row"].to_pylist() == numbers[start : start + 6]
         assert sizes == [len(range(at, min(at + 2, count))) for at in range(0, count, 2)]
         for number in range(len(sizes)):
-            part = inputs.read_part(inputs.Part(name, number), str(tmp_path))
+            part = Staging(str(tmp_path), 6, 2).read_part(Part(name, number))
             assert part["row"].to_pylist() == numbers[start : start + count][2 * number : 2 * number + 2]
             assert part["source"].to_pylist() == [source.digest] * part.num_rows
 
@@ -412,13 +413,15 @@ def test_a_source_tells_the_types_of_its_further_columns(tmp_path: Path, suffix:
     assert cut(path, tmp_path, partition=3, part=2).columns == source.columns
 
 
-def test_blocks_without_rows_are_passed_over(tmp_path: Path) -> None:
+def test_blocks_without_rows_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = pa.table({"url": ["u"], "caption": ["c"]})
     blocks = [some.slice(1), some, some.slice(1), some]
-    found = inputs.cut("x", blocks, Columns(), "0123456789", staging=str(tmp_path), partition=10, part=10)
+    monkeypatch.setattr(inputs, "read_blocks", lambda uri, columns: iter(blocks))
+    found = cut(written(tmp_path / "x", "one"), tmp_path, partition=10, part=10)
     assert found.rows == 2
+    blocks = [some.slice(1)]
     with pytest.raises(InputError, match="x: holds no rows, expected at least one"):
-        inputs.cut("x", [some.slice(1)], Columns(), "d", staging=str(tmp_path), partition=10, part=10)
+        cut(written(tmp_path / "x", "other"), tmp_path, partition=10, part=10)
 
 
 def test_a_file_that_was_cut_is_not_cut_again(tmp_path: Path) -> None:
@@ -465,5 +468,7 @@ def test_a_large_list_is_read_in_a_stream(tmp_path: Path, suffix: str, monkeypat
 
 def test_names_of_our_tables_are_all_guarded() -> None:
     for name in {*tables.SCHEMAS["pairs"].names, *tables.SCHEMAS["rejects"].names} - {"url", "caption"}:
-        found = inputs.with_our_names(pa.table({"url": ["u"], "caption": ["c"], name: [1]}), Columns(), "d", 0, "here")
+        found = inputs.normalize_columns(
+            pa.table({"url": ["u"], "caption": ["c"], name: [1]}), Columns(), "d", 0, "here"
+        )
         assert found.column_names == ["source", "row", "url", "raw_caption", f"input_{name}"]

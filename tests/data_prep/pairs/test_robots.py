@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 from aiohttp import web
+from fetching import fetch_all
 from yarl import URL
 
 from data_prep.pairs import robots
@@ -250,7 +251,7 @@ def fetch_from(images: Handler, paths: list[str], robots_txt: Handler, config: F
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         port = runner.addresses[0][1]
         try:
-            return await Fetcher(config, lookup).fetch([f"http://site.example:{port}{path}" for path in paths])
+            return await fetch_all(Fetcher(config, lookup), [f"http://site.example:{port}{path}" for path in paths])
         finally:
             await runner.cleanup()
 

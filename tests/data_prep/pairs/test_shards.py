@@ -13,13 +13,14 @@ from PIL import Image
 from data_prep import storage, tables
 from data_prep.concepts.names import NameMatcher
 from data_prep.pairs import inputs, shards
-from data_prep.pairs.decode import DecodeConfig, decode, with_images
+from data_prep.pairs.decode import DecodeConfig, decode_image, with_images
 from data_prep.pairs.dedup import DECISIONS
-from data_prep.pairs.fetch import Fetched, with_status
+from data_prep.pairs.fetch import Fetched, with_fetch_status
 from data_prep.pairs.filters import FilterConfig, filter_rows
 from data_prep.pairs.inputs import Columns
-from data_prep.pairs.order import RowNumbering
-from data_prep.pairs.shards import PartitionJob, WrittenPartition, runs_of_size, write_shard
+from data_prep.pairs.rows import LIGHT, RowNumbering
+from data_prep.pairs.shards import PartitionJob, WrittenPartition, runs_of_size, write_partition
+from data_prep.pairs.staging import Part, Staging
 
 SAMPLES = [("000", b"first", "one"), ("001", b"x" * 512, "zwei \u00e4"), ("002", b"", "")]
 SOURCE = "0123456789abcdef"
@@ -105,47 +106,48 @@ def listed(first: int = 10, last: int = 19) -> pa.Table:
     rows = range(first, last + 1)
     captions = [CRAWLED[row][1] if CRAWLED[row] else "came before" for row in rows]
     blocks = pa.table({"url": [f"http://a/{row}" for row in rows], "caption": captions, "license": ["by"] * len(rows)})
-    return inputs.with_our_names(blocks, Columns(), SOURCE, first, "list")
+    return inputs.normalize_columns(blocks, Columns(), SOURCE, first, "list")
 
 
 def outcome(rows: pa.Table, fetched: Sequence[Fetched]) -> pa.Table:
-    """Rows with what came of their fetches."""
-    images = [one.content and decode(one.content, DecodeConfig()) for one in fetched]
-    return filter_rows(with_images(with_status(rows, fetched), images), FilterConfig())
+    """Rows with the results of their fetches."""
+    images = [one.content and decode_image(one.content, DecodeConfig()) for one in fetched]
+    return filter_rows(with_images(with_fetch_status(rows, fetched), images), FilterConfig())
 
 
-def stage_crawl(staging: str, rows: pa.Table | None = None, partition: str = PARTITION, part: int = 4) -> None:
-    """Stage a partition as a crawl does: its input rows, and what came of each part; the last part first."""
-    rows = listed() if rows is None else rows
-    shards.stage(rows, inputs.rows_file(staging, partition))
-    for number in reversed(range(-(-rows.num_rows // part))):
-        own = rows.slice(number * part, part)
+def stage_crawl(staging: Staging, rows: pa.Table | None = None, partition: str = PARTITION) -> None:
+    """Stage a partition as a crawl does: its input rows and the results of each part; the last part first."""
+    rows, size = listed() if rows is None else rows, staging.part_rows
+    staging.write_rows(partition, rows)
+    for number in reversed(range(-(-rows.num_rows // size))):
+        own = rows.slice(number * size, size)
         own = own.filter(pa.array([CRAWLED[row] is not None for row in own["row"].to_pylist()]))
         fetched = [CRAWLED[row][0] for row in own["row"].to_pylist()]
-        shards.stage_part(outcome(own, fetched), inputs.Part(partition, number), staging)
+        staging.write_part(outcome(own, fetched), Part(partition, number))
 
 
-def job(root: Path, **changes: object) -> PartitionJob:
-    options = {"part_rows": 4, "max_bytes": 1 << 30, **changes}
+def job(root: Path, part_rows: int = 4, **changes: object) -> PartitionJob:
+    options = {"max_bytes": 1 << 30, **changes}
     order = RowNumbering.of({SOURCE: 100, "another": 50})
-    return PartitionJob(storage=str(root / "out"), name="t", staging=str(root / "staging"), order=order, **options)
+    staging = Staging(str(root / "staging"), 10, part_rows)
+    return PartitionJob(storage=str(root / "out"), name="t", staging=staging, order=order, **options)
 
 
 def decisions(order: RowNumbering, rows: Sequence[int] = tuple(range(10, 20))) -> pa.Table:
     def number(row: int) -> int:
         return int(order.ids(SOURCE, np.array([row]))[0])
 
-    told = {row: ("duplicate_url", None, first) for row, first in REPEATED_URLS.items()} | DUPLICATES
+    reasons = {row: ("duplicate_url", None, first) for row, first in REPEATED_URLS.items()} | DUPLICATES
     found = [
         {"id": number(row), "stage": "dedup", "reason": reason, "detail": detail, "duplicate_of": number(first)}
-        for row, (reason, detail, first) in sorted(told.items())
+        for row, (reason, detail, first) in sorted(reasons.items())
         if row in rows
     ]
     return pa.Table.from_pylist(found, schema=DECISIONS)
 
 
 def write(shared: PartitionJob, *, samples: bool = False) -> WrittenPartition:
-    return write_shard(shared, PARTITION, decisions(shared.order), CATS, samples)
+    return write_partition(shared, PARTITION, decisions(shared.order), CATS, samples)
 
 
 def published(shared: PartitionJob, written: WrittenPartition) -> tuple[pa.Table, pa.Table]:
@@ -241,13 +243,13 @@ def test_mentions_are_staged_for_the_groups(tmp_path: Path) -> None:
     shared = job(tmp_path)
     stage_crawl(shared.staging)
     pairs, _ = published(shared, write(shared))
-    mentions = shards.open_staged(shared.staging, "mentions", shards.MENTIONS).to_table()
+    mentions = shared.staging.open("mentions", shards.MENTIONS).to_table()
     assert mentions["names"].to_pylist() == [["cat"], ["cat", "dog"], []]
     assert mentions.select(shards.GROUP_COLUMNS).to_pylist() == pairs.select(shards.GROUP_COLUMNS).to_pylist()
-    shards.remove_folder(f"{shared.staging}/mentions")
+    storage.remove_folder(f"{shared.staging.uri}/mentions")
     index = next(entry.path for entry in tables.read_manifest(shared.storage, "pairs", "t").files if entry.rows)
     shards.stage_published_mentions(shared, index, CATS)
-    assert shards.open_staged(shared.staging, "mentions", shards.MENTIONS).to_table().equals(mentions)
+    assert shared.staging.open("mentions", shards.MENTIONS).to_table().equals(mentions)
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:
@@ -260,7 +262,7 @@ def test_the_same_staging_gives_the_same_bytes(tmp_path: Path) -> None:
         stage_crawl(shared.staging)
         write(shared)
     parts = job(tmp_path / "c", part_rows=3)
-    stage_crawl(parts.staging, part=3)
+    stage_crawl(parts.staging)
     write(parts)
     found = bytes_below(tmp_path / "a/out")
     assert found == bytes_below(tmp_path / "b/out") == bytes_below(tmp_path / "c/out")
@@ -276,8 +278,8 @@ def test_a_rerun_reads_what_was_written(tmp_path: Path) -> None:
     shared = job(tmp_path)
     stage_crawl(shared.staging)
     written = write(shared)
-    shards.remove_folder(f"{shared.staging}/parts")
-    shards.remove_folder(f"{shared.storage}/pairs")
+    storage.remove_folder(f"{shared.staging.uri}/parts")
+    storage.remove_folder(f"{shared.storage}/pairs")
     assert write(shared) == written
     assert not (tmp_path / "out/pairs").exists()
 
@@ -334,17 +336,17 @@ def test_no_shard_of_several_images_is_larger_than_the_limit(tmp_path: Path) -> 
 def test_a_partition_without_kept_rows_has_rejects_and_statistics_alone(tmp_path: Path) -> None:
     shared = job(tmp_path)
     stage_crawl(shared.staging, listed(11, 13))
-    written = write_shard(shared, PARTITION, DECISIONS.empty_table(), CATS, True)
+    written = write_partition(shared, PARTITION, DECISIONS.empty_table(), CATS, True)
     assert written.rejected == {"dns": 1, "not_an_image": 1, "too_small": 1}
     assert (written.kept, [entry.path for entry in written.files["pairs"]]) == (0, [f"stats/{PARTITION}.json"])
-    assert shards.staged(shared.staging, "mentions") == []
+    assert shared.staging.files("mentions") == []
     assert json.loads((tmp_path / f"out/pairs/t/stats/{PARTITION}.json").read_bytes())["image_bytes"] == 0
 
 
 def test_a_partition_of_nothing_but_repeated_urls_was_never_fetched(tmp_path: Path) -> None:
     shared = job(tmp_path)
     stage_crawl(shared.staging, listed(15, 15))
-    assert shards.staged(shared.staging, "parts") == []
+    assert shared.staging.files("parts") == []
     written = write(shared)
     _, rejects = published(shared, written)
     assert written.rejected == {"duplicate_url": 1}
@@ -358,14 +360,14 @@ def test_a_partition_without_rejected_rows_has_no_file_of_them(tmp_path: Path) -
     stage_crawl(shared.staging, listed(19, 19))
     written = write(shared, samples=True)
     assert (written.kept, written.rejected, written.files["rejects"]) == (1, {}, [])
-    assert shards.staged(shared.staging, "samples") == []
+    assert shared.staging.files("samples") == []
 
 
 def test_a_row_of_unknown_fate_is_an_error(tmp_path: Path) -> None:
     shared = job(tmp_path)
     stage_crawl(shared.staging)
     with pytest.raises(AssertionError, match="neither staged nor rejected"):
-        write_shard(shared, PARTITION, decisions(shared.order, [14]), CATS, False)
+        write_partition(shared, PARTITION, decisions(shared.order, [14]), CATS, False)
     assert not (tmp_path / "out").exists()
 
 
@@ -373,7 +375,7 @@ def test_samples_show_a_row_of_each_reason(tmp_path: Path) -> None:
     shared = job(tmp_path)
     stage_crawl(shared.staging)
     written = write(shared, samples=True)
-    found = shards.open_staged(shared.staging, "samples", shards.SAMPLES).to_table().to_pylist()
+    found = shared.staging.open("samples", shards.SAMPLES).to_table().to_pylist()
     assert {row["reason"] for row in found} == set(written.rejected)
     rows = {row["reason"]: row for row in found}
     assert rows["duplicate_url"]["url"] == "http://a/15"
@@ -394,7 +396,7 @@ def test_a_thumbnail_is_a_small_picture_of_the_same_shape() -> None:
 def test_a_list_with_ids_of_its_own_keeps_them(tmp_path: Path) -> None:
     shared = job(tmp_path)
     rows = pa.table({"url": ["http://a/19"], "text": ["a cat"], "id": [4711]})
-    stage_crawl(shared.staging, inputs.with_our_names(rows, Columns(caption="text"), SOURCE, 19, "coyo"))
+    stage_crawl(shared.staging, inputs.normalize_columns(rows, Columns(caption="text"), SOURCE, 19, "coyo"))
     pairs, _ = published(shared, write(shared))
     assert pairs["input_id"].to_pylist() == [4711]
 
@@ -402,7 +404,7 @@ def test_a_list_with_ids_of_its_own_keeps_them(tmp_path: Path) -> None:
 def test_a_list_with_scores_of_its_own_keeps_them(tmp_path: Path) -> None:
     shared = job(tmp_path)
     rows = pa.table({"url": ["http://a/19"], "caption": ["a cat"], "score_theirs": [0.5]})
-    stage_crawl(shared.staging, inputs.with_our_names(rows, Columns(), SOURCE, 19, "list"))
+    stage_crawl(shared.staging, inputs.normalize_columns(rows, Columns(), SOURCE, 19, "list"))
     written = write(shared)
     pairs, _ = published(shared, written)
     assert written.files["scores"] == []
@@ -414,13 +416,13 @@ def test_rows_that_are_tried_again_join_the_earlier_rejects(tmp_path: Path) -> N
     stage_crawl(shared.staging)
     _, before = published(shared, write(shared))
     again = job(tmp_path, suffix="-retry1", earlier_rejects={PARTITION: f"{PARTITION}.parquet"})
-    shards.remove_folder(shared.staging)
+    storage.remove_folder(shared.staging.uri)
     rows = listed(11, 13)
-    shards.stage(rows, inputs.rows_file(again.staging, PARTITION))
+    again.staging.write_rows(PARTITION, rows)
     fetched = [Fetched(content=photo(seed), http_status=200, attempts=1) for seed in (11, 12)]
     rows = outcome(rows, [*fetched, Fetched(reason="timeout", attempts=2)])
-    shards.stage_part(rows, inputs.Part(PARTITION, 0), again.staging)
-    written = write_shard(again, PARTITION, DECISIONS.empty_table(), CATS, False)
+    again.staging.write_part(rows, Part(PARTITION, 0))
+    written = write_partition(again, PARTITION, DECISIONS.empty_table(), CATS, False)
     assert (written.kept, written.rejected) == (2, {"timeout": 1})
     pairs, rejects = published(again, written)
     assert pairs["row"].to_pylist() == [11, 12]
@@ -432,28 +434,28 @@ def test_rows_that_are_tried_again_join_the_earlier_rejects(tmp_path: Path) -> N
     assert rejects.schema.equals(before.schema)
 
 
-def test_staged_files_are_named_in_order_and_others_passed_over(tmp_path: Path) -> None:
-    assert shards.staged(str(tmp_path), "parts") == []
+def test_staged_files_are_sorted_and_unfinished_ones_ignored(tmp_path: Path) -> None:
+    staging = Staging(str(tmp_path), 10, 4)
+    assert staging.files("parts") == []
     for name in ("b.parquet", "a.parquet", "c.parquet.1234.tmp"):
         storage.write_bytes(str(tmp_path / "parts" / name), b"")
-    assert shards.staged(str(tmp_path), "parts") == [
-        str(tmp_path / "parts" / name) for name in ("a.parquet", "b.parquet")
-    ]
-    shards.remove_folder(str(tmp_path / "parts"))
-    shards.remove_folder(str(tmp_path / "parts"))
-    assert shards.staged(str(tmp_path), "parts") == []
+    assert staging.files("parts") == [str(tmp_path / "parts" / name) for name in ("a.parquet", "b.parquet")]
+    storage.remove_folder(str(tmp_path / "parts"))
+    storage.remove_folder(str(tmp_path / "parts"))
+    assert staging.files("parts") == []
 
 
 def test_the_light_columns_of_all_parts_are_opened(tmp_path: Path) -> None:
     shared = job(tmp_path)
     stage_crawl(shared.staging)
-    found = shards.open_staged(shared.staging, "parts", shards.LIGHT).to_table()
-    assert found.schema.equals(shards.LIGHT)
+    found = shared.staging.open("parts", LIGHT).to_table()
+    assert found.schema.equals(LIGHT)
     assert found["row"].to_pylist() == [10, 11, 12, 13, 14, 16, 18, 19]
     assert found["reason"].to_pylist() == [None, "dns", "not_an_image", "too_small", None, None, None, None]
 
 
 def test_a_part_without_rows_is_not_staged(tmp_path: Path) -> None:
-    shards.stage_part(outcome(listed().slice(0, 0), []), inputs.Part(PARTITION, 0), str(tmp_path))
-    assert list(shards.open_parts(str(tmp_path), PARTITION, 3)) == []
+    staging = Staging(str(tmp_path), 10, 4)
+    staging.write_part(outcome(listed().slice(0, 0), []), Part(PARTITION, 0))
+    assert list(staging.open_parts(PARTITION, 10)) == []
     assert list(tmp_path.iterdir()) == []
