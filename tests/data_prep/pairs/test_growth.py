@@ -278,7 +278,7 @@ def test_lists_with_columns_of_different_types_are_refused(tmp_path: Path) -> No
 
 def test_a_list_whose_columns_differ_from_the_published_ones_is_refused(tmp_path: Path) -> None:
     published, path = publish(tmp_path), write_list(tmp_path, license=[1, 2])
-    with pytest.raises(InputError, match="column 'license' holds int64, elsewhere string$"):
+    with pytest.raises(InputError, match=r"column 'license' holds int64, elsewhere string$"):
         plan_crawl([path], Columns(), published, [], Staging(str(tmp_path / "s"), 10, 5), here)
 
 
