@@ -49,7 +49,7 @@ class Published:
         if pairs is not None and "files" not in pairs.details:
             uri = tables.table_uri(storage_uri, "pairs", name)
             raise InputError(f"{uri}: made by another version of this program, expected another --name")
-        return pairs and cls(storage=storage_uri, pairs=pairs)
+        return None if pairs is None else cls(storage=storage_uri, pairs=pairs)
 
     @property
     def files(self) -> dict[str, Sequence[FileEntry]]:

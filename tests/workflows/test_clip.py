@@ -17,8 +17,8 @@ from workflows.clip import Accuracy, held_out, random_shift, read_pretrained
 from workflows.common import cli, tracking, training
 from workflows.common.runs import Trained
 from workflows.configs import clip as clip_configs
-from workflows.configs.clip import Run
 from workflows.configs import pairs as pairs_configs
+from workflows.configs.clip import Run
 
 
 def test_a_shift_moves_each_image_by_itself_and_repeats_its_edges() -> None:
