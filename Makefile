@@ -1,9 +1,9 @@
-# Every target makes .venv first when it is missing or older than the pinned dependencies.
+# Every target first creates .venv, or updates it if the pinned dependencies have changed.
 
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
-# Idle threads of torch would spin and take the cores from the data tasks; it must be set before Python starts.
+# Otherwise idle torch threads spin and take cores from the data tasks. It must be set before Python starts.
 export OMP_WAIT_POLICY := PASSIVE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -12,30 +12,30 @@ BENCHMARKS := bench-demo bench-pairs bench-concepts bench-manifests bench-parity
 
 .PHONY: help install demo test test-slow lint bench clean
 
-help:  ## Show this list
+help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## Create .venv with the pinned dependencies
 
-demo: $(INSTALLED)  ## The whole path on a small drawn world: crawl, train, evaluate, serve, report
+demo: $(INSTALLED)  ## Crawl, train, evaluate and serve on a small drawn world; results in runs/demo
 	$(BIN)/python workflows/demo.py
 
-test: $(INSTALLED)  ## All tests but the slow ones
+test: $(INSTALLED)  ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest
 
-test-slow: $(INSTALLED)  ## The longer proofs
+test-slow: $(INSTALLED)  ## Run the slow tests
 	$(BIN)/python -m pytest -m slow
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: $(INSTALLED)  ## Run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BENCHMARKS)  ## The benchmarks, but for the trainings of clip_towers
+bench: $(BENCHMARKS)  ## Run all benchmarks except clip_towers; bench-NAME runs one; results in runs/bench
 bench-%: benchmarks/%.py $(INSTALLED)
 	$(BIN)/python $<
 
-clean:  ## Remove caches; .venv and runs stay
+clean:  ## Remove caches; keep .venv, runs and store
 	rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 	find workflows data_prep ovd_models tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,25 +1,23 @@
-"""CoDet's alignment, all images at once, beside one image after the other; and how long its training waits for data.
+"""CoDet's alignment of all images at once compared with a loop over images, and the data wait of its training.
 
-make bench-alignment        # a table, and runs/bench/alignment.json
+make bench-alignment        # prints a table and writes runs/bench/alignment.json
 python benchmarks/alignment.py --skip-training
 
 Forward and backward pass of the alignment of 4 groups of 8 images (a GPU's batch of OV-LVIS), 128 proposals of 512
-dimensions, alternated in one process; attention and gradients have to agree. Memory is that of a process of each kind
-of its own. Data wait is that of the pictogram config's joint stage on two workers, the start of its streams left out.
+dimensions, alternated in one process; attention and gradients must agree. Memory is measured in a separate process for
+each. Data wait is that of the pictogram config's joint stage on two workers, without the start of its streams.
 """
 
 import argparse
 import dataclasses
-import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measure import forget_peak, provenance, resident_mb
+from measure import BENCH, REPOSITORY, reset_peak, resident_mb, write_figures
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,14 +26,12 @@ from workflows import codet
 from workflows.common import tracking
 from workflows.configs import codet as codet_configs
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BENCH = REPOSITORY / "runs" / "bench"
 GROUPS, SIZE, PROPOSALS, WIDTH, TEMPERATURE = 4, 8, 128, 512, 0.1
 Align = Callable[[Tensor, Tensor, Tensor, float], Alignment]
 
 
 def image_by_image(region: Tensor, valid: Tensor, guidance: Tensor, temperature: float) -> Alignment:
-    """The same alignment with a loop over query images: each meets its supports in one matrix product."""
+    """The same alignment as a loop over query images, with one matrix product for each and its supports."""
     attention, prototypes = [], []
     for group, usable, weights in zip(region, valid, guidance, strict=True):
         for query in range(len(group)):
@@ -51,7 +47,7 @@ def image_by_image(region: Tensor, valid: Tensor, guidance: Tensor, temperature:
     return Alignment(torch.stack(attention).view(*shape, -1), torch.stack(prototypes).view(*shape, -1))
 
 
-WAYS: dict[str, Align] = {"loop": image_by_image, "batched": align}
+IMPLEMENTATIONS: dict[str, Align] = {"loop": image_by_image, "batched": align}
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -61,26 +57,28 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return region, valid, torch.rand(GROUPS, WIDTH, generator=generator) + 0.5
 
 
-def step(way: Align, region: Tensor, valid: Tensor, guidance: Tensor) -> tuple[Alignment, Tensor]:
+def step(implementation: Align, region: Tensor, valid: Tensor, guidance: Tensor) -> tuple[Alignment, Tensor]:
     region.grad = None
-    found = way(region, valid, guidance, TEMPERATURE)
-    found.prototype.square().sum().backward()
+    alignment = implementation(region, valid, guidance, TEMPERATURE)
+    alignment.prototype.square().sum().backward()
     assert region.grad is not None
-    return found, region.grad
+    return alignment, region.grad
 
 
 def time_both(rounds: int) -> dict[str, float]:
     region, valid, guidance = inputs()
-    (one, gradient), (two, other) = (step(way, region, valid, guidance) for way in WAYS.values())
-    assert torch.allclose(one.attention, two.attention, atol=1e-5)
-    assert torch.allclose(gradient, other, atol=1e-4)
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    (loop, loop_gradient), (batched, batched_gradient) = (
+        step(implementation, region, valid, guidance) for implementation in IMPLEMENTATIONS.values()
+    )
+    assert torch.allclose(loop.attention, batched.attention, atol=1e-5)
+    assert torch.allclose(loop_gradient, batched_gradient, atol=1e-4)
+    seconds: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     for _ in range(rounds):
-        for name, way in WAYS.items():
+        for name, implementation in IMPLEMENTATIONS.items():
             started = time.perf_counter()
-            step(way, region, valid, guidance)
+            step(implementation, region, valid, guidance)
             seconds[name].append(time.perf_counter() - started)
-    ratios = [loop / batched for loop, batched in zip(seconds["loop"], seconds["batched"], strict=True)]
+    ratios = [slow / fast for slow, fast in zip(seconds["loop"], seconds["batched"], strict=True)]
     return {
         "loop_ms": 1e3 * statistics.median(seconds["loop"]),
         "batched_ms": 1e3 * statistics.median(seconds["batched"]),
@@ -89,24 +87,22 @@ def time_both(rounds: int) -> dict[str, float]:
 
 
 def memory_of(name: str) -> float:
-    """What three steps add to a fresh process at their peak, in units of 10^6 bytes."""
-    told = subprocess.run(
-        [sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True, cwd=REPOSITORY
-    )
-    return float(told.stdout)
+    """Peak memory that three steps add to a fresh process, in units of 10^6 bytes."""
+    command = [sys.executable, __file__, "--memory", name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout)
 
 
 def print_memory(name: str) -> None:
     arguments = inputs()
-    torch.ones(64, 64) @ torch.ones(64, 64)  # lets the matrix library take its buffers
-    before = forget_peak()
+    torch.ones(64, 64) @ torch.ones(64, 64)  # the matrix library allocates its buffers
+    before = reset_peak()
     for _ in range(3):
-        step(WAYS[name], *arguments)
+        step(IMPLEMENTATIONS[name], *arguments)
     print(resident_mb("VmHWM") - before)
 
 
 def data_wait(steps: int) -> dict[str, float]:
-    """The part of the joint stage's time that it waits for batches, from its second fifth on."""
+    """Fraction of the joint stage's time spent waiting for batches, without its first fifth."""
     run = codet.prepare_data(dataclasses.replace(codet_configs.smoke(), storage=str(BENCH / "alignment")))
     full = codet_configs.pictograms()
     run = dataclasses.replace(
@@ -131,27 +127,26 @@ def data_wait(steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=60, help="of training, for the data wait")
+    parser.add_argument("--steps", type=int, default=60, help="training steps, for the data wait")
     parser.add_argument("--skip-training", action="store_true")
-    parser.add_argument("--memory", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=list(IMPLEMENTATIONS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print_memory(arguments.memory)
         return
     figures = time_both(arguments.rounds)
-    for name in WAYS:
+    for name in IMPLEMENTATIONS:
         figures[f"{name}_mb"] = memory_of(name)
     figures["alignment_memory_ratio"] = figures["batched_mb"] / figures["loop_mb"]
     if not arguments.skip_training:
         figures |= data_wait(arguments.steps)
     print(f"{'':10}{'forward + backward':>20}{'memory':>12}")
-    for name in WAYS:
+    for name in IMPLEMENTATIONS:
         print(f"{name:10}{figures[f'{name}_ms']:17.1f} ms{figures[f'{name}_mb']:9.0f} MB")
     for name in ("alignment_speedup", "alignment_memory_ratio", "codet_data_wait", "codet_images_per_second"):
         if name in figures:
             print(f"{name:26}{figures[name]:.3g}")
-    BENCH.mkdir(parents=True, exist_ok=True)
-    (BENCH / "alignment.json").write_text(json.dumps({**figures, **provenance(REPOSITORY)}, indent=1) + "\n")
+    write_figures("alignment", figures)
 
 
 if __name__ == "__main__":

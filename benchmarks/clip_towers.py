@@ -1,10 +1,10 @@
-"""Image towers of three kinds at equal compute on the pictogram world: flat convnet, ResNet, ConvNeXt, ViT.
+"""Image towers at equal compute on the pictogram world: flat convnet, ResNet, ConvNeXt, ViT.
 
-python workflows/prepare_pairs.py --config pictograms --storage runs
-python benchmarks/clip_towers.py --storage runs --steps 500
+python workflows/prepare_pairs.py --config pictograms
+python benchmarks/clip_towers.py --steps 500
 
-Equal compute: every tower trains for as many steps as the multiply-adds of a pair (image and caption) allow.
-Finished towers are not trained again; one that was stopped goes on from its last checkpoint.
+Equal compute: the number of steps of a tower is inversely proportional to the multiply-adds of a pair (image and
+caption). Finished towers are not trained again; a stopped one continues from its last checkpoint.
 """
 
 import argparse
@@ -40,18 +40,18 @@ TOWERS: dict[str, dict[str, Any]] = {
 
 
 def multiply_adds(config: ClipConfig) -> tuple[int, int]:
-    """Multiply-adds of a pair, forward, and the parameters of the image tower."""
+    """Multiply-adds of a pair in the forward pass, and the parameters of the image tower."""
     model = Clip(config).eval()
     side = config.image_size
-    # With gradients: torch's fused attention, which runs without them, is not counted.
+    # With gradients, since the fused attention that torch uses without them is not counted.
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, side, side, dtype=torch.uint8), model.tokenize(["a red umbrella and an anchor"]))
     return counter.get_total_flops() // 2, sum(value.numel() for value in model.model.visual.parameters())
 
 
 def step_seconds(config: ClipConfig, batch: int) -> float:
-    """CPU-seconds of a training step, the median of a few."""
-    model, contrast = Clip(config).train(), ClipLoss()
+    """Median CPU-seconds of a training step."""
+    model, loss = Clip(config).train(), ClipLoss()
     optimiser = build_optimiser(model, clip_configs.pictograms().optimisation)
     images = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8)
     tokens = model.tokenize(["a red umbrella and an anchor"] * batch)
@@ -59,18 +59,18 @@ def step_seconds(config: ClipConfig, batch: int) -> float:
     for _ in range(TIMED_STEPS):
         before = time.process_time()
         optimiser.zero_grad()
-        contrast(*model(images, tokens)).backward()
+        loss(*model(images, tokens)).backward()
         optimiser.step()
         seconds.append(time.process_time() - before)
     return statistics.median(seconds)
 
 
 def measure(tower: str, storage: str, base_steps: int) -> dict[str, Any]:
-    """Train one tower, or read what its finished run told."""
+    """Train one tower, or read the figures of its finished run."""
     name = f"tower-{tower.lower().replace(' ', '-')}-{base_steps}"
-    told = Path(storage) / "runs" / "clip" / name / "figures.json"
-    if told.is_file():
-        figures: dict[str, Any] = json.loads(told.read_text())
+    saved = Path(storage) / "runs" / "clip" / name / "figures.json"
+    if saved.is_file():
+        figures: dict[str, Any] = json.loads(saved.read_text())
         return figures
     reference = multiply_adds(ClipConfig())[0]
     default = clip_configs.pictograms()
@@ -85,7 +85,7 @@ def measure(tower: str, storage: str, base_steps: int) -> dict[str, Any]:
         resume=name,
         optimisation=dataclasses.replace(default.optimisation, steps=steps, workers=0),
     )
-    told.parent.mkdir(parents=True, exist_ok=True)
+    saved.parent.mkdir(parents=True, exist_ok=True)
     trained = clip.train(run)
     figures = {
         "tower": tower,
@@ -96,14 +96,14 @@ def measure(tower: str, storage: str, base_steps: int) -> dict[str, Any]:
         "top1_novel": trained.metrics.top1_novel,
         "cpu_seconds": step_seconds(config, run.batch_size) * steps,
     }
-    told.write_text(json.dumps(figures))
+    saved.write_text(json.dumps(figures))
     return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", default="store")
-    parser.add_argument("--steps", type=int, default=500, help="of the flat convnet; others get their share")
+    parser.add_argument("--steps", type=int, default=500, help="of the flat convnet; others at equal compute")
     parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=list(TOWERS))
     given = parser.parse_args()
     rows = [measure(tower, given.storage, given.steps) for tower in given.towers]

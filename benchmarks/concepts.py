@@ -1,11 +1,12 @@
-"""How well concepts are found in human captions, and how fast.
+"""Precision, recall and speed of finding concepts in human captions.
 
 python benchmarks/concepts.py [captions.txt]
 
 Precision and recall are over the 100 captions of `concept_labels.tsv`, labelled before the extractor was written. They
-flatter it: the same hand wrote labels and word lists, had read the other 600 captions of the set, and mended the lists
-after the first run (precision 0.989, recall 0.985). The argument is a text file of one caption a line, whose commonest
-concepts are listed; by default the 700 captions beside this repository, or the labelled ones where there are none.
+are optimistic: the same person wrote labels and word lists, had read the other 600 captions of the set, and
+corrected the lists after the first run (precision 0.989, recall 0.985). The argument is a text file with one caption a
+line, whose most common concepts are listed. The default is the 700 captions of the reference data, or the labelled ones
+if that is absent.
 """
 
 import argparse
@@ -28,13 +29,13 @@ def labelled() -> list[tuple[str, set[str]]]:
 
 
 def untreated(caption: str) -> list[str]:
-    """What HanTa alone calls nouns, by its own lemmas: what the word lists have to better."""
+    """Nouns by HanTa alone, with its own lemmas: the baseline of the word lists."""
     words = [token.lower() for token in TOKEN.findall(caption)]
     return [lemma for _, lemma, tag in hanta().tag_sent(words) if tag in NOUN_TAGS]
 
 
 def compare(title: str, match: Callable[[str], list[str]]) -> tuple[Counter[str], Counter[str]]:
-    """Print precision, recall and F1 over all labels; what was found wrongly, and what was missed."""
+    """Print precision, recall and F1 over all labels; returns the false positives and the misses."""
     right, wrong, missed = Counter[str](), Counter[str](), Counter[str]()
     for caption, names in labelled():
         found = set(match(caption))

@@ -1,33 +1,28 @@
-"""What `make demo` costs: wall time, CPU and peak memory of all its processes.
+"""Cost of `make demo`: wall time, CPU time and peak memory of all its processes.
 
 make bench-demo
 """
 
 import json
 import sys
-from pathlib import Path
 
-from measure import measure, provenance
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-BENCH = REPOSITORY / "runs" / "bench"
+from measure import BENCH, REPOSITORY, measure, write_figures
 
 
 def main() -> None:
     BENCH.mkdir(parents=True, exist_ok=True)
     storage = BENCH / "demo"
     command = [sys.executable, "workflows/demo.py", "--storage", str(storage)]
-    cost = measure(command, log=BENCH / "demo.log", cwd=REPOSITORY, look_seconds=5.0)
+    cost = measure(command, log=BENCH / "demo.log", cwd=REPOSITORY, sample_seconds=5.0)
     if cost.exit_code:
-        raise SystemExit(f"error: the demo ended with {cost.exit_code}, see {BENCH / 'demo.log'}")
+        raise SystemExit(f"error: the demo exited with {cost.exit_code}, see {BENCH / 'demo.log'}")
     figures = {
         **json.loads((storage / "summary.json").read_text()),
         "wall_seconds": round(cost.wall_seconds, 1),
         "cpu_seconds": round(cost.cpu_seconds, 1),
         "peak_gb": round(cost.peak_gb, 2),
-        **provenance(REPOSITORY),
     }
-    (BENCH / "demo.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures("demo", figures)
     print(json.dumps(figures, indent=1))
 
 

@@ -1,14 +1,13 @@
-"""Planning caption groups of a large table without loading it: time, and memory that is added to the process.
+"""Time and additional memory of planning caption groups of a large table without loading it.
 
-make bench-group_plan       # 10^8 memberships, a concept of 10^7 images; runs/bench/group_plan.json
+make bench-group_plan       # 10^8 memberships, a concept of 10^7 images; writes runs/bench/group_plan.json
 python benchmarks/group_plan.py --rows 10000000
 
-The rows are synthetic: one file of 2^20 rows is published under as many names as it takes, so reads come from the
-system's cache. Images are not read.
+The rows are synthetic: one file of 2^20 rows is linked under as many names as needed, so reads come from the system's
+cache. Images are not read.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import time
@@ -17,14 +16,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from measure import forget_peak, provenance, resident_mb
+from measure import BENCH, reset_peak, resident_mb, write_figures
 
 from data_prep import tables
 from data_prep.concepts.groups import FILE_ROWS, ROW_GROUP_ROWS
 from data_prep.streams.group_loader import Sampling, build_plan, open_file, plan_group, row_groups, scan_kinds
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BENCH = REPOSITORY / "runs" / "bench"
 GROUP_SIZE = 8
 
 
@@ -51,7 +48,7 @@ def write_file(folder: Path) -> Path:
 
 
 def ranges(rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of concepts: a tenth of all for one, the others along a long tail."""
+    """Row ranges of concepts: a tenth of all rows for one concept, the rest along a long tail."""
     counts = [rows // 10]
     tail = np.maximum(2, rng.zipf(1.6, size=rows // 300).clip(max=rows // 100))
     counts += tail[np.cumsum(tail) <= rows - counts[0]].tolist()
@@ -68,7 +65,7 @@ def measure(rows: int, groups: int, folder: Path) -> dict[str, Any]:
     uris = [str(path) for path in files]
     starts, stops = ranges(rows, np.random.default_rng(1))
     sampling = Sampling(weights="repeat_factor", min_side=256)
-    before, started = forget_peak(), time.perf_counter()
+    before, started = reset_peak(), time.perf_counter()
     kinds = scan_kinds(uris, FILE_ROWS * len(files), sampling)
     scanned = time.perf_counter()
     ids = np.arange(len(starts))
@@ -84,8 +81,8 @@ def measure(rows: int, groups: int, folder: Path) -> dict[str, Any]:
     largest = plan_group(build_plan(ids[:1], starts[:1], stops[:1], kinds, sampling, seed=0, group_size=8), 0)[1]
     begun = time.perf_counter()
     next(largest)
-    of_largest = time.perf_counter() - begun
-    before_reading = forget_peak()
+    largest_seconds = time.perf_counter() - begun
+    before_reading = reset_peak()
     few = chosen[: groups // 20]
     begun = time.perf_counter()
     for row in (row for group in few for row in group):
@@ -101,7 +98,7 @@ def measure(rows: int, groups: int, folder: Path) -> dict[str, Any]:
         "plan_added_peak_mb": planned,
         "plan_group_ms": 1e3 * statistics.median(times),
         "plan_group_slowest_ms": 1e3 * max(times),
-        "first_of_largest_ms": 1e3 * of_largest,
+        "first_of_largest_ms": 1e3 * largest_seconds,
         "row_read_ms": 1e3 * reading,
         "reading_added_peak_mb": resident_mb("VmHWM") - before_reading,
         "table_gb": len(files) * first.stat().st_size / 1e9,
@@ -122,7 +119,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for name, value in figures.items():
         print(f"{name:26}{value:,.3f}" if isinstance(value, float) else f"{name:26}{value:,}")
-    (BENCH / "group_plan.json").write_text(json.dumps({**figures, **provenance(REPOSITORY)}, indent=1) + "\n")
+    write_figures("group_plan", figures)
 
 
 if __name__ == "__main__":

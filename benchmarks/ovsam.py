@@ -1,23 +1,19 @@
-"""What OV-SAM costs at its published size beside SAM with CLIP, and how long one more prompt takes.
+"""Cost of OV-SAM at its published size, compared with SAM and CLIP, and the time of one more prompt.
 
 python benchmarks/ovsam.py
 
-RN50x16 and ViT-H at 1024 px with random weights: nothing is downloaded. Operations are multiplications and additions
-of matrix products and convolutions, for one image and four named boxes; encoders are counted on torch's `meta` device,
-without doing the work. Times are medians on this machine's CPU. Prints a table and writes runs/bench/ovsam.json.
+RN50x16 and ViT-H at 1024 px with random weights, so nothing is downloaded. Operations are the multiplications and
+additions of matrix products and convolutions, for one image and four named boxes, counted on torch's `meta` device
+without computing anything. Times are medians on this machine's CPU. Prints a table and writes runs/bench/ovsam.json.
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
+from measure import write_figures
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,20 +25,18 @@ from ovd_models.segments import Prompts
 from ovd_models.vocabulary import Vocabulary
 from workflows.reports.pointing import count_flops, median_ms
 
-REPOSITORY = Path(__file__).parents[1]
-FIGURES = REPOSITORY / "runs" / "bench" / "ovsam.json"
 SIDE, CROP, NAMES, BOXES = 1024, 384, 65, 4
 
 
 def parameters(modules: Iterable[nn.Module]) -> int:
-    """Of all modules, shared ones once."""
+    """Number of parameters of all modules; shared ones count once."""
     return sum(value.numel() for value in {id(p): p for module in modules for p in module.parameters()}.values())
 
 
 def costs() -> dict[str, tuple[int, int]]:
     """Parameters and operations of OV-SAM, of SAM alone, and of SAM with CLIP on crops or once on the whole image.
 
-    OV-SAM asks CLIP by its own features of the box, as the released models do, or by a cut-out of each mask.
+    In OV-SAM, CLIP scores its own features of the box, as in the released models, or a cut-out of each mask.
     """
     with torch.device("meta"):
         model, sam, whole = OvSam(published(RN50X16)), SamModel(VIT_H), ClipPyramid(build_tower(RN50X16, SIDE))
@@ -51,48 +45,48 @@ def costs() -> dict[str, tuple[int, int]]:
         regions = torch.empty(BOXES, model.config.pyramid_width, ROI_SIDE, ROI_SIDE)
         sparse = torch.empty(BOXES, 2, VIT_H.prompt_width)
         dense = torch.empty(BOXES, VIT_H.prompt_width, VIT_H.embedding_side, VIT_H.embedding_side)
-    for module in (model, sam, whole):  # the counter follows gradients through parameters, and there are none
+    for module in (model, sam, whole):  # the counter would follow gradients through parameters
         module.eval().requires_grad_(False)
 
-    def ovsam(ask_clip: Callable[[], object]) -> None:
+    def ovsam(score_by_clip: Callable[[], object]) -> None:
         levels = model.clip(image)
         model.namer.pyramid(levels)
         model.decode(model.adapter(levels).expand(BOXES, -1, -1, -1), sparse, dense)
         model.namer.embed(regions)
-        ask_clip()
+        score_by_clip()
 
     decoder = sam.sam.mask_decoder
-    of_sam = count_flops(lambda: decoder(sam.sam.image_encoder(image), dense[:1], sparse, dense, False))
-    both = parameters([sam, whole])
+    sam_flops = count_flops(lambda: decoder(sam.sam.image_encoder(image), dense[:1], sparse, dense, False))
+    sam_and_clip = parameters([sam, whole])
     return {
         "OV-SAM": (parameters([model]), count_flops(lambda: ovsam(lambda: model.clip.head(grid)))),
         "OV-SAM, cut-outs": (parameters([model]), count_flops(lambda: ovsam(lambda: model.clip.tower(crops)))),
-        "SAM": (parameters([sam]), of_sam),
-        "image crop": (both, of_sam + count_flops(lambda: whole.tower(crops))),
-        "feature crop": (both, of_sam + count_flops(lambda: (whole(image), whole.head(grid)))),
+        "SAM": (parameters([sam]), sam_flops),
+        "image crop": (sam_and_clip, sam_flops + count_flops(lambda: whole.tower(crops))),
+        "feature crop": (sam_and_clip, sam_flops + count_flops(lambda: (whole(image), whole.head(grid)))),
     }
 
 
 def times(repeats: int) -> dict[str, float]:
-    """Milliseconds of looking at an image, and of one more named prompt on it, CLIP asked in both ways."""
+    """Milliseconds to encode an image, and for one more named prompt on it with each view of CLIP."""
     torch.manual_seed(0)
     model = OvSam(published(RN50X16)).eval()
     image = torch.randint(0, 256, (3, 768, SIDE), dtype=torch.uint8)
     texts = F.normalize(torch.randn(NAMES, RN50X16.embed_dim), dim=1)
     vocabulary = Vocabulary(tuple(map(str, range(NAMES))), texts, torch.ones(NAMES) > 0)
     encoded, prompt = model.encode(image), Prompts.create(boxes=[[256.0, 192.0, 768.0, 576.0]])
-    found = {"encode_ms": median_ms(lambda: model.encode(image), repeats)}
+    figures = {"encode_ms": median_ms(lambda: model.encode(image), repeats)}
     views: tuple[Literal["features", "cut_out"], ...] = ("features", "cut_out")
     for view in views:
         model.config = replace(model.config, clip_view=view)
-        found[f"{view}_prompt_ms"] = median_ms(lambda: model.segment(encoded, prompt, vocabulary), repeats)
-        found[f"{view}_prompt_of_encode"] = round(found[f"{view}_prompt_ms"] / found["encode_ms"], 4)
-    return found
+        figures[f"{view}_prompt_ms"] = median_ms(lambda: model.segment(encoded, prompt, vocabulary), repeats)
+        figures[f"{view}_prompt_of_encode"] = round(figures[f"{view}_prompt_ms"] / figures["encode_ms"], 4)
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="of what is timed; 0 times nothing")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions; 0 skips the timing")
     given = parser.parse_args()
     rows = costs()
     print("| | parameters | GFLOP |\n|---|---|---|")
@@ -108,10 +102,7 @@ def main() -> None:
         figures |= times(given.repeats)
     for name, value in figures.items():
         print(name, value)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
-    machine = f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    FIGURES.parent.mkdir(parents=True, exist_ok=True)
-    FIGURES.write_text(json.dumps(figures | {"commit": commit, "machine": machine}, indent=1) + "\n")
+    write_figures("ovsam", figures)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The crawl beside img2dataset: CPU, wall time and memory on the same local web site, and how alike the pictures are.
+"""The crawl compared with img2dataset: CPU time, wall time and memory on one local web site, and image similarity.
 
 make bench-pairs
-.venv/bin/python benchmarks/pairs.py --only http https --urls 1000 --pairs 1
+python benchmarks/pairs.py --only http https --urls 1000 --pairs 1
 
-CPU is that of all processes a tool starts, Ray's included; the web site is served by a process that does not count.
-Figures are medians over all runs of a list on a commit, those of earlier calls included, so that a busy machine can be
-borrowed for a pair at a time (`--pairs 1`, again and again).
+CPU time is that of all processes a tool starts, including Ray's; the web server's process is not counted. Figures are
+medians over all runs of a list on a commit, including those of earlier calls, so on a busy machine the pairs can be run
+one at a time (`--pairs 1`, repeated).
 """
 
 import argparse
@@ -20,12 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from measure import Cost, measure, provenance
+from measure import BENCH, REPOSITORY, Cost, measure, provenance, update_figures
 from pairs_servers import HOSTILE, Addresses, make_certificates, make_pictures, serve_site
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BENCH = REPOSITORY / "runs" / "bench"
-FIGURES = BENCH / "pairs.json"
 WORK = BENCH / "pairs"
 COSTS = WORK / "costs.jsonl"
 PEER = BENCH / "venvs" / "img2dataset"
@@ -57,11 +54,11 @@ class Job:
     name: str
     urls: list[str]
     kept: int
-    """Rows that both have to keep."""
+    """Rows that both tools must keep."""
     per_host: int
     secure: bool = False
     retries: int = 0
-    """Of img2dataset; ours tries again on its own whatever may pass, within one deadline."""
+    """Retries of img2dataset; ours retries temporary errors by itself, within one deadline."""
 
 
 def ours(job: Job, options: Options) -> Cost:
@@ -79,7 +76,7 @@ def ours(job: Job, options: Options) -> Cost:
         "decode.max-side": SIDE,
         "decode.jpeg-quality": QUALITY,
         "rows-per-shard": options.rows_per_shard,
-        "corpus.near-bits": None,  # these pictures share their shapes
+        "corpus.near-bits": None,  # these images have similar shapes
     }
     command = [sys.executable, "workflows/prepare_pairs.py", *as_flags(flags)]
     env = {**environment(job), "PYTHONPATH": str(options.tree)}
@@ -87,7 +84,7 @@ def ours(job: Job, options: Options) -> Cost:
 
 
 def theirs(job: Job, options: Options) -> Cost:
-    """Crawl with img2dataset: its defaults, but one process a core and our size of shards."""
+    """Crawl with img2dataset: its defaults, except one process a core and our shard size."""
     flags = {
         "url_list": write_list(job),
         "input_format": "tsv",
@@ -104,18 +101,18 @@ def theirs(job: Job, options: Options) -> Cost:
         "number_sample_per_shard": options.rows_per_shard,
     }
     command = [str(PEER / "bin" / "img2dataset"), *as_flags(flags)]
-    env = {**environment(job), "NO_ALBUMENTATIONS_UPDATE": "1"}  # else each start asks PyPI for a newer version
+    env = {**environment(job), "NO_ALBUMENTATIONS_UPDATE": "1"}  # otherwise each start checks PyPI for a newer version
     return measure(command, log=WORK / "theirs.log", env=env, cap_gb=CAP_GB)
 
 
 def kept_by_ours() -> int:
-    """Rows of the index."""
+    """Number of rows in the index."""
     folder = WORK / "ours" / "pairs" / "bench" / "index"
     return sum(pq.read_metadata(path).num_rows for path in folder.glob("*.parquet"))
 
 
 def kept_by_theirs() -> int:
-    """Successes of all shards."""
+    """Number of successes in all shards."""
     reports = (WORK / "theirs").glob("*_stats.json")
     return sum(json.loads(path.read_text())["successes"] for path in reports)
 
@@ -127,24 +124,24 @@ TOOLS: dict[str, tuple[Callable[[Job, Options], Cost], Callable[[], int]]] = {
 
 
 def alternate(job: Job, options: Options) -> dict[str, list[Cost]]:
-    """Run both tools in turn.
+    """Run both tools alternately.
 
     Raises:
-        SystemExit: a tool failed, or did not keep what it had to.
+        SystemExit: a tool failed, or kept another number of rows than it should.
     """
     costs = earlier_costs(job, options)
     for number in range(options.pairs):
         for tool, (crawl, count) in TOOLS.items():
             cost = crawl(job, options)
             kept = count()
-            told = f"{job.name} {number + 1}/{options.pairs} {tool:6}"
+            label = f"{job.name} {number + 1}/{options.pairs} {tool:6}"
             print(
-                f"{told} kept {kept:,}, CPU {cost.cpu_seconds:.1f} s = {1e3 * cost.cpu_seconds / max(kept, 1):.2f} ms "
+                f"{label} kept {kept:,}, CPU {cost.cpu_seconds:.1f} s = {1e3 * cost.cpu_seconds / max(kept, 1):.2f} ms "
                 f"each, wall {cost.wall_seconds:.1f} s, peak {cost.peak_gb:.2f} GB",
                 flush=True,
             )
             if cost.exit_code or kept != job.kept:
-                raise SystemExit(f"error: {told}: exit code {cost.exit_code}, kept {kept}, expected {job.kept}")
+                raise SystemExit(f"error: {label}: exit code {cost.exit_code}, kept {kept}, expected {job.kept}")
             costs[tool].append(cost)
             with COSTS.open("a") as log:
                 log.write(json.dumps({**run_of(job, options), "tool": tool, "cost": asdict(cost)}) + "\n")
@@ -152,7 +149,7 @@ def alternate(job: Job, options: Options) -> dict[str, list[Cost]]:
 
 
 def run_of(job: Job, options: Options) -> dict[str, object]:
-    """What has to be the same in runs that are compared."""
+    """The settings that must be equal in runs that are compared."""
     return {
         "list": job.name,
         "urls": len(job.urls),
@@ -162,7 +159,7 @@ def run_of(job: Job, options: Options) -> dict[str, object]:
 
 
 def earlier_costs(job: Job, options: Options) -> dict[str, list[Cost]]:
-    """Of runs of earlier calls."""
+    """Costs of runs in earlier calls, by tool."""
     costs: dict[str, list[Cost]] = {tool: [] for tool in TOOLS}
     for line in COSTS.read_text().splitlines() if COSTS.exists() else []:
         run = json.loads(line)
@@ -172,13 +169,13 @@ def earlier_costs(job: Job, options: Options) -> dict[str, list[Cost]]:
 
 
 def ratio(costs: dict[str, list[Cost]], over: str, under: str, measured: str) -> float:
-    """Of the medians."""
-    middle = {tool: statistics.median(getattr(cost, measured) for cost in runs) for tool, runs in costs.items()}
-    return middle[over] / middle[under]
+    """Ratio of the medians."""
+    median_of = {tool: statistics.median(getattr(cost, measured) for cost in runs) for tool, runs in costs.items()}
+    return median_of[over] / median_of[under]
 
 
 def http(site: Addresses, options: Options) -> dict[str, float]:
-    """Good pictures over connections that stay open; also memory, and how alike the pictures are."""
+    """Valid images over persistent connections; also memory and image similarity."""
     costs = alternate(good_job("http", site.http, options), options)
     return {
         "http_ratio": ratio(costs, "theirs", "ours", "cpu_seconds"),
@@ -190,7 +187,7 @@ def http(site: Addresses, options: Options) -> dict[str, float]:
 
 
 def https(site: Addresses, options: Options) -> dict[str, float]:
-    """Good pictures over HTTPS, a new connection for each."""
+    """Valid images over HTTPS, a new connection for each."""
     costs = alternate(good_job("https", site.https, options), options)
     return {
         "https_ratio": ratio(costs, "theirs", "ours", "cpu_seconds"),
@@ -199,7 +196,7 @@ def https(site: Addresses, options: Options) -> dict[str, float]:
 
 
 def hanging(site: Addresses, options: Options, name: str = "hanging", retries: int = 2) -> dict[str, float]:
-    """5 % of the hosts never answer; both may try a URL three times."""
+    """5 % of the hosts never answer; both tools may try a URL three times."""
     hosts = spread([*site.many, *site.hanging])
     silent = set(site.hanging)
     chosen = [hosts[index % len(hosts)] for index in range(options.urls)]
@@ -215,7 +212,7 @@ def hanging_once(site: Addresses, options: Options) -> dict[str, float]:
 
 
 def hostile(site: Addresses, options: Options) -> dict[str, float]:
-    """Peak memory where most bodies are an attack; img2dataset has no limits, so it is stopped at a cap."""
+    """Peak memory when most bodies are hostile; img2dataset has no limits, so it is stopped at a cap."""
     kinds = [kind for kind in HOSTILE for _ in range(8)]
     urls = [f"http://{site.http[0]}:{site.http[1]}/{kind}/{index}.jpg" for index, kind in enumerate(kinds)]
     urls += [picture_url("http", site.http, index) for index in range(len(urls), 100)]
@@ -223,8 +220,11 @@ def hostile(site: Addresses, options: Options) -> dict[str, float]:
     figures = {}
     for tool, (crawl, count) in TOOLS.items():
         cost, kept = crawl(job, options), count()
-        told = f"kept {kept} of {job.kept} good rows, wall {cost.wall_seconds:.1f} s, peak {cost.peak_gb:.2f} GB"
-        print(f"hostile {tool:6} {told}, exit code {cost.exit_code}", flush=True)
+        print(
+            f"hostile {tool:6} kept {kept} of {job.kept} valid rows, wall {cost.wall_seconds:.1f} s, "
+            f"peak {cost.peak_gb:.2f} GB, exit code {cost.exit_code}",
+            flush=True,
+        )
         if tool == "ours" and (cost.exit_code or kept != job.kept):
             raise SystemExit(f"error: hostile ours: exit code {cost.exit_code}, kept {kept}, expected {job.kept}")
         if tool == "ours":
@@ -234,7 +234,7 @@ def hostile(site: Addresses, options: Options) -> dict[str, float]:
 
 
 def check_reasons() -> None:
-    """Every hostile body is rejected, each kind for the reason that says what it did.
+    """Check that every hostile body is rejected, each kind for its own reason.
 
     Raises:
         SystemExit: one is not.
@@ -249,23 +249,18 @@ def check_reasons() -> None:
 
 
 def index_rows(site: Addresses, options: Options) -> dict[str, float]:
-    """Filters and exact and perceptual dedup over 10^5 and 10^6 rows: rows/s, and peak memory of each."""
+    """Filters and exact and perceptual dedup over 10^5 and 10^6 rows: rows/s, and peak memory of each size."""
     figures: dict[str, float] = {}
     for count in (100_000, 1_000_000):
         runs = []
         for _ in range(options.pairs):
             command = [sys.executable, "benchmarks/pairs_index.py", str(count)]
-            told = subprocess.run(
-                command, cwd=options.tree, check=True, capture_output=True, env=tree_environment(options)
-            )
-            runs.append(json.loads(told.stdout))
+            env = {**os.environ, "PYTHONPATH": str(options.tree)}
+            ran = subprocess.run(command, cwd=options.tree, check=True, capture_output=True, env=env)
+            runs.append(json.loads(ran.stdout))
         figures["index_rows_per_second"] = statistics.median(run["rows_per_second"] for run in runs)
         figures[f"index_peak_gb_{count:.0e}".replace("e+0", "e")] = statistics.median(run["peak_gb"] for run in runs)
     return figures
-
-
-def tree_environment(options: Options) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(options.tree)}
 
 
 PARTS: dict[str, Callable[[Addresses, Options], dict[str, float]]] = {
@@ -288,7 +283,7 @@ def picture_url(scheme: str, address: tuple[str, int], index: int) -> str:
 
 
 def spread(addresses: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """In an order that scatters neighbours."""
+    """The addresses in an order that separates neighbours."""
     return [addresses[index * 149 % len(addresses)] for index in range(len(addresses))]
 
 
@@ -303,16 +298,12 @@ def medians(name: str, costs: dict[str, list[Cost]], images: int) -> dict[str, f
 
 
 def similarity() -> dict[str, float]:
-    """SSIM of the last two outputs, and of ours and a full decode."""
+    """SSIM between the last two outputs, and between ours and a full decode."""
     command = [str(PEER / "bin" / "python"), "-c", "import pairs_similarity; pairs_similarity.main()"]
     folders = [WORK / "ours", WORK / "theirs", WORK / "site" / "pictures"]
-    told = subprocess.run(
-        [*command, *map(str, folders), str(COMPARED)],
-        cwd=Path(__file__).parent,
-        check=True,
-        capture_output=True,
-    )
-    figures: dict[str, float] = json.loads(told.stdout)
+    command += [*map(str, folders), str(COMPARED)]
+    ran = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True)
+    figures: dict[str, float] = json.loads(ran.stdout)
     return figures
 
 
@@ -331,7 +322,7 @@ def write_vocabulary() -> Path:
 
 def environment(job: Job) -> dict[str, str]:
     trusted = {"SSL_CERT_FILE": str(WORK / "site" / "bundle.pem")} if job.secure else {}
-    # At Ray's own 15 its processes would wait for whatever else runs here, and img2dataset's would not.
+    # With Ray's default niceness of 15 its processes would wait for other programs, and img2dataset's would not.
     return {**os.environ, **trusted, "RAY_worker_niceness": "0"}
 
 
@@ -345,7 +336,7 @@ def fresh(folder: Path) -> Path:
 
 
 def install_peer() -> None:
-    """Make the virtual environment of img2dataset, once."""
+    """Create the virtual environment of img2dataset, once."""
     if not (PEER / ".installed").exists():
         print(f"installing {', '.join(PACKAGES)} into {PEER}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", PEER], check=True)
@@ -353,20 +344,13 @@ def install_peer() -> None:
         (PEER / ".installed").touch()
 
 
-def record(figures: dict[str, float], tree: Path) -> None:
-    """Update the figures' file, and leave those of other parts as they are."""
-    earlier = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    rounded = {name: round(value, 4) for name, value in figures.items()}
-    FIGURES.write_text(json.dumps({**earlier, **rounded, **provenance(tree)}, indent=1) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time prepare_pairs beside img2dataset.")
+    parser = argparse.ArgumentParser(description="Compare prepare_pairs with img2dataset.")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], help="parts to run")
     parser.add_argument("--urls", type=int, default=10_000, help="URLs of each list")
-    parser.add_argument("--pairs", type=int, default=5, help="times that each tool runs")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each tool")
     parser.add_argument("--rows-per-shard", type=int, default=1000, help="for both")
-    parser.add_argument("--timeout", type=int, default=10, help="seconds, for both; more where the machine is busy")
+    parser.add_argument("--timeout", type=int, default=10, help="seconds, for both; use more on a busy machine")
     parser.add_argument("--tree", type=Path, default=REPOSITORY, help="checkout whose workflow is timed")
     options = Options(**vars(parser.parse_args()))
     install_peer()
@@ -375,9 +359,9 @@ def main() -> None:
     figures: dict[str, float] = {}
     with serve_site(WORK / "site", HOSTS - HANGING, HANGING) as site:
         for part in options.only:
-            found = PARTS[part](site, options)
-            record(found, options.tree)
-            figures.update(found)
+            part_figures = PARTS[part](site, options)
+            update_figures("pairs", part_figures, options.tree)
+            figures.update(part_figures)
     for name, value in figures.items():
         print(f"{name:28} {value:10.3f}")
 

@@ -1,4 +1,4 @@
-"""Rows of an index through filters and exact and perceptual dedup: rows a second and peak memory, in a process alone.
+"""Filters and exact and perceptual dedup of the rows of an index: rows a second and peak memory of one process.
 
 python benchmarks/pairs_index.py 1000000
 """
@@ -22,11 +22,11 @@ from data_prep.pairs.staging import Staging
 BLOCK = 10_000
 SOURCE = "0" * 16
 COPIES, NEAR = 0.05, 0.05
-"""Share of rows that repeat another one's bytes, or differ from it in two bits of the hash."""
+"""Fraction of rows that repeat another row's bytes, and of rows whose hash differs from another in two bits."""
 
 
 def block(first: int, count: int) -> pa.Table:
-    """Rows as they come from decoding."""
+    """Rows as decoding returns them."""
     rng = np.random.default_rng(first)
     hashes = np.random.default_rng(1).integers(0, 2**63, 1, dtype=np.uint64)[0] ^ rng.integers(
         0, 2**63, count, dtype=np.uint64

@@ -1,4 +1,4 @@
-"""The web site of the pairs benchmark: pictures over HTTP and HTTPS, hosts that hang, and hostile bodies."""
+"""The web site of the pairs benchmark: images over HTTP and HTTPS, hosts that hang, and hostile bodies."""
 
 import asyncio
 import contextlib
@@ -29,13 +29,13 @@ HOSTILE = {
     "bomb": "too_many_pixels",
     "drip": "timeout",
 }
-"""Kinds of bodies that no crawler should take, and the reason to reject them for."""
+"""Kinds of bodies that a crawler must reject -> the expected reason."""
 Address = tuple[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
-    """Where the site answers."""
+    """Addresses of the site."""
 
     http: Address
     https: Address
@@ -46,7 +46,7 @@ class Addresses:
 
 
 def make_pictures(folder: Path, count: int) -> None:
-    """Write `0.jpg`, `1.jpg`, ...: distinct to the eye, photograph-like in their spectrum, 109 KB on average."""
+    """Write `0.jpg`, `1.jpg`, ...: visibly different, with a spectrum like photographs, 109 KB on average."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / f"{count - 1}.jpg").exists():
         return
@@ -71,7 +71,7 @@ def _draw(folder: Path, start: int, count: int) -> None:
 
 
 def _canvas(seed: int) -> np.ndarray:
-    """Overlapping discs, whose edges and sizes follow the statistics of photographs, with a texture and grain."""
+    """Overlapping discs whose edges and sizes follow the statistics of photographs, with texture and grain."""
     rng = np.random.default_rng(seed)
     image = Image.new("RGB", (CANVAS, CANVAS))
     draw = ImageDraw.Draw(image)
@@ -97,7 +97,7 @@ def png_bomb(side: int = BOMB_SIDE) -> bytes:
 
 
 def make_certificates(folder: Path) -> None:
-    """Write `server.pem` with its key, and `bundle.pem`: what this machine trusts, and the authority behind it."""
+    """Write `server.pem` with its key, and `bundle.pem`: this machine's trusted certificates and our authority's."""
     if (folder / "bundle.pem").exists():
         return
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
@@ -132,12 +132,12 @@ def make_certificates(folder: Path) -> None:
 
 @contextlib.contextmanager
 def serve_site(root: Path, hosts: int, hanging: int) -> Iterator[Addresses]:
-    """Serve `root/pictures` from a process of its own while the block runs.
+    """Serve `root/pictures` from a separate process while the block runs.
 
     Args:
-        root: also holds `server.pem`.
-        hosts: number of loopback addresses to answer at.
-        hanging: number of further ones that never do.
+        root: folder that also holds `server.pem`.
+        hosts: number of loopback addresses that answer.
+        hanging: number of further addresses that never answer.
     """
     context = get_context("spawn")
     ours, theirs = context.Pipe()
@@ -174,7 +174,7 @@ class _Site:
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(parent.fileno(), ended.set)
         await ended.wait()
-        os._exit(0)  # without a word on the responses that are still under way
+        os._exit(0)  # without messages about unfinished responses
 
     async def hang(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()  # returns when the client gives up
@@ -197,7 +197,7 @@ class _Site:
             await writer.wait_closed()
 
     async def respond(self, writer: asyncio.StreamWriter, kind: str, name: str, close: bool) -> None:
-        """One response: a picture, or, for the kinds of `HOSTILE`, what no crawler should take."""
+        """One response: an image, or a hostile body for the kinds of `HOSTILE`."""
         head = "HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n" + "Connection: close\r\n" * close
         match kind:
             case "huge" | "endless":

@@ -1,10 +1,10 @@
-"""Embedding with a CLIP teacher: beside its forward passes alone, clip-retrieval and the plain loop over crops.
+"""Embedding with a CLIP teacher, compared with forward passes alone, clip-retrieval, and a plain loop over crops.
 
 make bench-teachers
-.venv/bin/python benchmarks/teachers.py --only clip_retrieval --images 256 --pairs 1
+python benchmarks/teachers.py --only clip_retrieval --images 256 --pairs 1
 
-The weights of ViT-B/32 are random, since no network is assumed; both tools get the same ones. The torch of
-clip-retrieval's virtual environment is this project's, so that they differ in nothing but themselves.
+ViT-B/32 has random weights, so that no network is needed; both tools use the same ones. clip-retrieval's virtual
+environment uses this project's torch, so only the tools differ.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from measure import Cost, measure, provenance
+from measure import BENCH, REPOSITORY, Cost, measure, update_figures
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from pairs_servers import make_pictures
 from PIL import Image
@@ -31,22 +31,19 @@ from data_prep import storage, tables
 from data_prep.pairs import shards
 from ovd_models.clip.model import Clip, ClipConfig, save_clip
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BENCH = REPOSITORY / "runs" / "bench"
-FIGURES = BENCH / "teachers.json"
 WORK = BENCH / "teachers"
 PEER = BENCH / "venvs" / "clip-retrieval"
 PACKAGES = ("clip-retrieval==2.45.0", "setuptools<81")
 SHARED = ("torch", "torchgen", "torchvision", "functorch", "triton", "nvidia", "cuda")
-"""What the peer's environment takes from this one's: the newest versions that both can use, 5.5 GB."""
+"""Packages (5.5 GB) that the peer's environment shares with this one: the newest versions that both can use."""
 SIDE = 256
 QUALITY = 95
 BATCH = 32
 CORES = os.cpu_count() or 1
-LOOK_SECONDS = 1.0
-"""Between two looks at memory, which take the processor from what is measured."""
+SAMPLE_SECONDS = 1.0
+"""Between two samples of memory, which take CPU time from the measured processes."""
 FEWER = 4
-"""The run whose start-up is taken from the timed one's has this fraction of its images."""
+"""The timed run is compared with one of fewer images by this factor, so that start-up cancels out."""
 WORDS = ["a", "red", "umbrella", "and", "two", "people", "on", "the", "beach", "near", "old", "boats", "at", "dusk"]
 
 
@@ -60,9 +57,9 @@ class Options:
 
 
 def ceiling(options: Options) -> dict[str, float]:
-    """Whole images: what each further one costs the workflow, beside the forward pass alone.
+    """Whole images: the workflow's cost of each further image, compared with the forward pass alone.
 
-    By CPU-seconds, since both are measured one after the other on a machine that may be shared; by wall time beside it.
+    By CPU-seconds, since the two are measured one after the other on a machine that may be shared; also by wall time.
     """
     large, small = options.images, options.images // FEWER
     for count in (large, small):
@@ -89,7 +86,7 @@ def ceiling(options: Options) -> dict[str, float]:
 
 
 def forward_alone(options: Options) -> tuple[float, float]:
-    """Images per second and CPU-seconds an image, of the better of one process on all cores and one on each."""
+    """Images per second and CPU-seconds an image: the better of one process on all cores and one on each."""
     found = []
     for processes, threads in ((1, CORES), (CORES, 1)):
         command = [sys.executable, "benchmarks/teachers_models.py", "forward", str(checkpoint())]
@@ -98,13 +95,13 @@ def forward_alone(options: Options) -> tuple[float, float]:
             subprocess.Popen([*command, count, str(threads)], cwd=REPOSITORY, stdout=subprocess.PIPE, env=environment())
             for _ in range(processes)
         ]
-        told = [json.loads(process.communicate()[0]) for process in running]
-        found.append((sum(each["rate"] for each in told), max(each["cpu_seconds"] for each in told)))
+        results = [json.loads(process.communicate()[0]) for process in running]
+        found.append((sum(each["rate"] for each in results), max(each["cpu_seconds"] for each in results)))
     return max(rate for rate, _ in found), min(cpu for _, cpu in found)
 
 
 def clip_retrieval(options: Options) -> dict[str, float]:
-    """Images and captions: the whole command beside `clip-retrieval inference`."""
+    """Images and captions: the whole command, compared with `clip-retrieval inference`."""
     install_peer()
     make_pairs("pairs", options.images, words=12)
     costs: dict[str, list[Cost]] = {"ours": [], "theirs": []}
@@ -117,12 +114,13 @@ def clip_retrieval(options: Options) -> dict[str, float]:
                 flush=True,
             )
             costs[tool].append(cost)
-        record({**ratios(costs), **likeness()})  # a run of an hour that is ended keeps what it has
-    return {**ratios(costs), **likeness()}
+        figures = {**ratios(costs), **lowest_cosines()}
+        update_figures("teachers", figures)  # after each pair, so that a run that is stopped keeps its figures
+    return figures
 
 
 def ratios(costs: dict[str, list[Cost]]) -> dict[str, float]:
-    """Medians of both tools, and theirs over ours."""
+    """Medians of both tools, and the ratio of theirs to ours."""
     figures = {"pairs": float(len(costs["theirs"]))}
     for measured in ("cpu_seconds", "wall_seconds", "peak_gb"):
         for tool, runs in costs.items():
@@ -140,13 +138,13 @@ def ours(name: str) -> Cost:
         shutil.rmtree(WORK / folder, ignore_errors=True)
     flags = {"config": "photos", "boxes": "", "pairs": name, "name": "bench", "teacher": checkpoint(), "storage": WORK}
     command = [sys.executable, "workflows/embed.py", *as_flags(flags)]
-    # Ray's workers are nicer than others by 15: on a machine that is shared, they would wait for the peer's kind.
+    # With Ray's default niceness of 15 its workers would wait for other programs, and the peer's would not.
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_worker_niceness": "0"}
-    return succeed(measure(command, log=WORK / "ours.log", cwd=REPOSITORY, env=env, look_seconds=LOOK_SECONDS), "ours")
+    return run_tool("ours", command, REPOSITORY, env)
 
 
 def theirs() -> Cost:
-    """Embed the same shard with clip-retrieval: its defaults, but our size of batches and a process a core."""
+    """Embed the same shards with clip-retrieval: its defaults, except our batch size and one process a core."""
     shutil.rmtree(WORK / "theirs", ignore_errors=True)
     flags = {
         "input_dataset": f"{WORK / 'pairs' / 'pairs' / 'shards'}/{{0..{CORES - 1}}}.tar",
@@ -159,17 +157,19 @@ def theirs() -> Cost:
     }
     command = [str(PEER / "bin" / "clip-retrieval"), "inference", *as_flags(flags)]
     env = {**os.environ, "WANDB_MODE": "disabled"}
-    return succeed(measure(command, log=WORK / "theirs.log", cwd=WORK, env=env, look_seconds=LOOK_SECONDS), "theirs")
+    return run_tool("theirs", command, WORK, env)
 
 
-def succeed(cost: Cost, tool: str) -> Cost:
+def run_tool(tool: str, command: list[str], cwd: Path, env: dict[str, str]) -> Cost:
+    log = WORK / f"{tool}.log"
+    cost = measure(command, log=log, cwd=cwd, env=env, sample_seconds=SAMPLE_SECONDS)
     if cost.exit_code:
-        raise SystemExit(f"error: {tool}: exit code {cost.exit_code}, see {WORK / f'{tool}.log'}")
+        raise SystemExit(f"error: {tool}: exit code {cost.exit_code}, see {log}")
     return cost
 
 
-def likeness() -> dict[str, float]:
-    """Lowest cosine between the rows of both tools; also after the mean, which random weights share, is taken away."""
+def lowest_cosines() -> dict[str, float]:
+    """Lowest cosine between the rows of both tools; also without the mean, which dominates with random weights."""
     index = pq.read_table(sorted((WORK / "pairs" / "pairs" / "index").glob("*.parquet"))[0])
     key_of = dict(zip(index["image_id"].to_pylist(), index["key"].to_pylist(), strict=True))
     own = tables.read_table(str(WORK), "embeddings", "bench").to_pylist()
@@ -194,7 +194,7 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def crops(options: Options) -> dict[str, float]:
-    """Boxes of pictures decoded once beside the plain loop: the tiny CLIP of the pictogram world, and ViT-B/32."""
+    """Boxes of decoded images, compared with the plain loop: the tiny CLIP of the pictogram world, and ViT-B/32."""
     figures = {}
     for prefix, model, images, boxes, precision in (
         ("crop_loop", tiny_checkpoint(), 32, 50, "float32"),
@@ -202,20 +202,20 @@ def crops(options: Options) -> dict[str, float]:
         ("crop_loop_vit", checkpoint(), 4, 20, "float32"),
         ("crop_loop_vit_bfloat16", checkpoint(), 4, 20, "bfloat16"),
     ):
-        told = in_process("crops", str(model), str(images), str(boxes), precision)
-        figures.update({f"{prefix}_{name}": value for name, value in told.items()})
+        results = in_process("crops", str(model), str(images), str(boxes), precision)
+        figures.update({f"{prefix}_{name}": value for name, value in results.items()})
     return figures
 
 
 def random_rows(options: Options) -> dict[str, float]:
-    """Regions of images in random order."""
+    """Reads of regions by image in random order."""
     return {f"random_{name}": value for name, value in in_process("store", str(WORK / "store")).items()}
 
 
 def in_process(*arguments: str) -> dict[str, float]:
     command = [sys.executable, "benchmarks/teachers_models.py", *arguments]
-    told = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, env=environment())
-    figures: dict[str, float] = json.loads(told.stdout)
+    ran = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, env=environment())
+    figures: dict[str, float] = json.loads(ran.stdout)
     return figures
 
 
@@ -231,7 +231,7 @@ PARTS: dict[str, Callable[[Options], dict[str, float]]] = {
 
 
 def checkpoint() -> Path:
-    """ViT-B/32 with random weights, as a checkpoint of ours, and in the form that open_clip reads."""
+    """ViT-B/32 with random weights, as our checkpoint and as a file for open_clip."""
     folder = WORK / "vit-b-32"
     if not (folder / "clip.json").exists():
         torch.manual_seed(0)
@@ -261,7 +261,7 @@ def tiny_checkpoint() -> Path:
 
 
 def make_pairs(name: str, count: int, words: int) -> None:
-    """Publish a table of pictures of a crawl's size, with captions of a few words to twice as many."""
+    """Publish a table of images of a crawl's size, with captions of `words / 2` to `3 * words / 2` words."""
     found = tables.find_manifest(str(WORK), "pairs", name)
     if found is not None and found.rows == count:
         return
@@ -277,22 +277,22 @@ def make_pairs(name: str, count: int, words: int) -> None:
         captions.append(" ".join(WORDS[(number + word * 3) % len(WORDS)] for word in range(length)))
     keys = [f"{number:010d}" for number in range(count)]
     empty, rows, files = dict.fromkeys(tables.SCHEMAS["pairs"].names), [], []
-    for shard, part in enumerate(np.array_split(np.arange(count), CORES)):  # clip-retrieval wants one a process
+    for shard, part in enumerate(np.array_split(np.arange(count), CORES)):  # clip-retrieval needs one for each process
         own = part.tolist()
         tar, offsets = shards.pack((keys[number], contents[number][0], captions[number]) for number in own)
         files.append(tables.write_file(str(WORK), "pairs", name, f"shards/{shard}.tar", tar))
         for number, offset in zip(own, offsets, strict=True):
             content, (width, height) = contents[number]
             place = {"shard": f"shards/{shard}.tar", "key": keys[number], "offset": offset, "size": len(content)}
-            told = {"image_id": storage.sha256(content), "caption": captions[number], "width": width, "height": height}
-            rows.append({**empty, **told, **place})
+            pair = {"image_id": storage.sha256(content), "caption": captions[number], "width": width, "height": height}
+            rows.append({**empty, **pair, **place})
     table = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["pairs"])
     files.append(tables.write_part(str(WORK), "pairs", name, "index/bench.parquet", table))
     tables.publish(str(WORK), "pairs", name, files, producer="benchmark", config_hash="")
 
 
 def install_peer() -> None:
-    """Make the virtual environment of clip-retrieval, once."""
+    """Create the virtual environment of clip-retrieval, once."""
     if (PEER / ".installed").exists():
         return
     print(f"installing {', '.join(PACKAGES)} into {PEER}", flush=True)
@@ -309,7 +309,7 @@ def install_peer() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of a process; threads that wait for each other may spin, as torch's do where nobody forbids it."""
+    """Environment of a timed process, in which waiting threads may spin, as is torch's default."""
     kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     return {**kept, "PYTHONPATH": str(REPOSITORY)}
 
@@ -318,25 +318,18 @@ def as_flags(flags: dict[str, object]) -> list[str]:
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
-def record(figures: dict[str, float]) -> None:
-    """Update the figures' file, and leave those of other parts as they are."""
-    earlier = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    rounded = {name: round(value, 4) for name, value in figures.items()}
-    FIGURES.write_text(json.dumps({**earlier, **rounded, **provenance(REPOSITORY)}, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the embedding of images, captions and regions.")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], help="parts to run")
-    parser.add_argument("--images", type=int, default=512, help="of the timed tables, a multiple of 256")
-    parser.add_argument("--pairs", type=int, default=3, help="times that each tool runs")
+    parser.add_argument("--images", type=int, default=512, help="images of the timed tables, a multiple of 256")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each tool")
     options = Options(**vars(parser.parse_args()))
     WORK.mkdir(parents=True, exist_ok=True)
     figures: dict[str, float] = {}
     for part in options.only:
-        found = PARTS[part](options)
-        record(found)
-        figures.update(found)
+        part_figures = PARTS[part](options)
+        update_figures("teachers", part_figures)
+        figures.update(part_figures)
     for name, value in figures.items():
         print(f"{name:40} {value:14.4f}")
 

@@ -1,4 +1,4 @@
-"""Timings inside one process, for teachers.py: forward passes alone, crops beside the plain loop, random reads.
+"""Timings inside one process, for teachers.py: forward passes, crops compared with a plain loop, random reads.
 
 python benchmarks/teachers_models.py forward CHECKPOINT IMAGES THREADS
 python benchmarks/teachers_models.py crops CHECKPOINT IMAGES BOXES float32|bfloat16
@@ -38,7 +38,7 @@ STORED_IMAGES, REGIONS, WIDTH = 2_000, 300, 512
 
 
 def forward(checkpoint: str, count: str, threads: str) -> dict[str, float]:
-    """Images per second and CPU-seconds an image of the image tower, with everything in memory."""
+    """Images per second and CPU-seconds an image of the image tower, with all images in memory."""
     torch.set_num_threads(int(threads))
     clip, _ = load_clip(checkpoint)
     side = clip.config.image_size
@@ -54,9 +54,9 @@ def forward(checkpoint: str, count: str, threads: str) -> dict[str, float]:
 
 
 def crops(checkpoint: str, images: str, boxes: str, bfloat16: str) -> dict[str, float]:
-    """Embeddings of boxes: seconds of the plain loop over ours, and how alike they are; ways to resample beside it.
+    """Embeddings of boxes: time of the plain loop divided by ours, and their lowest cosine; also ways to resample.
 
-    The loop's passes have all cores. Ours work as an actor does (`ShardWorker`): a shard for each core, in a thread.
+    The loop's forward passes use all cores. Ours works as an actor does (`ShardWorker`): a shard a core, in a thread.
     """
     teacher = Teacher(checkpoint, EmbedConfig(bfloat16=bfloat16 == "bfloat16"))
     rng = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def crops(checkpoint: str, images: str, boxes: str, bfloat16: str) -> dict[str, 
         own = slice(number, None, CORES)
         return embed_regions(teacher, arrays[own], box_N4[own], config)
 
-    plain_loop(teacher.clip, pictures[:1], [box_N4[0][:2]], config)  # both have warmed up
+    plain_loop(teacher.clip, pictures[:1], [box_N4[0][:2]], config)  # warm-up
     embed_regions(teacher, arrays[:1], [box_N4[0][:2]], config)
     loop, ours = [], []
     with ThreadPoolExecutor(CORES) as shards_at_a_time:
@@ -93,7 +93,7 @@ def crops(checkpoint: str, images: str, boxes: str, bfloat16: str) -> dict[str, 
 
 
 def resampling(teacher: Teacher, pictures: list[Image.Image], box_N4: list[np.ndarray]) -> dict[str, float]:
-    """Milliseconds of a core a crop by torch, Pillow and RoIAlign, and how alike the latter's means of bins look."""
+    """Milliseconds on one core for a crop by torch, Pillow and RoIAlign, and RoIAlign's lowest cosine with torch."""
     side = teacher.side
     windows = [crop_windows(boxes, 1.0, *picture.size) for picture, boxes in zip(pictures, box_N4, strict=True)]
     count = sum(map(len, windows))
@@ -134,7 +134,7 @@ def resampling(teacher: Teacher, pictures: list[Image.Image], box_N4: list[np.nd
 def plain_loop(
     clip: Clip, pictures: list[Image.Image], boxes: list[np.ndarray], config: CropConfig
 ) -> list[np.ndarray]:
-    """PIL crop, open_clip's preprocessing, encode; one crop after the other."""
+    """PIL crop, open_clip's preprocessing, encode: one crop after the other."""
     preprocess = image_transform(
         clip.config.image_size, is_train=False, mean=clip.normalise.mean, std=clip.normalise.std
     )
@@ -153,7 +153,7 @@ def plain_loop(
 
 
 def draw(rng: np.random.Generator) -> Image.Image:
-    """A photograph-sized picture with structure at all sizes."""
+    """A 640 x 480 image with structure at several scales."""
     pixels = np.zeros((480, 640, 3))
     for step in (4, 16, 64):
         coarse = rng.integers(0, 256, (480 // step + 1, 640 // step + 1, 3)).astype(np.uint8)
@@ -162,14 +162,14 @@ def draw(rng: np.random.Generator) -> Image.Image:
 
 
 def random_boxes(rng: np.random.Generator, count: int, picture: Image.Image) -> np.ndarray:
-    """[N, 4] boxes of 16 to 320 pixels a side, as proposals are."""
+    """[N, 4] boxes with sides of 16 to 320 pixels, as proposals have."""
     sides = np.exp(rng.uniform(np.log(16), np.log(320), (count, 2)))
     first = rng.uniform(0, 1, (count, 2)) * (np.array(picture.size) - sides)
     return np.concatenate([first, first + sides], axis=1).astype(np.float32)
 
 
 def store(folder: str) -> dict[str, float]:
-    """Rows per second by image in random order, from memory and after the files have left the page cache."""
+    """Rows per second by image in random order, from memory and after the files were dropped from the page cache."""
     root = Path(folder)
     if not (root / "regions" / "bench" / "manifest.json").exists():
         write_store(root)

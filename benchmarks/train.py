@@ -1,9 +1,9 @@
-"""Training of ViLD: the shares of time that go into waiting for data and into checkpoints, and what distillation adds.
+"""Training of ViLD: fractions of time spent on data wait and checkpoints, and the time that distillation adds.
 
 make bench-train
 
-The teacher is an untrained CLIP, since time does not depend on what it has learnt. What other benchmarks of training
-found (`runs/bench/alignment.json`) is written into the same file.
+The teacher is an untrained CLIP, since its weights do not affect time. The figures of `runs/bench/alignment.json` are
+copied into the same file.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import provenance
+from measure import BENCH, write_figures
 
 from data_prep.streams.box_loader import detection_loader
 from data_prep.streams.collate import DetectionCollate
@@ -29,31 +29,31 @@ from workflows.common import tracking
 from workflows.configs import vild as vild_configs
 from workflows.configs.vild import Run
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BENCH = REPOSITORY / "runs" / "bench"
 WARM_UP = 20
-"""Steps that are not counted: caches and pools fill."""
+"""Steps that are not counted, while caches and pools fill."""
 CHECKPOINT_EVERY = 100
 VARIANTS = ("text", "vild", "ensemble")
 ROUNDS = 24
-"""Steps of each variant, in turn."""
+"""Timed steps of each variant, alternated."""
 
 
 def main() -> None:
-    BENCH.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ovd-") as storage:
         run = prepare(storage)
         trained = vild.train(run)
-        figures = {**shares(run, trained.run_id), **overheads(run, trained.proposals, trained.regions)}
-    others = BENCH / "alignment.json"
-    found = json.loads(others.read_text()) if others.exists() else {}
-    figures = {**found, **{name: round(value, 4) for name, value in figures.items()}, **provenance(REPOSITORY)}
-    (BENCH / "train.json").write_text(json.dumps(figures, indent=1) + "\n")
+        figures = {
+            **shares(run, trained.run_id),
+            **overheads(run, trained.outputs["proposals"], trained.outputs["regions"]),
+        }
+    alignment = BENCH / "alignment.json"
+    earlier = json.loads(alignment.read_text()) if alignment.exists() else {}
+    figures = {**earlier, **{name: round(value, 4) for name, value in figures.items()}}
+    write_figures("train", figures)
     print(json.dumps(figures, indent=1))
 
 
 def prepare(storage: str) -> Run:
-    """The config `pictograms` on fewer images, for so many steps that one interval of checkpoints is whole."""
+    """The config `pictograms` on fewer images, with enough steps for one checkpoint interval after the warm-up."""
     prepare_boxes.prepare(
         dataclasses.replace(prepare_boxes.pictograms(), storage=storage, train_images=320, eval_images=8)
     )
@@ -73,13 +73,13 @@ def prepare(storage: str) -> Run:
 
 
 def shares(run: Run, run_id: str) -> dict[str, float]:
-    """Of the time of the steps after the warm-up, which hold one checkpoint, as every hundred do."""
+    """Fractions of the time after the warm-up, which includes one checkpoint in 100 steps."""
     history = tracking.metric_history(tracking.tracking_uri(run.storage), run_id, "detector/train/")
     column = {
         name: [value for step, value in history[f"detector/train/{name}"] if step > WARM_UP]
         for name in ("images_per_second", "data_wait_fraction", "checkpoint_fraction")
     }
-    seconds = [1 / rate for rate in column["images_per_second"]]  # windows of equally many images
+    seconds = [1 / rate for rate in column["images_per_second"]]  # each window has the same number of images
 
     def share(name: str) -> float:
         return float(np.average(column[name], weights=seconds))
@@ -92,7 +92,7 @@ def shares(run: Run, run_id: str) -> dict[str, float]:
 
 
 def overheads(run: Run, proposals: str, regions: str) -> dict[str, float]:
-    """What a step with stored embeddings takes beyond one of ViLD-text on the same images; without Ray."""
+    """Additional time of a step with stored embeddings over one of ViLD-text on the same images; without Ray."""
     encoder = load_encoder(Path(run.teacher))
     names = vild.read_names(run, encoder)
     source = vild.embed_proposals(dataclasses.replace(run, regions=regions), encoder, proposals)
@@ -114,8 +114,8 @@ def overheads(run: Run, proposals: str, regions: str) -> dict[str, float]:
         batch = batches[turn % len(batches)]
         seconds = {variant: timed_step(model, batch, text_KD, trained_K) for variant, model in models.items()}
         if turn >= 0:
-            for variant, found in ratios.items():
-                found.append(seconds[variant] / seconds["text"] - 1)
+            for variant, values in ratios.items():
+                values.append(seconds[variant] / seconds["text"] - 1)
     return {
         "distillation_overhead": statistics.median(ratios["vild"]),
         "second_head_overhead": statistics.median(ratios["ensemble"]),
@@ -123,7 +123,7 @@ def overheads(run: Run, proposals: str, regions: str) -> dict[str, float]:
 
 
 def timed_step(model: ViLD, batch: DetectionBatch, text_KD: torch.Tensor, trained_K: torch.Tensor) -> float:
-    """Seconds of a step's forward and backward pass."""
+    """Seconds of one forward and backward pass."""
     model.zero_grad(set_to_none=True)
     started = time.perf_counter()
     losses = model(batch, text_KD, trained_K)
