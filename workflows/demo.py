@@ -1,4 +1,4 @@
-"""The whole story on the pictogram world, on a laptop: from a URL list to a served detector.
+"""The whole path on the pictogram world, on a laptop: from a URL list to a served detector.
 
 web site --crawl--> pairs, groups --> CLIP --> CoDet (boxes, then boxes and captions) --> HTTP endpoint
 scenes ---draw----> boxes -------------------^
@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,21 @@ import requests
 from PIL import Image
 
 from data_prep import storage, tables
-from data_prep.pictograms.world import World, contact_sheet
 from ovd_models.errors import InputError
-from workflows import clip, codet, evaluate, prepare_boxes, prepare_pairs, serve
+from workflows import clip, codet, prepare_boxes, prepare_pairs, serve
 from workflows.common import cli, cluster, tracking
 from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
 from workflows.configs import pairs as pairs_configs
-from workflows.reports import demo as report
+from workflows.reports.demo import format_summary, write_demo_report
+from workflows.reports.detections import read_box_image
 
 MARKER = ".ovd-demo"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The demo; everything lands below `storage`, which it empties first."""
+    """The demo; everything is written below `storage`, which is emptied first."""
 
     storage: str = "runs/demo"
     pairs: pairs_configs.Run = field(default_factory=pairs_configs.pictograms)
@@ -48,23 +49,23 @@ class Run:
     teacher: clip_configs.Run = field(default_factory=clip_configs.pictograms)
     detector: codet_configs.Run = field(default_factory=codet_configs.pictograms)
     port: int = 0
-    """Of the endpoint that is called once; 0 finds a free one."""
+    """Port of the endpoint; 0 chooses a free one."""
 
 
 def pictograms() -> Run:
-    """The story in minutes on two cores."""
+    """The full demo, in minutes on two cores."""
     return Run()
 
 
 def smoke() -> Run:
-    """The same path in little: shows that it runs, not that it learns."""
-    few = dataclasses.replace(clip_configs.smoke().optimisation, steps=5, checkpoint_every=5, workers=1)
+    """The same path with tiny settings: shows that it runs, not that it learns."""
+    short = dataclasses.replace(clip_configs.smoke().optimisation, steps=5, checkpoint_every=5, workers=1)
     stage = dataclasses.replace(codet_configs.smoke().box_stage, workers=1)
     return Run(
         storage="runs/demo-smoke",
         pairs=pairs_configs.smoke(),
         boxes=prepare_boxes.smoke(),
-        teacher=dataclasses.replace(clip_configs.smoke(), optimisation=few),
+        teacher=dataclasses.replace(clip_configs.smoke(), optimisation=short),
         detector=dataclasses.replace(codet_configs.smoke(), box_stage=stage, joint_stage=stage),
     )
 
@@ -72,26 +73,20 @@ def smoke() -> Run:
 CONFIGS: dict[str, Callable[[], Run]] = {"pictograms": pictograms, "smoke": smoke}
 
 
-class Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Announce a stage and time it."""
-        print(f"\n== {name}", flush=True)
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 1)
+@contextlib.contextmanager
+def time_stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Announce a stage and store its duration in `seconds`."""
+    print(f"\n== {name}", flush=True)
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 1)
 
 
-def clear(folder: Path) -> None:
-    """Empty the demo's own folder.
+def empty_folder(folder: Path) -> None:
+    """Empty the folder of an earlier demo, or create it.
 
     Raises:
-        InputError: it holds something that no demo wrote.
+        InputError: the folder holds files that no demo wrote.
     """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
@@ -101,79 +96,81 @@ def clear(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
-def tell(run: Run, folder: Path) -> dict[str, Any]:
-    """The story: crawl, draw boxes, train CLIP, train CoDet, serve; returns the summary."""
-    began, watch, home = time.perf_counter(), Stopwatch(), str(folder)
+def run_demo(run: Run, folder: Path) -> dict[str, Any]:
+    """Crawl, draw boxes, train CLIP, train CoDet, serve and report; returns the summary."""
+    started, home = time.perf_counter(), str(folder)
+    seconds: dict[str, float] = {}
+    stage = partial(time_stage, seconds=seconds)
     with contextlib.ExitStack() as stack:
-        with watch.stage("web site"):
+        with stage("web site"):
             crawl = stack.enter_context(prepare_pairs.pictogram_site(dataclasses.replace(run.pairs, storage=home)))
-        with watch.stage("pairs"):
+        with stage("pairs"):
             cluster.start_ray()
             crawled = prepare_pairs.prepare(crawl)
-    with watch.stage("boxes"):
+    with stage("boxes"):
         prepare_boxes.prepare(dataclasses.replace(run.boxes, storage=home))
-    with watch.stage("clip"):
+    with stage("clip"):
         teacher = clip.train(dataclasses.replace(run.teacher, storage=home))
         print(f"zero-shot top-1: base {teacher.metrics.top1_base:.3f}, novel {teacher.metrics.top1_novel:.3f}")
-    with watch.stage("codet"):
+    with stage("codet"):
         trained = codet.train(dataclasses.replace(run.detector, storage=home, teacher=teacher.model))
     model = folder / "codet"
     storage.download_folder(trained.model, model)
-    with watch.stage("serve"):
-        answer, detect_ms, picture = ask(run, model, home)
+    with stage("serve"):
+        request, response, detect_ms = call_endpoint(run, model, home)
+    uri = tracking.tracking_uri(home)
     box_supervised, joint = trained.metrics.box_supervised.summary(), trained.metrics.codet.summary()
     summary = {
         "seconds": 0.0,
-        "stage_seconds": watch.seconds,
+        "stage_seconds": seconds,
         "pairs": {"input": crawled.input, "kept": crawled.kept, "rejected": crawled.rejected},
         "clip": {"top1_base": teacher.metrics.top1_base, "top1_novel": teacher.metrics.top1_novel},
         "box_supervised": {key: box_supervised[key] for key in ("ap50_base", "ap50_novel")},
         "codet": {key: joint[key] for key in ("ap50_base", "ap50_novel")},
         "detect_ms": detect_ms,
-        "mlflow_uri": tracking.tracking_uri(home),
+        "mlflow_uri": uri,
         "report": str(folder / "report.html"),
     }
-    with watch.stage("report"):
-        world = World.create(run.boxes.seed)
-        report.write(
-            folder / "report.html",
+    with stage("report"):
+        write_demo_report(
+            folder,
             summary=summary,
-            sheet=contact_sheet(world),
-            storage_uri=home,
+            seed=run.boxes.seed,
             pairs=run.pairs.name,
             boxes=f"{run.boxes.name}-eval",
             checkpoints=(trained.outputs["boxes_model"], trained.model),
             curves={
-                "CLIP": tracking.metric_history(tracking.tracking_uri(home), teacher.run_id, "train/loss"),
-                "Box supervision": tracking.metric_history(
-                    tracking.tracking_uri(home), trained.run_id, "boxes/train/loss"
-                ),
-                "CoDet": tracking.metric_history(tracking.tracking_uri(home), trained.run_id, "joint/train/loss"),
+                "CLIP": tracking.metric_history(uri, teacher.run_id, "train/loss"),
+                "Box supervision": tracking.metric_history(uri, trained.run_id, "boxes/train/loss"),
+                "CoDet": tracking.metric_history(uri, trained.run_id, "joint/train/loss"),
             },
-            answer=answer,
-            answered_on=picture,
+            request=request,
+            response=response,
         )
-    summary["seconds"] = round(time.perf_counter() - began, 1)
+    summary["seconds"] = round(time.perf_counter() - started, 1)
     return summary
 
 
-def ask(run: Run, model: Path, home: str) -> tuple[dict[str, Any], float, Image.Image]:
-    """Start the endpoint and ask it over HTTP for names that never had a box; returns the answer and its time."""
+def call_endpoint(run: Run, model: Path, home: str) -> tuple[Image.Image, dict[str, Any], float]:
+    """Serve the detector and detect the novel names over HTTP.
+
+    Returns:
+        The scene with the most novel names, the response, and the median time of five requests in milliseconds.
+    """
     rows = tables.read_table(home, "boxes", f"{run.boxes.name}-eval").to_pylist()
     categories = tables.read_table(home, "categories", run.boxes.name).to_pylist()
     novel = {row["category_id"]: row["name"] for row in categories if row["split"] == "novel"}
-    shown = max(rows, key=lambda row: len(novel.keys() & set(row["category_ids"])))
+    scene = max(rows, key=lambda row: len(novel.keys() & set(row["category_ids"])))
     names = sorted(novel.values())
-    picture = evaluate.read_box_image(evaluate.Run(storage=home), shown)
-    sink = io.BytesIO()
-    picture.save(sink, "PNG")
+    image, buffer = read_box_image(home, scene), io.BytesIO()
+    image.save(buffer, "PNG")
     with serve.serve_model(serve.Run(model=str(model), port=run.port)) as url:
         milliseconds = []
         for _ in range(5):
             started = time.perf_counter()
             response = requests.post(
                 f"{url}/v1/detect",
-                files={"image": ("scene.png", sink.getvalue(), "image/png")},
+                files={"image": ("scene.png", buffer.getvalue(), "image/png")},
                 data={"vocabulary": json.dumps(names), "score_threshold": "0.3"},
                 timeout=60,
             )
@@ -181,28 +178,28 @@ def ask(run: Run, model: Path, home: str) -> tuple[dict[str, Any], float, Image.
             milliseconds.append((time.perf_counter() - started) * 1000)
     answer: dict[str, Any] = response.json()
     found = ", ".join(f"{entry['label']} {entry['score']:.2f}" for entry in answer["detections"]) or "nothing"
-    truth = ", ".join(sorted(novel[key] for key in shown["category_ids"] if key in novel))
-    print(f"asked for {len(names)} names without boxes: found {found} (the scene shows {truth})")
-    return answer, round(sorted(milliseconds)[len(milliseconds) // 2], 1), picture
+    truth = ", ".join(sorted(novel[key] for key in scene["category_ids"] if key in novel))
+    print(f"requested {len(names)} names without boxes: found {found} (the scene shows {truth})")
+    return image, answer, round(sorted(milliseconds)[2], 1)
 
 
 def main() -> None:
-    """The script: tell the story, print the table and where to look."""
+    """Run the demo, then print the table and the paths of its results."""
     run = cli.parse(CONFIGS, __doc__)
     if "://" in run.storage:
-        raise InputError(f"--storage {run.storage}: expected a folder of this machine")
+        raise InputError(f"--storage {run.storage}: expected a local folder")
     folder = Path(run.storage).absolute()
-    clear(folder)
+    empty_folder(folder)
     try:
-        summary = tell(run, folder)
+        summary = run_demo(run, folder)
     finally:
         ray.shutdown()
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    print(report.text_table(summary))
-    shown = os.path.relpath(folder)
-    print(f"report:   {shown}/report.html")
+    print(format_summary(summary))
+    path = os.path.relpath(folder)
+    print(f"report:   {path}/report.html")
     print(f"MLflow:   .venv/bin/mlflow ui --backend-store-uri {summary['mlflow_uri']}  (then Model training, top left)")
-    print(f"endpoint: .venv/bin/python workflows/serve.py --model {shown}/codet")
+    print(f"endpoint: .venv/bin/python workflows/serve.py --model {path}/codet")
 
 
 if __name__ == "__main__":

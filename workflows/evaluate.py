@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from PIL import Image
@@ -23,13 +22,13 @@ from ovd_models.batches import Detections
 from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
-from ovd_models.images import decode_image
 from ovd_models.ovsam.checkpoints import load_sam_folder, load_segmenter
 from workflows.common import cli, tracking
 from workflows.common.runs import Evaluation
 from workflows.common.teacher import read_categories
 from workflows.common.tracking import TrackedRun
-from workflows.reports import pointing as pointing_report
+from workflows.reports.detections import draw_comparison, read_box_image
+from workflows.reports.pointing import SegmentationReport, evaluate_ovsam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +36,26 @@ class Run:
     """One evaluation."""
 
     storage: str = "store"
-    """Folder or URI that holds all tables."""
+    """Folder or URI of all tables."""
     model: str = ""
-    """Folder or URI of a detector's or an OV-SAM's checkpoint, or an MLflow `models:/` URI."""
+    """Folder or URI of a detector or OV-SAM checkpoint, or an MLflow `models:/` URI."""
     boxes: str = "pictograms-eval"
     """Name of the `boxes` table."""
     categories: str = ""
-    """Name of the `categories` table; that of `boxes` up to the last dash if empty."""
+    """Name of the `categories` table; if empty, that of `boxes` up to the last dash."""
     device: str = "cpu"
     sam: str = ""
-    """For an OV-SAM: folder or URI of the SAM to measure beside it, with CLIP on that one's masks as baselines."""
+    """For OV-SAM: folder or URI of a SAM to compare with, also by naming its masks with CLIP."""
     images: int = 0
-    """So many of the table's first images; all if 0."""
+    """Number of images, from the start of the table; 0 means all."""
     batch_size: int = 16
-    """Of a detector, as the three settings below."""
+    """For detectors only, as are the three settings below."""
     score_threshold: float = 0.01
     max_detections: int = 100
     masks: bool = False
-    """Compare masks instead of boxes; the detector must predict them."""
+    """Evaluate masks instead of boxes; the detector must predict them."""
     num_pictures: int = 8
-    """Images that are drawn."""
+    """Number of images to draw."""
 
     @property
     def categories_table(self) -> str:
@@ -65,7 +64,7 @@ class Run:
 
 
 def default() -> Run:
-    """The pictogram world's held-out scenes; give it `--model`."""
+    """The pictogram world's held-out scenes; needs `--model`."""
     return Run()
 
 
@@ -73,7 +72,10 @@ CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
 
 
 def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
-    """Metrics of a detector, all names of the set asked for at once, and pictures of its detections above 0.3.
+    """Evaluate a detector with all names of the set as vocabulary.
+
+    Returns:
+        The metrics, and drawings of the first images' detections with scores above 0.3.
 
     Raises:
         InputError: the model or a table is missing.
@@ -84,27 +86,27 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     detector = ovd_models.load(tracking.local_model(run.model, run.storage), run.device)
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.images or None]
     names, splits = read_categories(run.storage, run.categories_table)
-    found: list[Detections] = []
+    detections: list[Detections] = []
     for start in range(0, len(rows), run.batch_size):
-        images = [read_box_image(run, row) for row in rows[start : start + run.batch_size]]
+        images = [read_box_image(run.storage, row) for row in rows[start : start + run.batch_size]]
         results = detector.detect(
             images, list(names.values()), score_threshold=run.score_threshold, max_detections=run.max_detections
         )
-        drawn = max(0, run.num_pictures - start)  # the other pictures would fill the memory
-        found += [*results[:drawn], *(replace(result, image=None) for result in results[drawn:])]
-    pictures = [draw_pair(row, result, names) for row, result in zip(rows[: run.num_pictures], found, strict=False)]
-    return evaluate_detections(rows, found, names, splits, "segm" if run.masks else "bbox"), pictures
+        drawn = max(0, run.num_pictures - start)  # keeping all images would fill the memory
+        detections += [*results[:drawn], *(replace(result, image=None) for result in results[drawn:])]
+    pictures = [draw_comparison(*pair, names) for pair in zip(rows[: run.num_pictures], detections, strict=False)]
+    return evaluate_detections(rows, detections, names, splits, "segm" if run.masks else "bbox"), pictures
 
 
-def evaluate_segmenter(run: Run) -> pointing_report.Report:
-    """IoU and accuracy of an OV-SAM, all names of the set competing; those that had masks in its training are base.
+def evaluate_segmenter(run: Run) -> SegmentationReport:
+    """Evaluate an OV-SAM with all names of the set as vocabulary; names with masks in its training are base.
 
     Raises:
         InputError: a model or a table is missing, or no object has a mask.
     """
     segmenter = load_segmenter(tracking.local_model(run.model, run.storage))
     categories, _ = read_categories(run.storage, run.categories_table)
-    return pointing_report.evaluate(
+    return evaluate_ovsam(
         run.storage,
         run.boxes,
         {name: category_id for category_id, name in categories.items()},
@@ -117,43 +119,13 @@ def evaluate_segmenter(run: Run) -> pointing_report.Report:
     )
 
 
-def read_box_image(run: Run, row: dict[str, Any]) -> Image.Image:
-    """The picture of a row of `boxes`."""
-    uri = storage.join(run.storage, row["uri"])
-    return decode_image(storage.read_bytes(uri), uri)
-
-
-def truth_as_detections(row: dict[str, Any], names: dict[int, str], found: Detections) -> Detections:
-    """The annotated boxes of an image in the form of its detections, each with score 1."""
-    known = [(box, names[key]) for box, key in zip(row["boxes"], row["category_ids"], strict=True) if key in names]
-    index = {name: position for position, name in enumerate(found.names)}
-    return replace(
-        found,
-        boxes=torch.tensor([box for box, _ in known]).view(-1, 4),
-        scores=torch.ones(len(known)),
-        labels=torch.tensor([index[name] for _, name in known], dtype=torch.int64),
-    )
-
-
-def draw_pair(row: dict[str, Any], found: Detections, names: dict[int, str], threshold: float = 0.3) -> Image.Image:
-    """Annotated boxes on the left; on the right the best name of each object, if above the threshold."""
-    left, right = truth_as_detections(row, names, found).draw(), found.above(threshold).distinct().draw()
-    pair = Image.new("RGB", (left.width + right.width + 6, left.height), "white")
-    pair.paste(left, (0, 0))
-    pair.paste(right, (left.width + 6, 0))
-    return pair
-
-
-def log(
+def log_detection_metrics(
     tracked: TrackedRun, metrics: DetectionMetrics, pictures: Sequence[Image.Image], prefix: str, step: int
 ) -> None:
-    """Metrics under `prefix`, the per-class table and the pictures."""
+    """Log a detector's metrics, per-class table and pictures under `prefix`."""
     tracked.log_metrics({f"{prefix}/{name}": value for name, value in metrics.summary().items()}, step)
     columns: dict[str, Sequence[object]] = {
-        "name": [entry.name for entry in metrics.categories],
-        "split": [entry.split for entry in metrics.categories],
-        "ap": [entry.ap for entry in metrics.categories],
-        "ap50": [entry.ap50 for entry in metrics.categories],
+        column: [getattr(entry, column) for entry in metrics.categories] for column in ("name", "split", "ap", "ap50")
     }
     tracked.log_table(columns, f"{prefix}/per_class.json")
     tracked.log_pictures(pictures, prefix)
@@ -166,16 +138,16 @@ def evaluate_and_log(run: Run, tracked: TrackedRun, prefix: str, step: int) -> E
         InputError: the model or a table is missing.
     """
     metrics, pictures = evaluate(run)
-    log(tracked, metrics, pictures, prefix, step)
+    log_detection_metrics(tracked, metrics, pictures, prefix, step)
     return Evaluation(
         metrics=metrics, headline=f"{prefix}/{metrics.headline}", value=metrics.summary()[metrics.headline]
     )
 
 
 def main() -> None:
-    """The script: evaluate, track, print."""
+    """Evaluate, log to MLflow and print the metrics."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)
+    tracking.tracking_uri(run.storage)  # refuses a wrong storage before any work
     started = time.perf_counter()
     folder = tracking.local_model(run.model, run.storage)
     local = replace(run, model=str(folder))
@@ -188,7 +160,7 @@ def main() -> None:
     else:
         metrics, pictures = evaluate(local)
         with start_run() as tracked:
-            log(tracked, metrics, pictures, f"eval/{run.boxes}", 0)
+            log_detection_metrics(tracked, metrics, pictures, f"eval/{run.boxes}", 0)
         for name, value in metrics.summary().items():
             print(f"{name:12} {value:.3f}")
     print(f"{time.perf_counter() - started:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}")

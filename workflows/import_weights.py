@@ -1,4 +1,4 @@
-"""Released CoDet, Detic and OV-SAM weights as a checkpoint folder of ours.
+"""Convert released CoDet, Detic or OV-SAM weights to a checkpoint folder.
 
 .pth or .pkl --translate, name by name--> model.safetensors, config.json, text/
 
@@ -32,48 +32,48 @@ from workflows.common import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One released file."""
+    """A released CoDet or Detic file."""
 
     weights: str = ""
-    """The file; nothing in it is executed."""
+    """The file; no code in it is executed."""
     out: str = ""
-    """Folder of the checkpoint."""
+    """Checkpoint folder to write."""
     names: str = ""
-    """The default vocabulary: a text file with a name a line, or COCO's or LVIS's json, sorted by id as released tables
-    are. COCO's 15 names that are neither base nor novel are embedded, but not asked for by default."""
+    """Default vocabulary: a text file with one name per line, or COCO's or LVIS's json, sorted by id as in released
+    tables. COCO's 15 names that are neither base nor novel are embedded but not in the default vocabulary."""
     table: str = ""
-    """A .npy of raw embeddings, one row for each of `names`; where it is missing, names are embedded by the file's own
-    text encoder or, if it has none, looked up in the file's table."""
+    """A .npy of raw embeddings, one row per name in `names`; if empty, names are embedded by the file's own text
+    encoder or, if it has none, looked up in the file's table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OvSamRun:
-    """The released files of one OV-SAM; where one holds several parts, the others may be left out."""
+    """The released files of one OV-SAM; if a file holds several parts, the flags of the others may be empty."""
 
     clip: str = "RN50x16"
-    """CLIP as open_clip calls it, or a checkpoint folder of ours: the image tower, and the text tower for names."""
+    """CLIP's name in open_clip, or one of our checkpoint folders: the image tower, and the text tower for names."""
     pretrained: str = "openai"
-    """Its weights: a tag of open_clip's, or a file; empty for a folder of ours."""
+    """CLIP's weights: an open_clip tag or a file; empty for a checkpoint folder."""
     sam: str = ""
-    """SAM's file, for what OV-SAM takes over from it."""
+    """SAM's file, for the parts that OV-SAM shares with it."""
     sam_model: SamConfig = VIT_H
     adapter: str = ""
     """SAM2CLIP's file."""
     head: str = ""
     """CLIP2SAM's file."""
     out: str = ""
-    """Folder of the checkpoint."""
+    """Checkpoint folder to write."""
     names: str = ""
-    """The default vocabulary, as for `codet`."""
+    """Default vocabulary, as for `codet`."""
 
 
 def codet() -> Run:
-    """A released CoDet or Detic detector; give it `--weights` and `--out`."""
+    """A released CoDet or Detic detector; needs `--weights` and `--out`."""
     return Run()
 
 
 def ovsam() -> OvSamRun:
-    """A released OV-SAM; give it `--sam`, `--adapter`, `--head` and `--out`."""
+    """A released OV-SAM; needs `--sam`, `--adapter`, `--head` and `--out`."""
     return OvSamRun()
 
 
@@ -81,13 +81,13 @@ CONFIGS: dict[str, Callable[[], Run | OvSamRun]] = {"codet": codet, "ovsam": ovs
 
 
 def read_names(path: str) -> dict[str, str]:
-    """Names in the order of released tables, each `base`, `novel` or "", which takes no part.
+    """Read names in the order of released tables, each with its split: `base`, `novel`, or "" if unused.
 
-    LVIS's rare names are novel, COCO's those of the usual split; of others nobody knows what taught them, so they count
-    as novel.
+    LVIS's rare names are novel, and COCO's names have the usual split. Other names count as novel, since their
+    supervision is unknown.
 
     Raises:
-        InputError: the file cannot be read, or has another form.
+        InputError: the file cannot be read or has another format.
     """
     if not path:
         return {}
@@ -99,9 +99,9 @@ def read_names(path: str) -> dict[str, str]:
             raw: Any = json.loads(text)
             categories = sorted(raw["categories"] if isinstance(raw, dict) else raw, key=lambda entry: int(entry["id"]))
             names = [clean_name(str(entry["name"])) for entry in categories]
-            if any("frequency" in entry for entry in categories):
-                rare = [entry.get("frequency") == "r" for entry in categories]
-                return {name: "novel" if novel else "base" for name, novel in zip(names, rare, strict=True)}
+            frequencies = [entry.get("frequency") for entry in categories]
+            if any(frequencies):
+                return {name: "novel" if f == "r" else "base" for name, f in zip(names, frequencies, strict=True)}
         splits = coco_splits(names) or dict.fromkeys(names, "novel")
         return {name: splits[name] for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -110,10 +110,10 @@ def read_names(path: str) -> dict[str, str]:
 
 
 def choose_encoder(run: Run, imported: ImportedDetector, names: tuple[str, ...]) -> TextEncoder:
-    """What turns names into embeddings.
+    """Choose the text encoder: `run.table`, the file's own encoder, or the file's table, in this order.
 
     Raises:
-        InputError: the table does not fit the names, or there is nothing to embed names with.
+        InputError: the table does not fit the names, or there is no encoder.
     """
     if run.table:
         try:
@@ -128,27 +128,27 @@ def choose_encoder(run: Run, imported: ImportedDetector, names: tuple[str, ...])
     return EmbeddingTable.from_array(names, imported.name_embeddings.numpy(), run.weights)
 
 
-def convert(run: Run) -> None:
-    """Write the checkpoint folder.
+def convert_detector(run: Run) -> None:
+    """Write the checkpoint folder of a CoDet or Detic detector.
 
     Raises:
-        InputError: a flag is missing, or a file does not hold what it should.
+        InputError: a flag is missing, or a file has unexpected content.
     """
     if not run.weights or not run.out:
         raise InputError(f"--{'out' if run.weights else 'weights'}: missing, expected a path")
-    splits = read_names(run.names)
+    names = read_names(run.names)
     imported = load_codet_release(run.weights)
-    encoder = choose_encoder(run, imported, tuple(splits))
-    taking_part = {name: split for name, split in splits.items() if split}
-    save_detector(imported.model, encoder, run.out, splits=taking_part, run=asdict(run))
-    print(f"{run.out}: {imported.model.config.architecture} with {len(taking_part)} default names")
+    encoder = choose_encoder(run, imported, tuple(names))
+    splits = {name: split for name, split in names.items() if split}
+    save_detector(imported.model, encoder, run.out, splits=splits, run=asdict(run))
+    print(f"{run.out}: {imported.model.config.architecture} with {len(splits)} default names")
 
 
 def convert_ovsam(run: OvSamRun) -> None:
-    """Write the checkpoint folder.
+    """Write the checkpoint folder of an OV-SAM.
 
     Raises:
-        InputError: a flag is missing, or the files do not hold what they should.
+        InputError: a flag is missing, or a file has unexpected content.
     """
     files = [path for path in (run.sam, run.adapter, run.head) if path]
     if not files or not run.out:
@@ -168,7 +168,7 @@ def main() -> None:
     if isinstance(run, OvSamRun):
         convert_ovsam(run)
     else:
-        convert(run)
+        convert_detector(run)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def model_config(run: Run, sam: SamConfig, clip: Clip) -> OvSamConfig:
     )
 
 
-def train(run: Run) -> Trained[pointing_report.Report]:
+def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
     """All stages, then the evaluation beside SAM and the baselines.
 
     Raises:
@@ -274,7 +274,8 @@ def train(run: Run) -> Trained[pointing_report.Report]:
     names = read_names(run, encoder)
     if run.text_to_mask and len(names.base) < 2:
         raise InputError(f"categories/{run.boxes}: {len(names.base)} base names, expected at least 2 for text prompts")
-    pointing_report.read_rows(run.storage, f"{run.boxes}-eval", names.ids, run.eval_images)  # before days of training
+    # Refuses a table without masks before days of training.
+    pointing_report.read_mask_rows(run.storage, f"{run.boxes}-eval", names.ids, run.eval_images)
     given = open_sam(run) if run.sam else None
     with runs.open_run(
         run,
@@ -313,9 +314,9 @@ def save(run: Run, model: OvSam | TextToMask, encoder: ClipTextEncoder, names: O
 
 def evaluate_models(
     run: Run, model: OvSam, sam: SamModel, text: TextToMask | None, names: OvSamNames, active: ActiveRun, folder: str
-) -> Evaluation[pointing_report.Report]:
+) -> Evaluation[pointing_report.SegmentationReport]:
     """Evaluate the OV-SAM beside SAM and the baselines, and log the results."""
-    report = pointing_report.evaluate(
+    report = pointing_report.evaluate_ovsam(
         run.storage,
         f"{run.boxes}-eval",
         names.ids,

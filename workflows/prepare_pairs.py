@@ -148,10 +148,10 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
         written = write_shards(job, decisions, extractor, pool)
 
     summary = publish(job, written, progress, started)
-    from workflows import pairs_report  # here, for its plots take memory that the crawl can do without
+    from workflows.reports.pairs import write_pairs_report  # imported here to save its memory during the crawl
 
     samples = staging.open("samples", shards.SAMPLES).to_table()
-    print(f"report: {pairs_report.write(run.storage, run.name, samples)}")
+    print(f"report: {write_pairs_report(run.storage, run.name, samples)}")
     storage.remove_folder(staging.uri)
     return summary
 

@@ -24,27 +24,28 @@ STAGES = ["web site", "pairs", "boxes", "clip", "codet", "serve", "report"]
 
 def test_only_the_demos_own_folder_is_emptied(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    demo.clear(folder)
+    demo.empty_folder(folder)
     (folder / "old").mkdir()
-    demo.clear(folder)
+    demo.empty_folder(folder)
     assert [path.name for path in folder.iterdir()] == [demo.MARKER]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
     with pytest.raises(InputError, match="mine: not empty and not of an earlier demo, expected another --storage"):
-        demo.clear(tmp_path / "mine")
+        demo.empty_folder(tmp_path / "mine")
     assert (tmp_path / "mine/thesis.txt").exists()
 
 
-def test_a_stopwatch_keeps_stages_in_order() -> None:
-    watch = demo.Stopwatch()
+def test_stages_are_timed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 3.04, 10.0, 10.5])
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
+    seconds: dict[str, float] = {}
     for name in ("b", "a"):
-        with watch.stage(name):
-            time.sleep(0.11)
-    assert list(watch.seconds) == ["b", "a"]
-    assert all(0.1 <= value < 2 for value in watch.seconds.values())
+        with demo.time_stage(name, seconds):
+            pass
+    assert list(seconds.items()) == [("b", 2.0), ("a", 0.5)]
 
 
-def marked(mark: str) -> list[str]:
+def processes_with(mark: str) -> list[str]:
     """Command lines of the processes that inherited a mark in their environment."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -54,15 +55,15 @@ def marked(mark: str) -> list[str]:
                     found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             except OSError:
                 continue
-    return [line for line in found if line]  # those that ended but were not yet waited for have none
+    return [line for line in found if line]  # zombies have no command line
 
 
 def left_behind(mark: str, seconds: float = 15) -> list[str]:
-    """What still runs some seconds after the end: Ray's last helpers need a moment."""
+    """Processes that still run some seconds after the end; Ray's last helpers need a moment."""
     deadline = time.monotonic() + seconds
-    while marked(mark) and time.monotonic() < deadline:
+    while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.3)
-    return marked(mark)
+    return processes_with(mark)
 
 
 def start(storage: Path, mark: str) -> subprocess.Popen[str]:
@@ -79,7 +80,7 @@ def start(storage: Path, mark: str) -> subprocess.Popen[str]:
 
 
 @dataclass(frozen=True)
-class Told:
+class FinishedDemo:
     folder: Path
     output: str
     seconds: float
@@ -92,22 +93,22 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FinishedDemo]:
     folder, mark, began = tmp_path_factory.mktemp("demo") / "run", uuid.uuid4().hex, time.monotonic()
     with start(folder, mark) as job:
         output, _ = job.communicate(timeout=400)
     assert job.returncode == 0, output
-    yield Told(folder, output, time.monotonic() - began, left_behind(mark))
+    yield FinishedDemo(folder, output, time.monotonic() - began, left_behind(mark))
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_no_process_behind(told: Told) -> None:
-    assert told.left == []
+def test_the_demo_leaves_no_process_behind(finished: FinishedDemo) -> None:
+    assert finished.left == []
 
 
 @pytest.mark.slow
-def test_the_summary_has_the_promised_form(told: Told) -> None:
-    summary = told.summary
+def test_the_summary_has_all_figures(finished: FinishedDemo) -> None:
+    summary = finished.summary
     assert set(summary) == {
         *("seconds", "stage_seconds", "pairs", "clip", "box_supervised", "codet", "detect_ms", "mlflow_uri", "report")
     }
@@ -118,32 +119,32 @@ def test_the_summary_has_the_promised_form(told: Told) -> None:
     for stage in ("box_supervised", "codet"):
         assert set(summary[stage]) == {"ap50_base", "ap50_novel"}
         assert all(0 <= value <= 1 for value in summary[stage].values())
-    assert sum(summary["stage_seconds"].values()) <= summary["seconds"] + 1 <= told.seconds + 1
+    assert sum(summary["stage_seconds"].values()) <= summary["seconds"] + 1 <= finished.seconds + 1
     assert summary["detect_ms"] > 0
-    assert Path(summary["report"]) == told.folder / "report.html"
-    assert summary["mlflow_uri"] == f"sqlite:///{told.folder}/mlflow.db"
+    assert Path(summary["report"]) == finished.folder / "report.html"
+    assert summary["mlflow_uri"] == f"sqlite:///{finished.folder}/mlflow.db"
 
 
 @pytest.mark.slow
-def test_the_console_shows_the_table_and_where_to_look(told: Told) -> None:
+def test_the_console_shows_the_table_and_where_to_look(finished: FinishedDemo) -> None:
     for wanted in ("AP50", "+ captions (CoDet)", "report.html", "mlflow ui --backend-store-uri", "serve.py --model"):
-        assert wanted in told.output
+        assert wanted in finished.output
     ours = [
-        line for line in told.output.splitlines() if not re.match(r"(\x1b\[\d+m)?\(", line)
+        line for line in finished.output.splitlines() if not re.match(r"(\x1b\[\d+m)?\(", line)
     ]  # "(actor pid=7) ..." is Ray's
     assert not [line for line in ours if "Traceback" in line]
 
 
 @pytest.mark.slow
-def test_the_demos_tables_and_checkpoint_are_whole(told: Told) -> None:
+def test_the_demo_publishes_tables_and_a_checkpoint(finished: FinishedDemo) -> None:
     for table in ("pairs", "rejects", "concepts", "groups"):
-        assert tables.find_manifest(str(told.folder), table, "smoke") is not None
-    assert (told.folder / "codet/config.json").exists()
+        assert tables.find_manifest(str(finished.folder), table, "smoke") is not None
+    assert (finished.folder / "codet/config.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is absent")
-def test_the_report_opens_in_a_browser(told: Told) -> None:
+def test_the_report_opens_in_a_browser(finished: FinishedDemo) -> None:
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -155,7 +156,7 @@ def test_the_report_opens_in_a_browser(told: Told) -> None:
             page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda error: problems.append(str(error)))
             page.on("request", lambda request: problems.append(request.url) if "http" in request.url[:4] else None)
-            page.goto((told.folder / "report.html").as_uri())
+            page.goto((finished.folder / "report.html").as_uri())
             titles = page.locator("h2").all_inner_texts()
             broken = page.eval_on_selector_all("img", "all => all.filter(one => !one.naturalWidth).length")
             images = page.locator("img").count()
@@ -163,14 +164,14 @@ def test_the_report_opens_in_a_browser(told: Told) -> None:
             text = page.inner_text("body")
         finally:
             browser.close()
-    assert problems == []  # nothing is fetched: the page explains itself
+    assert problems == []  # the page fetches nothing
     assert titles == [
         *("The world", "The crawl", "Concept groups", "Training", "Before and after captions", "Over HTTP", "Time")
     ]
     assert (broken, wide) == (0, 1200)
     assert images > 25
-    assert all(reason in text for reason in told.summary["pairs"]["rejected"])
-    assert f"{told.summary['codet']['ap50_base']:.3f}" in text
+    assert all(reason in text for reason in finished.summary["pairs"]["rejected"])
+    assert f"{finished.summary['codet']['ap50_base']:.3f}" in text
 
 
 @pytest.mark.slow
@@ -185,7 +186,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, stage: str) -> None:
         time.sleep(6)
         os.killpg(job.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group
         rest, _ = job.communicate(timeout=60)
-    # 130 is ours; 1 when Ray's own threads meet the end of its worker first
+    # 130 is the script's; 1 if Ray's own threads fail first when its worker ends
     assert job.returncode in (130, 1), rest
     assert "Traceback" not in rest
     assert left_behind(mark) == []

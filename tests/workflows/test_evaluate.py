@@ -22,6 +22,7 @@ from ovd_models.vocabulary import EmbeddingTable
 from workflows import evaluate
 from workflows.common import cli, tracking
 from workflows.evaluate import Run
+from workflows.reports.detections import annotations_as_detections, draw_comparison, read_box_image
 
 WORLD = World.create(0)
 
@@ -54,7 +55,7 @@ def names_of(run: Run) -> dict[int, str]:
     return {row["category_id"]: row["name"] for row in tables.read_table(run.storage, "categories", "t").to_pylist()}
 
 
-def test_an_untrained_detector_scores_next_to_nothing(run: Run) -> None:
+def test_an_untrained_detector_scores_near_zero(run: Run) -> None:
     metrics, pictures = evaluate.evaluate(run)
     assert len(pictures) == 3
     assert [entry.name for entry in metrics.categories] == list(WORLD.names)
@@ -62,15 +63,15 @@ def test_an_untrained_detector_scores_next_to_nothing(run: Run) -> None:
     assert all(0 <= summary[f"ap50_{split}"] < 0.05 for split in ("base", "novel", "all"))
 
 
-def test_the_truth_itself_scores_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_annotations_score_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, names = iter(rows_of(run)), names_of(run)
 
-    def knowing(_: Detector, images: list[Image.Image], asked: list[str], **__: object) -> list[Detections]:
-        nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), tuple(asked), 128, 128)
-        shown = [evaluate.truth_as_detections(next(rows), names, nothing) for _ in images]
+    def detect_truth(_: Detector, images: list[Image.Image], vocabulary: list[str], **__: object) -> list[Detections]:
+        nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), tuple(vocabulary), 128, 128)
+        shown = [annotations_as_detections(next(rows), names, nothing) for _ in images]
         return [dataclasses.replace(entry, image=image) for entry, image in zip(shown, images, strict=True)]
 
-    monkeypatch.setattr(Detector, "detect", knowing)
+    monkeypatch.setattr(Detector, "detect", detect_truth)
     metrics, _ = evaluate.evaluate(run)
     assert metrics.mean("ap50") == metrics.mean("ap") == pytest.approx(1.0)
     present = {key for row in rows_of(run) for key in row["category_ids"]}
@@ -78,13 +79,13 @@ def test_the_truth_itself_scores_one(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert unseen == [name for key, name in names_of(run).items() if key not in present]
 
 
-def test_the_size_of_a_batch_does_not_matter(run: Run) -> None:
+def test_batch_size_does_not_change_the_metrics(run: Run) -> None:
     one, all_at_once = (evaluate.evaluate(dataclasses.replace(run, batch_size=size))[0] for size in (1, 10))
     for first, second in zip(one.categories, all_at_once.categories, strict=True):
         assert first.ap50 == pytest.approx(second.ap50, abs=1e-3, nan_ok=True)
 
 
-def test_only_pictures_that_are_drawn_are_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_drawn_images_are_kept_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
 
     def count(_: object, found: list[Detections], *__: object) -> None:
@@ -95,15 +96,15 @@ def test_only_pictures_that_are_drawn_are_kept(run: Run, monkeypatch: pytest.Mon
     assert kept == [3]
 
 
-def test_truth_and_detections_stand_side_by_side(run: Run) -> None:
+def test_annotations_and_detections_are_drawn_side_by_side(run: Run) -> None:
     row, names = rows_of(run)[0], names_of(run)
-    picture = evaluate.read_box_image(run, row)
+    picture = read_box_image(run.storage, row)
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), tuple(names.values()), 128, 128, picture)
-    truth = evaluate.truth_as_detections(row, names, nothing)
+    truth = annotations_as_detections(row, names, nothing)
     assert truth.boxes.tolist() == row["boxes"]
     assert [truth.names[label] for label in truth.labels] == [names[key] for key in row["category_ids"]]
-    assert len(evaluate.truth_as_detections({**row, "boxes": [], "category_ids": []}, names, nothing)) == 0
-    pair = evaluate.draw_pair(row, nothing, names)
+    assert len(annotations_as_detections({**row, "boxes": [], "category_ids": []}, names, nothing)) == 0
+    pair = draw_comparison(row, nothing, names)
     assert pair.size == (2 * 320 + 6, 320)
     assert np.array_equal(np.array(pair)[:, 326:], np.array(nothing.draw()))
     assert not np.array_equal(np.array(pair)[:, :320], np.array(nothing.draw()))
@@ -153,7 +154,7 @@ def test_bad_input_is_one_line(
     assert message in lines[0]
 
 
-def test_remote_storage_without_tracking_is_told_before_any_work(
+def test_remote_storage_without_tracking_is_refused_before_any_work(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(_: Run) -> None:

@@ -32,7 +32,7 @@ def lvis(tmp_path: Path) -> Path:
     return path
 
 
-def test_names_come_in_the_order_of_their_ids_rare_ones_novel(lvis: Path, tmp_path: Path) -> None:
+def test_names_are_sorted_by_id_and_rare_ones_are_novel(lvis: Path, tmp_path: Path) -> None:
     assert import_weights.read_names(str(lvis)) == {"anchor": "base", "tennis ball": "novel"}
     assert list(import_weights.read_names(str(lvis))) == ["anchor", "tennis ball"]
     assert import_weights.read_names("") == {}
@@ -42,7 +42,7 @@ def test_names_come_in_the_order_of_their_ids_rare_ones_novel(lvis: Path, tmp_pa
             import_weights.read_names(str(tmp_path / path))
 
 
-def test_names_of_coco_are_split_and_others_are_novel(tmp_path: Path) -> None:
+def test_coco_names_are_split_and_unknown_names_are_novel(tmp_path: Path) -> None:
     coco = [{"id": 9, "name": "traffic light"}, {"id": 2, "name": "car"}, {"id": 1, "name": "dog"}]
     (tmp_path / "coco.json").write_text(json.dumps({"categories": coco}))
     found = import_weights.read_names(str(tmp_path / "coco.json"))
@@ -57,14 +57,14 @@ def test_names_of_coco_are_split_and_others_are_novel(tmp_path: Path) -> None:
 
 def test_missing_flags_and_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--weights"):
-        import_weights.convert(Run(out="folder"))
+        import_weights.convert_detector(Run(out="folder"))
     with pytest.raises(InputError, match="--out"):
-        import_weights.convert(Run(weights="file.pth"))
+        import_weights.convert_detector(Run(weights="file.pth"))
     with pytest.raises(InputError, match=r"absent\.pth"):
-        import_weights.convert(Run(weights=str(tmp_path / "absent.pth"), out=str(tmp_path / "out")))
+        import_weights.convert_detector(Run(weights=str(tmp_path / "absent.pth"), out=str(tmp_path / "out")))
 
 
-def test_names_are_embedded_by_a_given_table_before_the_files_own(lvis: Path, tmp_path: Path) -> None:
+def test_a_given_table_takes_precedence_over_the_files_own(lvis: Path, tmp_path: Path) -> None:
     names, rows = tuple(import_weights.read_names(str(lvis))), np.eye(2, 512, dtype=np.float16)
     np.save(tmp_path / "rows.npy", rows)
     own = torch.eye(2, 512).flip(0)
@@ -83,7 +83,7 @@ def test_names_are_embedded_by_a_given_table_before_the_files_own(lvis: Path, tm
 @pytest.mark.slow
 @needs("parity")
 @pytest.mark.parametrize("text", [True, False])
-def test_a_released_file_becomes_a_detector_that_finds_what_the_released_one_found(text: bool, tmp_path: Path) -> None:
+def test_an_imported_detector_gives_the_released_detections(text: bool, tmp_path: Path) -> None:
     entries = json.loads((parity_packs.PACKS / "manifests" / "codet_ovcoco_r50c4.json").read_text())
     table = parity_models.embedded("coco_clip_vitb32_a_name.npy")
     state = {
@@ -95,13 +95,13 @@ def test_a_released_file_becomes_a_detector_that_finds_what_the_released_one_fou
     torch.save({"model": state, "iteration": 89999}, tmp_path / "released.pth")
     (tmp_path / "names.txt").write_text("\n".join(f"name {index}" for index in range(80)))
     run = Run(weights=str(tmp_path / "released.pth"), out=str(tmp_path / "ours"), names=str(tmp_path / "names.txt"))
-    import_weights.convert(run)
+    import_weights.convert_detector(run)
     detector = ovd_models.load(run.out)
     pack = parity_packs.read("codet_full/ovcoco_r50c4")
     image = pack["image"].flip(2).numpy()
     if text:
-        found = detector.detect(image, ["a name of nobody", "anchor"], score_threshold=0.0)
-        assert found.names == ("a name of nobody", "anchor")
+        found = detector.detect(image, ["unknown name", "anchor"], score_threshold=0.0)
+        assert found.names == ("unknown name", "anchor")
         assert len(found) > 0
         return
     config = detector.model.detector.transform
@@ -112,7 +112,7 @@ def test_a_released_file_becomes_a_detector_that_finds_what_the_released_one_fou
     assert torch.equal(found.labels, pack["det_classes"])
 
 
-def test_a_released_ovsam_becomes_a_checkpoint_that_segments_and_names(lvis: Path, tmp_path: Path) -> None:
+def test_an_imported_ovsam_segments_and_names(lvis: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
     clip = Clip(ClipConfig(vision=vision)).eval()
@@ -153,7 +153,7 @@ def test_a_released_ovsam_becomes_a_checkpoint_that_segments_and_names(lvis: Pat
     assert found.names == ("anchor", "cup")
     assert segmenter.names().is_base.tolist() == [True, False]
     assert segmenter.names(["cup", " anchor "]).is_base.tolist() == [False, True]
-    assert segmenter.names(["cup", "kite"]).is_base is None  # none that it knows: none gains over another
+    assert segmenter.names(["cup", "kite"]).is_base is None  # the split is unknown
     released = ClipTextEncoder(dataclasses.replace(config, prompt_set="ovsam"), clip.model.text, "any")
     assert torch.allclose(segmenter.names(["cup"]).embeddings, released.embed_names(["cup"]), atol=1e-5)
     torch.save({name: value for name, value in sam.sam.state_dict().items() if "image_encoder" not in name}, run.sam)

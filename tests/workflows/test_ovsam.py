@@ -33,7 +33,7 @@ from workflows.common.teacher import read_categories
 from workflows.configs import ovsam as ovsam_configs
 from workflows.configs.ovsam import Run
 from workflows.reports import pointing as pointing_report
-from workflows.reports.pointing import Report
+from workflows.reports.pointing import SegmentationReport
 from workflows.studies import ovsam as ovsam_study
 from workflows.studies import ovsam_boxes, ovsam_names
 
@@ -44,12 +44,12 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 
 @pytest.fixture(scope="module")
-def trained(prepared: Run) -> Trained[Report]:
+def trained(prepared: Run) -> Trained[SegmentationReport]:
     return ovsam.train(prepared)
 
 
 @pytest.mark.ray
-def test_smoke_leaves_a_checkpoint_that_segments_and_names(trained: Trained[Report]) -> None:
+def test_smoke_leaves_a_checkpoint_that_segments_and_names(trained: Trained[SegmentationReport]) -> None:
     segmenter = ovd_models.load_segmenter(trained.model)
     assert len(segmenter.vocabulary) == 68
     picture = Image.new("RGB", (100, 80), "grey")
@@ -64,7 +64,7 @@ def test_smoke_leaves_a_checkpoint_that_segments_and_names(trained: Trained[Repo
 
 
 @pytest.mark.ray
-def test_every_stage_changes_its_part_and_no_other(prepared: Run, trained: Trained[Report]) -> None:
+def test_every_stage_changes_its_part_and_no_other(prepared: Run, trained: Trained[SegmentationReport]) -> None:
     sam, _ = load_sam_folder(trained.outputs["sam"])
     model, info = load_ovsam_folder(trained.model)
     prompt = sam.sam.prompt_encoder.state_dict()
@@ -77,7 +77,7 @@ def test_every_stage_changes_its_part_and_no_other(prepared: Run, trained: Train
 
 
 @pytest.mark.ray
-def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained[Report]) -> None:
+def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained[SegmentationReport]) -> None:
     report = trained.metrics
     assert {kind for _, kind in report.rows} == {"box", "point", "text"}
     assert {"sam", "ovsam", "image crop", "mask features", "roi features"} <= {variant for variant, _ in report.rows}
@@ -91,7 +91,10 @@ def test_everything_is_measured_for_both_kinds_of_prompt(trained: Trained[Report
 
 @pytest.mark.ray
 def test_a_checkpoint_is_measured_again(
-    prepared: Run, trained: Trained[Report], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    prepared: Run,
+    trained: Trained[SegmentationReport],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = evaluate.Run(
         storage=prepared.storage,
@@ -115,7 +118,7 @@ def test_a_checkpoint_is_measured_again(
 
 
 @pytest.mark.ray
-def test_names_are_prompts_too(prepared: Run, trained: Trained[Report]) -> None:
+def test_names_are_prompts_too(prepared: Run, trained: Trained[SegmentationReport]) -> None:
     segmenter = ovd_models.load_text_segmenter(Path(trained.model).parent / "text_model")
     image = torch.zeros(3, 50, 70, dtype=torch.uint8)
     assert segmenter.segment(image).names == load_ovsam_folder(trained.model)[1].vocabulary
@@ -132,7 +135,12 @@ def test_names_are_prompts_too(prepared: Run, trained: Trained[Report]) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize(("shift", "shown", "expected"), [(0, True, 1.0), (1, True, 0.0), (0, False, 0.0)])
 def test_masks_of_names_are_right_where_they_agree_with_what_is_so_named(
-    prepared: Run, trained: Trained[Report], monkeypatch: pytest.MonkeyPatch, shift: int, shown: bool, expected: float
+    prepared: Run,
+    trained: Trained[SegmentationReport],
+    monkeypatch: pytest.MonkeyPatch,
+    shift: int,
+    shown: bool,
+    expected: float,
 ) -> None:
     categories, _ = read_categories(prepared.storage, prepared.boxes)
     label_of = {key: label for label, key in enumerate(categories)}
@@ -142,17 +150,18 @@ def test_masks_of_names_are_right_where_they_agree_with_what_is_so_named(
         if len(row["category_ids"]) > 1 and len(set(row["category_ids"])) == len(row["category_ids"])
     ]
     assert rows
-    masks = iter([pointing_report.read_row(prepared.storage, row, label_of)[1].roll(shift, 0) & shown for row in rows])
+    images = list(pointing_report.read_objects(prepared.storage, rows, label_of))
+    masks = iter([objects.masks.roll(shift, 0) & shown for objects in images])
     text = ovd_models.load_text_segmenter(Path(trained.model).parent / "text_model").model
     monkeypatch.setattr(text, "segment_text", lambda *_: SimpleNamespace(masks=next(masks)))
     vocabulary = Vocabulary(tuple(categories.values()), torch.zeros(len(categories), 2))
-    summary = pointing_report.ask_by_name(prepared.storage, rows, label_of, vocabulary, text).summary()
+    summary = pointing_report.segment_names(images, vocabulary, text).summary()
     assert summary["accuracy_all"] == expected
     assert (summary["iou_all"] == 1) == (expected == 1)
 
 
 @pytest.mark.ray
-def test_losses_are_tracked_by_stage(prepared: Run, trained: Trained[Report]) -> None:
+def test_losses_are_tracked_by_stage(prepared: Run, trained: Trained[SegmentationReport]) -> None:
     uri = tracking.tracking_uri(prepared.storage)
     names = {
         "sam": ("focal", "dice", "iou"),
@@ -166,7 +175,9 @@ def test_losses_are_tracked_by_stage(prepared: Run, trained: Trained[Report]) ->
 
 
 @pytest.mark.ray
-def test_a_trained_sam_is_taken_over_and_its_cache_used_again(prepared: Run, trained: Trained[Report]) -> None:
+def test_a_trained_sam_is_taken_over_and_its_cache_used_again(
+    prepared: Run, trained: Trained[SegmentationReport]
+) -> None:
     (cache,) = (Path(prepared.storage) / "features").iterdir()
     before = (cache / "manifest.json").stat().st_mtime_ns
     again = ovsam.train(dataclasses.replace(prepared, sam=trained.outputs["sam"]))
@@ -219,7 +230,9 @@ def test_bad_input_is_told_before_any_work(prepared: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.ray
-def test_a_resumed_run_keeps_its_sam_and_its_teacher(prepared: Run, trained: Trained[Report], tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_sam_and_its_teacher(
+    prepared: Run, trained: Trained[SegmentationReport], tmp_path: Path
+) -> None:
     again = dataclasses.replace(prepared, resume=Path(trained.model).parent.name)
     with pytest.raises(InputError, match=r"began with sam its own, now has sam:\w+, expected the same"):
         ovsam.train(dataclasses.replace(again, sam=trained.outputs["sam"]))
@@ -259,7 +272,9 @@ def detector_folder(prepared: Run, folder: Path) -> str:
 
 
 @pytest.mark.ray
-def test_a_detectors_boxes_get_masks_and_names(prepared: Run, trained: Trained[Report], tmp_path: Path) -> None:
+def test_a_detectors_boxes_get_masks_and_names(
+    prepared: Run, trained: Trained[SegmentationReport], tmp_path: Path
+) -> None:
     run = ovsam_boxes.Run(
         storage=prepared.storage,
         model=trained.model,
@@ -309,7 +324,7 @@ def test_perfect_boxes_masks_and_names_have_an_ap_of_one(prepared: Run) -> None:
 
 @pytest.mark.ray
 def test_a_study_measures_once_and_continues(
-    prepared: Run, trained: Trained[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Run, trained: Trained[SegmentationReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vision = {"image_size": 64, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
     save_clip(Clip(ClipConfig(vision=vision)), tmp_path / "vit")
@@ -325,7 +340,7 @@ def test_a_study_measures_once_and_continues(
     trainings: list[Run] = []
     train = ovsam.train
 
-    def noted(own: Run) -> Trained[Report]:
+    def noted(own: Run) -> Trained[SegmentationReport]:
         trainings.append(own)
         return train(own)
 

@@ -14,8 +14,7 @@ from data_prep.concepts.groups import build_groups
 from data_prep.pairs import shards
 from data_prep.pictograms import website
 from ovd_models.errors import InputError
-from workflows import pairs_report
-from workflows.reports import page
+from workflows.reports import page, pairs
 
 CHROMIUM = Path("/usr/bin/chromium")
 SOURCE = "0123456789abcdef"
@@ -60,9 +59,9 @@ def pairs_of(images: Sequence[bytes], captions: Sequence[str], shard: str, first
     return tar, pa.table(columns, schema=tables.SCHEMAS["pairs"])
 
 
-def reject(row: int, stage: str, reason: str, **told: Any) -> dict[str, Any]:
-    defaults = {"source": SOURCE, "url": f"https://a.example/{row}.jpg", "caption": "a dog", "detail": "told so"}
-    return {**defaults, "row": row, "stage": stage, "reason": reason, **told}
+def reject(row: int, stage: str, reason: str, **changes: Any) -> dict[str, Any]:
+    defaults = {"source": SOURCE, "url": f"https://a.example/{row}.jpg", "caption": "a dog", "detail": "some detail"}
+    return {**defaults, "row": row, "stage": stage, "reason": reason, **changes}
 
 
 def publish(
@@ -76,15 +75,15 @@ def publish(
 ) -> str:
     """Tables as `prepare_pairs` writes them, with a few pairs a file; the storage's URI."""
     uri, name = str(root), "t"
-    files: dict[str, list[tables.FileEntry]] = {table: [] for table in pairs_report.TABLES}
+    files: dict[str, list[tables.FileEntry]] = {table: [] for table in pairs.TABLES}
     index = [tables.SCHEMAS["pairs"].empty_table()]
     for first in range(0, len(images), PER_FILE):
         part = slice(first, first + PER_FILE)
         shard = f"shards/{first:05d}.tar"
-        tar, pairs = pairs_of(images[part], captions[part], shard, first)
+        tar, rows_of_shard = pairs_of(images[part], captions[part], shard, first)
         files["pairs"].append(tables.write_file(uri, "pairs", name, shard, tar))
-        files["pairs"].append(tables.write_part(uri, "pairs", name, f"index/{first:05d}.parquet", pairs))
-        index.append(pairs)
+        files["pairs"].append(tables.write_part(uri, "pairs", name, f"index/{first:05d}.parquet", rows_of_shard))
+        index.append(rows_of_shard)
     rejected = pa.Table.from_pylist(list(rejects), schema=tables.SCHEMAS["rejects"])
     if rejected.num_rows:
         files["rejects"].append(tables.write_part(uri, "rejects", name, "a.parquet", rejected))
@@ -112,7 +111,7 @@ def publish(
 
 
 class Parsed(html.parser.HTMLParser):
-    """What a browser would make of a page."""
+    """Tags, attributes and text of a page."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -150,8 +149,8 @@ def crawled(tmp_path_factory: pytest.TempPathFactory) -> str:
     return publish(tmp_path_factory.mktemp("crawled"), images, [*CAPTIONS] * 2, REJECTS, progress=progress)
 
 
-def test_a_report_tells_what_was_kept_and_why_the_rest_was_not(crawled: str) -> None:
-    uri = pairs_report.write(crawled, "t")
+def test_a_report_shows_what_was_kept_and_why_rows_were_rejected(crawled: str) -> None:
+    uri = pairs.write_pairs_report(crawled, "t")
     assert uri == f"{crawled}/reports/pairs-t.html"
     found = Parsed(uri)
     for wanted in ("16 rows of input", "10 kept: 62.5%", "6 rejected: 37.5%", "3 concepts", "4 rows/s", "1 source"):
@@ -164,13 +163,13 @@ def test_a_report_tells_what_was_kept_and_why_the_rest_was_not(crawled: str) -> 
 
 
 def test_equal_tables_give_equal_pages(crawled: str) -> None:
-    first = Path(pairs_report.write(crawled, "t")).read_bytes()
-    assert Path(pairs_report.write(crawled, "t")).read_bytes() == first
+    first = Path(pairs.write_pairs_report(crawled, "t")).read_bytes()
+    assert Path(pairs.write_pairs_report(crawled, "t")).read_bytes() == first
 
 
 def test_rejected_rows_are_counted_by_stage_reason_status_and_requests(crawled: str) -> None:
-    with pairs_report.open_tables(crawled, "t") as sql:
-        found = pairs_report.outcomes(sql, 10)
+    with pairs.open_tables(crawled, "t") as crawl:
+        found = pairs.count_outcomes(crawl, 10)
     assert found["stages"] == {"kept": 10, "fetch": 3, "decode": 0, "filter": 1, "dedup": 2}
     assert found["reasons"] == [
         ("fetch", "http_status", 2),
@@ -183,43 +182,43 @@ def test_rejected_rows_are_counted_by_stage_reason_status_and_requests(crawled: 
     assert found["attempts"] == [(1, 2), (3, 1)]
 
 
-def test_examples_have_the_pictures_of_the_samples_and_the_rows_they_duplicate(crawled: str) -> None:
+def test_rejected_examples_have_thumbnails_and_originals(crawled: str) -> None:
     small = jpeg(1, (8, 8))
     sample = {"reason": "too_small", "url": "https://a.example/13.jpg", "raw_caption": "a dog", "detail": "small"}
     samples = pa.Table.from_pylist([{**sample, "picture": small}, {**sample, "picture": None}], schema=shards.SAMPLES)
-    with pairs_report.open_tables(crawled, "t") as sql:
-        found = pairs_report.rejected_examples(sql, crawled, "t", samples)
+    with pairs.open_tables(crawled, "t") as crawl:
+        found = pairs.sample_rejected_rows(crawl, samples)
     assert found["too_small"][0]["picture"] == page.data_uri(small)
     assert found["timeout"][0]["picture"] is None
     [copied], [repeated] = found["duplicate_bytes"], found["duplicate_url"]
-    assert copied["survivor"]["url"] == "https://a.example/3.jpg"
-    assert copied["survivor"]["picture"] == page.data_uri(shards.thumbnail(jpeg(3)))
-    assert repeated["survivor"] is None  # row 12 was rejected itself
+    assert copied["original"]["url"] == "https://a.example/3.jpg"
+    assert copied["original"]["picture"] == page.data_uri(shards.thumbnail(jpeg(3)))
+    assert repeated["original"] is None  # row 12 was rejected itself
 
 
-def test_of_many_rejected_rows_those_with_a_picture_come_first(tmp_path: Path) -> None:
+def test_rejected_rows_with_a_thumbnail_come_first(tmp_path: Path) -> None:
     uri = publish(tmp_path, [], [], [reject(row, "filter", "blank") for row in range(30)])
     sample = {"reason": "blank", "url": "https://a.example/17.jpg", "raw_caption": "", "detail": "", "picture": b"x"}
-    with pairs_report.open_tables(uri, "t") as sql:
+    with pairs.open_tables(uri, "t") as crawl:
         samples = pa.Table.from_pylist([sample], schema=shards.SAMPLES)
-        [(reason, rows)] = pairs_report.rejected_examples(sql, uri, "t", samples).items()
-    assert (reason, len(rows)) == ("blank", pairs_report.NUM_REJECTED)
+        [(reason, rows)] = pairs.sample_rejected_rows(crawl, samples).items()
+    assert (reason, len(rows)) == ("blank", pairs.NUM_REJECTED)
     assert [row["url"] for row in rows if row["picture"]] == ["https://a.example/17.jpg"] == [rows[0]["url"]]
 
 
 def test_concepts_are_counted_alone_and_together(crawled: str) -> None:
-    with pairs_report.open_tables(crawled, "t") as sql:
-        found = pairs_report.concepts(sql, crawled, "t", 10)
-        rows = pairs_report.kept_pictures(sql, crawled, "t")
+    with pairs.open_tables(crawled, "t") as crawl:
+        found = pairs.summarise_concepts(crawl, 10)
+        rows = pairs.sample_kept_rows(crawl)
     assert [(row["name"], row["image_count"]) for row in found["top"]] == [("cat", 6), ("dog", 6), ("star", 2)]
     assert (found["num_concepts"], found["covered"]) == (3, 8)
-    counts = {(one["name"], other["name"]): both for one, others in found["related"] for other, both, _ in others}
+    counts = {(one["name"], other["name"]): both for one, others in found["cooccurrence"] for other, both, _ in others}
     assert counts == {
         **{("cat", "cat"): 6, ("cat", "dog"): 4, ("cat", "star"): 2},
         **{("dog", "cat"): 4, ("dog", "dog"): 6, ("dog", "star"): 2},
         **{("star", "cat"): 2, ("star", "dog"): 2, ("star", "star"): 2},
     }
-    assert {other["name"]: share for other, _, share in found["related"][0][1]} == {
+    assert {other["name"]: share for other, _, share in found["cooccurrence"][0][1]} == {
         "cat": 1,
         "dog": 2 / 3,
         "star": 1 / 3,
@@ -230,22 +229,23 @@ def test_concepts_are_counted_alone_and_together(crawled: str) -> None:
 
 def test_rows_are_found_by_position(crawled: str) -> None:
     everything = tables.read_table(crawled, "pairs", "t", ["row", "caption"]).to_pylist()
-    for positions in ([], [0], [3, 4, 9], list(range(10))):
-        found = pairs_report.rows_at(crawled, "pairs", "t", positions, ["row", "caption"])
-        assert found == [everything[position] for position in positions]
+    with pairs.open_tables(crawled, "t") as crawl:
+        for positions in ([], [0], [3, 4, 9], list(range(10))):
+            found = crawl.rows_at("pairs", positions, ["row", "caption"])
+            assert found == [everything[position] for position in positions]
 
 
-def test_positions_are_spread_evenly() -> None:
-    assert pairs_report.spread(0, 0, 5) == []
-    assert pairs_report.spread(7, 10, 5) == [7, 8, 9]
-    assert pairs_report.spread(0, 101, 5) == [0, 25, 50, 75, 100]
-    assert len(set(pairs_report.spread(0, 10**9 + 7, 24))) == 24
+def test_positions_are_evenly_spaced() -> None:
+    assert pairs.evenly_spaced(0, 0, 5) == []
+    assert pairs.evenly_spaced(7, 10, 5) == [7, 8, 9]
+    assert pairs.evenly_spaced(0, 101, 5) == [0, 25, 50, 75, 100]
+    assert len(set(pairs.evenly_spaced(0, 10**9 + 7, 24))) == 24
 
 
-def test_speed_is_that_between_two_moments() -> None:
-    times, rates = pairs_report.speeds([(2.0, 4), (4.0, 16), (4.0, 24)])
+def test_throughput_is_measured_between_two_times() -> None:
+    times, rates = pairs.throughput([(2.0, 4), (4.0, 16), (4.0, 24)])
     assert (times.tolist(), rates.tolist()) == ([0, 2, 4], [2, 10])
-    times, rates = pairs_report.speeds([(float(second), 5 * second) for second in range(1, 10_001)], most=11)
+    times, rates = pairs.throughput([(float(second), 5 * second) for second in range(1, 10_001)], max_points=11)
     assert times.tolist() == list(range(0, 10_001, 1000))
     np.testing.assert_allclose(rates, 5)
 
@@ -258,41 +258,43 @@ def test_shares_are_percentages(part: int, whole: int, said: str) -> None:
 
 
 def test_empty_tables_have_a_report(tmp_path: Path) -> None:
-    found = Parsed(pairs_report.write(publish(tmp_path, [], [], []), "t"))
+    found = Parsed(pairs.write_pairs_report(publish(tmp_path, [], [], []), "t"))
     for wanted in ("0 rows of input", "No row was kept.", "No row was rejected.", "0 concepts", "0 sources"):
         assert wanted in " ".join(found.text.split())
     assert "img" not in found.tags
 
 
 def test_a_crawl_without_pairs_and_one_without_rejects_have_a_report(tmp_path: Path) -> None:
-    found = Parsed(pairs_report.write(publish(tmp_path / "none", [], [], REJECTS), "t"))
+    found = Parsed(pairs.write_pairs_report(publish(tmp_path / "none", [], [], REJECTS), "t"))
     assert "which was rejected too" in found.text
-    found = Parsed(pairs_report.write(publish(tmp_path / "all", [jpeg(0)], ["nothing"], [], progress=[(0.0, 1)]), "t"))
+    found = Parsed(
+        pairs.write_pairs_report(publish(tmp_path / "all", [jpeg(0)], ["nothing"], [], progress=[(0.0, 1)]), "t")
+    )
     assert "1 kept: 100.0%" in " ".join(found.text.split())
 
 
 def test_a_missing_table_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such table"):
-        pairs_report.write(str(tmp_path), "absent")
+        pairs.write_pairs_report(str(tmp_path), "absent")
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    told = {"caption": HOSTILE, "detail": HOSTILE, "url": "javascript:alert(3)"}
+    texts = {"caption": HOSTILE, "detail": HOSTILE, "url": "javascript:alert(3)"}
     rejects = [
-        reject(10, "fetch", "bad_url", **told, attempts=1),
-        reject(11, "fetch", "bad_url", **{**told, "url": 'https://a.example/"><script>alert(4)</script>'}),
-        reject(12, "fetch", "bad_url", **{**told, "url": " JavaScript:alert(5)"}),
-        reject(13, "fetch", "bad_url", **{**told, "url": None, "caption": None}),
-        reject(14, "dedup", "near_duplicate", **told, duplicate_of={"source": SOURCE, "row": 0}),
+        reject(10, "fetch", "bad_url", **texts, attempts=1),
+        reject(11, "fetch", "bad_url", **{**texts, "url": 'https://a.example/"><script>alert(4)</script>'}),
+        reject(12, "fetch", "bad_url", **{**texts, "url": " JavaScript:alert(5)"}),
+        reject(13, "fetch", "bad_url", **{**texts, "url": None, "caption": None}),
+        reject(14, "dedup", "near_duplicate", **texts, duplicate_of={"source": SOURCE, "row": 0}),
     ]
     images = [jpeg(0, (300, 60)), jpeg(1, (40, 400))]
     concepts = {HOSTILE: ["<b>bold</b>", "y" * 500]}
     return publish(tmp_path_factory.mktemp("hostile"), images, [HOSTILE] * 2, rejects, concepts=concepts)
 
 
-def test_hostile_text_stays_text(hostile: str) -> None:
-    found = Parsed(pairs_report.write(hostile, "t"))
+def test_hostile_text_is_escaped(hostile: str) -> None:
+    found = Parsed(pairs.write_pairs_report(hostile, "t"))
     assert {"script", "b"} & set(found.tags) == {"b"}  # the headline's figures are bold
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     assert all(value.startswith(("https://a.example/", "#")) for value in found.values("href"))
@@ -326,8 +328,8 @@ def test_the_reports_open_in_a_browser(small_site: Path, tmp_path: Path, hostile
         "detail": "",
         "picture": jpeg(1),
     }
-    pages = [pairs_report.write(root, "t", pa.Table.from_pylist([sample], schema=shards.SAMPLES))]
-    pages.append(pairs_report.write(hostile, "t"))
+    pages = [pairs.write_pairs_report(root, "t", pa.Table.from_pylist([sample], schema=shards.SAMPLES))]
+    pages.append(pairs.write_pairs_report(hostile, "t"))
     seen = []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -337,10 +339,10 @@ def test_the_reports_open_in_a_browser(small_site: Path, tmp_path: Path, hostile
             for uri in pages:
                 tab = browser.new_page(viewport={"width": 1200, "height": 900})
                 problems: list[str] = []
-                tab.on("console", lambda message, told=problems: told.append(message.text))
-                tab.on("pageerror", lambda error, told=problems: told.append(str(error)))
-                tab.on("dialog", lambda dialog, told=problems: told.append(dialog.message))
-                tab.on("request", lambda asked, told=problems: asked.url[:4] == "http" and told.append(asked.url))
+                tab.on("console", lambda message, log=problems: log.append(message.text))
+                tab.on("pageerror", lambda error, log=problems: log.append(str(error)))
+                tab.on("dialog", lambda dialog, log=problems: log.append(dialog.message))
+                tab.on("request", lambda request, log=problems: request.url[:4] == "http" and log.append(request.url))
                 tab.goto(Path(uri).as_uri())
                 broken = tab.eval_on_selector_all("img", "all => all.filter(one => !one.naturalWidth).length")
                 wide = tab.evaluate("document.documentElement.scrollWidth")

@@ -34,6 +34,7 @@ from ovd_models.segments import Prompts
 from ovd_models.vocabulary import EmbeddingTable
 from workflows import serve
 from workflows.common import tracking
+from workflows.serving.api import Endpoint, build_api
 from workflows.serving.requests import Limits
 
 NAMES = ("anchor", "umbrella", "snowman")
@@ -57,6 +58,10 @@ def client(ray_cluster: None, checkpoint: Path) -> Iterator[httpx.Client]:
     run = serve.Run(model=str(checkpoint), port=0, limits=LIMITS)
     with serve.serve_model(run) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
+
+
+def open_endpoint(checkpoint: Path, storage: str | Path = "store", *, texts: bool = True) -> Endpoint:
+    return Endpoint(str(checkpoint), str(storage), texts=texts, threads=0, device="cpu", limits=LIMITS)
 
 
 def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
@@ -98,7 +103,7 @@ def problem(response: httpx.Response, status: int) -> str:
 
 
 @pytest.mark.ray
-def test_detect_answers_boxes_for_the_names_asked(client: httpx.Client) -> None:
+def test_detect_returns_boxes_of_the_given_names(client: httpx.Client) -> None:
     response = detect(client, vocabulary=json.dumps(["anchor", "snowman"]), score_threshold=0, max_detections=7)
     assert response.status_code == 200, response.text
     found = response.json()
@@ -114,7 +119,7 @@ def test_detect_answers_boxes_for_the_names_asked(client: httpx.Client) -> None:
 
 
 @pytest.mark.ray
-def test_model_says_what_is_served(client: httpx.Client, checkpoint: Path) -> None:
+def test_model_describes_the_checkpoint(client: httpx.Client, checkpoint: Path) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     model = client.get("/v1/model").json()
     assert model["method"] == "codet"
@@ -124,7 +129,7 @@ def test_model_says_what_is_served(client: httpx.Client, checkpoint: Path) -> No
 
 
 @pytest.mark.ray
-def test_interface_describes_itself(client: httpx.Client) -> None:
+def test_the_api_has_an_openapi_description(client: httpx.Client) -> None:
     assert client.get("/").headers["location"] == "/docs"
     assert client.get("/docs").status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
@@ -133,9 +138,9 @@ def test_interface_describes_itself(client: httpx.Client) -> None:
 
 
 @pytest.mark.ray
-def test_photographs_are_answered_upright(client: httpx.Client) -> None:
+def test_exif_rotation_is_applied(client: httpx.Client) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     buffer = io.BytesIO()
     Image.new("RGB", (96, 64)).save(buffer, "JPEG", exif=exif)
     found = detect(client, buffer.getvalue()).json()
@@ -255,7 +260,7 @@ def test_slow_bodies_are_refused(client: httpx.Client) -> None:
 
 
 @pytest.mark.ray
-def test_full_queue_says_when_to_come_back_and_health_still_answers(client: httpx.Client) -> None:
+def test_a_full_queue_answers_503_with_retry_after_while_health_answers(client: httpx.Client) -> None:
     content = picture(2400, 1600)
     with ThreadPoolExecutor(24) as pool:
         pending = [pool.submit(detect, client, content) for _ in range(24)]
@@ -270,31 +275,30 @@ def test_full_queue_says_when_to_come_back_and_health_still_answers(client: http
     assert detect(client).status_code == 200
 
 
-def test_unexpected_errors_say_nothing_about_the_inside(checkpoint: Path) -> None:
-    endpoint = serve.Endpoint(serve.Run(model=str(checkpoint)))
+def test_unexpected_errors_reveal_no_details(checkpoint: Path) -> None:
+    endpoint = open_endpoint(checkpoint)
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret")
 
     endpoint.served.detect = broken  # type: ignore[method-assign]
-    with TestClient(serve.build_api(endpoint)) as client:
+    with TestClient(build_api(endpoint)) as client:
         response = detect(client)
         assert "secret" not in problem(response, 500)
         assert client.get("/healthz").status_code == 200
 
 
-def test_names_are_looked_up_in_the_teachers_store(checkpoint: Path, tmp_path: Path) -> None:
-    run = serve.Run(model=str(checkpoint), storage=str(tmp_path))
-    teacher = serve.Endpoint(run).served.encoder
+def test_embeddings_are_read_from_the_teachers_store(checkpoint: Path, tmp_path: Path) -> None:
+    teacher = open_endpoint(checkpoint, tmp_path).served.encoder
     known_KD = teacher.embed_names(NAMES[:1])
     TextStore.of(str(tmp_path), teacher.teacher).append(["parasol"], teacher.prompt_set, known_KD.numpy())
-    with TestClient(serve.build_api(serve.Endpoint(run))) as client:
+    with TestClient(build_api(open_endpoint(checkpoint, tmp_path))) as client:
         answers = [detect(client, vocabulary=json.dumps([name])).json() for name in (NAMES[0], "parasol")]
         assert [entry["score"] for entry in answers[0]["detections"]] == [
             entry["score"] for entry in answers[1]["detections"]
         ]
         assert {entry["label"] for entry in answers[1]["detections"]} == {"parasol"}
-    without = serve.Endpoint(serve.Run(model=str(checkpoint), storage=str(tmp_path), texts=False))
+    without = open_endpoint(checkpoint, tmp_path, texts=False)
     with pytest.raises(InputError, match="parasol"):
         without.served.encoder.embed_names(["parasol"])
 
@@ -308,18 +312,17 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestC
     rows = np.random.default_rng(0).normal(size=(len(NAMES), model.config.tower.embed_dim))
     table = EmbeddingTable.from_array(NAMES, rows.astype(np.float32), "table")
     save_ovsam(model, table, folder, splits=dict.fromkeys(NAMES, "base"), run={})
-    api = serve.build_api(serve.Endpoint(serve.Run(model=str(folder), limits=LIMITS)))
-    with TestClient(api) as client:
+    with TestClient(build_api(open_endpoint(folder))) as client:
         yield client, ovd_models.load_segmenter(folder)
 
 
 def segment(client: httpx.Client, prompts: object, **fields: Any) -> httpx.Response:
     files = {"image": ("picture.png", encoded(Image.open(io.BytesIO(picture())), "PNG"), "image/png")}
-    told = prompts if isinstance(prompts, str) else json.dumps(prompts)
-    return client.post("/v1/segment", files=files, data={"prompts": told, **fields})
+    text = prompts if isinstance(prompts, str) else json.dumps(prompts)
+    return client.post("/v1/segment", files=files, data={"prompts": text, **fields})
 
 
-def test_what_is_pointed_at_is_segmented_and_named(segmenting: tuple[TestClient, Segmenter]) -> None:
+def test_prompts_are_segmented_and_named(segmenting: tuple[TestClient, Segmenter]) -> None:
     client, segmenter = segmenting
     assert client.get("/v1/model").json()["method"] == "ovsam"
     assert set(client.get("/openapi.json").json()["paths"]) == {"/healthz", "/v1/model", "/v1/segment"}
@@ -357,7 +360,7 @@ def test_bad_prompts_are_refused(segmenting: tuple[TestClient, Segmenter], promp
     assert expected in problem(segment(segmenting[0], prompts), 422)
 
 
-def test_a_segmenters_names_and_pictures_are_checked_too(segmenting: tuple[TestClient, Segmenter]) -> None:
+def test_a_segmenters_names_and_images_are_checked_too(segmenting: tuple[TestClient, Segmenter]) -> None:
     client = segmenting[0]
     assert "zebra" in problem(segment(client, {"points": [[1, 1]]}, vocabulary='["zebra"]'), 422)
     files = {"image": ("picture.png", b"<html>", "image/png")}
@@ -368,15 +371,15 @@ def test_a_segmenters_names_and_pictures_are_checked_too(segmenting: tuple[TestC
     problem(client.post("/v1/detect", files=files), 404)
 
 
-def test_a_checkpoint_without_a_route_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_route_is_refused(tmp_path: Path) -> None:
     save_sam(SamModel(SamConfig(depth=1, global_blocks=())), tmp_path, run={})
     with pytest.raises(InputError, match="a checkpoint of method 'sam', expected one of codet, vild, ovsam"):
-        serve.check(serve.Run(model=str(tmp_path)))
+        serve.check_model(serve.Run(model=str(tmp_path)))
 
 
-def test_dead_client_frees_its_place(checkpoint: Path) -> None:
-    endpoint = serve.Endpoint(serve.Run(model=str(checkpoint)))
-    api = serve.build_api(endpoint)
+def test_a_disconnected_client_frees_its_place(checkpoint: Path) -> None:
+    endpoint = open_endpoint(checkpoint)
+    api = build_api(endpoint)
     scope = {"type": "http", "method": "POST", "path": "/v1/detect", "raw_path": b"/v1/detect", "query_string": b""}
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
     messages: list[Any] = []
@@ -387,11 +390,11 @@ def test_dead_client_frees_its_place(checkpoint: Path) -> None:
     async def send(message: Any) -> None:
         messages.append(message)
 
-    async def talk() -> None:
-        for _ in range(endpoint.run.limits.max_queued + 5):
+    async def send_requests() -> None:
+        for _ in range(endpoint.limits.max_queued + 5):
             await api({**scope, "headers": headers}, receive, send)
 
-    asyncio.run(talk())
+    asyncio.run(send_requests())
     assert not [message for message in messages if message.get("status") == 503]
 
 

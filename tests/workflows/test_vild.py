@@ -18,11 +18,13 @@ from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
+from ovd_models.vocabulary import Vocabulary
 from workflows import evaluate, failures, vild
 from workflows.common import cli, tracking
 from workflows.common.runs import Trained
 from workflows.configs import vild as vild_configs
 from workflows.configs.vild import Run
+from workflows.reports import failures as gallery
 from workflows.studies import study as studies
 from workflows.studies import vild as vild_study
 from workflows.studies import vild_sweep
@@ -150,7 +152,7 @@ def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() 
     image = Image.new("RGB", (100, 20))
     boxes = np.array([[at, 0, at + 8, 8] for at in (0, 20, 40, 60, 80)], np.float32)
     things = [
-        failures.AnnotatedObject(image, box, name)
+        gallery.AnnotatedObject(image, box, name)
         for box, name in zip(boxes, ("cat", "cow", "cow", "cow", "cat"), strict=True)
     ]
     # The first is called by its name, the last one is found nowhere, and one detection is too small to be the second.
@@ -161,29 +163,29 @@ def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() 
         torch.from_numpy(np.concatenate([moved, [[20, 0, 23, 8]]]).astype(np.float32)),
         torch.tensor([*scores, 1.0]), torch.tensor([*labels, 1]), ("cat", "cow"), 100, 20,
     )  # fmt: skip
-    wrong = failures.confusions([things], [found], lambda one, two: 0.5)
-    assert [(entry.target.name, entry.called) for entry in wrong] == [("cow", "cat"), ("cow", "cat")]
-    assert failures.confusions([things, []], [found, found], lambda one, two: 0.5) == wrong
-    assert len(failures.varied(wrong * 3, most=3)) == 3
+    vocabulary = Vocabulary(("cat", "cow"), torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+    wrong = gallery.find_confusions([things], [found], vocabulary)
+    assert [(entry.target.name, entry.predicted) for entry in wrong] == [("cow", "cat"), ("cow", "cat")]
+    assert [entry.similarity for entry in wrong] == pytest.approx([0.6, 0.6])
+    assert gallery.find_confusions([things, []], [found, found], vocabulary) == wrong
+    assert len(gallery.limit_repeats(wrong * 3, most=3)) == 3
 
 
 @pytest.mark.ray
 def test_failures_are_found_and_written(prepared: Run, trained: Trained[DetectionMetrics], tmp_path: Path) -> None:
     output = tmp_path / "failures.html"
-    counts = failures.gallery(
-        failures.Run(
-            storage=prepared.storage,
-            model=trained.model,
-            teacher=prepared.teacher,
-            boxes="smoke-eval",
-            output=str(output),
-            max_images=6,
-            shown=2,
-            score_threshold=0.0,
-            elongated=1.2,
-        )
+    run = failures.Run(
+        storage=prepared.storage,
+        model=trained.model,
+        teacher=prepared.teacher,
+        boxes="smoke-eval",
+        max_images=6,
+        score_threshold=0.0,
+        elongated=1.2,
     )
-    assert counts["objects"] > counts["elongated"] > 0
+    found = failures.find_failures(run)
+    gallery.write_gallery(output, found, dataclasses.asdict(run), 2)
+    assert found.counts["objects"] > found.counts["elongated"] > 0
     text = output.read_text()
     for fit in ("warp", "pad", "centre"):
         assert f"<figcaption>{fit}: " in text
@@ -304,4 +306,4 @@ def test_a_study_and_a_gallery_want_their_checkpoints() -> None:
     with pytest.raises(InputError, match="--teacher: missing"):
         vild_study.study(vild_study.pictograms())
     with pytest.raises(InputError, match="--model, --teacher: missing"):
-        failures.gallery(failures.Run())
+        failures.find_failures(failures.Run())

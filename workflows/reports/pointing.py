@@ -1,12 +1,15 @@
-"""What OV-SAM is measured by: IoU and accuracy with box and click prompts, beside SAM and the simple baselines.
+"""Evaluation of OV-SAM: IoU and accuracy with box and click prompts, beside SAM and the baselines.
 
 boxes/<name>-eval --every object, by its box, its centre, its name--> masks, names --> IoU, accuracy, cost, pictures
+
+P prompts or objects of one image, H x W its size, K names.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_prep import storage, tables
+from data_prep import tables
 from data_prep.streams.collate import decode_masks
 from ovd_models.errors import InputError
-from ovd_models.images import decode_image
 from ovd_models.ovsam.baselines import BaselineConfig, SamClip
 from ovd_models.ovsam.metrics import PointingMetrics, centre_points
 from ovd_models.ovsam.model import OvSam
@@ -29,7 +31,10 @@ from ovd_models.sam.training import mask_ious
 from ovd_models.segments import Prompts, Segments, boxes_of
 from ovd_models.vocabulary import Vocabulary
 from workflows.common.tracking import TrackedRun
+from workflows.reports.detections import read_box_image
 
+PromptKind = Literal["box", "point"]
+PROMPT_KINDS: tuple[PromptKind, ...] = get_args(PromptKind)
 BASELINES: dict[str, BaselineConfig] = {
     "image crop": BaselineConfig(),
     "image crop x1.5": BaselineConfig(margin=1.5),
@@ -38,47 +43,45 @@ BASELINES: dict[str, BaselineConfig] = {
     "roi features": BaselineConfig(crop="roi_features"),
     "roi features x1.5": BaselineConfig(crop="roi_features", margin=1.5),
 }
-"""The paper leaves padding and background open: several, so that the best can be compared with."""
-PROMPT_KINDS = ("box", "point")
+"""The paper specifies neither padding nor background, so several settings are compared."""
+MetricsByVariant = dict[tuple[str, str], PointingMetrics]
+"""Metrics by variant and prompt kind: a `PromptKind` or "text"."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a variant takes for one image with four boxes."""
+    """Cost of a variant for one image with four boxes."""
 
     parameters: int
     flops: int
     encode_ms: float
-    """Median of looking at an image."""
+    """Median time to encode an image."""
     prompt_ms: float
-    """Median of one more prompt on it, named."""
+    """Median time to segment and name one more prompt on it."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that was measured."""
+class SegmentationReport:
+    """Metrics, costs and pictures of an evaluation."""
 
     rows: Mapping[tuple[str, str], Mapping[str, float]]
     """Variant and prompt kind -> `PointingMetrics.summary`."""
     costs: Mapping[str, Cost]
     pictures: tuple[Image.Image, ...]
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Flat names for tracking; what was not measured is left out."""
-        flat = {
+    def log(self, tracked: TrackedRun, prefix: str, step: int) -> None:
+        """Log pictures and finite metrics under `prefix`."""
+        metrics = {
             f"{prefix}/{variant.replace(' ', '_').replace(',', '')}/{kind}/{name}": value
             for (variant, kind), values in self.rows.items()
             for name, value in values.items()
+            if np.isfinite(value)
         }
-        return {name: value for name, value in flat.items() if np.isfinite(value)}
-
-    def log(self, tracked: TrackedRun, prefix: str, step: int) -> None:
-        """Metrics and pictures under `prefix`."""
-        tracked.log_metrics(self.metrics(prefix), step)
+        tracked.log_metrics(metrics, step)
         tracked.log_pictures(self.pictures, prefix)
 
     def table(self) -> str:
-        """Rows for a person."""
+        """Format metrics and costs for the console."""
         lines = [f"{'':30}{'IoU':>21}{'accuracy':>24}", f"{'':30}" + f"{'base':>8}{'novel':>8}{'all':>8}" * 2]
         for (variant, kind), values in self.rows.items():
             lines.append(f"{variant + ', ' + kind:30}" + "".join(f"{value:8.3f}" for value in values.values()))
@@ -89,7 +92,7 @@ class Report:
         return "\n".join(lines)
 
 
-def evaluate(
+def evaluate_ovsam(
     storage_uri: str,
     boxes: str,
     category_ids: Mapping[str, int],
@@ -101,45 +104,63 @@ def evaluate(
     limit: int = 0,
     num_pictures: int = 6,
     device: str = "cpu",
-) -> Report:
-    """Ask OV-SAM and, if its teacher is given, that and every baseline for every object, and tell what they cost.
+) -> SegmentationReport:
+    """Evaluate OV-SAM on all annotated objects and, if a SAM is given, that SAM and every baseline.
 
     Args:
-        storage_uri: the storage.
+        storage_uri: the storage of the tables.
         boxes: name of the `boxes` table.
-        category_ids: by name.
-        vocabulary: the names that compete, base ones marked.
+        category_ids: category id by name.
+        vocabulary: all candidate names, with the base ones marked.
         model: the OV-SAM.
-        sam: its teacher, or None.
-        text: a SAM that takes names as prompts, if there is one.
-        limit: of images; all if 0.
-        num_pictures: images that are drawn.
-        device: where the models work; they stay there.
+        sam: the SAM it was distilled from, or None.
+        text: a SAM with names as prompts, or None.
+        limit: number of images; 0 means all.
+        num_pictures: number of images to draw.
+        device: device of the models, where they remain.
 
     Raises:
-        InputError: see `read_rows`.
+        InputError: see `read_mask_rows`.
     """
     vocabulary = vocabulary.to(torch.device(device))
     for part in (model, sam, text):
         if part is not None:
             part.to(device)
-    rows = read_rows(storage_uri, boxes, category_ids, limit)
+    rows = read_mask_rows(storage_uri, boxes, category_ids, limit)
     label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names) if name in category_ids}
-    baselines = {
-        name: SamClip(sam, model.clip, model.config.tower, config).to(device)
-        for name, config in BASELINES.items()
-        if sam is not None
-    }
-    collected, pictures = ask(storage_uri, rows, label_of, vocabulary, model, sam, baselines, num_pictures=num_pictures)
+    read_images = partial(read_objects, storage_uri, rows, label_of, device)
+    metrics, pictures = segment_objects(read_images(), vocabulary, model, sam, num_pictures=num_pictures)
     if text is not None:
-        collected["sam", "text"] = ask_by_name(storage_uri, rows, label_of, vocabulary, text)
-    image = read_row(storage_uri, rows[0], label_of)[0]
-    costs = measure_costs(model, sam, baselines, vocabulary, image.to(device))
-    return Report(summaries(collected), costs, tuple(pictures))
+        metrics["sam", "text"] = segment_names(read_images(), vocabulary, text)
+    image = to_tensor(read_box_image(storage_uri, rows[0])).to(device)
+    costs = measure_costs(model, sam, vocabulary, image)
+    return SegmentationReport(summarise(metrics), costs, tuple(pictures))
 
 
-def read_rows(storage_uri: str, boxes: str, category_ids: Mapping[str, int], limit: int) -> list[dict[str, Any]]:
-    """The first rows of a `boxes` table, all if `limit` is 0.
+# -------------------------------------------------------------------------------------------------- annotated objects
+
+
+@dataclass(frozen=True)
+class ImageObjects:
+    """An image and its P annotated objects."""
+
+    image: Tensor
+    """[3, H, W] uint8."""
+    masks: Tensor
+    """[P, H, W] bool."""
+    labels: list[int]
+    """P rows of the vocabulary."""
+
+    def prompts(self, kind: PromptKind) -> Prompts:
+        """The prompt of each mask: its tight box, or a click on the pixel deepest inside."""
+        if kind == "box":
+            return Prompts(boxes=boxes_of(self.masks))
+        ones = torch.ones(len(self.masks), 1, dtype=torch.int64)
+        return Prompts(points=centre_points(self.masks)[:, None], point_labels=ones)
+
+
+def read_mask_rows(storage_uri: str, boxes: str, category_ids: Mapping[str, int], limit: int) -> list[dict[str, Any]]:
+    """The first `limit` rows of a `boxes` table; all if 0.
 
     Raises:
         InputError: the table is missing, or no row has a mask of one of the categories.
@@ -151,148 +172,146 @@ def read_rows(storage_uri: str, boxes: str, category_ids: Mapping[str, int], lim
         for row in rows
         for mask, key, crowd in zip(row["masks"], row["category_ids"], row["iscrowd"], strict=True)
     ):
-        raise InputError(f"boxes/{boxes}: no mask of a category with a split, expected some to measure by")
+        raise InputError(f"boxes/{boxes}: no mask of a category with a split, expected at least one")
     return rows
 
 
-Collected = dict[tuple[str, str], PointingMetrics]
-"""Variant and prompt kind -> its instances."""
+def read_objects(
+    storage_uri: str, rows: Iterable[Mapping[str, Any]], label_of: Mapping[int, int], device: str = "cpu"
+) -> Iterator[ImageObjects]:
+    """Read the images of `boxes` rows that have objects with masks.
+
+    `label_of` maps category ids to rows of the vocabulary; other categories, crowds and empty masks are left out.
+    """
+    for row in rows:
+        entries = zip(row["masks"], row["category_ids"], row["iscrowd"], strict=True)
+        kept = [(mask, label_of[key]) for mask, key, crowd in entries if mask and key in label_of and not crowd]
+        masks = decode_masks([mask for mask, _ in kept], row["height"], row["width"])
+        filled = masks.flatten(1).any(1)
+        labels = [label for (_, label), full in zip(kept, filled.tolist(), strict=True) if full]
+        if labels:
+            image = to_tensor(read_box_image(storage_uri, row))
+            yield ImageObjects(image.to(device), masks[filled].to(device), labels)
 
 
-def ask(
-    storage_uri: str,
-    rows: list[dict[str, Any]],
-    label_of: Mapping[int, int],
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def segment_objects(
+    images: Iterable[ImageObjects],
     vocabulary: Vocabulary,
     model: OvSam,
     sam: SamModel | None,
-    baselines: Mapping[str, SamClip],
-    kinds: Collection[str] = PROMPT_KINDS,
+    kinds: Collection[PromptKind] = PROMPT_KINDS,
     num_pictures: int = 0,
-) -> tuple[Collected, list[Image.Image]]:
-    """Ask every model for every annotated object of the rows, all names competing; also a few pictures.
+) -> tuple[MetricsByVariant, list[Image.Image]]:
+    """Segment and name every annotated object with every model, by box and by point.
 
     Args:
-        storage_uri: the storage.
-        rows: of a `boxes` table.
-        label_of: row of the vocabulary by category id.
-        vocabulary: the names that compete; those that no category bears only distract.
+        images: annotated images, on the device of the models.
+        vocabulary: all candidate names; names without a category are distractors.
         model: the OV-SAM.
-        sam: whose masks the baselines name; None if there are no baselines.
-        baselines: by name.
-        kinds: `box`, `point` or both.
-        num_pictures: images that are drawn with their boxes' answers.
+        sam: the SAM whose masks the baselines name, or None.
+        kinds: kinds of prompts.
+        num_pictures: number of images to draw, with OV-SAM's results for their boxes.
     """
-    novel_K = novel_names(vocabulary)
-    collected: Collected = {}
+    is_novel, baselines = novel_flags(vocabulary), build_baselines(model, sam)
+    metrics: MetricsByVariant = {}
     pictures: list[Image.Image] = []
-    for row in rows:
-        image, masks, labels = read_row(storage_uri, row, label_of)
-        if not labels:
-            continue
-        novel = [novel_K[label] for label in labels]
-        image, masks = image.to(vocabulary.embeddings.device), masks.to(vocabulary.embeddings.device)
-        encoded, seen = model.encode(image), None if sam is None else sam.encode(image)
+    for objects in images:
+        image = objects.image
+        encoded, sam_encoded = model.encode(image), None if sam is None else sam.encode(image)
         for kind in kinds:
-            prompts = prompts_for(masks, kind)
-            found = {"ovsam": model.segment(encoded, prompts, vocabulary)}
-            if sam is not None and seen is not None:
-                by_sam = sam.segment(seen, prompts)
-                others = {name: each.name(image, by_sam, vocabulary, seen) for name, each in baselines.items()}
-                found = {"sam": by_sam, **found, **others}
-            for variant, segments in found.items():
-                ious = mask_ious(segments.masks.flatten(1), masks.flatten(1))
-                metrics = collected.setdefault((variant, kind), PointingMetrics())
-                metrics.add(ious, segments.labels.tolist(), labels, novel)
+            prompts = objects.prompts(kind)
+            results = {"ovsam": model.segment(encoded, prompts, vocabulary)}
+            if sam is not None and sam_encoded is not None:
+                masks = sam.segment(sam_encoded, prompts)
+                named = {name: each.name(image, masks, vocabulary, sam_encoded) for name, each in baselines.items()}
+                results = {"sam": masks, **results, **named}
+            for variant, segments in results.items():
+                metrics.setdefault((variant, kind), PointingMetrics()).add(
+                    mask_ious(segments.masks.flatten(1), objects.masks.flatten(1)),
+                    segments.labels.tolist(),
+                    objects.labels,
+                    [is_novel[label] for label in objects.labels],
+                )
             if kind == "box" and len(pictures) < num_pictures:
-                pictures.append(found["ovsam"].draw(image=Image.fromarray(image.permute(1, 2, 0).cpu().numpy())))
-    return collected, pictures
+                pictures.append(results["ovsam"].draw(image=Image.fromarray(image.permute(1, 2, 0).cpu().numpy())))
+    return metrics, pictures
 
 
-def ask_by_name(
-    storage_uri: str, rows: list[dict[str, Any]], label_of: Mapping[int, int], vocabulary: Vocabulary, text: TextToMask
-) -> PointingMetrics:
-    """The masks that names alone ask for; accurate are those that agree best with an object that is so named."""
-    novel_K = novel_names(vocabulary)
+def segment_names(images: Iterable[ImageObjects], vocabulary: Vocabulary, text: TextToMask) -> PointingMetrics:
+    """Segment every object by its name; a mask is accurate if it overlaps most with an object of that name."""
+    is_novel = novel_flags(vocabulary)
     metrics = PointingMetrics()
-    for row in rows:
-        image, masks, labels = read_row(storage_uri, row, label_of)
-        if labels:
-            device = vocabulary.embeddings.device
-            found = text.segment_text(text.sam.encode(image.to(device)), vocabulary.embeddings[labels])
-            asked_PM, objects_PM = found.masks.flatten(1).float(), masks.to(device).flatten(1).float()
-            common_PP = asked_PM @ objects_PM.T
-            ious_PP = common_PP / (asked_PM.sum(1, keepdim=True) + objects_PM.sum(1) - common_PP)
-            best_P = torch.where(ious_PP.any(1), ious_PP.argmax(1), -1)
-            best = [labels[index] if index >= 0 else -1 for index in best_P.tolist()]
-            metrics.add(ious_PP.diagonal(), best, labels, [novel_K[label] for label in labels])
+    for objects in images:
+        labels = objects.labels
+        segments = text.segment_text(text.sam.encode(objects.image), vocabulary.embeddings[labels])
+        found_PM, true_PM = segments.masks.flatten(1).float(), objects.masks.flatten(1).float()
+        common_PP = found_PM @ true_PM.T
+        ious_PP = common_PP / (found_PM.sum(1, keepdim=True) + true_PM.sum(1) - common_PP)
+        best_P = torch.where(ious_PP.any(1), ious_PP.argmax(1), -1)
+        best = [labels[index] if index >= 0 else -1 for index in best_P.tolist()]
+        metrics.add(ious_PP.diagonal(), best, labels, [is_novel[label] for label in labels])
     return metrics
 
 
-def novel_names(vocabulary: Vocabulary) -> list[bool]:
-    """Whether each name is novel: all of them, where nobody knows."""
+def build_baselines(model: OvSam, sam: SamModel | None) -> dict[str, SamClip]:
+    """The baselines by name, on the device of `sam`; none without it."""
+    if sam is None:
+        return {}
+    settings = (sam, model.clip, model.config.tower)
+    device = next(sam.parameters()).device
+    return {name: SamClip(*settings, config).to(device) for name, config in BASELINES.items()}
+
+
+def novel_flags(vocabulary: Vocabulary) -> list[bool]:
+    """Whether each name is novel; all are if the split is unknown."""
     return [True] * len(vocabulary) if vocabulary.is_base is None else (~vocabulary.is_base).tolist()
 
 
-def summaries(collected: Collected) -> dict[tuple[str, str], dict[str, float]]:
-    """`PointingMetrics.summary` of every row; SAM gives no names, so its accuracies with boxes and clicks are NaN."""
-    found = {key: metrics.summary() for key, metrics in collected.items()}
-    for (variant, kind), values in found.items():
+def summarise(metrics: MetricsByVariant) -> dict[tuple[str, str], dict[str, float]]:
+    """`PointingMetrics.summary` of each variant; SAM names nothing, so its box and point accuracies are NaN."""
+    rows = {key: entry.summary() for key, entry in metrics.items()}
+    for (variant, kind), values in rows.items():
         if variant == "sam" and kind in PROMPT_KINDS:
             values |= dict.fromkeys(("accuracy_base", "accuracy_novel", "accuracy_all"), float("nan"))
-    return found
+    return rows
 
 
-def read_row(storage_uri: str, row: Mapping[str, Any], label_of: Mapping[int, int]) -> tuple[Tensor, Tensor, list[int]]:
-    """An image, its objects' masks [N, H, W] and labels: those of known categories, no crowds."""
-    uri = storage.join(storage_uri, row["uri"])
-    image = to_tensor(decode_image(storage.read_bytes(uri), uri))
-    entries = zip(row["masks"], row["category_ids"], row["iscrowd"], strict=True)
-    kept = [(mask, label_of[key]) for mask, key, crowd in entries if mask and key in label_of and not crowd]
-    masks = decode_masks([mask for mask, _ in kept], row["height"], row["width"])
-    filled = masks.flatten(1).any(1)
-    return image, masks[filled], [label for (_, label), full in zip(kept, filled.tolist(), strict=True) if full]
+# --------------------------------------------------------------------------------------------------------------- cost
 
 
-def prompts_for(masks: Tensor, kind: str) -> Prompts:
-    """The prompt of each mask: its tight box, or a click on the pixel deepest inside."""
-    if kind == "box":
-        return Prompts(boxes=boxes_of(masks))
-    return Prompts(points=centre_points(masks)[:, None], point_labels=torch.ones(len(masks), 1, dtype=torch.int64))
-
-
-def measure_costs(
-    model: OvSam, sam: SamModel | None, baselines: Mapping[str, SamClip], vocabulary: Vocabulary, image: Tensor
-) -> dict[str, Cost]:
-    """Parameters, operations and times of all models that are given; their weights stop asking for gradients."""
+def measure_costs(model: OvSam, sam: SamModel | None, vocabulary: Vocabulary, image: Tensor) -> dict[str, Cost]:
+    """Parameters, operations and times of all models; their parameters stop requiring gradients."""
     height, width = image.shape[-2:]
     box = [[width * 0.25, height * 0.25, width * 0.75, height * 0.75]]
     one, four = Prompts.create(boxes=box), Prompts.create(boxes=box * 4)
-    model.requires_grad_(False)  # the counter follows gradients through parameters, and there are none
+    model.requires_grad_(False)  # else the counter follows gradients through the parameters
 
-    def cost(parts: list[nn.Module], encode: Callable[[], Any], ask: Callable[[Any, Prompts], Segments]) -> Cost:
+    def cost(parts: list[nn.Module], encode: Callable[[], Any], segment: Callable[[Any, Prompts], Segments]) -> Cost:
         weights = {id(weight): weight.numel() for part in parts for weight in part.parameters()}
-        flops = count_flops(lambda: ask(encode(), four))
+        flops = count_flops(lambda: segment(encode(), four))
         encoded = encode()
-        times = (median_ms(encode), median_ms(lambda: ask(encoded, one)))
+        times = (median_ms(encode), median_ms(lambda: segment(encoded, one)))
         return Cost(sum(weights.values()), flops, *times)
 
-    own = cost([model], lambda: model.encode(image), lambda seen, prompts: model.segment(seen, prompts, vocabulary))
+    own = cost([model], lambda: model.encode(image), partial(model.segment, vocabulary=vocabulary))
     if sam is None:
         return {"ovsam": own}
     sam.requires_grad_(False)
-    found = {"sam": cost([sam], lambda: sam.encode(image), sam.segment), "ovsam": own}
-    for name, baseline in baselines.items():
+    costs = {"sam": cost([sam], lambda: sam.encode(image), sam.segment), "ovsam": own}
+    for name, baseline in build_baselines(model, sam).items():
 
-        def ask(seen: Any, prompts: Prompts, baseline: SamClip = baseline) -> Segments:
-            return baseline.segment(image, prompts, vocabulary, seen)
+        def segment(encoded: Any, prompts: Prompts, baseline: SamClip = baseline) -> Segments:
+            return baseline.segment(image, prompts, vocabulary, encoded)
 
-        found[name] = cost([sam, model.clip], lambda: sam.encode(image), ask)
-    return found
+        costs[name] = cost([sam, model.clip], lambda: sam.encode(image), segment)
+    return costs
 
 
 def count_flops(job: Callable[[], Any]) -> int:
-    """Operations of matrix products and convolutions; attention is written out, since fused forms are not counted."""
+    """Operations of matrix products and convolutions; attention runs unfused, since fused kernels are not counted."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

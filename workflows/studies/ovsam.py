@@ -29,7 +29,6 @@ from torch import nn
 from data_prep import storage, tables
 from data_prep.embeddings.texts import StoredEncoder, TextStore
 from ovd_models.errors import InputError
-from ovd_models.ovsam.baselines import SamClip
 from ovd_models.ovsam.checkpoints import load_ovsam_folder, load_sam_folder
 from ovd_models.ovsam.head import fuse_scores
 from ovd_models.ovsam.model import OvSam
@@ -275,11 +274,11 @@ def asked_again(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str,
         categories = tables.read_table(run.storage, "categories", own.boxes).to_pylist()
         label_of = {row["category_id"]: names.index(row["name"]) for row in categories if row["split"]}
         rows = other_images(run, own)[: run.vocabulary_images or None]
-        baselines = {key: SamClip(sam, model.clip, model.config.tower, config) for key, config in BASELINES.items()}
-        collected, _ = pointing_report.ask(run.storage, rows, label_of, vocabulary, model, sam, baselines, ("box",))
+        images = pointing_report.read_objects(run.storage, rows, label_of)
+        collected, _ = pointing_report.segment_objects(images, vocabulary, model, sam, kinds=["box"])
         return {
             f"{variant}, {split}": values[f"accuracy_{split}"]
-            for (variant, _), values in pointing_report.summaries(collected).items()
+            for (variant, _), values in pointing_report.summarise(collected).items()
             for split in ("base", "novel")
             if variant != "sam"
         }
@@ -309,13 +308,11 @@ def fused(run: Run, own: ovsam_configs.Run, seed: int, first: Mapping[str, Any])
         vocabulary = names.vocabulary
         label_of = {names.ids[name]: label for label, name in enumerate(vocabulary.names)}
         parts, wanted = [], []
-        for row in other_images(run, own):
-            image, masks, labels = pointing_report.read_row(run.storage, row, label_of)
-            if labels:
-                encoded = model.encode(image)
-                found, boxes_P4 = model.masks(encoded, pointing_report.prompts_for(masks, "box"))
-                parts.append(model.opinions(encoded, found, vocabulary, boxes_P4))
-                wanted += labels
+        for objects in pointing_report.read_objects(run.storage, other_images(run, own), label_of):
+            encoded = model.encode(objects.image)
+            found, boxes_P4 = model.masks(encoded, objects.prompts("box"))
+            parts.append(model.opinions(encoded, found, vocabulary, boxes_P4))
+            wanted += objects.labels
         head_PK, clip_PK, seen_P = (torch.cat(part) for part in zip(*parts, strict=True))
         label_P, is_base_K = torch.tensor(wanted), cast(torch.Tensor, vocabulary.is_base)
         base_P = is_base_K[label_P]

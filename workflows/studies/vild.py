@@ -31,10 +31,12 @@ from ovd_models.evaluation import evaluate_proposals
 from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import Variant, ViLD
 from ovd_models.vocabulary import build_vocabulary
-from workflows import evaluate, failures, prepare_boxes, vild
+from workflows import prepare_boxes, vild
 from workflows.common import cli, runs
 from workflows.common.teacher import read_categories
 from workflows.configs import vild as vild_configs
+from workflows.reports.detections import read_box_image
+from workflows.reports.failures import annotated_objects
 from workflows.studies import study as studies
 from workflows.studies import vild_sweep
 from workflows.studies.study import Numbers
@@ -303,9 +305,8 @@ def name_objects(own: vild_configs.Run) -> Numbers:
     text_KD = build_vocabulary(load_encoder(storage.local_folder(own.teacher)), names).embeddings.numpy()
     teacher = Teacher(own.teacher, EmbedConfig(batch_size=128))
     right: dict[str, list[bool]] = {"base": [], "novel": []}
-    where = evaluate.Run(storage=own.storage)
     for row in tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist():
-        things = failures.annotated_objects(row, evaluate.read_box_image(where, row), categories)
+        things = annotated_objects(row, read_box_image(own.storage, row), categories)
         if things:
             (rows,) = embed_regions(
                 teacher, [np.asarray(things[0].image)], [np.stack([thing.box for thing in things])], own.crops
