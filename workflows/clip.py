@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from data_prep import storage, tables
 from data_prep.pictograms.world import PICTURES, World, single_objects
 from data_prep.streams.collate import PairCollate
-from data_prep.streams.plans import pair_loader
+from data_prep.streams.pair_loader import pair_loader
 from ovd_models.clip.model import (
     Clip,
     ClipConfig,

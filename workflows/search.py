@@ -25,11 +25,10 @@ from torch.nn import functional as F
 from data_prep import storage, tables
 from data_prep.embeddings.nearest import nearest
 from data_prep.embeddings.stores import FlatRows, open_rows
-from data_prep.streams.plans import read_images
+from data_prep.streams.images import read_image
 from ovd_models.clip.model import load_text_encoder
 from ovd_models.drawing import draw_boxes
 from ovd_models.errors import InputError
-from ovd_models.images import decode_image
 from ovd_models.prompts import prompts_of
 from workflows import embed
 from workflows.common import cli
@@ -150,8 +149,7 @@ def region_hits(
     for row, position, image_id, score in zip(found.tolist(), positions.tolist(), ids, scores.tolist(), strict=True):
         uri = storage.absolute(storage.join(run.storage, uris[image_id]))
         box = tuple(boxes[image_id][row - int(rows.offsets[position])])
-        picture = decode_image(storage.read_bytes(uri), uri)
-        hits.append(Hit(score=score, image_id=image_id, picture=picture, box=box))
+        hits.append(Hit(score=score, image_id=image_id, picture=read_image(uri), box=box))
     return hits
 
 
@@ -162,18 +160,12 @@ def pair_hits(
     ids = [rows.ids[position].decode() for position in rows.image_of(found).tolist()]
     columns = lookup(run.storage, source, ids, ["caption", "shard", "offset", "size"])
     root = storage.absolute(tables.table_uri(run.storage, *source.split("/", 1)))
-    members = pa.table({name: [columns[name][image_id] for image_id in ids] for name in ("shard", "offset", "size")})
-    shards = pa.array([storage.join(root, shard) for shard in members["shard"].to_pylist()], pa.string())
-    contents = read_images(members.set_column(0, "shard", shards))
-    return [
-        Hit(
-            score=score,
-            image_id=image_id,
-            picture=decode_image(content, name),
-            caption=columns["caption"][image_id],
-        )
-        for score, image_id, (content, name) in zip(scores.tolist(), ids, contents, strict=True)
-    ]
+    hits = []
+    for score, image_id in zip(scores.tolist(), ids, strict=True):
+        caption, shard, offset, size = (column[image_id] for column in columns.values())
+        picture = read_image(storage.join(root, shard), offset=offset, size=size)
+        hits.append(Hit(score=score, image_id=image_id, picture=picture, caption=caption))
+    return hits
 
 
 def lookup(storage_uri: str, source: str, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -219,7 +219,11 @@ def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSou
             )
         )
     return RegionSource(
-        name=name, teacher=encoder.teacher, crops=crops, most=run.max_proposals, per_step=run.regions_per_step
+        name=name,
+        teacher=encoder.teacher,
+        crops=crops,
+        num_candidates=run.max_proposals,
+        num_sampled=run.regions_per_step,
     )
 
 

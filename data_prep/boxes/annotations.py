@@ -14,7 +14,7 @@ from faster_coco_eval import mask as rle
 from PIL import Image
 
 from data_prep import storage, tables
-from data_prep.boxes.skipped import SkippedRows
+from data_prep.boxes.cleaning import SkipReport
 from data_prep.pictograms.world import SCENES, Style, World
 from ovd_models.errors import InputError
 from ovd_models.images import upright_size
@@ -100,7 +100,7 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
         if not valid:
             raise InputError(f"{path}: annotations[{number}]: bbox {annotation['bbox']!r}, expected 4 finite numbers")
         annotations[image].append(annotation)
-    skipped = SkippedRows()
+    skipped = SkipReport()
     lvis = any("frequency" in entry for entry in raw["categories"])
     rows = [
         _coco_row(entry, lvis, annotations[int(entry["id"])], Path(images), Path(path), skipped)
@@ -169,7 +169,7 @@ def _coco_row(
     annotations: Sequence[Mapping[str, Any]],
     folder: Path,
     origin: Path,
-    skipped: SkippedRows,
+    skipped: SkipReport,
 ) -> dict[str, Any]:
     try:
         # LVIS's official files name images by their address alone.

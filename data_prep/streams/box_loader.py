@@ -4,7 +4,7 @@
                     +--> index --plan--> range reads, decode --> augment --> rows for `collate.DetectionCollate`
     regions --------+
 
-Nothing here imports torch: the data tasks start fast and stay small.
+Imports no torch, so that data tasks start fast and stay small.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_prep import storage, tables
-from data_prep.boxes.skipped import SkippedRows
+from data_prep.boxes.cleaning import SkipReport, clip_box
 from data_prep.embeddings.stores import Regions, RegionStore
 from data_prep.shared import Shared, share, shared
-from data_prep.streams.augmentation import Annotated, Augmentation, augment
+from data_prep.streams.augmentation import AnnotatedImage, Augmentation, augment
+from data_prep.streams.images import read_image
 from data_prep.streams.plans import Integers, plan_epochs, plan_weighted, repeat_factors
 from ovd_models.errors import InputError
-from ovd_models.images import decode_image
 
 INDEX = pa.schema(
     {
@@ -33,22 +33,35 @@ INDEX = pa.schema(
         "masks": pa.list_(pa.string()),
     }
 )
+COLUMNS = pa.schema(
+    {
+        "image": pa.binary(),
+        "height": pa.int64(),
+        "width": pa.int64(),
+        "boxes": pa.list_(pa.float32()),
+        "labels": pa.list_(pa.int64()),
+        "masks": pa.list_(pa.string()),
+        "region_boxes": pa.list_(pa.float32()),
+        "region_valid": pa.list_(pa.bool_()),
+        "region_embeddings": pa.binary(),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionSource:
-    """Stored embeddings of a training set's regions, and how many of an image take part in a step."""
+    """Stored embeddings of a training set's regions, and how many of an image are used in a step."""
 
     name: str
-    """Of the `regions` table."""
+    """Name of the `regions` table."""
     teacher: str
     """Id of the teacher that must have made them."""
     crops: Mapping[str, Any]
     """The crop settings that they must have been made with."""
-    most: int = 300
-    """M: only an image's best proposals are drawn from."""
-    per_step: int = 300
-    """Regions of an image in a step, drawn from these; images with fewer are padded."""
+    num_candidates: int = 300
+    """An image's regions of the highest objectness, from which those of a step are sampled."""
+    num_sampled: int = 300
+    """M: regions of an image in a step; images with fewer are padded."""
 
 
 @dataclass(frozen=True)
@@ -67,39 +80,35 @@ class DetectionLoader:
     masks: bool = False
     weights: npt.NDArray[np.float64] | None = None
     """[count] how often each image comes in an epoch; once if None."""
-    regions: Shared[RegionStore] | None = None
-    most_regions: int = 0
-    """Only so many of an image's regions are drawn from, those of the highest objectness."""
-    regions_per_step: int = 0
-    """Drawn from them."""
+    source: RegionSource | None = None
+    store: Shared[RegionStore] | None = None
+    """The regions of `source`."""
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        index = shared(self.index)
-        store = None if self.regions is None else shared(self.regions)
         if self.weights is None:
-            rows = plan_epochs(self.seed, self.count, positions)
+            numbers = plan_epochs(self.seed, self.count, positions)
         else:
-            rows = plan_weighted(self.seed, self.weights, positions)
-        loaded = [
-            self._load(row, int(position), store)
-            for row, position in zip(index.take(rows).to_pylist(), positions, strict=True)
-        ]
-        return pa.Table.from_pylist(loaded, schema=self._schema())
+            numbers = plan_weighted(self.seed, self.weights, positions)
+        store = None if self.store is None else shared(self.store)
+        rows = zip(shared(self.index).take(numbers).to_pylist(), positions.tolist(), strict=True)
+        loaded = pa.Table.from_pylist([self._load(row, position, store) for row, position in rows], schema=COLUMNS)
+        absent = [] if self.masks else ["masks"]
+        absent += [] if self.source else ["region_boxes", "region_valid", "region_embeddings"]
+        return loaded.drop_columns(absent)
 
     def _load(self, row: dict[str, Any], position: int, store: RegionStore | None) -> dict[str, Any]:
-        pixels = np.asarray(decode_image(storage.read_bytes(row["uri"]), row["uri"]))
-        drawn = NO_REGIONS
-        if store is not None:
+        sampled = NO_REGIONS
+        if self.source and store is not None:
             rng = np.random.default_rng([self.seed, position, 3])
-            drawn = draw_regions(store[row["image_id"]], self.most_regions, self.regions_per_step, rng)
-        image = Annotated(
-            pixels,
+            sampled = sample_regions(store[row["image_id"]], self.source, rng)
+        image = AnnotatedImage(
+            np.asarray(read_image(row["uri"])),
             np.asarray(row["boxes"], np.float32).reshape(-1, 4),
             np.asarray(row["labels"], np.int64),
             row["masks"] if self.masks else [],
-            drawn.boxes,
-            drawn.valid,
+            sampled.boxes,
+            sampled.valid,
         )
         image = augment(image, self.augmentation, np.random.default_rng([self.seed, position, 1]))
         return {
@@ -111,32 +120,16 @@ class DetectionLoader:
             "masks": image.masks,
             "region_boxes": image.regions.ravel(),
             "region_valid": image.valid.tolist(),
-            "region_embeddings": drawn.embeddings.tobytes(),
+            "region_embeddings": sampled.embeddings.tobytes(),
         }
-
-    def _schema(self) -> pa.Schema:
-        columns: dict[str, pa.DataType] = {
-            "image": pa.binary(),
-            "height": pa.int64(),
-            "width": pa.int64(),
-            "boxes": pa.list_(pa.float32()),
-            "labels": pa.list_(pa.int64()),
-        }
-        if self.masks:
-            columns["masks"] = pa.list_(pa.string())
-        if self.regions is not None:
-            columns["region_boxes"] = pa.list_(pa.float32())
-            columns["region_valid"] = pa.list_(pa.bool_())
-            columns["region_embeddings"] = pa.binary()
-        return pa.schema(columns)
 
 
 # -------------------------------------------------------------------------------------------------- regions
 
 
 @dataclass(frozen=True)
-class DrawnRegions:
-    """Regions of one image that take part in a step, padded to a fixed number."""
+class SampledRegions:
+    """Regions of one image for one step, padded to M."""
 
     boxes: npt.NDArray[np.float32]
     """[M, 4] xyxy, pixels of the image as stored."""
@@ -146,28 +139,19 @@ class DrawnRegions:
     """[M, D]."""
 
 
-NO_REGIONS = DrawnRegions(np.zeros((0, 4), np.float32), np.zeros(0, np.bool_), np.zeros((0, 0), np.float16))
+NO_REGIONS = SampledRegions(np.zeros((0, 4), np.float32), np.zeros(0, np.bool_), np.zeros((0, 0), np.float16))
 
 
-def draw_regions(found: Regions, most: int, count: int, rng: np.random.Generator) -> DrawnRegions:
-    """Regions of an image, without replacement: all of them where there are not more than wanted.
-
-    Args:
-        found: of an image.
-        most: only so many of the highest objectness are drawn from.
-        count: wanted.
-        rng: draws them.
-    """
-    best = np.argsort(-found.scores, kind="stable")[:most]
-    chosen = best[np.sort(rng.permutation(len(best))[:count])]
-    drawn = DrawnRegions(
-        np.zeros((count, 4), np.float32),
-        np.arange(count) < len(chosen),
-        np.zeros((count, found.embeddings.shape[1]), np.float16),
+def sample_regions(regions: Regions, source: RegionSource, rng: np.random.Generator) -> SampledRegions:
+    """Sample an image's regions for one step without replacement, padded to `source.num_sampled`."""
+    best = np.argsort(-regions.scores, kind="stable")[: source.num_candidates]
+    chosen = best[np.sort(rng.permutation(len(best))[: source.num_sampled])]
+    padding = ((0, source.num_sampled - len(chosen)), (0, 0))
+    return SampledRegions(
+        np.pad(regions.boxes[chosen], padding),
+        np.arange(source.num_sampled) < len(chosen),
+        np.pad(regions.embeddings[chosen], padding),
     )
-    drawn.boxes[: len(chosen)] = found.boxes[chosen]
-    drawn.embeddings[: len(chosen)] = found.embeddings[chosen]
-    return drawn
 
 
 def open_regions(storage_uri: str, source: RegionSource, image_ids: Sequence[str]) -> RegionStore:
@@ -188,47 +172,37 @@ def open_regions(storage_uri: str, source: RegionSource, image_ids: Sequence[str
 
 
 def training_rows(
-    rows: Sequence[Mapping[str, Any]], category_ids: Sequence[int], root: str
-) -> tuple[list[dict[str, Any]], SkippedRows]:
-    """The images of a box table with a box that can be trained with, and what was left out.
+    rows: Sequence[Mapping[str, Any]], category_ids: Sequence[int], storage_uri: str
+) -> tuple[list[dict[str, Any]], SkipReport]:
+    """Rows of `INDEX` for the images with a usable box, and a report of what was skipped.
 
     Args:
-        rows: of `boxes`.
+        rows: rows of `boxes`.
         category_ids: categories in the order of the training vocabulary.
-        root: the storage, which relative image files belong to.
+        storage_uri: the storage, which relative image files belong to.
     """
-    row_of, left = {category: row for row, category in enumerate(category_ids)}, SkippedRows()
+    label_of, skipped = {category: label for label, category in enumerate(category_ids)}, SkipReport()
     index = []
     for row in rows:
-        kept: list[tuple[list[float], int, str]] = []
-        for box, category, crowd, mask in zip(
-            row["boxes"], row["category_ids"], row["iscrowd"], row["masks"], strict=True
-        ):
-            corners = 2 * (float(row["width"]), float(row["height"]))
-            x0, y0, x1, y1 = (min(max(value, 0.0), edge) for value, edge in zip(box, corners, strict=True))
-            if category not in row_of:
-                left.add("boxes of other categories", f"category {category} in {row['uri']}")
-            elif crowd:
-                left.add("crowds", row["uri"])
-            elif not (box[2] > box[0] and box[3] > box[1]):
-                left.add("boxes without area", row["uri"])
-            elif not (x1 > x0 and y1 > y0):
-                left.add("boxes outside their image", row["uri"])
+        boxes: list[float] = []
+        labels, masks = [], []
+        annotations = zip(row["boxes"], row["category_ids"], row["iscrowd"], row["masks"], strict=True)
+        for box, category, crowd, mask in annotations:
+            clipped, reason = clip_box(box, row["width"], row["height"])
+            if category not in label_of:
+                skipped.add("boxes of other categories", f"category {category} in {row['uri']}")
+            elif crowd or reason:
+                skipped.add("crowds" if crowd else reason, row["uri"])
             else:
-                kept.append(([x0, y0, x1, y1], row_of[category], mask))
-        if not kept:
-            left.add("images without boxes", row["uri"])
+                boxes += clipped
+                labels.append(label_of[category])
+                masks.append(mask)
+        if not labels:
+            skipped.add("images without boxes", row["uri"])
             continue
-        index.append(
-            {
-                "uri": storage.absolute(storage.join(root, row["uri"])),
-                "image_id": row["image_id"],
-                "boxes": [corner for box, _, _ in kept for corner in box],
-                "labels": [label for _, label, _ in kept],
-                "masks": [mask for _, _, mask in kept],
-            }
-        )
-    return index, left
+        uri = storage.absolute(storage.join(storage_uri, row["uri"]))
+        index.append({"uri": uri, "image_id": row["image_id"], "boxes": boxes, "labels": labels, "masks": masks})
+    return index, skipped
 
 
 def detection_loader(
@@ -242,32 +216,31 @@ def detection_loader(
     repeat_threshold: float = 0.0,
     regions: RegionSource | None = None,
 ) -> DetectionLoader:
-    """All images with a box of the given categories; other boxes and crowds are left out, and counted.
+    """All images with a box of the given categories; other boxes and crowds are skipped, and reported.
 
     Args:
         storage_uri: the storage.
-        name: of the `boxes` table.
+        name: name of the `boxes` table.
         category_ids: categories in the order of the training vocabulary.
-        seed: of the order.
-        augmentation: what happens to images.
+        seed: seed of the order, the augmentation and the sampled regions.
+        augmentation: how images are augmented.
         masks: whether masks are learned.
-        repeat_threshold: of repeat-factor sampling; 0 takes every image once an epoch.
+        repeat_threshold: threshold of repeat-factor sampling; 0 takes every image once an epoch.
         regions: stored embeddings to learn from.
 
     Raises:
-        InputError: a table is missing, no box or a mask is left out, or the embeddings are not those of these images.
+        InputError: a table is missing, no box is left, a mask is missing, or the embeddings are not of these images.
     """
-    found = tables.read_table(storage_uri, "boxes", name).to_pylist()
-    index, left = training_rows(found, category_ids, storage_uri)
+    rows = tables.read_table(storage_uri, "boxes", name).to_pylist()
+    index, skipped = training_rows(rows, category_ids, storage_uri)
     if not index:
         raise InputError(f"boxes/{name}: no image has a box of the {len(category_ids)} training categories")
-    if left:
-        print(f"boxes/{name}: trains on {len(index):,} images; left out: {left}", flush=True)
+    if skipped:
+        print(f"boxes/{name}: trains on {len(index):,} images; left out: {skipped}", flush=True)
     if masks and not all(mask for row in index for mask in row["masks"]):
         raise InputError(f"boxes/{name}: a box has no mask, expected one for each, or model.detector.masks=False")
     weights = repeat_factors([row["labels"] for row in index], repeat_threshold) if repeat_threshold else None
+    ids = [row["image_id"] for row in index]
+    store = share(open_regions(storage_uri, regions, ids)) if regions else None
     table = share(pa.Table.from_pylist(index, schema=INDEX))
-    if regions is None:
-        return DetectionLoader(table, len(index), seed, augmentation, masks, weights)
-    store = share(open_regions(storage_uri, regions, [row["image_id"] for row in index]))
-    return DetectionLoader(table, len(index), seed, augmentation, masks, weights, store, regions.most, regions.per_step)
+    return DetectionLoader(table, len(index), seed, augmentation, masks, weights, regions, store)

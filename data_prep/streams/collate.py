@@ -1,5 +1,6 @@
 """Rows of a training stream to the batches that models take."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,25 @@ from ovd_models.segments import MaskBatch
 from ovd_models.vocabulary import TextEncoder
 
 
-def _pixels(raw: bytes, height: int, width: int) -> Tensor:
-    """[3, H, W] uint8 from raw rows of RGB."""
-    array = np.frombuffer(raw, np.uint8).reshape(height, width, 3)
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
+def _columns(batch: pa.Table, *names: str) -> list[list[Any]]:
+    return [batch[name].to_pylist() for name in names]
+
+
+def _images(raw: Sequence[bytes], heights: Sequence[int], widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """B tensors [3, H, W] uint8 from raw rows of RGB."""
+    arrays = [
+        np.frombuffer(bytearray(pixels), np.uint8).reshape(height, width, 3)
+        for pixels, height, width in zip(raw, heights, widths, strict=True)
+    ]
+    return tuple(torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays)
+
+
+def _labels(labels: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(entry, dtype=torch.int64) for entry in labels)
 
 
 class PairCollate(ArrowBatchCollateFn):
-    """Pairs -> images [B, 3, S, S] uint8 and their captions."""
+    """Rows of `PairLoader` -> images [B, 3, S, S] uint8 and their captions."""
 
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size
@@ -40,35 +52,24 @@ class DetectionCollate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> Any:
         """One step of one worker, a `DetectionBatch`."""
-        raw, heights, widths, boxes, labels = (
-            batch[name].to_pylist() for name in ("image", "height", "width", "boxes", "labels")
-        )
+        raw, heights, widths, boxes, labels = _columns(batch, "image", "height", "width", "boxes", "labels")
+        masks = batch["masks"].to_pylist() if "masks" in batch.column_names else None
         return DetectionBatch(
-            tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True)),
+            _images(raw, heights, widths),
             tuple(torch.tensor(entry, dtype=torch.float32).view(-1, 4) for entry in boxes),
-            tuple(torch.tensor(entry, dtype=torch.int64) for entry in labels),
-            _masks(batch["masks"].to_pylist(), heights, widths) if "masks" in batch.column_names else None,
+            _labels(labels),
+            None if masks is None else tuple(map(decode_masks, masks, heights, widths)),
             _regions(batch) if "region_valid" in batch.column_names else None,
         )
 
 
-def _masks(counts: list[list[str]], heights: list[int], widths: list[int]) -> tuple[Tensor, ...]:
-    """B tensors [N, H, W] bool."""
-    masks = []
-    for entry, height, width in zip(counts, heights, widths, strict=True):
-        decoded = rle.decode([{"size": [height, width], "counts": text} for text in entry]) if entry else None
-        stacked = np.zeros((height, width, 0), np.uint8) if decoded is None else decoded
-        masks.append(torch.from_numpy(stacked.astype(np.bool_)).permute(2, 0, 1))
-    return tuple(masks)
-
-
 def _regions(batch: pa.Table) -> StoredRegions:
-    """The stored regions, of which every image has the same number."""
-    valid_BM = torch.tensor(batch["region_valid"].to_pylist(), dtype=torch.bool)
-    raw = bytearray(b"".join(batch["region_embeddings"].to_pylist()))
-    rows = torch.frombuffer(raw, dtype=torch.float16).view(*valid_BM.shape, -1)
-    boxes = torch.tensor(batch["region_boxes"].to_pylist(), dtype=torch.float32)
-    return StoredRegions(boxes.view(*valid_BM.shape, 4), rows.float(), valid_BM)
+    """The stored regions; every image has the same number of them."""
+    boxes, valid, embeddings = _columns(batch, "region_boxes", "region_valid", "region_embeddings")
+    valid_BM = torch.tensor(valid, dtype=torch.bool)
+    rows = torch.frombuffer(bytearray(b"".join(embeddings)), dtype=torch.float16).view(*valid_BM.shape, -1)
+    boxes_BM4 = torch.tensor(boxes, dtype=torch.float32).view(*valid_BM.shape, 4)
+    return StoredRegions(boxes_BM4, rows.float(), valid_BM)
 
 
 class GroupCollate(ArrowBatchCollateFn):
@@ -79,20 +80,19 @@ class GroupCollate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> Any:
         """One step of one worker, a `ConceptBatch`."""
-        columns = ("images", "heights", "widths", "captions", "mentioned")
-        raw, heights, widths, captions, mentioned = (
-            [entry for group in batch[name].to_pylist() for entry in group] for name in columns
-        )
-        hot = torch.zeros(len(raw), self.num_concepts, dtype=torch.bool)
+        columns = _columns(batch, "images", "heights", "widths", "captions", "mentioned", "unreadable")
+        flat = [[entry for group in column for entry in group] for column in columns]
+        raw, heights, widths, captions, mentioned, unreadable = flat
+        mentioned_BC = torch.zeros(len(raw), self.num_concepts, dtype=torch.bool)
         for row, concepts in enumerate(mentioned):
-            hot[row, concepts] = True
+            mentioned_BC[row, concepts] = True
         return ConceptBatch(
-            tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True)),
+            _images(raw, heights, widths),
             torch.tensor(batch["concept_id"].to_pylist(), dtype=torch.int64),
-            hot,
+            mentioned_BC,
             tuple(captions),
             None if self.encoder is None else self.encoder.embed_captions(captions),
-            tuple(reason for group in batch["unreadable"].to_pylist() for reason in group),
+            tuple(unreadable),
         )
 
 
@@ -101,12 +101,11 @@ class MaskCollate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> Any:
         """One step of one worker, a `MaskBatch`."""
-        columns = ("image", "height", "width", "masks", "labels", "flip")
-        raw, heights, widths, masks, labels, flips = (batch[name].to_pylist() for name in columns)
+        raw, heights, widths, masks, flips = _columns(batch, "image", "height", "width", "masks", "flip")
         return MaskBatch(
-            tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True)),
-            tuple(decode_masks(*entry) for entry in zip(masks, heights, widths, flips, strict=True)),
-            tuple(torch.tensor(entry, dtype=torch.int64) for entry in labels),
+            _images(raw, heights, widths),
+            tuple(map(decode_masks, masks, heights, widths, flips)),
+            _labels(batch["labels"].to_pylist()),
         )
 
 
@@ -127,8 +126,6 @@ class FeatureCollate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> Any:
         """One step of one worker, a `FeatureBatch`."""
-        raw, heights, widths = (batch[name].to_pylist() for name in ("image", "height", "width"))
         joined = bytearray(b"".join(batch["feature"].to_pylist()))
         features = torch.from_numpy(np.frombuffer(joined, "<f2").reshape(-1, *self.shape))
-        images = tuple(_pixels(*entry) for entry in zip(raw, heights, widths, strict=True))
-        return FeatureBatch(images, features)
+        return FeatureBatch(_images(*_columns(batch, "image", "height", "width")), features)

@@ -1,12 +1,12 @@
 """The stream of caption groups: which concepts and images come at which position, and their pixels.
 
     concepts, widths and heights of groups --scan--> GroupPlan --position--> rows of groups
-    rows --Parquet row groups--> where the images lie --range reads, decode--> raw pixels
+    rows --Parquet row groups--> shard, offset, size --range reads, decode--> raw pixels
 
-A plan is a pure function of the seed and a position. It holds a byte for each row of `groups`, which itself is never
-loaded: of the chosen rows the row groups around them are read, and the last ones used are kept.
+A plan is a pure function of the seed and a position. It holds one byte for each row of `groups`. The table itself is
+never loaded: only the Parquet row groups around the chosen rows are read, and the last ones used are cached.
 
-Nothing here imports torch: the data tasks start fast and stay small.
+Imports no torch, so that data tasks start fast and stay small.
 """
 
 import functools
@@ -22,16 +22,16 @@ import pyarrow.parquet as pq
 
 from data_prep import storage, tables
 from data_prep.shared import Shared, share, shared
+from data_prep.streams.images import read_image
 from data_prep.streams.plans import Integers
 from ovd_models.errors import InputError
-from ovd_models.images import decode_image
 
 ROW_COLUMNS = ["shard", "offset", "size", "caption", "concept_ids"]
 CACHE_BYTES = 256 << 20
-"""Of row groups that a process keeps."""
+"""Size of a process's cache of row groups."""
 OPEN_FILES = 128
-TRIES = 100
-"""Concepts that are tried for one position before the table is held to be broken."""
+MAX_ATTEMPTS = 100
+"""Concepts tried for one position before the table is considered broken."""
 GROUP_ROWS = pa.schema(
     {
         "images": pa.list_(pa.binary()),
@@ -52,11 +52,11 @@ class Sampling:
     weights: Literal["uniform", "frequency", "repeat_factor"] = "uniform"
     """A concept's chance: the same for all, its share p of the images, or p * max(1, sqrt(threshold / p))."""
     repeat_threshold: float = 1e-3
-    """Share of the images below which a concept comes more often than its share."""
+    """Share of the images below which a concept is drawn more often than its share."""
     by_orientation: bool = True
-    """Images of a group are all wider than high, or none is: so a batch holds little padding."""
+    """Images of a group are all wider than high, or none is, so that a batch needs little padding."""
     min_side: int = 0
-    """Images with a shorter side below this take no part, in pixels."""
+    """Images with a shorter side below this, in pixels, are not used."""
 
 
 # ---------------------------------------------------------------------------------------------------- plans
@@ -64,7 +64,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Everything that decides which rows make the group at a position."""
+    """Everything that decides which rows form the group at a position."""
 
     concept_ids: Integers
     """[C] concepts with enough images of one kind."""
@@ -75,7 +75,7 @@ class GroupPlan:
     ends: npt.NDArray[np.float64]
     """[C] running sum of the concepts' chances."""
     kinds: npt.NDArray[np.uint8]
-    """[rows] 0 for an image that takes no part, else its kind: images of a group are of one kind."""
+    """[rows] 0 for an unused image, else its kind, 1 or 2; a group is of one kind."""
     counts: Integers
     """[C, 2] images of kind 1 and of kind 2."""
     seed: int
@@ -92,23 +92,10 @@ def build_plan(
     seed: int,
     group_size: int,
 ) -> GroupPlan:
-    """The plan over concepts that have `group_size` images of one kind; the others are left out.
-
-    Args:
-        concept_ids: [C].
-        starts: [C] first row of each concept.
-        stops: [C] row after its last one.
-        kinds: as in `GroupPlan`.
-        sampling: the chances.
-        seed: of the stream.
-        group_size: g.
-    """
-    counts = np.zeros((len(starts), 2), np.int64)
-    for kind in (1, 2):
-        of_kind = kinds == kind
-        counts[:, kind - 1] = [
-            np.count_nonzero(of_kind[start:stop]) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
-        ]
+    """The plan over concepts that have `group_size` images of one kind; arrays as in `GroupPlan`."""
+    ranges = [slice(*limits) for limits in zip(starts.tolist(), stops.tolist(), strict=True)]
+    counts = np.array([[np.count_nonzero(kinds[rows] == kind) for kind in (1, 2)] for rows in ranges], np.int64)
+    counts = counts.reshape(-1, 2)  # also without concepts
     enough = (counts >= group_size).any(1)
     counts = counts[enough]
     chances = concept_chances(np.where(counts >= group_size, counts, 0).sum(1), sampling)
@@ -118,7 +105,7 @@ def build_plan(
 
 
 def concept_chances(images: Integers, sampling: Sampling) -> npt.NDArray[np.float64]:
-    """[C] chances of concepts with so many images each, summing to 1 (repeat factors: Gupta et al., 2019, LVIS)."""
+    """[C] image counts -> [C] chances that sum to 1 (repeat factors: Gupta et al., 2019, LVIS)."""
     if sampling.weights == "uniform":
         return np.full(len(images), 1 / max(1, len(images)))
     share = images / max(1, images.sum())
@@ -128,17 +115,17 @@ def concept_chances(images: Integers, sampling: Sampling) -> npt.NDArray[np.floa
 
 
 def plan_group(plan: GroupPlan, position: int, attempt: int = 0) -> tuple[int, Iterator[int]]:
-    """The concept at a position, and rows of `groups` in random order, the first of which make the group.
+    """The concept at a position, and its rows of one kind in random order, of which the first ones form the group.
 
-    The rows are of one kind and each comes once, so that one whose image is broken is replaced by the next.
+    Each row comes once, so that one with a broken image is replaced by the next.
 
     Args:
         plan: the concepts.
-        position: of the group in the stream.
-        attempt: another one gives another concept.
+        position: position of the group in the stream.
+        attempt: another attempt draws another concept.
 
     Returns:
-        An index into the plan's concepts, and the rows: at least `group_size` of them.
+        An index into the plan's concepts, and at least `group_size` rows of `groups`.
     """
     rng = np.random.default_rng([plan.seed, position, attempt])
     concept = min(int(np.searchsorted(plan.ends, rng.random() * plan.ends[-1], side="right")), len(plan.ends) - 1)
@@ -150,7 +137,7 @@ def plan_group(plan: GroupPlan, position: int, attempt: int = 0) -> tuple[int, I
 
 
 def random_rows(rng: np.random.Generator, kinds_R: npt.NDArray[np.uint8], kind: int, count: int) -> Iterator[int]:
-    """The `count` rows of a kind in random order; a long range is not laid out for the first few of many."""
+    """The `count` rows of a kind in random order; the first few of a long range are found without permuting it."""
     seen: set[int] = set()
     if 8 * count > len(kinds_R) > 1000:
         while 2 * len(seen) < len(kinds_R):
@@ -168,7 +155,7 @@ def random_rows(rng: np.random.Generator, kinds_R: npt.NDArray[np.uint8], kind: 
 
 
 class RowGroups:
-    """Row groups of Parquet files; those last used are kept, up to a number of bytes."""
+    """A least-recently-used cache of Parquet row groups, bounded in bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -179,12 +166,6 @@ class RowGroups:
         """A row of a file by its number."""
         file, starts = open_file(uri)
         index = int(np.searchsorted(starts, number, side="right")) - 1
-        found: list[dict[str, Any]] = (
-            self._row_group(uri, index, file).slice(number - int(starts[index]), 1).to_pylist()
-        )
-        return found[0]
-
-    def _row_group(self, uri: str, index: int, file: pq.ParquetFile) -> pa.Table:
         key = (uri, index)
         if key not in self._kept:
             self._kept[key] = file.read_row_group(index, columns=ROW_COLUMNS)
@@ -192,7 +173,8 @@ class RowGroups:
         self._kept.move_to_end(key)
         while self._bytes > self.max_bytes and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        return self._kept[key]
+        rows: list[dict[str, Any]] = self._kept[key].slice(number - int(starts[index]), 1).to_pylist()
+        return rows[0]
 
 
 @functools.lru_cache(maxsize=OPEN_FILES)
@@ -206,14 +188,13 @@ def open_file(uri: str) -> tuple[pq.ParquetFile, Integers]:
 
 @functools.lru_cache(maxsize=1)
 def row_groups() -> RowGroups:
-    """Those that this process keeps."""
+    """This process's cache."""
     return RowGroups(CACHE_BYTES)
 
 
 def scan_kinds(uris: Sequence[str], count: int, sampling: Sampling) -> npt.NDArray[np.uint8]:
-    """[count] the kind of every row, from the widths and heights in Parquet files, a batch at a time."""
-    kinds = np.zeros(count, np.uint8)
-    done = 0
+    """[count] kind of every row, from the widths and heights in Parquet files, a batch at a time."""
+    kinds, done = np.zeros(count, np.uint8), 0
     for uri in uris:
         for batch in open_file(uri)[0].iter_batches(batch_size=1 << 20, columns=["width", "height"]):
             width, height = batch["width"].to_numpy(), batch["height"].to_numpy()
@@ -232,7 +213,7 @@ class GroupLoader:
     """Caption groups at positions of the stream; a row is a whole group, so its images stay together.
 
     Columns `images` (raw uint8, one an image), `heights`, `widths`, `captions`, `concept_id`, `mentioned`, and
-    `unreadable`: images that others of the concept stand in for, and why.
+    `unreadable`: why each broken image was replaced by another of its concept.
     """
 
     plan: Shared[GroupPlan]
@@ -243,7 +224,7 @@ class GroupLoader:
     shards: str
     """Folder that `shard` is relative to."""
     table: str
-    """For messages."""
+    """Name for messages."""
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The groups at `positions`."""
@@ -255,18 +236,17 @@ class GroupLoader:
         """The group at one position.
 
         Raises:
-            InputError: of many concepts, none has enough readable images.
+            InputError: none of `MAX_ATTEMPTS` concepts has enough readable images.
         """
         unreadable: list[str] = []
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             concept, candidates = plan_group(plan, position, attempt)
             images, chosen = [], []
             for number in candidates:
                 row = self.read_row(number)
                 shard = storage.join(self.shards, row["shard"])
-                content = storage.read_bytes(shard, offset=row["offset"], size=row["size"])
                 try:
-                    images.append(np.asarray(decode_image(content, f"{shard}@{row['offset']}")))
+                    images.append(np.asarray(read_image(shard, offset=row["offset"], size=row["size"])))
                 except InputError as error:
                     unreadable.append(str(error))
                     continue
@@ -281,7 +261,8 @@ class GroupLoader:
                         "mentioned": [row["concept_ids"] for row in chosen],
                         "unreadable": unreadable,
                     }
-        raise InputError(f"{self.table}: {TRIES} concepts without {plan.group_size} readable images: {unreadable[-1]}")
+        message = f"{MAX_ATTEMPTS} concepts without {plan.group_size} readable images"
+        raise InputError(f"{self.table}: {message}: {unreadable[-1]}")
 
     def read_row(self, number: int) -> dict[str, Any]:
         """A row of the table."""
@@ -294,10 +275,10 @@ def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, sam
 
     Args:
         storage_uri: the storage.
-        name: of the `groups` and `concepts` tables.
-        seed: of the sampling.
-        group_size: g.
-        sampling: chances of concepts, and which images take part.
+        name: name of the `groups` and `concepts` tables.
+        seed: seed of the sampling.
+        group_size: images of a group, g.
+        sampling: chances of concepts, and which images are used.
 
     Raises:
         InputError: a table is missing, or no concept has enough images.
@@ -305,10 +286,9 @@ def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, sam
     manifest = tables.read_manifest(storage_uri, "groups", name)
     concepts = tables.read_table(storage_uri, "concepts", name, ["concept_id", "start", "stop"])
     root = storage.absolute(tables.table_uri(storage_uri, "groups", name))
-    entries = {entry.path: entry.rows for entry in manifest.files}
-    paths = tables.parquet_files(manifest)
-    uris = tuple(storage.join(root, path) for path in paths)
-    rows = [entries[path] for path in paths]
+    files = [file for file in manifest.files if file.path.endswith(".parquet")]
+    uris = tuple(storage.join(root, file.path) for file in files)
+    rows = [file.rows for file in files]
     ids, starts, stops = (concepts[key].to_numpy().astype(np.int64) for key in ("concept_id", "start", "stop"))
     kinds = scan_kinds(uris, sum(rows), sampling)
     plan = build_plan(ids, starts, stops, kinds, sampling, seed=seed, group_size=group_size)

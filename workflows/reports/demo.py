@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 import ovd_models
 from data_prep import storage, tables
 from data_prep.pictograms.world import World, contact_sheet
-from data_prep.streams.plans import read_images
+from data_prep.streams.images import read_image
 from ovd_models.drawing import draw_boxes
-from ovd_models.images import decode_image
 from workflows.reports import page
 from workflows.reports.detections import annotations_as_detections, read_box_image
 
@@ -101,10 +100,10 @@ def read_groups(storage_uri: str, name: str) -> list[dict[str, Any]]:
     for concept in concepts[:: max(1, len(concepts) // NUM_GROUPS)][:NUM_GROUPS]:
         members = rows.slice(concept["start"], concept["stop"] - concept["start"])
         members = members.sort_by([("width", "descending"), ("image_id", "ascending")]).slice(0, IMAGES_PER_GROUP)
-        paths = [f"{root}/{shard}" for shard in members["shard"].to_pylist()]
-        members = members.set_column(members.schema.get_field_index("shard"), "shard", [paths])
-        images = [decode_image(content, origin) for content, origin in read_images(members)]
-        pictures = list(zip(images, members["caption"].to_pylist(), strict=True))
+        pictures = [
+            (read_image(f"{root}/{row['shard']}", offset=row["offset"], size=row["size"]), row["caption"])
+            for row in members.to_pylist()
+        ]
         groups.append({"name": concept["name"], "count": concept["image_count"], "pictures": pictures})
     return groups
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from faster_coco_eval import mask as rle
 
-from data_prep.streams.augmentation import FILL, Annotated, Augmentation, augment, flip_boxes, mirror, move_boxes
+from data_prep.streams.augmentation import FILL, AnnotatedImage, Augmentation, augment, flip_boxes, mirror, move_boxes
 from ovd_models.errors import InputError
 
 
@@ -16,14 +16,14 @@ def decode(counts: str, height: int, width: int) -> np.ndarray:
     return rle.decode({"size": [height, width], "counts": counts}).astype(bool)
 
 
-def picture(height: int = 40, width: int = 60, box: tuple[int, int, int, int] = (10, 5, 30, 25)) -> Annotated:
+def picture(height: int = 40, width: int = 60, box: tuple[int, int, int, int] = (10, 5, 30, 25)) -> AnnotatedImage:
     """A bright object on black, annotated, with its mask, and stored as a region at the same place."""
     x0, y0, x1, y1 = box
     mask = np.zeros((height, width), bool)
     mask[y0:y1, x0:x1] = True
     boxes = np.array([box], np.float32)
     pixels = np.where(mask[..., None], 255, 0).repeat(3, -1).astype(np.uint8)
-    return Annotated(pixels, boxes, np.array([4]), [encode(mask)], boxes.copy(), np.ones(1, np.bool_))
+    return AnnotatedImage(pixels, boxes, np.array([4]), [encode(mask)], boxes.copy(), np.ones(1, np.bool_))
 
 
 def test_flipping_by_hand_and_twice() -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from data_prep import storage, tables
 from data_prep.embeddings.stores import EmbeddingJob, Regions, publish, save_shard, saved_shards
 from data_prep.streams.augmentation import Augmentation
-from data_prep.streams.box_loader import RegionSource, detection_loader, draw_regions, training_rows
+from data_prep.streams.box_loader import RegionSource, detection_loader, sample_regions, training_rows
 from data_prep.streams.collate import DetectionCollate
 from ovd_models.errors import InputError
 
@@ -180,7 +180,7 @@ def test_regions_come_with_their_embeddings_and_padding_is_not_valid(ray_cluster
 
 def test_an_image_without_regions_gives_padding() -> None:
     nothing = Regions(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 4), np.float16))
-    drawn = draw_regions(nothing, 300, 5, np.random.default_rng(0))
+    drawn = sample_regions(nothing, 300, 5, np.random.default_rng(0))
     assert (drawn.boxes.shape, drawn.embeddings.shape) == ((5, 4), (5, 4))
     assert not drawn.valid.any()
 

@@ -1,0 +1,60 @@
+"""The training stream of image-text pairs. Imports no torch, so that data tasks start fast and stay small."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from data_prep import storage, tables
+from data_prep.shared import Shared, share, shared
+from data_prep.streams.images import read_image
+from data_prep.streams.plans import Integers, plan_epochs
+from ovd_models.errors import InputError
+
+
+@dataclass(frozen=True)
+class PairLoader:
+    """Image-text pairs at positions of a shuffled stream, resized to a square.
+
+    Columns `image` (raw uint8 [S, S, 3]) and `caption`.
+    """
+
+    index: Shared[pa.Table]
+    """`shard`, `offset`, `size` and `caption` of every pair."""
+    count: int
+    root: str
+    """Absolute URI of the folder that `shard` is relative to."""
+    seed: int
+    image_size: int
+    """S, in pixels."""
+
+    def __call__(self, positions: Integers) -> pa.Table:
+        """The rows at `positions`."""
+        chosen = shared(self.index).take(plan_epochs(self.seed, self.count, positions))
+        side = self.image_size
+        images = [
+            read_image(storage.join(self.root, row["shard"]), offset=row["offset"], size=row["size"])
+            .resize((side, side))
+            .tobytes()
+            for row in chosen.select(["shard", "offset", "size"]).to_pylist()
+        ]
+        return pa.table({"image": pa.array(images, pa.binary()), "caption": chosen["caption"]})
+
+
+def pair_loader(storage_uri: str, name: str, *, seed: int, image_size: int, max_side: int | None) -> PairLoader:
+    """All pairs of a table whose longer side is at most `max_side` pixels (of any size if None).
+
+    Raises:
+        InputError: the table is missing, or no pair fits.
+    """
+    columns = ["shard", "offset", "size", "width", "height", "caption"]
+    pairs = tables.read_table(storage_uri, "pairs", name, columns)
+    if max_side is not None:
+        longer = np.maximum(pairs["width"].to_numpy(), pairs["height"].to_numpy())
+        pairs = pairs.filter(pa.array(longer <= max_side))
+    if not pairs.num_rows:
+        raise InputError(f"pairs/{name}: no pair with sides up to {max_side} px")
+    # A shard's name is stored once, not once a pair.
+    pairs = pairs.set_column(0, "shard", pairs["shard"].dictionary_encode()).combine_chunks()
+    root = storage.absolute(tables.table_uri(storage_uri, "pairs", name))
+    return PairLoader(share(pairs), pairs.num_rows, root, seed, image_size)
