@@ -1,4 +1,4 @@
-"""Boxes: an annotated set with a base/novel split, for training (base boxes only) and for evaluation (all).
+"""Boxes: an annotated set with a base/novel split, for training (base boxes only) and for evaluation (all boxes).
 
 COCO json, or the pictogram world --read or draw--> boxes, categories --strip novel boxes--> boxes for training
 
@@ -28,8 +28,7 @@ from workflows.common import cli, cluster
 from workflows.configs import pairs as pairs_configs
 
 PRODUCER = "workflows/prepare_boxes.py"
-SCENES = 100
-"""Drawn by a task."""
+SCENES_PER_TASK = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +36,20 @@ class Run:
     """One box set: `<name>-train` with base boxes only, `<name>-eval` with all."""
 
     storage: str = "store"
-    """Folder or URI that holds all tables."""
+    """Folder or URI of all tables."""
     name: str
     """Name of the tables, before `-train` and `-eval`."""
     data: str = ""
-    """A folder with `instances.json`, of COCO's or LVIS's form, and `images/`; the pictogram world if empty.
+    """A folder with `instances.json`, in COCO's or LVIS's format, and `images/`; the pictogram world if empty.
 
     COCO's names are split into 48 base and 17 novel ones, LVIS's by `frequency` (`r` is novel); others are base.
     """
     eval_data: str = ""
-    """Another such folder, with the same categories, for evaluation; without one, images of `data` are held out."""
+    """Another such folder, with the same categories, for evaluation; without it, images of `data` are held out."""
     train_images: int = 2400
-    """Drawn scenes for training; 0 where a folder is read."""
+    """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
-    """Drawn scenes for evaluation; of a folder without `eval_data`, this many of its images are held out."""
+    """Drawn scenes for evaluation, or images of `data` held out for it."""
     seed: int = 0
 
 
@@ -65,7 +64,7 @@ def pictograms() -> Run:
 
 
 def coco() -> Run:
-    """A folder of COCO's form; give it `--data`."""
+    """A folder in COCO's format; needs `--data`."""
     return Run(name="photos", train_images=0, eval_images=20)
 
 
@@ -81,105 +80,101 @@ def prepare(run: Run) -> None:
     if not run.data and (run.eval_data or not run.train_images):
         raise InputError("--data: missing, expected a folder with instances.json and images/")
     settings = dataclasses.asdict(dataclasses.replace(run, storage=""))
-    del settings["eval_data"]  # what its file says counts, as of the other folder
-    told = [annotations.annotation_digest(folder) for folder in (run.data, run.eval_data) if folder]
-    config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *told]).encode())[:16]
+    del settings["eval_data"]  # the digest of its annotation file counts, as that of `data`
+    digests = [annotations.annotation_file_digest(folder) for folder in (run.data, run.eval_data) if folder]
+    config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
         if done.config_hash != config_hash:
             uri = tables.table_uri(run.storage, "boxes", f"{run.name}-eval")
             raise InputError(f"{uri}: made from another config, expected a new --name or an empty place")
         return
-    train, evaluation = read_folder(run) if run.data else draw(run)
-    parts = {
-        ("categories", run.name): train.categories,
-        ("boxes", f"{run.name}-train"): annotations.strip_novel(train.boxes, train.categories),
-        ("boxes", f"{run.name}-eval"): evaluation.boxes,
-    }
-    for (table, name), rows in parts.items():
-        entry = tables.write_part(run.storage, table, name, "part-00000.parquet", rows)
-        tables.publish(run.storage, table, name, [entry], producer=PRODUCER, config_hash=config_hash)
+    train, evaluation = read_folder(run) if run.data else draw_pictograms(run)
+    base_only = annotations.strip_novel(train.boxes, train.categories)
+    publish(run, "categories", run.name, train.categories, config_hash)
+    publish(run, "boxes", f"{run.name}-train", base_only, config_hash)
+    publish(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash)
     splits = Counter(train.categories["split"].to_pylist())
     print(
         f"boxes: {train.boxes.num_rows:,} images for training, {evaluation.boxes.num_rows:,} for evaluation; "
-        f"names: {splits['base']} base, {splits['novel']} novel, {splits['']} that take no part"
+        f"names: {splits['base']} base, {splits['novel']} novel, {splits['']} in neither"
     )
+
+
+def publish(run: Run, table: str, name: str, rows: pa.Table, config_hash: str) -> None:
+    """Publish a table of one part."""
+    part = tables.write_part(run.storage, table, name, "part-00000.parquet", rows)
+    tables.publish(run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash)
 
 
 def prepare_full(run: Run) -> None:
     """Publish `boxes/<name>-full`, training images with boxes of base and novel categories, and `boxes/<name>-mixed`.
 
-    The first is for comparisons with supervised training; the second has the same images, novel things left unnamed.
+    The first is for comparisons with supervised training; the second has the same images with base boxes only.
 
     Raises:
-        InputError: the annotation file is unreadable, or the box set itself is missing.
+        InputError: the annotation file is unreadable, or the names hold tables of another config.
     """
     prepare(run)
     if tables.find_manifest(run.storage, "boxes", f"{run.name}-mixed") is not None:
         return
-    categories = tables.read_table(run.storage, "categories", run.name)
     if run.data:
         full = read_folder(run)[0].boxes
     else:
-        cluster.start_ray()
-        world = World.create(run.seed)
-        full = draw_scenes(run, f"{run.name}-full", world, run.train_images, seed=run.seed + 1, base_only=False)
-    mixed = annotations.strip_novel(full, categories)
+        full = draw_in_parallel(run, "full", run.train_images, seed=run.seed + 1, base_only=False)
+    mixed = annotations.strip_novel(full, tables.read_table(run.storage, "categories", run.name))
     config_hash = tables.read_manifest(run.storage, "boxes", f"{run.name}-train").config_hash
-    for name, rows in ((f"{run.name}-full", full), (f"{run.name}-mixed", mixed)):
-        entry = tables.write_part(run.storage, "boxes", name, "part-00000.parquet", rows)
-        tables.publish(run.storage, "boxes", name, [entry], producer=PRODUCER, config_hash=config_hash)
-    print(f"boxes: {full.num_rows:,} images with novel things, named (-full) and not (-mixed)")
+    publish(run, "boxes", f"{run.name}-full", full, config_hash)
+    publish(run, "boxes", f"{run.name}-mixed", mixed, config_hash)
+    print(f"boxes: {full.num_rows:,} images with novel objects, annotated (-full) and not (-mixed)")
 
 
 def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
-    """A COCO or LVIS folder, and the one for evaluation; without that, the last images in a seeded order held out."""
+    """The training and the evaluation set of a COCO or LVIS folder.
+
+    Without `eval_data`, the last images in a seeded order are held out.
+    """
     whole, *others = (
         annotations.read_coco(Path(folder, "instances.json"), Path(folder, "images"))
         for folder in (run.data, run.eval_data)
         if folder
     )
     if others:
-        columns = ["category_id", "name"]
-        if not whole.categories.select(columns).equals(others[0].categories.select(columns)):
+        own, other = (entry.categories.select(["category_id", "name"]) for entry in (whole, others[0]))
+        if not own.equals(other):
             raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
         return whole, others[0]
     count = whole.boxes.num_rows
     if not 0 < run.eval_images < count:
         raise InputError(f"eval_images: {run.eval_images}, expected 1 to {count - 1} of the {count} images")
     order = np.random.default_rng(run.seed).permutation(count)
-    kept, held_out = order[: -run.eval_images], order[-run.eval_images :]
-    return (
-        BoxSet(whole.categories, whole.boxes.take(np.sort(kept))),
-        BoxSet(whole.categories, whole.boxes.take(np.sort(held_out))),
-    )
+    kept, held_out = (np.sort(rows) for rows in np.split(order, [count - run.eval_images]))
+    return BoxSet(whole.categories, whole.boxes.take(kept)), BoxSet(whole.categories, whole.boxes.take(held_out))
 
 
-def draw(run: Run) -> tuple[BoxSet, BoxSet]:
+def draw_pictograms(run: Run) -> tuple[BoxSet, BoxSet]:
     """Scenes of the pictogram world: base categories along the long tail, and all of them uniformly."""
-    world = World.create(run.seed)
-    train = draw_scenes(run, f"{run.name}-train", world, run.train_images, seed=run.seed + 1, base_only=True)
-    evaluation = draw_scenes(run, f"{run.name}-eval", world, run.eval_images, seed=run.seed + 2, base_only=False)
-    counts = annotations.count_images(train.to_pylist())
-    rows = annotations.pictogram_categories(world, counts)
-    categories = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["categories"])
-    return BoxSet(categories, train), BoxSet(categories, evaluation)
+    train = draw_in_parallel(run, "train", run.train_images, seed=run.seed + 1, base_only=True)
+    evaluation = draw_in_parallel(run, "eval", run.eval_images, seed=run.seed + 2, base_only=False)
+    base_set = annotations.box_set(annotations.pictogram_categories(World.create(run.seed)), train)
+    return base_set, BoxSet(base_set.categories, evaluation)
 
 
-def draw_scenes(run: Run, name: str, world: World, count: int, *, seed: int, base_only: bool) -> pa.Table:
-    """Draw in parallel; rows in the order of their numbers."""
-    uri = storage.absolute(run.storage)
+def draw_in_parallel(run: Run, part: str, count: int, *, seed: int, base_only: bool) -> pa.Table:
+    """Scenes 0 to `count` as rows of `boxes`, in the order of their numbers."""
+    uri, name, world = storage.absolute(run.storage), f"{run.name}-{part}", World.create(run.seed)
 
-    def draw_part(numbers: range) -> pa.Table:
+    def draw(numbers: range) -> pa.Table:
         rows = list(annotations.draw_scenes(uri, name, world, numbers, seed=seed, base_only=base_only))
         return pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
 
-    if count <= SCENES:  # sooner than a process starts
-        return draw_part(range(count))
+    if count <= SCENES_PER_TASK:  # faster than starting a process
+        return draw(range(count))
     cluster.start_ray()
-    task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(draw_part)
-    parts = [range(start, min(start + SCENES, count)) for start in range(0, count, SCENES)]
-    return pa.concat_tables(ray.get([task.remote(part) for part in parts]))
+    task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(draw)
+    starts = range(0, count, SCENES_PER_TASK)
+    parts = [range(start, min(start + SCENES_PER_TASK, count)) for start in starts]
+    return pa.concat_tables(ray.get([task.remote(numbers) for numbers in parts]))
 
 
 def prepare_captions(run: Run, name: str) -> None:
@@ -190,17 +185,15 @@ def prepare_captions(run: Run, name: str) -> None:
     Raises:
         InputError: the captions are malformed, or the name holds tables of another config.
     """
-    train, _ = read_folder(run)  # with the boxes of novel categories: captions may mention anything
-    boxes, categories = train.boxes, train.categories
-    given = Path(run.data) / "captions.tsv"
-    if given.is_file():
-        captions = annotations.read_captions(given, boxes["uri"].to_pylist())
+    train, _ = read_folder(run)  # with novel boxes: captions may mention anything
+    uris, path = train.boxes["uri"], Path(run.data) / "captions.tsv"
+    if path.is_file():
+        captions = annotations.read_captions(path, uris.to_pylist())
     else:
-        captions = annotations.category_captions(boxes, categories)
-    crawl = pairs_configs.Run(
-        storage=run.storage, name=name, names=tuple(categories["name"].to_pylist()), rows_per_shard=500
-    )
-    prepare_pairs.prepare_local(crawl, pa.table({"url": boxes["uri"], "caption": captions}))
+        captions = annotations.category_captions(train.boxes, train.categories)
+    names = tuple(train.categories["name"].to_pylist())
+    crawl = pairs_configs.Run(storage=run.storage, name=name, names=names, rows_per_shard=500)
+    prepare_pairs.prepare_local(crawl, pa.table({"url": uris, "caption": captions}))
 
 
 def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str) -> None:

@@ -1,4 +1,4 @@
-"""The pictogram web site's server: plays the faults that `website.build_site` put into the list.
+"""The pictogram web site's server: plays the faults that `website.build_site` put into the URL list.
 
     with serve_site(root) as base_url:          # the list is now at root/urls.tsv
         ...
@@ -25,41 +25,31 @@ from aiohttp import web
 from data_prep.pictograms.website import BODIES, child_environment, image_path, near_copy
 
 READY_SECONDS = 60.0
-ENDLESS_BYTES = 64 << 20  # where even the endless body ends, should a client read on
+OVERSIZED_BYTES = 64 << 20
 RESPONSES: dict[str, tuple[int, dict[str, str]]] = {
-    "images": (200, {}), "copy": (200, {}), "caption_length": (200, {}), "caption_characters": (200, {}),
-    "messy_caption": (200, {}), "missing": (404, {}), "gone": (410, {}), "server_error": (500, {}),
+    "missing": (404, {}), "gone": (410, {}), "server_error": (500, {}),
     "wrong_type": (200, {"Content-Type": "text/html"}), "opt_out": (200, {"X-Robots-Tag": "noai, noimageai"}),
     "redirect_private": (302, {"Location": "http://10.0.0.1/x.jpg"}),
     "redirect_metadata": (302, {"Location": "http://169.254.169.254/latest/meta-data/"}),
     "redirect_file": (302, {"Location": "file:///etc/passwd"}), "redirect_loop": (302, {"Location": "?again"}),
 }  # fmt: skip
-"""Kinds that are one of the images, or no body, with this status and these headers."""
+"""Status and extra headers by kind; other kinds answer 200 with the image."""
 
 
 @contextlib.contextmanager
 def serve_site(root: str | Path, *, port: int = 0) -> Iterator[str]:
-    """Serve a built site from a process of its own while the block runs, and yield its base URL.
+    """Serve a built site from a child process while the block runs, and yield its base URL.
 
-    The server ends with the block, and also when this process dies. With `port` 0 it takes the port it had last
-    time if that is free, so that the URL list, and with it the digest of the list, stays the same.
+    The server also stops when this process dies. With `port` 0 it takes the port it had last time if that is free, so
+    that the URL list, and with it the digest of the list, stays the same.
 
     Raises:
         RuntimeError: the server did not start.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.pictograms.webserver",
-        "--root",
-        str(root),
-        "--port",
-        str(port),
-        "--stop-at-eof",
-    ]
-    server = subprocess.Popen(
-        command, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    module, arguments = "data_prep.pictograms.webserver", [f"--root={root}", f"--port={port}", "--stop-at-eof"]
+    command = [sys.executable, "-m", module, *arguments]
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(command, env=child_environment(), stdin=pipe, stdout=pipe, text=True)
     assert server.stdin and server.stdout
     watchdog = threading.Timer(READY_SECONDS, server.kill)
     watchdog.start()
@@ -91,7 +81,7 @@ def write_url_list(root: Path, base_url: str) -> None:
     temporary.replace(root / "urls.tsv")
 
 
-class Site:
+class SiteHandler:
     """Answers requests: `/<kind>/<image index>.jpg`, where the kind is `images` or a fault."""
 
     def __init__(self, root: Path) -> None:
@@ -130,27 +120,27 @@ class Site:
                 location = f"?hop={hop + 1}" if hop < 2 else request.path.replace("/redirects/", "/images/")
                 return web.Response(status=(301, 302, 307)[hop], headers={"Location": location})
             case "too_large":
-                return await _endless(request)
+                return await _oversized(request)
         status, headers = RESPONSES.get(kind, (200, {}))
         return web.Response(
             body=image if status == 200 else None, status=status, headers={"Content-Type": "image/jpeg", **headers}
         )
 
 
-async def _endless(request: web.Request) -> web.StreamResponse:
+async def _oversized(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "image/jpeg"})
     await response.prepare(request)
     with contextlib.suppress(ConnectionError):
-        for _ in range(ENDLESS_BYTES >> 16):
+        for _ in range(OVERSIZED_BYTES >> 16):
             await response.write(bytes(1 << 16))
     return response
 
 
 async def serve(root: Path, port: int, *, stop_at_eof: bool = False) -> None:
-    """Serve until SIGTERM, SIGINT or, if asked, the end of standard input; print the base URL when ready."""
+    """Serve until SIGTERM, SIGINT or, with `stop_at_eof`, the end of standard input; print the base URL when ready."""
     listener = _listen(root, port)
     application = web.Application()
-    application.router.add_get("/{path:.*}", Site(root).answer)
+    application.router.add_get("/{path:.*}", SiteHandler(root).answer)
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     await web.SockSite(runner, listener).start()
@@ -170,9 +160,9 @@ async def serve(root: Path, port: int, *, stop_at_eof: bool = False) -> None:
 
 
 def _listen(root: Path, port: int) -> socket.socket:
-    """A listening socket on the port asked for, else on the last one used, else on any free one."""
-    remembered = root / "port"
-    last = int(remembered.read_text()) if remembered.exists() else 0
+    """A listening socket on the given port; if that is 0, on the last one used, else on any free one."""
+    port_file = root / "port"
+    last = int(port_file.read_text()) if port_file.exists() else 0
     for candidate in (port,) if port else (last, 0):
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -182,20 +172,20 @@ def _listen(root: Path, port: int) -> socket.socket:
         except OSError:
             listener.close()
             continue
-        remembered.write_text(str(listener.getsockname()[1]))
+        port_file.write_text(str(listener.getsockname()[1]))
         return listener
     raise SystemExit(f"error: --port {port}: already in use")
 
 
 def main() -> None:
-    """The server's command line."""
+    """Parse the command line and serve."""
     parser = argparse.ArgumentParser(description="Serve a built pictogram web site.")
     parser.add_argument("--root", type=Path, required=True, help="folder that build_site wrote")
     parser.add_argument("--port", type=int, default=0, help="0: the last one used, or any free one")
     parser.add_argument("--stop-at-eof", action="store_true", help="also stop at the end of standard input")
     options = parser.parse_args()
     if not (options.root / "expected.parquet").exists():
-        raise SystemExit(f"error: --root {options.root}: holds no site, expected expected.parquet from build_site")
+        raise SystemExit(f"error: --root {options.root}: no site here, expected the expected.parquet of build_site")
     asyncio.run(serve(options.root, options.port, stop_at_eof=options.stop_at_eof))
 
 

@@ -1,6 +1,6 @@
 """The pictogram world as a local web site: captioned images and their URL list, with the web's faults mixed in.
 
-What a crawl of it must keep and reject is known row by row, so it checks the crawler and feeds the demo.
+Row by row it is known what a crawl must keep or reject, so the site tests the crawler and feeds the demo.
 
 `build_site` writes its files; `webserver.serve_site` serves them.
 """
@@ -12,85 +12,62 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.pictograms.world import PICTURES, SCENES, World
+from data_prep.pictograms.world import PICTURES, SCENES, World, encode_jpeg
 
-JPEG_QUALITY = 95
 IMAGES_PER_FOLDER = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class FaultRates:
-    """Rows of each kind as a share of the good rows; any rate above 0 gives at least one row."""
+class Fault(NamedTuple):
+    """A kind of bad row."""
 
-    # good rows that need care and must be kept: 500 once, HTML's content type, redirects, markup in the caption
-    flaky: float = 0.005
-    wrong_type: float = 0.005
-    redirects: float = 0.005
-    messy_caption: float = 0.005
-    # rows on top of the good ones, with the outcomes below
-    missing: float = 0.005
-    gone: float = 0.002
-    server_error: float = 0.002
-    hangs: float = 0.001
-    disconnects: float = 0.002
-    no_such_host: float = 0.002
-    bad_url: float = 0.003
-    private_address: float = 0.002
-    redirect_private: float = 0.002
-    redirect_metadata: float = 0.002
-    redirect_file: float = 0.001
-    redirect_loop: float = 0.002
-    too_large: float = 0.002
-    opt_out: float = 0.005
-    html: float = 0.005
-    svg: float = 0.003
-    corrupt: float = 0.005
-    truncated: float = 0.005
-    bomb: float = 0.003
-    animated: float = 0.003
-    too_small: float = 0.005
-    aspect: float = 0.003
-    blank: float = 0.003
-    caption_length: float = 0.004
-    caption_characters: float = 0.004
-    # rows that repeat another row's bytes under a URL of their own, or its URL
-    copy: float = 0.01
-    repeat: float = 0.01
-    # rows that show another row's image, enlarged and compressed anew
-    near: float = 0.01
+    rate: float
+    """Rows as a share of the good rows."""
+    stage: str
+    """Stage of a crawl that rejects it."""
+    reason: str
+    """One of `tables.REASONS[stage]`."""
 
 
-KEPT = ("flaky", "wrong_type", "redirects", "messy_caption")
-OUTCOMES: dict[str, tuple[str, str]] = {
-    "missing": ("fetch", "http_status"), "gone": ("fetch", "http_status"), "server_error": ("fetch", "http_status"),
-    "hangs": ("fetch", "timeout"), "disconnects": ("fetch", "connect"), "no_such_host": ("fetch", "dns"),
-    "bad_url": ("fetch", "bad_url"), "private_address": ("fetch", "forbidden_address"),
-    "redirect_private": ("fetch", "forbidden_address"), "redirect_metadata": ("fetch", "forbidden_address"),
-    "redirect_file": ("fetch", "bad_url"), "redirect_loop": ("fetch", "too_many_redirects"),
-    "too_large": ("fetch", "too_large"), "opt_out": ("fetch", "opt_out"), "html": ("decode", "not_an_image"),
-    "svg": ("decode", "not_an_image"), "corrupt": ("decode", "not_an_image"), "truncated": ("decode", "truncated"),
-    "bomb": ("decode", "too_many_pixels"), "animated": ("decode", "animated"), "too_small": ("filter", "too_small"),
-    "aspect": ("filter", "aspect"), "blank": ("filter", "blank"), "caption_length": ("filter", "caption_length"),
-    "caption_characters": ("filter", "caption_characters"),
+FAULTS: dict[str, Fault] = {
+    "missing": Fault(0.005, "fetch", "http_status"), "gone": Fault(0.002, "fetch", "http_status"),
+    "server_error": Fault(0.002, "fetch", "http_status"), "hangs": Fault(0.001, "fetch", "timeout"),
+    "disconnects": Fault(0.002, "fetch", "connect"), "no_such_host": Fault(0.002, "fetch", "dns"),
+    "bad_url": Fault(0.003, "fetch", "bad_url"), "private_address": Fault(0.002, "fetch", "forbidden_address"),
+    "redirect_private": Fault(0.002, "fetch", "forbidden_address"),
+    "redirect_metadata": Fault(0.002, "fetch", "forbidden_address"), "redirect_file": Fault(0.001, "fetch", "bad_url"),
+    "redirect_loop": Fault(0.002, "fetch", "too_many_redirects"), "too_large": Fault(0.002, "fetch", "too_large"),
+    "opt_out": Fault(0.005, "fetch", "opt_out"), "html": Fault(0.005, "decode", "not_an_image"),
+    "svg": Fault(0.003, "decode", "not_an_image"), "corrupt": Fault(0.005, "decode", "not_an_image"),
+    "truncated": Fault(0.005, "decode", "truncated"), "bomb": Fault(0.003, "decode", "too_many_pixels"),
+    "animated": Fault(0.003, "decode", "animated"), "too_small": Fault(0.005, "filter", "too_small"),
+    "aspect": Fault(0.003, "filter", "aspect"), "blank": Fault(0.003, "filter", "blank"),
+    "caption_length": Fault(0.004, "filter", "caption_length"),
+    "caption_characters": Fault(0.004, "filter", "caption_characters"),
 }  # fmt: skip
-"""Stage and reason of each fault that does not depend on other rows."""
+"""Bad rows, on top of the good ones, whose outcome does not depend on other rows."""
+KEPT = {"flaky": 0.005, "wrong_type": 0.005, "redirects": 0.005, "messy_caption": 0.005}
+"""Rates of good rows that need care: a 500 first, HTML's content type, redirects, markup in the caption."""
+DUPLICATES = {"copy": 0.01, "repeat": 0.01, "near": 0.01}
+"""Rates of rows with another row's bytes, its URL, or its image enlarged and compressed again."""
+RATES = KEPT | {kind: fault.rate for kind, fault in FAULTS.items()} | DUPLICATES
+"""All rates; any above 0 gives at least one row."""
 
 BODIES: dict[str, str] = {
     "html": "text/html", "svg": "image/svg+xml", "corrupt": "image/jpeg", "bomb": "image/png",
     "animated": "image/gif", "too_small": "image/jpeg", "aspect": "image/jpeg", "blank": "image/jpeg",
 }  # fmt: skip
-"""Faults that are one fixed body, with the content type it is served as."""
+"""Faults with a fixed body, and its content type."""
 
 BAD_URLS = ("file:///etc/passwd?{}", "not a url {}", "ftp://example.com/{}.jpg", "http:///{}.jpg", "javascript:{}")
 PRIVATE_URLS = (
@@ -108,27 +85,31 @@ def build_site(
     num_pictures: int = 12_000,
     num_scenes: int = 4_000,
     seed: int = 0,
-    rates: FaultRates | None = None,
+    rates: Mapping[str, float] | None = None,
     processes: int | None = None,
 ) -> pa.Table:
     """Write the site's files below `root`; the same arguments give the same bytes.
 
-    Small pictures come with captions that name all they show, scenes with loose captions. Faulty rows come on top
-    of the good ones.
+    Captions of small pictures name every object; those of scenes are loose.
 
     Args:
         root: folder to write to, made if needed.
         num_pictures: 64 px pictures of one or two objects.
         num_scenes: 128 px scenes of two to five objects.
-        seed: what the world, its images and the faults follow from.
-        rates: how often each fault occurs.
-        processes: renderers at a time, by default one a core.
+        seed: seed of the world, its images and the faults.
+        rates: rates that differ from `RATES`.
+        processes: rendering processes, by default one a core.
 
     Returns:
-        What a crawl must find, as in `root/expected.parquet`: one row for each row of the URL list, in its order,
+        The outcomes a crawl must give, as in `root/expected.parquet`: one row for each row of the URL list, in order,
         with `row`, `kind`, `url` (relative to the site unless absolute), `caption` (raw), `clean_caption`, `stage`
         and `reason` (null for rows to keep) and `duplicate_of` (the surviving row).
+
+    Raises:
+        ValueError: `rates` has an unknown kind.
     """
+    if rates and not rates.keys() <= RATES.keys():
+        raise ValueError(f"rates {sorted(rates)}: expected some of {sorted(RATES)}")
     root, total = Path(root), num_pictures + num_scenes
     chunk = max(400, -(-total // (processes or os.cpu_count() or 1)))
     jobs = [(root, start, min(start + chunk, total), num_pictures, seed) for start in range(0, total, chunk)]
@@ -140,28 +121,28 @@ def build_site(
     for kind in BODIES:
         _write(root / "bodies" / kind, _fault_body(kind))
     captions = [caption for part in parts for caption in part]
-    rows = _list_rows(captions, num_pictures, rates or FaultRates(), np.random.default_rng([seed, 2]))
+    rows = _list_rows(captions, num_pictures, {**RATES, **(rates or {})}, np.random.default_rng([seed, 2]))
     expected = _expectations(rows, captions)
     pq.write_table(expected, root / "expected.parquet")
     return expected
 
 
 def render_images(root: Path, start: int, stop: int, num_pictures: int, seed: int) -> list[str]:
-    """Draw images `start` to `stop` as JPEG files and return their captions; each follows from its index alone."""
+    """Draw images `start` to `stop` as JPEG files and return their captions; each depends on seed and index alone."""
     world, captions = World.create(seed), []
     for index in range(start, stop):
         rng = np.random.default_rng([seed, 1, index])
-        is_picture = index < num_pictures
-        scene = world.scene(rng, PICTURES if is_picture else SCENES)
+        style, caption = (PICTURES, world.caption) if index < num_pictures else (SCENES, world.loose_caption)
+        scene = world.scene(rng, style)
         while not len(scene.labels):
-            scene = world.scene(rng, PICTURES if is_picture else SCENES)
-        captions.append(world.caption(rng, scene) if is_picture else world.loose_caption(rng, scene))
-        _write(image_path(root, index), _jpeg(scene.pixels))
+            scene = world.scene(rng, style)
+        captions.append(caption(rng, scene))
+        _write(image_path(root, index), encode_jpeg(scene.pixels))
     return captions
 
 
 def _render_elsewhere(job: tuple[Path, int, int, int, int]) -> list[str]:
-    """`render_images` in a fresh interpreter, since the caller may hold threads that forbid forking."""
+    """`render_images` in a fresh interpreter; the caller's threads may make forking unsafe."""
     command = [sys.executable, "-m", "data_prep.pictograms.website", json.dumps([str(job[0]), *job[1:]])]
     captions: list[str] = json.loads(
         subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, check=True).stdout
@@ -175,23 +156,14 @@ def image_path(root: Path, index: int) -> Path:
 
 
 def near_copy(jpeg: bytes) -> bytes:
-    """The same picture, enlarged and compressed anew."""
+    """The same picture, enlarged and compressed again."""
     with Image.open(io.BytesIO(jpeg)) as image:
-        width, height = image.size
-        buffer = io.BytesIO()
-        image.resize((2 * width, 2 * height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+        return encode_jpeg(image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC), quality=90)
 
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-
-
-def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
 
 
 def _fault_body(kind: str) -> bytes:
@@ -211,11 +183,11 @@ def _fault_body(kind: str) -> bytes:
             first.save(buffer, "GIF", save_all=True, append_images=[second], duration=100)
             return buffer.getvalue()
         case "too_small":
-            return _jpeg(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8))
+            return encode_jpeg(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8))
         case "aspect":
-            return _jpeg(rng.integers(0, 255, (40, 300, 3), dtype=np.uint8))
+            return encode_jpeg(rng.integers(0, 255, (40, 300, 3), dtype=np.uint8))
         case _:
-            return _jpeg(np.full((64, 64, 3), 200, np.uint8))
+            return encode_jpeg(np.full((64, 64, 3), 200, np.uint8))
 
 
 def png_bomb(width: int, height: int) -> bytes:
@@ -237,22 +209,22 @@ class _Row:
     content: int
     """Index of the image behind the URL."""
     fault: str | None = None
-    """Key of `OUTCOMES`; a repeated row has the fault of the row it repeats."""
+    """Key of `FAULTS`; a repeated row has the fault of the row it repeats."""
 
 
-def _list_rows(captions: list[str], num_pictures: int, rates: FaultRates, rng: np.random.Generator) -> list[_Row]:
-    """The rows of the URL list, in order; scenes alone have near copies, since pictures of 64 px show too little."""
+def _list_rows(
+    captions: list[str], num_pictures: int, rates: Mapping[str, float], rng: np.random.Generator
+) -> list[_Row]:
+    """The rows of the URL list, in order; only scenes have near copies, since pictures of 64 px show too little."""
     total = len(captions)
-    counts = {kind: min(total, max(1, round(rate * total))) if rate else 0 for kind, rate in asdict(rates).items()}
+    counts = {kind: min(total, max(1, round(rate * total))) if rate else 0 for kind, rate in rates.items()}
     rows = [_Row("images", f"/images/{index}.jpg", caption, index) for index, caption in enumerate(captions)]
     special = iter(rng.permutation(total).tolist())
     for kind in KEPT:
         for _, index in zip(range(counts[kind]), special, strict=False):
-            caption = (
-                MESSES[index % len(MESSES)].format(captions[index]) if kind == "messy_caption" else captions[index]
-            )
-            rows[index] = _Row(kind, f"/{kind}/{index}.jpg", caption, index)
-    for kind in OUTCOMES:
+            frame = MESSES[index % len(MESSES)] if kind == "messy_caption" else "{}"
+            rows[index] = _Row(kind, f"/{kind}/{index}.jpg", frame.format(captions[index]), index)
+    for kind in FAULTS:
         for number, index in enumerate(rng.choice(total, counts[kind], replace=False).tolist()):
             rows.append(_faulty_row(kind, number, index, captions[index]))
     for index in rng.choice(total, counts["copy"], replace=False).tolist():
@@ -282,28 +254,21 @@ def _faulty_row(kind: str, number: int, index: int, caption: str) -> _Row:
 
 
 def _expectations(rows: list[_Row], captions: list[str]) -> pa.Table:
-    """What becomes of each row: repeated URLs first, then faults, then repeated bytes; the first of equals stays.
-
-    Last come near-duplicates: of an image and its near copy, too, the first stays.
-    """
-    by_url: dict[str, int] = {}
-    by_content: dict[tuple[int, bool], int] = {}
-    by_picture: dict[int, int] = {}
-    found: list[dict[str, Any]] = []
+    """The outcome of each row: repeated URLs first, then faults, repeated bytes, near copies; the first row stays."""
+    firsts: dict[tuple[str, Any], int] = {}
+    outcomes: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
-        stage, reason = OUTCOMES[row.fault] if row.fault else (None, None)
-        survivor = by_url.setdefault(row.url, number)
-        if survivor != number:
-            stage, reason = "dedup", "duplicate_url"
-        elif not row.fault:
-            survivor = by_content.setdefault((row.content, row.url.startswith("/near/")), number)
+        stage, reason = FAULTS[row.fault][1:] if row.fault else (None, None)
+        keys: list[tuple[str, Any]] = [("duplicate_url", row.url)]
+        if not row.fault:
+            near = row.url.startswith("/near/")
+            keys += [("duplicate_bytes", (row.content, near)), ("near_duplicate", row.content)]
+        for key in keys:
+            survivor = firsts.setdefault(key, number)
             if survivor != number:
-                stage, reason = "dedup", "duplicate_bytes"
-            else:
-                survivor = by_picture.setdefault(row.content, number)
-                if survivor != number:
-                    stage, reason = "dedup", "near_duplicate"
-        found.append(
+                stage, reason = "dedup", key[0]
+                break
+        outcomes.append(
             {
                 "row": number,
                 "kind": row.kind,
@@ -316,17 +281,17 @@ def _expectations(rows: list[_Row], captions: list[str]) -> pa.Table:
             }
         )
     text = dict.fromkeys(("kind", "url", "caption", "clean_caption", "stage", "reason"), pa.string())
-    return pa.Table.from_pylist(found, schema=pa.schema({"row": pa.int64(), **text, "duplicate_of": pa.int64()}))
+    return pa.Table.from_pylist(outcomes, schema=pa.schema({"row": pa.int64(), **text, "duplicate_of": pa.int64()}))
 
 
 def child_environment() -> dict[str, str]:
-    """Lets a child import this package wherever it runs, on one thread."""
+    """The environment of a child process: it can import this package, and uses one thread."""
     paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))
     return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def main() -> None:
-    """Draws a range of images, as `build_site` asks in processes of their own."""
+    """Draw a range of images; `build_site` runs this in child processes."""
     root, *arguments = json.loads(sys.argv[1])
     print(json.dumps(render_images(Path(root), *arguments)))
 

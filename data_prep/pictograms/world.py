@@ -1,7 +1,7 @@
 """The pictogram world: a small visual world of glyphs with exact boxes, masks and captions.
 
 Objects are glyphs of the DejaVu fonts that matplotlib ships, in named colours on noisy backgrounds. Everything
-follows from a seed, so every number measured on it can be measured again on any machine.
+depends on a seed alone, so every measurement can be repeated on any machine.
 
     world = World.create(seed=0)
     scene = world.scene(rng, SCENES)          # pixels, boxes, masks, labels, colours
@@ -9,10 +9,13 @@ follows from a seed, so every number measured on it can be measured again on any
 """
 
 import functools
+import io
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -64,10 +67,10 @@ class Style:
     font: str = "DejaVuSans"
     outline: bool = False
     """Draw the outlines of glyphs only."""
-    background: str = "clouds"
-    """`clouds` (smooth random colours) or `stripes`."""
+    background: Literal["clouds", "stripes"] = "clouds"
+    """Clouds are smooth random colours."""
     rotation: float = 25.0
-    """Largest rotation in degrees, either way."""
+    """Largest rotation in degrees, in either direction."""
     noise: float = 6.0
     """Standard deviation of the pixel noise, in grey levels."""
 
@@ -79,7 +82,7 @@ SECOND_STYLE = replace(SCENES, font="DejaVuSans-Oblique", outline=True, backgrou
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn image and what is in it; objects in drawing order, the last one on top."""
+    """A drawn image and its objects in drawing order, the last one on top."""
 
     pixels: npt.NDArray[np.uint8]
     """[H, W, 3] RGB."""
@@ -108,24 +111,16 @@ class World:
 
     @classmethod
     def create(cls, seed: int = 0) -> "World":
-        """The world of `seed`: which of the names are novel, and how frequent the others are."""
+        """Draw which of the names are novel, and how frequent the others are."""
+        num_frequent = len(GLYPHS) - NUM_NOVEL - NUM_RARE - NUM_COMMON
+        groups = np.repeat(["", "rare", "common", "frequent"], [NUM_NOVEL, NUM_RARE, NUM_COMMON, num_frequent])
         order = np.random.default_rng([seed, 0]).permutation(len(GLYPHS))
-        groups = (
-            ["novel"] * NUM_NOVEL
-            + ["rare"] * NUM_RARE
-            + ["common"] * NUM_COMMON
-            + ["frequent"] * (len(GLYPHS) - NUM_NOVEL - NUM_RARE - NUM_COMMON)
-        )
-        group_of = {int(index): group for index, group in zip(order, groups, strict=True)}
-        kinds = [group_of[i] for i in range(len(GLYPHS))]
-        return cls(
-            names=tuple(GLYPHS),
-            splits=tuple("novel" if kind == "novel" else "base" for kind in kinds),
-            frequencies=tuple("" if kind == "novel" else kind for kind in kinds),
-        )
+        frequencies = tuple(str(group) for group in groups[np.argsort(order)])
+        splits = tuple("base" if frequency else "novel" for frequency in frequencies)
+        return cls(names=tuple(GLYPHS), splits=splits, frequencies=frequencies)
 
     def base_probabilities(self) -> npt.NDArray[np.float64]:
-        """[K] the long tail over base categories: how often each is drawn in scenes with boxes; 0 for novel ones."""
+        """[K] chance of each category in scenes with boxes: a long tail over base categories, 0 for novel ones."""
         weights = np.array([RELATIVE_FREQUENCY.get(frequency, 0.0) for frequency in self.frequencies])
         return np.asarray(weights / weights.sum(), dtype=np.float64)
 
@@ -143,7 +138,7 @@ class World:
         return "a photo of " + self._list_objects(rng, scene, range(len(scene.labels)), colour_probability)
 
     def loose_caption(self, rng: np.random.Generator, scene: Scene, *, colour_probability: float = 0.7) -> str:
-        """A caption as on the web: it leaves about a third of the objects out and adds words nothing shows."""
+        """A caption as on the web: it omits about a third of the objects and adds words that describe none."""
         count = len(scene.labels)
         num_named = max(1, int(rng.binomial(count, 2 / 3)))
         named = rng.permutation(count)[:num_named]
@@ -155,19 +150,20 @@ class World:
     ) -> str:
         phrases = []
         for index in indices:
-            name = self.names[scene.labels[index]]
-            phrases.append(
-                with_article(f"{scene.colours[index]} {name}" if rng.random() < colour_probability else name)
-            )
-        if not phrases:
-            return "nothing"
-        return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+            colour = scene.colours[index] if rng.random() < colour_probability else ""
+            phrases.append(with_article(self.names[scene.labels[index]], colour))
+        return join_phrases(phrases) or "nothing"
+
+
+def join_phrases(phrases: Sequence[str]) -> str:
+    """`a cat`, `a cat and a dog`, `a cat, a dog and a bird`."""
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))
 
 
 def single_objects(
     world: World, style: Style, count: int, *, seed: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Held-out pictures of one object each, categories in turn: [count, S, S, 3] pixels and [count] labels."""
+    """Held-out pictures of one object each, cycling through categories: [count, S, S, 3] pixels, [count] labels."""
     rng = np.random.default_rng([seed, 3])
     labels = np.arange(count) % len(world.names)
     pixels = np.zeros((count, style.side, style.side, 3), np.uint8)
@@ -184,8 +180,7 @@ def draw_scene(
     names: Sequence[str],
     colours: Sequence[str],
 ) -> Scene:
-    """Draw the named objects one over another; an object that would be mostly hidden is left out."""
-    side = style.side
+    """Draw the named objects one over another; an object with too few visible pixels is left out."""
     canvas = _background(rng, style)
     alphas: list[npt.NDArray[np.float32]] = []
     kept: list[int] = []
@@ -199,14 +194,14 @@ def draw_scene(
         kept.append(index)
     canvas += rng.normal(0, style.noise, canvas.shape).astype(np.float32)
 
-    covered = np.zeros((side, side), bool)
-    masks = np.zeros((len(kept), side, side), bool)
+    covered = np.zeros((style.side, style.side), bool)
+    masks = np.zeros((len(kept), style.side, style.side), bool)
     for position in reversed(range(len(kept))):
         solid = np.asarray(alphas[position] >= 0.5)
         masks[position] = solid & ~covered
         covered |= solid
     visible = masks.sum(axis=(1, 2)) >= MIN_VISIBLE_PIXELS
-    kept = [index for index, seen in zip(kept, visible.tolist(), strict=True) if seen]
+    kept = list(itertools.compress(kept, visible))
     return Scene(
         pixels=np.clip(canvas, 0, 255).astype(np.uint8),
         boxes=boxes_of_masks(masks[visible]),
@@ -236,7 +231,7 @@ def boxes_of_masks(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
 def _place(
     rng: np.random.Generator, style: Style, name: str, placed: Sequence[npt.NDArray[np.float32]]
 ) -> npt.NDArray[np.float32] | None:
-    """[H, W] opacity of one object at a random size, rotation and place, or None if it finds no room."""
+    """[H, W] opacity of one object at a random size, rotation and position, or None if there is no room."""
     glyph = _glyph(GLYPHS[name], style.font, style.outline)
     angle, side = float(rng.uniform(-style.rotation, style.rotation)), style.side
     for _ in range(8):
@@ -270,11 +265,18 @@ def _background(rng: np.random.Generator, style: Style) -> npt.NDArray[np.float3
     return np.array(coarse.resize((side, side), Image.Resampling.BICUBIC), np.float32)
 
 
+def encode_jpeg(image: Image.Image | npt.NDArray[np.uint8], *, quality: int = 95) -> bytes:
+    """A picture or [H, W, 3] pixels as a JPEG file."""
+    buffer = io.BytesIO()
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 @functools.lru_cache(maxsize=512)
 def _glyph(codepoint: int, font: str, outline: bool) -> Image.Image:
     """The glyph as a tight grey image."""
-    path = Path(matplotlib.get_data_path()) / "fonts/ttf" / f"{font}.ttf"
-    face = ImageFont.truetype(str(path), GLYPH_RESOLUTION)
+    face = _font(font, GLYPH_RESOLUTION)
     image = Image.new("L", (GLYPH_RESOLUTION * 2, GLYPH_RESOLUTION * 2))
     draw, origin = ImageDraw.Draw(image), (GLYPH_RESOLUTION // 2, GLYPH_RESOLUTION // 4)
     if outline:
@@ -285,14 +287,17 @@ def _glyph(codepoint: int, font: str, outline: bool) -> Image.Image:
     return image.crop(image.getbbox())
 
 
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf", f"{name}.ttf")), size)
+
+
 def contact_sheet(world: World, *, seed: int = 0, side: int = 84) -> Image.Image:
     """Every category once, novel ones framed, above scenes of both styles with their boxes."""
-    columns = 14
+    columns, big = 14, 164
     rows = -(-len(world.names) // columns)
-    big = 164
     sheet = Image.new("RGB", (columns * side, rows * (side + 16) + 2 * (big + 8) + 8), "white")
     draw = ImageDraw.Draw(sheet)
-    label_font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 9)
+    label_font = _font("DejaVuSans", 9)
     rng = np.random.default_rng([seed, 7])
     for index, name in enumerate(world.names):
         x, y = index % columns * side, index // columns * (side + 16)
