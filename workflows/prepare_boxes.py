@@ -172,8 +172,7 @@ def draw_in_parallel(run: Run, part: str, count: int, *, seed: int, base_only: b
         return draw(range(count))
     cluster.start_ray()
     task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(draw)
-    starts = range(0, count, SCENES_PER_TASK)
-    parts = [range(start, min(start + SCENES_PER_TASK, count)) for start in starts]
+    parts = [range(count)[start : start + SCENES_PER_TASK] for start in range(0, count, SCENES_PER_TASK)]
     return pa.concat_tables(ray.get([task.remote(numbers) for numbers in parts]))
 
 
@@ -197,13 +196,9 @@ def prepare_captions(run: Run, name: str) -> None:
 
 
 def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str) -> None:
-    """Publish the tables of a training's `--data`, or those of its `smoke` config; other configs have theirs.
+    """Publish the tables of a training's `data` folder under the name `boxes`, or those of its `smoke` config.
 
-    Args:
-        storage_uri: the storage.
-        config: of the training.
-        boxes: name of the tables.
-        data: a folder of COCO's form, or empty.
+    Other configs train on tables published before.
     """
     if data:
         prepare(dataclasses.replace(coco(), storage=storage_uri, name=boxes, data=data))

@@ -91,7 +91,10 @@ def annotation_file_digest(folder: str | Path) -> str:
     Raises:
         InputError: the file cannot be read.
     """
-    return storage.sha256(_read(Path(folder, "instances.json")))
+    path = Path(folder, "instances.json")
+    with _reported(str(path), "a COCO annotation file"):
+        content = path.read_bytes()
+    return storage.sha256(content)
 
 
 def read_coco(path: str | Path, images: str | Path) -> BoxSet:
@@ -162,26 +165,24 @@ def _reported(place: str, expected: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = f"no field {error}" if isinstance(error, KeyError) else str(error) or repr(error)
+        match error:
+            case KeyError():
+                reason = f"no field {error}"
+            case OSError():
+                reason = f"cannot be read ({error.strerror or 'not an image'})"
+            case json.JSONDecodeError() | UnicodeDecodeError():
+                reason = f"not JSON ({error})"
+            case _:
+                reason = str(error) or repr(error)
         raise InputError(f"{place}: {reason}, expected {expected}") from error
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}), expected a COCO annotation file") from error
-
-
 def _load(path: Path) -> dict[str, Any]:
-    content = _read(path)
-    try:
-        raw = json.loads(content)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}), expected a COCO annotation file") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(raw, dict) or not isinstance(raw.get(key), list):
-            raise InputError(f"{path}: no list {key!r}, expected a COCO annotation file")
+    with _reported(str(path), "a COCO annotation file"):
+        raw = json.loads(path.read_bytes())
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(raw, dict) or not isinstance(raw.get(key), list):
+                raise ValueError(f"no list {key!r}")
     return dict(raw)
 
 
@@ -199,13 +200,10 @@ def _coco_row(
         url = image.get("coco_url") if lvis else None
         name = str(url).rpartition("/")[2] if url else str(image["file_name"])
         file, width, height = folder / name, int(image["width"]), int(image["height"])
-    try:
+    with _reported(str(file), f"an image file, named by {path}"):
         content = file.read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
             size = upright_size(opened)  # as it is decoded
-    except (OSError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "not an image"
-        raise InputError(f"{file}: cannot be read ({reason}), named by {path}") from error
     if size != (width, height):
         raise InputError(f"{file}: {size[0]} x {size[1]} pixels, {path} says {width} x {height}")
     boxes, kept, masks = [], [], []
@@ -270,15 +268,15 @@ def read_captions(path: Path, uris: Sequence[str]) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}), expected UTF-8 text") from error
-    with io.StringIO(text, newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if not {"file_name", "caption"} <= set(reader.fieldnames or ()):
-            raise InputError(f"{path}: columns {reader.fieldnames}, expected file_name and caption, tab-separated")
-        captions = {row["file_name"]: row["caption"] or "" for row in reader}
-    for uri in uris:
-        if Path(uri).name not in captions:
-            raise InputError(f"{path}: no row for {Path(uri).name}, expected a caption for each training image")
-    return [captions[Path(uri).name] for uri in uris]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if not {"file_name", "caption"} <= set(reader.fieldnames or ()):
+        raise InputError(f"{path}: columns {reader.fieldnames}, expected file_name and caption, tab-separated")
+    captions = {row["file_name"]: row["caption"] or "" for row in reader}
+    names = [Path(uri).name for uri in uris]
+    for name in names:
+        if name not in captions:
+            raise InputError(f"{path}: no row for {name}, expected a caption for each training image")
+    return [captions[name] for name in names]
 
 
 # ------------------------------------------------------------------------------------------------ pictograms

@@ -49,26 +49,19 @@ def serve_site(root: str | Path, *, port: int = 0) -> Iterator[str]:
     module, arguments = "data_prep.pictograms.webserver", [f"--root={root}", f"--port={port}", "--stop-at-eof"]
     command = [sys.executable, "-m", module, *arguments]
     pipe = subprocess.PIPE
-    server = subprocess.Popen(command, env=child_environment(), stdin=pipe, stdout=pipe, text=True)
-    assert server.stdin and server.stdout
-    watchdog = threading.Timer(READY_SECONDS, server.kill)
-    watchdog.start()
-    try:
-        base_url = server.stdout.readline().strip()
-        if not base_url:
-            raise RuntimeError(f"the web site did not start: {' '.join(command)}")
-        watchdog.cancel()
-        yield base_url
-    finally:
-        watchdog.cancel()
-        server.stdin.close()
-        server.terminate()
+    with subprocess.Popen(command, env=child_environment(), stdin=pipe, stdout=pipe, text=True) as server:
+        watchdog = threading.Timer(READY_SECONDS, server.kill)
+        watchdog.start()
         try:
-            server.wait(timeout=10)
-        except subprocess.TimeoutExpired:
+            assert server.stdout
+            base_url = server.stdout.readline().strip()
+            watchdog.cancel()
+            if not base_url:
+                raise RuntimeError(f"the web site did not start: {' '.join(command)}")
+            yield base_url
+        finally:
+            watchdog.cancel()
             server.kill()
-            server.wait()
-        server.stdout.close()
 
 
 def write_url_list(root: Path, base_url: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -118,8 +119,8 @@ def build_site(
     else:
         with ThreadPoolExecutor(len(jobs)) as pool:
             parts = list(pool.map(_render_elsewhere, jobs))
-    for kind in BODIES:
-        _write(root / "bodies" / kind, _fault_body(kind))
+    for kind, body in _fault_bodies().items():
+        _write(root / "bodies" / kind, body)
     captions = [caption for part in parts for caption in part]
     rows = _list_rows(captions, num_pictures, {**RATES, **(rates or {})}, np.random.default_rng([seed, 2]))
     expected = _expectations(rows, captions)
@@ -166,28 +167,26 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _fault_body(kind: str) -> bytes:
+def _fault_bodies() -> dict[str, bytes]:
+    """The content of each of `BODIES`."""
+
+    def noise(height: int, width: int, rng: np.random.Generator | None = None) -> npt.NDArray[np.uint8]:
+        return (rng or np.random.default_rng(0)).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
     rng = np.random.default_rng(0)
-    match kind:
-        case "html":
-            return b"<!DOCTYPE html><html><body><h1>Not found</h1></body></html>"
-        case "svg":
-            return b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>'
-        case "corrupt":
-            return b"\xff\xd8\xff\xe0" + rng.bytes(2000)
-        case "bomb":
-            return png_bomb(30_000, 30_000)
-        case "animated":
-            first, second = (Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(2))
-            buffer = io.BytesIO()
-            first.save(buffer, "GIF", save_all=True, append_images=[second], duration=100)
-            return buffer.getvalue()
-        case "too_small":
-            return encode_jpeg(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8))
-        case "aspect":
-            return encode_jpeg(rng.integers(0, 255, (40, 300, 3), dtype=np.uint8))
-        case _:
-            return encode_jpeg(np.full((64, 64, 3), 200, np.uint8))
+    first, second = (Image.fromarray(noise(64, 64, rng)) for _ in range(2))
+    animation = io.BytesIO()
+    first.save(animation, "GIF", save_all=True, append_images=[second], duration=100)
+    return {
+        "html": b"<!DOCTYPE html><html><body><h1>Not found</h1></body></html>",
+        "svg": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>',
+        "corrupt": b"\xff\xd8\xff\xe0" + np.random.default_rng(0).bytes(2000),
+        "bomb": png_bomb(30_000, 30_000),
+        "animated": animation.getvalue(),
+        "too_small": encode_jpeg(noise(20, 20)),
+        "aspect": encode_jpeg(noise(40, 300)),
+        "blank": encode_jpeg(np.full((64, 64, 3), 200, np.uint8)),
+    }
 
 
 def png_bomb(width: int, height: int) -> bytes:

@@ -50,6 +50,7 @@ DISTRACTORS = (
     "on a sunny weekend", "from our last holiday", "best of the week", "seen downtown", "in great detail",
     "with a lot of colour", "my favourite view", "at the old market", "for the new season", "in the morning",
 )  # fmt: skip
+COLOUR_PROBABILITY = 0.7  # that a caption names an object's colour
 GLYPH_RESOLUTION = 160
 MIN_VISIBLE_PIXELS = 12
 
@@ -130,27 +131,24 @@ class World:
         """Draw one scene of distinct categories, uniform unless `probabilities` [K] are given."""
         count = int(rng.choice(style.object_counts))
         labels = rng.choice(len(self.names), size=count, replace=False, p=probabilities)
-        colours = [str(name) for name in rng.choice(list(COLOURS), size=count)]
+        colours = rng.choice(list(COLOURS), size=count).tolist()
         return draw_scene(rng, style, labels, [self.names[label] for label in labels], colours)
 
-    def caption(self, rng: np.random.Generator, scene: Scene, *, colour_probability: float = 0.7) -> str:
+    def caption(self, rng: np.random.Generator, scene: Scene) -> str:
         """A caption that names every object of the scene."""
-        return "a photo of " + self._list_objects(rng, scene, range(len(scene.labels)), colour_probability)
+        return "a photo of " + self._list_objects(rng, scene, range(len(scene.labels)))
 
-    def loose_caption(self, rng: np.random.Generator, scene: Scene, *, colour_probability: float = 0.7) -> str:
+    def loose_caption(self, rng: np.random.Generator, scene: Scene) -> str:
         """A caption as on the web: it omits about a third of the objects and adds words that describe none."""
         count = len(scene.labels)
         num_named = max(1, int(rng.binomial(count, 2 / 3)))
-        named = rng.permutation(count)[:num_named]
-        objects = self._list_objects(rng, scene, named.tolist(), colour_probability)
-        return f"{objects} {rng.choice(DISTRACTORS)}"
+        named = rng.permutation(count)[:num_named].tolist()
+        return f"{self._list_objects(rng, scene, named)} {rng.choice(DISTRACTORS)}"
 
-    def _list_objects(
-        self, rng: np.random.Generator, scene: Scene, indices: Sequence[int], colour_probability: float
-    ) -> str:
+    def _list_objects(self, rng: np.random.Generator, scene: Scene, indices: Sequence[int]) -> str:
         phrases = []
         for index in indices:
-            colour = scene.colours[index] if rng.random() < colour_probability else ""
+            colour = scene.colours[index] if rng.random() < COLOUR_PROBABILITY else ""
             phrases.append(with_article(self.names[scene.labels[index]], colour))
         return join_phrases(phrases) or "nothing"
 
@@ -213,19 +211,11 @@ def draw_scene(
 
 def boxes_of_masks(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
     """[N, H, W] non-empty masks -> [N, 4] tight xyxy boxes; the right and bottom edges are exclusive."""
-    if not len(masks):
-        return np.zeros((0, 4), np.float32)
-    columns: npt.NDArray[np.bool_] = np.any(masks, axis=1)
-    rows: npt.NDArray[np.bool_] = np.any(masks, axis=2)
-    return np.stack(
-        [
-            columns.argmax(1),
-            rows.argmax(1),
-            masks.shape[2] - columns[:, ::-1].argmax(1),
-            masks.shape[1] - rows[:, ::-1].argmax(1),
-        ],
-        axis=1,
-    ).astype(np.float32)
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for row, mask in enumerate(masks):
+        y, x = np.nonzero(mask)
+        boxes[row] = x.min(), y.min(), x.max() + 1, y.max() + 1
+    return boxes
 
 
 def _place(
@@ -237,18 +227,16 @@ def _place(
     for _ in range(8):
         scale = rng.uniform(*style.object_sizes) / max(glyph.size)
         size = (max(4, round(glyph.width * scale)), max(4, round(glyph.height * scale)))
-        stamp = glyph.resize(size, Image.Resampling.BOX, reducing_gap=2.0).rotate(
-            angle, Image.Resampling.BILINEAR, expand=True
-        )
+        stamp = glyph.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
+        stamp = stamp.rotate(angle, Image.Resampling.BILINEAR, expand=True)
         stamp = stamp.crop(stamp.getbbox())
         if stamp.width > side - 2 or stamp.height > side - 2:
             continue
         x, y = int(rng.integers(1, side - stamp.width)), int(rng.integers(1, side - stamp.height))
-        alpha = np.zeros((side, side), np.float32)
-        alpha[y : y + stamp.height, x : x + stamp.width] = np.asarray(stamp, np.float32) / 255
-        region = np.zeros((side, side), bool)
-        region[y : y + stamp.height, x : x + stamp.width] = True
-        if all(((other >= 0.5) & region).sum() <= 0.2 * (other >= 0.5).sum() for other in placed):
+        window = (slice(y, y + stamp.height), slice(x, x + stamp.width))
+        if all((other[window] >= 0.5).sum() <= 0.2 * (other >= 0.5).sum() for other in placed):
+            alpha = np.zeros((side, side), np.float32)
+            alpha[window] = np.asarray(stamp, np.float32) / 255
             return alpha
     return None
 
@@ -281,9 +269,7 @@ def _glyph(codepoint: int, font: str, outline: bool) -> Image.Image:
     draw, origin = ImageDraw.Draw(image), (GLYPH_RESOLUTION // 2, GLYPH_RESOLUTION // 4)
     if outline:
         draw.text(origin, chr(codepoint), font=face, fill=0, stroke_width=7, stroke_fill=255)
-        draw.text(origin, chr(codepoint), font=face, fill=0)
-    else:
-        draw.text(origin, chr(codepoint), font=face, fill=255)
+    draw.text(origin, chr(codepoint), font=face, fill=0 if outline else 255)
     return image.crop(image.getbbox())
 
 

@@ -24,15 +24,6 @@ from data_prep.streams.images import read_image
 from data_prep.streams.plans import Integers, plan_epochs, plan_weighted, repeat_factors
 from ovd_models.errors import InputError
 
-INDEX = pa.schema(
-    {
-        "uri": pa.string(),
-        "image_id": pa.string(),
-        "boxes": pa.list_(pa.float32()),
-        "labels": pa.list_(pa.int64()),
-        "masks": pa.list_(pa.string()),
-    }
-)
 COLUMNS = pa.schema(
     {
         "image": pa.binary(),
@@ -46,6 +37,11 @@ COLUMNS = pa.schema(
         "region_embeddings": pa.binary(),
     }
 )
+ANNOTATIONS = [COLUMNS.field(name) for name in ("boxes", "labels", "masks")]
+INDEX = pa.schema([pa.field("uri", pa.string()), pa.field("image_id", pa.string()), *ANNOTATIONS])
+
+SampledRegions = tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.float16]]
+NO_REGIONS: SampledRegions = (np.zeros((0, 4), np.float32), np.zeros(0, np.bool_), np.zeros((0, 0), np.float16))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +94,17 @@ class DetectionLoader:
         return loaded.drop_columns(absent)
 
     def _load(self, row: dict[str, Any], position: int, store: RegionStore | None) -> dict[str, Any]:
-        sampled = NO_REGIONS
+        region_boxes, valid, embeddings = NO_REGIONS
         if self.source and store is not None:
             rng = np.random.default_rng([self.seed, position, 3])
-            sampled = sample_regions(store[row["image_id"]], self.source, rng)
+            region_boxes, valid, embeddings = sample_regions(store[row["image_id"]], self.source, rng)
         image = AnnotatedImage(
             np.asarray(read_image(row["uri"])),
             np.asarray(row["boxes"], np.float32).reshape(-1, 4),
             np.asarray(row["labels"], np.int64),
             row["masks"] if self.masks else [],
-            sampled.boxes,
-            sampled.valid,
+            region_boxes,
+            valid,
         )
         image = augment(image, self.augmentation, np.random.default_rng([self.seed, position, 1]))
         return {
@@ -120,38 +116,21 @@ class DetectionLoader:
             "masks": image.masks,
             "region_boxes": image.regions.ravel(),
             "region_valid": image.valid.tolist(),
-            "region_embeddings": sampled.embeddings.tobytes(),
+            "region_embeddings": embeddings.tobytes(),
         }
 
 
-# -------------------------------------------------------------------------------------------------- regions
-
-
-@dataclass(frozen=True)
-class SampledRegions:
-    """Regions of one image for one step, padded to M."""
-
-    boxes: npt.NDArray[np.float32]
-    """[M, 4] xyxy, pixels of the image as stored."""
-    valid: npt.NDArray[np.bool_]
-    """[M] False for padding."""
-    embeddings: npt.NDArray[np.float16]
-    """[M, D]."""
-
-
-NO_REGIONS = SampledRegions(np.zeros((0, 4), np.float32), np.zeros(0, np.bool_), np.zeros((0, 0), np.float16))
-
-
 def sample_regions(regions: Regions, source: RegionSource, rng: np.random.Generator) -> SampledRegions:
-    """Sample an image's regions for one step without replacement, padded to `source.num_sampled`."""
+    """Sample an image's regions for one step without replacement, padded to M.
+
+    Returns:
+        [M, 4] xyxy boxes in pixels of the image as stored, [M] False for padding, and [M, D] embeddings.
+    """
     best = np.argsort(-regions.scores, kind="stable")[: source.num_candidates]
     chosen = best[np.sort(rng.permutation(len(best))[: source.num_sampled])]
     padding = ((0, source.num_sampled - len(chosen)), (0, 0))
-    return SampledRegions(
-        np.pad(regions.boxes[chosen], padding),
-        np.arange(source.num_sampled) < len(chosen),
-        np.pad(regions.embeddings[chosen], padding),
-    )
+    valid = np.arange(source.num_sampled) < len(chosen)
+    return np.pad(regions.boxes[chosen], padding), valid, np.pad(regions.embeddings[chosen], padding)
 
 
 def open_regions(storage_uri: str, source: RegionSource, image_ids: Sequence[str]) -> RegionStore:
@@ -166,9 +145,6 @@ def open_regions(storage_uri: str, source: RegionSource, image_ids: Sequence[str
         uri = tables.table_uri(storage_uri, "regions", source.name)
         raise InputError(f"{uri}: no embeddings for {len(missing)} of {len(image_ids)} images, such as {missing[0]}")
     return store
-
-
-# ---------------------------------------------------------------------------------------------------- index
 
 
 def training_rows(

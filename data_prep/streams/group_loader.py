@@ -227,23 +227,23 @@ class GroupLoader:
     """Name for messages."""
 
     def __call__(self, positions: Integers) -> pa.Table:
-        """The groups at `positions`."""
-        plan = shared(self.plan)
-        rows = [self.load(plan, position) for position in positions.tolist()]
-        return pa.Table.from_pylist(rows, schema=GROUP_ROWS)
-
-    def load(self, plan: GroupPlan, position: int) -> dict[str, Any]:
-        """The group at one position.
+        """The groups at `positions`.
 
         Raises:
             InputError: none of `MAX_ATTEMPTS` concepts has enough readable images.
         """
+        plan = shared(self.plan)
+        rows = [self._load(plan, position) for position in positions.tolist()]
+        return pa.Table.from_pylist(rows, schema=GROUP_ROWS)
+
+    def _load(self, plan: GroupPlan, position: int) -> dict[str, Any]:
         unreadable: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
             concept, candidates = plan_group(plan, position, attempt)
             images, chosen = [], []
             for number in candidates:
-                row = self.read_row(number)
+                file = int(np.searchsorted(self.firsts, number, side="right")) - 1
+                row = row_groups().row(self.uris[file], number - self.firsts[file])
                 shard = storage.join(self.shards, row["shard"])
                 try:
                     images.append(np.asarray(read_image(shard, offset=row["offset"], size=row["size"])))
@@ -263,11 +263,6 @@ class GroupLoader:
                     }
         message = f"{MAX_ATTEMPTS} concepts without {plan.group_size} readable images"
         raise InputError(f"{self.table}: {message}: {unreadable[-1]}")
-
-    def read_row(self, number: int) -> dict[str, Any]:
-        """A row of the table."""
-        file = int(np.searchsorted(self.firsts, number, side="right")) - 1
-        return row_groups().row(self.uris[file], number - self.firsts[file])
 
 
 def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, sampling: Sampling) -> GroupLoader:

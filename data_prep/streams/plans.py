@@ -25,9 +25,6 @@ Integers = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")
 
 
-# ---------------------------------------------------------------------------------------------------- plans
-
-
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> Integers:
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -71,9 +68,6 @@ def repeat_factors(images: Sequence[Sequence[int]], threshold: float) -> npt.NDA
     counts = Counter(category for categories in images for category in set(categories))
     factor_of = {key: max(1.0, (threshold * len(images) / count) ** 0.5) for key, count in counts.items()}
     return np.array([max((factor_of[key] for key in categories), default=1.0) for categories in images])
-
-
-# -------------------------------------------------------------------------------------------------- streams
 
 
 @dataclass(frozen=True, kw_only=True)

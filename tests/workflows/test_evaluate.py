@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Ten scenes, and an untrained detector of the same names."""
     root = tmp_path_factory.mktemp("evaluate")
     rows = list(annotations.draw_scenes(str(root), "t-eval", WORLD, range(10), seed=0, base_only=False))
-    categories = annotations.pictogram_categories(WORLD, {})
+    categories = annotations.pictogram_categories(WORLD)
     for table, name, content in (("boxes", "t-eval", rows), ("categories", "t", categories)):
         part = pa.Table.from_pylist(content, schema=tables.SCHEMAS[table])
         entry = tables.write_part(str(root), table, name, "part-00000.parquet", part)

@@ -59,7 +59,7 @@ def test_a_folder_becomes_a_training_and_an_evaluation_set(tmp_path: Path) -> No
     ]
 
 
-def test_a_folder_of_its_own_is_for_evaluation(tmp_path: Path) -> None:
+def test_evaluation_may_have_its_own_folder(tmp_path: Path) -> None:
     other = folder_of(tmp_path / "val", count=3)
     run = photos(tmp_path, eval_data=str(other))
     prepare(run)
@@ -101,12 +101,12 @@ def test_a_changed_annotation_file_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 6, 7, -1])
-def test_an_impossible_split_is_told(tmp_path: Path, count: int) -> None:
+def test_an_impossible_split_is_refused(tmp_path: Path, count: int) -> None:
     with pytest.raises(InputError, match=f"eval_images: {count}, expected 1 to 5 of the 6 images"):
         prepare(photos(tmp_path, eval_images=count))
 
 
-def test_a_folder_without_annotations_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_annotations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"instances\.json: cannot be read"):
         prepare(photos(tmp_path, data=str(tmp_path)))
 
@@ -134,7 +134,7 @@ def test_photographs_become_pairs_with_given_captions(ray_cluster: None, tmp_pat
 
 
 @pytest.mark.ray
-def test_drawn_scenes_do_not_depend_on_how_they_are_spread(ray_cluster: None, tmp_path: Path) -> None:
+def test_drawn_scenes_do_not_depend_on_their_number(ray_cluster: None, tmp_path: Path) -> None:
     run = dataclasses.replace(prepare_boxes.smoke(), storage=str(tmp_path), train_images=9, eval_images=4)
     prepare(run)
     train = read(run, "train")

@@ -15,7 +15,6 @@ import pytest
 
 from data_prep import tables
 from data_prep.pictograms import webserver, website
-from data_prep.pictograms.website import FaultRates
 
 pytestmark = pytest.mark.slow
 TABLES = ("pairs", "rejects", "concepts", "groups")
@@ -103,7 +102,7 @@ def rejects(root: Path) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     site, root = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("undisturbed")
-    website.build_site(site, num_pictures=3000, num_scenes=1000, rates=FaultRates(hangs=0.0, disconnects=0.0))
+    website.build_site(site, num_pictures=3000, num_scenes=1000, rates={"hangs": 0.0, "disconnects": 0.0})
     with webserver.serve_site(site) as base_url:
         finish(start(site / "urls.tsv", root))
         requests = requests_of(base_url)

@@ -17,7 +17,7 @@ def decode(counts: str, height: int, width: int) -> np.ndarray:
 
 
 def picture(height: int = 40, width: int = 60, box: tuple[int, int, int, int] = (10, 5, 30, 25)) -> AnnotatedImage:
-    """A bright object on black, annotated, with its mask, and stored as a region at the same place."""
+    """A bright object on black with its box, its mask and a stored region at the same place."""
     x0, y0, x1, y1 = box
     mask = np.zeros((height, width), bool)
     mask[y0:y1, x0:x1] = True
@@ -37,12 +37,12 @@ def test_stored_regions_are_flipped_once_with_the_pixels() -> None:
     # ViLD's released parser draws a second flip that leaves the regions where they were.
     for seed in range(20):
         image = picture()
-        found = augment(image, Augmentation(flip_probability=0.5), np.random.default_rng(seed))
-        assert np.array_equal(found.regions, found.boxes)
-        x0, y0, x1, y1 = found.regions[0].astype(int)
-        assert bool((found.pixels[y0:y1, x0:x1] == 255).all())
-        assert int((found.pixels == 255).sum()) == 20 * 20 * 3
-        assert np.array_equal(decode(found.masks[0], 40, 60), found.pixels[..., 0] == 255)
+        augmented = augment(image, Augmentation(flip_probability=0.5), np.random.default_rng(seed))
+        assert np.array_equal(augmented.regions, augmented.boxes)
+        x0, y0, x1, y1 = augmented.regions[0].astype(int)
+        assert bool((augmented.pixels[y0:y1, x0:x1] == 255).all())
+        assert int((augmented.pixels == 255).sum()) == 20 * 20 * 3
+        assert np.array_equal(decode(augmented.masks[0], 40, 60), augmented.pixels[..., 0] == 255)
 
 
 def test_mirrored_twice_is_the_original() -> None:
@@ -56,18 +56,18 @@ def test_mirrored_twice_is_the_original() -> None:
 @pytest.mark.parametrize("seed", range(25))
 def test_jitter_moves_pixels_boxes_masks_and_regions_together(seed: int) -> None:
     setting = Augmentation(flip_probability=0.5, side=64, scales=(0.4, 2.0))
-    found = augment(picture(), setting, np.random.default_rng(seed))
-    assert found.pixels.shape == (64, 64, 3)
-    if not len(found.boxes):
+    augmented = augment(picture(), setting, np.random.default_rng(seed))
+    assert augmented.pixels.shape == (64, 64, 3)
+    if not len(augmented.boxes):
         return
-    assert np.allclose(found.boxes[0], found.regions[0])
-    bright = found.pixels.min(-1) > 200
+    assert np.allclose(augmented.boxes[0], augmented.regions[0])
+    bright = augmented.pixels.min(-1) > 200
     ys, xs = np.nonzero(bright)
-    seen = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-    assert np.abs(seen - found.boxes[0]).max() <= 2.5  # of interpolation at the edge
-    mask = decode(found.masks[0], 64, 64)
+    extent = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+    assert np.abs(extent - augmented.boxes[0]).max() <= 2.5  # from interpolation at the edge
+    mask = decode(augmented.masks[0], 64, 64)
     assert (mask & bright).sum() / (mask | bright).sum() > 0.8
-    assert bool((found.boxes >= 0).all() and (found.boxes <= 64).all())
+    assert bool((augmented.boxes >= 0).all() and (augmented.boxes <= 64).all())
 
 
 def test_a_region_out_of_view_is_not_valid() -> None:
@@ -80,11 +80,11 @@ def test_a_region_out_of_view_is_not_valid() -> None:
     )
     states = set()
     for seed in range(60):
-        found = augment(image, setting, np.random.default_rng(seed))
-        area = (found.regions[:, 2] - found.regions[:, 0]) * (found.regions[:, 3] - found.regions[:, 1])
-        assert not found.valid[area <= 0].any()
-        assert not found.valid[2]  # 32 of 60 by 32 of 40 pixels are in view: less than half
-        states.add(tuple(found.valid[:2].tolist()))
+        augmented = augment(image, setting, np.random.default_rng(seed))
+        area = (augmented.regions[:, 2] - augmented.regions[:, 0]) * (augmented.regions[:, 3] - augmented.regions[:, 1])
+        assert not augmented.valid[area <= 0].any()
+        assert not augmented.valid[2]  # 32 of 60 by 32 of 40 pixels are in view: less than half
+        states.add(tuple(augmented.valid[:2].tolist()))
     assert (False, False) in states
     assert any(state[0] for state in states)
     assert any(state[1] for state in states)
@@ -101,13 +101,13 @@ def test_annotated_boxes_that_leave_the_image_are_left_out_with_their_labels_and
     image = picture(box=(0, 0, 4, 4))
     counts = set()
     for seed in range(40):
-        found = augment(image, setting, np.random.default_rng(seed))
-        counts.add(len(found.boxes))
-        assert len(found.boxes) == len(found.labels) == len(found.masks)
+        augmented = augment(image, setting, np.random.default_rng(seed))
+        counts.add(len(augmented.boxes))
+        assert len(augmented.boxes) == len(augmented.labels) == len(augmented.masks)
     assert counts == {0, 1}
 
 
-def test_visible_parts_by_hand() -> None:
+def test_visible_shares_by_hand() -> None:
     # The part from (10, 0), doubled, 20 x 20: the first box loses its left half, the second one everything.
     boxes = np.array([[5, 2, 15, 6], [0, 0, 9, 9], [12, 1, 14, 3]], np.float32)
     moved, visible = move_boxes(boxes, (10, 0), np.array([2, 2], np.float32), (20, 20))
@@ -115,14 +115,14 @@ def test_visible_parts_by_hand() -> None:
     assert visible.tolist() == [0.5, 0.0, 1.0]
 
 
-def test_small_pictures_stand_on_the_mean_colour() -> None:
-    found = augment(picture(), Augmentation(side=64, scales=(0.5, 0.5)), np.random.default_rng(0))
-    assert found.pixels[-1, -1].tolist() == list(FILL)
-    assert found.pixels[20, 40].tolist() == list(FILL)  # 60 x 40 became 32 x 21
-    assert found.pixels[0, 0].tolist() == [0, 0, 0]
+def test_small_images_are_padded_with_the_mean_colour() -> None:
+    augmented = augment(picture(), Augmentation(side=64, scales=(0.5, 0.5)), np.random.default_rng(0))
+    assert augmented.pixels[-1, -1].tolist() == list(FILL)
+    assert augmented.pixels[20, 40].tolist() == list(FILL)  # 60 x 40 became 32 x 21
+    assert augmented.pixels[0, 0].tolist() == [0, 0, 0]
 
 
-def test_nothing_asked_leaves_the_image_as_it_is() -> None:
+def test_without_augmentation_the_image_is_unchanged() -> None:
     image = picture()
     assert augment(image, Augmentation(), np.random.default_rng(0)) is image
 
@@ -136,6 +136,6 @@ def test_nothing_asked_leaves_the_image_as_it_is() -> None:
         ({"side": -1}, "side -1"),
     ],
 )
-def test_impossible_settings_are_told(values: dict[str, object], message: str) -> None:
+def test_impossible_settings_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Augmentation(**values)  # type: ignore[arg-type]

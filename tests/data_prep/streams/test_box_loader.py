@@ -15,7 +15,7 @@ from data_prep.streams.collate import DetectionCollate
 from ovd_models.errors import InputError
 
 CROPS = {"scales": (1.0, 1.5), "fit": "warp"}
-SOURCE = RegionSource(name="t", teacher="clip:1", crops=CROPS, most=3, per_step=2)
+SOURCE = RegionSource(name="t", teacher="clip:1", crops=CROPS, num_candidates=3, num_sampled=2)
 WIDTH = 4
 
 
@@ -90,7 +90,7 @@ def load(store: str, flip: float = 0.0, **options: object):  # type: ignore[no-u
 
 
 @pytest.mark.ray
-def test_scenes_keep_boxes_of_training_categories_that_are_no_crowds(ray_cluster: None, store: str) -> None:
+def test_images_keep_boxes_of_training_categories_without_crowds(ray_cluster: None, store: str) -> None:
     loader = load(store)
     assert loader.count == 2  # without the empty image and the one of category 99
     batch = DetectionCollate()(loader(np.arange(2)))
@@ -103,10 +103,10 @@ def test_scenes_keep_boxes_of_training_categories_that_are_no_crowds(ray_cluster
     assert (batch.num_images, batch.masks, batch.regions) == (2, None, None)
 
 
-def test_what_takes_no_part_is_counted() -> None:
-    index, left = training_rows(ROWS, [10, 30], "root")
+def test_skipped_boxes_and_images_are_counted_by_reason() -> None:
+    index, skipped = training_rows(ROWS, [10, 30], "root")
     assert [row["image_id"] for row in index] == ["a", "b"]
-    assert str(left) == (
+    assert str(skipped) == (
         "2 boxes of other categories (category 99 in images/a.png, category 99 in images/other.png), "
         "1 crowds (images/a.png), 1 boxes without area (images/b.png), 1 boxes outside their image (images/b.png), "
         "2 images without boxes (images/none.png, images/other.png)"
@@ -114,18 +114,18 @@ def test_what_takes_no_part_is_counted() -> None:
 
 
 def test_no_more_than_three_places_are_named() -> None:
-    left = training_rows([box_row(name, (16, 8), [], [], []) for name in "abcde"], [10], "root")[1]
-    assert str(left) == "5 images without boxes (images/a.png, images/b.png, images/c.png, ...)"
+    skipped = training_rows([box_row(name, (16, 8), [], [], []) for name in "abcde"], [10], "root")[1]
+    assert str(skipped) == "5 images without boxes (images/a.png, images/b.png, images/c.png, ...)"
 
 
 def test_boxes_are_cut_to_their_image() -> None:
-    index, left = training_rows([box_row("a", (16, 8), [[-3, 2, 20, 9]], [10], [False])], [10], "root")
+    index, skipped = training_rows([box_row("a", (16, 8), [[-3, 2, 20, 9]], [10], [False])], [10], "root")
     assert index[0]["boxes"] == [0.0, 2.0, 16.0, 8.0]
-    assert not left
+    assert not skipped
 
 
 @pytest.mark.ray
-def test_what_is_left_out_is_printed(ray_cluster: None, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_boxes_are_printed(ray_cluster: None, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     load(store)
     assert "boxes/t: trains on 2 images; left out: 2 boxes of other categories (category 99" in capsys.readouterr().out
 
@@ -134,17 +134,17 @@ def test_what_is_left_out_is_printed(ray_cluster: None, store: str, capsys: pyte
 def test_mirrored_scenes_carry_mirrored_boxes_and_regions(ray_cluster: None, store: str) -> None:
     batch = DetectionCollate()(load(store, flip=1.0, regions=SOURCE)(np.arange(40)))
     assert batch.regions is not None
-    seen = 0
+    num_bright = 0
     for row, image in enumerate(batch.images):
         if image.shape[1] != 8:
             continue
         assert batch.boxes[row].tolist() == [[12.0, 0.0, 16.0, 8.0]]
         assert bool((image[:, :, 12:] == 200).all())
         for box, embedding in zip(batch.regions.boxes[row], batch.regions.embeddings[row], strict=True):
-            if int(embedding.argmax()) == 1:  # what the teacher saw in the bright part
+            if int(embedding.argmax()) == 1:  # the region of the bright part
                 assert box.tolist() == [12.0, 0.0, 16.0, 8.0]
-                seen += 1
-    assert seen > 5
+                num_bright += 1
+    assert num_bright > 5
 
 
 @pytest.mark.ray
@@ -156,7 +156,7 @@ def test_rows_depend_on_the_position_alone(ray_cluster: None, store: str) -> Non
 
 
 @pytest.mark.ray
-def test_regions_come_with_their_embeddings_and_padding_is_not_valid(ray_cluster: None, store: str) -> None:
+def test_regions_keep_their_embeddings_and_padding_is_not_valid(ray_cluster: None, store: str) -> None:
     batch = DetectionCollate()(load(store, regions=SOURCE)(np.arange(30)))
     regions = batch.regions
     assert regions is not None
@@ -180,9 +180,9 @@ def test_regions_come_with_their_embeddings_and_padding_is_not_valid(ray_cluster
 
 def test_an_image_without_regions_gives_padding() -> None:
     nothing = Regions(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 4), np.float16))
-    drawn = sample_regions(nothing, 300, 5, np.random.default_rng(0))
-    assert (drawn.boxes.shape, drawn.embeddings.shape) == ((5, 4), (5, 4))
-    assert not drawn.valid.any()
+    boxes, valid, embeddings = sample_regions(nothing, SOURCE, np.random.default_rng(0))
+    assert (boxes.shape, embeddings.shape) == ((2, 4), (2, 4))
+    assert not valid.any()
 
 
 @pytest.mark.ray
@@ -194,7 +194,9 @@ def test_an_image_without_regions_gives_padding() -> None:
         ({"name": "missing"}, "no such table"),
     ],
 )
-def test_foreign_embeddings_are_told(ray_cluster: None, store: str, change: dict[str, object], message: str) -> None:
+def test_embeddings_of_another_teacher_are_refused(
+    ray_cluster: None, store: str, change: dict[str, object], message: str
+) -> None:
     settings = {"name": "t", "teacher": "clip:1", "crops": CROPS, **change}
     with pytest.raises(InputError) as caught:
         load(store, regions=RegionSource(**settings))  # type: ignore[arg-type]
@@ -209,7 +211,7 @@ def test_missing_embeddings_are_counted_and_named(ray_cluster: None, store: str)
 
 
 @pytest.mark.ray
-def test_masks_are_wanted_for_every_box(ray_cluster: None, store: str) -> None:
+def test_a_box_without_a_mask_is_refused(ray_cluster: None, store: str) -> None:
     with pytest.raises(InputError, match=r"boxes/t: a box has no mask, expected one for each"):
         load(store, masks=True)
 
@@ -223,7 +225,7 @@ def test_rare_categories_come_more_often(ray_cluster: None, store: str) -> None:
 
 
 @pytest.mark.ray
-def test_no_box_of_the_training_categories_is_told(ray_cluster: None, store: str) -> None:
+def test_no_box_of_the_training_categories_is_refused(ray_cluster: None, store: str) -> None:
     with pytest.raises(InputError, match="boxes/t: no image has a box of the 1 training categories"):
         detection_loader(store, "t", [77], seed=0, augmentation=Augmentation())
 

@@ -94,7 +94,7 @@ def test_a_group_depends_on_seed_and_position_alone() -> None:
 
 def test_a_group_is_of_one_kind_and_kinds_come_in_proportion() -> None:
     kinds = np.ones(200, np.uint8)
-    kinds[:4] = 0  # concept 0 takes no part
+    kinds[:4] = 0  # concept 0 is not used
     kinds[4:7] = 2  # concept 1: three of each kind
     kinds[10:48] = 2  # concept 2: 38 of 190
     kinds[180:190] = 0
@@ -132,10 +132,10 @@ def test_random_rows_are_all_rows_of_a_kind_once_in_random_order(share: float) -
     assert abs(np.mean(found[: len(found) // 2]) - 2500) < 700
 
 
-def test_the_first_of_many_rows_come_without_laying_them_out() -> None:
+def test_the_first_of_many_rows_come_without_a_permutation() -> None:
     class Watched(np.random.Generator):
         def permutation(self, *_: object, **__: object) -> np.ndarray:  # type: ignore[override]
-            raise AssertionError("laid out")
+            raise AssertionError("permuted")
 
     rows = random_rows(Watched(np.random.PCG64(0)), np.ones(10**6, np.uint8), 1, 10**6)
     assert len({next(rows) for _ in range(1000)}) == 1000
@@ -192,7 +192,7 @@ def make_store(root: Path, broken: tuple[int, ...] = ()) -> Path:
     return root
 
 
-def test_kinds_are_read_off_widths_and_heights_in_batches(tmp_path: Path) -> None:
+def test_kinds_follow_from_widths_and_heights(tmp_path: Path) -> None:
     root = make_store(tmp_path)
     uris = [f"{root}/groups/t/part-{number}.parquet" for number in range(2)]
     # Rows of concept 0 are images 0, 1, 2, of concept 1 images 1, 2, 3, of concept 2 image 3; 0 and 1 are wide.
@@ -201,7 +201,7 @@ def test_kinds_are_read_off_widths_and_heights_in_batches(tmp_path: Path) -> Non
     assert scan_kinds(uris, 7, Sampling(min_side=45, by_orientation=False)).tolist() == [0, 0, 1, 0, 1, 1, 1]
 
 
-def test_rows_are_read_by_number_and_few_are_kept(tmp_path: Path) -> None:
+def test_rows_are_read_by_number_and_the_cache_is_bounded(tmp_path: Path) -> None:
     root = make_store(tmp_path)
     reader = RowGroups(max_bytes=1)
     uri = f"{root}/groups/t/part-1.parquet"
@@ -213,7 +213,7 @@ def test_rows_are_read_by_number_and_few_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_groups_share_their_concept_and_know_what_else_is_mentioned(ray_cluster: None, tmp_path: Path) -> None:
+def test_groups_share_a_concept_and_list_all_mentioned_ones(ray_cluster: None, tmp_path: Path) -> None:
     loader = group_loader(str(make_store(tmp_path)), "t", seed=0, group_size=2, sampling=EVERYTHING)
     assert ray.get(loader.plan).concept_ids.tolist() == [0, 1]  # concept 2 has one image
     batch = GroupCollate(3, None)(loader(np.arange(20)))
@@ -238,7 +238,7 @@ def test_groups_of_one_orientation(ray_cluster: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_small_images_take_no_part_on_demand(ray_cluster: None, tmp_path: Path) -> None:
+def test_small_images_can_be_left_out(ray_cluster: None, tmp_path: Path) -> None:
     root = str(make_store(tmp_path))
     sampling = Sampling(min_side=45)
     loader = group_loader(root, "t", seed=0, group_size=2, sampling=sampling)
@@ -263,7 +263,7 @@ def test_an_unreadable_image_is_replaced_within_its_concept(ray_cluster: None, t
 
 
 @pytest.mark.ray
-def test_a_concept_that_runs_out_of_images_gives_way_to_another(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_concept_without_enough_readable_images_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
     loader = group_loader(str(make_store(tmp_path, broken=(0, 1))), "t", seed=0, group_size=2, sampling=EVERYTHING)
     assert {row["concept_id"] for row in loader(np.arange(8)).to_pylist()} == {1}
     nothing = make_store(tmp_path / "nothing", broken=(0, 1, 2, 3))
@@ -293,7 +293,7 @@ def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None
     assert str(caught.value) == f"{tmp_path}/groups/t: no such table; `python workflows/prepare_pairs.py` makes it"
 
 
-def test_empty_groups_are_told(tmp_path: Path) -> None:
+def test_empty_groups_are_refused(tmp_path: Path) -> None:
     publish(tmp_path, "groups", [])
     publish(tmp_path, "concepts", [])
     with pytest.raises(InputError, match="groups/t: no concept has 2 images"):

@@ -34,7 +34,7 @@ def drawn(ray_cluster: None, tmp_path: Path) -> str:
 @pytest.mark.ray
 def test_masks_come_with_their_images_and_labels(drawn: str) -> None:
     rows = tables.read_table(drawn, "boxes", "s-train").to_pylist()
-    known = sorted({key for row in rows for key in row["category_ids"]})[1:]  # the first category is not known
+    known = sorted({key for row in rows for key in row["category_ids"]})[1:]  # without the first category
     load = mask_loader(drawn, "s-train", known, seed=0, flip_probability=0.0)
     batch = MaskCollate()(load(np.arange(7)))
     by_boxes = {tuple(map(tuple, row["boxes"])): row for row in rows}
@@ -66,7 +66,7 @@ def test_masks_are_decoded_as_they_were_encoded() -> None:
 
 
 @pytest.mark.ray
-def test_a_set_without_masks_is_told(drawn: str) -> None:
+def test_a_set_without_masks_is_refused(drawn: str) -> None:
     rows = tables.read_table(drawn, "boxes", "s-train").to_pylist()
     for row in rows:
         row["masks"] = ["" for _ in row["masks"]]
@@ -79,7 +79,7 @@ def test_a_set_without_masks_is_told(drawn: str) -> None:
 
 
 @pytest.mark.ray
-def test_the_cache_holds_what_sam_sees_and_resumes_by_shard(drawn: str, tmp_path: Path) -> None:
+def test_the_cache_equals_sams_embeddings_and_resumes_by_shard(drawn: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = str(tmp_path / "sam")
     teacher = save_sam(SamModel(SAM), folder, run={})

@@ -1,27 +1,18 @@
-import io
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray.data
-import torch
-from PIL import Image
 
-from data_prep import storage, tables
-from data_prep.pairs import shards
-from data_prep.streams.collate import PairCollate
 from data_prep.streams.plans import (
     Integers,
     StreamShape,
-    pair_loader,
     plan_epochs,
     plan_weighted,
     repeat_factors,
     stream,
 )
-from ovd_models.errors import InputError
 
 # ------------------------------------------------------------------------------------------------------ plans
 
@@ -96,7 +87,7 @@ def test_positions_of_a_range_of_steps(
 
 
 def position_stream(shape: StreamShape, start: int, stop: int) -> ray.data.Dataset:
-    """A stream of rows that tell their positions."""
+    """A stream whose rows hold their positions."""
 
     def load(positions: Integers) -> pa.Table:  # inside, so that workers need not import this file
         return pa.table({"position": positions})
@@ -126,14 +117,14 @@ def split(shape: StreamShape, start: int, stop: int) -> list[list[list[int]]]:
 
 
 @pytest.mark.ray
-def test_two_workers_see_each_position_once_and_checkpoints_cut_cleanly(
+def test_two_workers_read_each_position_once_and_checkpoints_cut_cleanly(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray.data.DataContext.get_current().execution_options, "preserve_order", True)
     parts = split(StreamShape(rows_per_step=4, workers=2), 0, 15)
     assert [len(part) for part in parts] == [15, 15]
     assert sorted(n for part in parts for batch in part for n in batch) == list(range(60))
-    for step in (5, 10):  # what both have taken until a checkpoint are exactly the first positions
+    for step in (5, 10):  # both together have read exactly the first positions
         taken = [n for part in parts for batch in part[:step] for n in batch]
         assert sorted(taken) == list(range(4 * step))
 
@@ -144,75 +135,3 @@ def test_checkpoints_cut_cleanly_in_a_run_of_any_length(ray_cluster: None, monke
     parts = split(StreamShape(rows_per_step=4, workers=2), 0, 7)
     taken = [n for part in parts for batch in part[:5] for n in batch]
     assert sorted(taken) == list(range(20))
-
-
-# --------------------------------------------------------------------------------------- tables, loaders, collate
-
-
-def encoded(image: np.ndarray) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(image).save(sink, "PNG")
-    return sink.getvalue()
-
-
-def flat(value: int, height: int, width: int) -> np.ndarray:
-    return np.full((height, width, 3), value, np.uint8)
-
-
-SIZES = [(10, 20), (30, 40), (64, 64), (64, 48)]  # height, width of pairs 0 .. 3
-
-
-def published(root: Path, table: str, name: str, rows: list[dict[str, object]]) -> None:
-    """Publish rows; columns that they leave out hold something of their type."""
-    schema = tables.SCHEMAS[table]
-    neutral = {column.name: "x" if column.type == pa.string() else 0 for column in schema}
-    complete = [{column: row.get(column, neutral[column]) for column in schema.names} for row in rows]
-    entry = tables.write_part(str(root), table, name, "part-00000.parquet", pa.Table.from_pylist(complete, schema))
-    tables.publish(str(root), table, name, [entry], producer="test", config_hash="0")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """Four pairs whose pixels are 10, 20, 30, 40."""
-    images = [encoded(flat(10 * n + 10, *size)) for n, size in enumerate(SIZES)]
-    tar, offsets = shards.pack((f"{n}", image, f"caption {n}") for n, image in enumerate(images))
-    storage.write_bytes(f"{tmp_path}/pairs/t/shards/0.tar", tar)
-    pairs: list[dict[str, object]] = [
-        {
-            "image_id": str(n),
-            "shard": "shards/0.tar",
-            "offset": offset,
-            "size": len(image),
-            "height": size[0],
-            "width": size[1],
-            "caption": f"caption {n}",
-        }
-        for n, (image, offset, size) in enumerate(zip(images, offsets, SIZES, strict=True))
-    ]
-    published(tmp_path, "pairs", "t", pairs)
-    return tmp_path
-
-
-@pytest.mark.ray
-def test_pairs_are_read_resized_and_batched(ray_cluster: None, store: Path) -> None:
-    loader = pair_loader(str(store), "t", seed=0, image_size=16, max_side=None)
-    images, captions = PairCollate(16)(loader(np.arange(8)))
-    assert images.shape == (8, 3, 16, 16)
-    assert images.dtype == torch.uint8
-    assert sorted(captions[:4]) == sorted(captions[4:]) == [f"caption {n}" for n in range(4)]
-    for image, caption in zip(images, captions, strict=True):
-        assert set(image.unique().tolist()) == {10 * int(caption[-1]) + 10}
-
-
-@pytest.mark.ray
-def test_large_pairs_are_left_out_on_demand(ray_cluster: None, store: Path) -> None:
-    loader = pair_loader(str(store), "t", seed=0, image_size=16, max_side=40)
-    assert loader.count == 2
-    with pytest.raises(InputError, match="pairs/t: no pair with sides up to 5 px"):
-        pair_loader(str(store), "t", seed=0, image_size=16, max_side=5)
-
-
-def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        pair_loader(str(tmp_path), "t", seed=0, image_size=16, max_side=None)
-    assert str(caught.value) == f"{tmp_path}/pairs/t: no such table; `python workflows/prepare_pairs.py` makes it"
