@@ -91,9 +91,9 @@ def prepare(run: Run) -> None:
         return
     train, evaluation = read_folder(run) if run.data else draw_pictograms(run)
     base_only = annotations.strip_novel(train.boxes, train.categories)
-    publish(run, "categories", run.name, train.categories, config_hash)
-    publish(run, "boxes", f"{run.name}-train", base_only, config_hash)
-    publish(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash)
+    publish_rows(run, "categories", run.name, train.categories, config_hash)
+    publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash)
+    publish_rows(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash)
     splits = Counter(train.categories["split"].to_pylist())
     print(
         f"boxes: {train.boxes.num_rows:,} images for training, {evaluation.boxes.num_rows:,} for evaluation; "
@@ -101,7 +101,7 @@ def prepare(run: Run) -> None:
     )
 
 
-def publish(run: Run, table: str, name: str, rows: pa.Table, config_hash: str) -> None:
+def publish_rows(run: Run, table: str, name: str, rows: pa.Table, config_hash: str) -> None:
     """Publish a table of one part."""
     part = tables.write_part(run.storage, table, name, "part-00000.parquet", rows)
     tables.publish(run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash)
@@ -124,8 +124,8 @@ def prepare_full(run: Run) -> None:
         full = draw_in_parallel(run, "full", run.train_images, seed=run.seed + 1, base_only=False)
     mixed = annotations.strip_novel(full, tables.read_table(run.storage, "categories", run.name))
     config_hash = tables.read_manifest(run.storage, "boxes", f"{run.name}-train").config_hash
-    publish(run, "boxes", f"{run.name}-full", full, config_hash)
-    publish(run, "boxes", f"{run.name}-mixed", mixed, config_hash)
+    publish_rows(run, "boxes", f"{run.name}-full", full, config_hash)
+    publish_rows(run, "boxes", f"{run.name}-mixed", mixed, config_hash)
     print(f"boxes: {full.num_rows:,} images with novel objects, annotated (-full) and not (-mixed)")
 
 

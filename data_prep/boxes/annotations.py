@@ -82,9 +82,6 @@ def strip_novel(boxes: pa.Table, categories: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=boxes.schema)
 
 
-# ------------------------------------------------------------------------------------------------ COCO, LVIS
-
-
 def annotation_file_digest(folder: str | Path) -> str:
     """SHA-256 of a folder's `instances.json`.
 
@@ -277,9 +274,6 @@ def read_captions(path: Path, uris: Sequence[str]) -> list[str]:
         if name not in captions:
             raise InputError(f"{path}: no row for {name}, expected a caption for each training image")
     return [captions[name] for name in names]
-
-
-# ------------------------------------------------------------------------------------------------ pictograms
 
 
 def pictogram_categories(world: World) -> list[dict[str, Any]]:

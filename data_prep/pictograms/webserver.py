@@ -46,8 +46,14 @@ def serve_site(root: str | Path, *, port: int = 0) -> Iterator[str]:
     Raises:
         RuntimeError: the server did not start.
     """
-    module, arguments = "data_prep.pictograms.webserver", [f"--root={root}", f"--port={port}", "--stop-at-eof"]
-    command = [sys.executable, "-m", module, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.pictograms.webserver",
+        f"--root={root}",
+        f"--port={port}",
+        "--stop-at-eof",
+    ]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=child_environment(), stdin=pipe, stdout=pipe, text=True) as server:
         watchdog = threading.Timer(READY_SECONDS, server.kill)
@@ -157,13 +163,9 @@ def _listen(root: Path, port: int) -> socket.socket:
     port_file = root / "port"
     last = int(port_file.read_text()) if port_file.exists() else 0
     for candidate in (port,) if port else (last, 0):
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("127.0.0.1", candidate))
-            listener.listen(1024)
+            listener = socket.create_server(("127.0.0.1", candidate), backlog=1024)
         except OSError:
-            listener.close()
             continue
         port_file.write_text(str(listener.getsockname()[1]))
         return listener

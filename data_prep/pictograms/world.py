@@ -285,23 +285,23 @@ def contact_sheet(world: World, *, seed: int = 0, side: int = 84) -> Image.Image
     draw = ImageDraw.Draw(sheet)
     label_font = _font("DejaVuSans", 9)
     rng = np.random.default_rng([seed, 7])
+    colour_of = ["crimson" if split == "novel" else "black" for split in world.splits]
     for index, name in enumerate(world.names):
         x, y = index % columns * side, index // columns * (side + 16)
         style = replace(PICTURES, side=side - 6, object_sizes=(52, 56), rotation=0.0)
         colour = str(rng.choice(list(COLOURS)))
         scene = draw_scene(rng, style, np.array([index]), [name], [colour])
-        novel = world.splits[index] == "novel"
-        if novel:
+        if world.splits[index] == "novel":
             draw.rectangle((x, y, x + side - 1, y + side + 14), outline="crimson", width=2)
         sheet.paste(Image.fromarray(scene.pixels), (x + 3, y + 3))
-        draw.text((x + 4, y + side - 1), name, font=label_font, fill="crimson" if novel else "black")
+        draw.text((x + 4, y + side - 1), name, font=label_font, fill=colour_of[index])
     for line, style in enumerate((SCENES, SECOND_STYLE)):
         for column in range((columns * side) // (big + 4)):
             scene = world.scene(rng, style)
             view = Image.fromarray(scene.pixels).resize((big, big), Image.Resampling.LANCZOS)
             pen = ImageDraw.Draw(view)
             for box, label in zip(scene.boxes * (big / style.side), scene.labels, strict=True):
-                pen.rectangle(box.tolist(), outline="crimson" if world.splits[label] == "novel" else "black")
+                pen.rectangle(box.tolist(), outline=colour_of[label])
             sheet.paste(view, (column * (big + 4), rows * (side + 16) + 8 + line * (big + 8)))
     return sheet
 

@@ -97,7 +97,7 @@ class DetectionLoader:
         region_boxes, valid, embeddings = NO_REGIONS
         if self.source and store is not None:
             rng = np.random.default_rng([self.seed, position, 3])
-            region_boxes, valid, embeddings = sample_regions(store[row["image_id"]], self.source, rng)
+            region_boxes, valid, embeddings = sample_stored_regions(store[row["image_id"]], self.source, rng)
         image = AnnotatedImage(
             np.asarray(read_image(row["uri"])),
             np.asarray(row["boxes"], np.float32).reshape(-1, 4),
@@ -120,7 +120,7 @@ class DetectionLoader:
         }
 
 
-def sample_regions(regions: Regions, source: RegionSource, rng: np.random.Generator) -> SampledRegions:
+def sample_stored_regions(regions: Regions, source: RegionSource, rng: np.random.Generator) -> SampledRegions:
     """Sample an image's regions for one step without replacement, padded to M.
 
     Returns:

@@ -59,9 +59,6 @@ class Sampling:
     """Images with a shorter side below this, in pixels, are not used."""
 
 
-# ---------------------------------------------------------------------------------------------------- plans
-
-
 @dataclass(frozen=True)
 class GroupPlan:
     """Everything that decides which rows form the group at a position."""
@@ -108,10 +105,10 @@ def concept_chances(images: Integers, sampling: Sampling) -> npt.NDArray[np.floa
     """[C] image counts -> [C] chances that sum to 1 (repeat factors: Gupta et al., 2019, LVIS)."""
     if sampling.weights == "uniform":
         return np.full(len(images), 1 / max(1, len(images)))
-    share = images / max(1, images.sum())
+    shares = images / max(1, images.sum())
     if sampling.weights == "repeat_factor":
-        share = share * np.maximum(1.0, np.sqrt(sampling.repeat_threshold / share))
-    return np.asarray(share / share.sum(), np.float64)
+        shares = shares * np.maximum(1.0, np.sqrt(sampling.repeat_threshold / shares))
+    return np.asarray(shares / shares.sum(), np.float64)
 
 
 def plan_group(plan: GroupPlan, position: int, attempt: int = 0) -> tuple[int, Iterator[int]]:
@@ -149,9 +146,6 @@ def random_rows(rng: np.random.Generator, kinds_R: npt.NDArray[np.uint8], kind: 
     for row in rng.permutation(np.flatnonzero(kinds_R == kind)).tolist():
         if row not in seen:
             yield row
-
-
-# --------------------------------------------------------------------------------------------------- reading
 
 
 class RowGroups:
@@ -203,9 +197,6 @@ def scan_kinds(uris: Sequence[str], count: int, sampling: Sampling) -> npt.NDArr
             kinds[done : done + len(kind)] = kind
             done += len(kind)
     return kinds
-
-
-# --------------------------------------------------------------------------------------------------- loading
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from PIL import Image
 from data_prep import storage, tables
 from data_prep.embeddings.stores import EmbeddingJob, Regions, publish, save_shard, saved_shards
 from data_prep.streams.augmentation import Augmentation
-from data_prep.streams.box_loader import RegionSource, detection_loader, sample_regions, training_rows
+from data_prep.streams.box_loader import RegionSource, detection_loader, sample_stored_regions, training_rows
 from data_prep.streams.collate import DetectionCollate
 from ovd_models.errors import InputError
 
@@ -180,7 +180,7 @@ def test_regions_keep_their_embeddings_and_padding_is_not_valid(ray_cluster: Non
 
 def test_an_image_without_regions_gives_padding() -> None:
     nothing = Regions(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 4), np.float16))
-    boxes, valid, embeddings = sample_regions(nothing, SOURCE, np.random.default_rng(0))
+    boxes, valid, embeddings = sample_stored_regions(nothing, SOURCE, np.random.default_rng(0))
     assert (boxes.shape, embeddings.shape) == ((2, 4), (2, 4))
     assert not valid.any()
 
@@ -194,9 +194,7 @@ def test_an_image_without_regions_gives_padding() -> None:
         ({"name": "missing"}, "no such table"),
     ],
 )
-def test_embeddings_of_another_teacher_are_refused(
-    ray_cluster: None, store: str, change: dict[str, object], message: str
-) -> None:
+def test_foreign_embeddings_are_refused(ray_cluster: None, store: str, change: dict[str, object], message: str) -> None:
     settings = {"name": "t", "teacher": "clip:1", "crops": CROPS, **change}
     with pytest.raises(InputError) as caught:
         load(store, regions=RegionSource(**settings))  # type: ignore[arg-type]
