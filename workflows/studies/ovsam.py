@@ -222,15 +222,18 @@ def step_operations(model: OvSam, own: ovsam_configs.Run) -> list[int]:
     features = torch.zeros(1, sam.prompt_width, sam.embedding_side, sam.embedding_side)
     masks = MaskBatch((image,), (torch.ones_like(image[:1], dtype=torch.bool),), (torch.zeros(1, dtype=torch.int64),))
     text_KYD = torch.zeros(1, 1, model.config.tower.embed_dim)
-    steps: tuple[tuple[nn.Module, tuple[Any, ...]], ...] = (
-        (Sam2ClipTraining(model), (FeatureBatch((image,), features),)),
-        (Clip2SamTraining(model, own.clip2sam), (masks, text_KYD)),
-    )
 
-    def step(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        torch.stack(list(module(*inputs).values())).sum().backward()  # type: ignore[no-untyped-call]
+    def operations(module: nn.Module, *inputs: Any) -> int:
+        def step() -> None:
+            torch.stack(list(module(*inputs).values())).sum().backward()  # type: ignore[no-untyped-call]
 
-    return [pointing_report.count_flops(partial(step, module, inputs)) for module, inputs in steps]
+        return pointing_report.count_flops(step)
+
+    # One after the other: each training freezes the parts of the model that it does not train.
+    return [
+        operations(Sam2ClipTraining(model), FeatureBatch((image,), features)),
+        operations(Clip2SamTraining(model, own.clip2sam), masks, text_KYD),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ measurements
