@@ -9,6 +9,7 @@ from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
+from ovd_models.vild.model import Variant
 from workflows import evaluate, vild
 from workflows.common.runs import Trained
 from workflows.configs import vild as vild_configs
@@ -60,7 +61,7 @@ def test_the_teacher_alone_is_measured_on_the_same_regions(prepared: Run, traine
 def test_only_the_variant_with_one_head_has_a_weight_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "remember", lambda *_: {"proposals": "proposals", "regions": "regions"})
     run = replace(vild_study.pictograms(), one_head_weight=0.7)
-    variants: tuple[vild_study.Variant, ...] = ("vild", "ensemble", "image")
+    variants: tuple[Variant, ...] = ("vild", "ensemble", "image")
     weights = {variant: vild_study.variant_training(run, variant, 1).model.image_weight for variant in variants}
     usual = run.training.model.image_weight
     assert weights == {"vild": 0.7, "ensemble": usual, "image": usual}
