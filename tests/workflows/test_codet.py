@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 import math
 import os
@@ -17,10 +16,8 @@ from reference_data import LVIS, PHOTOS, needs
 
 import ovd_models
 from data_prep import tables
-from data_prep.pictograms.world import World
 from data_prep.streams.augmentation import Augmentation
 from ovd_models.checkpoints import load_codet
-from ovd_models.codet.model import CoDet
 from ovd_models.detectors.centernet import CenterNetConfig
 from ovd_models.detectors.centernet2 import CenterNet2Config
 from ovd_models.errors import InputError
@@ -31,7 +28,6 @@ from workflows.common.runs import Trained
 from workflows.common.training import Stage
 from workflows.configs import codet as codet_configs
 from workflows.configs.codet import Run
-from workflows.studies import codet as codet_study
 
 TEXTS = LVIS / "coco_clip_vitb32_a_name.npy"
 SCRIPT = Path(codet.__file__)
@@ -243,56 +239,6 @@ def test_where_the_model_looks_is_tracked_as_pictures(prepared: Run, trained: Tr
         (path,) = folder.glob(f"{name}*.png")
         with Image.open(path) as picture:
             assert min(picture.size) > 100
-
-
-@pytest.mark.ray
-def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = dataclasses.replace(codet_study.smoke(), storage=prepared.storage, teacher=prepared.teacher)
-    first = codet_study.study(run)
-    names = ["box supervision", "region-region", "max-size", "both, guidance"]
-    assert list(first["results"]) == names
-    assert list(first["differences"]) == ["region-region above max-size"]
-    assert all("planted_groups" in first["results"][name][0] for name in names)
-    for ending in ("json", "md"):
-        assert (Path(prepared.storage) / f"reports/codet_study.{ending}").exists()
-
-    def never(*_: object) -> None:
-        raise AssertionError("done already")
-
-    monkeypatch.setattr(codet, "train", never)
-    assert codet_study.as_table(codet_study.study(run)) == codet_study.as_table(first)
-
-
-def test_sweeps_are_trainings_of_their_own_and_drawn_as_curves() -> None:
-    named = dict(codet_study.trainings(codet_study.sweeps(), 0))
-    assert [(own.group_size, own.groups_per_step) for name, own in named.items() if "group" in name] == [
-        (2, 8),
-        (4, 4),
-        (8, 2),
-    ]
-    assert [own.model.num_proposals for name, own in named.items() if "proposals" in name] == [4, 16, 64]
-    results = {name: {0: {"ap50_base": 0.5, "ap50_novel": 0.4}} for name in named}
-    with Image.open(io.BytesIO(codet_study.draw_curves(results))) as picture:
-        assert picture.width > picture.height > 200
-
-
-def test_planted_groups_share_an_object_whose_box_is_known() -> None:
-    for batch, boxes in codet_study.plant(["anchor", "umbrella"], 3, 3):
-        assert (batch.num_images, batch.group_size) == (3, 3)
-        for image, box in zip(batch.images, boxes, strict=True):
-            assert (image.shape, box.shape) == ((3, 128, 128), (1, 4))
-            assert bool((box[:, 2:] > box[:, :2]).all())
-
-
-def test_in_the_setting_of_both_every_concept_brings_its_partner(tmp_path: Path) -> None:
-    world, rng = World.create(0), np.random.default_rng(0)
-    scene = codet_study.draw_all(rng, world, np.array([3, 7, 40, 41]))
-    assert sorted(scene.labels.tolist()) == [3, 7, 40, 41]
-
-
-@pytest.mark.parametrize("variant", codet_study.VARIANTS)
-def test_every_variant_of_the_study_can_be_built(variant: str) -> None:
-    CoDet(codet_study.VARIANTS[variant](codet_configs.pictograms()).model)
 
 
 def test_published_settings() -> None:

@@ -14,20 +14,16 @@ import ovd_models
 from data_prep import tables
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import load_vild
-from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.vocabulary import Vocabulary
-from workflows import evaluate, failures, vild
+from workflows import failures, vild
 from workflows.common import cli, tracking
 from workflows.common.runs import Trained
 from workflows.configs import vild as vild_configs
 from workflows.configs.vild import Run
 from workflows.reports import failures as gallery
-from workflows.studies import study as studies
-from workflows.studies import vild as vild_study
-from workflows.studies import vild_sweep
 
 NOVEL = 17
 
@@ -119,35 +115,6 @@ def test_supervised_training_finds_no_novel_name(prepared: Run, trained: Trained
     assert len(ovd_models.load(found.model).detect(Image.new("RGB", (64, 64)), novel, score_threshold=0.0)) == 0
 
 
-@pytest.mark.ray
-def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
-    prepared: Run, trained: Trained[DetectionMetrics], tmp_path: Path
-) -> None:
-    detector = ovd_models.load(trained.model)
-    seen = vild_sweep.record(detector, prepared.storage, "smoke-eval", "smoke")
-    run = vild_sweep.Run(score_threshold=prepared.score_threshold)
-    own = vild_sweep.measure(detector, seen, seen.records, load_vild(trained.model).config.scoring, run)
-    metrics, _ = evaluate.evaluate(evaluate.Run(storage=prepared.storage, model=trained.model, boxes="smoke-eval"))
-    for name, value in metrics.summary().items():
-        assert own.summary()[name] == pytest.approx(value, nan_ok=True)
-    save_clip(Clip(ClipConfig()), tmp_path / "other")
-    with pytest.raises(InputError, match=f"expected the detector's teacher, {detector.teacher}"):
-        vild_sweep.baselines(detector, seen, str(tmp_path / "other"), Scoring(), run)
-    grid = list(vild_sweep.scorings(vild_sweep.Run(temperature=(10.0, 20.0)), Scoring()))
-    assert len(grid) == 4 * 2 * 2
-    assert all(entry.base_image + entry.novel_image == pytest.approx(1) for entry in grid)
-
-
-@pytest.mark.ray
-def test_the_teacher_alone_is_measured_on_the_same_regions(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
-    detector = ovd_models.load(trained.model)
-    seen = vild_sweep.record(detector, prepared.storage, "smoke-eval", "smoke")
-    run = vild_sweep.Run(max_crops=4)
-    found = vild_sweep.baselines(detector, seen, prepared.teacher, Scoring(), run)
-    assert list(found) == ["CLIP on crops", "CLIP on crops, objectness", "text + CLIP"]
-    assert all(0 <= metrics.summary()["ap50_all"] <= 1 for metrics in found.values())
-
-
 def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() -> None:
     image = Image.new("RGB", (100, 20))
     boxes = np.array([[at, 0, at + 8, 8] for at in (0, 20, 40, 60, 80)], np.float32)
@@ -190,69 +157,6 @@ def test_failures_are_found_and_written(prepared: Run, trained: Trained[Detectio
     for fit in ("warp", "pad", "centre"):
         assert f"<figcaption>{fit}: " in text
     assert 'src="http' not in text
-
-
-def test_in_a_study_the_one_head_variant_alone_has_a_weight_of_its_own() -> None:
-    run = dataclasses.replace(vild_study.pictograms(), one_head_weight=0.7)
-    weights = {
-        variant: vild_study.with_variant(run, run.training, variant).model.image_weight
-        for variant in ("vild", "ensemble", "image")
-    }
-    usual = run.training.model.image_weight
-    assert weights == {"vild": 0.7, "ensemble": usual, "image": usual}
-
-
-@pytest.mark.ray
-def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = dataclasses.replace(
-        vild_study.smoke(),
-        storage=prepared.storage,
-        teacher=prepared.teacher,
-        other_teachers=(prepared.teacher,),
-        variants=("text",),
-        parts=("variants", "fusions", "proposals", "baselines", "teachers"),
-    )
-    first = vild_study.study(run)
-    names = {"RPN, base boxes", "RPN, base and novel boxes", "text", "CLIP on crops", "text + CLIP"}
-    names |= {"teacher", "teacher 1", "ensemble, teacher 1", "ensemble, its text head alone"}
-    assert names <= set(first["results"])
-    assert set(first["results"]["teacher"][0]) == {"top1_base", "top1_novel"}
-    assert set(first["results"]["RPN, base boxes"][0]) == {
-        f"ar{limit}_{split}" for limit in (100, 300, 1000) for split in ("novel", "base")
-    }
-
-    def never(*_: object) -> None:
-        raise AssertionError("done already")
-
-    monkeypatch.setattr(vild, "train", never)
-    monkeypatch.setattr(vild, "train_rpn", never)
-    assert vild_study.as_table(vild_study.study(run)) == vild_study.as_table(first)
-
-
-def test_paired_intervals_by_hand() -> None:
-    # Mean 0.05; standard deviation 0.01; 4.303 * 0.01 / sqrt(3) = 0.0248.
-    found = studies.paired([0.04, 0.05, 0.06])
-    assert found["mean"] == pytest.approx(0.05)
-    assert found["high"] - found["mean"] == pytest.approx(4.303 * 0.01 / 3**0.5)
-    assert math.isnan(studies.paired([0.1])["low"])
-
-
-def test_a_claim_about_an_interval_needs_all_of_it() -> None:
-    text, vild_ = (
-        {seed: {"ap50_novel": value} for seed, value in enumerate(values)}
-        for values in ((0.3, 0.4, 0.5), (0.35, 0.45, 0.56))
-    )
-    (sure,) = vild_study.weigh({"text": text, "vild": vild_})
-    assert (sure["mean"], sure["seeds"], sure["holds"]) == (pytest.approx(0.16 / 3), 3, True)
-    (unsure,) = vild_study.weigh({"text": text, "vild": {**vild_, 2: {"ap50_novel": 0.7}}})
-    assert (unsure["low"] < 0 < unsure["mean"], unsure["holds"]) == (True, False)
-    (one_seed,) = vild_study.weigh({"text": {0: text[0]}, "vild": {0: vild_[0]}})
-    assert not one_seed["holds"]
-    means = vild_study.weigh({"ensemble": text, "supervised": {0: {"ap50_novel": 0.0}}})
-    assert [(row["statement"], row["holds"]) for row in means] == [
-        ("novel AP50 of the ensemble", False),
-        ("novel AP50 of supervised training on base boxes", True),
-    ]
 
 
 def test_the_papers_schedule() -> None:
@@ -302,8 +206,6 @@ def test_what_cannot_be_trained_is_told(prepared: Run, trained: Trained[Detectio
     assert "--texts: names only" in bad(lambda run: replace(run, texts=str(texts)), prepared)
 
 
-def test_a_study_and_a_gallery_want_their_checkpoints() -> None:
-    with pytest.raises(InputError, match="--teacher: missing"):
-        vild_study.study(vild_study.pictograms())
+def test_a_gallery_needs_its_checkpoints() -> None:
     with pytest.raises(InputError, match="--model, --teacher: missing"):
         failures.find_failures(failures.Run())

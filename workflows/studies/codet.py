@@ -1,21 +1,19 @@
-"""The study of CoDet's claims: its variants over several seeds, all from the seed's one box stage, with intervals.
+"""CoDet's claims over several seeds: all variants of a seed start from the same box stage.
 
-each seed: boxes -> joint stage of each variant -> AP50; where its attention lies in groups with a planted object
-           the same on captions that share two concepts ("both"), with text guidance and without
-curves:    novel AP50 over group sizes and numbers of proposals
--> paired differences between variants, with 95 % intervals -> <storage>/reports/codet_study.json, .md, .png
-
-A killed study continues: each result is a file, and a training goes on from its last checkpoint.
+each seed: boxes -> joint stage of each variant -> AP50, and attention on an object planted in each image of a group
+           `both-*`: the same on captions in which every concept comes with a second one
+sweeps:    AP50 over group sizes and numbers of proposals
+-> claims with 95 % intervals -> <storage>/reports/codet_study.json, .md, .png
 
 python -m workflows.studies.codet --config pictograms --teacher store/runs/clip/<run>/model
 python -m workflows.studies.codet --config sweeps --teacher store/runs/clip/<run>/model
 """
 
-import dataclasses
 import io
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -29,15 +27,31 @@ from data_prep import storage, tables
 from data_prep.pictograms.world import COLOURS, SCENES, Scene, World, draw_scene
 from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_codet, load_encoder
-from ovd_models.codet.model import CoDet
-from ovd_models.errors import InputError
+from ovd_models.codet.model import CoDet, CoDetConfig
 from workflows import codet, prepare_pairs
-from workflows.common import cli, cluster, runs
+from workflows.common import cli, cluster
 from workflows.common.teacher import read_codet_names
 from workflows.configs import codet as codet_configs
 from workflows.configs import pairs as pairs_configs
 from workflows.studies import study as studies
-from workflows.studies.study import Numbers
+from workflows.studies.study import Claim, Metrics, Results, Study
+
+Variant = Literal[
+    "region-region",
+    "region-text",
+    "max-size",
+    "no-guidance",
+    "guided-dimensions",
+    "both-guided",
+    "both-unguided",
+    "box-supervision",
+    "captions",
+    "top-3",
+    "attention",
+    "learned",
+]
+BOX_STAGE = "box-stage"
+"""Result of the box stage, before any joint stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,46 +61,46 @@ class Run:
     storage: str = "store"
     """Folder or URI that holds tables and runs."""
     name: str = "codet_study"
-    """Of the report."""
+    """File name of the report."""
     teacher: str = ""
     """Folder or URI of the CLIP checkpoint."""
     training: codet_configs.Run = field(default_factory=codet_configs.pictograms)
-    """What is trained; seeds and variants are the study's."""
+    """Settings of all trainings; the study sets seed, teacher and storage."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    variants: tuple[str, ...] = (
+    variants: tuple[Variant, ...] = (
         "region-region",
         "region-text",
         "max-size",
-        "no guidance",
-        "both, guidance",
-        "both, no guidance",
-        "box supervision, joint steps",
+        "no-guidance",
+        "both-guided",
+        "both-unguided",
+        "box-supervision",
         "captions",
     )
-    """The first training of all trains the box stage, from which the others start."""
+    """The first one also trains the box stage, from which the others start."""
     group_sizes: tuple[int, ...] = ()
-    """To sweep over, at `images_per_step` captioned images."""
+    """Group sizes to sweep over, at `images_per_step` captioned images."""
     proposal_counts: tuple[int, ...] = ()
-    """To sweep over."""
+    """Numbers of proposals to sweep over."""
     images_per_step: int = 16
     both_scenes: int = 4000
-    """Scenes of the setting in which every picture of a group holds both of two concepts."""
+    """Scenes in which each concept comes with a second one, for the variants `both-*`."""
     planted_groups: int = 204
-    """Groups with a planted object that attention is measured in."""
+    """Groups with a planted object, on which attention is measured."""
 
 
 def pictograms() -> Run:
-    """Three seeds; give it `--teacher`."""
+    """Three seeds; requires `--teacher`."""
     return Run()
 
 
 def sweeps() -> Run:
-    """Group sizes and numbers of proposals, one seed, half as many steps; give it `--teacher`."""
+    """Group sizes and numbers of proposals with one seed and half the steps; requires `--teacher`."""
     training = codet_configs.pictograms()
-    half = dataclasses.replace(training.joint_stage, steps=training.joint_stage.steps // 2)
+    half = replace(training.joint_stage, steps=training.joint_stage.steps // 2)
     return Run(
         name="codet_sweeps",
-        training=dataclasses.replace(training, joint_stage=half),
+        training=replace(training, joint_stage=half),
         seeds=(0,),
         variants=(),
         group_sizes=(2, 4, 8),
@@ -95,11 +109,11 @@ def sweeps() -> Run:
 
 
 def smoke() -> Run:
-    """One seed, five steps; give it `--teacher`."""
+    """One seed, five steps; requires `--teacher`."""
     return Run(
         training=codet_configs.smoke(),
         seeds=(0,),
-        variants=("region-region", "max-size", "both, guidance"),
+        variants=("region-region", "max-size", "both-guided"),
         both_scenes=40,
         planted_groups=4,
     )
@@ -107,127 +121,102 @@ def smoke() -> Run:
 
 CONFIGS: dict[str, Callable[[], Run]] = {"pictograms": pictograms, "sweeps": sweeps, "smoke": smoke}
 
-
-def with_model(run: codet_configs.Run, **changes: Any) -> codet_configs.Run:
-    """The same training of another model."""
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
-
-
-VARIANTS: dict[str, Callable[[codet_configs.Run], codet_configs.Run]] = {
-    "region-region": lambda run: run,
-    "region-text": lambda run: with_model(run, supervision="region_text"),
-    "max-size": lambda run: with_model(run, supervision="max_size"),
-    "no guidance": lambda run: with_model(run, guidance="none"),
-    "guided dimensions": lambda run: with_model(run, guidance="dimensions"),
-    "both, guidance": lambda run: dataclasses.replace(run, pairs=f"{run.pairs}-both"),
-    "both, no guidance": lambda run: dataclasses.replace(with_model(run, guidance="none"), pairs=f"{run.pairs}-both"),
-    "box supervision, joint steps": lambda run: with_model(run, supervision="boxes"),
-    "captions": lambda run: with_model(run, supervision="captions"),
-    "top-3": lambda run: with_model(run, aggregation="top_k"),
-    "attention": lambda run: with_model(run, aggregation="attention"),
-    "learned": lambda run: with_model(run, aggregation="learned", guidance="dimensions", group_size=run.group_size),
+VARIANTS: dict[Variant, Callable[[codet_configs.Run], CoDetConfig]] = {
+    "region-region": lambda run: run.model,
+    "region-text": lambda run: replace(run.model, supervision="region_text"),
+    "max-size": lambda run: replace(run.model, supervision="max_size"),
+    "no-guidance": lambda run: replace(run.model, guidance="none"),
+    "guided-dimensions": lambda run: replace(run.model, guidance="dimensions"),
+    "both-guided": lambda run: run.model,
+    "both-unguided": lambda run: replace(run.model, guidance="none"),
+    "box-supervision": lambda run: replace(run.model, supervision="boxes"),
+    "captions": lambda run: replace(run.model, supervision="captions"),
+    "top-3": lambda run: replace(run.model, aggregation="top_k"),
+    "attention": lambda run: replace(run.model, aggregation="attention"),
+    "learned": lambda run: replace(run.model, aggregation="learned", guidance="dimensions", group_size=run.group_size),
 }
-"""Name -> what it changes in the training."""
+"""A variant's model for a training; variants named `both-*` also learn from other captions."""
 
-CLAIMS: studies.Claims = {
-    "region-region above region-text": ("ap50_novel", "region-region", "region-text"),
-    "region-region above max-size": ("ap50_novel", "region-region", "max-size"),
-    "guidance above none": ("ap50_novel", "region-region", "no guidance"),
-    "guidance above none where every picture holds both": ("ap50_novel", "both, guidance", "both, no guidance"),
-    "region-region above box supervision of as many steps": (
-        "ap50_novel", "region-region", "box supervision, joint steps",
-    ),
-    "the same, base": ("ap50_base", "region-region", "box supervision, joint steps"),
-    "region-region above captions": ("ap50_novel", "region-region", "captions"),
-}  # fmt: skip
-"""Claim -> metric, and what is compared with what."""
+OV_COCO = "OV-COCO; CoDet's README and Detic's model zoo"
+NOVEL, OURS = "ap50_novel", "region-region"
+CLAIMS = (
+    Claim("novel AP50: region-region above region-text", NOVEL, OURS, ("region-text",)),
+    Claim("novel AP50: region-region above max-size", NOVEL, OURS, ("max-size",), paper=0.065, source=OV_COCO),
+    Claim("novel AP50: guidance above none", NOVEL, OURS, ("no-guidance",)),
+    Claim("novel AP50: guidance above none, captions share two concepts", NOVEL, "both-guided", ("both-unguided",)),
+    Claim("novel AP50: above as many steps of boxes", NOVEL, OURS, ("box-supervision",), paper=0.293, source=OV_COCO),
+    Claim("base AP50: above as many steps of boxes", "ap50_base", OURS, ("box-supervision",)),
+    Claim("novel AP50: region-region above captions", NOVEL, OURS, ("captions",), paper=0.096, source=OV_COCO),
+)
 
 
-def study(run: Run) -> dict[str, Any]:
-    """Train and measure whatever is not there yet; the report is written anew after each variant.
+def codet_study(run: Run) -> Study:
+    """The study of a run.
 
     Raises:
-        InputError: the teacher is missing, or a variant is unknown.
+        InputError: the teacher is missing.
     """
-    if not run.teacher:
-        raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
-    for variant in run.variants:
-        if variant not in VARIANTS:
-            raise InputError(f"variants: {variant!r}, expected some of {', '.join(VARIANTS)}")
-    results: dict[str, dict[int, Numbers]] = {}
-    report: dict[str, Any] = {}
-    for seed in run.seeds:
-        for name, numbers in study_seed(run, seed):
-            results.setdefault(name, {})[seed] = numbers
-            report = {
-                "seeds": list(run.seeds),
-                "results": results,
-                "differences": studies.differences(results, CLAIMS),
-            }
-            studies.write_report(run.storage, run.name, report, as_table(report))
-    if run.group_sizes or run.proposal_counts:
-        storage.write_bytes(storage.join(run.storage, "reports", f"{run.name}.png"), draw_curves(results))
-    return report
-
-
-def study_seed(run: Run, seed: int) -> Iterator[tuple[str, Numbers]]:
-    """What one seed measures, by name, as it comes."""
-    boxes_model = ""
-    for name, own in trainings(run, seed):
-        if own.pairs.endswith("-both"):
-            prepare_both(run, own.pairs)
-        answer = trained(run, seed, name, own, boxes_model)
-        if not boxes_model:
-            boxes_model = answer["boxes_model"]
-            yield "box supervision", answer["box_supervised"]
-        yield name, answer["metrics"]
-
-
-def trainings(run: Run, seed: int) -> Iterator[tuple[str, codet_configs.Run]]:
-    """Every training of a seed, by name."""
-    base = dataclasses.replace(
-        run.training,
+    studies.require_teacher(run.teacher)
+    return Study(
+        name=run.name,
         storage=run.storage,
-        teacher=run.teacher,
-        box_stage=dataclasses.replace(run.training.box_stage, seed=seed),
-        joint_stage=dataclasses.replace(run.training.joint_stage, seed=seed),
+        seeds=run.seeds,
+        measurements=[partial(measure_variant, run, name) for name in seed_trainings(run, 0)],
+        claims=CLAIMS,
+        tables=result_tables,
+        figure=draw_curves if run.group_sizes or run.proposal_counts else None,
     )
+
+
+def seed_trainings(run: Run, seed: int) -> dict[str, codet_configs.Run]:
+    """All trainings of a seed: the variants, then those of the sweeps."""
+    base = studies.seeded(run.training, run.storage, run.teacher, seed)
+    trainings: dict[str, codet_configs.Run] = {}
     for variant in run.variants:
-        yield variant, VARIANTS[variant](base)
+        pairs = f"{base.pairs}-both" if variant.startswith("both-") else base.pairs
+        trainings[variant] = replace(base, pairs=pairs, model=VARIANTS[variant](base))
     for size in run.group_sizes:
         groups = max(1, run.images_per_step // size)
-        yield f"group size {size}", dataclasses.replace(base, group_size=size, groups_per_step=groups)
+        trainings[f"group-size-{size}"] = replace(base, group_size=size, groups_per_step=groups)
     for count in run.proposal_counts:
-        yield f"{count} proposals", with_model(base, num_proposals=count)
+        trainings[f"proposals-{count}"] = replace(base, model=replace(base.model, num_proposals=count))
+    return trainings
 
 
-def trained(run: Run, seed: int, name: str, own: codet_configs.Run, boxes_model: str) -> dict[str, Any]:
-    """Train one variant and measure it, or read what an earlier study measured.
+def measure_variant(run: Run, name: str, seed: int) -> dict[str, Metrics]:
+    """Metrics of one training; the first one of a seed also gives those of the box stage."""
+    trainings = seed_trainings(run, seed)
+    first = next(iter(trainings))
+    result = train_variant(run, seed, first, trainings[first], box_model="")
+    if name == first:
+        return {BOX_STAGE: result["box_stage"], name: result["metrics"]}
+    return {name: train_variant(run, seed, name, trainings[name], box_model=result["box_model"])["metrics"]}
 
-    A result belongs to the exact settings of its training, which its file's name bears a digest of.
-    """
-    label = studies.label_of(seed, name.replace(", ", "_").replace(" ", "_"), own)
 
-    def job() -> dict[str, Any]:
-        resume = runs.find_run(run.storage, "codet", label)
-        found = codet.train(dataclasses.replace(own, config=label, resume=resume, box_model=boxes_model))
+def train_variant(run: Run, seed: int, name: str, own: codet_configs.Run, box_model: str) -> dict[str, Any]:
+    """Train one variant and measure it, from the box stage of `box_model` unless that is empty."""
+
+    def job(own: codet_configs.Run) -> dict[str, Any]:
+        if own.pairs.endswith("-both"):
+            prepare_both(run, own.pairs)
+        trained = codet.train(replace(own, box_model=box_model))
+        box_stage = trained.outputs["boxes_model"]
         return {
-            "model": found.model,
-            "boxes_model": found.outputs["boxes_model"],
-            "seconds": found.seconds["joint"],
-            "box_supervised": found.metrics.box_supervised.summary()
-            | find_planted(run, own, found.outputs["boxes_model"]),
-            "metrics": found.metrics.codet.summary() | find_planted(run, own, found.model),
+            "model": trained.model,
+            "box_model": box_stage,
+            "seconds": trained.seconds,
+            "box_stage": trained.metrics.box_supervised.summary() | measure_planted(run, own, box_stage),
+            "metrics": trained.metrics.codet.summary() | measure_planted(run, own, trained.model),
         }
 
-    return studies.remembered(run.storage, "codet_study", label, job)
+    return studies.remember("codet", seed, name, own, job)
 
 
-# ------------------------------------------------------------------------------------------ every picture holds both
+# ---------------------------------------------------------------------------------- captions that share two concepts
 
 
 def prepare_both(run: Run, name: str) -> None:
-    """Publish pairs and groups in which every name comes with one other name, always: captions share two concepts."""
+    """Publish pairs and groups in which each name always comes with the same second one."""
     if tables.find_manifest(run.storage, "groups", name) is not None:
         return
     world, rows = World.create(0), []
@@ -236,18 +225,18 @@ def prepare_both(run: Run, name: str) -> None:
         rng = np.random.default_rng([0, 22, number])
         chosen = rng.choice(len(partners), size=int(rng.integers(1, 3)), replace=False)
         scene = draw_all(rng, world, partners[chosen].reshape(-1))
-        sink = io.BytesIO()
-        Image.fromarray(scene.pixels).save(sink, "JPEG", quality=95)
+        jpeg = io.BytesIO()
+        Image.fromarray(scene.pixels).save(jpeg, "JPEG", quality=95)
         uri = storage.join(run.storage, "images", name, f"{number:06d}.jpg")
-        storage.write_bytes(uri, sink.getvalue())
+        storage.write_bytes(uri, jpeg.getvalue())
         rows.append({"url": uri, "caption": world.caption(rng, scene)})
     cluster.start_ray()
-    crawl = dataclasses.replace(pairs_configs.pictograms(), storage=run.storage, name=name, site_pictures=0)
-    prepare_pairs.prepare_local(dataclasses.replace(crawl, site_scenes=0), pa.Table.from_pylist(rows))
+    crawl = replace(pairs_configs.pictograms(), storage=run.storage, name=name, site_pictures=0, site_scenes=0)
+    prepare_pairs.prepare_local(crawl, pa.Table.from_pylist(rows))
 
 
 def draw_all(rng: np.random.Generator, world: World, labels: np.ndarray) -> Scene:
-    """A scene in which every one of the labels is seen."""
+    """A scene in which all labels are visible."""
     while True:
         colours = [str(name) for name in rng.choice(list(COLOURS), size=len(labels))]
         scene = draw_scene(rng, SCENES, labels, [world.names[label] for label in labels], colours)
@@ -255,13 +244,14 @@ def draw_all(rng: np.random.Generator, world: World, labels: np.ndarray) -> Scen
             return scene
 
 
-# ----------------------------------------------------------------------------------------------- planted objects
+# --------------------------------------------------------------------------------------------------- planted objects
 
 
-def find_planted(run: Run, own: codet_configs.Run, folder: str) -> Numbers:
+def measure_planted(run: Run, own: codet_configs.Run, folder: str) -> Metrics:
     """How often attention is highest on the object that a group of held-out scenes shares (IoU at least 0.5).
 
-    `planted_images` is the share of images, `planted_groups` that of groups in which it holds in most of the images.
+    `planted_images` is the share of images; `planted_groups` and `planted_whole_groups` are the shares of groups in
+    which this holds for most and for all images.
     """
     local = storage.local_folder(folder)
     model, encoder = load_codet(local), load_encoder(local / "text")
@@ -269,101 +259,85 @@ def find_planted(run: Run, own: codet_configs.Run, folder: str) -> Numbers:
         return {}
     names = read_codet_names(run.storage, own.boxes, own.pairs, encoder)
     concepts = tables.read_table(run.storage, "concepts", own.pairs, ["name"])["name"].to_pylist()
-    hits = [
-        find_in_group(model, names.concept_embeddings, *planted)
-        for planted in plant(concepts, run.planted_groups, own.group_size)
-    ]
-    found_Pg = torch.stack(hits).float()
+    groups = planted_groups(concepts, run.planted_groups, own.group_size)
+    hits_Pg = torch.stack([attention_hits(model, names.concept_embeddings, *group) for group in groups]).float()
     return {
-        "planted_images": float(found_Pg.mean()),
-        "planted_groups": float((found_Pg.mean(1) > 0.5).float().mean()),
-        "planted_whole_groups": float((found_Pg.mean(1) == 1).float().mean()),
+        "planted_images": float(hits_Pg.mean()),
+        "planted_groups": float((hits_Pg.mean(1) > 0.5).float().mean()),
+        "planted_whole_groups": float((hits_Pg.mean(1) == 1).float().mean()),
     }
 
 
-def plant(concepts: list[str], count: int, size: int) -> Iterator[tuple[ConceptBatch, list[Tensor]]]:
-    """Groups of scenes that share one object, all concepts in turn, and the box [1, 4] of it in each scene."""
-    world, known = World.create(0), [name for name in concepts if name in World.create(0).names]
+def planted_groups(concepts: list[str], count: int, size: int) -> Iterator[tuple[ConceptBatch, list[Tensor]]]:
+    """Groups of scenes that share one object, with its box [1, 4] in each scene; concepts take turns."""
+    world = World.create(0)
+    drawable = [name for name in concepts if name in world.names]
     for number in range(count):
         rng = np.random.default_rng([0, 23, number])
-        name = known[number % len(known)]
+        name = drawable[number % len(drawable)]
         shared = world.names.index(name)
         images: list[Tensor] = []
         boxes: list[Tensor] = []
-        while len(images) < size:
+        for _ in range(size):
             others = rng.choice(len(world.names), size=int(rng.choice(SCENES.object_counts)) - 1, replace=False)
             labels = rng.permutation([shared, *(label for label in others.tolist() if label != shared)])
             scene = draw_all(rng, world, labels)
             images.append(torch.from_numpy(scene.pixels).permute(2, 0, 1))
             boxes.append(torch.from_numpy(scene.boxes[scene.labels == shared]))
         mentioned = torch.zeros(size, len(concepts), dtype=torch.bool)
-        batch = ConceptBatch(tuple(images), torch.tensor([concepts.index(name)]), mentioned, ("",) * size)
-        yield batch, boxes
+        yield ConceptBatch(tuple(images), torch.tensor([concepts.index(name)]), mentioned, ("",) * size), boxes
 
 
-def find_in_group(model: CoDet, concepts_CD: Tensor, batch: ConceptBatch, boxes: list[Tensor]) -> Tensor:
-    """[g] bool: whether the proposal with the most attention lies on the shared object."""
+def attention_hits(model: CoDet, concepts_CD: Tensor, batch: ConceptBatch, boxes: list[Tensor]) -> Tensor:
+    """[g] bool: whether the proposal with the most attention overlaps the shared object."""
     (group,) = model.explain(batch, concepts_CD)
-    found = [
-        bool(len(attention)) and float(box_iou(proposal[attention.argmax()][None], box)) >= 0.5
-        for proposal, attention, box in zip(group.boxes, group.attention, boxes, strict=True)
+    hits = [
+        bool(len(attention)) and float(box_iou(proposals[attention.argmax()][None], box)) >= 0.5
+        for proposals, attention, box in zip(group.boxes, group.attention, boxes, strict=True)
     ]
-    return torch.tensor(found)
+    return torch.tensor(hits)
 
 
-# ---------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------------------------ report
 
 
-def as_table(report: Mapping[str, Any]) -> str:
-    """The report in Markdown: means over seeds, and each seed."""
-    lines = studies.ap_table(report["results"])
-    lines += [
-        "",
-        "| attention on the planted object | images | most of a group | all of a group |",
-        "|---|---|---|---|",
+def result_tables(results: Results) -> list[str]:
+    """Markdown: AP50 of all variants, and where their attention lies."""
+    planted = {
+        "images": "planted_images",
+        "most of a group": "planted_groups",
+        "all of a group": "planted_whole_groups",
+    }
+    return [
+        *studies.metric_table(results, "", studies.AP50_COLUMNS, each="ap50_novel"),
+        *studies.metric_table(results, "attention on the planted object", planted),
     ]
-    for name, of_seeds in report["results"].items():
-        values = list(of_seeds.values())
-        if "planted_images" in values[0]:
-            keys = ("planted_images", "planted_groups", "planted_whole_groups")
-            means = " | ".join(f"{np.mean([entry[key] for entry in values]):.3f}" for key in keys)
-            lines.append(f"| {name} | {means} |")
-    lines += ["", *studies.difference_table(report["differences"])]
-    return "\n".join(lines) + "\n"
 
 
-def draw_curves(results: studies.Results) -> bytes:
+def draw_curves(results: Results) -> bytes:
     """A PNG: novel and base AP50 over group sizes and numbers of proposals."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sweeps = {
-        "images of a group": {
-            int(name.split()[-1]): of for name, of in results.items() if name.startswith("group size")
-        },
-        "proposals of an image": {
-            int(name.split()[0]): of for name, of in results.items() if name.endswith("proposals")
-        },
-    }
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True)
-    for axis, (label, points) in zip(axes, sweeps.items(), strict=True):
+    sweeps = {"group-size-": "images per group", "proposals-": "proposals per image"}
+    for axis, (prefix, label) in zip(axes, sweeps.items(), strict=True):
+        points = {int(name.removeprefix(prefix)): of for name, of in results.items() if name.startswith(prefix)}
         for split in ("base", "novel"):
-            means = [float(np.mean([entry[f"ap50_{split}"] for entry in of.values()])) for of in points.values()]
+            means = [result.mean(f"ap50_{split}") for result in points.values()]
             axis.plot(list(points), means, marker="o", label=split)
         axis.set(xlabel=label, ylabel="AP50", xscale="log", xticks=list(points), xticklabels=list(points))
         axis.minorticks_off()
         axis.legend()
-    sink = io.BytesIO()
-    figure.savefig(sink, dpi=110, bbox_inches="tight")
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
-    return sink.getvalue()
+    return png.getvalue()
 
 
 def main() -> None:
-    """The script: measure, print, tell where the report is."""
-    run = cli.parse(CONFIGS, __doc__)
-    print(as_table(study(run)))
-    print(f"report: {storage.join(run.storage, 'reports', f'{run.name}.json')}")
+    """Run the study."""
+    studies.run_study(codet_study(cli.parse(CONFIGS, __doc__)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Masks and names for what a detector found, measured by mask AP: OV-SAM beside SAM.
+"""Mask AP of OV-SAM and SAM prompted by the boxes of detectors.
 
 boxes/<name>-eval --detector--> boxes with names --> SAM, OV-SAM prompted by the boxes --> masks --> mask AP
 
@@ -18,7 +18,6 @@ from ovd_models.batches import Detections
 from ovd_models.checkpoints import Detector
 from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_detections
-from ovd_models.images import decode_image
 from ovd_models.ovsam.checkpoints import Segmenter, load_sam_folder, load_segmenter
 from ovd_models.preprocess import to_tensor
 from ovd_models.sam.model import SamModel
@@ -26,6 +25,16 @@ from ovd_models.segments import Prompts, Segments
 from ovd_models.vocabulary import Vocabulary
 from workflows.common import cli
 from workflows.common.teacher import read_categories
+from workflows.reports.detections import read_box_image
+from workflows.studies import study as studies
+from workflows.studies.study import Metrics, Result
+
+COLUMNS = {
+    "mask AP50 base": "ap50_base",
+    "mask AP50 novel": "ap50_novel",
+    "mask AP base": "ap_base",
+    "mask AP novel": "ap_novel",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,29 +46,27 @@ class Run:
     model: str = ""
     """Folder or URI of an OV-SAM checkpoint."""
     sam: str = ""
-    """Folder or URI of a SAM checkpoint, such as the one that the OV-SAM learnt from."""
+    """Folder or URI of a SAM checkpoint, such as OV-SAM's own."""
     detectors: tuple[str, ...] = ()
     """Folders or URIs of ViLD or CoDet checkpoints."""
     boxes: str = "pictograms"
     """Name of the box set: tables `boxes/<name>-eval` with masks, `categories/<name>`."""
     images: int = 0
-    """Of the evaluation set, this many of its first images; all if 0."""
+    """Number of evaluation images to use; 0 for all."""
     score_threshold: float = 0.05
     max_detections: int = 100
-    """Of an image."""
 
 
 def default() -> Run:
-    """The pictogram world's held-out scenes; give it `--model`, `--sam` and `--detectors`."""
+    """The pictogram world's held-out scenes; requires `--model`, `--sam` and `--detectors`."""
     return Run()
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
-Numbers = dict[str, float]
 
 
-def compare(run: Run, detector_uri: str) -> dict[str, Numbers]:
-    """Mask AP and AP50 of base, novel and all names, by who made masks and names.
+def mask_ap(run: Run, detector_uri: str) -> dict[str, Metrics]:
+    """Mask AP and AP50 of base, novel and all names, by source of masks and names.
 
     Rows: `SAM masks` and `OV-SAM masks` with the detector's names; `OV-SAM masks and names`, where each object counts
     once and its score is the box's times the name's; and `own masks` of a detector that predicts some.
@@ -75,71 +82,61 @@ def compare(run: Run, detector_uri: str) -> dict[str, Numbers]:
     rows = tables.read_table(run.storage, "boxes", f"{run.boxes}-eval").to_pylist()[: run.images or None]
     categories, splits = read_categories(run.storage, run.boxes)
     vocabulary = segmenter.names(list(categories.values()))
-    found: dict[str, list[Detections]] = {}
+    detections: dict[str, list[Detections]] = {}
     for row in rows:
-        uri = storage.join(run.storage, row["uri"])
-        image = to_tensor(decode_image(storage.read_bytes(uri), uri))
-        for name, entry in of_image(run, image, detector, segmenter, sam, vocabulary).items():
-            found.setdefault(name, []).append(entry)
+        image = to_tensor(read_box_image(run.storage, row))
+        for name, entry in segment_boxes(run, image, detector, segmenter, sam, vocabulary).items():
+            detections.setdefault(name, []).append(entry)
     return {
         name: evaluate_detections(rows, entries, categories, splits, "segm").summary()
-        for name, entries in found.items()
+        for name, entries in detections.items()
     }
 
 
-def of_image(
+def segment_boxes(
     run: Run, image: Tensor, detector: Detector, segmenter: Segmenter, sam: SamModel, vocabulary: Vocabulary
 ) -> dict[str, Detections]:
-    """The masked detections of one image, by who made masks and names."""
+    """Detections of one image with masks, by source of masks and names."""
     answer: Detections = detector.detect(
         image, list(vocabulary.names), score_threshold=run.score_threshold, max_detections=run.max_detections
     )
     boxed = replace(answer, image=None).with_area()
-    objects = boxed.distinct()
     model = segmenter.model
-    encoded, seen = model.encode(image), sam.encode(image)
-    found = {
-        "SAM masks": masked(boxed, lambda prompts: sam.segment(seen, prompts)),
-        "OV-SAM masks": masked(boxed, lambda prompts: model.segment(encoded, prompts)),
-        "OV-SAM masks and names": masked(objects, lambda prompts: model.segment(encoded, prompts, vocabulary)),
+    encoded, sam_encoded = model.encode(image), sam.encode(image)
+    masked = {
+        "SAM masks": with_masks(boxed, lambda prompts: sam.segment(sam_encoded, prompts)),
+        "OV-SAM masks": with_masks(boxed, lambda prompts: model.segment(encoded, prompts)),
+        "OV-SAM masks and names": with_masks(
+            boxed.distinct(), lambda prompts: model.segment(encoded, prompts, vocabulary)
+        ),
     }
-    return found if boxed.masks is None else {"own masks": boxed, **found}
+    return masked if boxed.masks is None else {"own masks": boxed, **masked}
 
 
-def masked(boxed: Detections, segment: Callable[[Prompts], Segments]) -> Detections:
-    """Detections with the masks that their boxes prompt for, and with their names where the segments have some."""
+def with_masks(boxed: Detections, segment: Callable[[Prompts], Segments]) -> Detections:
+    """Detections with the masks of their boxes as prompts, and with the segments' names if they have some."""
     if not len(boxed):
         return replace(boxed, masks=())
     segments = segment(Prompts(boxes=boxed.boxes))
-    columns = segments.masks.permute(1, 2, 0).cpu().numpy().astype("uint8")  # [H, W, P], as the encoder wants them
-    counts = tuple(entry["counts"].decode() for entry in rle.encode(columns.copy(order="F")))
+    masks_HWP = segments.masks.permute(1, 2, 0).cpu().numpy().astype("uint8")
+    masks = tuple(entry["counts"].decode() for entry in rle.encode(masks_HWP.copy(order="F")))
     if not segments.names:
-        return replace(boxed, masks=counts)
-    return replace(boxed, masks=counts, labels=segments.labels, scores=boxed.scores * segments.scores)
-
-
-def as_table(results: dict[str, dict[str, Numbers]]) -> str:
-    """Markdown, by detector."""
-    lines = ["| boxes | masks and names | mask AP50 base | novel | mask AP base | novel |", "|---|---|---|---|---|---|"]
-    for detector, of_detector in results.items():
-        for name, values in of_detector.items():
-            numbers = (values[key] for key in ("ap50_base", "ap50_novel", "ap_base", "ap_novel"))
-            lines.append(f"| {detector} | {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def check(run: Run) -> None:
-    """Raise InputError unless all checkpoints are named."""
-    for field in ("model", "sam", "detectors"):
-        if not getattr(run, field):
-            raise InputError(f"--{field}: missing, expected a checkpoint folder")
+        return replace(boxed, masks=masks)
+    return replace(boxed, masks=masks, labels=segments.labels, scores=boxed.scores * segments.scores)
 
 
 def main() -> None:
-    """The script: measure and print."""
+    """Measure and print."""
     run = cli.parse(CONFIGS, __doc__)
-    check(run)
-    print(as_table({detector: compare(run, detector) for detector in run.detectors}))
+    for field in ("model", "sam", "detectors"):
+        if not getattr(run, field):
+            raise InputError(f"--{field}: missing, expected a checkpoint folder")
+    results = {
+        f"{detector}: {name}": Result({0: metrics})
+        for detector in run.detectors
+        for name, metrics in mask_ap(run, detector).items()
+    }
+    print("\n".join(studies.metric_table(results, "boxes: masks", COLUMNS)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Names that compete for what OV-SAM segments: those of a box set, and many that are nobody's."""
+"""Names that compete in OV-SAM's study: those of a box set, and many distractors."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ MODIFIERS = (
     "leather", "marble", "metal", "modern", "oversized", "paper", "plastic", "polished", "portable", "rubber", "rusty",
     "shiny", "silk", "stone", "striped", "velvet", "wicker", "wooden",
 )  # fmt: skip
-"""What distracting names begin with: no colour, which things of the pictogram world may have."""
+"""First words of distractors; no colours, which objects of the pictogram world may have."""
 
 
 def competing_names(storage_uri: str, boxes: str, sizes: Sequence[int], distractors: str) -> list[str]:
-    """The names of a box set and then distracting ones, as many as the largest size asks for.
+    """The names of a box set, then distractors up to the largest size.
 
     Args:
         storage_uri: the storage.
         boxes: name of the box set.
         sizes: of vocabularies.
-        distractors: a file with a name a line; if empty, names are composed.
+        distractors: a file with a name per line; if empty, names are composed.
 
     Raises:
-        InputError: there are too few, or a size leaves out names of the set.
+        InputError: there are too few names, or a size is smaller than the box set.
     """
     rows = tables.read_table(storage_uri, "categories", boxes).to_pylist()
     own = [row["name"] for row in rows if row["split"]]
@@ -34,15 +34,15 @@ def competing_names(storage_uri: str, boxes: str, sizes: Sequence[int], distract
         raise InputError(f"vocabulary_sizes: {min(sizes)}, expected at least the set's {len(own)} names")
     more = storage.read_bytes(distractors).decode().splitlines() if distractors else composed_names()
     names = list(dict.fromkeys([*own, *(name.strip().lower() for name in more if name.strip())]))
-    wanted = max(sizes, default=len(own))
-    if len(names) < wanted:
-        raise InputError(f"{distractors or 'composed names'}: {len(names)} names with the set's, expected {wanted}")
-    return names[:wanted]
+    count = max(sizes, default=len(own))
+    if len(names) < count:
+        raise InputError(f"{distractors or 'composed names'}: {len(names)} names with the set's, expected {count}")
+    return names[:count]
 
 
 def composed_names() -> list[str]:
-    """45,760 names of things: "wooden alarm clock"; in an order that shows each noun before any comes again."""
+    """45,760 names such as "wooden alarm clock", ordered so that each noun appears once before any is repeated."""
     vocabulary, compounds = nouns.phrases()
-    things = sorted(vocabulary.names[:compounds])
-    pairs = itertools.product(range(len(MODIFIERS)), enumerate(things))
-    return [f"{MODIFIERS[(first + number) % len(MODIFIERS)]} {thing}" for first, (number, thing) in pairs]
+    objects = sorted(vocabulary.names[:compounds])
+    pairs = itertools.product(range(len(MODIFIERS)), enumerate(objects))
+    return [f"{MODIFIERS[(first + number) % len(MODIFIERS)]} {name}" for first, (number, name) in pairs]

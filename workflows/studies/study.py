@@ -1,82 +1,267 @@
-"""What the studies share: results that are remembered, paired differences with intervals, tables."""
+"""One study: measurements over several seeds, remembered as files, and the claims they are compared with.
+
+measurements, seed by seed --> a file for each --> results by variant --> claims --> <storage>/reports/<name>.json, .md
+
+A killed study continues: finished results are read from their files, and an unfinished training resumes from its last
+checkpoint.
+"""
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+from scipy import stats
 
 from data_prep import storage
-from workflows.common import cli
+from ovd_models.errors import InputError
+from workflows.common import cli, runs
+from workflows.common.optimisation import Optimisation
+from workflows.configs import codet, ovsam, vild
 
-QUANTILE_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Of Student's t with 0, 1, ... degrees of freedom."""
-Numbers = dict[str, float]
-Results = Mapping[str, Mapping[int, Numbers]]
-"""What was measured, by what it was measured on and by seed."""
-Claims = Mapping[str, tuple[str, str, str]]
-"""Claim -> metric, and what is compared with what."""
-
-
-def label_of(seed: int, name: str, own: Any) -> str:
-    """The name of one training of a study; it changes with any of its settings but the storage."""
-    return f"study-{seed}-{name}-{cli.config_hash(dataclasses.replace(own, storage=''))[:8]}"
+Metrics = dict[str, float]
+Measurement = Callable[[int], Mapping[str, Metrics]]
+"""Trains and measures with a seed: seed -> metrics by variant."""
+R = TypeVar("R", codet.Run, ovsam.Run, vild.Run)
 
 
-def remembered(storage_uri: str, study: str, label: str, job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a job: read where it was done, else done now and written."""
-    path = storage.join(storage_uri, "reports", study, f"{label}.json")
+@dataclass(frozen=True)
+class Result:
+    """Metrics of one variant."""
+
+    by_seed: dict[int, Metrics]
+
+    def has(self, metrics: Iterable[str]) -> bool:
+        """Whether these metrics were measured."""
+        return set(metrics) <= set(next(iter(self.by_seed.values())))
+
+    def values(self, metric: str) -> list[float]:
+        """The metric of each seed."""
+        return [metrics[metric] for metrics in self.by_seed.values()]
+
+    def mean(self, metric: str) -> float:
+        """Mean of the metric over seeds."""
+        return float(np.mean(self.values(metric)))
+
+
+Results = Mapping[str, Result]
+"""Results by variant."""
+AP50_COLUMNS = {"base AP50": "ap50_base", "novel AP50": "ap50_novel"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about a metric of a variant, or about its difference from a baseline's with the same seed."""
+
+    statement: str
+    metric: str
+    variant: str
+    baselines: tuple[str, ...] = ()
+    """The one with the highest mean is subtracted; nothing is if empty."""
+    _: dataclasses.KW_ONLY
+    tested: Literal["interval", "mean"] = "interval"
+    """Whether the whole 95 % interval or only the mean must be within the bounds."""
+    at_least: float = 0.0
+    at_most: float | None = None
+    paper: float | None = None
+    """The paper's value, if known."""
+    source: str = ""
+    """Metric, data set and source of the paper's value."""
+
+    @property
+    def required(self) -> str:
+        """The bounds, for the report."""
+        return f"{self.tested} at least {self.at_least:g}" + (
+            "" if self.at_most is None else f", at most {self.at_most:g}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimResult:
+    """A claim as measured."""
+
+    claim: Claim
+    baseline: str
+    """The baseline that was subtracted; empty if none."""
+    ours: dict[int, float]
+    """Value, or difference from the baseline, by seed."""
+    mean: float
+    interval: tuple[float, float] | None
+    """95 % interval of the mean; None for a single seed."""
+    holds: bool
+
+
+def confidence_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean by Student's t; None for a single value."""
+    if len(values) < 2:
+        return None
+    mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * error
+    return float(mean - half), float(mean + half)
+
+
+def best_variant(results: Results, variants: Iterable[str], metric: str) -> str:
+    """The measured variant with the highest mean of a metric, the first of equal ones; empty if none is measured."""
+    measured = [variant for variant in variants if variant in results]
+    return max(measured, key=lambda variant: results[variant].mean(metric), default="")
+
+
+def judge(claim: Claim, results: Results) -> ClaimResult | None:
+    """Measure a claim over the seeds that have both of its sides; None if no seed has."""
+    baseline = best_variant(results, claim.baselines, claim.metric)
+    if claim.variant not in results or (claim.baselines and not baseline):
+        return None
+    ours = {seed: metrics[claim.metric] for seed, metrics in results[claim.variant].by_seed.items()}
+    if baseline:
+        theirs = results[baseline].by_seed
+        ours = {seed: value - theirs[seed][claim.metric] for seed, value in ours.items() if seed in theirs}
+    if not ours:
+        return None
+    mean, interval = float(np.mean(list(ours.values()))), confidence_interval(list(ours.values()))
+    low, high = (mean, mean) if claim.tested == "mean" else interval or (math.nan, math.nan)
+    holds = claim.at_least <= low and (claim.at_most is None or high <= claim.at_most)
+    return ClaimResult(claim=claim, baseline=baseline, ours=ours, mean=mean, interval=interval, holds=holds)
+
+
+# ------------------------------------------------------------------------------------------------------ measurements
+
+
+def require_teacher(teacher: str) -> None:
+    """Raise InputError if no CLIP checkpoint is given."""
+    if not teacher:
+        raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
+
+
+def seeded(run: R, storage_uri: str, teacher: str, seed: int) -> R:
+    """The training with this storage, this teacher and the seed in each stage."""
+    changes: dict[str, Any] = {"storage": storage_uri, "teacher": teacher}
+    for field in dataclasses.fields(run):
+        stage = getattr(run, field.name)
+        if isinstance(stage, Optimisation):
+            changes[field.name] = dataclasses.replace(stage, seed=seed)
+    return dataclasses.replace(run, **changes)
+
+
+def remember(
+    method: Literal["codet", "ovsam", "vild"],
+    seed: int,
+    name: str,
+    run: R,
+    job: Callable[[R], Mapping[str, Any]],
+    *settings: object,
+) -> dict[str, Any]:
+    """The result of a job, read from its file if that exists, else computed and written.
+
+    The file's name has a digest of the training's settings, except its storage, and of the further settings. The job
+    gets the training under that name, with an unfinished run of the name to resume.
+    """
+    digest = storage.sha256(f"{cli.to_json(dataclasses.replace(run, storage=''))}{settings}".encode())[:8]
+    label = f"study-{seed}-{name}-{digest}"
+    path = storage.join(run.storage, "reports", f"{method}_study", f"{label}.json")
     if not storage.exists(path):
         print(f"study: {label}", flush=True)
-        storage.write_bytes(path, json.dumps(job()).encode())
-    found: dict[str, Any] = json.loads(storage.read_bytes(path))
-    return found
+        resume = runs.find_run(run.storage, method, label)
+        result = job(dataclasses.replace(run, config=label, resume=resume))
+        storage.write_bytes(path, json.dumps(result).encode())
+    remembered: dict[str, Any] = json.loads(storage.read_bytes(path))
+    return remembered
 
 
-def paired(values: Sequence[float]) -> Numbers:
-    """Mean of paired differences and the ends of its 95 % interval (Student's t); NaN for a single pair."""
-    mean = float(np.mean(values))
-    freedom = len(values) - 1
-    half = QUANTILE_95[freedom] * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if freedom else math.nan
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
+# ------------------------------------------------------------------------------------------------------------ report
 
 
-def differences(results: Results, claims: Claims) -> dict[str, Numbers]:
-    """Paired differences over the seeds that have both sides."""
-    found = {}
-    for claim, (metric, one, two) in claims.items():
-        seeds = [seed for seed in results.get(one, {}) if seed in results.get(two, {})]
-        if seeds:
-            found[claim] = paired([results[one][seed][metric] - results[two][seed][metric] for seed in seeds])
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Everything that the report follows from."""
+
+    name: str
+    """File name of the report."""
+    storage: str
+    seeds: tuple[int, ...]
+    measurements: Sequence[Measurement]
+    claims: Sequence[Claim]
+    tables: Callable[[Results], list[str]]
+    """The method's tables in Markdown."""
+    figure: Callable[[Results], bytes] | None = None
+    """Draws a PNG for a complete study."""
 
 
-def ap_table(results: Results) -> list[str]:
-    """Markdown: AP50 means over seeds, and that of each seed on novel names."""
-    lines = ["| | base AP50 | novel AP50 | novel AP50 of each seed |", "|---|---|---|---|"]
-    for name, of_seeds in results.items():
-        values = list(of_seeds.values())
-        if "ap50_novel" in values[0]:
-            base, novel = ([entry[key] for entry in values] for key in ("ap50_base", "ap50_novel"))
-            each = ", ".join(f"{value:.3f}" for value in novel)
-            lines.append(f"| {name} | {np.mean(base):.3f} | {np.mean(novel):.3f} | {each} |")
-    return lines
+@dataclass(frozen=True)
+class Report:
+    """What has been measured so far."""
+
+    results: Results
+    claims: list[ClaimResult]
+    text: str
+    """Markdown."""
 
 
-def difference_table(found: Mapping[str, Numbers]) -> list[str]:
-    """Markdown: paired differences with their intervals."""
-    lines = ["| difference | mean | 95 % interval | seeds |", "|---|---|---|---|"]
-    for claim, row in found.items():
-        interval = f"{row['low']:+.3f} to {row['high']:+.3f}" if row["seeds"] > 1 else "none from one seed"
-        lines.append(f"| {claim} | {row['mean']:+.3f} | {interval} | {row['seeds']} |")
-    return lines
+def run_study(study: Study) -> Report:
+    """Take each measurement with every seed, rewrite the report after each, and print the last one.
+
+    Seeds are innermost, so that an unfinished study has intervals for its first measurements.
+    """
+    path = storage.join(study.storage, "reports", study.name)
+    results: dict[str, Result] = {}
+    report = write_report(study, results, path)
+    for measure in study.measurements:
+        for seed in study.seeds:
+            for variant, metrics in measure(seed).items():
+                results.setdefault(variant, Result({})).by_seed[seed] = metrics
+            report = write_report(study, results, path)
+    if study.figure:
+        storage.write_bytes(f"{path}.png", study.figure(results))
+    print(f"{report.text}\nreport: {path}.json")
+    return report
 
 
-def write_report(storage_uri: str, name: str, report: Mapping[str, Any], text: str) -> str:
-    """Write `reports/<name>.json` and `.md`; returns the path of the first."""
-    path = storage.join(storage_uri, "reports", name)
-    storage.write_bytes(f"{path}.json", json.dumps(report, indent=1).encode())
+def write_report(study: Study, results: Results, path: str) -> Report:
+    """Write the report as JSON and Markdown."""
+    claims = [judged for claim in study.claims if (judged := judge(claim, results))]
+    text = "\n".join([*study.tables(results), *claim_table(claims)])
+    content = {
+        "seeds": study.seeds,
+        "results": {variant: result.by_seed for variant, result in results.items()},
+        "claims": [dataclasses.asdict(judged) for judged in claims],
+    }
+    storage.write_bytes(f"{path}.json", json.dumps(content, indent=1).encode())
     storage.write_bytes(f"{path}.md", text.encode())
-    return f"{path}.json"
+    return Report(results, claims, text)
+
+
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown lines of a table, the header first, and an empty line; none if there is nothing but a header."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    if len(lines) < 2:
+        return []
+    return [lines[0], "|---" * (lines[0].count(" | ") + 1) + "|", *lines[1:], ""]
+
+
+def metric_table(results: Results, title: str, columns: Mapping[str, str], each: str = "") -> list[str]:
+    """Markdown: means over seeds of the results that have all metrics, which `columns` maps from headers.
+
+    The values of the metric `each` are shown for each seed too.
+    """
+    rows = [[title, *columns, *(["each seed"] if each else [])]]
+    for variant, result in results.items():
+        if result.has(columns.values()):
+            values = [", ".join(f"{value:.3f}" for value in result.values(each))] if each else []
+            rows.append([variant, *(f"{result.mean(metric):.3f}" for metric in columns.values()), *values])
+    return table(rows)
+
+
+def claim_table(claims: Iterable[ClaimResult]) -> list[str]:
+    """Markdown table of measured claims."""
+    rows = [["claim", "required", "paper", "mean", "95 % interval", "seeds", "holds"]]
+    for judged in claims:
+        claim = judged.claim
+        chosen = f" ({judged.baseline})" if len(claim.baselines) > 1 else ""
+        paper = "" if claim.paper is None else f"{claim.paper:+.3f} ({claim.source})"
+        interval = "{:+.3f} to {:+.3f}".format(*judged.interval) if judged.interval else "none from one seed"
+        holds = "yes" if judged.holds else "no"
+        cells = [claim.required, paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), holds]
+        rows.append([claim.statement + chosen, *cells])
+    return table(rows)

@@ -1,17 +1,16 @@
-"""Sweep what can be changed after training, from one forward pass: lambda, temperature, objectness; and the baselines.
+"""Sweep the settings of a ViLD that can change after training: lambda, temperature, objectness; and the baselines.
 
 model, boxes/<name> --one pass--> regions' embeddings, boxes, objectness --> AP50 for every scoring
-teacher --crops of the same regions--> ViLD-text + CLIP, CLIP on crops with and without objectness
+teacher --crops of the same regions--> CLIP on crops with and without objectness, ViLD-text fused with CLIP
 
 python -m workflows.studies.vild_sweep --model store/runs/vild/<run>/model --boxes pictograms-eval
 python -m workflows.studies.vild_sweep --model ... --boxes pictograms-eval --teacher store/runs/clip/<run>/model
 """
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,19 @@ import torch
 from torch import Tensor
 
 import ovd_models
-from data_prep import storage, tables
+from data_prep import tables
 from data_prep.embeddings.crops import CropConfig
 from data_prep.embeddings.teachers import embed_regions
 from ovd_models.checkpoints import Detector
 from ovd_models.detectors.region_query import RegionQuery, build_query
-from ovd_models.detectors.region_scores import RegionEncoder, RegionRecord, Scoring, use_teacher
+from ovd_models.detectors.region_scores import RegionRecord, Scoring, use_teacher
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
-from ovd_models.images import decode_image
 from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import ViLD
 from workflows.common import cli, tracking
 from workflows.common.teacher import open_teacher, read_categories
+from workflows.reports.detections import read_box_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +46,10 @@ class Run:
     categories: str = ""
     """Name of the `categories` table; that of `boxes` up to the last dash if empty."""
     teacher: str = ""
-    """Folder or URI of a CLIP checkpoint that looks at the crops of the regions; no baselines if empty."""
+    """Folder or URI of a CLIP checkpoint for baselines on crops of the regions; no baselines if empty."""
     crops: CropConfig = field(default_factory=CropConfig)
     max_crops: int = 50
-    """Regions of an image that the teacher looks at, those of the highest objectness."""
+    """Number of crops per image, from the regions of highest objectness."""
     novel_image: tuple[float, ...] = (1 / 3, 1 / 2, 2 / 3, 0.8)
     """Exponents of the image head for novel names; that for base names is the rest up to 1."""
     temperature: tuple[float, ...] = ()
@@ -61,7 +60,7 @@ class Run:
 
 
 def default() -> Run:
-    """The pictogram world's held-out scenes; give it `--model`."""
+    """The pictogram world's held-out scenes; requires `--model`."""
     return Run()
 
 
@@ -70,10 +69,13 @@ CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
 
 @dataclass(frozen=True)
 class RecordedRegions:
-    """An annotated set as a detector sees it, and what it is asked."""
+    """The regions that a detector found in an annotated set, and the names to score them with."""
 
+    model: ViLD
+    teacher: str
+    """Id of the detector's teacher."""
     rows: list[dict[str, Any]]
-    """Of the `boxes` table."""
+    """Rows of the `boxes` table."""
     images: list[Tensor]
     records: list[RegionRecord]
     query: RegionQuery
@@ -85,110 +87,91 @@ def record(detector: Detector, storage_uri: str, boxes: str, categories: str, ba
     """One forward pass over an annotated set.
 
     Raises:
-        InputError: a table is missing, or the detector is no ViLD.
+        InputError: a table is missing, or the detector is not a ViLD.
     """
-    if not isinstance(detector.model, ViLD):
+    model = detector.model
+    if not isinstance(model, ViLD):
         raise InputError(f"--model: a checkpoint of method {detector.method!r}, expected 'vild'")
     rows = tables.read_table(storage_uri, "boxes", boxes).to_pylist()
     names, splits = read_categories(storage_uri, categories)
-    images = [open_tensor(storage_uri, row) for row in rows]
+    images = [to_tensor(read_box_image(storage_uri, row)) for row in rows]
     records: list[RegionRecord] = []
     for start in range(0, len(images), batch_size):
-        batch = [image.to(detector.device) for image in images[start : start + batch_size]]
-        records += detector.model.record_regions(batch)
+        records += model.record_regions([image.to(detector.device) for image in images[start : start + batch_size]])
     query = build_query(detector.encoder, list(names.values()), detector.info.splits).to(detector.device)
-    return RecordedRegions(rows, images, records, query, names, splits)
-
-
-def open_tensor(storage_uri: str, row: Mapping[str, Any]) -> Tensor:
-    """The picture of a row of `boxes`, uint8 [3, H, W]."""
-    uri = storage.join(storage_uri, row["uri"])
-    return to_tensor(decode_image(storage.read_bytes(uri), uri))
+    return RecordedRegions(model, detector.teacher, rows, images, records, query, names, splits)
 
 
 def measure(
-    detector: Detector, seen: RecordedRegions, records: Sequence[RegionRecord], scoring: Scoring, run: Run
+    recorded: RecordedRegions, scoring: Scoring, run: Run, records: Sequence[RegionRecord] | None = None
 ) -> DetectionMetrics:
-    """Metrics of recorded regions under a scoring."""
-    assert isinstance(detector.model, ViLD)
-    found = detector.model.find_in_records(
-        records,
-        seen.query,
+    """Metrics of the recorded regions, or of other records of the same images, under a scoring."""
+    detections = recorded.model.find_in_records(
+        recorded.records if records is None else records,
+        recorded.query,
         score_threshold=run.score_threshold,
         max_detections=run.max_detections,
         scoring=scoring,
     )
-    return evaluate_detections(seen.rows, found, seen.names, seen.splits)
+    return evaluate_detections(recorded.rows, detections, recorded.names, recorded.splits)
 
 
-def crop_encoder(teacher: str, crops: CropConfig, expected: str) -> RegionEncoder:
-    """The teacher of a checkpoint, looking at boxes as `embed.py` does.
+def baselines(recorded: RecordedRegions, teacher: str, base: Scoring, run: Run) -> dict[str, DetectionMetrics]:
+    """Metrics of the teacher's own embeddings of crops of the detector's regions.
+
+    The geometric mean with objectness is one baseline: the teacher's probability alone is as high for parts and loose
+    boxes as for tight ones.
 
     Raises:
-        InputError: there is no such checkpoint, or its id is not the expected one.
+        InputError: there is no such checkpoint, or it is not the detector's teacher.
     """
-    model = open_teacher(teacher, expected)
+    model = open_teacher(teacher, recorded.teacher)
 
     def encode(image: Tensor, boxes: Tensor) -> Tensor:
-        picture_HW3 = image.cpu().permute(1, 2, 0).numpy()
-        (rows,) = embed_regions(model, [picture_HW3], [boxes.cpu().numpy()], crops)
-        return torch.from_numpy(rows.astype(np.float32)).to(boxes.device)
+        pixels_HW3 = image.cpu().permute(1, 2, 0).numpy()
+        (region_ND,) = embed_regions(model, [pixels_HW3], [boxes.cpu().numpy()], run.crops)
+        return torch.from_numpy(region_ND.astype(np.float32)).to(boxes.device)
 
-    return encode
-
-
-def scorings(run: Run, base: Scoring) -> Iterator[Scoring]:
-    """The grid."""
-    temperatures = run.temperature or (base.temperature,)
-    for share, temperature, objectness in itertools.product(run.novel_image, temperatures, run.objectness):
-        yield dataclasses.replace(
-            base,
-            novel_image=share,
-            base_image=1 - share,
-            temperature=temperature,
-            image_temperature=temperature,
-            objectness=objectness,
-        )
-
-
-def baselines(
-    detector: Detector, seen: RecordedRegions, teacher: str, base: Scoring, run: Run
-) -> dict[str, DetectionMetrics]:
-    """What the teacher itself says about crops of the detector's regions.
-
-    Objectness enters as the geometric mean with the teacher's probability, which alone scores parts and loose boxes as
-    highly as tight ones.
-    """
-    best = [entry.top(run.max_crops) for entry in seen.records]
-    encoder = crop_encoder(teacher, run.crops, detector.teacher)
-    crops = use_teacher(best, seen.images, encoder, keep_text=False)
-    fused = [dataclasses.replace(entry, image=own.image) for entry, own in zip(best, crops, strict=True)]
-    found = {
-        "CLIP on crops": measure(detector, seen, crops, dataclasses.replace(base, objectness=0.0), run),
-        "CLIP on crops, objectness": measure(detector, seen, crops, dataclasses.replace(base, objectness=0.5), run),
+    best = [entry.top(run.max_crops) for entry in recorded.records]
+    crops = use_teacher(best, recorded.images, encode, keep_text=False)
+    plain = replace(base, objectness=0.0)
+    metrics = {
+        "clip-crops": measure(recorded, plain, run, crops),
+        "clip-crops-objectness": measure(recorded, replace(base, objectness=0.5), run, crops),
     }
     if best and best[0].text is not None:
-        found["text + CLIP"] = measure(detector, seen, fused, dataclasses.replace(base, objectness=0.0), run)
-    return found
+        fused = [replace(entry, image=own.image) for entry, own in zip(best, crops, strict=True)]
+        metrics["text-and-clip"] = measure(recorded, plain, run, fused)
+    return metrics
+
+
+def scorings(run: Run, base: Scoring) -> Iterator[tuple[str, Scoring]]:
+    """The grid of settings, each with a label."""
+    temperatures = run.temperature or (base.temperature,)
+    for share, temperature, objectness in itertools.product(run.novel_image, temperatures, run.objectness):
+        scoring = replace(base, temperature=temperature, image_temperature=temperature, objectness=objectness)
+        label = f"lambda {share:.2f}  T {temperature:g}  objectness {objectness:.2f}"
+        yield label, replace(scoring, novel_image=share, base_image=1 - share)
 
 
 def main() -> None:
-    """The script: record, then one line for every scoring."""
+    """Record the regions, then print a line for each scoring and baseline."""
     run = cli.parse(CONFIGS, __doc__)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     detector = ovd_models.load(tracking.local_model(run.model, run.storage))
-    seen = record(detector, run.storage, run.boxes, run.categories or run.boxes.rsplit("-", 1)[0])
-    assert isinstance(detector.model, ViLD)
-    base = detector.model.config.scoring
+    recorded = record(detector, run.storage, run.boxes, run.categories or run.boxes.rsplit("-", 1)[0])
+    base = recorded.model.config.scoring
     print(f"{'AP50':44}{'base':>8}{'novel':>8}")
-    for scoring in scorings(run, base):
-        row = measure(detector, seen, seen.records, scoring, run).summary()
-        label = f"lambda {scoring.novel_image:.2f}  T {scoring.temperature:g}  objectness {scoring.objectness:.2f}"
-        print(f"{label:44}{row['ap50_base']:8.3f}{row['ap50_novel']:8.3f}", flush=True)
+    for label, scoring in scorings(run, base):
+        print_row(label, measure(recorded, scoring, run))
     if run.teacher:
-        for label, metrics in baselines(detector, seen, run.teacher, base, run).items():
-            row = metrics.summary()
-            print(f"{label:44}{row['ap50_base']:8.3f}{row['ap50_novel']:8.3f}", flush=True)
+        for label, metrics in baselines(recorded, run.teacher, base, run).items():
+            print_row(label, metrics)
+
+
+def print_row(label: str, metrics: DetectionMetrics) -> None:
+    """Print a line of the table."""
+    print(f"{label:44}{metrics.mean('ap50', 'base'):8.3f}{metrics.mean('ap50', 'novel'):8.3f}", flush=True)
 
 
 if __name__ == "__main__":
