@@ -39,7 +39,7 @@ def costs() -> dict[str, tuple[int, int]]:
     In OV-SAM, CLIP scores its own features of the box, as in the released models, or a cut-out of each mask.
     """
     with torch.device("meta"):
-        model, sam, whole = OvSam(published(RN50X16)), SamModel(VIT_H), ClipPyramid(build_tower(RN50X16, SIDE))
+        model, sam, whole = OvSam(published(RN50X16)), SamModel(VIT_H), ClipPyramid(build_tower(RN50X16, SIDE), RN50X16)
         image, crops = torch.empty(1, 3, SIDE, SIDE), torch.empty(BOXES, 3, CROP, CROP)
         grid = torch.empty(BOXES, whole.channels[-1], whole.grid, whole.grid)
         regions = torch.empty(BOXES, model.config.pyramid_width, ROI_SIDE, ROI_SIDE)

@@ -5,42 +5,55 @@ found = detector.detect("street.jpg", ["red umbrella", "anchor"])
 found.draw("found.png")
 """
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ovd_models.checkpoints import Detector
-    from ovd_models.ovsam.checkpoints import Segmenter, TextSegmenter
+    from ovd_models.batches import Detections
+    from ovd_models.detectors.region_scores import Scoring
+    from ovd_models.errors import InputError
+    from ovd_models.predictors import Detector, Segmenter, TextSegmenter, load, load_segmenter, load_text_segmenter
+    from ovd_models.preprocess import ImageLike
+    from ovd_models.segments import Prompts, Segments
+    from ovd_models.vocabulary import Vocabulary
+
+__all__ = [
+    "Detections",
+    "Detector",
+    "ImageLike",
+    "InputError",
+    "Prompts",
+    "Scoring",
+    "Segmenter",
+    "Segments",
+    "TextSegmenter",
+    "Vocabulary",
+    "load",
+    "load_segmenter",
+    "load_text_segmenter",
+]
+
+_MODULES = {
+    "Detections": "batches",
+    "ImageLike": "preprocess",
+    "InputError": "errors",
+    "Prompts": "segments",
+    "Scoring": "detectors.region_scores",
+    "Segments": "segments",
+    "Vocabulary": "vocabulary",
+}
+"""Modules of the public names; all others are in `predictors`."""
+
+if not TYPE_CHECKING:  # else type checkers would accept any name
+
+    def __getattr__(name: str) -> Any:
+        """A public name, imported at its first use (PEP 562): `import ovd_models` takes milliseconds, torch seconds."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'predictors')}"), name)
+        globals()[name] = value
+        return value
 
 
-def load(folder: str | Path, device: str = "cpu") -> "Detector":
-    """The detector of a checkpoint folder, ready for any names.
-
-    Raises:
-        InputError: the folder holds no detector checkpoint that this program reads.
-    """
-    from ovd_models.checkpoints import load_detector  # torch is imported only when a model is wanted
-
-    return load_detector(folder, device)
-
-
-def load_segmenter(folder: str | Path, device: str = "cpu") -> "Segmenter":
-    """The segmenter of an OV-SAM checkpoint folder, ready for any prompts and names.
-
-    Raises:
-        InputError: the folder holds no OV-SAM checkpoint that this program reads.
-    """
-    from ovd_models.ovsam import checkpoints as checkpoints_ovsam
-
-    return checkpoints_ovsam.load_segmenter(folder, device)
-
-
-def load_text_segmenter(folder: str | Path, device: str = "cpu") -> "TextSegmenter":
-    """The model of a text-to-mask checkpoint folder, ready for any names.
-
-    Raises:
-        InputError: the folder holds no such checkpoint that this program reads.
-    """
-    from ovd_models.ovsam import checkpoints as checkpoints_ovsam
-
-    return checkpoints_ovsam.load_text_segmenter(folder, device)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

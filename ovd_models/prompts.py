@@ -1,6 +1,6 @@
-"""Sentences that stand for a name when a text encoder embeds it, and how names of data sets are cleaned before.
+"""Prompt sets: the sentences in which a text encoder embeds a name; and the cleaning of data sets' names.
 
-A template holds `{a}` (the name behind its article), `{a:red}` (with a word between them) or `{name}` (the bare name).
+A template holds `{a}` (the name after its article), `{a:red}` (with a word between them) or `{name}` (the bare name).
 """
 
 import functools
@@ -18,13 +18,13 @@ Article = Literal["a/an", "a"]
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Templates that are averaged."""
+    """Templates whose embeddings are averaged."""
 
     templates: tuple[str, ...]
     source: str
     """Where the wording comes from."""
     article: Article = "a/an"
-    """Chosen by the next letter, or always `a`, as some released embeddings have it."""
+    """Chosen by the next letter, or always `a`, as in some released embeddings."""
 
 
 def with_article(name: str, word: str = "", article: Article = "a/an") -> str:
@@ -33,15 +33,15 @@ def with_article(name: str, word: str = "", article: Article = "a/an") -> str:
     return ("an " if article == "a/an" and phrase[:1].lower() in tuple("aeiou") else "a ") + phrase
 
 
-def _one_and_the(frame: str, words: Iterable[str] = ("",)) -> tuple[str, ...]:
-    """For each word, the frame about one thing and about a certain thing; `*` in the frame is where they stand."""
+def _with_articles(frame: str, words: Iterable[str] = ("",)) -> tuple[str, ...]:
+    """The frame with `a WORD NAME` and with `the WORD NAME` in place of `*`, for each word."""
     things = [(f"{{a:{word}}}", f"the {word} {{name}}".replace("  ", " ")) for word in words]
     return tuple(frame.replace("*", thing) for pair in things for thing in pair)
 
 
-def _pictures(frame: str, qualities: Iterable[str]) -> tuple[str, ...]:
-    """`_one_and_the` of frames that a quality is put into, at `~`."""
-    return tuple(template for quality in qualities for template in _one_and_the(frame.replace("~", quality)))
+def _with_qualities(frame: str, qualities: Iterable[str]) -> tuple[str, ...]:
+    """`_with_articles` of the frame with each quality in place of `~`."""
+    return tuple(template for quality in qualities for template in _with_articles(frame.replace("~", quality)))
 
 
 _DEPICTIONS = ("sculpture", "rendering", "tattoo", "drawing", "painting", "doodle", "sketch", "rendition")
@@ -49,28 +49,28 @@ _FLAWS = ("low resolution", "cropped", "close-up", "jpeg corrupted", "blurry", "
 _COUNTED = ("a photo of my {name}.", "a photo of one {name}.", "a photo of many {name}.")
 
 _IMAGENET = (
-    *_pictures("a ~ of *.", _DEPICTIONS),
-    *_pictures("~ of *.", ("art", "graffiti", "itap")),
+    *_with_qualities("a ~ of *.", _DEPICTIONS),
+    *_with_qualities("~ of *.", ("art", "graffiti", "itap")),
     "itap of my {name}.",
-    *_one_and_the("* in a video game."),
-    *_one_and_the("a photo of *."),
+    *_with_articles("* in a video game."),
+    *_with_articles("a photo of *."),
     *_COUNTED,
-    *_pictures("a ~ photo of *.", ("good", "bad", "bright", "dark", *_FLAWS)),
-    *_one_and_the("a photo of *.", ("clean", "dirty", "nice", "cool", "weird", "small", "large", "hard to see")),
-    *_one_and_the("*.", ("embroidered", "plastic", "origami", "toy", "plushie", "cartoon")),
+    *_with_qualities("a ~ photo of *.", ("good", "bad", "bright", "dark", *_FLAWS)),
+    *_with_articles("a photo of *.", ("clean", "dirty", "nice", "cool", "weird", "small", "large", "hard to see")),
+    *_with_articles("*.", ("embroidered", "plastic", "origami", "toy", "plushie", "cartoon")),
 )
 _VILD = (
-    *_one_and_the("There is * in the scene."),
-    *_one_and_the("a photo of * in the scene."),
+    *_with_articles("There is * in the scene."),
+    *_with_articles("a photo of * in the scene."),
     "a photo of one {name} in the scene.",
-    *_one_and_the("itap of *."),
+    *_with_articles("itap of *."),
     "itap of my {name}.",
-    *_one_and_the("a photo of *."),
+    *_with_articles("a photo of *."),
     *_COUNTED,
-    *_pictures("a ~ photo of *.", ("good", "bad", "bright", "dark", *_FLAWS)),
-    *_one_and_the("a photo of *.", ("nice", "cool", "weird", "small", "large", "clean", "dirty", "hard to see")),
-    *_one_and_the("*.", ("plastic", "toy", "plushie", "cartoon", "embroidered")),
-    *_one_and_the("a painting of *."),
+    *_with_qualities("a ~ photo of *.", ("good", "bad", "bright", "dark", *_FLAWS)),
+    *_with_articles("a photo of *.", ("nice", "cool", "weird", "small", "large", "clean", "dirty", "hard to see")),
+    *_with_articles("*.", ("plastic", "toy", "plushie", "cartoon", "embroidered")),
+    *_with_articles("a painting of *."),
 )
 _SIZES = ("small", "medium", "large")
 _OVSAM = (
@@ -92,7 +92,7 @@ PROMPT_SETS: dict[str, PromptSet] = {
     "photo": PromptSet(("a photo of {a}",), "CLIP (Radford et al. 2021), section 3.1.4"),
     "colours": PromptSet(
         ("a photo of {a}", *(f"a photo of {{a:{colour}}}" for colour in COLOURS)),
-        "ours, for the pictogram world: the mean over the colours that a thing may have",
+        "ours, for the pictogram world: the mean over its colours",
     ),
     "imagenet": PromptSet(_IMAGENET, "CLIP's ImageNet notebook (Radford et al. 2021): 80 templates", "a"),
     "vild": PromptSet(_VILD, "ViLD (Gu et al. 2022), its public notebook: 63 templates"),
@@ -102,15 +102,15 @@ PROMPT_SETS: dict[str, PromptSet] = {
     ),
     "ovsam": PromptSet(_OVSAM, "Open-Vocabulary SAM (Yuan et al. 2024): 14 templates of ViLD's kind", "a"),
 }
-"""Prompt sets by name. `NAME:a` and `NAME:an` change the article of any; a text with `{` is a set of its own."""
+"""Prompt sets by name. `NAME:a` and `NAME:an` change the article; a text with `{` is a custom set."""
 
 
 @functools.lru_cache(maxsize=64)
 def find_prompt_set(prompt_set: str) -> PromptSet:
-    """The set of a name, or of templates that are given themselves, separated by `|`.
+    """The prompt set of a name, or of custom templates separated by `|`.
 
     Raises:
-        InputError: the name is unknown, or a template has no place for the name.
+        InputError: the name is unknown, or a template has no field for a name.
     """
     if "{" in prompt_set:
         templates = tuple(part.strip() for part in prompt_set.split("|"))
@@ -130,7 +130,7 @@ def find_prompt_set(prompt_set: str) -> PromptSet:
 
 
 def prompts_of(name: str, prompt_set: str) -> list[str]:
-    """The sentences that stand for a name.
+    """The sentences of a name.
 
     Raises:
         InputError: the prompt set is unknown.
@@ -153,6 +153,6 @@ def clean_name(name: str) -> str:
 
 
 def split_synonyms(name: str) -> list[str]:
-    """The synonyms that a category's name holds, by OV-SAM's rule: `bath_mat_or_rug` -> `bath mat`, `rug`."""
+    """The synonyms in a category's name, by OV-SAM's rule: `bath_mat_or_rug` -> `bath mat`, `rug`."""
     parts = re.split(r"_or_|/|,", name.lower())
     return [cleaned for part in parts if (cleaned := " ".join(part.replace("_", " ").split()))]

@@ -1,4 +1,4 @@
-"""Typed records of segmentation: what is pointed at, what came out, and what a training step takes.
+"""Typed records of segmentation: prompts, segments, and the batch of a training step.
 
 P prompts of one image, n points of a prompt, N objects of an image, L side of a mask decoder's map.
 """
@@ -19,23 +19,23 @@ from ovd_models.drawing import colour_of, draw_boxes
 from ovd_models.errors import InputError
 
 PIXELS_AT_A_TIME = 1 << 26
-"""So many pixels of masks are made in float32 at a time, 256 MB, however large the picture is."""
+"""Maximum pixels of float32 masks in memory at a time: 256 MB, however large the image is."""
 ON, OFF, PADDING = 1, 0, -1
-"""Labels of a point: on the thing, beside it, none (prompts of fewer points are filled up with it)."""
+"""Labels of a point: on the object, off it, or padding of a prompt with fewer points."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """P prompts of one image; each asks for one mask."""
+    """P prompts of one image, for one mask each."""
 
     points: Tensor | None = None
     """[P, n, 2] float32 xy, pixels of the original image."""
     point_labels: Tensor | None = None
     """[P, n] int64: `ON`, `OFF` or `PADDING`."""
     boxes: Tensor | None = None
-    """[P, 4] float32 xyxy, pixels of the original image; with points, both describe the same thing."""
+    """[P, 4] float32 xyxy, pixels of the original image; with points, both describe the same object."""
     masks: Tensor | None = None
-    """[P, L, L] float32 logits of an earlier answer (`Segments.low_res`), to be refined."""
+    """[P, L, L] float32 logits of earlier masks (`Segments.low_res`), to be refined."""
 
     @classmethod
     def create(
@@ -46,16 +46,16 @@ class Prompts:
         boxes: Sequence[Any] | None = None,
         masks: Tensor | None = None,
     ) -> "Prompts":
-        """Prompts from lists, as a request or a script has them.
+        """Prompts from plain lists.
 
         Args:
-            points: P lists of points [x, y]; a list may be a single point itself.
-            point_labels: the labels in the same form; 1 for every point if None.
+            points: P lists of points [x, y], or P single points.
+            point_labels: labels in the same form; 1 for every point if None.
             boxes: P boxes.
             masks: [P, L, L] logits.
 
         Raises:
-            InputError: a list is not of this form.
+            InputError: a list does not have this form.
         """
         for field, values in (("points", points), ("point_labels", point_labels), ("boxes", boxes)):
             if values is not None and not isinstance(values, Sized):
@@ -65,7 +65,7 @@ class Prompts:
             raise InputError("prompts: empty, expected points or boxes")
         if point_labels is not None and not has_points:
             raise InputError("point_labels: given without points")
-        coordinates, labels = _padded(points, point_labels) if points is not None and has_points else (None, None)
+        coordinates, labels = _pad_points(points, point_labels) if points is not None and has_points else (None, None)
         return cls(coordinates, labels, _numbers(boxes, "boxes", 4) if has_boxes else None, masks)
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class Prompts:
         return Prompts(*(None if value is None else value.to(device) for value in values))
 
     def checked(self, width: int, height: int, mask_side: int) -> "Prompts":
-        """The prompts as a model may take them for an image of this size: boxes cut off at its edges.
+        """The prompts, valid for an image of this size, their boxes clipped to it.
 
         Args:
             width: of the image.
@@ -88,8 +88,8 @@ class Prompts:
             mask_side: L.
 
         Raises:
-            InputError: there is none; a point or a whole box lies outside; a box has no area; points contradict each
-                other, or none of them is on the thing; or masks have another side.
+            InputError: there is no prompt; a point or a whole box lies outside; a box has no area; points contradict
+                each other, or none of them is on the object; or masks have another side.
         """
         given = [len(value) for value in (self.points, self.boxes, self.masks) if value is not None]
         if not given:
@@ -104,7 +104,7 @@ class Prompts:
             self._check_points(self.points, width, height)
         if self.boxes is None:
             return self
-        return replace(self, boxes=_checked_boxes(self.boxes, width, height))
+        return replace(self, boxes=_clip_boxes(self.boxes, width, height))
 
     def _check_points(self, points_Pn2: Tensor, width: int, height: int) -> None:
         labels_Pn = self.point_labels
@@ -122,14 +122,14 @@ class Prompts:
         opposed = same & (labels_Pn[:, :, None] == ON) & (labels_Pn[:, None] == OFF)
         for row, column, _ in torch.nonzero(opposed).tolist():
             x, y = points_Pn2[row, column].tolist()
-            raise InputError(f"points[{row}]: ({x:g}, {y:g}) is said to be on the thing and beside it")
+            raise InputError(f"points[{row}]: ({x:g}, {y:g}) is labelled both on the object and off it")
         if self.boxes is None and self.masks is None:
             for row in torch.nonzero(~(labels_Pn == ON).any(1)).flatten().tolist():
-                raise InputError(f"points[{row}]: none is on the thing, expected a point with label 1, or a box")
+                raise InputError(f"points[{row}]: none is on the object, expected a point with label 1, or a box")
 
 
-def _padded(points: Sequence[Any], labels: Sequence[Any] | None) -> tuple[Tensor, Tensor]:
-    """Points [P, n, 2] and labels [P, n], filled up with `PADDING`."""
+def _pad_points(points: Sequence[Any], labels: Sequence[Any] | None) -> tuple[Tensor, Tensor]:
+    """Points [P, n, 2] and labels [P, n], padded with `PADDING`."""
     rows = [_numbers(entry, f"points[{i}]", 2).view(-1, 2) for i, entry in enumerate(points)]
     if labels is None:
         marks = [torch.full((len(row),), ON) for row in rows]
@@ -163,7 +163,7 @@ def _numbers(values: Any, field: str, width: int) -> Tensor:
     return torch.from_numpy(array).view(-1, width)
 
 
-def _checked_boxes(boxes_P4: Tensor, width: int, height: int) -> Tensor:
+def _clip_boxes(boxes_P4: Tensor, width: int, height: int) -> Tensor:
     area = (boxes_P4[:, 2:] > boxes_P4[:, :2]).all(1) & torch.isfinite(boxes_P4).all(1)
     for row in torch.nonzero(~area).flatten().tolist():
         raise InputError(f"boxes[{row}]: {boxes_P4[row].tolist()}, expected x0 < x1 and y0 < y1")
@@ -176,22 +176,22 @@ def _checked_boxes(boxes_P4: Tensor, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Segments:
-    """One mask a prompt, in the prompts' order, and its name where a vocabulary was given."""
+    """One mask for each prompt, in the prompts' order, named if a vocabulary was given."""
 
     masks: Tensor
     """[P, H, W] bool, the original image."""
     ious: Tensor
-    """[P] float32, the model's own estimate of the mask's quality; NaN where it makes none."""
+    """[P] float32, the model's own estimate of the mask's IoU; NaN without one."""
     labels: Tensor
     """[P] int64, indices into `names`; -1 without a name."""
     scores: Tensor
     """[P] float32, the label's probability; NaN without a name."""
     names: tuple[str, ...]
-    """The vocabulary that was asked for."""
+    """The vocabulary."""
     low_res: Tensor
-    """[P, L, L] float32 logits, to be refined by a next prompt."""
+    """[P, L, L] float32 logits, as `Prompts.masks` takes them."""
     image: Image.Image | None = None
-    """The picture, when `segment` was given one to draw on."""
+    """The image, to draw on."""
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -215,14 +215,7 @@ class Segments:
     def to_list(self) -> list[dict[str, Any]]:
         """`[{"mask": COCO RLE, "box", "label", "score", "iou"}]`, as the HTTP endpoint answers; unknowns are None."""
         encoded = [rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in self.masks.cpu()]
-        rows = zip(
-            encoded,
-            self.boxes.tolist(),
-            self.labels.tolist(),
-            self.scores.tolist(),
-            self.ious.tolist(),
-            strict=True,
-        )
+        columns = (values.tolist() for values in (self.boxes, self.labels, self.scores, self.ious))
         return [
             {
                 "mask": {"size": [int(side) for side in mask["size"]], "counts": mask["counts"].decode()},
@@ -231,14 +224,14 @@ class Segments:
                 "score": None if score != score else score,  # NaN is no JSON
                 "iou": None if iou != iou else iou,
             }
-            for mask, box, label, score, iou in rows
+            for mask, box, label, score, iou in zip(encoded, *columns, strict=True)
         ]
 
     def draw(self, path: str | Path | None = None, *, image: Image.Image | None = None) -> Image.Image:
-        """The picture with its masks tinted and named, saved to `path` if given.
+        """The image with its masks tinted and named, saved to `path` if given.
 
         Raises:
-            ValueError: there is no picture to draw on.
+            ValueError: there is no image to draw on.
         """
         picture = image if image is not None else self.image
         if picture is None:
@@ -253,21 +246,13 @@ class Segments:
         return drawn
 
 
-def concatenate(parts: Sequence[Segments]) -> Segments:
-    """Segments of one image as one record; there is at least one part."""
-    return replace(
-        parts[0],
-        masks=torch.cat([part.masks for part in parts]),
-        ious=torch.cat([part.ious for part in parts]),
-        labels=torch.cat([part.labels for part in parts]),
-        scores=torch.cat([part.scores for part in parts]),
-        low_res=torch.cat([part.low_res for part in parts]),
-    )
+def boxes_of(masks_PHW: Tensor, *, whole_if_empty: bool = False) -> Tensor:
+    """[P, H, W] bool -> [P, 4] float32 tight xyxy boxes, right and bottom edges exclusive.
 
-
-def boxes_of(masks_PHW: Tensor) -> Tensor:
-    """[P, H, W] bool -> [P, 4] float32 tight xyxy boxes, right and bottom edges exclusive; zeros for empty masks."""
-    boxes_P4 = torch.zeros(len(masks_PHW), 4, device=masks_PHW.device)
+    Empty masks have zeros, or the whole image.
+    """
+    empty = [0, 0, masks_PHW.shape[2], masks_PHW.shape[1]] if whole_if_empty else [0, 0, 0, 0]
+    boxes_P4 = torch.tensor(empty, dtype=torch.float32, device=masks_PHW.device).repeat(len(masks_PHW), 1)
     filled = torch.nonzero(masks_PHW.flatten(1).any(1)).flatten()
     if len(filled):
         boxes_P4[filled] = masks_to_boxes(masks_PHW[filled]).float() + boxes_P4.new_tensor([0, 0, 1, 1])

@@ -22,11 +22,11 @@ class Vocabulary:
 
     names: tuple[str, ...]
     embeddings: Tensor
-    """[K, D] float32, unit rows; [S, D] where `owners` tells whose they are."""
+    """[K, D] float32, unit rows; [S, D] if there are `owners`."""
     is_base: Tensor | None = None
-    """[K] bool: the names that carried boxes in training; None when nobody knows."""
+    """[K] bool: the names with boxes in training; None if unknown."""
     owners: Tensor | None = None
-    """[S] int64: the name that each row of `embeddings` is a synonym of; None where every name has one row."""
+    """[S] int64: index of the name of which each row of `embeddings` is a synonym; None if every name has one row."""
 
     def to(self, device: torch.device) -> "Vocabulary":
         """The same vocabulary on another device."""
@@ -35,7 +35,7 @@ class Vocabulary:
         return Vocabulary(self.names, self.embeddings.to(device), base, owners)
 
     def strongest(self, scores_RS: Tensor) -> Tensor:
-        """[R, S] scores of all rows -> [R, K]: of each name, that of its best synonym."""
+        """[R, S] scores of all rows -> [R, K], the score of each name's best synonym."""
         if self.owners is None:
             return scores_RS
         empty_RK = scores_RS.new_empty(len(scores_RS), len(self.names))
@@ -47,30 +47,26 @@ class Vocabulary:
 
 
 class TextEncoder(Protocol):
-    """Anything that turns names into embeddings."""
+    """Embeds names."""
 
     @property
     def teacher(self) -> str:
         """Identifies the model and its weights."""
-        ...
 
     @property
     def prompt_set(self) -> str:
         """The name of the templates."""
-        ...
 
     def embed_names(self, names: Sequence[str]) -> Tensor:
-        """[K, D] unit rows, one a name, averaged over the prompt set."""
-        ...
+        """[K, D] unit rows, one for each name, averaged over the prompt set."""
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor | None:
         """[B, D] unit rows of whole sentences; None without a text tower."""
-        ...
 
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """A fixed table of embedded names, for teachers whose text tower is not at hand."""
+    """A fixed table of embedded names, for teachers without a text tower."""
 
     names: tuple[str, ...]
     embeddings: Tensor
@@ -110,15 +106,15 @@ class EmbeddingTable:
         return self.embeddings[[index[name] for name in names]]
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor | None:
-        """None: sentences cannot be embedded by a table."""
+        """None: a table embeds no sentences."""
         return None
 
 
 def clean_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names as they are embedded: trimmed, each once, in the order given.
+    """Names trimmed and without repeats, in the given order.
 
     Raises:
-        InputError: there is none, or one is empty or not text.
+        InputError: there is no name, or one is empty or not text.
     """
     if not names:
         raise InputError("vocabulary: empty, expected at least one name")
@@ -139,10 +135,10 @@ def build_vocabulary(
 
     Args:
         encoder: embeds them.
-        names: any.
-        splits: which names are `base`.
-        synonyms: other words for a name; each name is a synonym of its own.
-        merge: a name's embedding is the mean of its synonyms', or its score is the maximum of theirs.
+        names: any names.
+        splits: `base` or `novel` by name; `is_base` is None if None.
+        synonyms: other words by name; a name is always one of its own synonyms.
+        merge: whether a name's embedding is the mean of its synonyms', or its score the maximum of theirs.
 
     Raises:
         InputError: a name is empty or cannot be embedded.

@@ -27,7 +27,7 @@ from data_prep.streams.box_loader import detection_loader
 from data_prep.streams.collate import DetectionCollate, GroupCollate
 from data_prep.streams.group_loader import group_loader
 from ovd_models.batches import ConceptBatch
-from ovd_models.checkpoints import load_codet, load_encoder, save_detector, save_encoder
+from ovd_models.checkpoints import load_encoder, load_model, save_checkpoint, save_encoder
 from ovd_models.codet.drawing import draw_attention, draw_similarity
 from ovd_models.codet.model import CoDet
 from ovd_models.detectors.backbones import find_backbone_weights, load_backbone
@@ -197,7 +197,7 @@ def save(run: Run, weights: dict[str, Tensor], names: CodetNames, encoder: TextE
     """Write a complete checkpoint folder."""
     model = CoDet(run.model)
     model.load_state_dict(weights)
-    save_detector(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
+    save_checkpoint(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
 
 
 def evaluate_model(
@@ -216,7 +216,7 @@ def given_weights(run: Run, start: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         InputError: it is no detector of this architecture.
     """
-    given = load_codet(storage.local_folder(run.box_model)).state_dict()
+    given = load_model(storage.local_folder(run.box_model), CoDet).state_dict()
     for name, value in start.items():
         found = list(given[name].shape) if name in given else "nothing"
         if found != list(value.shape) and not name.startswith("aggregations."):

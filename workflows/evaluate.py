@@ -19,10 +19,11 @@ from PIL import Image
 import ovd_models
 from data_prep import storage, tables
 from ovd_models.batches import Detections
-from ovd_models.checkpoints import read_info
+from ovd_models.checkpoints import load_model, read_info
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
-from ovd_models.ovsam.checkpoints import load_sam_folder, load_segmenter
+from ovd_models.predictors import load_segmenter
+from ovd_models.sam.model import SamModel
 from workflows.common import cli, tracking
 from workflows.common.runs import Evaluation
 from workflows.common.teacher import read_categories
@@ -112,7 +113,7 @@ def evaluate_segmenter(run: Run) -> SegmentationReport:
         {name: category_id for category_id, name in categories.items()},
         segmenter.names(list(categories.values())),
         segmenter.model,
-        load_sam_folder(storage.local_folder(run.sam))[0] if run.sam else None,
+        load_model(storage.local_folder(run.sam), SamModel) if run.sam else None,
         limit=run.images,
         num_pictures=run.num_pictures,
         device=run.device,

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from data_prep.boxes.annotations import coco_splits
-from ovd_models.checkpoints import save_detector
+from ovd_models.checkpoints import save_checkpoint
 from ovd_models.clip.model import ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.importers.ovsam import load_ovsam
-from ovd_models.ovsam.checkpoints import save_ovsam
 from ovd_models.ovsam.clip_pyramid import TowerConfig
 from ovd_models.ovsam.model import OvSam, published
 from ovd_models.prompts import clean_name
@@ -140,7 +139,7 @@ def convert_detector(run: Run) -> None:
     imported = load_codet_release(run.weights)
     encoder = choose_encoder(run, imported, tuple(names))
     splits = {name: split for name, split in names.items() if split}
-    save_detector(imported.model, encoder, run.out, splits=splits, run=asdict(run))
+    save_checkpoint(imported.model, encoder, run.out, splits=splits, run=asdict(run))
     print(f"{run.out}: {imported.model.config.architecture} with {len(splits)} default names")
 
 
@@ -158,7 +157,7 @@ def convert_ovsam(run: OvSamRun) -> None:
     model = OvSam(published(TowerConfig.of(clip.config), run.sam_model))
     load_ovsam(model, *files, tower=clip.model.visual.state_dict())
     encoder = ClipTextEncoder(replace(clip.config, prompt_set="ovsam"), clip.model.text, teacher)
-    save_ovsam(model, encoder, run.out, splits=splits, run=asdict(run))
+    save_checkpoint(model, encoder, run.out, splits=splits, run=asdict(run))
     print(f"{run.out}: OV-SAM with {len(splits)} default names")
 
 

@@ -30,12 +30,12 @@ from data_prep.embeddings import features
 from data_prep.embeddings.texts import StoredEncoder, TextStore
 from data_prep.streams.collate import FeatureCollate, MaskCollate
 from data_prep.streams.mask_loader import feature_loader, mask_loader
+from ovd_models.checkpoints import load_model, sam_id, save_checkpoint
 from ovd_models.clip.model import Clip, ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
-from ovd_models.ovsam.checkpoints import load_sam_folder, sam_id, save_ovsam, save_sam, save_text_to_mask
-from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
+from ovd_models.ovsam.clip_pyramid import TowerConfig
 from ovd_models.ovsam.model import OvSam, OvSamConfig
-from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig
+from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig, TextToMaskModelConfig
 from ovd_models.ovsam.training import Clip2SamConfig, Clip2SamTraining, Sam2ClipTraining
 from ovd_models.sam.model import SamConfig, SamModel, load_sam
 from ovd_models.sam.training import SamTraining
@@ -120,7 +120,7 @@ def train_sam(run: Run, active: ActiveRun) -> str:
 
 def write_sam(run: Run, sam: SamModel, folder: Path) -> None:
     """Write a SAM's checkpoint folder."""
-    save_sam(sam, folder, run=dataclasses.asdict(run))
+    save_checkpoint(sam, None, folder, splits={}, run=dataclasses.asdict(run))
 
 
 def teach_sam(run: Run) -> str:
@@ -140,9 +140,8 @@ def open_sam(run: Run) -> tuple[SamModel, str]:
     Raises:
         InputError: there is none, or the file is not a SAM of `sam_model`.
     """
-    if not run.sam.endswith(".pth"):
-        return load_sam_folder(storage.local_folder(run.sam))
-    sam = load_sam(run.sam, run.sam_model)
+    published = run.sam.endswith(".pth")
+    sam = load_sam(run.sam, run.sam_model) if published else load_model(storage.local_folder(run.sam), SamModel)
     return sam, sam_id(sam)
 
 
@@ -195,8 +194,7 @@ def train_head(run: Run, model: OvSam, names: OvSamNames, active: ActiveRun) -> 
 
 def build_text_training(sam: SamConfig, tower: TowerConfig, settings: TextToMaskConfig) -> nn.Module:
     """The module that learns names as prompts."""
-    clip = ClipPyramid(build_tower(tower, sam.image_size))
-    return TextToMask(SamModel(sam), clip, tower, settings)
+    return TextToMask(TextToMaskModelConfig(sam=sam, tower=tower, text=settings))
 
 
 def train_text(
@@ -287,11 +285,12 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
         with active.timing("sam"):
             sam_folder = share_sam(run, given[0], active) if given else train_sam(run, active)
         active.outputs["sam"] = sam_folder
-        sam, sam_name = given or load_sam_folder(storage.local_folder(sam_folder))
+        sam = given[0] if given else load_model(storage.local_folder(sam_folder), SamModel)
+        sam_name = given[1] if given else sam_id(sam)
         with active.timing("sam2clip"):
             torch.manual_seed(run.sam2clip_stage.seed)
             model = OvSam(model_config(run, sam.config, clip))
-            model.adopt(sam, clip.model.visual)
+            model.load_teachers(sam, clip.model.visual)
             train_adapter(run, model, sam_folder, sam_name, active)
         with active.timing("clip2sam"):
             train_head(run, model, names, active)
@@ -306,10 +305,7 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
 
 def save(run: Run, model: OvSam | TextToMask, encoder: ClipTextEncoder, names: OvSamNames, folder: Path) -> None:
     """Write a complete checkpoint folder."""
-    if isinstance(model, TextToMask):
-        save_text_to_mask(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
-    else:
-        save_ovsam(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
+    save_checkpoint(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
 
 
 def evaluate_models(

@@ -23,7 +23,7 @@ from torch import Tensor
 from data_prep import storage, tables
 from data_prep.streams.box_loader import RegionSource, detection_loader
 from data_prep.streams.collate import DetectionCollate
-from ovd_models.checkpoints import load_vild, read_info, save_detector
+from ovd_models.checkpoints import load_model, read_info, save_checkpoint
 from ovd_models.detectors.backbones import find_backbone_weights, load_backbone
 from ovd_models.detectors.rcnn import ProposalNetwork
 from ovd_models.errors import InputError
@@ -184,7 +184,7 @@ def check_proposals(run: Run) -> None:
         InputError: they do not fit.
     """
     folder = storage.local_folder(run.proposals)
-    theirs, ours = load_vild(folder).config.detector, run.model.detector
+    theirs, ours = load_model(folder, ViLD).config.detector, run.model.detector
     for name in ("backbone", "backbone_options", "freeze_norm", "strides", "anchor_sizes", "pyramid_channels"):
         if getattr(theirs, name) != getattr(ours, name):
             found, expected = getattr(theirs, name), getattr(ours, name)
@@ -232,7 +232,7 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
     torch.manual_seed(run.detector_stage.seed)
     model = ViLD(run.model)
     if run.start_from_proposals:
-        trained = load_vild(storage.local_folder(proposals)).detector.state_dict()
+        trained = load_model(storage.local_folder(proposals), ViLD).detector.state_dict()
         first_stage = ProposalNetwork(run.model.detector).state_dict()
         model.detector.load_state_dict({name: trained[name] for name in first_stage}, strict=False)
     else:
@@ -258,7 +258,7 @@ def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[Detect
 
 def save(run: Run, model: ViLD, encoder: TextEncoder, names: VildNames, folder: Path) -> None:
     """Write a complete checkpoint folder."""
-    save_detector(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
+    save_checkpoint(model, encoder, folder, splits=names.splits, run=dataclasses.asdict(run))
 
 
 # ------------------------------------------------------------------------------------------------------------ input

@@ -5,7 +5,6 @@ boxes --shards of images--> SAM's image encoder --> features/<name>: flat files 
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ import torch
 
 from data_prep import storage, tables
 from data_prep.tables import FileEntry, Manifest
+from ovd_models.checkpoints import load_model
 from ovd_models.images import decode_image
-from ovd_models.ovsam.checkpoints import load_sam_folder
 from ovd_models.preprocess import to_tensor
-from ovd_models.sam.model import SamConfig
+from ovd_models.sam.model import SamConfig, SamModel
 
 PRODUCER = "workflows/ovsam.py"
 
@@ -123,7 +122,7 @@ class Embedder:
         self.storage_uri, self.name, self.rows_per_shard = storage_uri, name, rows_per_shard
         self.rows = rows
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.model = load_sam_folder(Path(storage.local_folder(sam_folder)))[0].to(self.device)
+        self.model = load_model(storage.local_folder(sam_folder), SamModel).to(self.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Write the shards of the batch; each is whole once its receipt is there."""

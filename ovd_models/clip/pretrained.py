@@ -1,10 +1,9 @@
-"""Architectures by open_clip's names and the files of their released weights."""
+"""open_clip's architectures and the files of their released weights."""
 
 import difflib
 import socket
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,17 +19,17 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
-from ovd_models.errors import InputError
+from ovd_models.errors import InputError, as_input_error, first_line
 
 CONNECT_SECONDS = 5
-"""The hub's own client tries for 50 seconds where there is no network."""
+"""Timeout of the test for a network; the hub's own client retries for 50 seconds without one."""
 
 
 def offline(vision: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's `vision_cfg`, such that timm fetches nothing: configs of checkpoints are other people's.
+    """open_clip's `vision_cfg`, changed so that timm downloads nothing: a checkpoint's config is not trusted.
 
     Raises:
-        InputError: its tower lies in a hub or in another folder.
+        InputError: its tower is on a hub or in another folder.
     """
     if ":" in str(vision.get("timm_model_name", "")):
         raise InputError(f"timm_model_name {vision['timm_model_name']!r}: an address, expected a name that timm knows")
@@ -38,10 +37,10 @@ def offline(vision: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def architecture(name: str) -> dict[str, Any]:
-    """open_clip's config of an architecture: `embed_dim`, `vision_cfg`, `text_cfg` and perhaps `quick_gelu` and others.
+    """open_clip's config of an architecture: `embed_dim`, `vision_cfg`, `text_cfg`, perhaps `quick_gelu` and others.
 
     Raises:
-        InputError: the name is unknown, or the model is not made of two towers.
+        InputError: the name is unknown, or the model does not consist of two towers.
     """
     known = open_clip.list_models()
     if name not in known:
@@ -59,7 +58,7 @@ def architecture(name: str) -> dict[str, Any]:
 
 
 def find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
-    """The file of released weights, downloaded if need be, and what open_clip knows of them: `mean`, `std` and so on.
+    """The file of released weights, downloaded if need be, and open_clip's config of them: `mean`, `std` and so on.
 
     Args:
         name: an architecture of open_clip.
@@ -70,23 +69,23 @@ def find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
     """
     if Path(pretrained).is_file():
         return Path(pretrained), {"quick_gelu": True} if _is_torchscript(Path(pretrained)) else {}
-    found: dict[str, Any] = get_pretrained_cfg(name, pretrained)
-    if not found:
+    config: dict[str, Any] = get_pretrained_cfg(name, pretrained)
+    if not config:
         tags = ", ".join(list_pretrained_tags_by_model(name)) or "none"
         raise InputError(f"--pretrained {pretrained}: no such file and no weights of {name}, whose tags are {tags}")
-    if found.get("hf_hub") and not _hub_is_reachable():
-        cached = _cached(found["hf_hub"])
+    if config.get("hf_hub") and not _hub_is_reachable():
+        cached = _cached(config["hf_hub"])
         if cached is None:
             raise InputError(
                 f"--pretrained {pretrained}: {ENDPOINT} cannot be reached and no copy is on this machine, "
                 "expected a network or a file"
             )
-        return cached, found
+        return cached, config
     try:
-        return Path(download_pretrained(found)), found
+        return Path(download_pretrained(config)), config
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"--pretrained {pretrained}: download failed ({_first_line(error)}), expected a file"
+            f"--pretrained {pretrained}: download failed ({first_line(error)}), expected a file"
         ) from error
 
 
@@ -113,7 +112,7 @@ def _cached(location: str) -> Path | None:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Whether a file is of the form of OpenAI's own downloads, which hold code beside the weights."""
+    """Whether a file has the format of OpenAI's own downloads, which hold code besides the weights."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -121,12 +120,12 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def load_released(model: nn.Module, path: Path) -> None:
-    """Load weights into open_clip's `CustomTextCLIP`: a state dict (.safetensors or torch's), or a file of OpenAI's.
+    """Load weights into open_clip's `CustomTextCLIP` from a state dict (.safetensors or torch's) or OpenAI's file.
 
     Raises:
-        InputError: the file is unreadable, or its weights are of another architecture.
+        InputError: the file is unreadable, or its weights belong to another architecture.
     """
-    with told_in_one_line(str(path)):
+    with as_input_error(str(path)):
         if _is_torchscript(path):
             state: dict[str, Tensor] = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
             for name in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
@@ -134,21 +133,3 @@ def load_released(model: nn.Module, path: Path) -> None:
             model.load_state_dict(convert_to_custom_text_state_dict(state))
         else:
             load_checkpoint(model, str(path))
-
-
-@contextmanager
-def told_in_one_line(subject: str) -> Iterator[None]:
-    """Turn whatever open_clip and torch raise on unfit weights or configs into an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # their kinds are many: unpickling, zip, key, shape and import errors among them
-        raise InputError(f"{subject}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line that tells something: torch heads its lists of unfit weights with a title."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0] if lines else ""
-    return f"{type(error).__name__}: {told}"[:300]

@@ -1,4 +1,4 @@
-"""The towers of CLIP: a small one for small images, and exact short cuts through open_clip's transformers.
+"""CLIP's towers: a small one for small images, and exact shortcuts through open_clip's transformers.
 
 B images or texts, T tokens, W width of a tower, D embedding width.
 """
@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class FlatConvNet(nn.Module):
-    """A small image tower for small images: stride-2 convolutions, flattened without pooling, so place is kept.
+    """A small image tower for small images: stride-2 convolutions, flattened without pooling to keep position.
 
     Args:
         image_size: side of the square input, a multiple of 16.
@@ -51,18 +51,18 @@ def flat_convnet_64(
     pretrained_cfg_overlay: object = None,
     cache_dir: object = None,
 ) -> FlatConvNet:
-    """`FlatConvNet` for 64 px images, under a name that open_clip configs can give as `timm_model_name`.
+    """`FlatConvNet` for 64 px images, as a `timm_model_name` of open_clip's configs.
 
-    The arguments are timm's and of no effect: there are no pretrained weights.
+    timm passes the arguments; they have no effect.
     """
     return FlatConvNet()
 
 
-# -------------------------------------------------------------------------------------------------------- short cuts
+# --------------------------------------------------------------------------------------------------------- shortcuts
 
 
 def fold_norms(tower: nn.Module) -> None:
-    """Make batch norms part of the convolutions that they follow in a sequence; in evaluation nothing else changes."""
+    """Fold batch norms into the convolutions they follow in a sequence; exact in evaluation mode."""
     for layers in tower.modules():
         if isinstance(layers, nn.Sequential):
             for (name, convolution), (after, norm) in itertools.pairwise(list(layers.named_children())):
@@ -72,9 +72,9 @@ def fold_norms(tower: nn.Module) -> None:
 
 
 def image_features(tower: Any, images: Tensor) -> Tensor:
-    """[B, 3, S, S] normalised -> [B, D], as the tower itself gives them.
+    """[B, 3, S, S] normalised -> [B, D], equal to the tower's own output.
 
-    Of a vision transformer's last block only the class token is read, so only that is computed, gradients aside.
+    Without gradients, a vision transformer's last block is computed for the class token only.
     """
     plain = type(tower) is VisionTransformer and tower.pool_type == "tok" and tower.attn_pool is None
     if not plain or tower.proj is None or tower.output_tokens or not _plain_blocks(tower):
@@ -91,10 +91,10 @@ def image_features(tower: Any, images: Tensor) -> Tensor:
 
 
 def text_features(tower: Any, tokens: Tensor) -> Tensor:
-    """[B, T] -> [B, D], as the tower itself gives them.
+    """[B, T] -> [B, D], equal to the tower's own output.
 
-    In CLIP's own towers attention is causal and the end token is read: all behind the longest sentence's end is left
-    out, and without gradients all but the end tokens of the last block. Other towers get all of T.
+    In CLIP's own towers attention is causal and only the end token is read, so tokens after the longest sentence are
+    skipped, and without gradients the last block is computed for the end tokens only. Other towers get all of T.
     """
     causal = type(tower) is TextTransformer and tower.pool_type == "argmax" and tower.cls_emb is None
     plain = causal and tower.attn_mask is not None and isinstance(tower.text_projection, nn.Parameter)
@@ -122,7 +122,7 @@ def _plain_blocks(tower: Any) -> bool:
 
 
 def _one_token(block: Any, hidden_BTW: Tensor, place_B: Tensor, hidden_from_it_BT: Tensor | None = None) -> Tensor:
-    """[B, W]: what a block makes of one token of each row; it attends to all tokens but those hidden from it."""
+    """[B, W] output of a block for one token of each row, which attends to all tokens not hidden from it."""
     row_B = torch.arange(len(hidden_BTW), device=hidden_BTW.device)
     normed_BTW = block.ln_1(hidden_BTW)
     query_B1W = normed_BTW[row_B, place_B][:, None]
@@ -130,5 +130,5 @@ def _one_token(block: Any, hidden_BTW: Tensor, place_B: Tensor, hidden_from_it_B
         query_B1W, normed_BTW, normed_BTW, need_weights=False, key_padding_mask=hidden_from_it_BT
     )[0]
     own_BW = hidden_BTW[row_B, place_B] + block.ls_1(attended_B1W[:, 0])
-    found: Tensor = own_BW + block.ls_2(block.mlp(block.ln_2(own_BW)))
-    return found
+    output: Tensor = own_BW + block.ls_2(block.mlp(block.ln_2(own_BW)))
+    return output

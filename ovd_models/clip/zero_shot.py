@@ -1,4 +1,4 @@
-"""Zero-shot classification by CLIP: the names of images, with calibrated probabilities.
+"""Zero-shot classification by CLIP, with calibrated probabilities.
 
 B images, K names.
 """
@@ -15,16 +15,16 @@ from ovd_models.errors import InputError
 from ovd_models.vocabulary import Vocabulary
 
 BATCH = 256
-"""Images that are embedded at a time."""
+"""Images embedded at a time."""
 SCORES = 1 << 24
-"""Logits at a time, 64 MiB: with a million names, images are looked at in smaller parts."""
+"""Logits in memory at a time, 64 MiB: with a million names, images are split into smaller batches."""
 LOG_LIMIT = 6.9
 """A fitted temperature lies between 1/1000 and 1000."""
 
 
 @dataclass(frozen=True)
-class Classification:
-    """The best names of an image, best first."""
+class TopNames:
+    """The most probable names of an image, best first."""
 
     labels: tuple[str, ...]
     scores: tuple[float, ...]
@@ -32,22 +32,22 @@ class Classification:
 
 
 def vocabulary_logits(model: Clip, images: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """[B, 3, S, S] uint8 -> [B, K]: scaled cosines, those of the best synonym where a name has several."""
+    """[B, 3, S, S] uint8 -> [B, K] scaled cosines, of a name's best synonym."""
     parts = [zero_shot_logits(model, part, vocabulary.embeddings) for part in torch.split(images, BATCH)]
     return vocabulary.strongest(torch.cat(parts))
 
 
 def classify(
     model: Clip, images: Tensor, vocabulary: Vocabulary, *, top: int = 5, temperature: float = 1.0
-) -> list[Classification]:
+) -> list[TopNames]:
     """The `top` names of each image.
 
     Args:
         model: in evaluation mode.
         images: [B, 3, S, S] uint8 RGB of the model's size.
         vocabulary: K names.
-        top: names of an image; all of them where there are fewer.
-        temperature: what the logits are divided by, as `fit_temperature` finds it.
+        top: names for each image, or all if there are fewer.
+        temperature: divides the logits, see `fit_temperature`.
 
     Raises:
         InputError: `top` or `temperature` is not positive.
@@ -56,27 +56,27 @@ def classify(
         raise InputError(f"top: {top}, expected at least 1")
     if not temperature > 0:
         raise InputError(f"temperature: {temperature}, expected more than 0")
-    guesses = []
+    results = []
     for part in torch.split(images, max(1, SCORES // len(vocabulary.embeddings))) if len(images) else ():
         probabilities_BK = (vocabulary_logits(model, part, vocabulary) / temperature).softmax(1)
         scores, rows = probabilities_BK.topk(min(top, len(vocabulary)), dim=1)
-        guesses += [
-            Classification(tuple(vocabulary.names[index] for index in row), tuple(score))
+        results += [
+            TopNames(tuple(vocabulary.names[index] for index in row), tuple(score))
             for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
-    return guesses
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------- calibration
 
 
 def fit_temperature(logits_BK: Tensor, labels_B: Tensor) -> float:
-    """The T under which held-out labels are most likely: softmax(logits / T) (Guo et al. 2017, section 4.2).
+    """The T that maximises the likelihood of held-out labels under softmax(logits / T) (Guo et al. 2017, section 4.2).
 
-    The negative log-likelihood has a single minimum in T, so golden sections of log T find it.
+    The negative log-likelihood has a single minimum in T, which a golden-section search of log T finds.
 
     Raises:
-        InputError: there is no image, or a label is none of the names.
+        InputError: there is no image, or a label is out of range.
     """
     _check(logits_BK, labels_B)
 
@@ -95,7 +95,7 @@ def calibration_error(probabilities_BK: Tensor, labels_B: Tensor, bins: int = 15
     """Expected calibration error: |accuracy - confidence| in equal bins of confidence, weighted by their images.
 
     Raises:
-        InputError: there is no image, or a label is none of the names.
+        InputError: there is no image, or a label is out of range.
     """
     _check(probabilities_BK, labels_B)
     confidence_B, guess_B = probabilities_BK.double().max(1)

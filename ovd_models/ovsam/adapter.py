@@ -1,4 +1,4 @@
-"""SAM2CLIP: the adapter that turns CLIP's levels into SAM's image embedding, and its loss (arXiv 2401.02955).
+"""SAM2CLIP: the adapter from CLIP's levels to SAM's image embedding, and its loss (arXiv 2401.02955).
 
 B images, C prompt width, W adapter width, h side of the embedding.
 """
@@ -39,7 +39,7 @@ class Sam2Clip(nn.Module):
     Args:
         channels: of CLIP's levels.
         strides: of CLIP's levels, in pixels.
-        config: of SAM: width, heads, window, grid and prompt width are its own.
+        config: of SAM, whose width, heads, window, grid and prompt width the adapter shares.
         depth: number of blocks.
         grid: height and width of the embedding; a square of SAM's own size if None.
     """
@@ -90,7 +90,7 @@ class Sam2Clip(nn.Module):
         return embedding
 
     def fused(self, levels: Sequence[Tensor]) -> Tensor:
-        """[B, h, h, W] the sum of the projected levels, with codes of level and place."""
+        """[B, h, h, W] sum of the projected levels with their level and position embeddings."""
         projected = [
             project(level) + code[:, None, None]
             for project, level, code in zip(self.patch_embeds, levels, self.level_encoding.weight, strict=True)
@@ -99,13 +99,13 @@ class Sam2Clip(nn.Module):
 
 
 def feature_distillation_loss(student_BChw: Tensor, teacher_BChw: Tensor, valid_Bhw: Tensor) -> Tensor:
-    """Mean squared difference over the positions that show the image, not its padding; 0 where none does."""
+    """Mean squared difference over the positions of the image, not of its padding; 0 if there are none."""
     difference_Bhw = (student_BChw - teacher_BChw.to(student_BChw.dtype)).square().mean(1)
     return (difference_Bhw * valid_Bhw).sum() / valid_Bhw.sum().clamp(min=1)
 
 
 def valid_positions(sizes: Sequence[tuple[int, int]], patch: int, side: int) -> Tensor:
-    """[B, h, h] bool: embeddings whose patch shows a pixel of the image.
+    """[B, h, h] bool: positions whose patch holds a pixel of the image, not padding alone.
 
     Args:
         sizes: height and width of each resized image, in pixels.

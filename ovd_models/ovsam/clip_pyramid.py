@@ -1,6 +1,7 @@
-"""A frozen CLIP image tower as a feature pyramid, and CLIP's own opinion of regions and masks.
+"""A frozen CLIP image tower as a feature pyramid, and its embeddings of regions, masks and cut-outs.
 
-B images, R regions, C channels of a level, p side of the head's grid, D embedding width.
+B images, R regions or masks, C channels of a level, p side of the head's grid, S side of the square input, s side of
+CLIP's own input, D embedding width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from ovd_models.clip.model import ClipConfig
 from ovd_models.clip.pretrained import offline
 from ovd_models.clip.towers import FlatConvNet
 from ovd_models.errors import InputError
+from ovd_models.ovsam.crops import Background, crop_masks
 
 NUM_LEVELS = 4
 
@@ -32,17 +34,21 @@ class TowerConfig:
     vision: dict[str, Any] = field(default_factory=lambda: dict(ClipConfig().vision))
     """open_clip's `vision_cfg`."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Of the colours, in 0 to 1."""
+    """Of the images' normalisation, colours in 0 to 1."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     quick_gelu: bool = False
-    """As OpenAI's transformers were trained."""
+    """The activation of OpenAI's transformers."""
 
     @classmethod
     def of(cls, config: ClipConfig) -> "TowerConfig":
         """The image tower of a CLIP."""
         mean, std = config.statistics
-        vision = dict(config.vision)
-        return cls(embed_dim=config.embed_dim, vision=vision, mean=mean, std=std, quick_gelu=config.quick_gelu)
+        return cls(embed_dim=config.embed_dim, vision=config.vision, mean=mean, std=std, quick_gelu=config.quick_gelu)
+
+    @property
+    def image_size(self) -> int:
+        """s: side of CLIP's own square input in pixels."""
+        return int(self.vision["image_size"])
 
 
 def build_tower(config: TowerConfig, image_size: int) -> nn.Module:
@@ -50,23 +56,19 @@ def build_tower(config: TowerConfig, image_size: int) -> nn.Module:
 
     Args:
         config: of the tower.
-        image_size: side of the images that come; a transformer gets as many place codes, and keeps those of CLIP's own
-            size as `own_places` for pictures of that size. Others do not mind.
+        image_size: S. A transformer gets position embeddings for this size, and keeps those of CLIP's own size as
+            `own_places`. Other towers do not depend on it.
     """
     vision = offline(config.vision)
-    patch, own_side = int(vision.get("patch_size") or 1), int(vision["image_size"])
-    if (
-        vision.get("patch_size")
-        and "timm_model_name" not in vision
-        and not isinstance(vision.get("layers"), list | tuple)
-    ):
+    patch = int(vision.get("patch_size") or 1)
+    if vision.get("patch_size") and "timm_model_name" not in vision and isinstance(vision.get("layers", 0), int):
         vision["image_size"] = image_size // patch * patch
     # open_clip builds towers in pairs: the smallest text tower is built and dropped.
     text = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
     tower: nn.Module = CustomTextCLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu).visual
     if isinstance(tower, VisionTransformer):
-        own_places = resize_places(tower.positional_embedding.detach(), own_side // patch)
-        tower.register_buffer("own_places", own_places.clone())  # files of weights hold no memory twice
+        own_places = resize_places(tower.positional_embedding.detach(), config.image_size // patch)
+        tower.register_buffer("own_places", own_places.clone())  # safetensors refuses tensors that share memory
     return tower
 
 
@@ -75,11 +77,17 @@ class ClipPyramid(nn.Module):
 
     Args:
         tower: open_clip's, a ResNet, a ConvNeXt or a `FlatConvNet`; or a vision transformer, which has one scale only.
+        config: of the tower.
     """
 
-    def __init__(self, tower: nn.Module) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, tower: nn.Module, config: TowerConfig) -> None:
         super().__init__()
-        self.tower = tower.requires_grad_(False)
+        self.tower, self.config = tower.requires_grad_(False), config
+        for name, values in (("mean", config.mean), ("std", config.std)):  # in grey levels
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1) * 255, persistent=False)
         trunk = getattr(tower, "trunk", None)
         if isinstance(tower, ModifiedResNet):
             layers = (tower.layer1, tower.layer2, tower.layer3, tower.layer4)
@@ -104,24 +112,29 @@ class ClipPyramid(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "ClipPyramid":
-        """Stays as it is: frozen, its batch norm too."""
+        """Stay in evaluation mode: the tower is frozen, its batch norm too."""
         return super().train(False)
 
     def load_tower(self, state: Mapping[str, Tensor]) -> None:
-        """Take over an image tower's weights; a transformer's place codes are resized to this one's grid too."""
+        """Load an image tower's weights; a transformer's position embeddings are resized to this one's grid."""
         name = "positional_embedding"
         if isinstance(self.tower, VisionTransformer):
             own_places = state.get("own_places", state[name])
             state = {**state, "own_places": own_places, name: resize_places(own_places, int(self.tower.grid_size[0]))}
         self.tower.load_state_dict(state)
 
+    def normalise(self, image_3HW: Tensor, side: int) -> Tensor:
+        """An image [3, H, W] in grey levels -> [3, S, S] normalised, padded at the end."""
+        height, width = image_3HW.shape[1:]
+        return F.pad((image_3HW - self.mean) / self.std, (0, side - width, 0, side - height))
+
     @torch.no_grad()
     def forward(self, images_B3SS: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, S, S] -> four maps [B, C, S / stride, S / stride], fine to coarse."""
         tower = self.tower
         if isinstance(tower, ModifiedResNet):
-            found = tower.forward_intermediates(images_B3SS, [1, 2, 3, 4], intermediates_only=True)
-            return list(found["image_intermediates"])
+            levels = tower.forward_intermediates(images_B3SS, [1, 2, 3, 4], intermediates_only=True)
+            return list(levels["image_intermediates"])
         if isinstance(tower, VisionTransformer):
             return self._transformer_levels(tower, images_B3SS)
         trunk: Any = tower.trunk
@@ -140,13 +153,13 @@ class ClipPyramid(nn.Module):
         if own_side != side:
             images_B3SS = F.interpolate(images_B3SS, (own_side, own_side), mode="bilinear", align_corners=False)
         depth = len(tower.transformer.resblocks)
-        # Rounded up, so that towers of fewer blocks than levels give their last maps twice.
+        # Rounded up, so that towers of fewer blocks than levels repeat their last maps.
         indices = [-(-depth * (level + 1) // NUM_LEVELS) - 1 for level in range(NUM_LEVELS)]
-        different = sorted(set(indices))
-        maps = tower.forward_intermediates(images_B3SS, different, intermediates_only=True)["image_intermediates"]
+        unique = sorted(set(indices))
+        maps = tower.forward_intermediates(images_B3SS, unique, intermediates_only=True)["image_intermediates"]
         grid = side // self.strides[0]
         levels = [F.interpolate(level, (grid, grid), mode="bilinear", align_corners=False) for level in maps]
-        return [levels[different.index(index)] for index in indices]
+        return [levels[unique.index(index)] for index in indices]
 
     def head(self, grid_RCpp: Tensor) -> Tensor:
         """CLIP's own head on the last level's features of a region: [R, C, p, p] -> [R, D] of any norm."""
@@ -162,13 +175,19 @@ class ClipPyramid(nn.Module):
             embedding = tower.head(tower.trunk.forward_head(tower.trunk.norm_pre(grid_RCpp)))
         return embedding
 
-    def embed(self, pictures_R3ss: Tensor) -> Tensor:
-        """Normalised whole pictures [R, 3, s, s] of CLIP's own size -> [R, D] unit rows."""
+    def embed(self, images_R3ss: Tensor) -> Tensor:
+        """Normalised whole images [R, 3, s, s] of CLIP's own size -> [R, D] unit rows."""
         places = {}
         if isinstance(self.tower, VisionTransformer):
             places["positional_embedding"] = self.tower.get_buffer("own_places")
-        found_RD: Tensor = functional_call(self.tower, places, (pictures_R3ss,))
-        return F.normalize(found_RD.float(), dim=-1)
+        embedding_RD: Tensor = functional_call(self.tower, places, (images_R3ss,))
+        return F.normalize(embedding_RD.float(), dim=-1)
+
+    def embed_crops(self, image_3HW: Tensor, masks_RHW: Tensor, margin: float, background: Background) -> Tensor:
+        """[R, D] unit rows of square crops around masks of a uint8 image, see `crop_masks`."""
+        colours = (image_3HW.float() - self.mean) / self.std
+        black = -self.mean / self.std
+        return self.embed(crop_masks(colours, masks_RHW, black, margin, background, self.config.image_size))
 
     def region_embeddings(self, top_BCHW: Tensor, rois_R5: Tensor) -> Tensor:
         """CLIP's embeddings of boxes: RoIAlign on the last level to the grid of its head, then the head.
@@ -188,7 +207,7 @@ class ClipPyramid(nn.Module):
 
         Args:
             top_RCHW: the last level of each mask's image.
-            masks_RHW: [R, H, W] weights on the last level's grid; where all are 0 the plain average is taken.
+            masks_RHW: [R, H, W] weights on the last level's grid; all zeros give the plain average.
 
         Returns:
             [R, D] unit rows.
@@ -200,7 +219,7 @@ class ClipPyramid(nn.Module):
 
 
 def resize_places(codes_NW: Tensor, side: int) -> Tensor:
-    """Place codes [1 + g * g, W] of a transformer, its class token's first -> [1 + side * side, W]."""
+    """Position embeddings [1 + g * g, W] of a transformer, its class token's first -> [1 + side * side, W]."""
     before = round((len(codes_NW) - 1) ** 0.5)
     if before == side:
         return codes_NW

@@ -1,4 +1,4 @@
-"""CLIP2SAM: how OV-SAM names a mask, its losses, and the fusion with CLIP's own opinion (arXiv 2401.02955).
+"""CLIP2SAM: the label branch, its losses, and the fusion of its scores with CLIP's own (arXiv 2401.02955).
 
 B images, P prompts, R regions, C channels, D embedding width, K names, Y synonyms, N sampled points.
 """
@@ -14,10 +14,10 @@ from ovd_models.sam.training import dice_loss
 from ovd_models.vocabulary import Vocabulary
 
 LOGIT_SCALE = 4.6052
-"""Log of the cosines' factor, that of CLIP."""
+"""Log of CLIP's factor of cosines."""
 ROI_SIDE = 12
 FINEST_SCALE = 14
-"""A region of this many strides of the first level, or less than twice it, is pooled from that level."""
+"""Side, in strides of the first level, from which regions are pooled from that level; twice it for the second."""
 
 
 class RegionNamer(nn.Module):
@@ -28,9 +28,9 @@ class RegionNamer(nn.Module):
         strides: of the levels, in pixels of the input.
         width: C, of the pyramid.
         embed_dim: D.
-        hidden: width of the MLP that makes the embedding of a convolved region, as the paper has it; with 0 the
-            embedding is the average of rectified projections, as in the released weights, which leaves it no negative
-            coordinate and no order of the region's parts.
+        hidden: width of the MLP from a convolved region to its embedding, as in the paper. With 0, as in the released
+            weights, the embedding is the average of rectified projections, so it has no negative coordinate and does
+            not depend on the order of the region's parts.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class RegionNamer(nn.Module):
         return embedding
 
     def pool(self, pyramid: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
-        """[R, C, 12, 12] features, of each region from the level of its size."""
+        """[R, C, 12, 12] features, each region's from the level of its size."""
         level_R = region_levels(rois_R5, self.strides[0], len(pyramid))
         pooled_RCpp = pyramid[0].new_zeros(len(rois_R5), pyramid[0].shape[1], ROI_SIDE, ROI_SIDE)
         for index, (level, stride) in enumerate(zip(pyramid, self.strides, strict=True)):
             rows = torch.nonzero(level_R == index).flatten()
-            # In float32 also under autocast: bfloat16 moves the edges of a region by pixels.
+            # In float32 even under autocast: bfloat16 moves the edges of a region by pixels.
             pooled = roi_align(level.float(), rois_R5[rows].float(), ROI_SIDE, 1 / stride, -1, aligned=True)
             pooled_RCpp = pooled_RCpp.index_copy(0, rows, pooled.to(pooled_RCpp.dtype))
         return pooled_RCpp
@@ -81,9 +81,9 @@ def region_levels(rois_R5: Tensor, first_stride: int, num_levels: int) -> Tensor
 
 
 def name_logits(embedding_RD: Tensor, text_KYD: Tensor, log_scale: float = LOGIT_SCALE) -> Tensor:
-    """[R, D] embeddings and [K, Y, D] unit rows -> [R, K + 1] scaled cosines, the best of a name's synonyms each.
+    """[R, D] embeddings and [K, Y, D] unit rows -> [R, K + 1] scaled cosines with each name's best synonym.
 
-    The last column is the background: a zero vector, whose logit is always 0. In float32 also under autocast.
+    The last column is the background: a zero vector, whose logit is always 0. In float32 even under autocast.
     """
     with torch.autocast(embedding_RD.device.type, enabled=False):
         cosine_RKY = torch.einsum("rd,kyd->rky", F.normalize(embedding_RD.float(), dim=-1), text_KYD.float())
@@ -94,7 +94,7 @@ def name_logits(embedding_RD: Tensor, text_KYD: Tensor, log_scale: float = LOGIT
 
 
 def label_loss(logits_RK: Tensor, labels_R: Tensor, background_weight: float = 0.1) -> Tensor:
-    """Softmax cross-entropy over K names and background, averaged over all regions; those labelled -1 add nothing.
+    """Softmax cross-entropy over K names and background, averaged over all regions; label -1 adds 0.
 
     Args:
         logits_RK: [R, K + 1].
@@ -108,7 +108,7 @@ def label_loss(logits_RK: Tensor, labels_R: Tensor, background_weight: float = 0
 
 
 def mask_losses(logits_RN: Tensor, target_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice of sampled points, averaged over masks; 0 for none."""
+    """Cross-entropy and dice of sampled points, averaged over masks; 0 without masks."""
     if not len(logits_RN):
         return logits_RN.sum(), logits_RN.sum()
     return F.binary_cross_entropy_with_logits(logits_RN, target_RN), dice_loss(logits_RN, target_RN).mean()
@@ -128,20 +128,20 @@ def uncertain_points(
     oversampling: float = 3.0,
     uncertain_share: float = 0.75,
 ) -> Tensor:
-    """[R, N, 2] points in 0 to 1 for the mask losses: mostly where the mask is undecided (PointRend, section 3.1).
+    """[R, N, 2] points in 0 to 1 for the mask losses, mostly where the mask is uncertain (PointRend, section 3.1).
 
     Args:
         logits_RHW: the predicted masks.
         count: N.
         generator: of the draws.
         oversampling: candidates for each point.
-        uncertain_share: of the points that are the most undecided candidates; the rest is uniform.
+        uncertain_share: share of the points that are the most uncertain candidates; the rest is uniform.
     """
     regions, candidates = len(logits_RHW), int(count * oversampling)
     points_RM2 = torch.rand((regions, candidates, 2), generator=generator).to(logits_RHW.device)
-    undecided_RM = -read_points(logits_RHW, points_RM2).abs()
+    uncertain_RM = -read_points(logits_RHW, points_RM2).abs()
     num_uncertain = int(uncertain_share * count)
-    chosen_RN = undecided_RM.topk(num_uncertain, dim=1).indices
+    chosen_RN = uncertain_RM.topk(num_uncertain, dim=1).indices
     chosen_RN2 = points_RM2.gather(1, chosen_RN[:, :, None].expand(-1, -1, 2))
     uniform = torch.rand((regions, count - num_uncertain, 2), generator=generator).to(logits_RHW.device)
     return torch.cat([chosen_RN2, uniform], dim=1)
@@ -154,13 +154,13 @@ def fuse_scores(
     head_PK: Tensor,
     clip_PK: Tensor,
     is_base_K: Tensor | None,
-    seen_P: Tensor | None = None,
+    filled_P: Tensor | None = None,
     *,
     alpha: float = 0.1,
     beta: float = 0.9,
     novel_bias: float = 0.0,
 ) -> Tensor:
-    """Log scores of the label branch and of CLIP as their geometric mean, computed without leaving log space.
+    """Log of the geometric mean of the label branch's and CLIP's probabilities.
 
     Base names: p_head^(1 - alpha) p_clip^alpha; novel ones: p_head^(1 - beta) p_clip^beta, times e^novel_bias. The
     background counts as base.
@@ -168,30 +168,29 @@ def fuse_scores(
     Args:
         head_PK: [P, K + 1] logits.
         clip_PK: [P, K + 1] logits.
-        is_base_K: [K] bool; None, when nobody knows, takes every name as novel.
-        seen_P: [P] bool, False where CLIP saw nothing of the mask: the head decides alone.
-        alpha: CLIP's part in base names.
-        beta: CLIP's part in novel names.
-        novel_bias: what novel names gain, since the label branch has learnt base ones (calibrated stacking, arXiv
-            1605.04253); 0 in the paper.
+        is_base_K: [K] bool; None, if the split is unknown, takes every name as novel and `novel_bias` as 0.
+        filled_P: [P] bool, False for empty masks, of which the label branch alone decides.
+        alpha: CLIP's exponent for base names.
+        beta: CLIP's exponent for novel names.
+        novel_bias: added to the log scores of novel names, since the label branch was trained with base names
+            (calibrated stacking, arXiv 1605.04253); 0 in the paper.
 
     Returns:
         [P, K + 1].
     """
     if is_base_K is None:
         is_base_K, novel_bias = torch.zeros(head_PK.shape[1] - 1, dtype=torch.bool, device=head_PK.device), 0.0
-    part_K = F.pad(torch.where(is_base_K, alpha, beta), (0, 1), value=alpha)
-    part_PK = part_K.expand_as(head_PK)
-    if seen_P is not None:
-        part_PK = part_PK * seen_P[:, None]
+    weight_PK = F.pad(torch.where(is_base_K, alpha, beta), (0, 1), value=alpha).expand_as(head_PK)
+    if filled_P is not None:
+        weight_PK = weight_PK * filled_P[:, None]
     log_head, log_clip = head_PK.float().log_softmax(-1), clip_PK.float().log_softmax(-1)
-    return (1 - part_PK) * log_head + part_PK * log_clip + F.pad(novel_bias * ~is_base_K, (0, 1))
+    return (1 - weight_PK) * log_head + weight_PK * log_clip + F.pad(novel_bias * ~is_base_K, (0, 1))
 
 
-def text_of(vocabulary: Vocabulary) -> Tensor:
-    """[K, Y, D]: a vocabulary's rows in the form of `name_logits`; a name of fewer synonyms has its last one again."""
+def synonym_rows(vocabulary: Vocabulary) -> Tensor:
+    """[K, Y, D] rows of a vocabulary for `name_logits`; names with fewer synonyms repeat their last."""
     if vocabulary.owners is None:
         return vocabulary.embeddings[:, None]
     counts_K = torch.bincount(vocabulary.owners, minlength=len(vocabulary))
-    first_K, turn_Y = counts_K.cumsum(0) - counts_K, torch.arange(int(counts_K.max()), device=counts_K.device)
-    return vocabulary.embeddings[first_K[:, None] + torch.minimum(turn_Y, counts_K[:, None] - 1)]
+    first_K, index_Y = counts_K.cumsum(0) - counts_K, torch.arange(int(counts_K.max()), device=counts_K.device)
+    return vocabulary.embeddings[first_K[:, None] + torch.minimum(index_Y, counts_K[:, None] - 1)]

@@ -1,4 +1,4 @@
-"""How well pointed-at things are segmented and named: IoU and accuracy over instances, by base and novel names.
+"""Metrics of prompted objects: mask IoU and accuracy of names over instances, for base and novel names.
 
 N instances.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def centre_points(masks_NHW: Tensor) -> Tensor:
-    """[N, 2] float32 xy of the pixel deepest inside each mask, the first of several in reading order.
+    """[N, 2] float32 xy of the pixel deepest inside each mask, the first in reading order.
 
-    Beyond the image's edge there is no mask. An empty mask gives (0, 0).
+    Pixels beyond the image count as outside. An empty mask gives (0, 0).
     """
     points = np.zeros((len(masks_NHW), 2), np.float32)
     for row, mask in enumerate(masks_NHW.cpu().numpy().astype(np.uint8)):

@@ -1,7 +1,6 @@
 """OV-SAM: one frozen CLIP that segments like SAM and names what it segments (arXiv 2401.02955).
 
-SAM2CLIP (`ovsam_adapter.py`) turns CLIP's levels into SAM's image embedding; CLIP2SAM (`ovsam_head.py`) names the
-masks.
+SAM2CLIP (`adapter.py`) turns CLIP's levels into SAM's image embedding; CLIP2SAM (`head.py`) names the masks.
 
 B images, P prompts of an image, C prompt width, S side of the square input, h side of the embedding, L = 4 h, K names,
 Y synonyms, D embedding width of names.
@@ -23,8 +22,7 @@ from torchvision.ops import nms
 from ovd_models.errors import InputError
 from ovd_models.ovsam.adapter import Sam2Clip
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
-from ovd_models.ovsam.crops import cut_outs
-from ovd_models.ovsam.head import LOGIT_SCALE, RegionNamer, fuse_scores, name_logits, text_of
+from ovd_models.ovsam.head import LOGIT_SCALE, RegionNamer, fuse_scores, name_logits, synonym_rows
 from ovd_models.sam.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -33,7 +31,6 @@ from ovd_models.sam.model import (
     EverythingConfig,
     SamConfig,
     SamModel,
-    add_edge,
     build_mask_decoder,
     build_prompt_encoder,
     fit_image,
@@ -47,42 +44,42 @@ from ovd_models.vocabulary import Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class OvSamConfig:
-    """An OV-SAM in numbers; the defaults are a tiny one for 128 px images."""
+    """An OV-SAM's architecture; the default is a tiny one for 128 px images."""
 
     sam: SamConfig = field(default_factory=SamConfig)
-    """The teacher: its embedding, prompt encoder and mask decoder are taken over."""
+    """The teacher, whose prompt encoder and mask decoder are copied and whose embedding is distilled."""
     tower: TowerConfig = field(default_factory=TowerConfig)
     """CLIP's image tower, frozen."""
     adapter_depth: int = 2
-    """Blocks of the adapter; the last one attends to the whole image, the others to windows."""
+    """Blocks of the adapter; the last attends to the whole image, the others to windows."""
     pyramid_width: int = 64
     label_hidden: int = 256
-    """Width of the label branch's MLP; 0 leaves it out, as in the released weights."""
+    """Width of the label branch's MLP; 0 for none, as in the released weights."""
     label_token: bool = False
-    """Whether the mask decoder gets the released weights' label token, which only disturbs the masks."""
+    """Whether the mask decoder has the released weights' label token, which only disturbs the masks."""
     iou_head: bool = True
     """Whether SAM's IoU token and head are kept; the released weights have none."""
     alpha: float = 0.1
-    """CLIP's part in the score of base names."""
+    """CLIP's exponent in the score of base names, see `fuse_scores`."""
     beta: float = 0.9
-    """CLIP's part in the score of novel names."""
+    """CLIP's exponent in the score of novel names."""
     novel_bias: float = 0.0
-    """What the log scores of novel names gain, see `fuse_scores`."""
+    """Added to the log scores of novel names."""
     log_scale: float = LOGIT_SCALE
-    """Log of the cosines' factor; a CLIP that learnt a smaller one is too sure of itself with the released one."""
+    """Log of the cosines' factor; the released one is overconfident for a CLIP that learnt a smaller one."""
     clip_view: Literal["features", "cut_out"] = "features"
-    """How CLIP is asked about a mask: by its own head on its last level's features of the mask's box, as the released
-    weights do, or by a second, small look at the picture cut out along the predicted mask."""
+    """Input of CLIP's own classification: its last level's features of the mask's box, as in the released weights, or
+    the image cut out along the predicted mask, which takes a second, small forward pass."""
     cut_out_margin: float = 1.5
     """Side of a cut-out relative to the longer side of the mask's box."""
 
 
 @dataclass(frozen=True)
 class EncodedOvSam:
-    """An image that OV-SAM has looked at; any number of prompts and vocabularies can follow."""
+    """An encoded image, for any number of prompts and vocabularies."""
 
     sam: EncodedImage
-    """SAM's embedding, as the adapter sees it."""
+    """The adapter's estimate of SAM's embedding."""
     pyramid: tuple[Tensor, ...]
     """The label branch's levels."""
     top: Tensor
@@ -94,13 +91,10 @@ class EncodedOvSam:
 class OvSam(nn.Module):
     """The whole model: frozen CLIP, adapter, SAM's prompt encoder and mask decoder, label branch."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: OvSamConfig) -> None:
         super().__init__()
         self.config = config
-        self.clip = ClipPyramid(build_tower(config.tower, config.sam.image_size))
+        self.clip = ClipPyramid(build_tower(config.tower, config.sam.image_size), config.tower)
         self.adapter = Sam2Clip(self.clip.channels, self.clip.strides, config.sam, config.adapter_depth)
         self.prompt_encoder = build_prompt_encoder(config.sam).requires_grad_(False)
         self.mask_decoder: MaskDecoder = build_mask_decoder(config.sam, num_multimask=0)
@@ -110,12 +104,9 @@ class OvSam(nn.Module):
         self.namer = RegionNamer(
             self.clip.channels, self.clip.strides, config.pyramid_width, config.tower.embed_dim, config.label_hidden
         )
-        mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in (config.tower.mean, config.tower.std))
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
 
-    def adopt(self, teacher: SamModel, tower: nn.Module) -> None:
-        """Take over what is not learnt anew: SAM's place codes, prompt encoder and single-mask decoder, and CLIP.
+    def load_teachers(self, teacher: SamModel, tower: nn.Module) -> None:
+        """Copy the pretrained parts: SAM's position embeddings, prompt encoder and single-mask decoder, and CLIP.
 
         Args:
             teacher: a SAM of this config.
@@ -125,31 +116,27 @@ class OvSam(nn.Module):
         self.clip.load_tower(tower.state_dict())
         self.adapter.pos_embed.copy_(sam.image_encoder.pos_embed.detach())
         self.prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())
-        self.mask_decoder.load_state_dict(single_mask(sam.mask_decoder.state_dict(), self.mask_decoder.state_dict()))
+        decoder, own = sam.mask_decoder.state_dict(), self.mask_decoder.state_dict()
+        self.mask_decoder.load_state_dict({name: decoder[name][: len(value)] for name, value in own.items()})
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Images [3, H, W] uint8 -> [B, 3, S, S] normalised and padded at the end; resized heights and widths."""
         side = self.config.sam.image_size
         fitted = [fit_image(image, side)[0] for image in images]
         sizes = [(int(image.shape[1]), int(image.shape[2])) for image in fitted]
-        padded = [
-            F.pad((image - self.mean) / self.std, (0, side - width, 0, side - height))
-            for image, (height, width) in zip(fitted, sizes, strict=True)
-        ]
-        return torch.stack(padded), sizes
+        return torch.stack([self.clip.normalise(image, side) for image in fitted]), sizes
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> EncodedOvSam:
-        """Look at an image [3, H, W] uint8 once."""
-        pixels, sizes = self.preprocess([image])
-        levels = self.clip(pixels)
-        edged = add_edge(image, self.config.sam.image_size)
-        size, padded_size = ((int(entry.shape[-2]), int(entry.shape[-1])) for entry in (image, edged))
-        sam = EncodedImage(self.adapter(levels), sizes[0], padded_size, size)
+        """Encode an image [3, H, W] uint8."""
+        fitted, padded_size = fit_image(image, self.config.sam.image_size)
+        levels = self.clip(self.clip.normalise(fitted, self.config.sam.image_size)[None])
+        input_size, size = ((int(entry.shape[1]), int(entry.shape[2])) for entry in (fitted, image))
+        sam = EncodedImage(self.adapter(levels), input_size, padded_size, size)
         return EncodedOvSam(sam, tuple(self.namer.pyramid(levels)), levels[-1], image)
 
     def decode(self, embedding_PChw: Tensor, sparse_PnC: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask logits [P, L, L] and predicted qualities [P] of prompts, NaN without an IoU head."""
+        """Mask logits [P, L, L] and predicted IoUs [P] of prompts, NaN without an IoU head."""
         decoder, tokens = self.mask_decoder, []
         if self.config.iou_head:
             tokens.append(decoder.iou_token.weight)
@@ -163,51 +150,45 @@ class OvSam(nn.Module):
         return masks_P1LL[:, 0], decoder.iou_prediction_head(hidden_PTC[:, 0])[:, 0]
 
     def rois_of(self, low_PLL: Tensor, boxes_P4: Tensor | None) -> Tensor:
-        """[P, 4] where names are looked for, pixels of the input: the box prompt, else the predicted mask's tight box.
+        """[P, 4] regions to name, pixels of the input: the box prompt, else the predicted mask's tight box.
 
         An empty mask gives the whole input.
         """
         if boxes_P4 is not None:
             return boxes_P4
-        side = self.config.sam.image_size
-        found_P4 = boxes_of(low_PLL > 0) * (side / low_PLL.shape[-1])
-        whole = found_P4.new_tensor([0, 0, side, side])
-        return torch.where((found_P4[:, 2:] > found_P4[:, :2]).all(1, keepdim=True), found_P4, whole)
+        return boxes_of(low_PLL > 0, whole_if_empty=True) * (self.config.sam.image_size / low_PLL.shape[-1])
 
     def head_logits(self, pyramid: Sequence[Tensor], rois_P5: Tensor, text_KYD: Tensor) -> Tensor:
-        """[P, K + 1] what the label branch says about regions of the input."""
+        """[P, K + 1] the label branch's logits of regions of the input."""
         return name_logits(self.namer(pyramid, rois_P5), text_KYD, self.config.log_scale)
 
     def clip_logits(self, encoded: EncodedOvSam, rois_P5: Tensor, masks_PHW: Tensor, text_KYD: Tensor) -> Tensor:
-        """[P, K + 1] what CLIP itself says about regions of the input, or about the masks cut out of the picture."""
+        """[P, K + 1] CLIP's own logits of regions of the input, or of the masks cut out of the image."""
         if self.config.clip_view == "features":
             embedding_PD = self.clip.region_embeddings(encoded.top, rois_P5)
         else:
-            tower, margin = self.config.tower, self.config.cut_out_margin
-            side = int(tower.vision["image_size"])
-            look = partial(cut_outs, mean=self.mean, std=self.std, margin=margin, background="mean", side=side)
-            embedding_PD = self.clip.embed(look(encoded.image, masks_PHW))
+            embedding_PD = self.clip.embed_crops(encoded.image, masks_PHW, self.config.cut_out_margin, "mean")
         return name_logits(embedding_PD, text_KYD, self.config.log_scale)
 
     @torch.no_grad()
     def segment(self, image: Tensor | EncodedOvSam, prompts: Prompts, vocabulary: Vocabulary | None = None) -> Segments:
-        """One mask a prompt, named if a vocabulary is given.
+        """One mask for each prompt, named if a vocabulary is given.
 
         Args:
-            image: [3, H, W] uint8, or what `encode` made of it.
+            image: [3, H, W] uint8, or the result of `encode`.
             prompts: in pixels of the original image.
-            vocabulary: any names; without base flags, all of them count as novel.
+            vocabulary: any names; without base flags, all count as novel.
 
         Raises:
             InputError: the prompts do not fit the image, see `Prompts.checked`.
         """
         encoded = self.encode(image) if isinstance(image, Tensor) else image
-        found, boxes_P4 = self.masks(encoded, prompts)
-        return found if vocabulary is None else self.name(encoded, found, vocabulary, boxes_P4)
+        segments, boxes_P4 = self.masks(encoded, prompts)
+        return segments if vocabulary is None else self.name(encoded, segments, vocabulary, boxes_P4)
 
     @torch.no_grad()
     def masks(self, encoded: EncodedOvSam, prompts: Prompts) -> tuple[Segments, Tensor | None]:
-        """One mask a prompt of an encoded image, and the box prompts [P, 4] in pixels of the input, if they are boxes.
+        """One mask for each prompt of an encoded image, and box prompts [P, 4] in pixels of the input, if any.
 
         Raises:
             InputError: the prompts do not fit the image, see `Prompts.checked`.
@@ -222,55 +203,48 @@ class OvSam(nn.Module):
         return unnamed(self.full_size(low_PLL, encoded.sam), ious_P, low_PLL), boxes_P4
 
     def full_size(self, low_PLL: Tensor, encoded: EncodedImage) -> Tensor:
-        """[P, L, L] logits -> masks [P, H, W] of the original image; its logits are made a few at a time."""
-        few = max(1, PIXELS_AT_A_TIME // math.prod(encoded.padded_size))
+        """[P, L, L] logits -> masks [P, H, W] of the original image, in parts that bound the memory."""
+        count = max(1, PIXELS_AT_A_TIME // math.prod(encoded.padded_size))
         side = self.config.sam.image_size
-        return torch.cat([enlarge(part, encoded, side) > 0 for part in torch.split(low_PLL, few)])
+        return torch.cat([enlarge(part, encoded, side) > 0 for part in torch.split(low_PLL, count)])
 
     @torch.no_grad()
     def name(
-        self, encoded: EncodedOvSam, found: Segments, vocabulary: Vocabulary, boxes_P4: Tensor | None = None
+        self, encoded: EncodedOvSam, segments: Segments, vocabulary: Vocabulary, boxes_P4: Tensor | None = None
     ) -> Segments:
-        """The same masks of an encoded image, named.
+        """The same segments, named.
 
         Args:
             encoded: the image.
-            found: its masks.
-            vocabulary: any names; without base flags, all of them count as novel.
-            boxes_P4: the box prompts that asked for the masks, in pixels of the input.
+            segments: of the image.
+            vocabulary: any names; without base flags, all count as novel.
+            boxes_P4: the box prompts of the segments, in pixels of the input.
         """
-        if not len(found):
-            return replace(found, names=vocabulary.names)
-        head_PK, clip_PK, seen_P = self.opinions(encoded, found, vocabulary, boxes_P4)
-        own = self.config
-        fused_PK = fuse_scores(
-            head_PK,
-            clip_PK,
-            vocabulary.is_base,
-            seen_P,
-            alpha=own.alpha,
-            beta=own.beta,
-            novel_bias=own.novel_bias,
-        )
-        return named(found, fused_PK, vocabulary)
+        if not len(segments):
+            return replace(segments, names=vocabulary.names)
+        head_PK, clip_PK, filled_P = self.score_names(encoded, segments, vocabulary, boxes_P4)
+        alpha, beta, bias = self.config.alpha, self.config.beta, self.config.novel_bias
+        is_base = vocabulary.is_base
+        fused_PK = fuse_scores(head_PK, clip_PK, is_base, filled_P, alpha=alpha, beta=beta, novel_bias=bias)
+        return with_names(segments, fused_PK, vocabulary)
 
     @torch.no_grad()
-    def opinions(
-        self, encoded: EncodedOvSam, found: Segments, vocabulary: Vocabulary, boxes_P4: Tensor | None = None
+    def score_names(
+        self, encoded: EncodedOvSam, segments: Segments, vocabulary: Vocabulary, boxes_P4: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs of `fuse_scores`: logits [P, K + 1] of the label branch and of CLIP, [P] whether CLIP saw anything."""
-        rois_P5, text_KYD = F.pad(self.rois_of(found.low_res, boxes_P4), (1, 0)), text_of(vocabulary)
+        """Inputs of `fuse_scores`: logits [P, K + 1] of the label branch and of CLIP, and [P] bool, not empty."""
+        rois_P5, text_KYD = F.pad(self.rois_of(segments.low_res, boxes_P4), (1, 0)), synonym_rows(vocabulary)
         head_PK = self.head_logits(encoded.pyramid, rois_P5, text_KYD)
-        clip_PK = self.clip_logits(encoded, rois_P5, found.masks, text_KYD)
-        return head_PK, clip_PK, found.masks.flatten(1).any(1)
+        clip_PK = self.clip_logits(encoded, rois_P5, segments.masks, text_KYD)
+        return head_PK, clip_PK, segments.masks.flatten(1).any(1)
 
     def everything(
         self, image: Tensor, vocabulary: Vocabulary | None = None, settings: EverythingConfig | None = None
     ) -> Segments:
-        """The masks of a whole picture, best first by the model's own estimate, each named if names are given.
+        """The masks of a whole image, best first by predicted IoU, named if a vocabulary is given.
 
-        A grid of clicks, as the package's automatic mask generator makes it; masks that the model itself thinks poor,
-        that change with the threshold, or that repeat a better one are left out.
+        As in the package's automatic mask generator, prompts are a grid of clicks, and masks of low predicted IoU, low
+        stability or high overlap with a better one are dropped.
 
         Raises:
             InputError: the model has no IoU head.
@@ -288,21 +262,21 @@ class OvSam(nn.Module):
             part, _ = self.masks(encoded, prompts)
             good = (part.ious >= settings.min_iou) & part.masks.flatten(1).any(1)
             good &= calculate_stability_score(part.low_res, 0.0, 1.0) >= settings.min_stability
-            # not the masks: before suppression there are hundreds, each of the picture's size
+            # not the masks: before suppression there are hundreds, each of the image's size
             parts.append((part.low_res[good], part.ious[good], part.boxes[good]))
         low_PLL, ious_P, boxes_P4 = map(torch.cat, zip(*parts, strict=True))
         best = nms(boxes_P4, ious_P, settings.nms_iou)
-        found = unnamed(self.full_size(low_PLL[best], encoded.sam), ious_P[best], low_PLL[best])
-        return found if vocabulary is None else self.name(encoded, found, vocabulary)
+        segments = unnamed(self.full_size(low_PLL[best], encoded.sam), ious_P[best], low_PLL[best])
+        return segments if vocabulary is None else self.name(encoded, segments, vocabulary)
 
 
-def named(segments: Segments, scores_PK: Tensor, vocabulary: Vocabulary) -> Segments:
-    """Segments with the best name of each.
+def with_names(segments: Segments, scores_PK: Tensor, vocabulary: Vocabulary) -> Segments:
+    """Segments, each with its best name.
 
     Args:
         segments: without names.
-        scores_PK: [P, K] logits or log scores of the names; a further column is the background's, which takes its
-            part of the probability but is never the answer.
+        scores_PK: [P, K] logits or log scores of the names; a further column is the background's, which takes
+            probability but is never the label.
         vocabulary: the names.
     """
     probability_PK = scores_PK.softmax(-1)[:, : len(vocabulary)]
@@ -311,20 +285,15 @@ def named(segments: Segments, scores_PK: Tensor, vocabulary: Vocabulary) -> Segm
 
 
 def enlarge(low_PLL: Tensor, encoded: EncodedImage, side: int) -> Tensor:
-    """[P, L, L] logits -> [P, H, W] of the original image, padding cut off on the way (as the package does)."""
+    """[P, L, L] logits -> [P, H, W] of the original image, padding cropped in between as in the package."""
     whole = F.interpolate(low_PLL[:, None], (side, side), mode="bilinear", align_corners=False)
     inside = whole[..., : encoded.input_size[0], : encoded.input_size[1]]
     full = F.interpolate(inside, encoded.padded_size, mode="bilinear", align_corners=False)
     return full[:, 0, : encoded.size[0], : encoded.size[1]]
 
 
-def single_mask(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of SAM's mask decoder that concern its first mask token, under the names and shapes `wanted`."""
-    return {name: state[name][: len(value)] for name, value in wanted.items()}
-
-
 def published(tower: TowerConfig, sam: SamConfig = VIT_H) -> OvSamConfig:
-    """The released models' numbers around a CLIP tower and a SAM; CLIP, too, gets SAM's normalisation there."""
+    """The released models' config for a CLIP tower and a SAM; they use SAM's normalisation for CLIP too."""
     (red, green, blue), (red_std, green_std, blue_std) = IMAGENET_MEAN, IMAGENET_STD
     mean = (red / 255, green / 255, blue / 255)
     std = (red_std / 255, green_std / 255, blue_std / 255)
@@ -340,4 +309,4 @@ def published(tower: TowerConfig, sam: SamConfig = VIT_H) -> OvSamConfig:
 
 
 RN50X16 = TowerConfig(embed_dim=768, vision={"image_size": 384, "layers": [6, 8, 18, 8], "width": 96})
-"""CLIP's largest but one ResNet."""
+"""CLIP's second largest ResNet."""

@@ -1,21 +1,21 @@
-"""Text to mask: SAM prompted by CLIP embeddings, of crops in training, of names at test time (arXiv 2304.02643, D.5).
+"""Text to mask: SAM prompted by CLIP embeddings of crops in training, of names at test time (arXiv 2304.02643, D.5).
 
 B images, P prompts, D width of CLIP's space, C prompt width, L side of the decoder's maps, S side of the input.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd_models.errors import InputError
-from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig
+from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.ovsam.crops import square_crops
-from ovd_models.sam.model import EncodedImage, SamModel, fit_image, run_decoder, unnamed
+from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_image, run_decoder, unnamed
 from ovd_models.sam.training import SampledObjects, SamTrainingConfig, prompt_losses, sample_objects
-from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Segments, concatenate
+from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Segments
 
 CENTRE_MOMENTUM = 0.99
 NAMES_AT_A_TIME = 64
@@ -23,38 +23,49 @@ NAMES_AT_A_TIME = 64
 
 @dataclass(frozen=True, kw_only=True)
 class TextToMaskConfig:
-    """How the text prompt is learnt."""
+    """How the text prompt is trained."""
 
     prompts_per_image: int = 3
-    """Objects of an image that are asked for, drawn with replacement."""
+    """Objects of an image used as prompts, drawn with replacement."""
     max_margin: float = 2.0
-    """Crops are squares of 1 to so many times the object's longer side."""
+    """Maximum side of the square crops relative to the object's longer side; drawn between 1 and this."""
     hidden_share: float = 0.5
-    """How often the ground around the object is blanked in its crop."""
+    """Share of the crops in which the background is blanked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToMaskModelConfig:
+    """All that a text-to-mask model is built from."""
+
+    sam: SamConfig = field(default_factory=SamConfig)
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    """CLIP's image tower."""
+    text: TextToMaskConfig = field(default_factory=TextToMaskConfig)
 
 
 class TextToMask(nn.Module):
-    """A SAM that understands CLIP's embeddings as prompts; its image encoder and CLIP are frozen.
+    """A SAM with CLIP embeddings as prompts; only the mask decoder and the projection of prompts are trained.
 
-    Embeddings of images and of sentences lie apart in CLIP's space, so each kind is centred at its own mean: the
-    prompts that a name gives then lie where those of training lay.
+    Embeddings of images and of sentences lie apart in CLIP's space. Each kind is centred at its own mean, so that names
+    give prompts near those of training.
     """
 
     image_centre: Tensor
     text_centre: Tensor
 
-    def __init__(self, sam: SamModel, clip: ClipPyramid, tower: TowerConfig, config: TextToMaskConfig) -> None:
+    def __init__(self, config: TextToMaskModelConfig) -> None:
         super().__init__()
-        self.sam = sam.requires_grad_(False)
-        """Its mask decoder is taught."""
-        sam.sam.mask_decoder.requires_grad_(True)
-        self.clip, self.tower, self.settings = clip, tower, config
-        self.token = nn.Linear(tower.embed_dim, sam.config.prompt_width)
-        self.register_buffer("image_centre", torch.zeros(tower.embed_dim))
-        self.register_buffer("text_centre", torch.zeros(tower.embed_dim))
+        self.config, self.settings = config, config.text
+        clip = ClipPyramid(build_tower(config.tower, config.sam.image_size), config.tower)
+        self.sam = SamModel(config.sam).requires_grad_(False)
+        self.sam.sam.mask_decoder.requires_grad_(True)
+        self.clip = clip
+        self.token = nn.Linear(config.tower.embed_dim, config.sam.prompt_width)
+        self.register_buffer("image_centre", torch.zeros(config.tower.embed_dim))
+        self.register_buffer("text_centre", torch.zeros(config.tower.embed_dim))
 
     def set_text_centre(self, text_KD: Tensor) -> None:
-        """Centre names at the mean of these: unit rows of names as they come, at least two.
+        """Set the centre of names to the mean of these unit rows, at least two.
 
         Raises:
             InputError: there are fewer.
@@ -64,7 +75,7 @@ class TextToMask(nn.Module):
         self.text_centre.copy_(text_KD.mean(0))
 
     def forward(self, batch: MaskBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Weighted losses `focal`, `dice` and `iou` of masks asked for by the CLIP embedding of their own crop."""
+        """Weighted losses `focal`, `dice` and `iou` of masks prompted by the CLIP embedding of their own crop."""
         side = self.sam.config.image_size
         fitted = [fit_image(image, side)[0] for image in batch.images]
         with torch.no_grad():
@@ -73,33 +84,34 @@ class TextToMask(nn.Module):
         if not len(objects.labels):
             nothing = torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum() * 0
             return {"focal": nothing, "dice": nothing, "iou": nothing}
-        pictures = torch.stack([self._normalise(image, side) for image in fitted])
-        image_PD = self._embed_crops(pictures, objects, generator)
+        images = torch.stack([self._normalise(image, side) for image in fitted])
+        image_PD = self._embed_crops(images, objects, generator)
         if self.training:
             self.image_centre.lerp_(image_PD.mean(0), 1 - CENTRE_MOMENTUM if self.image_centre.any() else 1.0)
         low_PKLL, ious_PK = self._decode(embedding_BChw[objects.images], image_PD - self.image_centre)
         return prompt_losses(low_PKLL, ious_PK, objects.masks, SamTrainingConfig(), ambiguous=False)
 
     def _normalise(self, image: Tensor, side: int) -> Tensor:
-        """[3, S, S] as CLIP wants it, padded with its mean colour."""
-        mean, std = (image.new_tensor(value, dtype=torch.float32) for value in (self.tower.mean, self.tower.std))
+        """[3, S, S] normalised for CLIP, padded with its mean colour."""
+        tower = self.config.tower
+        mean, std = (image.new_tensor(value, dtype=torch.float32) for value in (tower.mean, tower.std))
         colours = (image / 255 - mean[:, None, None]) / std[:, None, None]
         return F.pad(colours, (0, side - image.shape[2], 0, side - image.shape[1]))
 
     @torch.no_grad()
-    def _embed_crops(self, pictures: Tensor, objects: SampledObjects, generator: torch.Generator | None) -> Tensor:
-        """[P, D] unit rows of square crops around the objects, the ground blanked in some."""
+    def _embed_crops(self, images: Tensor, objects: SampledObjects, generator: torch.Generator | None) -> Tensor:
+        """[P, D] unit rows of square crops around the objects, some with a blank background."""
         count = len(objects.labels)
-        draws = torch.rand((2, count), generator=generator).to(pictures.device)
+        draws = torch.rand((2, count), generator=generator).to(images.device)
         shown = objects.masks | (draws[0] >= self.settings.hidden_share)[:, None, None]
-        cut_out = pictures[objects.images] * shown[:, None]
+        shown_P3SS = images[objects.images] * shown[:, None]
         margin_P = 1 + draws[1] * (self.settings.max_margin - 1)
-        rows = torch.arange(count, device=pictures.device)
-        crops = square_crops(cut_out, rows, objects.boxes, margin_P, int(self.tower.vision["image_size"]))
+        rows = torch.arange(count, device=images.device)
+        crops = square_crops(shown_P3SS, rows, objects.boxes, margin_P, self.config.tower.image_size)
         return self.clip.embed(crops)
 
     def _decode(self, embedding_PChw: Tensor, centred_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask logits [P, K, L, L] and predicted qualities [P, K] of centred CLIP embeddings."""
+        """Mask logits [P, K, L, L] and predicted IoUs [P, K] of centred CLIP embeddings."""
         sam = self.sam.sam
         sparse_P1C = self.token(F.normalize(centred_PD, dim=-1))[:, None]
         dense = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]
@@ -109,19 +121,19 @@ class TextToMask(nn.Module):
 
     @torch.no_grad()
     def segment_text(self, image: Tensor | EncodedImage, text_PD: Tensor) -> Segments:
-        """One mask a name, with the model's own estimate of its quality.
+        """One mask for each name, with its predicted IoU.
 
         Args:
-            image: [3, H, W] uint8, or what the SAM's `encode` made of it.
+            image: [3, H, W] uint8, or the result of the SAM's `encode`.
             text_PD: unit rows of names.
         """
         encoded = self.sam.encode(image) if isinstance(image, Tensor) else image
         height, width = encoded.size
         parts = []
-        few = max(1, min(NAMES_AT_A_TIME, PIXELS_AT_A_TIME // math.prod(encoded.padded_size)))
-        for rows_PD in torch.split(text_PD, few):
+        count = max(1, min(NAMES_AT_A_TIME, PIXELS_AT_A_TIME // math.prod(encoded.padded_size)))
+        for rows_PD in torch.split(text_PD, count):
             embedding_PChw = encoded.embedding.expand(len(rows_PD), -1, -1, -1)
             low_PKLL, ious_PK = self._decode(embedding_PChw, rows_PD - self.text_centre)
             masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
-            parts.append(unnamed(masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
-        return concatenate(parts)
+            parts.append((masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
+        return unnamed(*map(torch.cat, zip(*parts, strict=True)))

@@ -19,7 +19,7 @@ from ovd_models.segments import MaskBatch
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """B images with the embeddings that a SAM made of them."""
+    """B images with their SAM embeddings."""
 
     images: tuple[Tensor, ...]
     """B tensors [3, H, W] uint8 RGB."""
@@ -33,7 +33,7 @@ class FeatureBatch:
 
 
 class Sam2ClipTraining(nn.Module):
-    """The adapter with its training step; all else is frozen."""
+    """Training step of the adapter; all else is frozen."""
 
     def __init__(self, model: OvSam) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Sam2ClipTraining(nn.Module):
         model.adapter.requires_grad_(True)
 
     def forward(self, batch: FeatureBatch) -> dict[str, Tensor]:
-        """`distillation`: the mean squared difference to SAM's embedding where the image is."""
+        """`distillation`: the mean squared difference from SAM's embedding over the image, without padding."""
         model = self.model
         pixels, sizes = model.preprocess(batch.images)
         student_BChw = model.adapter(model.clip(pixels))
@@ -53,16 +53,16 @@ class Sam2ClipTraining(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Clip2SamConfig:
-    """How CLIP2SAM is trained; the weights of the losses are the paper's."""
+    """How CLIP2SAM is trained; the loss weights are the paper's."""
 
     prompts_per_image: int = 4
-    """Objects of an image that are asked for, drawn with replacement: half by a box, half by a click."""
+    """Objects of an image used as prompts, drawn with replacement: half as a box, half as a click."""
     box_jitter: float = 0.05
     """Standard deviation of a box's corners, relative to its sides."""
     max_jitter: float = 20.0
-    """Largest shift of a corner, in pixels of the model's input."""
+    """Maximum shift of a corner, in pixels of the model's input."""
     min_predicted_iou: float = 0.5
-    """A click's region is the predicted mask's, if that is at least so good; else the object's own, jittered."""
+    """Minimum IoU of a click's predicted mask for its box to be the region; else the object's jittered box is."""
     num_points: int = 2048
     """N: sampled points of each mask."""
     label_weight: float = 2.0
@@ -72,7 +72,7 @@ class Clip2SamConfig:
 
 
 class Clip2SamTraining(nn.Module):
-    """Mask decoder and label branch with their training step; CLIP, adapter and prompt encoder are frozen."""
+    """Training step of mask decoder and label branch; CLIP, adapter and prompt encoder are frozen."""
 
     def __init__(self, model: OvSam, settings: Clip2SamConfig) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ class Clip2SamTraining(nn.Module):
 
         Args:
             batch: images with masks and labels.
-            text_KYD: [K, Y, D] unit rows that `batch.labels` count.
-            generator: of prompts and points.
+            text_KYD: [K, Y, D] unit rows that `batch.labels` index.
+            generator: draws prompts and points.
         """
         model, settings = self.model, self.settings
         pixels, _ = model.preprocess(batch.images)
@@ -124,7 +124,7 @@ class Clip2SamTraining(nn.Module):
         return losses
 
     def _prompts(self, objects: SampledObjects, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Embedded prompts [P, 2, C], the objects' jittered boxes, and which prompts are boxes."""
+        """Embedded prompts [P, 2, C], the objects' jittered boxes [P, 4], and [P] bool, which prompts are boxes."""
         model, settings = self.model, self.settings
         side = model.config.sam.image_size
         boxes_P4 = jitter_boxes(objects.boxes, settings.box_jitter, settings.max_jitter, side, generator)
@@ -136,6 +136,6 @@ class Clip2SamTraining(nn.Module):
         return torch.where(by_box_P[:, None, None], boxed_PnC, clicked_PnC), boxes_P4, by_box_P
 
     def _rois(self, low_PLL: Tensor, true_P: Tensor, boxes_P4: Tensor, by_box_P: Tensor) -> Tensor:
-        """[P, 4] where names are learnt: as at test time, unless a click's mask missed the object."""
+        """[P, 4] regions to name: those of test time, unless a click's mask missed the object."""
         missed_P = by_box_P | (true_P < self.settings.min_predicted_iou)
         return torch.where(missed_P[:, None], boxes_P4, self.model.rois_of(low_PLL, None))

@@ -1,14 +1,13 @@
-"""SAM through the segment-anything package: official or tiny, prompted, or set loose on everything (arXiv 2304.02643).
+"""SAM through the segment-anything package: official or tiny, prompted or on everything (arXiv 2304.02643).
 
 B images, P prompts, C prompt width, T tokens, K mask tokens, S side of the model's square input, h x w embedding,
 L = 4 h side of the decoder's maps.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +28,12 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True, kw_only=True)
 class SamConfig:
-    """A SAM in numbers; the defaults are a tiny one for 128 px images."""
+    """A SAM's architecture; the default is a tiny one for 128 px images."""
 
     image_size: int = 128
-    """S: the longer side of an image is brought to it, the rest is padded; a multiple of `patch_size`."""
+    """S: the longer side of an image is resized to it, the other padded; a multiple of `patch_size`."""
     patch_size: int = 8
-    """Pixels between embeddings, their stride."""
+    """Stride of the embeddings, in pixels."""
     width: int = 128
     depth: int = 4
     heads: int = 4
@@ -43,7 +42,7 @@ class SamConfig:
     global_blocks: tuple[int, ...] = (1, 3)
     """Blocks that attend to the whole image."""
     norm_eps: float = 1e-6
-    """Of the image encoder's layer norms."""
+    """Epsilon of the image encoder's layer norms."""
     prompt_width: int = 128
     """C."""
     mask_channels: int = 8
@@ -53,31 +52,26 @@ class SamConfig:
 
     @property
     def embedding_side(self) -> int:
-        """H."""
+        """Side h of the image embedding."""
         return self.image_size // self.patch_size
 
 
-VIT_B, VIT_L, VIT_H = (
-    SamConfig(
-        image_size=1024,
-        patch_size=16,
-        width=width,
-        depth=depth,
-        heads=heads,
-        window=14,
-        global_blocks=blocks,
-        prompt_width=256,
-        mask_channels=16,
-        decoder_heads=8,
-        decoder_mlp=2048,
-        iou_width=256,
-    )
-    for width, depth, heads, blocks in (
-        (768, 12, 12, (2, 5, 8, 11)),
-        (1024, 24, 16, (5, 11, 17, 23)),
-        (1280, 32, 16, (7, 15, 23, 31)),
-    )
+VIT_B = SamConfig(
+    image_size=1024,
+    patch_size=16,
+    width=768,
+    depth=12,
+    heads=12,
+    window=14,
+    global_blocks=(2, 5, 8, 11),
+    prompt_width=256,
+    mask_channels=16,
+    decoder_heads=8,
+    decoder_mlp=2048,
+    iou_width=256,
 )
+VIT_L = replace(VIT_B, width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23))
+VIT_H = replace(VIT_B, width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31))
 """The published models."""
 
 
@@ -108,7 +102,7 @@ def build_sam(config: SamConfig) -> Sam:
     """The package's model of this config, with random weights.
 
     Raises:
-        InputError: the numbers do not go together.
+        InputError: sizes do not divide as they must.
     """
     if config.image_size % config.patch_size:
         raise InputError(f"image_size: {config.image_size}, expected a multiple of patch_size {config.patch_size}")
@@ -135,18 +129,18 @@ def build_sam(config: SamConfig) -> Sam:
 def run_decoder(
     decoder: MaskDecoder, first_TC: Tensor, image_PChw: Tensor, position_1Chw: Tensor, sparse_PnC: Tensor, dense: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The package's mask decoder on prompts of several images at once, with tokens of the caller's choice in front.
+    """The package's mask decoder on prompts of several images at once, with a free choice of first tokens.
 
     Args:
-        decoder: whose weights are used.
+        decoder: provides the weights.
         first_TC: [T, C] tokens before the mask tokens, such as the IoU token.
         image_PChw: each prompt's image embedding.
-        position_1Chw: the embedding's position code.
+        position_1Chw: the embedding's position encoding.
         sparse_PnC: point and box embeddings.
         dense: [P, C, h, w] or [P, C, 1, 1] mask embeddings.
 
     Returns:
-        [P, T, C] what became of the first tokens, and [P, K, L, L] mask logits, one a mask token.
+        Outputs of the first tokens [P, T, C], and logits [P, K, L, L] of the mask tokens.
     """
     count, num_first = len(sparse_PnC), len(first_TC)
     own_TC = torch.cat([first_TC, decoder.mask_tokens.weight])
@@ -163,34 +157,34 @@ def run_decoder(
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image that a model has looked at; any number of prompts can follow."""
+    """An encoded image, for any number of prompts."""
 
     embedding: Tensor
     """[1, C, h, w]."""
     input_size: tuple[int, int]
     """Height and width of the resized image inside the model's square."""
     padded_size: tuple[int, int]
-    """Height and width before resizing, with the edge that an extremely long image gets."""
+    """Height and width before resizing, with the padding of an extremely long image."""
     size: tuple[int, int]
     """Height and width of the original image."""
 
 
 def add_edge(image: Tensor, side: int) -> Tensor:
-    """Pad the shorter side of an extremely long image at its end, so that resizing to `side` leaves it a pixel."""
+    """Pad the shorter side of an extremely long image at its end, so that a pixel of it remains at size `side`."""
     height, width = image.shape[-2:]
     least = math.ceil(max(height, width) / side)
     return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
 
 
 def fit_image(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """An image brought to the model's size as the package does it, before normalisation and padding.
+    """An image resized as the package does it, before normalisation and padding.
 
     Args:
-        image: [3, H, W] uint8; one so long that its shorter side would vanish gets an edge first.
+        image: [3, H, W] uint8; padded by `add_edge` if its shorter side would vanish.
         side: S.
 
     Returns:
-        [3, h, w] uint8 with a longer side S, and height and width with the edge.
+        [3, h, w] uint8 with a longer side S, and height and width after `add_edge`.
     """
     image = add_edge(image, side)
     size = (int(image.shape[-2]), int(image.shape[-1]))
@@ -198,6 +192,19 @@ def fit_image(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
         return image, size
     resized = ResizeLongestSide(side).apply_image(image.permute(1, 2, 0).cpu().numpy())
     return torch.from_numpy(resized).permute(2, 0, 1).to(image.device), size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EverythingConfig:
+    """Settings of the automatic mask generator; the defaults are the package's."""
+
+    points_per_side: int = 32
+    points_per_batch: int = 64
+    min_iou: float = 0.88
+    """Minimum predicted IoU of a mask."""
+    min_stability: float = 0.95
+    """Minimum IoU of the masks at a higher and a lower threshold."""
+    nms_iou: float = 0.7
 
 
 class SamModel(nn.Module):
@@ -210,7 +217,7 @@ class SamModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> EncodedImage:
-        """Look at an image [3, H, W] uint8 once."""
+        """Encode an image [3, H, W] uint8."""
         fitted, padded_size = fit_image(image, self.config.image_size)
         embedding = self.sam.image_encoder(self.sam.preprocess(fitted[None]))
         size = (int(image.shape[-2]), int(image.shape[-1]))
@@ -225,10 +232,10 @@ class SamModel(nn.Module):
 
     @torch.no_grad()
     def segment(self, image: Tensor | EncodedImage, prompts: Prompts) -> Segments:
-        """One mask a prompt, by the package's predictor: for a single click the best of three, else the only one.
+        """One mask for each prompt, by the package's predictor: the best of three for a single click.
 
         Args:
-            image: [3, H, W] uint8, or what `encode` made of it.
+            image: [3, H, W] uint8, or the result of `encode`.
             prompts: in pixels of the original image.
 
         Raises:
@@ -239,70 +246,44 @@ class SamModel(nn.Module):
         prompts = prompts.checked(width, height, 4 * self.config.embedding_side).to(encoded.embedding.device)
         predictor = self.predictor(encoded)
         scale = partial(scale_prompts, encoded=encoded)
-        several = is_ambiguous(prompts)
+        points_only = prompts.boxes is None and prompts.masks is None
         masks_PKHW, ious_PK, low_PKLL = predictor.predict_torch(
             None if prompts.points is None else scale(prompts.points),
             prompts.point_labels,
             None if prompts.boxes is None else scale(prompts.boxes.view(-1, 2, 2)).view(-1, 4),
             None if prompts.masks is None else prompts.masks[:, None],
-            several,
+            points_only and prompts.points is not None and prompts.points.shape[1] == 1,
         )
         best_P = ious_PK.argmax(1)
         rows = torch.arange(len(best_P), device=best_P.device)
         return unnamed(masks_PKHW[rows, best_P, :height, :width], ious_PK[rows, best_P], low_PKLL[rows, best_P])
 
-    def everything(self, image: Tensor, settings: "EverythingConfig") -> Segments:
-        """The masks of a whole picture, best first, by the package's automatic mask generator."""
+    def everything(self, image: Tensor, settings: EverythingConfig) -> Segments:
+        """The masks of a whole image, best first, by the package's automatic mask generator."""
         height, width = image.shape[-2:]
         pixels = add_edge(image, self.config.image_size).permute(1, 2, 0).cpu().numpy()
-        found = generate(self.sam, pixels, settings)
-        masks = np.zeros((len(found), height, width), bool)
-        for row, entry in enumerate(found):
-            masks[row] = entry["segmentation"][:height, :width]
-        ious = torch.tensor([float(entry["predicted_iou"]) for entry in found])
+        generator = SamAutomaticMaskGenerator(
+            self.sam,
+            points_per_side=settings.points_per_side,
+            points_per_batch=settings.points_per_batch,
+            pred_iou_thresh=settings.min_iou,
+            stability_score_thresh=settings.min_stability,
+            box_nms_thresh=settings.nms_iou,
+        )
+        records = sorted(generator.generate(pixels), key=lambda record: -float(record["predicted_iou"]))
+        masks = np.zeros((len(records), height, width), bool)
+        for row, record in enumerate(records):
+            masks[row] = record["segmentation"][:height, :width]
+        ious = torch.tensor([float(record["predicted_iou"]) for record in records])
         masks_PHW = torch.from_numpy(masks)
         side = 4 * self.config.embedding_side
         size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
-        edge = (0, side - size[1], 0, side - size[0])  # of the model's square; a long picture's own would be huge
+        edge = (0, side - size[1], 0, side - size[0])  # of the model's square; a long image's own would be huge
         shares = [
             F.pad(F.interpolate(part[:, None].float(), size, mode="area")[:, 0], edge)
             for part in torch.split(masks_PHW, settings.points_per_batch)
         ]
         return unnamed(masks_PHW, ious, 20 * (torch.cat(shares) - 0.5))
-
-
-@dataclass(frozen=True, kw_only=True)
-class EverythingConfig:
-    """How the whole picture is searched for masks; the defaults are the package's."""
-
-    points_per_side: int = 32
-    points_per_batch: int = 64
-    min_iou: float = 0.88
-    """Least quality that the model itself must see in a mask."""
-    min_stability: float = 0.95
-    """Least IoU of the masks at a higher and a lower threshold."""
-    nms_iou: float = 0.7
-
-
-def generate(sam: Sam, image: np.ndarray, settings: EverythingConfig) -> list[dict[str, Any]]:
-    """The package's automatic mask generator, its records sorted by predicted quality."""
-    generator = SamAutomaticMaskGenerator(
-        sam,
-        points_per_side=settings.points_per_side,
-        points_per_batch=settings.points_per_batch,
-        pred_iou_thresh=settings.min_iou,
-        stability_score_thresh=settings.min_stability,
-        box_nms_thresh=settings.nms_iou,
-    )
-    found: list[dict[str, Any]] = generator.generate(image)
-    return sorted(found, key=lambda entry: -float(entry["predicted_iou"]))
-
-
-def is_ambiguous(prompts: Prompts) -> bool:
-    """Whether the prompts are single clicks, for which SAM's three masks are meant."""
-    return (
-        prompts.boxes is None and prompts.masks is None and prompts.points is not None and prompts.points.shape[1] == 1
-    )
 
 
 def scale_prompts(points: Tensor, encoded: EncodedImage) -> Tensor:
@@ -320,10 +301,10 @@ def unnamed(masks_PHW: Tensor, ious_P: Tensor, low_res_PLL: Tensor) -> Segments:
 
 
 def load_sam(path: str | Path, config: SamConfig) -> SamModel:
-    """A SAM from a published checkpoint: a bare state dict, read without executing anything in the file.
+    """A SAM from a published checkpoint, a bare state dict; no code in the file is run.
 
     Raises:
-        InputError: the file is unreadable, or its weights are not of this config.
+        InputError: the file is unreadable, or its weights do not fit the config.
     """
     state = read_state(path)
     model = SamModel(config)

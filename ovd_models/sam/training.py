@@ -1,4 +1,4 @@
-"""Training SAM itself: prompts drawn from masks, corrected by clicks, and the losses (arXiv 2304.02643, appendix A).
+"""Training SAM itself: simulated interactive prompts and the losses (arXiv 2304.02643, appendix A).
 
 B images, N objects of an image, P prompts of all images, n points of a prompt, K masks of a prompt, S side of the
 model's square input, h embedding side, L = 4 h.
@@ -16,18 +16,18 @@ from ovd_models.segments import OFF, ON, MaskBatch, boxes_of
 
 @dataclass(frozen=True, kw_only=True)
 class SamTrainingConfig:
-    """How SAM is trained; the weights of the losses are the paper's."""
+    """How SAM is trained; the loss weights are the paper's."""
 
     prompts_per_image: int = 3
-    """Objects of an image that are asked for, drawn with replacement."""
+    """Objects of an image used as prompts, drawn with replacement."""
     clicks: int = 1
-    """Corrective clicks after the first answer, each beside the last mask."""
+    """Rounds after the first that add a corrective click to the last mask."""
     repeats: int = 0
-    """Rounds after them in which the last mask is all that is new."""
+    """Rounds after these in which the last mask is the only new input."""
     box_jitter: float = 0.1
     """Standard deviation of a box's corners, relative to its sides."""
     max_jitter: float = 20.0
-    """Largest shift of a corner, in pixels of the model's input."""
+    """Maximum shift of a corner, in pixels of the model's input."""
     focal_weight: float = 20.0
     dice_weight: float = 1.0
     iou_weight: float = 1.0
@@ -50,7 +50,7 @@ def dice_loss(logits_PKN: Tensor, target_PKN: Tensor) -> Tensor:
 
 
 def mask_ious(one: Tensor, two: Tensor) -> Tensor:
-    """[..., N] bool masks -> [...] IoU; two empty masks agree."""
+    """[..., N] bool masks -> [...] IoU; 1 for two empty masks."""
     union = (one | two).sum(-1)
     return torch.where(union > 0, (one & two).sum(-1) / union.clamp(min=1), 1.0)
 
@@ -58,8 +58,8 @@ def mask_ious(one: Tensor, two: Tensor) -> Tensor:
 def best_mask_weights(loss_PK: Tensor) -> Tensor:
     """[P, K] weights of the masks' losses: 1 for mask 0 and for the best of the others.
 
-    So each of the others may stand for another reading of a click. (In the paper mask 0 is left out there; here it
-    learns single clicks too, since OV-SAM keeps that mask alone.)
+    The others can then specialise in different readings of a click. (The paper does not train mask 0 with single
+    clicks; here it is, since OV-SAM keeps only that mask.)
     """
     weight_PK = torch.zeros_like(loss_PK)
     weight_PK[:, 0] = 1.0
@@ -71,14 +71,14 @@ def best_mask_weights(loss_PK: Tensor) -> Tensor:
 def prompt_losses(
     low_PKLL: Tensor, ious_PK: Tensor, target_PSS: Tensor, settings: SamTrainingConfig, *, ambiguous: bool
 ) -> dict[str, Tensor]:
-    """Weighted losses `focal`, `dice` and `iou` of prompts that are alike.
+    """Weighted losses `focal`, `dice` and `iou` of prompts of one kind.
 
     Args:
         low_PKLL: [P, K, L, L] logits.
-        ious_PK: [P, K] the qualities that the model predicts.
+        ious_PK: [P, K] predicted IoUs.
         target_PSS: [P, S, S] bool.
         settings: the weights.
-        ambiguous: whether all masks count; else the first one alone.
+        ambiguous: whether all masks are trained, or the first one alone.
     """
     masks = slice(None) if ambiguous else slice(1)
     size = target_PSS.shape[1:]
@@ -102,7 +102,7 @@ def sample_pixels(weights_PHW: Tensor, generator: torch.Generator | None) -> Ten
     """[P, H, W] non-negative -> [P, 2] float32 xy of a pixel drawn by weight; any pixel where all are 0."""
     flat_PN = weights_PHW.flatten(1).float()
     flat_PN = torch.where(flat_PN.sum(1, keepdim=True) > 0, flat_PN, torch.ones_like(flat_PN))
-    # The largest of exponential races: as multinomial, without its limit on the number of pixels.
+    # The Gumbel-max trick: a multinomial draw without torch's limit on the number of categories.
     noise_PN = torch.rand(flat_PN.shape, generator=generator).to(flat_PN.device).clamp(1e-12, 1 - 1e-7)
     chosen_P = (torch.log(flat_PN) - torch.log(-torch.log(noise_PN))).argmax(1)
     width = weights_PHW.shape[2]
@@ -112,21 +112,20 @@ def sample_pixels(weights_PHW: Tensor, generator: torch.Generator | None) -> Ten
 def corrective_clicks(
     predicted_PHW: Tensor, target_PHW: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """[P, 2] points drawn where the mask is wrong, and their labels [P]: `ON` where it lacks the thing, else `OFF`."""
+    """[P, 2] points drawn where the mask is wrong, with labels [P]: `ON` for missed pixels, `OFF` for surplus ones."""
     points_P2 = sample_pixels(predicted_PHW ^ target_PHW, generator)
     column, row = points_P2.long().unbind(1)
-    on_thing = target_PHW[torch.arange(len(points_P2), device=points_P2.device), row, column]
-    return points_P2, torch.where(on_thing, ON, OFF)
+    missed_P = target_PHW[torch.arange(len(points_P2), device=points_P2.device), row, column]
+    return points_P2, torch.where(missed_P, ON, OFF)
 
 
 def jitter_boxes(boxes_P4: Tensor, share: float, limit: float, side: int, generator: torch.Generator | None) -> Tensor:
-    """Boxes with each corner moved by a normal share of the side, by up to `limit` pixels, inside the image."""
+    """Boxes, each coordinate moved by a normal `share` of the side, at most `limit` pixels, clipped to the image."""
     sides_P4 = (boxes_P4[:, 2:] - boxes_P4[:, :2]).repeat(1, 2)
     noise_P4 = torch.randn(boxes_P4.shape, generator=generator).to(boxes_P4.device) * share * sides_P4
     moved_P4 = (boxes_P4 + noise_P4.clamp(-limit, limit)).clamp(0, side)
-    return torch.cat(
-        [torch.minimum(moved_P4[:, :2], moved_P4[:, 2:]), torch.maximum(moved_P4[:, :2], moved_P4[:, 2:])], dim=1
-    )
+    first_P2, last_P2 = moved_P4[:, :2], moved_P4[:, 2:]
+    return torch.cat([torch.minimum(first_P2, last_P2), torch.maximum(first_P2, last_P2)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class SampledObjects:
     """P objects of a batch."""
 
     images: Tensor
-    """[P] int64, the image of each."""
+    """[P] int64, index of each object's image."""
     masks: Tensor
     """[P, S, S] bool, in the model's input."""
     labels: Tensor
@@ -144,38 +143,35 @@ class SampledObjects:
 
 
 def sample_objects(batch: MaskBatch, side: int, count: int, generator: torch.Generator | None) -> SampledObjects:
-    """Draw `count` objects of each image that has any, with replacement, their masks brought to the model's input.
+    """Draw `count` objects of each image that has any, with replacement, their masks resized to the model's input.
 
-    Those of which nothing is left at that size are dropped.
+    Objects that vanish at that size are dropped.
     """
-    images, masks, labels = [], [], []
+    device = batch.images[0].device if batch.images else torch.device("cpu")
+    images = [torch.zeros(0, dtype=torch.int64, device=device)]
+    labels, masks = [images[0]], [torch.zeros(0, side, side, dtype=torch.bool, device=device)]
     for index, (mask_NHW, label_N) in enumerate(zip(batch.masks, batch.labels, strict=True)):
         if not len(mask_NHW):
             continue
         rows = torch.randint(len(mask_NHW), (count,), generator=generator).to(mask_NHW.device)
         images.append(torch.full((count,), index, device=mask_NHW.device))
-        masks.append(fit_masks(mask_NHW[rows], side))
+        masks.append(resize_masks_to_square(mask_NHW[rows], side))
         labels.append(label_N[rows])
-    if not masks:
-        device = batch.images[0].device if batch.images else torch.device("cpu")
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        empty = torch.zeros(0, side, side, dtype=torch.bool, device=device)
-        return SampledObjects(nothing, empty, nothing, torch.zeros(0, 4, device=device))
     masks_PSS = torch.cat(masks)
     kept_P = masks_PSS.flatten(1).any(1)
     masks_PSS = masks_PSS[kept_P]
     return SampledObjects(torch.cat(images)[kept_P], masks_PSS, torch.cat(labels)[kept_P], boxes_of(masks_PSS))
 
 
-def fit_masks(masks_NHW: Tensor, side: int) -> Tensor:
-    """[N, H, W] bool -> [N, S, S] bool: the longer side brought to S, the rest empty."""
+def resize_masks_to_square(masks_NHW: Tensor, side: int) -> Tensor:
+    """[N, H, W] bool -> [N, S, S] bool: the longer side resized to S, the other padded."""
     height, width = masks_NHW.shape[1:]
     scale = side / max(height, width)
     size = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
-    fitted = masks_NHW.float()[:, None]
+    resized = masks_NHW.float()[:, None]
     if size != (height, width):
-        fitted = F.interpolate(fitted, size, mode="bilinear", align_corners=False)
-    return F.pad(fitted[:, 0] >= 0.5, (0, side - size[1], 0, side - size[0]))
+        resized = F.interpolate(resized, size, mode="bilinear", align_corners=False)
+    return F.pad(resized[:, 0] >= 0.5, (0, side - size[1], 0, side - size[0]))
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -188,31 +184,33 @@ class SamTraining(nn.Module):
         super().__init__()
         self.model = SamModel(config)
         self.settings = training
-        if not training.clicks + training.repeats:  # no round has a mask before it, and workers expect gradients
+        if (
+            not training.clicks + training.repeats
+        ):  # no mask is ever a prompt, and DDP expects a gradient of each weight
             self.model.sam.prompt_encoder.mask_downscaling.requires_grad_(False)
 
     def forward(self, batch: MaskBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Weighted losses `focal`, `dice` and `iou`: the mean over prompts and over rounds of prompting.
 
-        Half of the objects are asked for by a box, half by a click; then come `clicks` corrections, each with the last
-        mask, and `repeats` rounds with the last mask but no new click.
+        The first round prompts half of the objects with a box, half with a click. `clicks` rounds add the last mask and
+        a corrective click; `repeats` rounds add the last mask alone.
         """
         sam, side = self.model.sam, self.model.config.image_size
         images = torch.stack([sam.preprocess(fit_image(image, side)[0]) for image in batch.images])
         embedding_BChw = sam.image_encoder(images)
         objects = sample_objects(batch, side, self.settings.prompts_per_image, generator)
-        count = len(objects.labels)
-        if not count:  # an image without objects teaches nothing, but every weight takes part in the step
+        if not len(objects.labels):  # without objects the losses are 0, with gradients of 0 for every weight
             nothing = embedding_BChw.sum() * 0 + sum(weight.sum() for weight in self.parameters()) * 0
             return {"focal": nothing, "dice": nothing, "iou": nothing}
-        rounds = _PromptRounds(self, embedding_BChw[objects.images], objects, generator)
-        count = 1 + self.settings.clicks + self.settings.repeats
-        losses = [rounds.ask(click=index <= self.settings.clicks) for index in range(count)]
+        session = InteractiveSession(self, embedding_BChw[objects.images], objects, generator)
+        losses = [session.first_round()]
+        losses += [session.next_round(click=True) for _ in range(self.settings.clicks)]
+        losses += [session.next_round(click=False) for _ in range(self.settings.repeats)]
         return {name: torch.stack([entry[name] for entry in losses]).mean() for name in losses[0]}
 
 
-class _PromptRounds:
-    """The conversation about one batch of objects: what was asked so far, and the last answer."""
+class InteractiveSession:
+    """A simulated user's prompts for a batch of objects, and the model's last masks."""
 
     def __init__(
         self,
@@ -221,69 +219,64 @@ class _PromptRounds:
         objects: SampledObjects,
         generator: torch.Generator | None,
     ) -> None:
-        self.training, self.embedding_PChw, self.objects, self.generator = training, embedding_PChw, objects, generator
-        config, side = training.settings, training.model.config.image_size
-        self.by_box = len(objects.labels) // 2
-        self.order = torch.randperm(len(objects.labels), generator=generator).to(embedding_PChw.device)
-        self.boxes_P4 = jitter_boxes(objects.boxes, config.box_jitter, config.max_jitter, side, generator)
+        self.sam, self.settings = training.model.sam, training.settings
+        self.embedding_PChw, self.objects, self.generator = embedding_PChw, objects, generator
+        self.side, count = training.model.config.image_size, len(objects.labels)
+        self.order = torch.randperm(count, generator=generator).to(embedding_PChw.device)
+        self.boxed, self.clicked = self.order[: count // 2], self.order[count // 2 :]  # rows with a box, and without
+        jitter, limit = self.settings.box_jitter, self.settings.max_jitter
+        self.boxes_P4 = jitter_boxes(objects.boxes, jitter, limit, self.side, generator)
         self.points_Pn2 = sample_pixels(objects.masks, generator)[:, None]
         self.labels_Pn = torch.full_like(self.points_Pn2[..., 0], ON)
-        self.answer: tuple[Tensor, Tensor] | None = None  # [P, L, L] logits and [P, S, S] mask
+        self.low_PLL: Tensor | None = None  # logits of the last round's masks, those that a user would see
 
-    def ask(self, *, click: bool) -> dict[str, Tensor]:
-        """One round: ask, with a corrective click if `click` and there is an answer to correct; returns its losses."""
-        first = self.answer is None
-        if click and self.answer is not None:
-            point_P2, label_P = corrective_clicks(self.answer[1], self.objects.masks, self.generator)
+    def first_round(self) -> dict[str, Tensor]:
+        """Losses of a box or a click for each object."""
+        low_PKLL, ious_PK = self._decode()
+        parts = [  # a single click is ambiguous, and the user is shown the best mask
+            prompt_losses(
+                low_PKLL[rows], ious_PK[rows], self.objects.masks[rows], self.settings, ambiguous=rows is self.clicked
+            )
+            for rows in (self.boxed, self.clicked)
+            if len(rows)
+        ]
+        best_P = torch.zeros_like(self.order)
+        best_P[self.clicked] = ious_PK[self.clicked, 1:].argmax(1) + 1
+        self.low_PLL = low_PKLL.detach()[torch.arange(len(best_P), device=best_P.device), best_P]
+        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+
+    def next_round(self, *, click: bool) -> dict[str, Tensor]:
+        """Losses of the last masks as prompts, with a corrective click or without."""
+        assert self.low_PLL is not None
+        if click:
+            size = (self.side, self.side)
+            shown = F.interpolate(self.low_PLL[:, None], size, mode="bilinear", align_corners=False)[:, 0] > 0
+            point_P2, label_P = corrective_clicks(shown, self.objects.masks, self.generator)
             self.points_Pn2 = torch.cat([self.points_Pn2, point_P2[:, None]], dim=1)
             self.labels_Pn = torch.cat([self.labels_Pn, label_P[:, None].to(self.labels_Pn)], dim=1)
-        model = self.training.model
-        sparse_PnC, dense = self._embed()
-        decoder = model.sam.mask_decoder
-        position = model.sam.prompt_encoder.get_dense_pe()
-        hidden, low_PKLL = run_decoder(
-            decoder, decoder.iou_token.weight, self.embedding_PChw, position, sparse_PnC, dense
-        )
-        ious_PK = decoder.iou_prediction_head(hidden[:, 0])
-        masks_PSS = self.objects.masks
-        with_box, without = self.order[: self.by_box], self.order[self.by_box :]
-        best_P = torch.zeros_like(self.order)
-        settings = self.training.settings
-        if not first:
-            losses = prompt_losses(low_PKLL, ious_PK, masks_PSS, settings, ambiguous=False)
-        else:  # a lone click may mean several things, of which the user is shown the best
-            parts = [
-                prompt_losses(low_PKLL[rows], ious_PK[rows], masks_PSS[rows], settings, ambiguous=ambiguous)
-                for rows, ambiguous in ((with_box, False), (without, True))
-                if len(rows)
-            ]
-            losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-            best_P[without] = ious_PK[without, 1:].argmax(1) + 1
-        self._remember(low_PKLL.detach(), best_P)
-        return losses
+        low_PKLL, ious_PK = self._decode()
+        self.low_PLL = low_PKLL.detach()[:, 0]
+        return prompt_losses(low_PKLL, ious_PK, self.objects.masks, self.settings, ambiguous=False)
 
-    def _embed(self) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings; a box with clicks and clicks alone take equally many tokens, so that one batch holds both.
+    def _decode(self) -> tuple[Tensor, Tensor]:
+        """Mask logits [P, K, L, L] and predicted IoUs [P, K] of the prompts so far."""
+        decoder, position = self.sam.mask_decoder, self.sam.prompt_encoder.get_dense_pe()
+        sparse_PnC, dense = self._embed_prompts()
+        first_TC = decoder.iou_token.weight
+        hidden, low_PKLL = run_decoder(decoder, first_TC, self.embedding_PChw, position, sparse_PnC, dense)
+        return low_PKLL, decoder.iou_prediction_head(hidden[:, 0])
 
-        The first click belongs to prompts without a box only.
+    def _embed_prompts(self) -> tuple[Tensor, Tensor]:
+        """Sparse and dense embeddings of the prompts.
+
+        The first click is left out for prompts with a box: both kinds then have equally many tokens and fit one batch.
         """
-        encoder = self.training.model.sam.prompt_encoder
-        masks = None if self.answer is None else self.answer[0][:, None]
-        with_box, without = self.order[: self.by_box], self.order[self.by_box :]
-        later = slice(1, None)
-        boxed, _ = encoder(
-            (self.points_Pn2[with_box, later], self.labels_Pn[with_box, later]), self.boxes_P4[with_box], None
-        )
-        clicked, _ = encoder((self.points_Pn2[without], self.labels_Pn[without]), None, None)
-        sparse_PnC = torch.empty_like(torch.cat([boxed, clicked]))
-        sparse_PnC[self.order] = torch.cat([boxed, clicked])
-        if masks is None:
+        encoder, boxed, clicked = self.sam.prompt_encoder, self.boxed, self.clicked
+        later = (self.points_Pn2[boxed, 1:], self.labels_Pn[boxed, 1:])
+        boxed_PnC, _ = encoder(later, self.boxes_P4[boxed], None)
+        clicked_PnC, _ = encoder((self.points_Pn2[clicked], self.labels_Pn[clicked]), None, None)
+        sparse_PnC = torch.empty_like(torch.cat([boxed_PnC, clicked_PnC]))
+        sparse_PnC[self.order] = torch.cat([boxed_PnC, clicked_PnC])
+        if self.low_PLL is None:
             return sparse_PnC, encoder.no_mask_embed.weight[:, :, None, None]
-        return sparse_PnC, encoder(None, None, masks)[1]
-
-    def _remember(self, low_PKLL: Tensor, best_P: Tensor) -> None:
-        """Keep the answer that a user would see."""
-        low_PLL = low_PKLL[torch.arange(len(best_P), device=best_P.device), best_P]
-        side = self.training.model.config.image_size
-        shown = F.interpolate(low_PLL[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0]
-        self.answer = (low_PLL, shown > 0)
+        return sparse_PnC, encoder(None, None, self.low_PLL[:, None])[1]

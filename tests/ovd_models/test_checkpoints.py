@@ -11,17 +11,12 @@ import torch
 from PIL import Image
 
 import ovd_models
-from ovd_models.checkpoints import (
-    from_json,
-    load_detector,
-    load_encoder,
-    read_info,
-    save_detector,
-)
+from ovd_models.checkpoints import from_json, load_encoder, read_info, save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.errors import InputError
+from ovd_models.predictors import load
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, Vocabulary, build_vocabulary
 
 NAMES = ("anchor", "umbrella", "snowman")
@@ -65,7 +60,7 @@ def picture(seed: int = 0) -> Image.Image:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     splits = dict(zip(NAMES, ("base", "base", "novel"), strict=True))
-    save_detector(trained(), table(), folder, splits=splits, run={"config": "test"})
+    save_checkpoint(trained(), table(), folder, splits=splits, run={"config": "test"})
     return folder
 
 
@@ -135,7 +130,7 @@ def test_a_checkpoint_with_a_text_tower_takes_any_name(tmp_path: Path) -> None:
     torch.manual_seed(0)
     clip = Clip(ClipConfig(embed_dim=16, text=TEXT))
     encoder = ClipTextEncoder(clip.config, clip.model.text, "clip:test")
-    save_detector(trained(), encoder, tmp_path / "m", splits=dict.fromkeys(NAMES, "base"), run={})
+    save_checkpoint(trained(), encoder, tmp_path / "m", splits=dict.fromkeys(NAMES, "base"), run={})
     detector = ovd_models.load(tmp_path / "m")
     assert detector.detect(picture(), ["a name nobody thought of", "日本"]).names == (
         "a name nobody thought of",
@@ -157,7 +152,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        load_detector(folder)
+        load(folder)
     text = str(caught.value)
     assert message in text
     assert str(folder) in text

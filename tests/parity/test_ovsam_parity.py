@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ovd_models.importers.ovsam import account_ovsam_tensors, our_name
 from ovd_models.ovsam.adapter import LevelProjection, Sam2Clip, feature_distillation_loss
-from ovd_models.ovsam.clip_pyramid import ClipPyramid
+from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig
 from ovd_models.ovsam.head import (
     RegionNamer,
     fuse_scores,
@@ -169,7 +169,7 @@ def test_fusion(seed: int) -> None:
     pool.load_state_dict(weights(pack, "attnpool:"))
     tower = ModifiedResNet([1, 1, 1, 1], 24, 4, image_size=96, width=8)
     tower.attnpool = pool
-    clip = ClipPyramid(tower)
+    clip = ClipPyramid(tower, TowerConfig())
     rois = torch.nn.functional.pad(pack["boxes"], (1, 0))
     embedding = clip.region_embeddings(pack["clip_feat"], rois)
     close(embedding, torch.nn.functional.normalize(pack["clip_embed"], dim=-1))
@@ -224,7 +224,7 @@ def test_clip_resnet(seed: int) -> None:
     width = state["conv3.weight"].shape[0]
     tower = ModifiedResNet(depths, 24, width * 32 // 64, image_size=96, width=width)
     tower.load_state_dict(state)
-    clip = ClipPyramid(tower)
+    clip = ClipPyramid(tower, TowerConfig())
     for index, level in enumerate(clip(pack["x"])):
         close(level, pack[f"layer{index + 1}"], atol=1e-4)
     close(tower(pack["x"]), pack["out"], atol=1e-4)

@@ -17,7 +17,8 @@ from reference_data import LVIS, PHOTOS, needs
 import ovd_models
 from data_prep import tables
 from data_prep.streams.augmentation import Augmentation
-from ovd_models.checkpoints import load_codet
+from ovd_models.checkpoints import load_model
+from ovd_models.codet.model import CoDet
 from ovd_models.detectors.centernet import CenterNetConfig
 from ovd_models.detectors.centernet2 import CenterNet2Config
 from ovd_models.errors import InputError
@@ -78,7 +79,10 @@ def test_both_stages_leave_a_checkpoint_that_detects(prepared: Run, trained: Tra
         assert (detector.method, len(detector.vocabulary)) == ("codet", 68)
         picture = Image.new("RGB", (128, 128), "grey")
         assert detector.detect(picture, ["anchor", "a name of nobody"]).names == ("anchor", "a name of nobody")
-    before, after = load_codet(trained.outputs["boxes_model"]).state_dict(), load_codet(trained.model).state_dict()
+    before, after = (
+        load_model(trained.outputs["boxes_model"], CoDet).state_dict(),
+        load_model(trained.model, CoDet).state_dict(),
+    )
     assert not all(torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -153,7 +157,7 @@ def test_two_workers_give_the_same_kind_of_result(prepared: Run, trained: Traine
     losses = losses_of(run, found)
     assert set(losses) == LOSSES
     assert all(math.isfinite(value) for value in losses.values())
-    one, two = load_codet(trained.model).state_dict(), load_codet(found.model).state_dict()
+    one, two = load_model(trained.model, CoDet).state_dict(), load_model(found.model, CoDet).state_dict()
     assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in two.items()}
     first = losses_of(prepared, trained)
     for stage in ("boxes", "joint"):  # the other losses of five steps depend on which proposals were drawn
@@ -165,8 +169,8 @@ def test_two_workers_give_the_same_kind_of_result(prepared: Run, trained: Traine
 def test_a_run_can_be_repeated(prepared: Run, trained: Trained[Metrics], pair: Pair) -> None:
     # both had their box supervision inside the driver
     one, two = (
-        load_codet(trained.outputs["boxes_model"]).state_dict(),
-        load_codet(pair.trained.outputs["boxes_model"]).state_dict(),
+        load_model(trained.outputs["boxes_model"], CoDet).state_dict(),
+        load_model(pair.trained.outputs["boxes_model"], CoDet).state_dict(),
     )
     assert all(torch.allclose(value, two[name], atol=1e-3) for name, value in one.items())
 
@@ -181,7 +185,7 @@ def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: T
         trained.metrics.box_supervised.summary(), nan_ok=True
     )
     # The same joint stage from the same weights as in the run that trained both.
-    one, two = load_codet(trained.model).state_dict(), load_codet(found.model).state_dict()
+    one, two = load_model(trained.model, CoDet).state_dict(), load_model(found.model, CoDet).state_dict()
     assert all(torch.allclose(value, two[name], atol=1e-3) for name, value in one.items())
 
 

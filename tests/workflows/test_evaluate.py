@@ -15,9 +15,10 @@ from data_prep import tables
 from data_prep.boxes import annotations
 from data_prep.pictograms.world import World
 from ovd_models.batches import Detections
-from ovd_models.checkpoints import Detector, save_detector
+from ovd_models.checkpoints import save_checkpoint
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
+from ovd_models.predictors import Detector
 from ovd_models.vocabulary import EmbeddingTable
 from workflows import evaluate
 from workflows.common import cli, tracking
@@ -42,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     embeddings = np.random.default_rng(0).normal(size=(68, 128)).astype(np.float32)
     table_of_names = EmbeddingTable.from_array(WORLD.names, embeddings, "t.npy")
     splits = dict(zip(WORLD.names, WORLD.splits, strict=True))
-    save_detector(model, table_of_names, root / "model", splits=splits, run={})
+    save_checkpoint(model, table_of_names, root / "model", splits=splits, run={})
     return Run(storage=str(root), model=str(root / "model"), boxes="t-eval", batch_size=4, num_pictures=3)
 
 

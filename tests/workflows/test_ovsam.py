@@ -12,10 +12,11 @@ from PIL import Image
 
 import ovd_models
 from data_prep import tables
+from ovd_models.checkpoints import load_model, read_info
 from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.errors import InputError
-from ovd_models.ovsam.checkpoints import load_ovsam_folder, load_sam_folder
-from ovd_models.sam.model import VIT_H, EverythingConfig
+from ovd_models.ovsam.model import OvSam
+from ovd_models.sam.model import VIT_H, EverythingConfig, SamModel
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import Vocabulary
 from workflows import evaluate, ovsam
@@ -55,8 +56,8 @@ def test_smoke_leaves_a_checkpoint_that_segments_and_names(trained: Trained[Segm
 
 @pytest.mark.ray
 def test_every_stage_changes_its_part_and_no_other(prepared: Run, trained: Trained[SegmentationReport]) -> None:
-    sam, _ = load_sam_folder(trained.outputs["sam"])
-    model, info = load_ovsam_folder(trained.model)
+    sam = load_model(trained.outputs["sam"], SamModel)
+    model, info = load_model(trained.model, OvSam), read_info(trained.model)
     prompt = sam.sam.prompt_encoder.state_dict()
     assert all(torch.equal(value, prompt[name]) for name, value in model.prompt_encoder.state_dict().items())
     before = sam.sam.mask_decoder.state_dict()
@@ -111,7 +112,7 @@ def test_a_checkpoint_is_measured_again(
 def test_names_are_prompts_too(prepared: Run, trained: Trained[SegmentationReport]) -> None:
     segmenter = ovd_models.load_text_segmenter(Path(trained.model).parent / "text_model")
     image = torch.zeros(3, 50, 70, dtype=torch.uint8)
-    assert segmenter.segment(image).names == load_ovsam_folder(trained.model)[1].vocabulary
+    assert segmenter.segment(image).names == read_info(trained.model).vocabulary
     found = segmenter.segment(image, ["umbrella", "red cat"])
     assert found.masks.shape == (2, 50, 70)
     assert [found.names[label] for label in found.labels.tolist()] == ["umbrella", "red cat"]
@@ -119,7 +120,7 @@ def test_names_are_prompts_too(prepared: Run, trained: Trained[SegmentationRepor
     assert torch.equal(found.scores, expected.ious) and torch.equal(found.masks, expected.masks)
     assert found.draw().size[0] >= 70
     with pytest.raises(InputError, match="checkpoint of method 'text_to_mask'"):
-        load_ovsam_folder(Path(trained.model).parent / "text_model")
+        load_model(Path(trained.model).parent / "text_model", OvSam)
 
 
 @pytest.mark.ray
@@ -173,7 +174,7 @@ def test_a_trained_sam_is_taken_over_and_its_cache_used_again(
     again = ovsam.train(dataclasses.replace(prepared, sam=trained.outputs["sam"]))
     assert again.outputs["sam"] == trained.outputs["sam"]
     assert (cache / "manifest.json").stat().st_mtime_ns == before
-    one, two = (load_ovsam_folder(folder)[0].state_dict() for folder in (trained.model, again.model))
+    one, two = (load_model(folder, OvSam).state_dict() for folder in (trained.model, again.model))
     assert all(torch.allclose(value, two[name], atol=1e-4) for name, value in one.items())
 
 

@@ -24,11 +24,11 @@ from starlette.testclient import TestClient
 
 import ovd_models
 from data_prep.embeddings.texts import TextStore
-from ovd_models.checkpoints import save_detector
+from ovd_models.checkpoints import save_checkpoint
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
-from ovd_models.ovsam.checkpoints import Segmenter, save_ovsam, save_sam
 from ovd_models.ovsam.model import OvSam, OvSamConfig
+from ovd_models.predictors import Segmenter
 from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import EmbeddingTable
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     rows = np.random.default_rng(0).normal(size=(len(NAMES), CoDetConfig().detector.embed_dim))
     table = EmbeddingTable.from_array(NAMES, rows.astype(np.float32), "table")
-    save_detector(CoDet(CoDetConfig()), table, folder, splits=dict.fromkeys(NAMES, "base"), run={})
+    save_checkpoint(CoDet(CoDetConfig()), table, folder, splits=dict.fromkeys(NAMES, "base"), run={})
     return folder
 
 
@@ -311,7 +311,7 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestC
     model = OvSam(OvSamConfig(sam=sam))
     rows = np.random.default_rng(0).normal(size=(len(NAMES), model.config.tower.embed_dim))
     table = EmbeddingTable.from_array(NAMES, rows.astype(np.float32), "table")
-    save_ovsam(model, table, folder, splits=dict.fromkeys(NAMES, "base"), run={})
+    save_checkpoint(model, table, folder, splits=dict.fromkeys(NAMES, "base"), run={})
     with TestClient(build_api(open_endpoint(folder))) as client:
         yield client, ovd_models.load_segmenter(folder)
 
@@ -350,7 +350,7 @@ def test_prompts_are_segmented_and_named(segmenting: tuple[TestClient, Segmenter
         ('{"points": [[NaN, 1]]}', "lies outside"),
         ({"points": [[96, 1]]}, "lies outside the image of 96 x 64"),
         ({"boxes": [[5, 5, 5, 9]]}, "boxes[0]"),
-        ({"points": [[1, 1]], "point_labels": [[0]]}, "none is on the thing"),
+        ({"points": [[1, 1]], "point_labels": [[0]]}, "none is on the object"),
         ({"boxes": [[1, 1, 9, 9]] * 33}, "at most 32"),
         ({"points": [[1, 1]] * 3_000}, "at most 10,000"),
         ({"points": [[[1, 1]] * 33, [[1, 1]]]}, "33 points in one, at most 32"),
@@ -372,7 +372,7 @@ def test_a_segmenters_names_and_images_are_checked_too(segmenting: tuple[TestCli
 
 
 def test_a_checkpoint_without_a_route_is_refused(tmp_path: Path) -> None:
-    save_sam(SamModel(SamConfig(depth=1, global_blocks=())), tmp_path, run={})
+    save_checkpoint(SamModel(SamConfig(depth=1, global_blocks=())), None, tmp_path, splits={}, run={})
     with pytest.raises(InputError, match="a checkpoint of method 'sam', expected one of codet, vild, ovsam"):
         serve.check_model(serve.Run(model=str(tmp_path)))
 

@@ -13,10 +13,11 @@ from PIL import Image
 import ovd_models
 from data_prep import tables
 from ovd_models.batches import Detections
-from ovd_models.checkpoints import load_vild
+from ovd_models.checkpoints import load_model
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
+from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import Vocabulary
 from workflows import failures, vild
 from workflows.common import cli, tracking
@@ -49,8 +50,8 @@ def test_every_stage_leaves_what_the_next_one_reads(prepared: Run, trained: Trai
     detector = ovd_models.load(trained.model)
     assert (detector.method, len(detector.vocabulary)) == ("vild", 68)
     before, after = (
-        load_vild(trained.outputs["proposals"]).detector.state_dict(),
-        load_vild(trained.model).detector.state_dict(),
+        load_model(trained.outputs["proposals"], ViLD).detector.state_dict(),
+        load_model(trained.model, ViLD).detector.state_dict(),
     )
     assert not all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -101,7 +102,7 @@ def test_an_earlier_runs_proposals_and_embeddings_are_used_again(
         trained.outputs["proposals"],
         trained.outputs["regions"],
     )
-    assert load_vild(again.model).config.variant == "vild"
+    assert load_model(again.model, ViLD).config.variant == "vild"
 
 
 @pytest.mark.ray
@@ -109,7 +110,7 @@ def test_supervised_training_finds_no_novel_name(prepared: Run, trained: Trained
     model = dataclasses.replace(prepared.model, variant="supervised")
     found = vild.train(dataclasses.replace(prepared, model=model, proposals=trained.outputs["proposals"]))
     assert found.metrics.summary()["ap50_novel"] == 0.0
-    assert len(load_vild(found.model).config.supervised_names) == 68 - NOVEL
+    assert len(load_model(found.model, ViLD).config.supervised_names) == 68 - NOVEL
     rows = tables.read_table(prepared.storage, "categories", "smoke").to_pylist()
     novel = [row["name"] for row in rows if row["split"] == "novel"]
     assert len(ovd_models.load(found.model).detect(Image.new("RGB", (64, 64)), novel, score_threshold=0.0)) == 0

@@ -260,9 +260,8 @@ def build_baselines(model: OvSam, sam: SamModel | None) -> dict[str, SamClip]:
     """The baselines by name, on the device of `sam`; none without it."""
     if sam is None:
         return {}
-    settings = (sam, model.clip, model.config.tower)
     device = next(sam.parameters()).device
-    return {name: SamClip(*settings, config).to(device) for name, config in BASELINES.items()}
+    return {name: SamClip(sam, model.clip, config).to(device) for name, config in BASELINES.items()}
 
 
 def novel_flags(vocabulary: Vocabulary) -> list[bool]:

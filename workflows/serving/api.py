@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 
 import ovd_models
 from data_prep.embeddings.texts import PreloadedEncoder, TextStore
-from ovd_models.checkpoints import Detector, read_info
+from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
-from ovd_models.ovsam.checkpoints import Segmenter
+from ovd_models.predictors import Detector, Segmenter
 from ovd_models.preprocess import to_tensor
 from workflows.common import tracking
 from workflows.serving.requests import (

@@ -26,7 +26,7 @@ from torchvision.ops import box_iou
 from data_prep import storage, tables
 from data_prep.pictograms.world import COLOURS, SCENES, Scene, World, draw_scene
 from ovd_models.batches import ConceptBatch
-from ovd_models.checkpoints import load_codet, load_encoder
+from ovd_models.checkpoints import load_encoder, load_model
 from ovd_models.codet.model import CoDet, CoDetConfig
 from workflows import codet, prepare_pairs
 from workflows.common import cli, cluster
@@ -254,7 +254,7 @@ def measure_planted(run: Run, own: codet_configs.Run, folder: str) -> Metrics:
     which this holds for most and for all images.
     """
     local = storage.local_folder(folder)
-    model, encoder = load_codet(local), load_encoder(local / "text")
+    model, encoder = load_model(local, CoDet), load_encoder(local / "text")
     if model.config.supervision in ("captions", "boxes"):
         return {}
     names = read_codet_names(run.storage, own.boxes, own.pairs, encoder)

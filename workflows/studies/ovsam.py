@@ -24,10 +24,11 @@ from torch import nn
 
 from data_prep import storage, tables
 from data_prep.embeddings.texts import StoredEncoder, TextStore
-from ovd_models.ovsam.checkpoints import load_ovsam_folder, load_sam_folder
+from ovd_models.checkpoints import load_model, read_info
 from ovd_models.ovsam.head import fuse_scores
 from ovd_models.ovsam.model import OvSam
 from ovd_models.ovsam.training import Clip2SamTraining, FeatureBatch, Sam2ClipTraining
+from ovd_models.sam.model import SamModel
 from ovd_models.segments import MaskBatch
 from ovd_models.vocabulary import build_vocabulary
 from workflows import ovsam, prepare_boxes
@@ -203,7 +204,7 @@ def train_ovsam(own: ovsam_configs.Run, seed: int, name: str = "ovsam") -> dict[
 def at_equal_compute(own: ovsam_configs.Run, model: str) -> ovsam_configs.Run:
     """The training with as many operations as that of another OV-SAM: its steps are scaled by the cost of a step."""
     clip, _ = ovsam.open_clip_teacher(own)
-    reference, _ = load_ovsam_folder(storage.local_folder(model))
+    reference = load_model(storage.local_folder(model), OvSam)
     other = OvSam(ovsam.model_config(own, reference.config.sam, clip))
     stages = zip(
         (own.sam2clip_stage, own.clip2sam_stage),
@@ -261,8 +262,9 @@ def measure_names(run: Run, names: Sequence[str], seed: int) -> dict[str, Metric
     trained = train_ovsam(own, seed)
 
     def job(own: ovsam_configs.Run) -> dict[str, Metrics]:
-        model, info = load_ovsam_folder(storage.local_folder(trained["model"]))
-        sam, _ = load_sam_folder(storage.local_folder(trained["sam"]))
+        folder = storage.local_folder(trained["model"])
+        model, info = load_model(folder, OvSam), read_info(folder)
+        sam = load_model(storage.local_folder(trained["sam"]), SamModel)
         _, encoder = ovsam.open_clip_teacher(own)
         vocabulary = build_vocabulary(
             StoredEncoder(encoder, TextStore.of(run.storage, encoder.teacher)), names, info.splits
@@ -292,7 +294,7 @@ def fuse(run: Run, own: ovsam_configs.Run, seed: int, folder: str) -> dict[str, 
     settings = list(itertools.product(run.alphas, run.betas, run.novel_biases))
 
     def job(own: ovsam_configs.Run) -> dict[str, Metrics]:
-        model, _ = load_ovsam_folder(storage.local_folder(folder))
+        model = load_model(storage.local_folder(folder), OvSam)
         _, encoder = ovsam.open_clip_teacher(own)
         names = ovsam.read_names(own, encoder)
         labels = {names.ids[name]: label for label, name in enumerate(names.vocabulary.names)}
@@ -300,7 +302,7 @@ def fuse(run: Run, own: ovsam_configs.Run, seed: int, folder: str) -> dict[str, 
         for objects in pointing_report.read_objects(run.storage, held_out_images(own), labels):
             encoded = model.encode(objects.image)
             predicted, boxes_P4 = model.masks(encoded, objects.prompts("box"))
-            parts.append(model.opinions(encoded, predicted, names.vocabulary, boxes_P4))
+            parts.append(model.score_names(encoded, predicted, names.vocabulary, boxes_P4))
             truth += objects.labels
         head_PK, clip_PK, seen_P = (torch.cat(part) for part in zip(*parts, strict=True))
         label_P, is_base_K = torch.tensor(truth), cast(torch.Tensor, names.vocabulary.is_base)

@@ -15,10 +15,10 @@ from torch import Tensor
 import ovd_models
 from data_prep import storage, tables
 from ovd_models.batches import Detections
-from ovd_models.checkpoints import Detector
+from ovd_models.checkpoints import load_model
 from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_detections
-from ovd_models.ovsam.checkpoints import Segmenter, load_sam_folder, load_segmenter
+from ovd_models.predictors import Detector, Segmenter
 from ovd_models.preprocess import to_tensor
 from ovd_models.sam.model import SamModel
 from ovd_models.segments import Prompts, Segments
@@ -75,10 +75,8 @@ def mask_ap(run: Run, detector_uri: str) -> dict[str, Metrics]:
         InputError: a checkpoint or a table is missing, or an annotated object has no mask.
     """
     detector = ovd_models.load(storage.local_folder(detector_uri))
-    segmenter, (sam, _) = (
-        load_segmenter(storage.local_folder(run.model)),
-        load_sam_folder(storage.local_folder(run.sam)),
-    )
+    segmenter = ovd_models.load_segmenter(storage.local_folder(run.model))
+    sam = load_model(storage.local_folder(run.sam), SamModel)
     rows = tables.read_table(run.storage, "boxes", f"{run.boxes}-eval").to_pylist()[: run.images or None]
     categories, splits = read_categories(run.storage, run.boxes)
     vocabulary = segmenter.names(list(categories.values()))

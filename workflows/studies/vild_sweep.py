@@ -21,11 +21,11 @@ import ovd_models
 from data_prep import tables
 from data_prep.embeddings.crops import CropConfig
 from data_prep.embeddings.teachers import embed_regions
-from ovd_models.checkpoints import Detector
 from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.detectors.region_scores import RegionRecord, Scoring, use_teacher
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
+from ovd_models.predictors import Detector
 from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import ViLD
 from workflows.common import cli, tracking

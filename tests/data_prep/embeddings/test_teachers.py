@@ -16,10 +16,11 @@ from data_prep.embeddings import teachers
 from data_prep.embeddings.crops import CropConfig, Fit, crop_windows
 from data_prep.embeddings.teachers import EmbedConfig, PairStage, RegionStage, Teacher, embed_regions
 from data_prep.pairs import shards
-from ovd_models.checkpoints import load_detector, save_detector
+from ovd_models.checkpoints import save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
+from ovd_models.predictors import load
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +232,9 @@ def test_proposals_of_a_detector_are_embedded(checkpoint: str, tmp_path: Path) -
     clip, teacher_id = load_clip(checkpoint)
     torch.manual_seed(0)
     encoder = ClipTextEncoder(clip.config, clip.model.text, teacher_id)
-    save_detector(CoDet(CoDetConfig()), encoder, tmp_path, splits={}, run={})
+    save_checkpoint(CoDet(CoDetConfig()), encoder, tmp_path, splits={}, run={})
     found = RegionStage(checkpoint, EmbedConfig(), CropConfig(), str(tmp_path), max_proposals=7)(PICTURES)
-    detector = load_detector(tmp_path)
+    detector = load(tmp_path)
     for image, row in zip(IMAGES, found.to_pylist(), strict=True):
         ((boxes, scores),) = detector.propose([image], 7)
         assert 1 <= row["count"] == len(boxes) <= 7

@@ -13,8 +13,8 @@ from data_prep.embeddings import features
 from data_prep.pictograms.world import World
 from data_prep.streams.collate import FeatureCollate, MaskCollate, decode_masks
 from data_prep.streams.mask_loader import feature_loader, mask_loader
+from ovd_models.checkpoints import load_model, sam_id, save_checkpoint
 from ovd_models.errors import InputError
-from ovd_models.ovsam.checkpoints import load_sam_folder, save_sam
 from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.segments import boxes_of
 
@@ -82,7 +82,9 @@ def test_a_set_without_masks_is_refused(drawn: str) -> None:
 def test_the_cache_equals_sams_embeddings_and_resumes_by_shard(drawn: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = str(tmp_path / "sam")
-    teacher = save_sam(SamModel(SAM), folder, run={})
+    sam = SamModel(SAM)
+    save_checkpoint(sam, None, folder, splits={}, run={})
+    teacher = sam_id(sam)
     name = features.cache_name(drawn, "s-train", teacher)
     rows = tables.read_table(drawn, "boxes", "s-train", ["image_id", "uri"])
     # an interrupted run left one whole shard, and another without its receipt; one before it had shards of another size
@@ -99,8 +101,8 @@ def test_the_cache_equals_sams_embeddings_and_resumes_by_shard(drawn: str, tmp_p
 
     load = feature_loader(drawn, "s-train", name, teacher, seed=0)
     batch = FeatureCollate(load.shape)(load(np.arange(7)))
-    model, again = load_sam_folder(folder)
-    assert again == teacher
+    model = load_model(folder, SamModel)
+    assert sam_id(model) == teacher
     assert batch.features.dtype == torch.float16
     for image, feature in zip(batch.images, batch.features, strict=True):
         assert torch.equal(model.encode(image).embedding[0].half(), feature)

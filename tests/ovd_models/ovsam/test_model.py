@@ -17,7 +17,7 @@ from ovd_models.ovsam import model as ovsam
 from ovd_models.ovsam.adapter import Sam2Clip, feature_distillation_loss, valid_positions
 from ovd_models.ovsam.baselines import BaselineConfig, SamClip
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower, resize_places
-from ovd_models.ovsam.crops import cut_outs
+from ovd_models.ovsam.crops import crop_masks
 from ovd_models.ovsam.head import (
     ROI_SIDE,
     RegionNamer,
@@ -27,7 +27,7 @@ from ovd_models.ovsam.head import (
     name_logits,
     read_points,
     region_levels,
-    text_of,
+    synonym_rows,
     uncertain_points,
 )
 from ovd_models.ovsam.metrics import PointingMetrics, centre_points
@@ -68,7 +68,7 @@ def teacher() -> SamModel:
 def model(teacher: SamModel) -> OvSam:
     torch.manual_seed(0)
     model = OvSam(TINY).eval()
-    model.adopt(teacher, build_tower(TINY.tower, 64))
+    model.load_teachers(teacher, build_tower(TINY.tower, 64))
     return model
 
 
@@ -184,7 +184,7 @@ def test_a_checkpoints_config_reaches_no_hub() -> None:
     ],
 )
 def test_every_kind_of_tower_has_four_levels_and_a_head(tower: TowerConfig, strides: tuple[int, ...]) -> None:
-    clip = ClipPyramid(build_tower(tower, 64))
+    clip = ClipPyramid(build_tower(tower, 64), tower)
     levels = clip(torch.randn(2, 3, 64, 64))
     assert clip.strides == strides
     assert [tuple(level.shape) for level in levels] == [
@@ -204,7 +204,7 @@ def test_every_kind_of_tower_has_four_levels_and_a_head(tower: TowerConfig, stri
 
 @pytest.mark.parametrize("tower", [TowerConfig(), RESNET])
 def test_a_whole_picture_as_a_region_is_clips_own_embedding(tower: TowerConfig) -> None:
-    clip = ClipPyramid(build_tower(tower, 64))
+    clip = ClipPyramid(build_tower(tower, 64), tower)
     images = torch.randn(2, 3, 64, 64)
     own = F.normalize(clip.tower(images), dim=-1)
     whole = torch.tensor([[0.0, 0, 0, 64, 64], [1, 0, 0, 64, 64]])
@@ -213,12 +213,12 @@ def test_a_whole_picture_as_a_region_is_clips_own_embedding(tower: TowerConfig) 
 
 
 def test_a_transformer_is_taken_over_at_another_size() -> None:
-    source, clip = build_tower(VIT, 64), ClipPyramid(build_tower(VIT, 128))
+    source, clip = build_tower(VIT, 64), ClipPyramid(build_tower(VIT, 128), VIT)
     clip.load_tower(source.state_dict())
     assert torch.equal(clip.tower.class_embedding, source.class_embedding)
     pictures = torch.randn(2, 3, 64, 64)  # of its own size, as it was trained on
     assert torch.allclose(clip.embed(pictures), F.normalize(source.eval()(pictures), dim=-1), atol=1e-6)
-    again = ClipPyramid(build_tower(VIT, 128))
+    again = ClipPyramid(build_tower(VIT, 128), VIT)
     again.load_state_dict(clip.state_dict())
     assert torch.equal(again.embed(pictures), clip.embed(pictures))
     codes = torch.cat([torch.zeros(1, 2), torch.arange(4.0)[:, None].expand(-1, 2)])  # 0 1 / 2 3
@@ -226,22 +226,22 @@ def test_a_transformer_is_taken_over_at_another_size() -> None:
     assert resized.shape == (17, 2)
     assert resized[1:, 0].mean().item() == pytest.approx(1.5)
     assert resized[1, 0] < resized[4, 0] < resized[16, 0]
-    same = ClipPyramid(build_tower(VIT, 64))
+    same = ClipPyramid(build_tower(VIT, 64), VIT)
     same.load_tower(source.state_dict())
     images = torch.randn(1, 3, 64, 64)
-    assert torch.equal(same(images)[-1], ClipPyramid(source)(images)[-1])
+    assert torch.equal(same(images)[-1], ClipPyramid(source, VIT)(images)[-1])
 
 
 def test_a_transformer_of_fewer_blocks_than_levels_gives_its_last_maps_twice() -> None:
     shallow = TowerConfig(embed_dim=16, vision={**VIT.vision, "layers": 3})
-    levels = ClipPyramid(build_tower(shallow, 64))(torch.randn(1, 3, 64, 64))
+    levels = ClipPyramid(build_tower(shallow, 64), shallow)(torch.randn(1, 3, 64, 64))
     assert torch.equal(levels[2], levels[3])
     assert not torch.equal(levels[0], levels[1]) and not torch.equal(levels[1], levels[2])
 
 
 def test_whole_pictures_are_embedded_by_every_kind_of_tower() -> None:
     for tower in (TowerConfig(), RESNET, CONVNEXT, VIT):
-        clip = ClipPyramid(build_tower(tower, 128))  # a transformer's place codes are then those of 128 px
+        clip = ClipPyramid(build_tower(tower, 128), tower)  # a transformer's place codes are then those of 128 px
         embedding = clip.embed(torch.randn(2, 3, 64, 64))
         assert embedding.shape == (2, tower.embed_dim)
         assert torch.allclose(embedding.norm(dim=1), torch.ones(2), atol=1e-5)
@@ -249,7 +249,7 @@ def test_whole_pictures_are_embedded_by_every_kind_of_tower() -> None:
 
 def test_a_tower_without_levels_is_told() -> None:
     with pytest.raises(InputError, match="has no levels"):
-        ClipPyramid(torch.nn.Linear(2, 2))
+        ClipPyramid(torch.nn.Linear(2, 2), TowerConfig())
 
 
 # --------------------------------------------------------------------------------------------------------- adapter
@@ -307,11 +307,11 @@ def test_a_name_is_as_near_as_its_nearest_synonym() -> None:
 
 def test_every_synonym_of_a_name_is_asked() -> None:
     rows, owners = unit(5, 8), torch.tensor([0, 0, 0, 1, 2])
-    text = text_of(Vocabulary(("cat", "cup", "die"), rows, None, owners))
+    text = synonym_rows(Vocabulary(("cat", "cup", "die"), rows, None, owners))
     assert torch.equal(text[0], rows[:3])
     assert torch.equal(text[1:], rows[3:, None].expand(-1, 3, -1))
     assert name_logits(rows, text)[:, :3].argmax(1).tolist() == owners.tolist()
-    assert torch.equal(text_of(NAMES)[:, 0], NAMES.embeddings)
+    assert torch.equal(synonym_rows(NAMES)[:, 0], NAMES.embeddings)
 
 
 def test_fusion_by_hand() -> None:
@@ -373,7 +373,7 @@ def objects() -> MaskBatch:
 
 def test_every_weight_of_the_stage_takes_part(teacher: SamModel) -> None:
     training = Clip2SamTraining(OvSam(dataclasses.replace(TINY, label_token=True)), Clip2SamConfig(num_points=64))
-    losses = training(objects(), text_of(NAMES), torch.Generator().manual_seed(0))
+    losses = training(objects(), synonym_rows(NAMES), torch.Generator().manual_seed(0))
     assert set(losses) == {"classes", "mask", "dice", "iou"}
     sum(losses.values()).backward()
     for name, weight in training.named_parameters():
@@ -386,7 +386,7 @@ def test_images_without_objects_teach_nothing() -> None:
     batch = objects()
     batch = MaskBatch(batch.images, tuple(m[:0] for m in batch.masks), tuple(t[:0] for t in batch.labels))
     training = Clip2SamTraining(OvSam(TINY), Clip2SamConfig())
-    losses = training(batch, text_of(NAMES))
+    losses = training(batch, synonym_rows(NAMES))
     assert {name: float(value) for name, value in losses.items()} == dict.fromkeys(
         ("classes", "mask", "dice", "iou"), 0
     )
@@ -401,14 +401,14 @@ def test_two_images_are_overfitted(teacher: SamModel) -> None:
     batch = objects()
     for _ in range(60):
         optimiser.zero_grad()
-        sum(training(batch, text_of(NAMES), generator).values()).backward()
+        sum(training(batch, synonym_rows(NAMES), generator).values()).backward()
         optimiser.step()
     model.eval()
     for image, masks, label in zip(batch.images, batch.masks, batch.labels, strict=True):
         for prompts in (Prompts(boxes=boxes_of(masks)), Prompts.create(points=[[32, 28]])):
             found = model.segment(image, prompts, NAMES)
             rois = F.pad(model.rois_of(found.low_res, prompts.boxes), (1, 0))
-            head = model.head_logits(model.encode(image).pyramid, rois, text_of(NAMES))
+            head = model.head_logits(model.encode(image).pyramid, rois, synonym_rows(NAMES))
             assert head.argmax(1).tolist() == label.tolist()
             union = (found.masks | masks).sum()
             assert (found.masks & masks).sum() / union > 0.7
@@ -428,8 +428,8 @@ def test_two_images_are_overfitted(teacher: SamModel) -> None:
     ],
 )
 def test_baselines_name_sams_masks(teacher: SamModel, config: BaselineConfig) -> None:
-    clip = ClipPyramid(build_tower(TowerConfig(), 64))
-    baseline = SamClip(teacher, clip, TowerConfig(), config).eval()
+    clip = ClipPyramid(build_tower(TowerConfig(), 64), TowerConfig())
+    baseline = SamClip(teacher, clip, config).eval()
     prompts = Prompts.create(boxes=[[4, 4, 30, 40], [10, 0, 64, 48]])
     found = baseline.segment(picture(), prompts, NAMES)
     assert torch.equal(found.masks, teacher.segment(picture(), prompts).masks)
@@ -437,25 +437,20 @@ def test_baselines_name_sams_masks(teacher: SamModel, config: BaselineConfig) ->
     assert baseline.segment(picture(), prompts).labels.tolist() == [-1, -1]
 
 
-def test_cut_outs_are_squares_around_the_mask() -> None:
+def test_crops_are_squares_around_the_mask() -> None:
     image = torch.zeros(3, 80, 80, dtype=torch.uint8)
     image[0], image[:, 20:40, 30:70] = 50, 9  # a wide object on red ground
     masks = torch.zeros(2, 80, 80, dtype=torch.bool)
     masks[0, 20:40, 30:70] = True  # and an empty mask, which has the whole image
-    mean, std = torch.full((3, 1, 1), 7.0), torch.ones(3, 1, 1)
+    colours, black = image - 7.0, torch.full((3, 1, 1), -7.0)
     for background, ground in (("keep", 43.0), ("black", -7.0), ("mean", 0.0)):
-        crops = cut_outs(image, masks, mean=mean, std=std, margin=1.0, background=background, side=64)
+        crops = crop_masks(colours, masks, black, 1.0, background, 64)
         assert crops.shape == (2, 3, 64, 64)  # a square of 40 px: the object's 20 rows fill its middle half
         assert crops[0, 0, 32, 32].item() == pytest.approx(2)
         assert crops[0, 0, 5, 32].item() == pytest.approx(ground)
-    wide = cut_outs(image, masks[:1], mean=mean, std=std, margin=4.0, background="keep", side=64)[0]
+    wide = crop_masks(colours, masks[:1], black, 4.0, "keep", 64)[0]
     assert wide[0, 0, 0].item() == 0  # beyond the image's edge is CLIP's mean colour
-    assert cut_outs(image, masks[:0], mean=mean, std=std, margin=1.0, background="mean", side=64).shape == (
-        0,
-        3,
-        64,
-        64,
-    )
+    assert crop_masks(colours, masks[:0], black, 1.0, "mean", 64).shape == (0, 3, 64, 64)
 
 
 def test_the_order_of_a_regions_parts_counts_for_the_mlp_alone() -> None:
@@ -472,19 +467,19 @@ def test_the_order_of_a_regions_parts_counts_for_the_mlp_alone() -> None:
 def test_cut_outs_show_clip_the_masked_thing_alone(teacher: SamModel) -> None:
     torch.manual_seed(2)
     model = OvSam(dataclasses.replace(TINY, clip_view="cut_out", log_scale=math.log(20.0), alpha=1.0, beta=1.0)).eval()
-    model.adopt(teacher, build_tower(TINY.tower, 64))
+    model.load_teachers(teacher, build_tower(TINY.tower, 64))
     prompts = Prompts.create(boxes=[[4, 4, 30, 40], [10, 0, 64, 48]])
     found = model.segment(picture(), prompts, NAMES)
     assert found.masks.flatten(1).any(1).all()  # else the head would decide alone
     # With CLIP's part at 1, it alone decides: it is what the baseline with the same masks says.
     options = BaselineConfig(margin=1.5, background="mean")
-    baseline = SamClip(teacher, model.clip, TINY.tower, options).eval()
-    by_clip = baseline.name(picture(), found, NAMES, baseline.encode(picture()))
+    baseline = SamClip(teacher, model.clip, options).eval()
+    by_clip = baseline.name(picture(), found, NAMES, teacher.encode(picture()))
     assert torch.equal(found.labels, by_clip.labels)
     # Elsewhere than around the thing the picture may change without a difference to CLIP.
     encoded = model.encode(picture())
     changed = torch.where(found.masks[0], picture(), picture(seed=1))
-    text, rois = text_of(NAMES), torch.zeros(1, 5)
+    text, rois = synonym_rows(NAMES), torch.zeros(1, 5)
     one = model.clip_logits(encoded, rois, found.masks[:1], text)
     two = model.clip_logits(dataclasses.replace(encoded, image=changed), rois, found.masks[:1], text)
     assert torch.equal(one, two)

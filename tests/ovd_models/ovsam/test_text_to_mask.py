@@ -5,9 +5,8 @@ from torch.nn import functional as F
 
 from ovd_models.errors import InputError
 from ovd_models.ovsam import text_to_mask
-from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
-from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig
-from ovd_models.sam.model import SamConfig, SamModel
+from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig, TextToMaskModelConfig
+from ovd_models.sam.model import SamConfig
 from ovd_models.sam.training import mask_ious
 from ovd_models.segments import MaskBatch
 
@@ -17,8 +16,7 @@ SAM = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=
 @pytest.fixture
 def model() -> TextToMask:
     torch.manual_seed(0)
-    tower = TowerConfig()
-    return TextToMask(SamModel(SAM), ClipPyramid(build_tower(tower, 64)), tower, TextToMaskConfig(max_margin=1.2))
+    return TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(max_margin=1.2)))
 
 
 def two_squares() -> MaskBatch:

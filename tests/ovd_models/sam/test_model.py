@@ -17,10 +17,10 @@ from ovd_models.sam.training import (
     best_mask_weights,
     corrective_clicks,
     dice_loss,
-    fit_masks,
     focal_loss,
     jitter_boxes,
     mask_ious,
+    resize_masks_to_square,
     sample_objects,
     sample_pixels,
 )
@@ -164,8 +164,8 @@ def test_prompts_that_make_no_sense_are_told(model: SamModel) -> None:
     assert "boxes[0]: [70.0, 0.0, 90.0, 9.0] lies outside" in refused(model, boxes=[[70, 0, 90, 9]])
     assert "expected x0 < x1 and y0 < y1" in refused(model, boxes=[[5, 5, 5, 9]])
     assert "expected x0 < x1" in refused(model, boxes=[[0, 0, math.inf, 9]])
-    assert "on the thing and beside it" in refused(model, points=[[[3, 3], [3, 3]]], point_labels=[[1, 0]])
-    assert "none is on the thing" in refused(model, points=[[3, 3]], point_labels=[[0]])
+    assert "both on the object and off it" in refused(model, points=[[[3, 3], [3, 3]]], point_labels=[[1, 0]])
+    assert "none is on the object" in refused(model, points=[[3, 3]], point_labels=[[0]])
     assert "expected 0 or 1" in refused(model, points=[[3, 3]], point_labels=[[0.9]])
     assert "points: 5, expected a list" in refused(model, points=5)
     assert "boxes: 7, expected a list" in refused(model, boxes=7)
@@ -282,7 +282,7 @@ def test_jittered_boxes_stay_boxes_inside_the_image() -> None:
 def test_masks_follow_their_image_into_the_models_square() -> None:
     masks = torch.zeros(1, 24, 32, dtype=torch.bool)
     masks[0, 6:12, 8:16] = True
-    assert boxes_of(fit_masks(masks, 64)).tolist() == [[16, 12, 32, 24]]  # twice as large, padded below
+    assert boxes_of(resize_masks_to_square(masks, 64)).tolist() == [[16, 12, 32, 24]]  # twice as large, padded below
     assert boxes_of(masks[:0]).shape == (0, 4)
     assert boxes_of(torch.zeros(1, 4, 4, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
 

@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from ovd_models.batches import DetectionBatch, StoredRegions
-from ovd_models.checkpoints import load_codet, load_detector, load_vild, save_detector
+from ovd_models.checkpoints import load_model, save_checkpoint
+from ovd_models.codet.model import CoDet
 from ovd_models.detectors.masks import encode_masks, paste_masks
 from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig, build_box_head
 from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
+from ovd_models.predictors import load
 from ovd_models.vild.model import Variant, ViLD, ViLDConfig
 from ovd_models.vocabulary import EmbeddingTable, Vocabulary
 
@@ -303,17 +305,17 @@ def test_a_checkpoint_gives_the_same_detections(tmp_path: Path, variant: Variant
     model = ViLD(config(variant, masks=True)).eval()
     names = ("name 0", "name 1", "name 2")
     splits = {"name 0": "base", "name 1": "base", "name 2": "novel"}
-    save_detector(model, EmbeddingTable(names, text(3), "test"), tmp_path, splits=splits, run={})
-    detector = load_detector(tmp_path)
+    save_checkpoint(model, EmbeddingTable(names, text(3), "test"), tmp_path, splits=splits, run={})
+    detector = load(tmp_path)
     assert (detector.method, detector.vocabulary) == ("vild", names)
     found = detector.detect(scene(0)[0], score_threshold=0.01)
     flags = torch.tensor([True, True, False])
     (expected,) = model.detect([scene(0)[0]], Vocabulary(names, text(3), flags), score_threshold=0.01)
     assert torch.equal(found.scores, expected.scores)
     assert found.masks == expected.masks
-    assert load_vild(tmp_path).config == model.config
+    assert load_model(tmp_path, ViLD).config == model.config
     with pytest.raises(InputError, match="checkpoint of method 'vild', expected 'codet'"):
-        load_codet(tmp_path)
+        load_model(tmp_path, CoDet)
     assert len(detector.propose([scene(0)[0]], 5)[0][0]) == 5
 
 

@@ -12,7 +12,7 @@ from data_prep import tables
 from data_prep.pictograms.world import GLYPHS
 from data_prep.streams.collate import decode_masks
 from ovd_models.batches import Detections
-from ovd_models.checkpoints import save_detector
+from ovd_models.checkpoints import save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
@@ -46,7 +46,7 @@ def detector_folder(prepared: Run, folder: Path) -> str:
     torch.manual_seed(0)
     rows = tables.read_table(prepared.storage, "categories", prepared.boxes).to_pylist()
     splits = {row["name"]: row["split"] for row in rows if row["split"]}
-    save_detector(CoDet(CoDetConfig()).eval(), encoder, folder, splits=splits, run={})
+    save_checkpoint(CoDet(CoDetConfig()).eval(), encoder, folder, splits=splits, run={})
     return str(folder)
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 
 import ovd_models
-from ovd_models.checkpoints import load_vild
+from ovd_models.checkpoints import load_model
 from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
-from ovd_models.vild.model import Variant
+from ovd_models.vild.model import Variant, ViLD
 from workflows import evaluate, vild
 from workflows.common.runs import Trained
 from workflows.configs import vild as vild_configs
@@ -35,7 +35,7 @@ def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
     detector = ovd_models.load(trained.model)
     recorded = vild_sweep.record(detector, prepared.storage, "smoke-eval", "smoke")
     run = vild_sweep.Run(score_threshold=prepared.score_threshold)
-    own = vild_sweep.measure(recorded, load_vild(trained.model).config.scoring, run)
+    own = vild_sweep.measure(recorded, load_model(trained.model, ViLD).config.scoring, run)
     metrics, _ = evaluate.evaluate(evaluate.Run(storage=prepared.storage, model=trained.model, boxes="smoke-eval"))
     for name, value in metrics.summary().items():
         assert own.summary()[name] == pytest.approx(value, nan_ok=True)

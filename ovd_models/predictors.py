@@ -1,0 +1,280 @@
+"""Trained models ready for any image and any names: what `ovd_models.load` and its kin return."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Generic, TypeVar, overload
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ovd_models.batches import Detections
+from ovd_models.checkpoints import CheckpointInfo, load_encoder, load_model, read_info
+from ovd_models.codet.model import CoDet
+from ovd_models.detectors.rcnn import ProposalNetwork
+from ovd_models.detectors.region_query import build_query
+from ovd_models.detectors.region_scores import Scoring
+from ovd_models.errors import InputError
+from ovd_models.ovsam.model import OvSam
+from ovd_models.ovsam.text_to_mask import TextToMask
+from ovd_models.preprocess import ImageLike, to_tensor
+from ovd_models.sam.model import EverythingConfig
+from ovd_models.segments import Prompts, Segments
+from ovd_models.vild.model import ViLD
+from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary, clean_names
+
+Names = Sequence[str] | Mapping[str, Sequence[str]]
+"""Names, or names with the children of each: `{"bird": ["robin", "jay"], "anchor": []}`."""
+
+M = TypeVar("M", bound=nn.Module)
+ImageT = TypeVar("ImageT", bound=ImageLike)
+
+
+class Predictor(Generic[M]):
+    """A trained model with its text encoder and the contents of its checkpoint's `config.json`."""
+
+    def __init__(self, model: M, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
+
+    @property
+    def method(self) -> str:
+        """The method that trained it."""
+        return self.info.method
+
+    @property
+    def teacher(self) -> str:
+        """The text encoder's model and weights."""
+        return self.encoder.teacher
+
+    @property
+    def prompt_set(self) -> str:
+        """The templates that names are put into."""
+        return self.encoder.prompt_set
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Default names."""
+        return self.info.vocabulary
+
+    def read(self, image: ImageLike) -> Tensor:
+        """[3, H, W] uint8 on the model's device.
+
+        Raises:
+            InputError: the image cannot be read.
+        """
+        return to_tensor(image).to(self.device)
+
+
+class Detector(Predictor[CoDet | ViLD]):
+    """A trained detector: names in, boxes out."""
+
+    @overload
+    def detect(
+        self,
+        image: ImageLike,
+        names: Names | None = ...,
+        *,
+        attributes: Sequence[str] = ...,
+        prompts: str = ...,
+        attribute_prompts: str = ...,
+        score_threshold: float = ...,
+        max_detections: int = ...,
+        scoring: Scoring | None = ...,
+    ) -> Detections: ...
+    @overload
+    def detect(
+        self,
+        image: list[ImageT] | tuple[ImageT, ...],
+        names: Names | None = ...,
+        *,
+        attributes: Sequence[str] = ...,
+        prompts: str = ...,
+        attribute_prompts: str = ...,
+        score_threshold: float = ...,
+        max_detections: int = ...,
+        scoring: Scoring | None = ...,
+    ) -> list[Detections]: ...
+    def detect(
+        self,
+        image: ImageLike | list[ImageT] | tuple[ImageT, ...],
+        names: Names | None = None,
+        *,
+        attributes: Sequence[str] = (),
+        prompts: str = "",
+        attribute_prompts: str = "photo",
+        score_threshold: float = 0.05,
+        max_detections: int = 100,
+        scoring: Scoring | None = None,
+    ) -> Detections | list[Detections]:
+        """Find named things.
+
+        Args:
+            image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB), or a list of them.
+            names: any names; the default vocabulary if None. ViLD also takes names with the children of each.
+            attributes: for ViLD, words that hold whatever the name is: `["red", "blue"]` gives "red anchor" ...
+            prompts: a prompt set for this request, or templates such as `a drawing of {a}|{name}`; the checkpoint's
+                prompt set if empty.
+            attribute_prompts: the same for attributes, which stand before each name in turn.
+            score_threshold: detections score above it.
+            max_detections: maximum number for each image.
+            scoring: for ViLD, how cosines become scores; the checkpoint's scoring if None.
+
+        Returns:
+            One `Detections` for one image, a list of them for a list.
+
+        Raises:
+            InputError: an image cannot be read, a name cannot be embedded, or the method cannot answer such a query.
+        """
+        query = build_query(
+            self.encoder,
+            names if names is not None else self.vocabulary,
+            self.info.splits,
+            attributes=attributes,
+            prompts=prompts,
+            attribute_prompts=attribute_prompts,
+        ).to(self.device)
+        images: Sequence[ImageLike] = image if isinstance(image, list | tuple) else [image]
+        tensors = [self.read(entry) for entry in images]
+        if not tensors:
+            return []
+        if isinstance(self.model, ViLD):
+            results = self.model.detect(
+                tensors, query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
+            )
+        elif attributes or query.children is not None or scoring is not None:
+            raise InputError(
+                f"attributes, children, scoring: not of method {self.method!r}, expected a ViLD checkpoint"
+            )
+        else:
+            results = self.model.detect(
+                tensors, query.names, score_threshold=score_threshold, max_detections=max_detections
+            )
+        detections = [
+            replace(
+                result,
+                boxes=result.boxes.cpu(),
+                scores=result.scores.cpu(),
+                labels=result.labels.cpu(),
+                image=to_image(tensor),
+            )
+            for tensor, result in zip(tensors, results, strict=True)
+        ]
+        return detections if isinstance(image, list | tuple) else detections[0]
+
+    def propose(self, images: Sequence[ImageLike], limit: int) -> list[tuple[Tensor, Tensor]]:
+        """Class-agnostic proposals: boxes [N, 4] (xyxy, pixels), best first, and their objectness [N], on the CPU.
+
+        Args:
+            images: as for `detect`.
+            limit: maximum number for each image; the detector's proposal network may keep fewer.
+
+        Raises:
+            InputError: an image cannot be read, or the detector is not an R-CNN.
+        """
+        tensors = [self.read(image) for image in images]
+        detector = self.model.detector
+        if not isinstance(detector, ProposalNetwork):
+            raise InputError(f"{type(detector).__name__}: gives no proposals of its own, expected an R-CNN")
+        return [(boxes.cpu(), scores.cpu()) for boxes, scores in detector.find_proposals(tensors, limit)]
+
+
+class Segmenter(Predictor[OvSam]):
+    """A trained OV-SAM: prompts and names in, named masks out."""
+
+    def names(self, names: Sequence[str] | None = None) -> Vocabulary:
+        """Embedded names, those with masks in training marked as base; the default vocabulary if None.
+
+        If the checkpoint knows none of them, none is marked, so `novel_bias` raises none above the background.
+        """
+        chosen = clean_names(names if names is not None else self.vocabulary)
+        known = self.info.splits if any(name in self.info.splits for name in chosen) else None
+        return build_vocabulary(self.encoder, chosen, known).to(self.device)
+
+    def segment(self, image: ImageLike, prompts: Prompts, names: Sequence[str] | None = None) -> Segments:
+        """One named mask for each prompt.
+
+        Args:
+            image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB).
+            prompts: in pixels of the image.
+            names: any names; the default vocabulary if None.
+
+        Raises:
+            InputError: the image cannot be read, the prompts do not fit it, or a name cannot be embedded.
+        """
+        tensor = self.read(image)
+        return _with_image(self.model.segment(tensor, prompts, self.names(names)), tensor)
+
+    def everything(
+        self, image: ImageLike, names: Sequence[str] | None = None, settings: EverythingConfig | None = None
+    ) -> Segments:
+        """Named masks of the whole image, best first.
+
+        Raises:
+            InputError: the image cannot be read, or a name cannot be embedded.
+        """
+        tensor = self.read(image)
+        return _with_image(self.model.everything(tensor, self.names(names), settings), tensor)
+
+
+class TextSegmenter(Predictor[TextToMask]):
+    """A trained text-to-mask model: names in, masks out."""
+
+    def segment(self, image: ImageLike, names: Sequence[str] | None = None) -> Segments:
+        """One mask for each name; its score is the model's own estimate of the mask's quality.
+
+        Training uses names of objects in the image only, so a name of something absent gets a mask too.
+
+        Args:
+            image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB).
+            names: any names; the default vocabulary if None.
+
+        Raises:
+            InputError: the image cannot be read, or a name cannot be embedded.
+        """
+        tensor = self.read(image)
+        chosen = names if names is not None else self.vocabulary
+        vocabulary = build_vocabulary(self.encoder, chosen, self.info.splits).to(self.device)
+        segments = self.model.segment_text(tensor, vocabulary.embeddings)
+        labels = torch.arange(len(vocabulary), device=self.device)
+        return _with_image(replace(segments, labels=labels, scores=segments.ious, names=vocabulary.names), tensor)
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """[3, H, W] uint8 as a PIL image."""
+    return Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy())
+
+
+def _with_image(segments: Segments, tensor: Tensor) -> Segments:
+    """Segments on the CPU, with their image."""
+    return replace(segments.to(torch.device("cpu")), image=to_image(tensor))
+
+
+def load(folder: str | Path, device: str = "cpu") -> Detector:
+    """The detector of a checkpoint folder, ready for any names.
+
+    Raises:
+        InputError: the folder holds no detector checkpoint that this program reads.
+    """
+    model = load_model(folder, CoDet, ViLD)
+    assert isinstance(model, CoDet | ViLD)
+    return Detector(model, load_encoder(Path(folder) / "text"), read_info(folder), device)
+
+
+def load_segmenter(folder: str | Path, device: str = "cpu") -> Segmenter:
+    """The segmenter of an OV-SAM checkpoint folder, ready for any prompts and names.
+
+    Raises:
+        InputError: the folder holds no OV-SAM checkpoint that this program reads.
+    """
+    return Segmenter(load_model(folder, OvSam), load_encoder(Path(folder) / "text"), read_info(folder), device)
+
+
+def load_text_segmenter(folder: str | Path, device: str = "cpu") -> TextSegmenter:
+    """The model of a text-to-mask checkpoint folder, ready for any names.
+
+    Raises:
+        InputError: the folder holds no such checkpoint that this program reads.
+    """
+    return TextSegmenter(load_model(folder, TextToMask), load_encoder(Path(folder) / "text"), read_info(folder), device)
