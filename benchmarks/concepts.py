@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reference import REFERENCE
 
-from data_prep.concepts.nouns import NOUN_TAGS, TOKEN, Nouns, hanta
+from data_prep.concepts.nouns import NOUN_TAGS, TOKEN, NounExtractor, load_hanta
 
 LABELS = Path(__file__).parent / "concept_labels.tsv"
 CAPTIONS = REFERENCE / "data/captions_700.txt"
@@ -31,7 +31,7 @@ def labelled() -> list[tuple[str, set[str]]]:
 def untreated(caption: str) -> list[str]:
     """Nouns by HanTa alone, with its own lemmas: the baseline of the word lists."""
     words = [token.lower() for token in TOKEN.findall(caption)]
-    return [lemma for _, lemma, tag in hanta().tag_sent(words) if tag in NOUN_TAGS]
+    return [lemma for _, lemma, tag in load_hanta().tag_sent(words) if tag in NOUN_TAGS]
 
 
 def compare(title: str, match: Callable[[str], list[str]]) -> tuple[Counter[str], Counter[str]]:
@@ -49,7 +49,7 @@ def compare(title: str, match: Callable[[str], list[str]]) -> tuple[Counter[str]
     return wrong, missed
 
 
-def commonest(nouns: Nouns, captions: list[str]) -> None:
+def commonest(nouns: NounExtractor, captions: list[str]) -> None:
     started = time.perf_counter()
     counts = Counter(name for caption in captions for name in nouns.match(caption))
     seconds = time.perf_counter() - started
@@ -64,11 +64,13 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{len(labelled())} labelled captions, {sum(len(names) for _, names in labelled())} concepts")
     compare("HanTa alone", untreated)
-    wrong, missed = compare("Nouns", Nouns().match)
+    wrong, missed = compare("NounExtractor", NounExtractor().match)
     for title, names in (("found, not labelled", wrong), ("labelled, not found", missed)):
         print(f"{title}: {', '.join(f'{name} {count}' for name, count in names.most_common()) or 'none'}")
     path: Path = arguments.captions
-    commonest(Nouns(), path.read_text().splitlines() if path.exists() else [caption for caption, _ in labelled()])
+    commonest(
+        NounExtractor(), path.read_text().splitlines() if path.exists() else [caption for caption, _ in labelled()]
+    )
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def write_store(root: Path) -> None:
         )
         embeddings.save_shard(table, job)
     saved = list(embeddings.saved_shards(job.staging).values())
-    embeddings.publish(job, saved, producer="benchmark", config_hash="", made_of={"teacher": "none"})
+    embeddings.publish_embeddings(job, saved, producer="benchmark", config_hash="", provenance={"teacher": "none"})
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:

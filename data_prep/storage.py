@@ -1,4 +1,4 @@
-"""Files under a storage URI: a local folder, `s3://`, `gs://` or anything else pyarrow opens."""
+"""Files under a storage URI: a local folder, `s3://`, `gs://` or anything else that pyarrow opens."""
 
 import hashlib
 import posixpath
@@ -12,11 +12,11 @@ from pyarrow import fs
 from ovd_models.errors import InputError
 
 MARKERS = ("clip.json", "table.json", "config.json", "progress.pt")
-"""Files that are written last into a checkpoint's folder."""
+"""Files whose presence marks a checkpoint folder as complete."""
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of `uri` and the path on it; a plain path is a local one, made absolute.
+    """The file system of `uri` and the path on it; a plain path is local and made absolute.
 
     Raises:
         InputError: the scheme is unknown or malformed.
@@ -31,25 +31,25 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def absolute(uri: str) -> str:
-    """`uri` with a local path made absolute, so that it means the same in every process of this machine."""
+    """`uri`, with a local path made absolute, so that it is valid in every process of this machine."""
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri/part/...`; a part that is itself absolute or a URI replaces what stands before it."""
+    """`uri/part/...`; a part that is an absolute path or a URI replaces everything before it."""
     for part in parts:
         uri = part if "://" in part else posixpath.join(uri, part)
     return uri
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder stands at `uri`."""
+    """Whether there is a file or folder at `uri`."""
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
 
 def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
-    """The file's bytes, or `size` of them from `offset` as one range read.
+    """The bytes of a file, or `size` of them from `offset` as one range read.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -60,32 +60,32 @@ def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or none: beside its name first, then moved there."""
-    write_pieces(uri, [content])
+    """Write a file under a temporary name and move it, so that readers see all of it or none."""
+    write_chunks(uri, [content])
 
 
-def write_pieces(uri: str, pieces: Iterable[bytes]) -> tuple[int, str]:
-    """`write_bytes` for what need not be in memory at a time.
+def write_chunks(uri: str, chunks: Iterable[bytes]) -> tuple[int, str]:
+    """`write_bytes` for content that need not fit in memory at once.
 
     Returns:
         The file's size and its SHA-256.
     """
     filesystem, path = resolve(uri)
-    if isinstance(filesystem, fs.LocalFileSystem):  # object stores have no folders, and would get empty objects
+    if isinstance(filesystem, fs.LocalFileSystem):  # an object store would get empty objects
         filesystem.create_dir(posixpath.dirname(path), recursive=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     size, digest = 0, hashlib.sha256()
     with filesystem.open_output_stream(temporary) as stream:
-        for piece in pieces:
-            stream.write(piece)
-            digest.update(piece)
-            size += len(piece)
+        for chunk in chunks:
+            stream.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
     filesystem.move(temporary, path)
     return size, digest.hexdigest()
 
 
 def upload_folder(local: Path, uri: str) -> None:
-    """Copy every file below a local folder to `uri`, those by which readers know a whole folder (`MARKERS`) last."""
+    """Copy every file below a local folder to `uri`, those that mark it as complete (`MARKERS`) last."""
     files = [path for path in sorted(local.rglob("*")) if path.is_file()]
     for path in sorted(files, key=lambda path: MARKERS.index(path.name) + 1 if path.name in MARKERS else 0):
         write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
@@ -103,10 +103,10 @@ def download_folder(uri: str, local: Path) -> None:
 
 
 def local_folder(uri: str) -> Path:
-    """A folder as a local path: itself when it is one, else a copy in a temporary folder.
+    """The path of a local folder, or of a temporary copy of a remote one.
 
     Raises:
-        InputError: there is nothing at the URI.
+        InputError: a remote folder cannot be read.
     """
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):

@@ -1,14 +1,14 @@
-"""Every table on disk: its schema with units, and the one way to publish and to read it.
+"""Every table on disk: its schema with units, and how it is published and read.
 
-A table lives in `<storage>/<table>/<name>/`: Parquet files (zstd) and, written last, `manifest.json`. A folder
-without a manifest is not a table, so readers never see half of one. Published files never change.
+A table is the folder `<storage>/<table>/<name>/`: Parquet files (zstd) and, written last, `manifest.json`. A folder
+without a manifest is not a table, so readers never see an incomplete one. Published files never change.
 """
 
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -18,8 +18,13 @@ from data_prep import storage
 from ovd_models.errors import InputError
 
 SCHEMA_VERSION = 1
+TableName = Literal[
+    "pairs", "rejects", "scores", "concepts", "groups", "categories", "boxes", "regions", "embeddings", "features",
+    "texts",
+]  # fmt: skip
+RejectStage = Literal["fetch", "decode", "filter", "dedup"]
 
-REASONS: dict[str, tuple[str, ...]] = {
+REASONS: dict[RejectStage, tuple[str, ...]] = {
     "fetch": (
         "bad_url", "forbidden_address", "dns", "connect", "tls", "timeout", "http_status", "too_many_redirects",
         "too_large", "opt_out",
@@ -30,7 +35,7 @@ REASONS: dict[str, tuple[str, ...]] = {
     ),
     "dedup": ("duplicate_url", "duplicate_bytes", "near_duplicate", "semantic_duplicate"),
 }  # fmt: skip
-"""Every reason a row can be rejected for, by the stage that rejects it."""
+"""Reasons for rejecting a row, by the stage that rejects it."""
 
 
 def _schema(*columns: tuple[str, pa.DataType, str]) -> pa.Schema:
@@ -40,33 +45,33 @@ def _schema(*columns: tuple[str, pa.DataType, str]) -> pa.Schema:
 _BOX = pa.list_(pa.float32())
 _ROW_REFERENCE = pa.struct([("source", pa.string()), ("row", pa.int64())])
 
-SCHEMAS: dict[str, pa.Schema] = {
+SCHEMAS: dict[TableName, pa.Schema] = {
     "pairs": _schema(
         ("image_id", pa.string(), "SHA-256 of the stored image bytes, hexadecimal"),
         ("source", pa.string(), "digest of the input file"),
         ("row", pa.int64(), "row in the input file, from 0"),
-        ("url", pa.string(), "where the image was found"),
+        ("url", pa.string(), "address of the image"),
         ("caption", pa.string(), "cleaned caption"),
-        ("raw_caption", pa.string(), "caption as it came"),
+        ("raw_caption", pa.string(), "caption before cleaning"),
         ("shard", pa.string(), "tar file, relative to the table's folder"),
         ("key", pa.string(), "WebDataset key of the sample"),
         ("offset", pa.int64(), "first byte of the image in the tar"),
         ("size", pa.int64(), "bytes of the image in the tar"),
         ("width", pa.int32(), "stored width in pixels"),
         ("height", pa.int32(), "stored height in pixels"),
-        ("original_width", pa.int32(), "width as found, in pixels"),
-        ("original_height", pa.int32(), "height as found, in pixels"),
+        ("original_width", pa.int32(), "width before resizing, in pixels"),
+        ("original_height", pa.int32(), "height before resizing, in pixels"),
         ("phash", pa.uint64(), "64-bit perceptual hash"),
     ),
     "rejects": _schema(
         ("source", pa.string(), "digest of the input file"),
         ("row", pa.int64(), "row in the input file, from 0"),
-        ("url", pa.string(), "where the image was to be found"),
-        ("caption", pa.string(), "caption as it came"),
+        ("url", pa.string(), "address of the image"),
+        ("caption", pa.string(), "caption before cleaning"),
         ("stage", pa.string(), "fetch, decode, filter or dedup"),
         ("reason", pa.string(), "one of tables.REASONS[stage]"),
-        ("detail", pa.string(), "what was seen, for a person"),
-        ("http_status", pa.int32(), "last HTTP status, null if there was none"),
+        ("detail", pa.string(), "explanation for a person"),
+        ("http_status", pa.int32(), "last HTTP status, or null"),
         ("attempts", pa.int32(), "requests made"),
         ("duplicate_of", _ROW_REFERENCE, "the surviving row, for stage dedup"),
     ),
@@ -91,10 +96,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "categories": _schema(
         ("category_id", pa.int32(), "the annotation file's integer"),
-        ("name", pa.string(), "as people would say it"),
+        ("name", pa.string(), "name in plain words"),
         ("synonyms", pa.list_(pa.string()), "other names"),
         ("frequency", pa.string(), "frequent, common, rare, or empty"),
-        ("split", pa.string(), "base, novel, or empty where it takes no part"),
+        ("split", pa.string(), "base, novel, or empty if it is not used"),
         ("image_count", pa.int64(), "images annotated with it"),
     ),
     "boxes": _schema(
@@ -131,13 +136,13 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("row", pa.int64(), "row in the file"),
     ),
     "texts": _schema(
-        ("name", pa.string(), "what was embedded"),
-        ("prompt_set", pa.string(), "name of the set of templates"),
+        ("name", pa.string(), "the embedded name"),
+        ("prompt_set", pa.string(), "name of its prompt templates"),
         ("embedding", pa.list_(pa.float32()), "unit norm"),
     ),
 }
 
-PRODUCERS: dict[str, str] = {
+PRODUCERS: dict[TableName, str] = {
     "pairs": "python workflows/prepare_pairs.py",
     "rejects": "python workflows/prepare_pairs.py",
     "concepts": "python workflows/prepare_pairs.py",
@@ -150,7 +155,7 @@ PRODUCERS: dict[str, str] = {
     "features": "python workflows/ovsam.py",
     "texts": "python workflows/embed_texts.py",
 }
-"""The command that makes a table, for the message that says it is missing."""
+"""The command that makes each table, for the message about a missing one."""
 
 
 @dataclass(frozen=True)
@@ -165,59 +170,58 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What makes a folder a table."""
+    """The description of a table."""
 
-    table: str
+    table: TableName
     name: str
     producer: str
     config_hash: str
     files: tuple[FileEntry, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Totals, teacher id, prompt set, crop settings: what readers check or show."""
+    """What readers check or show: totals, teacher id, prompt set, crop settings."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def rows(self) -> int:
-        """Rows in all files that hold rows of the table (tar shards count none)."""
+        """Rows of the table (tar shards count none)."""
         return sum(entry.rows for entry in self.files)
 
     @property
     def digest(self) -> str:
-        """A digest of the content, as a run's data-set tag."""
+        """Digest of the content, 16 hexadecimal digits."""
         return storage.sha256("".join(entry.sha256 for entry in self.files).encode())[:16]
 
 
-def table_uri(storage_uri: str, table: str, name: str) -> str:
+def table_uri(storage_uri: str, table: TableName, name: str) -> str:
     """`<storage>/<table>/<name>`."""
     return storage.join(storage_uri, table, name)
 
 
 def write_part(
-    storage_uri: str, table: str, name: str, path: str, rows: pa.Table, row_group_size: int | None = None
+    storage_uri: str, table: TableName, name: str, path: str, rows: pa.Table, row_group_size: int | None = None
 ) -> FileEntry:
-    """Write one Parquet file of a table (any process may); it is published by `publish` later.
+    """Write one Parquet file of a table, from any process; `publish` makes it part of the table.
 
-    Columns of the schema come first and in its order; further columns follow as they are. Small row groups are for
-    tables whose rows are read one here, one there.
+    Columns of the schema come first, in its order; further columns follow unchanged. Small row groups suit tables
+    whose rows are read at random.
     """
     schema = SCHEMAS[table]
     extra = [column for column in rows.column_names if column not in schema.names]
     fields = list(schema) + [rows.schema.field(column) for column in extra]
     ordered = rows.select([entry.name for entry in fields]).cast(pa.schema(fields))
-    return write_file(
-        storage_uri, table, name, path, parquet_bytes(ordered, row_group_size=row_group_size), rows=rows.num_rows
-    )
+    content = parquet_bytes(ordered, row_group_size=row_group_size)
+    return write_file(storage_uri, table, name, path, content, rows=rows.num_rows)
 
 
-def entries_from_json(raw: dict[str, list[dict[str, Any]]]) -> dict[str, list[FileEntry]]:
-    """Files by table, from their JSON form."""
+def entries_from_json(raw: dict[TableName, list[dict[str, Any]]]) -> dict[TableName, list[FileEntry]]:
+    """Parse the files of several tables from JSON."""
     return {table: [FileEntry(**entry) for entry in entries] for table, entries in raw.items()}
 
 
 def parquet_bytes(
     rows: pa.Table, compression: str | dict[str, str] = "zstd", row_group_size: int | None = None
 ) -> bytes:
-    """A Parquet file."""
+    """The bytes of a Parquet file."""
     buffer = io.BytesIO()
     pq.write_table(rows, buffer, compression=compression, row_group_size=row_group_size)
     return buffer.getvalue()
@@ -230,7 +234,7 @@ def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def open_parquet(uris: Sequence[str], schema: pa.Schema) -> ds.Dataset:
-    """The given columns of Parquet files on one file system, read when they are asked for; no file gives no row."""
+    """The given columns of Parquet files on one file system, read lazily; no file gives no row."""
     if not uris:
         return ds.dataset([], schema)
     filesystem, _ = storage.resolve(uris[0])
@@ -238,22 +242,18 @@ def open_parquet(uris: Sequence[str], schema: pa.Schema) -> ds.Dataset:
     return ds.dataset(paths, schema=schema, format="parquet", filesystem=filesystem)
 
 
-def write_file(storage_uri: str, table: str, name: str, path: str, content: bytes, *, rows: int = 0) -> FileEntry:
-    """Write one file of a table, whole or not at all."""
-    return write_pieces(storage_uri, table, name, path, [content], rows=rows)
-
-
-def write_pieces(
-    storage_uri: str, table: str, name: str, path: str, pieces: Iterable[bytes], *, rows: int = 0
+def write_file(
+    storage_uri: str, table: TableName, name: str, path: str, content: bytes | Iterable[bytes], *, rows: int = 0
 ) -> FileEntry:
-    """`write_file` for what need not be in memory at a time."""
-    size, digest = storage.write_pieces(storage.join(table_uri(storage_uri, table, name), path), pieces)
+    """Write one file of a table; readers see all of it or none. Chunks need not fit in memory together."""
+    chunks = [content] if isinstance(content, bytes) else content
+    size, digest = storage.write_chunks(storage.join(table_uri(storage_uri, table, name), path), chunks)
     return FileEntry(path, size, rows, digest)
 
 
 def publish(
     storage_uri: str,
-    table: str,
+    table: TableName,
     name: str,
     files: Sequence[FileEntry],
     *,
@@ -261,7 +261,7 @@ def publish(
     config_hash: str,
     details: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write the manifest, last: from here on the table exists."""
+    """Write the manifest, which makes the table visible to readers."""
     manifest = Manifest(
         table=table,
         name=name,
@@ -275,8 +275,8 @@ def publish(
     return manifest
 
 
-def find_manifest(storage_uri: str, table: str, name: str) -> Manifest | None:
-    """The manifest of a published table, or None where there is no table.
+def find_manifest(storage_uri: str, table: TableName, name: str) -> Manifest | None:
+    """The manifest of a published table, or None if there is no table.
 
     Raises:
         InputError: the manifest is unreadable or of another schema version.
@@ -297,16 +297,15 @@ def find_manifest(storage_uri: str, table: str, name: str) -> Manifest | None:
     return manifest
 
 
-def read_manifest(storage_uri: str, table: str, name: str) -> Manifest:
-    """The manifest of a table that must be there.
+def read_manifest(storage_uri: str, table: TableName, name: str) -> Manifest:
+    """The manifest of a published table.
 
     Raises:
-        InputError: it is not; the message says which command makes it.
+        InputError: there is no such table; the message says which command makes it.
     """
     manifest = find_manifest(storage_uri, table, name)
     if manifest is None:
-        made_by = PRODUCERS.get(table, "an earlier workflow")
-        raise InputError(f"{table_uri(storage_uri, table, name)}: no such table; `{made_by}` makes it")
+        raise InputError(f"{table_uri(storage_uri, table, name)}: no such table; `{PRODUCERS[table]}` makes it")
     return manifest
 
 
@@ -315,7 +314,7 @@ def parquet_files(manifest: Manifest) -> list[str]:
     return [entry.path for entry in manifest.files if entry.path.endswith(".parquet")]
 
 
-def read_table(storage_uri: str, table: str, name: str, columns: Iterable[str] | None = None) -> pa.Table:
+def read_table(storage_uri: str, table: TableName, name: str, columns: Iterable[str] | None = None) -> pa.Table:
     """All rows of a table, in published order.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Embed: what a CLIP teacher sees in regions, and in image-text pairs, computed once and kept.
+"""Embed: a CLIP teacher's embeddings of regions and of image-text pairs, computed once and kept.
 
 boxes --given boxes, or a detector's proposals--> crops at 1x and 1.5x -> regions
 pairs --> images and captions ------------------------------------------> embeddings
@@ -25,45 +25,52 @@ import ray.data
 from ray.exceptions import RayTaskError
 
 from data_prep import storage, tables
-from data_prep.embeddings import stores as embeddings
-from data_prep.embeddings import teachers
+from data_prep.embeddings import stores, teachers
 from data_prep.embeddings.crops import Colour, CropConfig, Fit
-from data_prep.embeddings.stores import EmbeddingJob, save_shard
-from data_prep.embeddings.teachers import EmbedConfig, PairStage, RegionStage, Shards, ShardWorker
-from data_prep.pace import ExecutorPause
+from data_prep.embeddings.stores import ArrayTable, EmbeddingJob, save_shard
+from data_prep.embeddings.teachers import (
+    EmbedConfig,
+    ImageTable,
+    PairStage,
+    RegionStage,
+    Shard,
+    ShardSource,
+    ShardWorker,
+)
+from data_prep.executor_pause import ExecutorPause
 from data_prep.tables import Manifest
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
 
 PRODUCER = "workflows/embed.py"
 PROGRESS_SECONDS = 5.0
-CORES_OF_AN_ACTOR = 8
-"""Without a GPU: few processes, since each holds the teacher's working memory, and torch."""
+CORES_PER_ACTOR = 8
+"""Without a GPU: few processes, since each holds torch and the teacher's working memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Which tables one teacher looks at."""
+    """The teacher, and the tables that it embeds."""
 
     storage: str = "store"
     """Folder or URI that holds all tables."""
     teacher: str
-    """Folder or URI of a CLIP checkpoint, or with `pretrained` an architecture of open_clip, such as `ViT-B-32`."""
+    """Folder or URI of a CLIP checkpoint, or with `pretrained` an open_clip architecture such as `ViT-B-32`."""
     pretrained: str = ""
-    """Released weights of that architecture: a tag (`openai`), or a file; kept in `<storage>/teachers`."""
+    """Released weights of that architecture: a tag (`openai`) or a file; stored in `<storage>/teachers`."""
     name: str
     """Name of the tables `regions` and `embeddings`."""
     boxes: str = ""
     """Name of the `boxes` table whose images get region embeddings; none if empty."""
     detector: str = ""
-    """Checkpoint of a detector that proposes the boxes; those of the table are taken if empty."""
+    """Checkpoint of a detector that proposes boxes; if empty, the table's boxes are used."""
     max_proposals: int = 300
-    """The best of an image (M)."""
+    """Number of proposals of an image (M), best first."""
     crops: CropConfig = field(default_factory=CropConfig)
     pairs: str = ""
     """Name of the `pairs` table whose images and captions are embedded; none if empty."""
     fit: Fit = "centre"
-    """How the image of a pair becomes the teacher's square: as in its training."""
+    """How the image of a pair becomes a square: as in the teacher's training."""
     embed: EmbedConfig = field(default_factory=EmbedConfig)
 
     def __post_init__(self) -> None:
@@ -75,7 +82,7 @@ class Run:
 
 
 def smoke() -> Run:
-    """Seconds; builds its own boxes, pairs and teacher, which has not learnt anything."""
+    """Seconds; makes its own boxes, pairs and untrained teacher."""
     return Run(teacher="", name="smoke", boxes="smoke-train", pairs="smoke", fit="warp")
 
 
@@ -90,56 +97,67 @@ def photos() -> Run:
 
 
 def lvis() -> Run:
-    """ViLD's: up to 300 proposals of a detector that has seen base categories alone; give it both checkpoints."""
+    """ViLD's: up to 300 proposals of a detector trained on base categories only; give it both checkpoints."""
     return Run(teacher="", name="lvis", boxes="lvis-train", embed=EmbedConfig(batch_size=256, threads=4))
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "photos": photos, "lvis": lvis}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One table to be made."""
+@dataclass(frozen=True)
+class TeacherInfo:
+    """A teacher's description, read without its weights."""
 
-    table: str
-    source: tuple[str, str]
+    id: str
+    side: int
+    """Side of its square input in pixels."""
+    margin: Colour
+    """Colour that its normalisation maps to zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingTask:
+    """One table to make."""
+
+    table: ArrayTable
+    source: tuple[ImageTable, str]
     """Table and name of the images."""
-    made_of: dict[str, Any]
-    """What readers check, and what the table was made from."""
+    provenance: dict[str, Any]
+    """What the embeddings depend on, which readers check."""
     columns: tuple[str, ...]
-    """Of the source."""
+    """Columns to read from the source."""
     load: Callable[[pa.Table], pa.Table]
-    """Rows of the source -> rows with pixels."""
+    """Maps rows of the source to rows with pixels."""
     stage: type[RegionStage] | type[PairStage]
     arguments: tuple[Any, ...]
-    """Of the stage."""
+    """Arguments of the stage."""
 
 
 def embed(run: Run) -> list[Manifest]:
-    """Publish `regions/<name>` and `embeddings/<name>`, as far as the run asks for them.
+    """Publish `regions/<name>` if the run has boxes, and `embeddings/<name>` if it has pairs.
 
     Raises:
-        InputError: a table or checkpoint is missing, an image cannot be read, or the name holds a table that was
-            made of something else.
+        InputError: a table or checkpoint is missing, an image cannot be read, or the name is that of a table with
+            another provenance.
     """
     if not run.teacher:
         raise InputError("--teacher: missing, expected a CLIP checkpoint; `python workflows/clip.py` makes one")
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
-    run = dataclasses.replace(run, teacher=bring_in(run) if run.pretrained else storage.absolute(run.teacher))
-    teacher, side, margin = look_at_teacher(run.teacher)
+    run = dataclasses.replace(run, teacher=store_released(run) if run.pretrained else storage.absolute(run.teacher))
+    teacher = read_teacher_info(run.teacher)
     tasks = []
     if run.boxes:
         tasks.append(region_task(run, teacher))
     if run.pairs:
-        tasks.append(pair_task(run, teacher, side, margin))
-    return [publish(run, task) for task in tasks]
+        tasks.append(pair_task(run, teacher))
+    return [make_table(run, task) for task in tasks]
 
 
-def bring_in(run: Run) -> str:
-    """Released weights as a checkpoint of ours in the storage; returns where it is.
+def store_released(run: Run) -> str:
+    """Save released weights as a checkpoint in the storage, unless it is there; returns its URI.
 
     Raises:
-        InputError: there is no such architecture, or there are no such weights.
+        InputError: the architecture or the weights are unknown.
     """
     file = Path(run.pretrained)
     tag = f"{file.stem}-{storage.sha256(file.read_bytes())[:8]}" if file.is_file() else run.pretrained
@@ -151,8 +169,8 @@ def bring_in(run: Run) -> str:
     return checkpoint
 
 
-def look_at_teacher(checkpoint: str) -> tuple[str, int, Colour]:
-    """A teacher's id, the side of its input and the colour that it sees as nothing; its weights are left to actors.
+def read_teacher_info(checkpoint: str) -> TeacherInfo:
+    """Read the description of a CLIP checkpoint; only actors load its weights.
 
     Raises:
         InputError: there is no checkpoint, or its description is broken.
@@ -161,146 +179,150 @@ def look_at_teacher(checkpoint: str) -> tuple[str, int, Colour]:
     if not storage.exists(path):
         raise InputError(
             f"{checkpoint}: no CLIP checkpoint (clip.json); `python workflows/clip.py` makes one, and --pretrained "
-            "takes released weights of an architecture"
+            "uses released weights of an architecture"
         )
     try:
-        told = json.loads(storage.read_bytes(path))
-        config = told["config"]
-        return str(told["teacher"]), int(config["vision"]["image_size"]), teachers.margin_of(config["mean"])
+        info = json.loads(storage.read_bytes(path))
+        config = info["config"]
+        margin = teachers.margin_of(config["mean"])
+        return TeacherInfo(id=str(info["teacher"]), side=int(config["vision"]["image_size"]), margin=margin)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the description of a CLIP checkpoint ({error!r})") from error
 
 
-def region_task(run: Run, teacher: str) -> Task:
+def region_task(run: Run, teacher: TeacherInfo) -> EmbeddingTask:
     """The crops of boxes."""
-    proposals = "given"
+    proposals, detector = "given", ""
     if run.detector:
-        run = dataclasses.replace(run, detector=storage.absolute(run.detector))
         from ovd_models.checkpoints import read_info  # here, so that the driver stays small
 
-        folder = storage.local_folder(run.detector)
+        detector = storage.absolute(run.detector)
+        folder = storage.local_folder(detector)
         method = read_info(folder).method
         proposals = f"{method}:{storage.sha256((folder / 'model.safetensors').read_bytes())[:16]}, {run.max_proposals}"
-    return Task(
+    return EmbeddingTask(
         table="regions",
         source=("boxes", run.boxes),
-        made_of={"teacher": teacher, "crops": dataclasses.asdict(run.crops), "proposals": proposals},
+        provenance={"teacher": teacher.id, "crops": dataclasses.asdict(run.crops), "proposals": proposals},
         columns=("image_id", "uri", "boxes"),
         load=partial(teachers.load_pictures, root=run.storage),
         stage=RegionStage,
-        arguments=(run.teacher, run.embed, run.crops, run.detector, run.max_proposals),
+        arguments=(run.teacher, run.embed, run.crops, detector, run.max_proposals),
     )
 
 
-def pair_task(run: Run, teacher: str, side: int, margin: Colour) -> Task:
+def pair_task(run: Run, teacher: TeacherInfo) -> EmbeddingTask:
     """Whole images and their captions."""
-    load = partial(
-        teachers.load_squares,
-        root=tables.table_uri(run.storage, "pairs", run.pairs),
-        side=side,
-        fit=run.fit,
-        margin=margin,
-    )
-    return Task(
+    root = tables.table_uri(run.storage, "pairs", run.pairs)
+    return EmbeddingTask(
         table="embeddings",
         source=("pairs", run.pairs),
-        made_of={"teacher": teacher, "fit": run.fit},
+        provenance={"teacher": teacher.id, "fit": run.fit},
         columns=("image_id", "caption", "shard", "offset", "size"),
-        load=load,
+        load=partial(teachers.load_squares, root=root, side=teacher.side, fit=run.fit, margin=teacher.margin),
         stage=PairStage,
         arguments=(run.teacher, run.embed),
     )
 
 
-def publish(run: Run, task: Task) -> Manifest:
-    """Embed what is not yet done of a table and publish it, or find it published.
+def make_table(run: Run, task: EmbeddingTask) -> Manifest:
+    """Embed the shards of a table that are missing and publish it, unless it is published.
 
     Raises:
-        InputError: as `embed`.
+        InputError: as in `embed`.
     """
     table, name = task.source
     digest = tables.read_manifest(run.storage, table, name).digest
-    made_of = {**task.made_of, "source": f"{table}/{name}", "source_digest": digest, "checkpoint": run.teacher}
-    config_hash = storage.sha256(repr((task.made_of, task.source, digest)).encode())[:16]
+    provenance = {**task.provenance, "source": f"{table}/{name}", "source_digest": digest}
+    config_hash = storage.sha256(repr((task.provenance, task.source, digest)).encode())[:16]
     uri = tables.table_uri(run.storage, task.table, run.name)
     published = tables.find_manifest(run.storage, task.table, run.name)
     if published is not None:
-        embeddings.check_made_of(
-            published, uri, {key: made_of[key] for key in (*task.made_of, "source", "source_digest")}
-        )
+        stores.check_provenance(published, uri, provenance)
         print(f"{task.table}: {uri} is there already, from the same config")
         return published
     layout = storage.sha256(f"{config_hash} {run.embed.images_per_shard} {run.embed.batch_size}".encode())[:8]
     staging = storage.join(run.storage, "staging", task.table, run.name, layout)
     job = EmbeddingJob(storage=run.storage, table=task.table, name=run.name, staging=staging)
     shards = teachers.cut_shards(run.storage, table, name, run.embed.images_per_shard, prefix=f"{layout}-")
-    run_shards(run, task, job, shards)
-    saved = embeddings.saved_shards(staging)
-    return embeddings.publish(
-        job, [saved[shard.name] for shard in shards], producer=PRODUCER, config_hash=config_hash, made_of=made_of
+    run_shards(run.embed, task, job, shards)
+    saved = stores.saved_shards(staging)
+    return stores.publish_embeddings(
+        job,
+        [saved[shard.name] for shard in shards],
+        producer=PRODUCER,
+        config_hash=config_hash,
+        provenance={**provenance, "checkpoint": run.teacher},
     )
 
 
-def run_shards(run: Run, task: Task, job: EmbeddingJob, shards: list[teachers.Shard]) -> None:
+def run_shards(config: EmbedConfig, task: EmbeddingTask, job: EmbeddingJob, shards: list[Shard]) -> None:
     """Embed and save the shards that are not yet on disk."""
-    done = embeddings.saved_shards(job.staging)
+    done = stores.saved_shards(job.staging)
     missing = [shard for shard in shards if shard.name not in done]
     if done:
         print(f"{job.table}: {len(done):,} of {len(shards):,} shards done by an earlier run", flush=True)
     if not missing:
         return
-    config = run.embed
     if config.actors == 0:
         stage = task.stage(*task.arguments)
-        read = (rows for shard in missing for rows in teachers.read_shard(task.columns, task.load, shard))
+        read = (teachers.read_shard(shard, task.columns, task.load) for shard in missing)
         show_progress(job.table, (save_shard(stage(rows), job) for rows in read), len(missing))
         return
     cluster.start_ray()
+    saved = shard_stream(config, task, job, missing).iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=0
+    )
+    try:
+        show_progress(job.table, saved, len(missing))
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError):  # Ray adds lines to a task's error
+            raise InputError(str(error.cause).splitlines()[0]) from None
+        raise
+
+
+def shard_stream(config: EmbedConfig, task: EmbeddingTask, job: EmbeddingJob, shards: list[Shard]) -> ray.data.Dataset:
+    """The Ray Data pipeline that reads shards on the CPU pool, and embeds and saves them in actors."""
     actors = count_actors(config)
     cores = cluster.cores()
-    # Two shards at a time on a GPU: one is cut or written beside the passes of another. Without one, one for each core,
+    # Two shards at a time on a GPU: one is cropped or saved during the passes of another. On CPUs one for each core,
     # and half as many processes decode, which is far less work.
     calls, decoders = (2, cores) if config.gpus else (max(1, cores // actors), max(1, cores // 2))
     rows = ray.data.read_datasource(
-        Shards(missing, task.columns, task.load),
-        override_num_blocks=len(missing),
+        ShardSource(shards, partial(teachers.read_shard, columns=task.columns, load=task.load)),
+        override_num_blocks=len(shards),
         compute=ray.data.TaskPoolStrategy(size=decoders),
         num_cpus=0.5,
-    ).map_batches(
+    )
+    embedded: ray.data.Dataset = rows.map_batches(
         ShardWorker,
         fn_constructor_args=(task.stage, task.arguments, job),
         batch_format="pyarrow",
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(
-            size=min(actors, len(missing)), max_concurrent_calls_per_actor=calls, enable_true_multi_threading=True
+            size=min(actors, len(shards)), max_concurrent_calls_per_actor=calls, enable_true_multi_threading=True
         ),
         num_gpus=config.gpus,
         num_cpus=0.5 if config.gpus else 0.5 * calls,
     )
-    rows.context.target_max_block_size = None  # a shard stays whole
+    embedded.context.target_max_block_size = None  # a shard stays whole
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=config.waiting_bytes * actors)
-    rows.context.execution_options.resource_limits = limits
-    rows.context.custom_execution_callback_classes = [ExecutorPause]
-    try:
-        saved = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        show_progress(job.table, saved, len(missing))
-    except RayTaskError as error:
-        if isinstance(error.cause, InputError):  # of a task; Ray adds lines of its own
-            raise InputError(str(error.cause).splitlines()[0]) from None
-        raise
+    embedded.context.execution_options.resource_limits = limits
+    embedded.context.custom_execution_callback_classes = [ExecutorPause]
+    return embedded
 
 
 def count_actors(config: EmbedConfig) -> int:
-    """Processes that hold the teacher.
+    """The number of processes that hold the teacher.
 
     Raises:
-        InputError: they are to be as many as the GPUs allow, and there is none.
+        InputError: it depends on the GPUs, and there are too few.
     """
     if config.actors is not None:
         return config.actors
     if not config.gpus:
         machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        return max(1, int(sum(math.ceil(cpus / CORES_OF_AN_ACTOR) for cpus in machines)))
+        return max(1, int(sum(math.ceil(cpus / CORES_PER_ACTOR) for cpus in machines)))
     gpus = float(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     if gpus < config.gpus:
         raise InputError(f"--embed.gpus {config.gpus:g}: found {gpus:g}, expected more or --embed.actors")
@@ -308,11 +330,12 @@ def count_actors(config: EmbedConfig) -> int:
 
 
 def show_progress(table: str, saved: Iterable[pa.Table], total: int) -> None:
-    """Run the work, with a line every few seconds."""
+    """Consume the saved shards, and print a line every few seconds."""
     started = shown = time.monotonic()
     shards, images, count = 0, 0, 0
     for batch in saved:
-        shards, images = shards + batch.num_rows, images + sum(batch["images"].to_pylist())
+        shards += batch.num_rows
+        images += sum(batch["images"].to_pylist())
         count += sum(batch["rows"].to_pylist())
         now = time.monotonic()
         if now - shown >= PROGRESS_SECONDS or shards == total:
@@ -324,7 +347,7 @@ def show_progress(table: str, saved: Iterable[pa.Table], total: int) -> None:
 
 
 def make_smoke_tables(run: Run) -> Run:
-    """The run with tables of its own and a teacher that has not learnt anything, made where they are missing."""
+    """Make the tables and the untrained teacher of a smoke run if missing; returns the run with the teacher."""
     from workflows import prepare_boxes, prepare_pairs  # here, so that the driver stays small
     from workflows.common.teacher import untrained_teacher
 
@@ -335,7 +358,7 @@ def make_smoke_tables(run: Run) -> Run:
 
 
 def main() -> None:
-    """The script."""
+    """Run the script."""
     run = cli.parse(CONFIGS, __doc__)
     if run.name == "smoke" and not run.teacher:
         run = make_smoke_tables(run)

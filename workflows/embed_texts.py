@@ -1,4 +1,4 @@
-"""Names to the store of embedded names, once for every workflow.
+"""Embed names into the store of text embeddings, once for every workflow.
 
 names (a file with one a line, or a box set's) --teacher, prompt set--> texts/<teacher>
 .npy matrix + categories (JSON)               --count, width, order--> texts/<teacher>
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from data_prep import storage, tables
-from data_prep.embeddings.texts import TextStore, check_order, import_matrix, read_category_names, read_matrix
+from data_prep.embeddings.texts import TextStore, check_order, read_category_names, read_matrix
 from ovd_models.clip.model import ClipTextEncoder, load_text_encoder
 from ovd_models.errors import InputError
 from ovd_models.prompts import clean_name, find_prompt_set
@@ -23,40 +23,40 @@ from workflows.common import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is embedded by whom."""
+    """The names or the matrix to store, and the model."""
 
     storage: str = "store"
     """Folder or URI that holds all tables."""
     model: str = ""
-    """A CLIP checkpoint of ours, or an architecture of open_clip."""
+    """A CLIP checkpoint of ours, or an open_clip architecture."""
     pretrained: str = ""
-    """Weights of an architecture: a tag, or a file."""
+    """Weights of that architecture: a tag or a file."""
     prompt_set: str = ""
-    """See `ovd_models/prompts.py`; empty: the model's own."""
+    """A prompt set of `ovd_models/prompts.py`; if empty, the model's own."""
     names: str = ""
     """A file with a name on every line."""
     boxes: str = ""
     """Instead: the categories of this box set."""
     clean: bool = False
-    """Clean names as ViLD does: underscores, slashes, upper case and final dots go."""
+    """Clean names as ViLD does: remove underscores, slashes, upper case and final dots."""
     matrix: str = ""
-    """A .npy file with embeddings of `categories`, in category-id order."""
+    """A .npy file with embeddings of `categories`, in order of category ids."""
     categories: str = ""
     """JSON with `id` and `name` of every row of `matrix`."""
     teacher: str = ""
-    """Who embedded `matrix`; empty: named by the file's name and content."""
+    """Id of the model that embedded `matrix`; if empty, derived from the file's name and content."""
 
 
 def default() -> Run:
-    """Nothing is preset."""
+    """No presets."""
     return Run()
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
 
 
-def read_names(run: Run) -> tuple[str, ...]:
-    """The names to embed.
+def names_to_embed(run: Run) -> tuple[str, ...]:
+    """The names of the box set or of the file.
 
     Raises:
         InputError: the file or table is missing or empty.
@@ -73,8 +73,12 @@ def read_names(run: Run) -> tuple[str, ...]:
     return clean_names([clean_name(name) for name in names] if run.clean else names)
 
 
-def open_teacher(run: Run) -> ClipTextEncoder:
-    """The model's text half, with the prompt set that is asked for."""
+def open_text_encoder(run: Run) -> ClipTextEncoder:
+    """The model's text encoder, with the run's prompt set.
+
+    Raises:
+        InputError: the model or the prompt set is missing or unknown.
+    """
     if not run.model:
         raise InputError("--model: missing, expected a CLIP checkpoint, or an architecture with --pretrained")
     encoder = load_text_encoder(run.model if run.pretrained else storage.local_folder(run.model), run.pretrained)
@@ -85,34 +89,32 @@ def open_teacher(run: Run) -> ClipTextEncoder:
 
 
 def embed(run: Run) -> tuple[TextStore, int]:
-    """Fill the store; returns it and how many names were new."""
+    """Fill the store; returns it and the number of new names."""
     if not run.matrix:
-        encoder = open_teacher(run)
-        store = TextStore.of(run.storage, encoder.teacher)
-        return store, store.fill(encoder, read_names(run))
+        encoder = open_text_encoder(run)
+        store = TextStore(run.storage, encoder.teacher)
+        return store, store.fill(encoder, names_to_embed(run))
     if not run.categories:
         raise InputError("--categories: missing, expected the JSON whose ids give the order of --matrix")
     table = read_matrix(run.matrix, read_category_names(run.categories))
-    table = replace(table, teacher=run.teacher or table.teacher)
+    table = replace(table, teacher=run.teacher or table.teacher, prompt_set=run.prompt_set or "given")
     if run.model:
-        encoder = open_teacher(run)
+        encoder = open_text_encoder(run)
         print(f"{check_order(table, encoder, run.matrix):.0%} of the sampled names are nearest to their own row")
         table = replace(table, teacher=encoder.teacher)
-    before = TextStore.of(run.storage, table.teacher).manifest()
-    store = import_matrix(run.storage, table, run.prompt_set or "given")
-    after = store.manifest()
-    return store, (after.rows if after else 0) - (before.rows if before else 0)
+    store = TextStore(run.storage, table.teacher)
+    return store, store.import_table(table)
 
 
 def main() -> None:
-    """Embed and tell where the rows are."""
+    """Run the script."""
     run = cli.parse(CONFIGS, __doc__)
     started = time.perf_counter()
     store, count = embed(run)
     manifest = store.manifest()
     total = manifest.rows if manifest else 0
-    print(f"{count} names embedded, {total} in {tables.table_uri(run.storage, 'texts', store.name)}", end="")
-    print(f" ({time.perf_counter() - started:.0f} s)")
+    uri, seconds = tables.table_uri(run.storage, "texts", store.name), time.perf_counter() - started
+    print(f"{count} names embedded, {total} in {uri} ({seconds:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -129,8 +129,9 @@ def teach_sam(run: Run) -> str:
     Raises:
         InputError: the table of masks is missing.
     """
-    tables_read = {"boxes": f"{run.boxes}-train"}
-    with runs.open_run(run, "ovsam", tables_read=tables_read, inputs={}, stages=(run.sam_stage,)) as active:
+    with runs.open_run(
+        run, "ovsam", tables_read={"boxes": f"{run.boxes}-train"}, inputs={}, stages=(run.sam_stage,)
+    ) as active:
         return train_sam(run, active)
 
 
@@ -222,7 +223,7 @@ def read_names(run: Run, encoder: ClipTextEncoder) -> OvSamNames:
     """
     categories, splits = read_categories(run.storage, run.boxes)
     base = [name for name, split in splits.items() if split == "base"]
-    stored = StoredEncoder(encoder, TextStore.of(run.storage, encoder.teacher))
+    stored = StoredEncoder(encoder, TextStore(run.storage, encoder.teacher))
     return OvSamNames(
         {name: category_id for category_id, name in categories.items()},
         splits,

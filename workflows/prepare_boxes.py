@@ -101,7 +101,7 @@ def prepare(run: Run) -> None:
     )
 
 
-def publish_rows(run: Run, table: str, name: str, rows: pa.Table, config_hash: str) -> None:
+def publish_rows(run: Run, table: tables.TableName, name: str, rows: pa.Table, config_hash: str) -> None:
     """Publish a table of one part."""
     part = tables.write_part(run.storage, table, name, "part-00000.parquet", rows)
     tables.publish(run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash)

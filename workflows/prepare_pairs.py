@@ -35,7 +35,8 @@ import ray
 from data_prep import storage, tables
 from data_prep.concepts.groups import write_groups
 from data_prep.concepts.names import Extractor, NameMatcher
-from data_prep.concepts.nouns import Nouns
+from data_prep.concepts.nouns import NounExtractor
+from data_prep.object_store import put_shared
 from data_prep.pairs import growth, inputs, scores, shards
 from data_prep.pairs.crawl import DECODERS, RESTARTING, CrawlerPool, CrawlSteps, FileReader, show_progress
 from data_prep.pairs.decode import decode_image
@@ -47,7 +48,6 @@ from data_prep.pairs.rows import EMBEDDING, LIGHT
 from data_prep.pairs.scores import ScoreStage
 from data_prep.pairs.staging import Staging
 from data_prep.pictograms import webserver, website
-from data_prep.shared import share
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
 from workflows.configs.pairs import CONFIGS, Run, smoke
@@ -128,7 +128,7 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
     check(run)
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
     vocabulary = NameMatcher.read(run.vocabulary) if run.vocabulary else NameMatcher.parse(run.names)
-    extractor: Extractor = vocabulary if vocabulary.names else Nouns()
+    extractor: Extractor = vocabulary if vocabulary.names else NounExtractor()
     config_hash = result_hash(run, vocabulary)
     published = growth.find_published(run.storage, run.name, config_hash, lists=lists, add=run.add, retry=run.retry)
     new = {digest: uri for digest, uri in lists.items() if published is None or digest not in published.sources}
@@ -273,7 +273,7 @@ def write_shards(
     )
     decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
-    common, concepts = share(partition_job), share(extractor)
+    common, concepts = put_shared(partition_job), put_shared(extractor)
     arguments = []
     for count, name in enumerate(plan.partitions):
         first = plan.first_id(name, run.rows_per_shard)

@@ -1,4 +1,4 @@
-"""Search: the regions or pairs that a teacher finds most like a text, as a table and a sheet of pictures.
+"""Search: the regions or pairs most similar to a text by a teacher, as a table and a sheet of pictures.
 
 text -> prompt -> embedding --nearest rows of a store--> pictures with scores
 
@@ -23,9 +23,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from data_prep import storage, tables
-from data_prep.embeddings.nearest import nearest
-from data_prep.embeddings.stores import FlatRows, open_rows
+from data_prep.embeddings.nearest import find_nearest
+from data_prep.embeddings.stores import ArrayTable, open_rows
 from data_prep.streams.images import read_image
+from data_prep.tables import TableName
 from ovd_models.clip.model import load_text_encoder
 from ovd_models.drawing import draw_boxes
 from ovd_models.errors import InputError
@@ -33,11 +34,18 @@ from ovd_models.prompts import prompts_of
 from workflows import embed
 from workflows.common import cli
 
-STORES = {"regions": ("regions", "file"), "images": ("embeddings", "file"), "captions": ("embeddings", "text_file")}
+Kind = Literal["regions", "images", "captions"]
+ARRAYS: dict[Kind, tuple[ArrayTable, str]] = {
+    "regions": ("regions", "file"),
+    "images": ("embeddings", "file"),
+    "captions": ("embeddings", "text_file"),
+}
+"""The table and the column of each kind of row."""
 TILE = 224
 """Side of a picture on the sheet, in pixels."""
 COLUMNS = 5
 LINE = 16
+"""Height of a line of text on the sheet, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +57,19 @@ class Run:
     name: str
     """Name of the `regions` or `embeddings` table."""
     text: str = "red umbrella"
-    """What is looked for."""
-    over: Literal["regions", "images", "captions"] = "regions"
+    """The query."""
+    over: Kind = "regions"
     prompt_set: str = "photo"
-    """Templates that the text is put into; the text alone if empty."""
+    """Prompt templates around the text; if empty, the text alone."""
     teacher: str = ""
-    """Folder or URI of the CLIP checkpoint; the one that made the table if empty."""
+    """Folder or URI of the CLIP checkpoint; if empty, the one that made the table."""
     top: int = 20
-    """How many are shown."""
+    """Number of results."""
     output: str = ""
-    """Where the sheet goes, a .jpg; `<storage>/reports/search-<name>.jpg` if empty."""
+    """Path of the sheet, a .jpg; if empty, `<storage>/reports/search-<name>.jpg`."""
 
     def __post_init__(self) -> None:
-        """Check that there is something to look for."""
+        """Check the query."""
         if not self.text.strip():
             raise InputError("--text: empty, expected words")
         if self.top < 1:
@@ -69,7 +77,7 @@ class Run:
 
 
 def smoke() -> Run:
-    """Over what `embed.py --config smoke` makes, which is made first where it is missing."""
+    """Over the tables of `embed.py --config smoke`, which are made first if they are missing."""
     return Run(name="smoke")
 
 
@@ -92,26 +100,36 @@ CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictogram
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hit:
-    """A row of the store that was found."""
+class Match:
+    """A row of the store that is near the query."""
 
+    image_id: str
+    row: int
+    """Index among the image's rows."""
     score: float
     """Cosine between the row and the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """A match with its picture."""
+
+    score: float
     image_id: str
     picture: Image.Image
     box: tuple[float, ...] = ()
-    """xyxy in pixels, of a region."""
+    """xyxy in pixels, if it is a region."""
     caption: str = ""
-    """Of a pair."""
+    """If it is a pair."""
 
 
 def search(run: Run) -> list[Hit]:
-    """The best rows for a text, best first.
+    """The rows most similar to a text, best first.
 
     Raises:
         InputError: the table or the checkpoint is missing, or the table was made with another teacher.
     """
-    table, column = STORES[run.over]
+    table, column = ARRAYS[run.over]
     manifest = tables.read_manifest(run.storage, table, run.name)
     checkpoint = run.teacher or str(manifest.details["checkpoint"])
     teacher, query_D = embed_query(checkpoint, run.text, run.prompt_set)
@@ -119,11 +137,17 @@ def search(run: Run) -> list[Hit]:
     local = "store" if "://" in run.storage else run.storage
     index = storage.join(storage.absolute(local), "indexes", f"{table}-{run.name}-{column}-{manifest.digest}.faiss")
     started = time.perf_counter()
-    found, scores = nearest(rows, query_D, run.top, index)
+    nearest, scores = find_nearest(rows, query_D, run.top, index)
     print(f"{run.over}: {rows.offsets[-1]:,} rows searched in {time.perf_counter() - started:.2f} s")
-    if run.over == "regions":
-        return region_hits(run, str(manifest.details["source"]), rows, found, scores)
-    return pair_hits(run, str(manifest.details["source"]), rows, found, scores)
+    positions = rows.image_of(nearest)
+    matches = [
+        Match(image_id=rows.ids[position].decode(), row=row, score=score)
+        for position, row, score in zip(
+            positions.tolist(), (nearest - rows.offsets[positions]).tolist(), scores.tolist(), strict=True
+        )
+    ]
+    source_name = str(manifest.details["source"]).split("/", 1)[1]
+    return region_hits(run, source_name, matches) if run.over == "regions" else pair_hits(run, source_name, matches)
 
 
 def embed_query(checkpoint: str, text: str, prompt_set: str) -> tuple[str, npt.NDArray[np.float32]]:
@@ -137,57 +161,45 @@ def embed_query(checkpoint: str, text: str, prompt_set: str) -> tuple[str, npt.N
     return encoder.teacher, query_D
 
 
-def region_hits(
-    run: Run, source: str, rows: FlatRows, found: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]
-) -> list[Hit]:
-    """Regions with the image that they lie in."""
-    positions = rows.image_of(found)
-    ids = [rows.ids[position].decode() for position in positions.tolist()]
-    boxes = lookup(run.storage, f"regions/{run.name}", ids, ["boxes"])["boxes"]
-    uris = lookup(run.storage, source, ids, ["uri"])["uri"]
+def region_hits(run: Run, boxes_name: str, matches: Sequence[Match]) -> list[Hit]:
+    """Regions with their images."""
+    ids = [match.image_id for match in matches]
+    regions = lookup(run.storage, "regions", run.name, ids, ["boxes"])
+    images = lookup(run.storage, "boxes", boxes_name, ids, ["uri"])
     hits = []
-    for row, position, image_id, score in zip(found.tolist(), positions.tolist(), ids, scores.tolist(), strict=True):
-        uri = storage.absolute(storage.join(run.storage, uris[image_id]))
-        box = tuple(boxes[image_id][row - int(rows.offsets[position])])
-        hits.append(Hit(score=score, image_id=image_id, picture=read_image(uri), box=box))
+    for match in matches:
+        uri = storage.absolute(storage.join(run.storage, images[match.image_id]["uri"]))
+        box = tuple(regions[match.image_id]["boxes"][match.row])
+        hits.append(Hit(score=match.score, image_id=match.image_id, picture=read_image(uri), box=box))
     return hits
 
 
-def pair_hits(
-    run: Run, source: str, rows: FlatRows, found: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]
-) -> list[Hit]:
-    """Pairs with their image and caption."""
-    ids = [rows.ids[position].decode() for position in rows.image_of(found).tolist()]
-    columns = lookup(run.storage, source, ids, ["caption", "shard", "offset", "size"])
-    root = storage.absolute(tables.table_uri(run.storage, *source.split("/", 1)))
+def pair_hits(run: Run, pairs_name: str, matches: Sequence[Match]) -> list[Hit]:
+    """Pairs with their images and captions."""
+    ids = [match.image_id for match in matches]
+    pairs = lookup(run.storage, "pairs", pairs_name, ids, ["caption", "shard", "offset", "size"])
+    root = storage.absolute(tables.table_uri(run.storage, "pairs", pairs_name))
     hits = []
-    for score, image_id in zip(scores.tolist(), ids, strict=True):
-        caption, shard, offset, size = (column[image_id] for column in columns.values())
-        picture = read_image(storage.join(root, shard), offset=offset, size=size)
-        hits.append(Hit(score=score, image_id=image_id, picture=picture, caption=caption))
+    for match in matches:
+        pair = pairs[match.image_id]
+        picture = read_image(storage.join(root, pair["shard"]), offset=pair["offset"], size=pair["size"])
+        hits.append(Hit(score=match.score, image_id=match.image_id, picture=picture, caption=pair["caption"]))
     return hits
 
 
-def lookup(storage_uri: str, source: str, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Columns of the rows of some images of a table, by column and image id.
-
-    Args:
-        storage_uri: the storage.
-        source: `<table>/<name>`.
-        ids: of the images.
-        columns: which.
-    """
-    table, name = source.split("/", 1)
+def lookup(
+    storage_uri: str, table: TableName, name: str, ids: Sequence[str], columns: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Some columns of the rows of some images, by image id."""
     root = tables.table_uri(storage_uri, table, name)
     files = [storage.join(root, path) for path in tables.parquet_files(tables.read_manifest(storage_uri, table, name))]
     schema = pa.schema([tables.SCHEMAS[table].field(column) for column in ("image_id", *columns)])
     rows = tables.open_parquet(files, schema).to_table(filter=ds.field("image_id").isin(list(ids)))
-    keys = rows["image_id"].to_pylist()
-    return {column: dict(zip(keys, rows[column].to_pylist(), strict=True)) for column in columns}
+    return {row["image_id"]: row for row in rows.to_pylist()}
 
 
 def result_sheet(text: str, hits: Sequence[Hit]) -> Image.Image:
-    """The pictures in rows, best first, each over its score; a region is framed."""
+    """A sheet of the pictures, best first, each above its score; regions are framed."""
     height = TILE + 2 * LINE
     lines = -(-len(hits) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * TILE, 2 * LINE + max(1, lines) * height), "white")
@@ -207,12 +219,12 @@ def result_sheet(text: str, hits: Sequence[Hit]) -> Image.Image:
 
 
 def describe(hit: Hit) -> str:
-    """Where a region lies, or what a pair says."""
+    """The box of a region, or the caption of a pair."""
     return hit.caption or ", ".join(f"{edge:.0f}" for edge in hit.box)
 
 
 def main() -> None:
-    """The script."""
+    """Run the script."""
     run = cli.parse(CONFIGS, __doc__)
     if run.name == "smoke" and tables.find_manifest(run.storage, "regions", "smoke") is None:
         embed.embed(embed.make_smoke_tables(dataclasses.replace(embed.smoke(), storage=run.storage)))

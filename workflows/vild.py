@@ -204,8 +204,8 @@ def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSou
     crops, name = dataclasses.asdict(run.crops), run.regions
     if not name:
         weights = (storage.local_folder(proposals) / "model.safetensors").read_bytes()
-        made_of = (storage.sha256(weights), encoder.teacher, crops, run.max_proposals, run.train_table)
-        name = f"{run.train_table}-{storage.sha256(repr(made_of).encode())[:8]}"
+        provenance = (storage.sha256(weights), encoder.teacher, crops, run.max_proposals, run.train_table)
+        name = f"{run.train_table}-{storage.sha256(repr(provenance).encode())[:8]}"
         embed.embed(
             embed.Run(
                 storage=run.storage,

@@ -1,8 +1,8 @@
-"""Concept groups: which images share a concept, sorted so that a group is random rows of one range.
+"""Concept groups: the images that share a concept, sorted so that a sampled group is random rows of one range.
 
-    concepts, groups = build_groups(mentions, min_images=2)     # a table, and a stream of record batches
+    with build_groups(mentions, min_images=2) as (concepts, groups):  # a table, and a stream of record batches
 
-The sorting is DuckDB's: its memory is bounded, what does not fit goes to disk.
+DuckDB sorts in bounded memory and spills the rest to disk.
 """
 
 import contextlib
@@ -21,20 +21,20 @@ from data_prep import tables
 BATCH_ROWS = 1 << 16
 FILE_ROWS = 1 << 20
 ROW_GROUP_ROWS = 1 << 12
-"""What is read for one row of `groups`."""
+"""Rows that are read together with one row of `groups`."""
 
 
 @contextlib.contextmanager
 def build_groups(
     mentions: ds.Dataset | pa.Table, *, min_images: int, memory: str = "1GB"
 ) -> Iterator[tuple[pa.Table, pa.RecordBatchReader]]:
-    """The rows of `concepts`, and those of `groups` in a stream that lasts as long as the block.
+    """The rows of `concepts`, and those of `groups` as a stream that is valid inside the block.
 
     Args:
-        mentions: kept images with the image columns of `groups` and `names`, what each caption mentions, each name
-            once; images are distinct.
-        min_images: concepts of fewer images are left out.
-        memory: how much DuckDB may take before it uses the disk.
+        mentions: distinct kept images: the image columns of `groups`, and `names`, which its caption mentions, each
+            once and in alphabetical order.
+        min_images: concepts with fewer images are left out.
+        memory: DuckDB's memory before it uses the disk.
 
     Yields:
         Concepts in alphabetical order with the range of their rows in groups, and groups sorted by concept and image.
@@ -44,11 +44,16 @@ def build_groups(
         duckdb.connect(config={"memory_limit": memory, "temp_directory": scratch}) as sql,
     ):
         sql.register("mentions", mentions)
-        counted = sql.sql(
-            "select name, count(*) as images from (select unnest(names) as name from mentions) "
-            f"group by name having images >= {max(1, min_images)} order by name"
-        ).to_arrow_table()
-        concepts = _concepts(counted)
+        concepts = (
+            sql.sql(
+                "select row_number() over names - 1 as concept_id, name, images as image_count, "
+                "sum(images) over names - images as start, sum(images) over names as stop "
+                "from (select name, count(*) as images from (select unnest(names) as name from mentions) group by all) "
+                f"where images >= {max(1, min_images)} window names as (order by name) order by name"
+            )
+            .to_arrow_table()
+            .cast(tables.SCHEMAS["concepts"])
+        )
         scanned = mentions.scanner() if isinstance(mentions, ds.Dataset) else mentions
         schema = tables.SCHEMAS["groups"]
         memberships = pa.RecordBatchReader.from_batches(
@@ -59,21 +64,6 @@ def build_groups(
         yield concepts, groups
 
 
-def _concepts(counted: pa.Table) -> pa.Table:
-    count = counted["images"].to_numpy().astype(np.int64)
-    stop = np.cumsum(count)
-    return pa.table(
-        [
-            pa.array(np.arange(len(count)), pa.int32()),
-            counted["name"],
-            pa.array(count),
-            pa.array(stop - count),
-            pa.array(stop),
-        ],
-        schema=tables.SCHEMAS["concepts"],
-    )
-
-
 def _memberships(batch: pa.RecordBatch, concepts: pa.StringArray) -> pa.RecordBatch:
     """One row for each concept of each image."""
     lists = batch["names"]
@@ -82,7 +72,7 @@ def _memberships(batch: pa.RecordBatch, concepts: pa.StringArray) -> pa.RecordBa
     concept = concept.drop_null()
     counts = np.bincount(image.to_numpy(), minlength=len(batch))
     offsets = pa.array(np.r_[0, np.cumsum(counts)], pa.int32())
-    # Names are alphabetical in each image, and concepts too: so the ids of each image ascend.
+    # An image's names are in alphabetical order, as concepts are: so its ids ascend.
     ids = pa.ListArray.from_arrays(offsets, concept)
     columns = {"concept_id": concept, "concept_ids": ids.take(image)}
     schema = tables.SCHEMAS["groups"]
@@ -97,7 +87,7 @@ def _memberships(batch: pa.RecordBatch, concepts: pa.StringArray) -> pa.RecordBa
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenGroups:
-    """What was written of concepts and groups."""
+    """The files of `concepts` and of `groups`."""
 
     concepts: list[tables.FileEntry]
     groups: list[tables.FileEntry]
@@ -107,27 +97,27 @@ class WrittenGroups:
 def write_groups(
     mentions: ds.Dataset, storage_uri: str, name: str, stem: str, *, min_images: int, memory: str
 ) -> WrittenGroups:
-    """Write the files of `concepts` and of `groups` in a stream; they are published later.
+    """Write the files of `concepts` and `groups` without publishing them.
 
     Args:
-        mentions: as `build_groups`.
+        mentions: as in `build_groups`.
         storage_uri: the storage.
-        name: of the tables.
-        stem: of the names of files.
-        min_images: as `build_groups`.
-        memory: as `build_groups`.
+        name: name of both tables.
+        stem: prefix of the file names.
+        min_images: as in `build_groups`.
+        memory: as in `build_groups`.
     """
     with build_groups(mentions, min_images=min_images, memory=memory) as (concepts, groups):
         concept_file = tables.write_part(storage_uri, "concepts", name, f"{stem}-00000.parquet", concepts)
         group_files = [
             tables.write_part(storage_uri, "groups", name, f"{stem}-{number:05d}.parquet", rows, ROW_GROUP_ROWS)
-            for number, rows in enumerate(in_tables(groups, FILE_ROWS))
+            for number, rows in enumerate(_as_tables(groups, FILE_ROWS))
         ]
     return WrittenGroups(concepts=[concept_file], groups=group_files, num_concepts=concepts.num_rows)
 
 
-def in_tables(batches: pa.RecordBatchReader, rows: int) -> Iterator[pa.Table]:
-    """A stream as tables of `rows` rows, the last one shorter; one empty table for an empty stream."""
+def _as_tables(batches: pa.RecordBatchReader, rows: int) -> Iterator[pa.Table]:
+    """Regroup a stream into tables of `rows` rows, the last one shorter; an empty stream gives one empty table."""
     waiting, first = batches.schema.empty_table(), True
     for batch in batches:
         waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])

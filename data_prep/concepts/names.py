@@ -1,7 +1,7 @@
-"""From captions to concepts: which names of a vocabulary a caption mentions, and the groups of images that share one.
+"""Concepts of captions by a vocabulary: which of its names a caption mentions.
 
-vocabulary = Vocabulary.parse(["umbrella", "mouse, computer mouse"])
-vocabulary.match("Two red Umbrellas and mice")      # ["mouse", "umbrella"]
+matcher = NameMatcher.parse(["umbrella", "mouse, computer mouse"])
+matcher.match("Two red Umbrellas and mice")      # ["mouse", "umbrella"]
 """
 
 import re
@@ -10,21 +10,14 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from data_prep import storage
+from data_prep.concepts.word_lists import singulars
 from ovd_models.errors import InputError
 
 WORD = re.compile(r"[^\W_]+")
-IRREGULAR = {
-    "man": "men", "woman": "women", "child": "children", "person": "people", "mouse": "mice", "goose": "geese",
-    "foot": "feet", "tooth": "teeth", "die": "dice", "ox": "oxen", "knife": "knives", "wife": "wives",
-    "leaf": "leaves", "loaf": "loaves", "shelf": "shelves", "wolf": "wolves", "calf": "calves", "half": "halves",
-    "scarf": "scarves", "hoof": "hooves", "potato": "potatoes", "tomato": "tomatoes", "cactus": "cacti",
-    "sheep": "sheep", "fish": "fish", "deer": "deer",
-}  # fmt: skip
-SINGULAR = {plural: singular for singular, plural in IRREGULAR.items()}
 
 
 class Extractor(Protocol):
-    """Finds the concepts of captions: a `NameMatcher`, or `data_prep.concepts.nouns.Nouns`."""
+    """Finds the concepts of captions: a `NameMatcher`, or a `data_prep.concepts.nouns.NounExtractor`."""
 
     def match(self, caption: str) -> list[str]:
         """The concepts a caption mentions, in alphabetical order, each once."""
@@ -32,7 +25,7 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class NameMatcher:
-    """Names to look for in captions."""
+    """Finds the names of a vocabulary in captions."""
 
     names: tuple[str, ...]
     phrases: dict[str, dict[tuple[str, ...], tuple[int, ...]]]
@@ -40,7 +33,7 @@ class NameMatcher:
 
     @classmethod
     def read(cls, uri: str) -> Self:
-        """The vocabulary of a text file, as `parse` takes its lines.
+        """The vocabulary of a text file, in the format of `parse`.
 
         Raises:
             InputError: the file is missing or malformed.
@@ -59,30 +52,30 @@ class NameMatcher:
         Singular and plural forms stand for each other, unless the form is itself a name. Empty lines are skipped.
 
         Raises:
-            InputError: a line names nothing, or a name comes twice.
+            InputError: a line has no name, or a name is repeated.
         """
         entries = [[part.strip() for part in line.split(",")] for line in lines if line.strip()]
         names = tuple(entry[0].replace("_", " ") for entry in entries)
-        seen: set[str] = set()
+        used: set[str] = set()
         exact: dict[tuple[str, ...], list[int]] = {}
         for index, entry in enumerate(entries):
             if not WORD.search(entry[0]):
                 raise InputError(f"vocabulary: name {index + 1} is {entry[0]!r}, expected a word")
-            if names[index].lower() in seen:
+            if names[index].lower() in used:
                 raise InputError(f"vocabulary: {names[index]!r} is listed twice, expected each name once")
-            seen.add(names[index].lower())
+            used.add(names[index].lower())
             for phrase in entry:
                 if WORD.search(phrase):
                     exact.setdefault(tuple(WORD.findall(phrase.lower())), []).append(index)
-        every = {words: list(indices) for words, indices in exact.items()}
+        indices_of = {words: list(indices) for words, indices in exact.items()}
         for words, indices in exact.items():
             for form in inflections(words[-1]):
-                other = (*words[:-1], form)
-                if other not in exact:
-                    every.setdefault(other, []).extend(index for index in indices if index not in every.get(other, []))
+                inflected = (*words[:-1], form)
+                if inflected not in exact:
+                    indices_of.setdefault(inflected, []).extend(indices)
         phrases: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = {}
-        for words in sorted(every, key=len, reverse=True):
-            phrases.setdefault(words[0], {})[words] = tuple(dict.fromkeys(every[words]))
+        for words in sorted(indices_of, key=len, reverse=True):
+            phrases.setdefault(words[0], {})[words] = tuple(dict.fromkeys(indices_of[words]))
         return cls(names, phrases)
 
     def match(self, caption: str) -> list[str]:
@@ -91,7 +84,7 @@ class NameMatcher:
         return sorted({self.names[index] for _, _, indices in spans for index in indices})
 
     def spans(self, words: Sequence[str]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """Where names stand among lower-case words: start, stop and the indices of the names, left to right."""
+        """Positions of names among lower-case words: start, stop and the indices of the names, left to right."""
         position = 0
         while position < len(words):
             stop = position + 1
@@ -104,11 +97,13 @@ class NameMatcher:
 
 
 def inflections(word: str) -> list[str]:
-    """The plural of an English noun, and the singular if it looks like a plural."""
-    if word in IRREGULAR:
-        return [IRREGULAR[word]]
-    if word in SINGULAR:
-        return [SINGULAR[word]]
+    """The plural of an English noun, and its singular if it looks like a plural."""
+    irregular = singulars("irregular_plurals")
+    for plural, singular in irregular.items():
+        if word == singular:
+            return [plural]
+    if word in irregular:
+        return [irregular[word]]
     forms = []
     if word.endswith(("s", "x", "z", "ch", "sh")):
         forms.append(word + "es")

@@ -1,6 +1,6 @@
-"""What a teacher sees: whole pictures, and boxes cut out of them, as squares of its input size.
+"""Inputs of a teacher: whole images, and crops of boxes, as squares of its input size.
 
-The data tasks start fast and stay small: only `crop_squares`, which teachers call, imports torch.
+Only `crop_squares`, which teachers call, imports torch, so that data tasks start fast and stay small.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from PIL import Image
 from ovd_models.errors import InputError
 
 Fit = Literal["warp", "pad", "centre"]
-"""How a picture becomes a square: stretched; whole, with a margin; or its middle, as CLIP's own preprocessing does."""
+"""How an image becomes a square: stretched, padded, or cropped at its centre as in CLIP's own preprocessing."""
 Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropConfig:
-    """Which parts of a picture stand for a box."""
+    """The crops of a box."""
 
     scales: tuple[float, ...] = (1.0, 1.5)
-    """Sizes of the crops, in sizes of the box, about its centre; their embeddings are summed (ViLD, section 3.3)."""
+    """Sizes of the crops relative to the box, about its centre; their embeddings are summed (ViLD, section 3.3)."""
     fit: Fit = "warp"
 
     def __post_init__(self) -> None:
@@ -33,15 +33,15 @@ class CropConfig:
 
 
 def crop_windows(boxes_N4: npt.NDArray[np.float32], scale: float, width: int, height: int) -> npt.NDArray[np.int64]:
-    """Whole pixels around boxes that are enlarged about their centres.
+    """Windows of whole pixels around boxes scaled about their centres.
 
-    Rounded outwards, inside the image, and never empty: a box without area gives the pixel that it lies on.
+    Rounded outwards, clipped to the image, and never empty: a box without area gives the pixel that it lies on.
 
     Args:
         boxes_N4: [N, 4] xyxy in pixels, finite.
-        scale: 1 keeps the size.
-        width: of the image.
-        height: of the image.
+        scale: size of the window relative to the box.
+        width: image width in pixels.
+        height: image height in pixels.
 
     Returns:
         [N, 4] xyxy in pixels.
@@ -55,13 +55,13 @@ def crop_windows(boxes_N4: npt.NDArray[np.float32], scale: float, width: int, he
 
 
 def square(image: Image.Image, side: int, fit: Fit, margin: Colour = (0, 0, 0)) -> npt.NDArray[np.uint8]:
-    """[side, side, 3] pixels of an RGB picture, by bicubic resampling with antialiasing.
+    """[side, side, 3] pixels of an RGB image, by bicubic resampling with antialiasing.
 
     Args:
-        image: of any size.
-        side: pixels.
-        fit: `centre` gives torchvision's `Resize(side)` and `CenterCrop(side)`.
-        margin: the colour around the picture, for `pad`.
+        image: an image of any size.
+        side: side of the square in pixels.
+        fit: `centre` equals torchvision's `Resize(side)` and `CenterCrop(side)`.
+        margin: colour around the image, for `pad`.
     """
     width, height = image.size
     new_width, new_height = _fitted((width, height), side, fit)
@@ -70,7 +70,7 @@ def square(image: Image.Image, side: int, fit: Fit, margin: Colour = (0, 0, 0)) 
         fitted = Image.new("RGB", (side, side), margin)
         fitted.paste(image.resize((new_width, new_height), Image.Resampling.BICUBIC), (-x, -y))
     else:
-        # Only what stays inside is resampled: of a box one pixel wide, the rest would be a thousand times as much.
+        # Resample only what stays inside: for a box one pixel wide, the rest would be a thousand times as much.
         scale_x, scale_y = new_width / width, new_height / height
         visible = (x / scale_x, y / scale_y, min((x + side) / scale_x, width), min((y + side) / scale_y, height))
         fitted = image.resize((side, side), Image.Resampling.BICUBIC, box=visible)
@@ -78,7 +78,7 @@ def square(image: Image.Image, side: int, fit: Fit, margin: Colour = (0, 0, 0)) 
 
 
 def _fitted(edges: tuple[int, int], side: int, fit: Fit) -> tuple[int, int]:
-    """Two edges once both (`warp`), the shorter (`centre`) or the longer one (`pad`) has `side` pixels."""
+    """Both edges after scaling both (`warp`), the shorter (`centre`) or the longer one (`pad`) to `side` pixels."""
     first, second = edges
     if fit == "warp":
         return side, side
@@ -88,7 +88,7 @@ def _fitted(edges: tuple[int, int], side: int, fit: Fit) -> tuple[int, int]:
 
 
 def _outside(edge: int, side: int) -> int:
-    """Pixels of an edge before the square begins; below 0, of the margin. Half pixels as torchvision's `CenterCrop`."""
+    """Pixels of an edge before the square; negative for a margin. Rounds half pixels as torchvision's `CenterCrop`."""
     return round((edge - side) / 2.0) if edge >= side else -((side - edge) // 2)
 
 
@@ -99,24 +99,24 @@ def crop_squares(
     fit: Fit,
     margin: Colour = (0, 0, 0),
 ) -> npt.NDArray[np.uint8]:
-    """[N, side, side, 3] pixels of N windows (xyxy, whole pixels inside the image), fitted as `square` does.
+    """[N, side, side, 3] pixels of N windows (xyxy, whole pixels inside the image), fitted as by `square`.
 
-    Resampled by torch, which is faster than Pillow and within 2 of 255 levels of it where the picture is smooth; sharp
-    edges differ more in windows higher than wide, which Pillow reduces in height first.
+    Torch resamples faster than Pillow, and within 2 of 255 levels of it where the image is smooth. Sharp edges differ
+    more in windows higher than wide, because Pillow reduces their height first.
     """
     import torch
     from torch.nn.functional import interpolate
 
-    pixels_HW3 = np.require(pixels_HW3, requirements="W")  # torch shares its memory, and warns of what is read-only
+    pixels_HW3 = np.require(pixels_HW3, requirements="W")  # torch shares the memory and warns if it is read-only
     squares_NSS3 = np.empty((len(windows), side, side, 3), np.uint8)
     for row, (x0, y0, x1, y1) in enumerate(windows):
         edges, window_hw3 = (y1 - y0, x1 - x0), pixels_HW3[y0:y1, x0:x1]
-        if fit == "centre" and max(edges) > 3 * min(edges):  # torch would also resample what is outside the square
+        if fit == "centre" and max(edges) > 3 * min(edges):  # torch would also resample the rest
             squares_NSS3[row] = square(Image.fromarray(window_hw3), side, fit)
             continue
         height, width = _fitted(edges, side, fit)
         y, x = (_outside(edge, side) for edge in (height, width))
-        # Views are numpy's: each call into torch gives the GIL away, and a thread beside this one would take it.
+        # Views are numpy's: each call into torch releases the GIL, which another thread would take.
         window_13hw = torch.from_numpy(window_hw3.transpose(2, 0, 1)[None])
         fitted_13hw = interpolate(window_13hw, (height, width), mode="bicubic", antialias=True)
         fitted_hw3 = fitted_13hw.numpy()[0].transpose(1, 2, 0)

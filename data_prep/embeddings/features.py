@@ -1,11 +1,10 @@
-"""The cache of a SAM's image embeddings: float16, in shards, keyed by the model and its preprocessing.
+"""The cache of a SAM's image embeddings: float16, in shards, keyed by the model.
 
 boxes --shards of images--> SAM's image encoder --> features/<name>: flat files [rows, C, h, h] and their index
 """
 
 import json
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ PRODUCER = "workflows/ovsam.py"
 
 
 def cache_name(storage_uri: str, boxes: str, teacher: str) -> str:
-    """The cache's name: that of the images, their table's digest, and the digest of the model's config and weights.
+    """The cache's name: the name and digest of the boxes table, and the digest of the model's config and weights.
 
     Raises:
         InputError: the table is missing.
@@ -43,17 +42,17 @@ def cache_features(
     workers: int,
     gpus: float = 0.0,
 ) -> Manifest:
-    """Publish `features/<cache_name>`; shards that an interrupted run left whole are kept.
+    """Publish `features/<cache_name>`; complete shards of an interrupted run are kept.
 
     Args:
         storage_uri: the storage.
         boxes: name of the `boxes` table whose images are embedded.
         sam_folder: the SAM's checkpoint, readable on every node.
-        teacher: its id.
-        config: its numbers.
+        teacher: the SAM's id.
+        config: the SAM's config.
         rows_per_shard: images in a file.
-        workers: processes that embed at a time; 0 embeds inside the driver, for debugging.
-        gpus: of each process; without any it embeds on the CPU.
+        workers: processes that embed; 0 embeds inside the driver, for debugging.
+        gpus: GPUs of each process; 0 embeds on the CPU.
 
     Raises:
         InputError: a table or the checkpoint is missing.
@@ -67,21 +66,23 @@ def cache_features(
     shards = -(-rows.num_rows // rows_per_shard)
     parts = [part_name(rows_per_shard, number) for number in range(shards)]
     missing = [number for number, part in enumerate(parts) if not storage.exists(receipt_uri(uri, name, part))]
+    arguments = (uri, name, rows, sam_folder, rows_per_shard, gpus > 0)
     if missing and not workers:
-        embedder = Embedder(uri, name, rows, sam_folder, rows_per_shard, gpus > 0)
+        writer = FeatureWriter(*arguments)
         for number in missing:
-            embedder.write(number)
+            writer.write(number)
     elif missing:
         numbers = ray.data.from_items([{"number": number} for number in missing], override_num_blocks=len(missing))
         numbers.map_batches(
-            Embedder,
-            fn_constructor_args=(uri, name, rows, sam_folder, rows_per_shard, gpus > 0),
+            FeatureWriter,
+            fn_constructor_args=arguments,
             batch_size=1,
             batch_format="pyarrow",
             concurrency=workers,
             num_gpus=gpus or None,
         ).materialize()
-    files = [FileEntry(**entry) for part in parts for entry in read_receipt(uri, name, part)]
+    receipts = [json.loads(storage.read_bytes(receipt_uri(uri, name, part))) for part in parts]
+    files = [FileEntry(**entry) for receipt in receipts for entry in receipt]
     return tables.publish(
         storage_uri,
         "features",
@@ -98,40 +99,33 @@ def cache_features(
 
 
 def part_name(rows_per_shard: int, number: int) -> str:
-    """A shard's name; those of another size are other shards."""
+    """A shard's name; it contains the shard size, on which its rows depend."""
     return f"part-{rows_per_shard}-{number:05d}"
 
 
 def receipt_uri(storage_uri: str, name: str, part: str) -> str:
-    """Where a whole shard says so."""
+    """The file that marks a shard as complete and lists its files."""
     return storage.join(tables.table_uri(storage_uri, "features", name), f"receipts/{part}.json")
 
 
-def read_receipt(storage_uri: str, name: str, part: str) -> list[dict[str, Any]]:
-    """The files of a shard."""
-    entries: list[dict[str, Any]] = json.loads(storage.read_bytes(receipt_uri(storage_uri, name, part)))
-    return entries
-
-
-class Embedder:
-    """A worker of the cache: takes numbers of shards, writes the shards."""
+class FeatureWriter:
+    """A worker that embeds and writes shards of the cache, given their numbers."""
 
     def __init__(
         self, storage_uri: str, name: str, rows: pa.Table, sam_folder: str, rows_per_shard: int, use_gpu: bool
     ) -> None:
-        self.storage_uri, self.name, self.rows_per_shard = storage_uri, name, rows_per_shard
-        self.rows = rows
+        self.storage_uri, self.name, self.rows, self.rows_per_shard = storage_uri, name, rows, rows_per_shard
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.model = load_model(storage.local_folder(sam_folder), SamModel).to(self.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write the shards of the batch; each is whole once its receipt is there."""
+        """Write the shards of the batch."""
         for number in batch["number"].to_pylist():
             self.write(number)
         return batch
 
     def write(self, number: int) -> None:
-        """One shard: embeddings, their index, and last the receipt."""
+        """Write the embeddings of one shard, their index, and last the receipt."""
         rows = self.rows.slice(number * self.rows_per_shard, self.rows_per_shard)
         part = part_name(self.rows_per_shard, number)
         file, index = f"{part}.f16", f"{part}.parquet"

@@ -1,4 +1,4 @@
-"""The rows of flat arrays that are most like a query: exactly, or by an index of faiss where that is installed."""
+"""Nearest-neighbour search in flat arrays: exact, or by a faiss index if faiss is installed."""
 
 import importlib
 import importlib.util
@@ -8,68 +8,63 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep import storage
 from data_prep.embeddings.stores import FlatRows
 
 Rows = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 CHUNK_ROWS = 1 << 15
-"""Rows that are looked at together: 64 MiB as float32 at a width of 512."""
+"""Rows compared at once: 64 MiB as float32 at a width of 512."""
 INDEXED_ROWS = 1_000_000
 """With fewer rows, one pass over all of them takes no longer than opening an index."""
 PROBES = 64
-"""Cells of the index that a query looks into."""
+"""Cells of the index that a query visits."""
 CANDIDATES = 50
-"""Rows that the index proposes for each that is wanted: its codes are coarse, so the rows themselves decide."""
+"""Candidates from the index for each result: its codes are coarse, so candidates are ranked again by their rows."""
 
 
 def exact_nearest(rows: FlatRows, query_D: npt.NDArray[np.float32], top: int) -> tuple[Rows, Scores]:
-    """The rows of largest inner product with a query, best first, and that product; of equals the first come first.
+    """The rows with the largest inner product with a query, best first, and these products; ties keep row order.
 
-    Reads all rows once, in memory that does not depend on their number.
+    Reads all rows once, in constant memory.
     """
     best, score = np.empty(0, np.int64), np.empty(0, np.float32)
     for first, chunk in rows.chunks(CHUNK_ROWS):
-        found = chunk.astype(np.float32) @ query_D
-        near = np.argpartition(-found, top - 1)[:top] if len(found) > top else np.arange(len(found))
-        best, score = np.concatenate([best, first + near]), np.concatenate([score, found[near]])
+        products = chunk.astype(np.float32) @ query_D
+        near = np.argpartition(-products, top - 1)[:top] if len(products) > top else np.arange(len(products))
+        best, score = np.concatenate([best, first + near]), np.concatenate([score, products[near]])
         order = np.lexsort((best, -score))[:top]
         best, score = best[order], score[order]
     return best, score
 
 
-def nearest(
-    rows: FlatRows, query_D: npt.NDArray[np.float32], top: int, index: str, least: int = INDEXED_ROWS
+def find_nearest(
+    rows: FlatRows, query_D: npt.NDArray[np.float32], top: int, index_path: str, least: int = INDEXED_ROWS
 ) -> tuple[Rows, Scores]:
-    """As `exact_nearest`, but approximately where faiss is installed and there are many rows.
+    """As `exact_nearest`, but approximate for many rows if faiss is installed.
 
     Args:
-        rows: what is searched.
+        rows: the rows to search.
         query_D: [D] unit.
-        top: how many are wanted.
-        index: local file that keeps the index; it is made where it is missing.
-        least: rows from which on an index is used.
+        top: number of results.
+        index_path: local file of the index, built if it is missing.
+        least: number of rows from which an index is used.
     """
     if importlib.util.find_spec("faiss") is None or rows.offsets[-1] < max(least, 1):
         return exact_nearest(rows, query_D, top)
     faiss = importlib.import_module("faiss")
-    found = faiss.read_index(index) if storage.exists(index) else build_index(faiss, rows, index)
-    faiss.extract_index_ivf(found).nprobe = PROBES
-    _, candidates = found.search(query_D[None], top * CANDIDATES)
+    index = faiss.read_index(index_path) if Path(index_path).exists() else build_index(faiss, rows, index_path)
+    faiss.extract_index_ivf(index).nprobe = PROBES
+    _, candidates = index.search(query_D[None], top * CANDIDATES)
     near = np.sort(candidates[0][candidates[0] >= 0])
-    score = np.array([row_D.astype(np.float32) @ query_D for row_D in _take(rows, near)], np.float32)
+    positions = rows.image_of(near)
+    pairs = zip(positions.tolist(), (near - rows.offsets[positions]).tolist(), strict=True)
+    score = np.array([rows.read(image)[row].astype(np.float32) @ query_D for image, row in pairs], np.float32)
     order = np.lexsort((near, -score))[:top]
     return near[order], score[order]
 
 
-def _take(rows: FlatRows, chosen: Rows) -> list[npt.NDArray[np.float16]]:
-    positions = rows.image_of(chosen)
-    inside = chosen - rows.offsets[positions]
-    return [rows.read(position)[row] for position, row in zip(positions.tolist(), inside.tolist(), strict=True)]
-
-
 def build_index(faiss: Any, rows: FlatRows, path: str) -> Any:
-    """An inverted file of product-quantised rows, one byte for eight values, saved to a local file."""
+    """Build an inverted file of product-quantised rows (one byte for eight values) and save it to a local file."""
     count = int(rows.offsets[-1])
     cells = max(1, min(int(4 * count**0.5), count // 40))
     index = faiss.index_factory(rows.width, f"IVF{cells},PQ{rows.width // 8}", faiss.METRIC_INNER_PRODUCT)

@@ -1,6 +1,6 @@
-"""Embeddings on disk: flat float16 arrays of unit rows, memory-mapped, found by image id in any order.
+"""Embeddings on disk: flat float16 arrays of unit rows, memory-mapped and looked up by image id.
 
-A shard of images is one array and one Parquet file with the rows that point into it:
+A shard of images is one array of each kind, and one Parquet file with rows that point into it:
 
     regions/<name>/rows/000007.f16  index/000007.parquet            a row a box
     embeddings/<name>/images/000007.f16  texts/000007.f16  index/000007.parquet     a row a pair
@@ -11,25 +11,27 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs
 
 from data_prep import storage, tables
-from data_prep.tables import FileEntry, Manifest
+from data_prep.tables import FileEntry, Manifest, TableName
 from ovd_models.errors import InputError
 
 ROWS = np.dtype("<f2")
-FOLDERS: dict[str, dict[str, str]] = {
+ArrayTable = Literal["regions", "embeddings"]
+FOLDERS: dict[TableName, dict[str, str]] = {
     "regions": {"file": "rows"},
     "embeddings": {"file": "images", "text_file": "texts"},
 }
-"""The columns of each table that name a flat array, and the folder of it."""
+"""For each table the columns that name a flat array, and the folder of these arrays."""
 MAPPED_FILES = 4096
-"""Arrays that a process keeps mapped; a mapping takes no memory of its own."""
+"""Arrays that a process keeps mapped; a mapping takes no memory."""
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -37,37 +39,36 @@ MAPPED_FILES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingJob:
-    """What all shards of a table share."""
+    """The table that shards are saved for."""
 
     storage: str
-    table: str
-    """`regions` or `embeddings`."""
+    table: ArrayTable
     name: str
     staging: str
-    """Folder of the records of what is done."""
+    """Folder with a record of each saved shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedShard:
-    """A shard that is on disk."""
+    """The record of a shard on disk."""
 
     images: int
     rows: int
     width: int
-    """D; 0 for a shard without rows."""
+    """Embedding width D; 0 for a shard without rows."""
     files: tuple[FileEntry, ...]
 
 
 def save_shard(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
-    """Write the arrays and the index of a shard, and then the record of it.
+    """Write the arrays and the index of a shard, then its record.
 
     Args:
-        rows: of one shard (column `shard`), in order: the columns of the table's index but `start`, and instead of
-            the name of each flat array the bytes of the image's rows.
-        job: where to.
+        rows: the images of one shard (column `shard`), in order, with all columns of the index except `start`; the
+            columns of flat arrays hold the bytes of the image's rows instead of a file name.
+        job: where to write.
 
     Returns:
-        One light row: `shard`, `images`, `rows`.
+        One small row: `shard`, `images`, `rows`.
     """
     (shard,) = set(rows["shard"].to_pylist())
     counts = rows["count"].to_numpy()
@@ -88,11 +89,11 @@ def save_shard(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
 
 
 def saved_shards(staging: str) -> dict[str, SavedShard]:
-    """The shards that are on disk, by name."""
+    """The records of the shards on disk, by name."""
     filesystem, folder = storage.resolve(staging)
-    found = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    infos = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
     saved = {}
-    for info in sorted(found, key=lambda info: str(info.base_name)):
+    for info in sorted(infos, key=lambda info: str(info.base_name)):
         if info.extension == "json":
             raw = json.loads(storage.read_bytes(storage.join(staging, info.base_name)))
             files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
@@ -100,12 +101,20 @@ def saved_shards(staging: str) -> dict[str, SavedShard]:
     return saved
 
 
-def publish(
-    job: EmbeddingJob, saved: Sequence[SavedShard], *, producer: str, config_hash: str, made_of: Mapping[str, Any]
+def publish_embeddings(
+    job: EmbeddingJob, saved: Sequence[SavedShard], *, producer: str, config_hash: str, provenance: Mapping[str, Any]
 ) -> Manifest:
-    """Publish a table of these shards; `made_of` tells readers the teacher and what it was shown."""
+    """Publish a table of these shards.
+
+    Args:
+        job: the table.
+        saved: its shards, in order.
+        producer: the script that made it.
+        config_hash: hash of the config that it depends on.
+        provenance: the teacher, its input and so on, which readers check; goes into the manifest's details.
+    """
     details = {
-        **made_of,
+        **provenance,
         "width": max((shard.width for shard in saved), default=0),
         "rows": sum(shard.rows for shard in saved),
         "images": sum(shard.images for shard in saved),
@@ -123,55 +132,57 @@ def publish(
 
 @dataclass(frozen=True)
 class FlatRows:
-    """The rows of the flat arrays of a table, by image; cheap to send to other processes, which map the same files."""
+    """The rows of a table's flat arrays, by image. Cheap to pickle: other processes map the same files."""
 
     uri: str
-    """Of the table's folder."""
+    """The table's folder."""
     width: int
-    """D."""
+    """Embedding width D."""
     files: tuple[str, ...]
     """Paths in the table's folder, in published order."""
     ids: npt.NDArray[np.bytes_]
-    """[I] images, in published order."""
+    """[I] image ids, in published order."""
     order: npt.NDArray[np.int64]
-    """[I] sorts `ids`."""
+    """[I] positions that sort `ids`."""
     file_of: npt.NDArray[np.int64]
-    """[I] which of `files` holds an image's rows."""
+    """[I] index in `files` of the file with an image's rows."""
     starts: npt.NDArray[np.int64]
-    """[I] their first one in that file."""
+    """[I] first row of an image in its file."""
     offsets: npt.NDArray[np.int64]
-    """[I + 1] and among the rows of all files."""
+    """[I + 1] first row of an image among all rows."""
 
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(self.ids)
 
     def __contains__(self, image_id: str) -> bool:
-        place = self._place(image_id)
-        return place < len(self) and bool(self.ids[self.order[place]] == image_id.encode())
+        return self._find(image_id) is not None
 
     def position(self, image_id: str) -> int:
-        """The number of an image in published order.
+        """The position of an image in published order.
 
         Raises:
-            InputError: it has no rows here.
+            InputError: the table does not contain the image.
         """
-        if image_id not in self:
+        position = self._find(image_id)
+        if position is None:
             raise InputError(f"{self.uri}: no embeddings of image {image_id}")
-        return int(self.order[self._place(image_id)])
+        return position
 
-    def _place(self, image_id: str) -> int:
-        return int(np.searchsorted(self.ids, np.bytes_(image_id), sorter=self.order))
+    def _find(self, image_id: str) -> int | None:
+        rank = int(np.searchsorted(self.ids, np.bytes_(image_id), sorter=self.order))
+        if rank == len(self) or self.ids[self.order[rank]] != image_id.encode():
+            return None
+        return int(self.order[rank])
 
     def read(self, position: int) -> npt.NDArray[np.float16]:
-        """[N, D] rows of an image, without copying them where the file is local."""
+        """[N, D] rows of an image, not copied if the file is local."""
         count = int(self.offsets[position + 1] - self.offsets[position])
-        return _read_rows(
-            storage.join(self.uri, self.files[self.file_of[position]]), self.width, int(self.starts[position]), count
-        )
+        uri = storage.join(self.uri, self.files[self.file_of[position]])
+        return _read_rows(uri, self.width, int(self.starts[position]), count)
 
     def chunks(self, most: int) -> Iterator[tuple[int, npt.NDArray[np.float16]]]:
-        """All rows in published order, at most `most` at a time, each with the number of its first row."""
+        """All rows in published order, at most `most` at a time, each time with the index of the first one."""
         first = 0
         counts = np.bincount(self.file_of, weights=np.diff(self.offsets), minlength=len(self.files)).astype(np.int64)
         for path, count in zip(self.files, counts.tolist(), strict=True):
@@ -181,7 +192,7 @@ class FlatRows:
             first += count
 
     def image_of(self, row_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """[N] positions of the images that rows, counted over all files, belong to."""
+        """[N] positions of the images that rows belong to, with rows numbered over all files."""
         return np.searchsorted(self.offsets, row_N, side="right") - 1
 
 
@@ -200,22 +211,24 @@ def _map_file(path: str, width: int) -> npt.NDArray[np.float16]:
     return np.memmap(path, ROWS, "r").reshape(-1, width)
 
 
-def open_rows(storage_uri: str, table: str, name: str, made_of: Mapping[str, Any], column: str = "file") -> FlatRows:
+def open_rows(
+    storage_uri: str, table: ArrayTable, name: str, provenance: Mapping[str, Any], column: str = "file"
+) -> FlatRows:
     """The rows of a published table.
 
     Args:
         storage_uri: the storage.
-        table: `regions` or `embeddings`.
-        name: of the table.
-        made_of: what its manifest must say: `teacher`, `crops`; nothing is checked that is not given.
-        column: which of the table's arrays: `file`, or `text_file` of `embeddings`.
+        table: which table.
+        name: its name.
+        provenance: required details of its manifest, such as `teacher` and `crops`; others are not checked.
+        column: `file`, or `text_file` for the captions of `embeddings`.
 
     Raises:
-        InputError: there is no such table, it is made of something else, or a file of it is missing or cut off.
+        InputError: there is no such table, its provenance differs, or one of its files is missing or truncated.
     """
     manifest = tables.read_manifest(storage_uri, table, name)
     uri = storage.absolute(tables.table_uri(storage_uri, table, name))
-    check_made_of(manifest, uri, made_of)
+    check_provenance(manifest, uri, provenance)
     index = tables.read_table(storage_uri, table, name, ["image_id", column, "start", "count"])
     files = tuple(entry.path for entry in manifest.files if entry.path.startswith(FOLDERS[table][column] + "/"))
     _check_sizes(manifest, uri, files)
@@ -233,16 +246,16 @@ def open_rows(storage_uri: str, table: str, name: str, made_of: Mapping[str, Any
     )
 
 
-def check_made_of(manifest: Manifest, uri: str, wanted: Mapping[str, Any]) -> None:
-    """Check that a table was made with this teacher, these crops and so on.
+def check_provenance(manifest: Manifest, uri: str, expected: Mapping[str, Any]) -> None:
+    """Check that a table was made with the expected teacher, crops and so on.
 
     Raises:
-        InputError: it was not; the message says what both are.
+        InputError: it was not; the message gives both values.
     """
-    for key, value in wanted.items():
-        found, plain = manifest.details.get(key), json.loads(json.dumps(value))
-        if found != plain:
-            raise InputError(f"{uri}: made with {key} {json.dumps(found)}, this run asks for {json.dumps(plain)}")
+    for key, value in expected.items():
+        actual, plain = manifest.details.get(key), json.loads(json.dumps(value))
+        if actual != plain:
+            raise InputError(f"{uri}: made with {key} {json.dumps(actual)}, this run asks for {json.dumps(plain)}")
 
 
 def _check_sizes(manifest: Manifest, uri: str, files: Sequence[str]) -> None:
@@ -250,20 +263,20 @@ def _check_sizes(manifest: Manifest, uri: str, files: Sequence[str]) -> None:
     sizes = {entry.path: entry.size for entry in manifest.files}
     for path, info in zip(files, filesystem.get_file_info([str(Path(folder, path)) for path in files]), strict=True):
         if info.size != sizes[path]:
-            found = "missing" if info.type == fs.FileType.NotFound else f"{info.size:,} bytes"
-            raise InputError(f"{uri}/{path}: {found}, the manifest says {sizes[path]:,} bytes")
+            actual = "missing" if info.type == fs.FileType.NotFound else f"{info.size:,} bytes"
+            raise InputError(f"{uri}/{path}: {actual}, the manifest says {sizes[path]:,} bytes")
 
 
 @dataclass(frozen=True)
 class Regions:
-    """The boxes of an image and what the teacher sees in them."""
+    """The boxes of an image and their embeddings."""
 
     boxes: npt.NDArray[np.float32]
     """[N, 4] xyxy, pixels of the original image."""
     scores: npt.NDArray[np.float32]
     """[N] objectness; 1 for given boxes."""
     embeddings: npt.NDArray[np.float16]
-    """[N, D] unit rows; read-only, and on disk until they are used."""
+    """[N, D] unit rows, read-only and memory-mapped."""
 
 
 @dataclass(frozen=True)
@@ -272,30 +285,29 @@ class RegionStore:
 
     rows: FlatRows
     boxes: npt.NDArray[np.float32]
-    """[R, 4] of all regions, in published order."""
+    """[R, 4] all regions, in published order."""
     scores: npt.NDArray[np.float32]
-    """[R]."""
+    """[R] their scores."""
 
     @classmethod
-    def open(cls, storage_uri: str, name: str, made_of: Mapping[str, Any]) -> "RegionStore":
+    def open(cls, storage_uri: str, name: str, provenance: Mapping[str, Any]) -> Self:
         """Open a published table.
 
         Args:
             storage_uri: the storage.
-            name: of the table.
-            made_of: what it must be made with: `{"teacher": ..., "crops": dataclasses.asdict(...)}`.
+            name: name of the table.
+            provenance: required details: `{"teacher": ..., "crops": dataclasses.asdict(...)}`.
 
         Raises:
-            InputError: as `open_rows`.
+            InputError: as in `open_rows`.
         """
-        rows = open_rows(storage_uri, "regions", name, made_of)
+        rows = open_rows(storage_uri, "regions", name, provenance)
         index = tables.read_table(storage_uri, "regions", name, ["boxes", "scores"])
-        boxes = [np.empty(0, np.float32), *(_flat(chunk.flatten()) for chunk in index["boxes"].chunks)]
-        scores = [np.empty(0, np.float32), *(_flat(chunk) for chunk in index["scores"].chunks)]
-        return cls(rows, np.concatenate(boxes).reshape(-1, 4), np.concatenate(scores))
+        boxes_R4 = pc.list_flatten(index["boxes"], recursive=True).to_numpy().reshape(-1, 4)
+        return cls(rows, boxes_R4, pc.list_flatten(index["scores"]).to_numpy())
 
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(self.rows)
 
     def __contains__(self, image_id: str) -> bool:
@@ -310,8 +322,3 @@ class RegionStore:
         position = self.rows.position(image_id)
         own = slice(*self.rows.offsets[position : position + 2].tolist())
         return Regions(self.boxes[own], self.scores[own], self.rows.read(position))
-
-
-def _flat(lists: pa.ListArray) -> npt.NDArray[np.float32]:
-    values: npt.NDArray[np.float32] = lists.flatten().to_numpy()
-    return values

@@ -1,8 +1,8 @@
-"""What a CLIP teacher says about regions and about image-text pairs, computed once for a whole table.
+"""A CLIP teacher's embeddings of regions and of image-text pairs, computed once for a whole table.
 
     table --cut into shards--> pixels (CPU pool) --crops, CLIP (actors)--> rows --save--> flat arrays and their index
 
-Shards are cut by the table alone and each is embedded by itself, so the bytes on disk depend neither on the number of
+Shards depend only on the table, and each is embedded by itself, so the bytes on disk depend neither on the number of
 actors nor on where a run was killed.
 """
 
@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,31 +34,32 @@ if TYPE_CHECKING:
     from ovd_models.clip.model import Clip
 
 Pixels = npt.NDArray[np.uint8]
+ImageTable = Literal["boxes", "pairs"]
 SHARD_PIXELS = 32 << 20
-"""Decoded pixels of a shard: 96 MiB, below the size at which Ray Data cuts blocks; a larger image stands alone."""
+"""Maximum decoded pixels of a shard: 96 MiB, below the size at which Ray Data cuts blocks. A larger image stands
+alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """How the work is shared out; results depend on `bfloat16` and, in their last digits, on `batch_size` alone."""
+    """Resources of an embedding job. Results depend only on `bfloat16` and, in the last digits, on `batch_size`."""
 
     actors: int | None = None
-    """Processes that hold the teacher; None: one for eight cores, or as many as the GPUs allow. Each works on several
-    shards at a time: two, or without a GPU one for each core that it has. 0 embeds inside the driver, for debugging."""
+    """Processes that hold the teacher. None: as many as the GPUs allow, or one for eight CPU cores. Each works on
+    several shards at a time: two on a GPU, or one for each of its cores. 0 embeds inside the driver, for debugging."""
     gpus: float = 0
     """GPUs of an actor."""
     threads: int = 1
-    """Threads of an actor that cut out crops while a GPU looks at earlier ones; without one, its shards share the
-    cores, and each cuts out its own."""
+    """Threads of a GPU actor that cut out the next crops. CPU actors ignore it: each of their shards cuts its own."""
     batch_size: int = 32
-    """Squares or captions that the teacher looks at together; some hundred on a GPU. On a CPU, activations of larger
-    batches of ViT-B/32 are beyond what the allocator keeps, and their pages are made anew in every layer."""
+    """Crops or captions in a batch; a few hundred suit a GPU. On a CPU, larger batches of ViT-B/32 need activations
+    that the allocator does not keep, so their pages are mapped anew in every layer."""
     images_per_shard: int = 64
-    """Images of a shard at most: what a killed run computes again."""
+    """Maximum number of images in a shard, the unit of work that a killed run repeats."""
     waiting_bytes: int = 256 << 20
-    """Of decoded images that wait for an actor."""
+    """Maximum bytes of decoded images waiting for an actor."""
     bfloat16: bool | None = None
-    """Compute in bfloat16; None: on a GPU. A CPU with instructions for it is faster with convolutions, not with
+    """Compute in bfloat16; None: only on a GPU. On a CPU with bfloat16 instructions it speeds up convolutions, but not
     transformers."""
 
     def __post_init__(self) -> None:
@@ -80,40 +82,34 @@ class Shard:
     stop: int
 
 
-def cut_shards(storage_uri: str, table: str, name: str, images: int, *, prefix: str = "") -> list[Shard]:
-    """Shards of the images of a published table: runs of at most `images` rows of a file and of `SHARD_PIXELS`.
+def cut_shards(storage_uri: str, table: ImageTable, name: str, images: int, *, prefix: str = "") -> list[Shard]:
+    """Cut the images of a published table into shards: consecutive rows of one file.
 
     Args:
         storage_uri: the storage.
         table: `boxes` or `pairs`.
-        name: of the table.
-        images: of a shard, at most.
-        prefix: of the shards' names, before a number.
+        name: name of the table.
+        images: maximum number of images in a shard, besides `SHARD_PIXELS`.
+        prefix: prefix of the shards' names, followed by a number.
     """
     manifest = tables.read_manifest(storage_uri, table, name)
     root = storage.absolute(tables.table_uri(storage_uri, table, name))
-    found: list[Shard] = []
+    shards: list[Shard] = []
     for path in tables.parquet_files(manifest):
         uri = storage.join(root, path)
         sides = tables.read_parquet(uri, ["width", "height"])
         pixels = sides["width"].to_numpy().astype(np.int64) * sides["height"].to_numpy()
         for start, stop in runs_of_size(np.maximum(pixels, SHARD_PIXELS // images).tolist(), SHARD_PIXELS):
-            found.append(Shard(name=f"{prefix}{len(found):06d}", uri=uri, start=start, stop=stop))
-    return found
+            shards.append(Shard(name=f"{prefix}{len(shards):06d}", uri=uri, start=start, stop=stop))
+    return shards
 
 
-class Shards(Datasource):
-    """Shards as blocks of Ray Data: the pixels of their images beside some columns, and the name of the `shard`."""
+class ShardSource(Datasource):
+    """One block of Ray Data for each shard. Errors of its read tasks keep their type; those of `map_batches` do not."""
 
-    def __init__(self, shards: Sequence[Shard], columns: Sequence[str], load: Callable[[pa.Table], pa.Table]) -> None:
-        """Take what is read.
-
-        Args:
-            shards: one a block.
-            columns: of the table.
-            load: rows with these columns -> rows with pixels; runs on the CPU pool.
-        """
-        self.shards, self.read = shards, partial(read_shard, tuple(columns), load)
+    def __init__(self, shards: Sequence[Shard], read: Callable[[Shard], pa.Table]) -> None:
+        """Take the shards and the function that reads one."""
+        self.shards, self.read = shards, read
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown."""
@@ -122,31 +118,34 @@ class Shards(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        """A task a shard, however many are asked for."""
+        """A task for each shard, whatever the parallelism."""
         unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        return [ReadTask(partial(self.read, shard), unknown) for shard in self.shards]
+        return [ReadTask(partial(_read_blocks, self.read, shard), unknown) for shard in self.shards]
 
 
-def read_shard(columns: tuple[str, ...], load: Callable[[pa.Table], pa.Table], shard: Shard) -> list[pa.Table]:
-    """The rows of a shard as `load` makes them."""
+def _read_blocks(read: Callable[[Shard], pa.Table], shard: Shard) -> list[pa.Table]:
+    return [read(shard)]
+
+
+def read_shard(shard: Shard, columns: Sequence[str], load: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    """The rows of a shard as `load` returns them, with the shard's name as column `shard`."""
     rows = load(tables.read_parquet(shard.uri, list(columns)).slice(shard.start, shard.stop - shard.start))
-    return [rows.append_column("shard", pa.array([shard.name] * rows.num_rows, pa.string()))]
+    return rows.append_column("shard", pa.array([shard.name] * rows.num_rows, pa.string()))
 
 
 def load_pictures(rows: pa.Table, root: str) -> pa.Table:
-    """Rows of `boxes` -> the same with raw RGB `pixels`, `height` and `width`, as decoded.
+    """Rows of `boxes` with raw RGB `pixels`, `height` and `width` of the decoded image instead of its `uri`.
 
     Args:
-        rows: with `uri`, relative to `root` or absolute.
+        rows: with `uri`, absolute or relative to `root`.
         root: the storage.
     """
     uris = [storage.absolute(storage.join(root, uri)) for uri in rows["uri"].to_pylist()]
     images = [decode_image(storage.read_bytes(uri), uri) for uri in uris]
-    return rows.drop_columns(["uri"]).append_column(
-        "pixels", pa.array([image.tobytes() for image in images], pa.large_binary())
-    ).append_column("height", pa.array([image.height for image in images])).append_column(
-        "width", pa.array([image.width for image in images])
-    )  # fmt: skip
+    pixels = pa.array([image.tobytes() for image in images], pa.large_binary())
+    rows = rows.drop_columns(["uri"]).append_column("pixels", pixels)
+    rows = rows.append_column("height", pa.array([image.height for image in images], pa.int64()))
+    return rows.append_column("width", pa.array([image.width for image in images], pa.int64()))
 
 
 def load_squares(rows: pa.Table, root: str, side: int, fit: Fit, margin: Colour) -> pa.Table:
@@ -155,9 +154,9 @@ def load_squares(rows: pa.Table, root: str, side: int, fit: Fit, margin: Colour)
     Args:
         rows: with `image_id`, `caption`, `shard`, `offset`, `size`.
         root: folder of the pairs table.
-        side: of the squares.
-        fit: how a picture becomes one.
-        margin: colour around it.
+        side: side of the squares in pixels.
+        fit: how an image becomes a square.
+        margin: colour around the image.
     """
     squares = [square(decode_image(content, name), side, fit, margin) for content, name in read_members(rows, root)]
     pixels = pa.array([entry.tobytes() for entry in squares], pa.large_binary())
@@ -165,37 +164,27 @@ def load_squares(rows: pa.Table, root: str, side: int, fit: Fit, margin: Colour)
 
 
 def read_members(rows: pa.Table, root: str) -> Iterator[tuple[bytes, str]]:
-    """The image bytes of rows of `pairs`, with a name for messages; rows that lie together are one range read."""
-    members = list(zip(*(rows[name].to_pylist() for name in ("shard", "offset", "size")), strict=True))
-    for start, stop in _same_file(members):
-        path = members[start][0]
-        first = min(offset for _, offset, _ in members[start:stop])
-        last = max(offset + size for _, offset, size in members[start:stop])
+    """The image bytes of rows of `pairs`, each with a name for messages; adjacent rows of a tar are one range read."""
+    members = zip(*(rows[name].to_pylist() for name in ("shard", "offset", "size")), strict=True)
+    for path, group in groupby(members, key=lambda member: member[0]):
+        spans = [(offset, offset + size) for _, offset, size in group]
+        first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
         content = storage.read_bytes(storage.join(root, path), offset=first, size=last - first)
-        for _, offset, size in members[start:stop]:
-            yield content[offset - first : offset - first + size], f"{path}@{offset}"
-
-
-def _same_file(members: Sequence[tuple[str, int, int]]) -> Iterator[tuple[int, int]]:
-    """Runs of members of one tar."""
-    start = 0
-    for stop in range(1, len(members) + 1):
-        if stop == len(members) or members[stop][0] != members[start][0]:
-            yield start, stop
-            start = stop
+        for start, stop in spans:
+            yield content[start - first : stop - first], f"{path}@{start}"
 
 
 # --------------------------------------------------------------------------------------------------------- teacher
 
 
 class Teacher:
-    """A CLIP checkpoint that looks at squares and captions, batch by batch."""
+    """A CLIP checkpoint that embeds square images and captions in batches."""
 
     def __init__(self, checkpoint: str, config: EmbedConfig) -> None:
-        """Load it.
+        """Load the checkpoint.
 
         Args:
-            checkpoint: folder or URI.
+            checkpoint: its folder or URI.
             config: batch size, threads, and whether there is a GPU.
         """
         import torch  # here, so that the data tasks stay small
@@ -214,39 +203,39 @@ class Teacher:
         self.pool = ThreadPoolExecutor(config.threads) if config.gpus else None
 
     def embed_squares(self, batches: Iterable[Callable[[], Pixels]]) -> npt.NDArray[np.float32]:
-        """[N, D] features, not normalised, of N squares.
+        """[N, D] features of N square images, not normalised.
 
         Args:
-            batches: functions that give the pixels [B, side, side, 3] of the next ones; in threads ahead of a GPU.
+            batches: functions that return the pixels [B, side, side, 3] of a batch; run in threads ahead of a GPU.
         """
         torch, clip = self._torch, self.clip
-        found = [torch.empty(0, clip.config.embed_dim, device=self.device)]
+        features = [torch.empty(0, clip.config.embed_dim, device=self.device)]
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.half):
             for pixels in ahead(batches, self.pool, self.config.threads + 1) if self.pool else (b() for b in batches):
                 images = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-                found.append(clip.image_features(images))
-        rows: npt.NDArray[np.float32] = torch.cat(found).cpu().numpy()
+                features.append(clip.image_features(images))
+        rows: npt.NDArray[np.float32] = torch.cat(features).cpu().numpy()
         return rows
 
     def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[N, D] unit rows; a repeated text is embedded once.
 
-        Texts of like length share a batch, since a batch costs what its longest one does.
+        Texts of similar length share a batch, since the longest one sets its cost.
         """
         torch, clip = self._torch, self.clip
-        place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        rows = np.empty((len(place), clip.config.embed_dim), np.float32)
-        tokens = clip.tokenize(list(place))
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        rows = np.empty((len(row_of), clip.config.embed_dim), np.float32)
+        tokens = clip.tokenize(list(row_of))
         order = torch.argsort((tokens != 0).sum(1), stable=True)
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.half):
-            for start in range(0, len(place), self.config.batch_size):
+            for start in range(0, len(row_of), self.config.batch_size):
                 chosen = order[start : start + self.config.batch_size]
                 rows[chosen.numpy()] = clip.encode_tokens(tokens[chosen].to(self.device)).float().cpu().numpy()
-        return rows[[place[text] for text in texts]]
+        return rows[[row_of[text] for text in texts]]
 
 
 def store_checkpoint(clip: "Clip", uri: str) -> None:
-    """Write a model into a storage, where the actors of every machine can load it."""
+    """Save a model in the storage, so that every machine can load it."""
     from ovd_models.clip.model import save_clip
 
     with tempfile.TemporaryDirectory() as folder:
@@ -255,13 +244,13 @@ def store_checkpoint(clip: "Clip", uri: str) -> None:
 
 
 def margin_of(mean: Sequence[float]) -> Colour:
-    """The colour that a teacher sees as nothing: the mean of its training images."""
+    """The colour that a teacher's normalisation maps to zero: the mean of its training images."""
     red, green, blue = (round(255 * value) for value in mean)
     return red, green, blue
 
 
 def ahead(batches: Iterable[Callable[[], Pixels]], pool: ThreadPoolExecutor, depth: int) -> Iterator[Pixels]:
-    """What functions return, in order, at most `depth` of them running or waiting."""
+    """The results of functions run in a pool, in order; at most `depth` of them are running or waiting."""
     waiting: deque[Future[Pixels]] = deque()
     for batch in batches:
         waiting.append(pool.submit(batch))
@@ -274,15 +263,15 @@ def ahead(batches: Iterable[Callable[[], Pixels]], pool: ThreadPoolExecutor, dep
 def embed_regions(
     teacher: Teacher, images: Sequence[Pixels], boxes: Sequence[npt.NDArray[np.float32]], crops: CropConfig
 ) -> list[npt.NDArray[np.float16]]:
-    """What the teacher sees in the boxes of some images, each decoded once (ViLD, section 3.3).
+    """The teacher's embeddings of the boxes of some images (ViLD, section 3.3).
 
-    v = (f(crop at 1x) + f(crop at 1.5x)) / |...|; equal crops, as of boxes that fill the image, are looked at once.
+    v = (f(crop at 1x) + f(crop at 1.5x)) / |...|; equal crops, as of boxes that fill the image, are embedded once.
 
     Args:
         teacher: f.
-        images: RGB pictures [H, W, 3] of any sizes.
-        boxes: [N, 4] xyxy of each, in its pixels.
-        crops: which crops stand for a box.
+        images: RGB images [H, W, 3] of any sizes.
+        boxes: for each image [N, 4] xyxy in its pixels.
+        crops: the crops of a box.
 
     Returns:
         For each image [N, D] unit rows.
@@ -314,13 +303,13 @@ def embed_regions(
 
 
 def unit(row_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Rows of length 1; zeros stay."""
+    """Rows scaled to length 1; rows of zeros stay zero."""
     length_N1: npt.NDArray[np.float32] = np.linalg.norm(row_ND, axis=1, keepdims=True)
     return (row_ND / np.maximum(length_N1, 1e-12)).astype(np.float32)
 
 
 class RegionStage:
-    """Rows with pixels -> rows of the `regions` table with the bytes of their embeddings."""
+    """Maps rows with pixels to rows of the `regions` table with the bytes of their embeddings."""
 
     def __init__(
         self, checkpoint: str, config: EmbedConfig, crops: CropConfig, detector: str = "", max_proposals: int = 300
@@ -328,11 +317,11 @@ class RegionStage:
         """Load the teacher, and the detector if there is one.
 
         Args:
-            checkpoint: of the teacher.
-            config: how it works.
-            crops: which crops stand for a box.
-            detector: a checkpoint that proposes boxes; the boxes of the rows are taken if empty.
-            max_proposals: of an image, the best.
+            checkpoint: the teacher's folder or URI.
+            config: the teacher's batch size and resources.
+            crops: the crops of a box.
+            detector: checkpoint of a detector that proposes boxes; if empty, the boxes of the rows are used.
+            max_proposals: number of proposals of an image, best first.
         """
         self.teacher, self.crops, self.max_proposals = Teacher(checkpoint, config), crops, max_proposals
         self.detector = None
@@ -364,17 +353,17 @@ class RegionStage:
     def _boxes(
         self, rows: pa.Table, images: Sequence[Pixels]
     ) -> tuple[list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]]:
-        """[N, 4] boxes of each image and [N] how sure it is that they hold something."""
+        """[N, 4] boxes and [N] objectness scores of each image."""
         if self.detector is None:
             given = [np.array(boxes, np.float32).reshape(-1, 4) for boxes in rows["boxes"].to_pylist()]
             return given, [np.ones(len(boxes), np.float32) for boxes in given]
-        # One at a time: a batch pads images to the largest, and their proposals would depend on their neighbours.
+        # One at a time: a batch pads images to the largest, so their proposals would depend on each other.
         proposals = [self.detector.propose([Image.fromarray(image)], self.max_proposals)[0] for image in images]
         return [boxes.numpy() for boxes, _ in proposals], [scores.numpy() for _, scores in proposals]
 
 
 class PairStage:
-    """Rows with square pixels and captions -> rows of the `embeddings` table with the bytes of both embeddings."""
+    """Maps rows with square pixels and captions to rows of the `embeddings` table with the bytes of both embeddings."""
 
     def __init__(self, checkpoint: str, config: EmbedConfig) -> None:
         """Load the teacher of a checkpoint."""
@@ -382,10 +371,10 @@ class PairStage:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Embed a shard."""
-        side, most = self.teacher.side, self.teacher.config.batch_size
+        side, size = self.teacher.side, self.teacher.config.batch_size
         pixels = [np.frombuffer(entry.as_buffer(), np.uint8).reshape(side, side, 3) for entry in rows["pixels"]]
-        starts = range(0, len(pixels), most)
-        images = unit(self.teacher.embed_squares(partial(np.stack, pixels[start : start + most]) for start in starts))
+        batches = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+        images = unit(self.teacher.embed_squares(partial(np.stack, batch) for batch in batches))
         texts = self.teacher.embed_texts(rows["caption"].to_pylist())
         return pa.table(
             {
@@ -404,12 +393,12 @@ class ShardWorker:
     def __init__(
         self, stage: "type[RegionStage] | type[PairStage]", arguments: tuple[Any, ...], job: EmbeddingJob
     ) -> None:
-        """Make the stage.
+        """Create the stage.
 
         Args:
-            stage: what embeds.
-            arguments: its own.
-            job: where shards go.
+            stage: class that embeds the rows of a shard.
+            arguments: arguments of its constructor.
+            job: where shards are saved.
         """
         import torch  # here, so that the data tasks stay small
 
@@ -418,5 +407,5 @@ class ShardWorker:
             torch.set_num_threads(1)  # each call has a thread of its own
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Embed a shard and write it; returns what `save_shard` tells."""
+        """Embed and save a shard; returns the row of `save_shard`."""
         return save_shard(self.stage(rows), self.job)

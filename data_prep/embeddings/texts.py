@@ -1,10 +1,10 @@
-"""The store of embedded names: table `texts`, one for each teacher, filled once and read by every workflow.
+"""The store of embedded names: a table `texts` for each teacher, filled once and read by every workflow.
 
 names --those not in the store--> text encoder --parts of bounded size--> texts/<teacher>
 
-Every part is published as it is written, so a fill that was killed goes on where it stopped.
+Each part is published when it is written, so a killed fill continues where it stopped.
 
-K names, N those of them that are found, D embedding width.
+K requested names, N stored names, D embedding width.
 """
 
 import json
@@ -20,19 +20,14 @@ import torch
 from torch import Tensor
 
 from data_prep import storage, tables
-from data_prep.tables import FileEntry, Manifest
+from data_prep.tables import Manifest
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, clean_names
 
 PRODUCER = "workflows/embed_texts.py"
 PART = 16_384
-"""Names of a file, and how many are embedded before the next is published."""
+"""Names embedded and published at a time: those of one file."""
 Floats = npt.NDArray[np.float32]
-
-
-def table_name(teacher: str) -> str:
-    """The table of a teacher: `clip:0123ab` -> `clip-0123ab`."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", teacher)
 
 
 @dataclass(frozen=True)
@@ -40,32 +35,35 @@ class TextStore:
     """The embedded names of one teacher."""
 
     storage: str
-    name: str
     teacher: str
 
-    @classmethod
-    def of(cls, storage_uri: str, teacher: str) -> "TextStore":
-        """The store that is named after its teacher."""
-        return cls(storage_uri, table_name(teacher), teacher)
+    @property
+    def name(self) -> str:
+        """The table of the teacher: `clip:0123ab` -> `clip-0123ab`."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.teacher)
+
+    @property
+    def uri(self) -> str:
+        """The table's folder."""
+        return tables.table_uri(self.storage, "texts", self.name)
 
     def manifest(self) -> Manifest | None:
-        """What is published, or None.
+        """The published manifest, or None.
 
         Raises:
             InputError: the table was made by another teacher.
         """
-        found = tables.find_manifest(self.storage, "texts", self.name)
-        if found is not None and found.details["teacher"] != self.teacher:
-            uri = tables.table_uri(self.storage, "texts", self.name)
-            raise InputError(f"{uri}: embedded by {found.details['teacher']}, expected {self.teacher}")
-        return found
+        published = tables.find_manifest(self.storage, "texts", self.name)
+        if published is not None and published.details["teacher"] != self.teacher:
+            raise InputError(f"{self.uri}: embedded by {published.details['teacher']}, expected {self.teacher}")
+        return published
 
     def missing(self, names: Sequence[str], prompt_set: str) -> list[str]:
-        """Those names that are not in the store, each once."""
-        wanted = pa.array(dict.fromkeys(names), pa.string())
-        for _, keys in self._keys(prompt_set):
-            wanted = wanted.filter(pc.invert(pc.is_in(wanted, keys)))
-        return [str(name) for name in wanted.to_pylist()]
+        """The names that are not in the store, each once."""
+        missing = pa.array(dict.fromkeys(names), pa.string())
+        for _, stored in self._stored(prompt_set):
+            missing = missing.filter(pc.invert(pc.is_in(missing, stored)))
+        return [str(name) for name in missing.to_pylist()]
 
     def read(self, names: Sequence[str], prompt_set: str) -> Tensor:
         """[K, D] unit rows.
@@ -73,19 +71,19 @@ class TextStore:
         Raises:
             InputError: there is no store, or a name is not in it.
         """
-        wanted = pa.array(names, pa.string())
+        requested = pa.array(names, pa.string())
         manifest = self.manifest() or tables.read_manifest(self.storage, "texts", self.name)
         rows_KD = torch.empty(len(names), int(manifest.details["width"]))
-        open_K = np.ones(len(names), bool)
-        for file, keys in self._keys(prompt_set):
-            row_K = pc.index_in(wanted, keys)
-            here = np.flatnonzero(open_K & row_K.is_valid().to_numpy(zero_copy_only=False))
+        missing_K = np.ones(len(names), bool)
+        for uri, stored in self._stored(prompt_set):
+            row_K = pc.index_in(requested, stored)
+            here = np.flatnonzero(missing_K & row_K.is_valid().to_numpy(zero_copy_only=False))
             if len(here):
-                found = row_K.take(pa.array(here)).to_numpy()
-                rows_KD[here] = torch.from_numpy(self._embeddings(file, prompt_set)[found])
-                open_K[here] = False
-        if open_K.any():
-            name = names[int(open_K.argmax())]
+                rows = row_K.take(pa.array(here)).to_numpy()
+                rows_KD[here] = torch.from_numpy(_read_embeddings(uri, prompt_set)[rows])
+                missing_K[here] = False
+        if missing_K.any():
+            name = names[int(missing_K.argmax())]
             made_by = tables.PRODUCERS["texts"]
             raise InputError(f"texts/{self.name}: no {name!r} with prompt set {prompt_set!r}; `{made_by}` embeds it")
         return rows_KD
@@ -94,28 +92,35 @@ class TextStore:
         """All N names of a prompt set, and their [N, D] unit rows."""
         names: list[str] = []
         parts: list[Floats] = []
-        for file, keys in self._keys(prompt_set):
-            if len(keys):
-                names += keys.to_pylist()
-                parts.append(self._embeddings(file, prompt_set))
+        for uri, stored in self._stored(prompt_set):
+            if len(stored):
+                names += stored.to_pylist()
+                parts.append(_read_embeddings(uri, prompt_set))
         return names, torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, 0)
 
     def fill(self, encoder: TextEncoder, names: Sequence[str]) -> int:
-        """Embed the names that are not in the store yet; returns how many there were.
+        """Embed the names that are not in the store; returns their number.
 
         Raises:
-            InputError: the encoder is of another teacher, or embeds in another width.
+            InputError: the encoder is another teacher's, or its embeddings have another width.
         """
         if encoder.teacher != self.teacher:
             raise InputError(f"texts/{self.name}: the store of {self.teacher}, expected that of {encoder.teacher}")
-        new = self.missing(clean_names(names), encoder.prompt_set)
+        return self._append_missing(encoder, clean_names(names))
+
+    def import_table(self, table: EmbeddingTable) -> int:
+        """Add the rows of a table whose names are not in the store; returns their number."""
+        return self._append_missing(table, table.names)
+
+    def _append_missing(self, encoder: TextEncoder, names: Sequence[str]) -> int:
+        new = self.missing(names, encoder.prompt_set)
         for start in range(0, len(new), PART):
             part = new[start : start + PART]
             self.append(part, encoder.prompt_set, encoder.embed_names(part).numpy())
         return len(new)
 
     def append(self, names: Sequence[str], prompt_set: str, rows_KD: Floats) -> None:
-        """Publish unit rows beside those that are there.
+        """Publish unit rows in addition to those in the store.
 
         Raises:
             InputError: their width is another.
@@ -123,8 +128,7 @@ class TextStore:
         published = self.manifest()
         width = rows_KD.shape[1]
         if published is not None and published.details["width"] != width:
-            uri = tables.table_uri(self.storage, "texts", self.name)
-            raise InputError(f"{uri}: embeddings of width {published.details['width']}, these have {width}")
+            raise InputError(f"{self.uri}: embeddings of width {published.details['width']}, these have {width}")
         flat = pa.array(np.ascontiguousarray(rows_KD, np.float32).ravel())
         table = pa.table(
             {
@@ -133,15 +137,12 @@ class TextStore:
                 "embedding": pa.ListArray.from_arrays(np.arange(len(names) + 1, dtype=np.int32) * width, flat),
             }
         )
-        # Named by what it holds, so that two jobs that write at the same time never write to one file.
+        # The file is named by its content, so that two concurrent jobs never write to one file.
         key = storage.sha256(json.dumps([prompt_set, *names]).encode())[:16]
         entry = tables.write_part(self.storage, "texts", self.name, f"{key}.parquet", table)
-        self._publish(entry, width, prompt_set)
-
-    def _publish(self, entry: FileEntry, width: int, prompt_set: str) -> None:
-        published = self.manifest()  # again: another job may have added to it
+        published = self.manifest()  # another job may have published since
         files = {file.path: file for file in published.files} if published else {}
-        sets: list[str] = published.details["prompt_sets"] if published else []
+        prompt_sets: list[str] = published.details["prompt_sets"] if published else []
         tables.publish(
             self.storage,
             "texts",
@@ -152,43 +153,43 @@ class TextStore:
             details={
                 "teacher": self.teacher,
                 "width": width,
-                "prompt_sets": sorted({*sets, prompt_set}),
+                "prompt_sets": sorted({*prompt_sets, prompt_set}),
                 "generation": published.details["generation"] + 1 if published else 0,
             },
         )
 
-    def _keys(self, prompt_set: str) -> Iterator[tuple[str, pa.Array]]:
-        """Every file with the names that it holds of a prompt set."""
+    def _stored(self, prompt_set: str) -> Iterator[tuple[str, pa.Array]]:
+        """The URI of every file, with its names of a prompt set."""
         manifest = self.manifest()
         for path in tables.parquet_files(manifest) if manifest else []:
-            uri = storage.join(tables.table_uri(self.storage, "texts", self.name), path)
+            uri = storage.join(self.uri, path)
             rows = tables.read_parquet(uri, ["name", "prompt_set"])
             yield uri, rows.filter(pc.equal(rows["prompt_set"], prompt_set))["name"].combine_chunks()
 
-    @staticmethod
-    def _embeddings(uri: str, prompt_set: str) -> Floats:
-        """[N, D] of one file, in the order of its names."""
-        rows = tables.read_parquet(uri, ["prompt_set", "embedding"])
-        lists = rows.filter(pc.equal(rows["prompt_set"], prompt_set))["embedding"].combine_chunks()
-        array: Floats = lists.flatten().to_numpy().reshape(len(lists), -1)
-        return array
+
+def _read_embeddings(uri: str, prompt_set: str) -> Floats:
+    """[N, D] rows of one file and prompt set, in the order of its names."""
+    rows = tables.read_parquet(uri, ["prompt_set", "embedding"])
+    lists = rows.filter(pc.equal(rows["prompt_set"], prompt_set))["embedding"].combine_chunks()
+    array: Floats = lists.flatten().to_numpy().reshape(len(lists), -1)
+    return array
 
 
 @dataclass(frozen=True)
 class StoredEncoder:
-    """A text encoder that looks names up in its teacher's store, and adds those that are missing."""
+    """A text encoder that reads names from its teacher's store, and adds missing ones to it."""
 
     encoder: TextEncoder
     store: TextStore
 
     @property
     def teacher(self) -> str:
-        """The encoder's."""
+        """The encoder's teacher."""
         return self.encoder.teacher
 
     @property
     def prompt_set(self) -> str:
-        """The encoder's."""
+        """The encoder's prompt set."""
         return self.encoder.prompt_set
 
     def embed_names(self, names: Sequence[str]) -> Tensor:
@@ -202,7 +203,7 @@ class StoredEncoder:
 
 
 class PreloadedEncoder:
-    """A text encoder that has its teacher's store in memory, embeds what is not there, and adds nothing to it."""
+    """A text encoder with its teacher's store in memory; it embeds missing names without adding them to the store."""
 
     def __init__(self, encoder: TextEncoder, store: TextStore) -> None:
         self.encoder, self.teacher, self.prompt_set = encoder, encoder.teacher, encoder.prompt_set
@@ -221,14 +222,14 @@ class PreloadedEncoder:
         return self.encoder.embed_captions(captions)
 
 
-# ------------------------------------------------------------------------------------------------ matrices of others
+# ------------------------------------------------------------------------------------------------ matrices from files
 
 
 def read_category_names(path: str) -> list[str]:
-    """Names of a JSON file in the order of their ids: a list of {id, name}, or COCO's and LVIS's `categories`.
+    """Names of a JSON file in order of their ids: a list of {id, name}, or the `categories` of COCO and LVIS files.
 
     Raises:
-        InputError: it is no such file, or ids or names repeat.
+        InputError: the file has another form, or an id or a name is repeated.
     """
     try:
         raw = json.loads(storage.read_bytes(path))
@@ -237,20 +238,20 @@ def read_category_names(path: str) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: {type(error).__name__} {error}, expected categories with id and name") from error
     if len(names) != len(entries) or len(set(names.values())) != len(names):
-        raise InputError(f"{path}: {len(entries)} categories, but an id or a name is there twice")
+        raise InputError(f"{path}: {len(entries)} categories, but an id or a name is repeated")
     return [names[key] for key in sorted(names)]
 
 
 def read_matrix(path: str, names: Sequence[str], width: int | None = None) -> EmbeddingTable:
-    """A .npy matrix with a row for each name, in their order; ViLD's form, a column for each name, is turned.
+    """Read a .npy matrix with a row for each name; ViLD's form, with a column for each name, is transposed.
 
     Args:
-        path: of the matrix.
-        names: of the rows.
-        width: that the embeddings must have; any if None.
+        path: path of the file.
+        names: names of the rows, in order.
+        width: required width of the embeddings, if any.
 
     Raises:
-        InputError: there is no such matrix, or its shape is another.
+        InputError: the file is not such a matrix.
     """
     try:
         array = np.load(path, allow_pickle=False)
@@ -267,10 +268,13 @@ def read_matrix(path: str, names: Sequence[str], width: int | None = None) -> Em
 
 
 def check_order(table: EmbeddingTable, encoder: TextEncoder, path: str, sample: int = 64) -> float:
-    """The share of a sample of names, embedded by the encoder, whose nearest row is their own: a matrix has no names.
+    """Check that a matrix, which holds no names, has the expected order.
+
+    Returns:
+        The share of sampled names whose embedding by the encoder is nearest to their own row.
 
     Raises:
-        InputError: fewer than half, so the rows are of other names or of another model.
+        InputError: fewer than half: the rows are of other names or of another model.
     """
     chosen = np.unique(np.linspace(0, len(table.names) - 1, sample).round().astype(int))
     own_ND = encoder.embed_names([table.names[row] for row in chosen])
@@ -284,13 +288,3 @@ def check_order(table: EmbeddingTable, encoder: TextEncoder, path: str, sample: 
             f"{encoder.teacher} in the order of the category ids"
         )
     return share
-
-
-def import_matrix(storage_uri: str, table: EmbeddingTable, prompt_set: str) -> TextStore:
-    """Put the rows of a matrix into the store of their teacher; names that are there already stay as they are."""
-    store = TextStore.of(storage_uri, table.teacher)
-    new = store.missing(table.names, prompt_set)
-    for start in range(0, len(new), PART):
-        part = new[start : start + PART]
-        store.append(part, prompt_set, table.embed_names(part).numpy())
-    return store

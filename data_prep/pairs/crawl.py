@@ -25,11 +25,11 @@ import ray
 from ray.util import ActorPool
 
 from data_prep import storage
+from data_prep.object_store import get_shared
 from data_prep.pairs.decode import Decoded, with_images
 from data_prep.pairs.fetch import Fetched, Fetcher, with_fetch_status
 from data_prep.pairs.rows import Rejection
 from data_prep.pairs.staging import Part, Staging
-from data_prep.shared import shared
 from ovd_models.errors import InputError
 
 PROGRESS_SECONDS = 5.0
@@ -208,7 +208,7 @@ class CrawlerPool:
         """
         if not self._processes:
             with ThreadPoolExecutor(DECODERS) as threads:
-                return list(threads.map(lambda values: task(*map(shared, values)), arguments))
+                return list(threads.map(lambda values: task(*map(get_shared, values)), arguments))
         pool: Any = self._pool(len(arguments))
         try:
             return list(pool.map(lambda actor, values: actor.run.remote(task, *values), arguments))

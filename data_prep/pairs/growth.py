@@ -22,7 +22,7 @@ from data_prep.pairs import inputs
 from data_prep.pairs.rows import EMBEDDING, LIGHT, STATUS, RowNumbering
 from data_prep.pairs.shards import WrittenPartition
 from data_prep.pairs.staging import Part, Staging, partition_name
-from data_prep.tables import FileEntry
+from data_prep.tables import FileEntry, TableName
 from ovd_models.errors import InputError
 
 URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
@@ -52,7 +52,7 @@ class Published:
         return None if pairs is None else cls(storage=storage_uri, pairs=pairs)
 
     @property
-    def files(self) -> dict[str, Sequence[FileEntry]]:
+    def files(self) -> dict[TableName, Sequence[FileEntry]]:
         """The files of `pairs`, `rejects` and `scores`.
 
         Not from the other tables' manifests: their generation may be one whose `pairs` were never published.
@@ -90,7 +90,7 @@ class Published:
         """`EMBEDDINGS` of the kept rows; null if there is none."""
         return tables.open_parquet(self._uris("scores"), EMBEDDINGS)
 
-    def _uris(self, table: str) -> list[str]:
+    def _uris(self, table: TableName) -> list[str]:
         folder = tables.table_uri(self.storage, table, self.pairs.name)
         return [storage.join(folder, entry.path) for entry in self.files[table] if entry.path.endswith(".parquet")]
 
@@ -236,10 +236,10 @@ def plan_crawl(
 
 def combine_files(
     published: Published | None, plan: CrawlPlan, written: Sequence[WrittenPartition]
-) -> dict[str, list[FileEntry]]:
+) -> dict[TableName, list[FileEntry]]:
     """The files of the next generation's `pairs`, `rejects` and `scores`: the published ones and what a run wrote."""
     replaced = {("rejects", path) for path in plan.earlier_rejects.values()}
-    files: dict[str, list[FileEntry]] = {}
+    files: dict[TableName, list[FileEntry]] = {}
     for table in ("pairs", "rejects", "scores"):
         old = published.files[table] if published else ()
         files[table] = [entry for entry in old if (table, entry.path) not in replaced]

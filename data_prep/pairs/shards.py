@@ -65,7 +65,7 @@ class WrittenPartition:
     kept: int
     rejected: dict[str, int]
     """Rows by reason."""
-    files: dict[str, list[tables.FileEntry]]
+    files: dict[tables.TableName, list[tables.FileEntry]]
     """By table: `pairs`, `rejects`, `scores`."""
 
 
@@ -87,7 +87,7 @@ def write_partition(
     kept, rejected = rows.filter(is_kept), rows.filter(pc.invert(is_kept))
     assert not kept["size"].null_count, f"{partition}: a row is neither staged nor rejected"
     stem = f"{partition}{job.suffix}"
-    files = {
+    files: dict[tables.TableName, list[tables.FileEntry]] = {
         "pairs": _write_pairs(job, kept, stem, _contents(job, partition, rows.num_rows, kept), extractor),
         "rejects": [],
         "scores": _write_scores(job, kept, stem),
@@ -128,7 +128,7 @@ def _write_pairs(
         images = (content for _, content in itertools.islice(contents, rows.num_rows))
         offsets: list[int] = []
         tar = tar_pieces(zip(keys, images, rows["caption"].to_pylist(), strict=True), offsets)
-        files.append(tables.write_pieces(job.storage, "pairs", job.name, shard, tar))
+        files.append(tables.write_file(job.storage, "pairs", job.name, shard, tar))
         kinds = tables.SCHEMAS["pairs"]
         columns = {"shard": [shard] * len(keys), "key": keys, "offset": offsets}
         arrays = {name: pa.array(values, kinds.field(name).type) for name, values in columns.items()}

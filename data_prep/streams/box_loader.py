@@ -18,7 +18,7 @@ import pyarrow as pa
 from data_prep import storage, tables
 from data_prep.boxes.cleaning import SkipReport, clip_box
 from data_prep.embeddings.stores import Regions, RegionStore
-from data_prep.shared import Shared, share, shared
+from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.augmentation import AnnotatedImage, Augmentation, augment
 from data_prep.streams.images import read_image
 from data_prep.streams.plans import Integers, plan_epochs, plan_weighted, repeat_factors
@@ -68,7 +68,7 @@ class DetectionLoader:
     stored regions `region_boxes` (flat xyxy), `region_valid` and `region_embeddings` (raw float16 rows).
     """
 
-    index: Shared[pa.Table]
+    index: SharedValue[pa.Table]
     """A row of `INDEX` for every image."""
     count: int
     seed: int
@@ -77,7 +77,7 @@ class DetectionLoader:
     weights: npt.NDArray[np.float64] | None = None
     """[count] how often each image comes in an epoch; once if None."""
     source: RegionSource | None = None
-    store: Shared[RegionStore] | None = None
+    store: SharedValue[RegionStore] | None = None
     """The regions of `source`."""
 
     def __call__(self, positions: Integers) -> pa.Table:
@@ -86,8 +86,8 @@ class DetectionLoader:
             numbers = plan_epochs(self.seed, self.count, positions)
         else:
             numbers = plan_weighted(self.seed, self.weights, positions)
-        store = None if self.store is None else shared(self.store)
-        rows = zip(shared(self.index).take(numbers).to_pylist(), positions.tolist(), strict=True)
+        store = None if self.store is None else get_shared(self.store)
+        rows = zip(get_shared(self.index).take(numbers).to_pylist(), positions.tolist(), strict=True)
         loaded = pa.Table.from_pylist([self._load(row, position, store) for row, position in rows], schema=COLUMNS)
         absent = [] if self.masks else ["masks"]
         absent += [] if self.source else ["region_boxes", "region_valid", "region_embeddings"]
@@ -217,6 +217,6 @@ def detection_loader(
         raise InputError(f"boxes/{name}: a box has no mask, expected one for each, or model.detector.masks=False")
     weights = repeat_factors([row["labels"] for row in index], repeat_threshold) if repeat_threshold else None
     ids = [row["image_id"] for row in index]
-    store = share(open_regions(storage_uri, regions, ids)) if regions else None
-    table = share(pa.Table.from_pylist(index, schema=INDEX))
+    store = put_shared(open_regions(storage_uri, regions, ids)) if regions else None
+    table = put_shared(pa.Table.from_pylist(index, schema=INDEX))
     return DetectionLoader(table, len(index), seed, augmentation, masks, weights, regions, store)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep import storage, tables
-from data_prep.shared import Shared, share, shared
+from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.images import read_image
 from data_prep.streams.plans import Integers
 from ovd_models.errors import InputError
@@ -207,7 +207,7 @@ class GroupLoader:
     `unreadable`: why each broken image was replaced by another of its concept.
     """
 
-    plan: Shared[GroupPlan]
+    plan: SharedValue[GroupPlan]
     uris: tuple[str, ...]
     """Parquet files of `groups`."""
     firsts: tuple[int, ...]
@@ -223,7 +223,7 @@ class GroupLoader:
         Raises:
             InputError: none of `MAX_ATTEMPTS` concepts has enough readable images.
         """
-        plan = shared(self.plan)
+        plan = get_shared(self.plan)
         rows = [self._load(plan, position) for position in positions.tolist()]
         return pa.Table.from_pylist(rows, schema=GROUP_ROWS)
 
@@ -285,4 +285,4 @@ def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, sam
         )
     shards = storage.absolute(tables.table_uri(storage_uri, "pairs", name))
     firsts = tuple(np.cumsum([0, *rows])[:-1].tolist())
-    return GroupLoader(share(plan), uris, firsts, shards, f"groups/{name}")
+    return GroupLoader(put_shared(plan), uris, firsts, shards, f"groups/{name}")

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep import storage, tables
-from data_prep.shared import Shared, share, shared
+from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.images import pixel_columns, read_image
 from data_prep.streams.plans import Integers, plan_epochs
 from ovd_models.errors import InputError
@@ -24,7 +24,7 @@ class MaskLoader:
     is mirrored already, its masks are not.
     """
 
-    index: Shared[pa.Table]
+    index: SharedValue[pa.Table]
     """`uri`, `masks` and `labels` of every image."""
     count: int
     seed: int
@@ -32,7 +32,7 @@ class MaskLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        chosen = shared(self.index).take(plan_epochs(self.seed, self.count, positions))
+        chosen = get_shared(self.index).take(plan_epochs(self.seed, self.count, positions))
         flips = [
             bool(np.random.default_rng([self.seed, position, 1]).random() < self.flip_probability)
             for position in positions.tolist()
@@ -70,7 +70,7 @@ def mask_loader(
     if not index:
         raise InputError(f"boxes/{name}: no masks, expected segmentations in the annotation file")
     schema = pa.schema({"uri": pa.string(), "masks": pa.list_(pa.string()), "labels": pa.list_(pa.int64())})
-    return MaskLoader(share(pa.Table.from_pylist(index, schema=schema)), len(index), seed, flip_probability)
+    return MaskLoader(put_shared(pa.Table.from_pylist(index, schema=schema)), len(index), seed, flip_probability)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class FeatureLoader:
     Columns `image` (raw uint8 [H, W, 3]), `height`, `width` and `feature` (raw float16 [C, h, h]).
     """
 
-    index: Shared[pa.Table]
+    index: SharedValue[pa.Table]
     """`uri`, `file` (absolute URI) and `row` of every image."""
     count: int
     seed: int
@@ -89,7 +89,7 @@ class FeatureLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        chosen = shared(self.index).take(plan_epochs(self.seed, self.count, positions)).to_pylist()
+        chosen = get_shared(self.index).take(plan_epochs(self.seed, self.count, positions)).to_pylist()
         size = 2 * int(np.prod(self.shape))
         pixels = [np.asarray(read_image(row["uri"])) for row in chosen]
         features = [storage.read_bytes(row["file"], offset=row["row"] * size, size=size) for row in chosen]
@@ -118,5 +118,5 @@ def feature_loader(storage_uri: str, name: str, cache: str, teacher: str, *, see
         index.append({"uri": uri, "file": storage.join(root, file), "row": row})
     schema = pa.schema({"uri": pa.string(), "file": pa.string(), "row": pa.int64()})
     channels, height, width = manifest.details["shape"]
-    reference = share(pa.Table.from_pylist(index, schema=schema))
+    reference = put_shared(pa.Table.from_pylist(index, schema=schema))
     return FeatureLoader(reference, len(index), seed, (channels, height, width))

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep import storage, tables
-from data_prep.shared import Shared, share, shared
+from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.images import read_image
 from data_prep.streams.plans import Integers, plan_epochs
 from ovd_models.errors import InputError
@@ -19,7 +19,7 @@ class PairLoader:
     Columns `image` (raw uint8 [S, S, 3]) and `caption`.
     """
 
-    index: Shared[pa.Table]
+    index: SharedValue[pa.Table]
     """`shard`, `offset`, `size` and `caption` of every pair."""
     count: int
     root: str
@@ -30,7 +30,7 @@ class PairLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        chosen = shared(self.index).take(plan_epochs(self.seed, self.count, positions))
+        chosen = get_shared(self.index).take(plan_epochs(self.seed, self.count, positions))
         side = self.image_size
         images = [
             read_image(storage.join(self.root, row["shard"]), offset=row["offset"], size=row["size"])
@@ -57,4 +57,4 @@ def pair_loader(storage_uri: str, name: str, *, seed: int, image_size: int, max_
     # A shard's name is stored once, not once a pair.
     pairs = pairs.set_column(0, "shard", pairs["shard"].dictionary_encode()).combine_chunks()
     root = storage.absolute(tables.table_uri(storage_uri, "pairs", name))
-    return PairLoader(share(pairs), pairs.num_rows, root, seed, image_size)
+    return PairLoader(put_shared(pairs), pairs.num_rows, root, seed, image_size)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 
-from data_prep.pace import ExecutorPause
+from data_prep.executor_pause import ExecutorPause
 
 Integers = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")
@@ -123,5 +123,5 @@ def stream(load: Callable[[Integers], pa.Table], shape: StreamShape, start_step:
     data = ray.data.range(count, override_num_blocks=blocks)
     data = data.map_batches(rows, batch_format="pyarrow", batch_size=None)
     data.context.execution_options.preserve_order = True
-    data.context.custom_execution_callback_classes = [ExecutorPause]  # type: ignore[list-item]
+    data.context.custom_execution_callback_classes = [ExecutorPause]
     return data

@@ -198,15 +198,15 @@ def test_released_weights_are_a_teacher_once_they_are_in_the_storage(tmp_path: P
     run = embed.Run(
         storage=str(tmp_path / "runs"), name="t", pairs="t", teacher=path.stem, pretrained=str(tmp_path / "weights.pt")
     )
-    checkpoint = embed.bring_in(run)
+    checkpoint = embed.store_released(run)
     assert checkpoint.startswith(f"{tmp_path}/runs/teachers/{path.stem}-weights-")
-    known_as, side, _ = embed.look_at_teacher(checkpoint)
-    assert (known_as, side) == (f"clip:{weights_digest(model.model.state_dict())}", 32)
+    info = embed.read_teacher_info(checkpoint)
+    assert (info.id, info.side) == (f"clip:{weights_digest(model.model.state_dict())}", 32)
     written = (Path(checkpoint) / "clip.safetensors").stat()
-    assert embed.bring_in(run) == checkpoint
+    assert embed.store_released(run) == checkpoint
     assert (Path(checkpoint) / "clip.safetensors").stat() == written
     with pytest.raises(InputError, match="unknown to open_clip"):
-        embed.bring_in(dataclasses.replace(run, teacher="ViT-for-embed-test"))
+        embed.store_released(dataclasses.replace(run, teacher="ViT-for-embed-test"))
     with pytest.raises(InputError, match="--pretrained openai: no such file and no weights"):
         embed.embed(dataclasses.replace(run, pretrained="openai"))
 

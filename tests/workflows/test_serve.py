@@ -291,7 +291,7 @@ def test_unexpected_errors_reveal_no_details(checkpoint: Path) -> None:
 def test_embeddings_are_read_from_the_teachers_store(checkpoint: Path, tmp_path: Path) -> None:
     teacher = open_endpoint(checkpoint, tmp_path).served.encoder
     known_KD = teacher.embed_names(NAMES[:1])
-    TextStore.of(str(tmp_path), teacher.teacher).append(["parasol"], teacher.prompt_set, known_KD.numpy())
+    TextStore(str(tmp_path), teacher.teacher).append(["parasol"], teacher.prompt_set, known_KD.numpy())
     with TestClient(build_api(open_endpoint(checkpoint, tmp_path))) as client:
         answers = [detect(client, vocabulary=json.dumps([name])).json() for name in (NAMES[0], "parasol")]
         assert [entry["score"] for entry in answers[0]["detections"]] == [

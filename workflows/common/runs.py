@@ -136,7 +136,7 @@ def open_run(
     run: TrainingConfig,
     workflow: str,
     *,
-    tables_read: Mapping[str, str],
+    tables_read: Mapping[tables.TableName, str],
     inputs: Mapping[str, str],
     stages: Sequence[Optimisation],
 ) -> Iterator[ActiveRun]:
@@ -153,7 +153,9 @@ def open_run(
         InputError: the run to resume or a table is missing, or an input differs from the resumed run's.
     """
     folder = run_folder(run.storage, workflow, run.config, run.resume)
-    digests = {table: tables.read_manifest(run.storage, table, name).digest for table, name in tables_read.items()}
+    digests: dict[str, str] = {
+        table: tables.read_manifest(run.storage, table, name).digest for table, name in tables_read.items()
+    }
     hold_to_inputs(folder, {**digests, **inputs})
     training.start_ray_for(*stages)
     with tracking.run(

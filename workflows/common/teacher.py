@@ -61,7 +61,7 @@ def read_codet_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEnco
         InputError: a table is missing, or a name cannot be embedded.
     """
     if isinstance(encoder, ClipTextEncoder):
-        encoder = StoredEncoder(encoder, TextStore.of(storage_uri, encoder.teacher))
+        encoder = StoredEncoder(encoder, TextStore(storage_uri, encoder.teacher))
     categories, splits = read_categories(storage_uri, boxes)
     base = [name for name in categories.values() if splits[name] == "base"]
     counts = tables.read_table(storage_uri, "categories", boxes, ["name", "image_count"]).to_pylist()

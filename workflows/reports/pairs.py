@@ -24,7 +24,7 @@ from data_prep.pairs import shards
 from workflows.reports import page
 
 Row = dict[str, Any]
-TABLES = ("pairs", "rejects", "concepts", "groups")
+TABLES: tuple[tables.TableName, ...] = ("pairs", "rejects", "concepts", "groups")
 DUCKDB_MEMORY = "1GB"
 """Memory limit of DuckDB; beyond it, DuckDB uses the disk."""
 NUM_KEPT, NUM_REJECTED = 24, 4
@@ -90,24 +90,24 @@ class CrawlTables:
         rows: list[Row] = self.sql.sql(query).to_arrow_table().to_pylist()
         return rows
 
-    def manifest(self, table: str) -> tables.Manifest:
+    def manifest(self, table: tables.TableName) -> tables.Manifest:
         """Read the manifest of a table."""
         return tables.read_manifest(self.storage_uri, table, self.name)
 
-    def uri(self, table: str, path: str) -> str:
+    def uri(self, table: tables.TableName, path: str) -> str:
         """URI of a file of a table."""
         return storage.join(tables.table_uri(self.storage_uri, table, self.name), path)
 
-    def dataset(self, table: str) -> ds.Dataset:
+    def dataset(self, table: tables.TableName) -> ds.Dataset:
         """Open a table for reading in batches."""
         uris = [self.uri(table, path) for path in tables.parquet_files(self.manifest(table))]
         return tables.open_parquet(uris, tables.SCHEMAS[table])
 
-    def filtered(self, table: str, condition: ds.Expression, columns: Sequence[str]) -> pa.Table:
+    def filtered(self, table: tables.TableName, condition: ds.Expression, columns: Sequence[str]) -> pa.Table:
         """The few rows that meet a condition; files whose statistics exclude it are not read."""
         return self.dataset(table).to_table(list(columns), filter=condition, fragment_readahead=1, batch_readahead=1)
 
-    def rows_at(self, table: str, positions: Sequence[int], columns: Sequence[str]) -> list[Row]:
+    def rows_at(self, table: tables.TableName, positions: Sequence[int], columns: Sequence[str]) -> list[Row]:
         """The rows at ascending positions in the published order; other files are not read."""
         rows: list[Row] = []
         start = 0

@@ -124,7 +124,7 @@ class Endpoint:
         load = ovd_models.load_segmenter if read_info(folder).method == "ovsam" else ovd_models.load
         self.served: Detector | Segmenter = load(folder, device=device)
         if texts:
-            store = TextStore.of(storage_uri, self.served.teacher)
+            store = TextStore(storage_uri, self.served.teacher)
             self.served.encoder = PreloadedEncoder(self.served.encoder, store)
         threads = threads or len(os.sched_getaffinity(0))
         # One request at a time on all cores is faster than several that share them; Ray's default is one thread.

@@ -267,7 +267,7 @@ def measure_names(run: Run, names: Sequence[str], seed: int) -> dict[str, Metric
         sam = load_model(storage.local_folder(trained["sam"]), SamModel)
         _, encoder = ovsam.open_clip_teacher(own)
         vocabulary = build_vocabulary(
-            StoredEncoder(encoder, TextStore.of(run.storage, encoder.teacher)), names, info.splits
+            StoredEncoder(encoder, TextStore(run.storage, encoder.teacher)), names, info.splits
         )
         categories = tables.read_table(run.storage, "categories", own.boxes).to_pylist()
         labels = {row["category_id"]: names.index(row["name"]) for row in categories if row["split"]}

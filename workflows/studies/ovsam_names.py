@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from data_prep import storage, tables
-from data_prep.concepts import nouns
+from data_prep.concepts.word_lists import read_list
 from ovd_models.errors import InputError
 
 MODIFIERS = (
@@ -42,7 +42,6 @@ def competing_names(storage_uri: str, boxes: str, sizes: Sequence[int], distract
 
 def composed_names() -> list[str]:
     """45,760 names such as "wooden alarm clock", ordered so that each noun appears once before any is repeated."""
-    vocabulary, compounds = nouns.phrases()
-    objects = sorted(vocabulary.names[:compounds])
+    objects = sorted(read_list("compounds"))
     pairs = itertools.product(range(len(MODIFIERS)), enumerate(objects))
     return [f"{MODIFIERS[(first + number) % len(MODIFIERS)]} {name}" for first, (number, name) in pairs]

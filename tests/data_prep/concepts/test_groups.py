@@ -52,7 +52,7 @@ def test_groups_are_ranges_of_images_that_share_a_concept() -> None:
 
 
 @pytest.mark.parametrize(("min_images", "names"), [(0, "abc"), (1, "abc"), (2, "ab"), (3, "a"), (4, "")])
-def test_concepts_of_fewer_images_are_left_out(min_images: int, names: str) -> None:
+def test_concepts_with_too_few_images_are_left_out(min_images: int, names: str) -> None:
     concepts, found = built(mentions([["a", "b", "c"], ["a", "b"], ["a"]]), min_images)
     assert concepts["name"].to_pylist() == list(names)
     assert set(found["concept_id"].to_pylist()) == set(range(len(names)))
@@ -74,7 +74,7 @@ def test_no_images_or_no_concepts_give_empty_tables(rows: pa.Table) -> None:
     assert found.schema.equals(tables.SCHEMAS["groups"])
 
 
-def test_the_order_of_names_is_that_of_python() -> None:
+def test_names_are_sorted_as_python_sorts_them() -> None:
     names = [
         "é",
         "e",
@@ -125,11 +125,11 @@ def slow_groups(rows: pa.Table, min_images: int) -> tuple[list[tuple[Any, ...]],
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_groups_are_those_of_a_slow_loop_from_files_as_from_memory(seed: int, tmp_path: Path) -> None:
+def test_groups_equal_those_of_a_slow_loop_from_files_and_from_memory(seed: int, tmp_path: Path) -> None:
     rows = random_mentions(seed, 300)
     concepts, found = built(rows, 50)
-    told = ["concept_id", "image_id", "concept_ids"]
-    members = [tuple(row[name] for name in told) for row in found.to_pylist()]
+    columns = ["concept_id", "image_id", "concept_ids"]
+    members = [tuple(row[name] for name in columns) for row in found.to_pylist()]
     assert ([tuple(row.values()) for row in concepts.to_pylist()], members) == slow_groups(rows, 50)
     assert all(ids == sorted(set(ids)) for ids in found["concept_ids"].to_pylist())
     for number, start in enumerate(range(0, 300, 70)):
@@ -150,7 +150,7 @@ def test_a_slice_of_a_table_gives_its_own_rows_alone() -> None:
     ]  # fmt: skip
 
 
-def test_groups_come_in_several_batches_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_streamed_in_batches_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "BATCH_ROWS", 2048)
     rows = random_mentions(0, 10_000)
     with build_groups(rows, min_images=1) as (concepts, stream):
@@ -164,7 +164,7 @@ def test_groups_come_in_several_batches_in_order(monkeypatch: pytest.MonkeyPatch
     assert concepts["stop"].to_pylist()[-1] == len(ids)
 
 
-def test_little_memory_gives_the_same() -> None:
+def test_less_memory_gives_the_same_groups() -> None:
     rows = random_mentions(1, 60_000)
     wide, narrow = built(rows, 2), built(rows, 2, memory="64MB")
     assert wide[1].num_rows > 100_000

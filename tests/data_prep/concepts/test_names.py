@@ -43,16 +43,16 @@ def test_the_longest_phrase_wins() -> None:
     assert named(lines, "a teddy and a bear") == ["bear"]
 
 
-def test_names_come_in_alphabetical_order_each_once() -> None:
+def test_names_are_in_alphabetical_order_each_once() -> None:
     assert named(["zebra", "Ant", "cat, kitten"], "kittens, a zebra, a cat and an ant") == ["Ant", "cat", "zebra"]
 
 
-def test_spans_tell_where_names_stand() -> None:
+def test_spans_give_the_positions_of_names() -> None:
     vocabulary = NameMatcher.parse(["bear", "teddy bear"])
     assert list(vocabulary.spans(["a", "bear", "and", "two", "teddy", "bears"])) == [(1, 2, (0,)), (4, 6, (1,))]
 
 
-def test_a_form_that_is_itself_a_name_stands_for_that_name_alone() -> None:
+def test_a_form_that_is_itself_a_name_matches_only_that_name() -> None:
     assert named(["glass", "glasses"], "a pair of glasses") == ["glasses"]
     assert named(["glass", "glasses"], "a glass") == ["glass"]
 
@@ -88,12 +88,12 @@ def test_inflections(word: str, forms: list[str]) -> None:
     ("lines", "message"),
     [(["cat", ", dog"], "name 2 is ''"), (["cat", "!!"], "name 2 is '!!'"), (["cat", "Cat"], "'Cat' is listed twice")],
 )
-def test_a_bad_vocabulary_is_told(lines: list[str], message: str) -> None:
+def test_a_bad_vocabulary_is_an_input_error(lines: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         NameMatcher.parse(lines)
 
 
-def test_a_vocabulary_comes_from_a_text_file(tmp_path: Path) -> None:
+def test_a_vocabulary_is_read_from_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("hot_air_balloon, balloon\n\ncat\n")
     vocabulary = NameMatcher.read(str(tmp_path / "names.txt"))
     assert vocabulary.names == ("hot air balloon", "cat")

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from data_prep.embeddings import nearest as module
-from data_prep.embeddings.nearest import exact_nearest, nearest
+from data_prep.embeddings import nearest
+from data_prep.embeddings.nearest import exact_nearest, find_nearest
 from data_prep.embeddings.stores import FlatRows
 
 
@@ -30,7 +30,7 @@ def random_rows(count: int, width: int = 16, seed: int = 0) -> npt.NDArray[np.fl
 
 
 def test_planted_rows_are_found_best_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(nearest, "CHUNK_ROWS", 64)
     rows = random_rows(500)
     query = random_rows(1, seed=1)[0]
     for place, share in ((7, 1.0), (200, 3.0), (499, 2.0)):
@@ -44,11 +44,11 @@ def test_planted_rows_are_found_best_first(tmp_path: Path, monkeypatch: pytest.M
 def test_chunks_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, query = flat(tmp_path, random_rows(300)), random_rows(1, seed=2)[0]
     whole = exact_nearest(rows, query, 20)
-    monkeypatch.setattr(module, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(nearest, "CHUNK_ROWS", 7)
     assert exact_nearest(rows, query, 20)[0].tolist() == whole[0].tolist()
 
 
-def test_equal_rows_come_in_their_order(tmp_path: Path) -> None:
+def test_equal_rows_keep_their_order(tmp_path: Path) -> None:
     query = random_rows(1)[0]
     found, _ = exact_nearest(flat(tmp_path, np.tile(query, (10, 1))), query, 4)
     assert sorted(found.tolist()) == found.tolist()
@@ -62,17 +62,17 @@ def test_fewer_rows_than_wanted_are_all_found(tmp_path: Path) -> None:
 
 
 def test_nothing_is_found_in_nothing(tmp_path: Path) -> None:
-    found, scores = nearest(flat(tmp_path, np.empty((0, 16), np.float32)), random_rows(1)[0], 5, "unused", least=0)
+    found, scores = find_nearest(flat(tmp_path, np.empty((0, 16), np.float32)), random_rows(1)[0], 5, "unused", least=0)
     assert found.tolist() == scores.tolist() == []
 
 
-def test_an_index_of_faiss_finds_the_planted_row_and_is_kept(tmp_path: Path) -> None:
+def test_a_faiss_index_finds_the_planted_row_and_is_kept(tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="faiss is not installed")
     rows = flat(tmp_path, random_rows(20_000))
     query = rows.read(12_345)[0].astype(np.float32)
     index = tmp_path / "indexes" / "t.faiss"
     for _ in range(2):
-        found, scores = nearest(rows, query, 10, str(index), least=1000)
+        found, scores = find_nearest(rows, query, 10, str(index), least=1000)
         assert found[0] == 12_345
         assert scores[0] == pytest.approx(1, abs=1e-2)
         assert (np.diff(scores) <= 0).all()

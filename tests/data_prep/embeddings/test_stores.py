@@ -17,7 +17,7 @@ from ovd_models.errors import InputError
 COUNTS = [[3, 0, 2], [1], [4, 5]]
 """Regions of the images of each shard."""
 WIDTH = 8
-MADE_OF = {"teacher": "clip:aa", "crops": dataclasses.asdict(CropConfig())}
+PROVENANCE = {"teacher": "clip:aa", "crops": dataclasses.asdict(CropConfig())}
 
 
 def rows_of(number: int, count: int) -> npt.NDArray[np.float16]:
@@ -48,13 +48,13 @@ def publish(storage: Path, name: str = "t") -> None:
             number += 1
         embeddings.save_shard(pa.Table.from_pylist(images), job)
     saved = embeddings.saved_shards(job.staging)
-    embeddings.publish(job, list(saved.values()), producer="test", config_hash="0", made_of=MADE_OF)
+    embeddings.publish_embeddings(job, list(saved.values()), producer="test", config_hash="0", provenance=PROVENANCE)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> RegionStore:
     publish(tmp_path)
-    return RegionStore.open(str(tmp_path), "t", MADE_OF)
+    return RegionStore.open(str(tmp_path), "t", PROVENANCE)
 
 
 def test_regions_are_found_by_image_id(store: RegionStore) -> None:
@@ -100,7 +100,7 @@ def test_unknown_image_says_which(store: RegionStore) -> None:
 def test_another_teacher_is_told_with_both(tmp_path: Path) -> None:
     publish(tmp_path)
     with pytest.raises(InputError, match=r'teacher "clip:aa", this run asks for "clip:bb"'):
-        RegionStore.open(str(tmp_path), "t", {**MADE_OF, "teacher": "clip:bb"})
+        RegionStore.open(str(tmp_path), "t", {**PROVENANCE, "teacher": "clip:bb"})
 
 
 def test_other_crops_are_told_with_both(tmp_path: Path) -> None:
@@ -115,12 +115,12 @@ def test_another_schema_version_is_told_with_both(tmp_path: Path) -> None:
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "schema_version": 99}))
     with pytest.raises(InputError, match=f"version 99.*version {tables.SCHEMA_VERSION}"):
-        RegionStore.open(str(tmp_path), "t", MADE_OF)
+        RegionStore.open(str(tmp_path), "t", PROVENANCE)
 
 
 def test_a_missing_table_says_what_makes_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"workflows/embed\.py"):
-        RegionStore.open(str(tmp_path), "t", MADE_OF)
+        RegionStore.open(str(tmp_path), "t", PROVENANCE)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
@@ -132,13 +132,13 @@ def test_a_damaged_array_is_told_when_the_store_is_opened(tmp_path: Path, damage
     else:
         path.unlink()
     with pytest.raises(InputError, match=r"000002\.f16"):
-        open_rows(str(tmp_path), "regions", "t", MADE_OF)
+        open_rows(str(tmp_path), "regions", "t", PROVENANCE)
 
 
 def test_a_table_without_images_can_be_opened(tmp_path: Path) -> None:
     job = EmbeddingJob(storage=str(tmp_path), table="regions", name="t", staging=str(tmp_path / "staging"))
-    embeddings.publish(job, [], producer="test", config_hash="0", made_of=MADE_OF)
-    empty = RegionStore.open(str(tmp_path), "t", MADE_OF)
+    embeddings.publish_embeddings(job, [], producer="test", config_hash="0", provenance=PROVENANCE)
+    empty = RegionStore.open(str(tmp_path), "t", PROVENANCE)
     assert len(empty) == 0
     assert image_id(0) not in empty
     assert list(empty.rows.chunks(4)) == []

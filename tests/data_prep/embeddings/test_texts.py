@@ -1,5 +1,6 @@
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,8 @@ from data_prep.embeddings.texts import (
     StoredEncoder,
     TextStore,
     check_order,
-    import_matrix,
     read_category_names,
     read_matrix,
-    table_name,
 )
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
@@ -37,7 +36,7 @@ def encoder(prompt_set: str = "name", teacher: str = "clip:0123", width: int = 8
 
 def test_names_are_embedded_once_and_read_by_all(tmp_path: Path) -> None:
     teacher = encoder()
-    store = TextStore.of(str(tmp_path), teacher.teacher)
+    store = TextStore(str(tmp_path), teacher.teacher)
     assert store.fill(teacher, NAMES) == 3
     assert store.fill(teacher, ["anchor", "cat"]) == 0
     assert torch.equal(
@@ -50,7 +49,7 @@ def test_names_are_embedded_once_and_read_by_all(tmp_path: Path) -> None:
 
 def test_new_names_and_prompt_sets_come_in_new_generations(tmp_path: Path) -> None:
     plain, photo = encoder("name"), encoder("photo")
-    store = TextStore.of(str(tmp_path), plain.teacher)
+    store = TextStore(str(tmp_path), plain.teacher)
     store.fill(plain, NAMES)
     first = store.manifest()
     store.fill(plain, ["dog", "cat"])
@@ -68,7 +67,7 @@ def test_new_names_and_prompt_sets_come_in_new_generations(tmp_path: Path) -> No
 
 def test_a_vocabulary_is_looked_up_and_completed(tmp_path: Path) -> None:
     teacher = encoder()
-    stored = StoredEncoder(teacher, TextStore.of(str(tmp_path), teacher.teacher))
+    stored = StoredEncoder(teacher, TextStore(str(tmp_path), teacher.teacher))
     assert (stored.teacher, stored.prompt_set) == ("clip:0123", "name")
     first = build_vocabulary(stored, NAMES)
     assert torch.allclose(first.embeddings, build_vocabulary(teacher, NAMES).embeddings, atol=1e-6)
@@ -80,7 +79,7 @@ def test_a_vocabulary_is_looked_up_and_completed(tmp_path: Path) -> None:
 
 def test_a_preloaded_store_answers_for_its_names_and_grows_by_none(tmp_path: Path) -> None:
     teacher = encoder()
-    store = TextStore.of(str(tmp_path), teacher.teacher)
+    store = TextStore(str(tmp_path), teacher.teacher)
     empty = PreloadedEncoder(teacher, store)
     assert torch.equal(empty.embed_names(NAMES), teacher.embed_names(NAMES))
     planted_ND = np.eye(8, dtype=np.float32)[:2]
@@ -100,7 +99,7 @@ def test_a_fill_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(texts, "PART", 2)
     names = [f"thing {number}" for number in range(5)]
     teacher = encoder()
-    store = TextStore.of(str(tmp_path), teacher.teacher)
+    store = TextStore(str(tmp_path), teacher.teacher)
     with monkeypatch.context() as patch:
         publish, calls = tables.publish, []
 
@@ -123,12 +122,12 @@ def test_a_fill_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_another_teacher_width_or_prompt_set_is_told(tmp_path: Path) -> None:
     teacher = encoder()
-    store = TextStore.of(str(tmp_path), teacher.teacher)
+    store = TextStore(str(tmp_path), teacher.teacher)
     with pytest.raises(InputError, match=r"no such table; `python workflows/embed_texts\.py` makes it"):
         store.read(["cat"], "name")
     store.fill(teacher, NAMES)
-    other = TextStore(str(tmp_path), store.name, "clip:4567")
-    with pytest.raises(InputError, match="embedded by clip:0123, expected clip:4567"):
+    other = TextStore(str(tmp_path), "clip/0123")  # the same folder
+    with pytest.raises(InputError, match="embedded by clip:0123, expected clip/0123"):
         other.read(["cat"], "name")
     with pytest.raises(InputError, match="the store of clip:0123, expected that of clip:4567"):
         store.fill(encoder(teacher="clip:4567"), NAMES)
@@ -141,8 +140,8 @@ def test_another_teacher_width_or_prompt_set_is_told(tmp_path: Path) -> None:
 
 
 def test_teachers_have_tables_of_their_own() -> None:
-    assert table_name("clip:0123ab") == "clip-0123ab"
-    assert table_name("ViT-B-32:openai/x") == "ViT-B-32-openai-x"
+    assert TextStore("s", "clip:0123ab").name == "clip-0123ab"
+    assert TextStore("s", "ViT-B-32:openai/x").name == "ViT-B-32-openai-x"
 
 
 # ---------------------------------------------------------------------------------------------------- many names
@@ -150,7 +149,7 @@ def test_teachers_have_tables_of_their_own() -> None:
 
 def test_memory_is_bounded_by_the_part(tmp_path: Path) -> None:
     teacher = encoder("bare")
-    store = TextStore.of(str(tmp_path), teacher.teacher)
+    store = TextStore(str(tmp_path), teacher.teacher)
     names = [f"thing {number}" for number in range(3 * texts.PART)]
     rows = np.ones((texts.PART, 512), np.float32) / np.sqrt(np.float32(512))
     tracemalloc.start()
@@ -179,9 +178,10 @@ def test_rows_follow_the_category_ids(tmp_path: Path) -> None:
     assert torch.allclose(table.embeddings, torch.tensor([[0.6, 0.8, 0], [0, 0, 1]]))
     turned = read_matrix(matrix(tmp_path / "turned.npy", np.array([[3.0, 0], [4, 0], [0, 2]])), names)
     assert torch.equal(turned.embeddings, table.embeddings)
-    store = import_matrix(str(tmp_path), table, "given")
+    store = TextStore(str(tmp_path), table.teacher)
+    assert store.import_table(table) == 2
     assert torch.equal(store.read(["b", "a"], "given"), table.embeddings[[1, 0]])
-    import_matrix(str(tmp_path), table, "given")
+    assert store.import_table(table) == 0
     manifest = store.manifest()
     assert manifest is not None
     assert manifest.rows == 2
@@ -232,7 +232,8 @@ def test_rows_in_another_order_are_refused(tmp_path: Path) -> None:
 def test_the_released_lvis_matrix_is_imported(tmp_path: Path) -> None:
     names = read_category_names(str(LVIS / "lvis_v1_categories.json"))
     table = read_matrix(str(LVIS / "lvis_v1_clip_vitb32_a_name.npy"), names, width=512)
-    store = import_matrix(str(tmp_path), table, "name:a")
+    store = TextStore(str(tmp_path), table.teacher)
+    store.import_table(replace(table, prompt_set="name:a"))
     raw = np.load(LVIS / "lvis_v1_clip_vitb32_a_name.npy")[names.index("zucchini")].astype(np.float32)
     assert np.allclose(store.read(["zucchini"], "name:a")[0], raw / np.linalg.norm(raw), atol=1e-3)
     # related names are near each other, which rows in another order would not be

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data_prep import storage, tables
-from data_prep.embeddings.stores import EmbeddingJob, Regions, publish, save_shard, saved_shards
+from data_prep.embeddings.stores import EmbeddingJob, Regions, publish_embeddings, save_shard, saved_shards
 from data_prep.streams.augmentation import Augmentation
 from data_prep.streams.box_loader import RegionSource, detection_loader, sample_stored_regions, training_rows
 from data_prep.streams.collate import DetectionCollate
@@ -74,8 +74,10 @@ def write_regions(root: str, ids: list[str]) -> None:
     )
     job = EmbeddingJob(storage=root, table="regions", name="t", staging=f"{root}/staging")
     save_shard(table, job)
-    made_of = {"teacher": "clip:1", "crops": CROPS}
-    publish(job, list(saved_shards(job.staging).values()), producer="test", config_hash="0", made_of=made_of)
+    provenance = {"teacher": "clip:1", "crops": CROPS}
+    publish_embeddings(
+        job, list(saved_shards(job.staging).values()), producer="test", config_hash="0", provenance=provenance
+    )
 
 
 def load(store: str, flip: float = 0.0, **options: object):  # type: ignore[no-untyped-def]

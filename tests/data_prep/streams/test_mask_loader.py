@@ -88,8 +88,8 @@ def test_the_cache_equals_sams_embeddings_and_resumes_by_shard(drawn: str, tmp_p
     name = features.cache_name(drawn, "s-train", teacher)
     rows = tables.read_table(drawn, "boxes", "s-train", ["image_id", "uri"])
     # an interrupted run left one whole shard, and another without its receipt; one before it had shards of another size
-    features.Embedder(drawn, name, rows, folder, 2, False).write(0)
-    worker = features.Embedder(drawn, name, rows, folder, 3, False)
+    features.FeatureWriter(drawn, name, rows, folder, 2, False).write(0)
+    worker = features.FeatureWriter(drawn, name, rows, folder, 3, False)
     worker.write(1)
     worker.write(2)
     Path(features.receipt_uri(drawn, name, features.part_name(3, 2))).unlink()
