@@ -23,7 +23,7 @@ from ovd_models.detectors.masks import paste_masks
 from ovd_models.importers.codet import (
     TEXT_PREFIX,
     Release,
-    load_text_encoder,
+    import_text_encoder,
     recognise_release,
     released_names,
     translate_state,
@@ -41,7 +41,7 @@ def text_encoder(name: str) -> Iterator[Quantity]:
         if key.startswith(TEXT_PREFIX)
     }
     state["positional_embedding"] = state["positional_embedding"] * 0.3
-    encoder = load_text_encoder(state, name)
+    encoder = import_text_encoder(state, name)
     captions = np.load(PACKS / "goldens" / "text" / f"{name}.npz")["captions"].tolist()
     yield "tokens", encoder.tokenizer(captions), pack["tokens"]
     yield "features", encoder.embed_captions(captions), F.normalize(pack["features"], dim=1)

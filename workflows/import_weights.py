@@ -79,7 +79,7 @@ def ovsam() -> OvSamRun:
 CONFIGS: dict[str, Callable[[], Run | OvSamRun]] = {"codet": codet, "ovsam": ovsam}
 
 
-def read_names(path: str) -> dict[str, str]:
+def read_released_names(path: str) -> dict[str, str]:
     """Read names in the order of released tables, each with its split: `base`, `novel`, or "" if unused.
 
     LVIS's rare names are novel, and COCO's names have the usual split. Other names count as novel, since their
@@ -135,7 +135,7 @@ def convert_detector(run: Run) -> None:
     """
     if not run.weights or not run.out:
         raise InputError(f"--{'out' if run.weights else 'weights'}: missing, expected a path")
-    names = read_names(run.names)
+    names = read_released_names(run.names)
     imported = load_codet_release(run.weights)
     encoder = choose_encoder(run, imported, tuple(names))
     splits = {name: split for name, split in names.items() if split}
@@ -152,7 +152,7 @@ def convert_ovsam(run: OvSamRun) -> None:
     files = [path for path in (run.sam, run.adapter, run.head) if path]
     if not files or not run.out:
         raise InputError(f"--{'out' if files else 'head'}: missing, expected a path")
-    splits = {name: split for name, split in read_names(run.names).items() if split}
+    splits = {name: split for name, split in read_released_names(run.names).items() if split}
     clip, teacher = load_clip(run.clip, run.pretrained)
     model = OvSam(published(TowerConfig.of(clip.config), run.sam_model))
     load_ovsam(model, *files, tower=clip.model.visual.state_dict())

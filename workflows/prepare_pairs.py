@@ -39,7 +39,7 @@ from data_prep.concepts.nouns import NounExtractor
 from data_prep.object_store import put_shared
 from data_prep.pairs import growth, inputs, scores, shards
 from data_prep.pairs.crawl import DECODERS, RESTARTING, CrawlerPool, CrawlSteps, FileReader, show_progress
-from data_prep.pairs.decode import decode_image
+from data_prep.pairs.decode import decode_body
 from data_prep.pairs.dedup import Corpus
 from data_prep.pairs.fetch import Fetcher
 from data_prep.pairs.filters import filter_rows
@@ -202,7 +202,7 @@ def start_crawlers(run: Run, staging: Staging, *, are_files: bool) -> CrawlerPoo
         scorers = [stage.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
     steps = CrawlSteps(
         fetcher=FileReader if are_files else partial(Fetcher, fetch),
-        decode=partial(decode_image, config=run.decode),
+        decode=partial(decode_body, config=run.decode),
         filter=partial(filter_rows, config=run.filters),
         scorers=scorers,
     )

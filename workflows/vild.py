@@ -112,7 +112,7 @@ def train(run: Run) -> Trained[DetectionMetrics]:
     run, names, encoder = read_inputs(run)
     if run.proposals:
         check_proposals(run)
-    with open_run(run, encoder) as active:
+    with open_vild_run(run, encoder) as active:
         logger = active.tracked.logger()
         with active.timing("rpn"):
             proposals = run.proposals or train_proposals(run, names, encoder, active)
@@ -137,7 +137,7 @@ def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
     return complete(run, names), names, encoder
 
 
-def open_run(run: Run, encoder: TextEncoder) -> AbstractContextManager[ActiveRun]:
+def open_vild_run(run: Run, encoder: TextEncoder) -> AbstractContextManager[ActiveRun]:
     """Open or resume the run of either stage."""
     return runs.open_run(
         run,
@@ -155,7 +155,7 @@ def train_rpn(run: Run) -> str:
         InputError: a table or the teacher is missing.
     """
     run, names, encoder = read_inputs(run)
-    with open_run(run, encoder) as active:
+    with open_vild_run(run, encoder) as active:
         return train_proposals(run, names, encoder, active)
 
 

@@ -64,7 +64,7 @@ class Decoded:
         return len(self.content)
 
 
-def decode_image(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
+def decode_body(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
     """Decode one body. No body raises."""
     if not has_image_magic(content):
         return Rejection("not_an_image", f"starts with {content[:16]!r}")

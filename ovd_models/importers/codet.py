@@ -273,7 +273,7 @@ def load_codet_release(path: str | Path) -> ImportedDetector:
     column = next((name for name in state if name.endswith("cls_score.detection_weight")), None)
     return ImportedDetector(
         model.eval(),
-        load_text_encoder(text, origin) if text else None,
+        import_text_encoder(text, origin) if text else None,
         F.normalize(state[column].float().T[:-1], dim=1) if column else None,
     )
 
@@ -283,7 +283,7 @@ def text_config() -> ClipConfig:
     return ClipConfig(embed_dim=512, text=TEXT_CONFIG, quick_gelu=True, prompt_set="name")
 
 
-def load_text_encoder(state: dict[str, Tensor], origin: str) -> ClipTextEncoder:
+def import_text_encoder(state: dict[str, Tensor], origin: str) -> ClipTextEncoder:
     """The text encoder from the tensors of CLIP ViT-B/32's text tower.
 
     Raises:

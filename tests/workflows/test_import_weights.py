@@ -33,26 +33,26 @@ def lvis(tmp_path: Path) -> Path:
 
 
 def test_names_are_sorted_by_id_and_rare_ones_are_novel(lvis: Path, tmp_path: Path) -> None:
-    assert import_weights.read_names(str(lvis)) == {"anchor": "base", "tennis ball": "novel"}
-    assert list(import_weights.read_names(str(lvis))) == ["anchor", "tennis ball"]
-    assert import_weights.read_names("") == {}
+    assert import_weights.read_released_names(str(lvis)) == {"anchor": "base", "tennis ball": "novel"}
+    assert list(import_weights.read_released_names(str(lvis))) == ["anchor", "tennis ball"]
+    assert import_weights.read_released_names("") == {}
     (tmp_path / "broken.json").write_text('{"categories": [{}]}')
     for path in ("broken.json", "missing.txt"):
         with pytest.raises(InputError, match=path):
-            import_weights.read_names(str(tmp_path / path))
+            import_weights.read_released_names(str(tmp_path / path))
 
 
 def test_coco_names_are_split_and_unknown_names_are_novel(tmp_path: Path) -> None:
     coco = [{"id": 9, "name": "traffic light"}, {"id": 2, "name": "car"}, {"id": 1, "name": "dog"}]
     (tmp_path / "coco.json").write_text(json.dumps({"categories": coco}))
-    found = import_weights.read_names(str(tmp_path / "coco.json"))
+    found = import_weights.read_released_names(str(tmp_path / "coco.json"))
     assert list(found.items()) == [("dog", "novel"), ("car", "base"), ("traffic light", "")]
     for text, expected in (
         ("dog\n\n car \n", {"dog": "novel", "car": "base"}),
         ("dog\ngryphon\ncar", dict.fromkeys(("dog", "gryphon", "car"), "novel")),
     ):
         (tmp_path / "names.txt").write_text(text)
-        assert import_weights.read_names(str(tmp_path / "names.txt")) == expected
+        assert import_weights.read_released_names(str(tmp_path / "names.txt")) == expected
 
 
 def test_missing_flags_and_files_are_one_line(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_missing_flags_and_files_are_one_line(tmp_path: Path) -> None:
 
 
 def test_a_given_table_takes_precedence_over_the_files_own(lvis: Path, tmp_path: Path) -> None:
-    names, rows = tuple(import_weights.read_names(str(lvis))), np.eye(2, 512, dtype=np.float16)
+    names, rows = tuple(import_weights.read_released_names(str(lvis))), np.eye(2, 512, dtype=np.float16)
     np.save(tmp_path / "rows.npy", rows)
     own = torch.eye(2, 512).flip(0)
     imported = importers.ImportedDetector(CoDet.__new__(CoDet), None, own)

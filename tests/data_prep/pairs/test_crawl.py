@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep import tables
 from data_prep.pairs import crawl, inputs
 from data_prep.pairs.crawl import DECODERS, Crawler, CrawlerPool, CrawlSteps, FileReader, PartCounts, show_progress
-from data_prep.pairs.decode import DecodeConfig, Decoded, decode_image
+from data_prep.pairs.decode import DecodeConfig, Decoded, decode_body
 from data_prep.pairs.filters import FilterConfig, filter_rows
 from data_prep.pairs.inputs import Columns
 from data_prep.pairs.rows import Rejection
@@ -44,7 +44,7 @@ def stage_list(root: Path, bodies: list[bytes]) -> Staging:
 
 
 def as_usual(body: bytes) -> Decoded | Rejection:
-    return decode_image(body, DecodeConfig())
+    return decode_body(body, DecodeConfig())
 
 
 def steps(decoder: Decode = as_usual, scorers: Sequence[object] = ()) -> CrawlSteps:
@@ -79,7 +79,7 @@ def test_bodies_that_wait_to_be_decoded_stay_within_their_limit(tmp_path: Path) 
     def held_up(body: bytes) -> Decoded | Rejection:
         decoding.release()
         assert free.wait(10)
-        return decode_image(body, DecodeConfig())
+        return decode_body(body, DecodeConfig())
 
     waiting = []
 

@@ -10,7 +10,7 @@ from data_prep import storage
 from data_prep.pairs.decode import (
     DecodeConfig,
     Decoded,
-    decode_image,
+    decode_body,
     perceptual_hash,
     strip_metadata,
     with_images,
@@ -33,7 +33,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def good(content: bytes, config: DecodeConfig = KEEP) -> Decoded:
-    found = decode_image(content, config)
+    found = decode_body(content, config)
     assert isinstance(found, Decoded), found
     return found
 
@@ -179,7 +179,7 @@ def test_padding_behind_the_end_of_a_jpeg_is_no_fault(tail: bytes) -> None:
 def test_a_jpeg_cut_short_is_never_filled_with_grey() -> None:
     content = encoded(picture(400, 300), "JPEG", quality=95)
     for stop in range(len(content) - 2, len(content) // 2, -97):
-        found = decode_image(content[:stop], DecodeConfig(max_side=100))
+        found = decode_body(content[:stop], DecodeConfig(max_side=100))
         assert isinstance(found, Rejection)
         assert found.reason == "truncated"
 
@@ -197,7 +197,7 @@ def test_a_jpeg_cut_short_is_never_filled_with_grey() -> None:
     ],
 )
 def test_what_is_no_image_is_said_to_be_none(content: bytes, reason: str) -> None:
-    found = decode_image(content, KEEP)
+    found = decode_body(content, KEEP)
     assert isinstance(found, Rejection)
     assert found.reason == reason
     assert found.detail
@@ -206,14 +206,14 @@ def test_what_is_no_image_is_said_to_be_none(content: bytes, reason: str) -> Non
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_half_a_file_is_truncated(kind: str) -> None:
     content = encoded(picture(300, 200), kind)
-    found = decode_image(content[: len(content) // 2], KEEP)
+    found = decode_body(content[: len(content) // 2], KEEP)
     assert isinstance(found, Rejection)
     assert found.reason in ("truncated", "not_an_image") if kind == "WEBP" else found.reason == "truncated"
 
 
 def test_a_bomb_is_rejected_from_its_header() -> None:
     for side in (8_000, 30_000, 2_000_000):
-        found = decode_image(png_bomb(side, side), KEEP)
+        found = decode_body(png_bomb(side, side), KEEP)
         assert isinstance(found, Rejection)
         assert found.reason == "too_many_pixels"
 
@@ -221,7 +221,7 @@ def test_a_bomb_is_rejected_from_its_header() -> None:
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_animations_are_rejected(kind: str) -> None:
     frames = [picture(seed=seed) for seed in range(3)]
-    found = decode_image(encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50), KEEP)
+    found = decode_body(encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50), KEEP)
     assert found == Rejection("animated", "3 frames")
 
 
@@ -235,7 +235,7 @@ def test_rows_keep_earlier_failures_and_gain_new_ones() -> None:
             "detail": pa.array([None, "no such host", None], pa.string()),
         }
     )
-    found = with_images(rows, [decode_image(content, KEEP), None, decode_image(b"nothing", KEEP)])
+    found = with_images(rows, [decode_body(content, KEEP), None, decode_body(b"nothing", KEEP)])
     assert found["row"].to_pylist() == [3, 4, 5]
     assert found["stage"].to_pylist() == [None, "fetch", "decode"]
     assert found["reason"].to_pylist() == [None, "dns", "not_an_image"]

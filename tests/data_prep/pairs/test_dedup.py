@@ -14,7 +14,7 @@ from reference_data import PHOTOS, needs
 
 from data_prep import storage
 from data_prep.pairs import dedup
-from data_prep.pairs.decode import DecodeConfig, Decoded, decode_image
+from data_prep.pairs.decode import DecodeConfig, Decoded, decode_body
 from data_prep.pairs.dedup import DECISIONS, DISTANCES, Corpus, band_masks, first_kept
 from data_prep.pairs.rows import LIGHT, NEW, RowNumbering
 
@@ -303,7 +303,7 @@ def test_planted_copies_of_photographs_are_found_and_nothing_else() -> None:
             encoded(image, scale=0.75), encoded(image, scale=1.5), encoded(image, "PNG"),
         ]  # fmt: skip
         for content in contents:
-            decoded = decode_image(content, DecodeConfig(max_side=512))
+            decoded = decode_body(content, DecodeConfig(max_side=512))
             assert isinstance(decoded, Decoded)
             photo_of.append(photo)
             hashes.append(decoded.phash)

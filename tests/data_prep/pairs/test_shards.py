@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep import storage, tables
 from data_prep.concepts.names import NameMatcher
 from data_prep.pairs import inputs, shards
-from data_prep.pairs.decode import DecodeConfig, decode_image, with_images
+from data_prep.pairs.decode import DecodeConfig, decode_body, with_images
 from data_prep.pairs.dedup import DECISIONS
 from data_prep.pairs.fetch import Fetched, with_fetch_status
 from data_prep.pairs.filters import FilterConfig, filter_rows
@@ -111,7 +111,7 @@ def listed(first: int = 10, last: int = 19) -> pa.Table:
 
 def outcome(rows: pa.Table, fetched: Sequence[Fetched]) -> pa.Table:
     """Rows with the results of their fetches."""
-    images = [one.content and decode_image(one.content, DecodeConfig()) for one in fetched]
+    images = [one.content and decode_body(one.content, DecodeConfig()) for one in fetched]
     return filter_rows(with_images(with_fetch_status(rows, fetched), images), FilterConfig())
 
 

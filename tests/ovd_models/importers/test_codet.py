@@ -129,4 +129,4 @@ def test_the_text_tower_is_open_clips_and_says_what_does_not_fit() -> None:
         dataclasses.replace(importers.text_config(), text={**importers.TEXT_CONFIG, "layers": 1})
     )
     with pytest.raises(InputError, match="text encoder"):
-        importers.load_text_encoder(dict(tower.state_dict()), "file.pth")
+        importers.import_text_encoder(dict(tower.state_dict()), "file.pth")
