@@ -92,7 +92,7 @@ def test_a_run_that_ends_in_the_middle_resumes_exactly(
             raise CrashError
 
     monkeypatch.setattr(training.Session, "end_step", crash_after_7)
-    with pytest.raises(Exception, match="CrashError|^$"):
+    with pytest.raises(Exception, match=r"CrashError|^$"):
         TRAIN[method](run)
     monkeypatch.undo()
     name = runs.find_run(str(tmp_path), method, "smoke")
