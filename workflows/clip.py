@@ -110,9 +110,8 @@ def train_worker(run: Run, stage: Stage, pretrained: str, logger: MetricLogger) 
         clip.load_state_dict(load_clip(storage.local_folder(pretrained))[0].state_dict())
     session = Session(clip, stage, device, logger)
     contrast = contrastive_loss(run.model, session.rank, session.world)
-    shifts = torch.Generator().manual_seed(run.optimisation.seed + session.step)
     for images, captions in session.batches("pairs", run.batch_size, PairCollate(run.model.image_size), prefetch=3):
-        shifted = random_shift(images.to(device, non_blocking=True), run.shift, shifts)
+        shifted = random_shift(images.to(device, non_blocking=True), run.shift)
         with session.autocast():
             features = session.model(shifted, clip.tokenize(captions).to(device))
         losses = {"contrastive": contrast(*(value.float() for value in features))}
@@ -127,7 +126,7 @@ def train_worker(run: Run, stage: Stage, pretrained: str, logger: MetricLogger) 
         session.end_step(losses, run.batch_size)
 
 
-def random_shift(images: torch.Tensor, limit: int, generator: torch.Generator) -> torch.Tensor:
+def random_shift(images: Tensor, limit: int, generator: torch.Generator | None = None) -> Tensor:
     """[B, 3, S, S], each image moved by up to `limit` pixels each way, edges repeated."""
     if not limit:
         return images

@@ -66,9 +66,9 @@ def train_worker(
     device = training.prepare_worker(stage.settings)
     model = CoDet(run.model)
     model.load_state_dict(start)
-    session = Session(model, stage, device, logger)
-    if isinstance(model.detector, CenterNet2):
+    if isinstance(model.detector, CenterNet2):  # before the session copies the model for its average
         model.detector.set_image_counts(torch.tensor(names.base_image_counts))
+    session = Session(model, stage, device, logger)
     base_KD, concepts_CD = names.base_embeddings.to(device), names.concept_embeddings.to(device)
 
     detections = session.batches("boxes", run.detection_batch, DetectionCollate())

@@ -132,9 +132,13 @@ class CoDet(nn.Module):
         losses: dict[str, Tensor] = {}
         for annotated, captioned in ((detection, None), (None, concepts)) if separate else ((detection, concepts),):
             losses |= self._losses(annotated, captioned, categories_KD, concepts_CD)
-        if detection is None:  # all parameters need a gradient, which is averaged over ranks
-            unused = 0.0 * torch.stack([value.sum() for value in self.parameters()]).sum()
-            losses["concept"] = losses["concept"] + unused if "concept" in losses else unused
+        # Data-parallel training averages every gradient over the ranks, so no parameter may be left out of a step.
+        idle = list(self.parameters()) if detection is None else []
+        if concepts is None and hasattr(self, "aggregations"):
+            idle += self.aggregations.parameters()
+        if idle:
+            name = next(iter(losses), "concept")
+            losses[name] = losses.get(name, 0.0) + 0.0 * torch.stack([value.sum() for value in idle]).sum()
         return losses
 
     def _losses(

@@ -20,6 +20,8 @@ from workflows.common.optimisation import Optimisation
 from workflows.common.tracking import TrackedRun
 from workflows.common.training import Stage
 
+FREE_SETTINGS = {"storage", "resume", "teacher", "sam", "use_gpu", "max_failures", "log_every", "waiting_bytes"}
+"""Fields that may differ when a run is resumed."""
 M = TypeVar("M")
 N = TypeVar("N")
 
@@ -156,6 +158,7 @@ def open_run(
     digests: dict[str, str] = {
         table: tables.read_manifest(run.storage, table, name).digest for table, name in tables_read.items()
     }
+    hold_to_settings(folder, cli.flatten(run))
     hold_to_inputs(folder, {**digests, **inputs})
     training.start_ray_for(*stages)
     with tracking.run(
@@ -183,6 +186,32 @@ def find_run(storage_uri: str, workflow: str, config: str) -> str:
     filesystem, path = storage.resolve(storage.join(storage_uri, "runs", workflow))
     found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     return max((str(info.base_name) for info in found if info.base_name.startswith(f"{config}-")), default="")
+
+
+def hold_to_settings(folder: str, settings: Mapping[str, object]) -> None:
+    """Record a run's flat settings in its `run.json`, or check that they equal the recorded ones.
+
+    A resumed run may lie elsewhere and use other numbers of workers; it then no longer equals an undisturbed one, and
+    says so. Inputs given by path are checked by `hold_to_inputs`.
+
+    Raises:
+        InputError: a setting differs from the one the run began with.
+    """
+    uri = storage.join(folder, "run.json")
+    now = json.loads(json.dumps(settings, default=str))
+    if not storage.exists(uri):
+        storage.write_bytes(uri, json.dumps(now, indent=1).encode())
+        return
+    before = json.loads(storage.read_bytes(uri))
+    for name in {**before, **now}:
+        old, new, field_name = before.get(name), now.get(name), name.rpartition(".")[2]
+        if old == new or field_name in FREE_SETTINGS:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if field_name == "workers":
+            print(f"{folder}: resumed with {flag} {new} instead of {old}: no longer equal to an undisturbed run")
+        else:
+            raise InputError(f"--resume: {flag} is {new!r}, the run began with {old!r}, expected the same")
 
 
 def hold_to_inputs(folder: str, inputs: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import ray
 import ray.data
 import ray.train
@@ -274,6 +275,8 @@ class Session:
                 batch = next(batches, None)
             if batch is None:
                 return
+            # Each step draws from a seed of its own, so that a resumed run equals an undisturbed one.
+            torch.manual_seed(step_seed(self.settings.seed, self.step, self.rank))
             yield batch
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -352,6 +355,11 @@ class Session:
                 self._next = other_than(self._next)
                 return
             ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of torch's global generators in a step, different for every step and rank."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Meter:

@@ -86,6 +86,16 @@ def test_box_supervision_alone_leaves_no_parameter_unused() -> None:
     assert without_gradient(model, losses) == []
 
 
+@pytest.mark.parametrize("kind", ["boxes", "captions"])
+def test_the_learned_aggregation_has_a_gradient_in_every_kind_of_step(kind: str) -> None:
+    torch.manual_seed(0)
+    learned = dataclasses.replace(CONFIG, aggregation="learned", guidance="none", group_size=2, caption_weight=0.0)
+    model = CoDet(learned)
+    batches = (blocks(), None) if kind == "boxes" else (None, groups())
+    losses = model(*batches, unit(2, 16), unit(3, 16, seed=1))
+    assert without_gradient(model, losses) == []
+
+
 def test_a_batch_whose_images_have_no_boxes_still_uses_every_parameter() -> None:
     torch.manual_seed(0)
     model, batch = CoDet(CONFIG), blocks()

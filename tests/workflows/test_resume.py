@@ -1,0 +1,182 @@
+"""A run that is killed and resumed equals an undisturbed one, for every training."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ovd_models.errors import InputError
+from workflows import clip, codet, ovsam, prepare_pairs, vild
+from workflows.common import runs, training
+from workflows.common.optimisation import Optimisation
+from workflows.configs import clip as clip_configs
+from workflows.configs import codet as codet_configs
+from workflows.configs import ovsam as ovsam_configs
+from workflows.configs import vild as vild_configs
+
+ROOT = Path(__file__).parents[2]
+LAST = {"clip": "train", "vild": "detector", "codet": "joint", "ovsam": "clip2sam"}
+"""The stage that is killed."""
+STAGES = {
+    "clip": ("optimisation",),
+    "vild": ("rpn_stage", "detector_stage"),
+    "codet": ("box_stage", "joint_stage"),
+    "ovsam": ("sam_stage", "sam2clip_stage", "clip2sam_stage"),
+}
+TRAIN: dict[str, Callable[[Any], runs.Trained[Any]]] = {
+    "clip": clip.train,
+    "vild": vild.train,
+    "codet": codet.train,
+    "ovsam": ovsam.train,
+}
+
+
+def smoke(method: str, storage: str) -> Any:
+    """The smoke config of a method with its tables, 10 steps a stage and a checkpoint after 5."""
+    if method == "clip":
+        run: Any = dataclasses.replace(clip_configs.smoke(), storage=storage, eval_every=0)
+        prepare_pairs.prepare_smoke(storage)
+    elif method == "vild":
+        run = vild.prepare_data(dataclasses.replace(vild_configs.smoke(), storage=storage))
+    elif method == "codet":
+        run = codet.prepare_data(dataclasses.replace(codet_configs.smoke(), storage=storage))
+    else:
+        run = ovsam.prepare_data(dataclasses.replace(ovsam_configs.smoke(), storage=storage, text_to_mask=False))
+    stages = {name: in_two_parts(getattr(run, name)) for name in STAGES[method]}
+    return dataclasses.replace(run, **stages)
+
+
+def in_two_parts(stage: Optimisation, workers: int = 0) -> Optimisation:
+    return dataclasses.replace(stage, steps=10, checkpoint_every=5, log_every=1, workers=workers)
+
+
+def weights_of(model: str) -> dict[str, Tensor]:
+    (path,) = [
+        path for path in Path(model).glob("*.safetensors") if path.name in ("model.safetensors", "clip.safetensors")
+    ]
+    return load_file(path)
+
+
+def largest_difference(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
+    assert one.keys() == two.keys()
+    return max(float((value.double() - two[name].double()).abs().max()) for name, value in one.items() if value.numel())
+
+
+class CrashError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("method", list(TRAIN))
+def test_a_run_that_ends_in_the_middle_resumes_exactly(
+    method: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = smoke(method, str(tmp_path))
+    whole = TRAIN[method](run)
+    end_step = training.Session.end_step
+
+    def crash_after_7(session: training.Session, *arguments: Any) -> None:
+        end_step(session, *arguments)
+        if session.stage.name == LAST[method] and session.step == 7:
+            raise CrashError
+
+    monkeypatch.setattr(training.Session, "end_step", crash_after_7)
+    with pytest.raises(Exception, match=r"CrashError|^$"):
+        TRAIN[method](run)
+    monkeypatch.undo()
+    name = runs.find_run(str(tmp_path), method, "smoke")
+    assert training.committed_step(f"{tmp_path}/runs/{method}/{name}/{LAST[method]}") == 5
+    resumed = TRAIN[method](dataclasses.replace(run, resume=name))
+    assert largest_difference(weights_of(whole.model), weights_of(resumed.model)) <= 1e-5
+
+
+@pytest.mark.ray
+def test_a_resumed_run_keeps_its_settings(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = smoke("codet", str(tmp_path))
+    codet.train(run)
+    name = runs.find_run(str(tmp_path), "codet", "smoke")
+    longer = dataclasses.replace(run, resume=name, joint_stage=dataclasses.replace(run.joint_stage, steps=25))
+    with pytest.raises(InputError, match=r"--resume: --joint-stage\.steps is 25, the run began with 10"):
+        codet.train(longer)
+    capsys.readouterr()
+    quieter = dataclasses.replace(run, resume=name, joint_stage=dataclasses.replace(run.joint_stage, log_every=5))
+    codet.train(quieter)
+    assert "no longer equal" not in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training run as a process of its own."""
+
+    method: str
+    storage: Path
+    workers: int
+
+    def command(self, *flags: str) -> list[str]:
+        settings = {"steps": 10, "checkpoint-every": 5, "log-every": 1, "workers": self.workers, "max-failures": 0}
+        stages = [
+            flag
+            for stage in STAGES[self.method]
+            for name, value in settings.items()
+            for flag in (f"--{stage.replace('_', '-')}.{name}", str(value))
+        ]
+        shared = ["--config", "smoke", "--storage", str(self.storage)]
+        even = ["--no-text-to-mask"] if self.method == "ovsam" else []
+        return [sys.executable, str(ROOT / f"workflows/{self.method}.py"), *shared, *even, *stages, *flags]
+
+    def run(self, *flags: str) -> str:
+        """The folder of the finished model."""
+        done = subprocess.run(self.command(*flags), capture_output=True, text=True, timeout=300, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("model: ")]
+        return line.removeprefix("model: ")
+
+    def kill_after_a_checkpoint(self) -> str:
+        """Begin a run, kill it by SIGKILL once its last stage has a checkpoint, and return its name."""
+        before = set((self.storage / "runs" / self.method).glob("smoke-*"))
+        process = subprocess.Popen(
+            self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True
+        )
+        deadline = time.monotonic() + 240
+        try:
+            while time.monotonic() < deadline:
+                for folder in set((self.storage / "runs" / self.method).glob("smoke-*")) - before:
+                    if 0 < training.committed_step(str(folder / LAST[self.method])) < 10:
+                        return folder.name
+                assert process.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.02)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        raise AssertionError("no checkpoint in time")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("method", list(TRAIN))
+def test_a_killed_process_resumes_exactly(method: str, workers: int, tmp_path: Path) -> None:
+    script = Script(method, tmp_path, workers)
+    whole = script.run()
+    name = script.kill_after_a_checkpoint()
+    resumed = script.run("--resume", name)
+    assert Path(resumed).parent.name == name
+    assert largest_difference(weights_of(whole), weights_of(resumed)) <= 1e-5
+
+
+def test_every_step_and_rank_has_a_seed_of_its_own() -> None:
+    seeds = [training.step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)]
+    assert len(set(seeds)) == len(seeds)
+    torch.manual_seed(max(seeds))
