@@ -48,6 +48,13 @@ def exists(uri: str) -> bool:
     return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
 
+def list_files(uri: str, extension: str) -> list[str]:
+    """URIs of a folder's files with an extension, sorted; none if there is no folder."""
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(join(uri, info.base_name) for info in infos if info.extension == extension)
+
+
 def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
     """The bytes of a file, or `size` of them from `offset` as one range read.
 

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -24,17 +24,20 @@ TableName = Literal[
 ]  # fmt: skip
 RejectStage = Literal["fetch", "decode", "filter", "dedup"]
 
+FetchReason = Literal[
+    "bad_url", "forbidden_address", "dns", "connect", "tls", "timeout", "http_status", "too_many_redirects",
+    "too_large", "opt_out",
+]  # fmt: skip
+DecodeReason = Literal["not_an_image", "truncated", "too_many_pixels", "animated"]
+FilterReason = Literal[
+    "too_small", "aspect", "blank", "caption_length", "caption_characters", "caption_boilerplate", "low_score",
+]  # fmt: skip
 REASONS: dict[RejectStage, tuple[str, ...]] = {
-    "fetch": (
-        "bad_url", "forbidden_address", "dns", "connect", "tls", "timeout", "http_status", "too_many_redirects",
-        "too_large", "opt_out",
-    ),
-    "decode": ("not_an_image", "truncated", "too_many_pixels", "animated"),
-    "filter": (
-        "too_small", "aspect", "blank", "caption_length", "caption_characters", "caption_boilerplate", "low_score",
-    ),
+    "fetch": get_args(FetchReason),
+    "decode": get_args(DecodeReason),
+    "filter": get_args(FilterReason),
     "dedup": ("duplicate_url", "duplicate_bytes", "near_duplicate", "semantic_duplicate"),
-}  # fmt: skip
+}
 """Reasons for rejecting a row, by the stage that rejects it."""
 
 

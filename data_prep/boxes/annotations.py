@@ -101,9 +101,7 @@ def read_coco(path: str | Path, images: str | Path) -> BoxSet:
     `COCO_NOVEL`. If a name is not COCO's, or no name is in `COCO_BASE`, all categories are base. Boxes without area
     or outside their image are skipped; one line reports them.
 
-    Args:
-        path: the json file.
-        images: folder of the image files, under their names in `coco_url` (LVIS) or `file_name` (COCO).
+    The folder `images` has the image files, under their names in `coco_url` (LVIS) or `file_name` (COCO).
 
     Raises:
         InputError: the file is unreadable or a field is missing or wrong; an image file is missing.
@@ -294,16 +292,10 @@ def draw_scenes(
     base_only: bool,
     style: Style = SCENES,
 ) -> Iterator[dict[str, Any]]:
-    """Draw annotated scenes, write their images below the storage and yield their rows of `boxes`.
+    """Draw annotated scenes, write their images to `<storage>/images/<name>/` and yield their rows of `boxes`.
 
-    Args:
-        storage_uri: the storage; images go to `images/<name>/` there.
-        name: name of the box set.
-        world: the categories.
-        numbers: numbers of the scenes; each scene depends on its number and the seed alone.
-        seed: seed of the scenes.
-        base_only: draw from the long tail over base categories; else uniformly from all.
-        style: how scenes are drawn.
+    Each scene depends on its number and the seed alone. Its objects are drawn uniformly from all categories, or with
+    `base_only` from the long tail over base categories.
     """
     probabilities = world.base_probabilities() if base_only else None
     for number in numbers:
@@ -312,7 +304,6 @@ def draw_scenes(
         uri = f"images/{name}/{number:06d}.jpg"
         storage.write_bytes(storage.join(storage_uri, uri), content)
         encoded = [rle.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in scene.masks]
-        count = len(scene.labels)
         yield {
             "image_id": storage.sha256(content),
             "source_id": number,
@@ -321,7 +312,7 @@ def draw_scenes(
             "height": style.side,
             "boxes": scene.boxes.tolist(),
             "category_ids": (scene.labels + 1).tolist(),
-            "iscrowd": [False] * count,
+            "iscrowd": [False] * len(scene.labels),
             "masks": [entry["counts"].decode() for entry in encoded],
             "neg_category_ids": [],
             "not_exhaustive_category_ids": [],

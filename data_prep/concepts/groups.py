@@ -30,14 +30,13 @@ def build_groups(
 ) -> Iterator[tuple[pa.Table, pa.RecordBatchReader]]:
     """The rows of `concepts`, and those of `groups` as a stream that is valid inside the block.
 
+    Concepts are in alphabetical order with the range of their rows in groups, groups sorted by concept and image.
+
     Args:
         mentions: distinct kept images: the image columns of `groups`, and `names`, which its caption mentions, each
             once and in alphabetical order.
         min_images: concepts with fewer images are left out.
         memory: DuckDB's memory before it uses the disk.
-
-    Yields:
-        Concepts in alphabetical order with the range of their rows in groups, and groups sorted by concept and image.
     """
     with (
         tempfile.TemporaryDirectory(prefix="ovd-") as scratch,
@@ -97,16 +96,7 @@ class WrittenGroups:
 def write_groups(
     mentions: ds.Dataset, storage_uri: str, name: str, stem: str, *, min_images: int, memory: str
 ) -> WrittenGroups:
-    """Write the files of `concepts` and `groups` without publishing them.
-
-    Args:
-        mentions: as in `build_groups`.
-        storage_uri: the storage.
-        name: name of both tables.
-        stem: prefix of the file names.
-        min_images: as in `build_groups`.
-        memory: as in `build_groups`.
-    """
+    """Write the files (`<stem>-<number>`) of what `build_groups` yields, without publishing them."""
     with build_groups(mentions, min_images=min_images, memory=memory) as (concepts, groups):
         concept_file = tables.write_part(storage_uri, "concepts", name, f"{stem}-00000.parquet", concepts)
         group_files = [

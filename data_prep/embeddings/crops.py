@@ -27,7 +27,6 @@ class CropConfig:
     fit: Fit = "warp"
 
     def __post_init__(self) -> None:
-        """Check the scales."""
         if not self.scales or not all(scale > 0 for scale in self.scales):
             raise InputError(f"--crops.scales {self.scales}: expected one or more numbers above 0")
 
@@ -36,15 +35,7 @@ def crop_windows(boxes_N4: npt.NDArray[np.float32], scale: float, width: int, he
     """Windows of whole pixels around boxes scaled about their centres.
 
     Rounded outwards, clipped to the image, and never empty: a box without area gives the pixel that it lies on.
-
-    Args:
-        boxes_N4: [N, 4] xyxy in pixels, finite.
-        scale: size of the window relative to the box.
-        width: image width in pixels.
-        height: image height in pixels.
-
-    Returns:
-        [N, 4] xyxy in pixels.
+    Boxes, which are finite, and windows are [N, 4] xyxy in pixels.
     """
     low_N2, high_N2 = np.split(boxes_N4.reshape(-1, 4).astype(np.float64), 2, axis=1)
     centre_N2, half_N2 = (low_N2 + high_N2) / 2, (high_N2 - low_N2) / 2 * scale
@@ -57,11 +48,7 @@ def crop_windows(boxes_N4: npt.NDArray[np.float32], scale: float, width: int, he
 def square(image: Image.Image, side: int, fit: Fit, margin: Colour = (0, 0, 0)) -> npt.NDArray[np.uint8]:
     """[side, side, 3] pixels of an RGB image, by bicubic resampling with antialiasing.
 
-    Args:
-        image: an image of any size.
-        side: side of the square in pixels.
-        fit: `centre` equals torchvision's `Resize(side)` and `CenterCrop(side)`.
-        margin: colour around the image, for `pad`.
+    `centre` equals torchvision's `Resize(side)` and `CenterCrop(side)`; `pad` surrounds the image with `margin`.
     """
     width, height = image.size
     new_width, new_height = _fitted((width, height), side, fit)

@@ -40,14 +40,9 @@ def exact_nearest(rows: FlatRows, query_D: npt.NDArray[np.float32], top: int) ->
 def find_nearest(
     rows: FlatRows, query_D: npt.NDArray[np.float32], top: int, index_path: str, least: int = INDEXED_ROWS
 ) -> tuple[Rows, Scores]:
-    """As `exact_nearest`, but approximate for many rows if faiss is installed.
+    """As `exact_nearest` of a unit query, but approximate from `least` rows on if faiss is installed.
 
-    Args:
-        rows: the rows to search.
-        query_D: [D] unit.
-        top: number of results.
-        index_path: local file of the index, built if it is missing.
-        least: number of rows from which an index is used.
+    The local file of the index is built if it is missing.
     """
     if importlib.util.find_spec("faiss") is None or rows.offsets[-1] < max(least, 1):
         return exact_nearest(rows, query_D, top)

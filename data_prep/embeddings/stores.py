@@ -60,15 +60,10 @@ class SavedShard:
 
 
 def save_shard(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
-    """Write the arrays and the index of a shard, then its record.
+    """Write the arrays and the index of a shard, then its record; returns one row of `shard`, `images`, `rows`.
 
-    Args:
-        rows: the images of one shard (column `shard`), in order, with all columns of the index except `start`; the
-            columns of flat arrays hold the bytes of the image's rows instead of a file name.
-        job: where to write.
-
-    Returns:
-        One small row: `shard`, `images`, `rows`.
+    The rows are the images of one shard (column `shard`), in order, with all columns of the index except `start`. The
+    columns of flat arrays hold the bytes of an image's rows instead of a file name.
     """
     (shard,) = set(rows["shard"].to_pylist())
     counts = rows["count"].to_numpy()
@@ -90,29 +85,18 @@ def save_shard(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
 
 def saved_shards(staging: str) -> dict[str, SavedShard]:
     """The records of the shards on disk, by name."""
-    filesystem, folder = storage.resolve(staging)
-    infos = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
     saved = {}
-    for info in sorted(infos, key=lambda info: str(info.base_name)):
-        if info.extension == "json":
-            raw = json.loads(storage.read_bytes(storage.join(staging, info.base_name)))
-            files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
-            saved[info.base_name.removesuffix(".json")] = SavedShard(files=files, **raw)
+    for uri in storage.list_files(staging, "json"):
+        raw = json.loads(storage.read_bytes(uri))
+        files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
+        saved[Path(uri).stem] = SavedShard(files=files, **raw)
     return saved
 
 
 def publish_embeddings(
     job: EmbeddingJob, saved: Sequence[SavedShard], *, producer: str, config_hash: str, provenance: Mapping[str, Any]
 ) -> Manifest:
-    """Publish a table of these shards.
-
-    Args:
-        job: the table.
-        saved: its shards, in order.
-        producer: the script that made it.
-        config_hash: hash of the config that it depends on.
-        provenance: the teacher, its input and so on, which readers check; goes into the manifest's details.
-    """
+    """Publish a table of these shards, in order; its manifest's details get the provenance, which readers check."""
     details = {
         **provenance,
         "width": max((shard.width for shard in saved), default=0),
@@ -216,12 +200,8 @@ def open_rows(
 ) -> FlatRows:
     """The rows of a published table.
 
-    Args:
-        storage_uri: the storage.
-        table: which table.
-        name: its name.
-        provenance: required details of its manifest, such as `teacher` and `crops`; others are not checked.
-        column: `file`, or `text_file` for the captions of `embeddings`.
+    `provenance` holds the required details of its manifest, such as `teacher` and `crops`; others are not checked.
+    `column` is `file`, or `text_file` for the captions of `embeddings`.
 
     Raises:
         InputError: there is no such table, its provenance differs, or one of its files is missing or truncated.
@@ -291,12 +271,7 @@ class RegionStore:
 
     @classmethod
     def open(cls, storage_uri: str, name: str, provenance: Mapping[str, Any]) -> Self:
-        """Open a published table.
-
-        Args:
-            storage_uri: the storage.
-            name: name of the table.
-            provenance: required details: `{"teacher": ..., "crops": dataclasses.asdict(...)}`.
+        """Open a published table; its provenance is `{"teacher": ..., "crops": dataclasses.asdict(...)}`.
 
         Raises:
             InputError: as in `open_rows`.

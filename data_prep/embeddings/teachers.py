@@ -26,6 +26,7 @@ from ray.data.block import BlockMetadata
 from data_prep import storage, tables
 from data_prep.embeddings.crops import Colour, CropConfig, Fit, crop_squares, crop_windows, square
 from data_prep.embeddings.stores import ROWS, EmbeddingJob, save_shard
+from data_prep.pairs.rows import append_columns
 from data_prep.pairs.shards import runs_of_size
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
@@ -63,7 +64,6 @@ class EmbedConfig:
     transformers."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         for name in ("threads", "batch_size", "images_per_shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"--embed.{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more")
@@ -83,14 +83,9 @@ class Shard:
 
 
 def cut_shards(storage_uri: str, table: ImageTable, name: str, images: int, *, prefix: str = "") -> list[Shard]:
-    """Cut the images of a published table into shards: consecutive rows of one file.
+    """Cut a table into shards of consecutive rows of one file, of at most `images` images and `SHARD_PIXELS` pixels.
 
-    Args:
-        storage_uri: the storage.
-        table: `boxes` or `pairs`.
-        name: name of the table.
-        images: maximum number of images in a shard, besides `SHARD_PIXELS`.
-        prefix: prefix of the shards' names, followed by a number.
+    Their names are the prefix and a number.
     """
     manifest = tables.read_manifest(storage_uri, table, name)
     root = storage.absolute(tables.table_uri(storage_uri, table, name))
@@ -108,7 +103,6 @@ class ShardSource(Datasource):
     """One block of Ray Data for each shard. Errors of its read tasks keep their type; those of `map_batches` do not."""
 
     def __init__(self, shards: Sequence[Shard], read: Callable[[Shard], pa.Table]) -> None:
-        """Take the shards and the function that reads one."""
         self.shards, self.read = shards, read
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -120,11 +114,7 @@ class ShardSource(Datasource):
     ) -> list[ReadTask]:
         """A task for each shard, whatever the parallelism."""
         unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        return [ReadTask(partial(_read_blocks, self.read, shard), unknown) for shard in self.shards]
-
-
-def _read_blocks(read: Callable[[Shard], pa.Table], shard: Shard) -> list[pa.Table]:
-    return [read(shard)]
+        return [ReadTask(partial(map, self.read, [shard]), unknown) for shard in self.shards]
 
 
 def read_shard(shard: Shard, columns: Sequence[str], load: Callable[[pa.Table], pa.Table]) -> pa.Table:
@@ -134,29 +124,21 @@ def read_shard(shard: Shard, columns: Sequence[str], load: Callable[[pa.Table], 
 
 
 def load_pictures(rows: pa.Table, root: str) -> pa.Table:
-    """Rows of `boxes` with raw RGB `pixels`, `height` and `width` of the decoded image instead of its `uri`.
-
-    Args:
-        rows: with `uri`, absolute or relative to `root`.
-        root: the storage.
-    """
+    """Rows with raw RGB `pixels`, `height` and `width` of the image instead of its `uri`, relative to `root`."""
     uris = [storage.absolute(storage.join(root, uri)) for uri in rows["uri"].to_pylist()]
     images = [decode_image(storage.read_bytes(uri), uri) for uri in uris]
-    pixels = pa.array([image.tobytes() for image in images], pa.large_binary())
-    rows = rows.drop_columns(["uri"]).append_column("pixels", pixels)
-    rows = rows.append_column("height", pa.array([image.height for image in images], pa.int64()))
-    return rows.append_column("width", pa.array([image.width for image in images], pa.int64()))
+    columns = {
+        "pixels": pa.array([image.tobytes() for image in images], pa.large_binary()),
+        "height": pa.array([image.height for image in images], pa.int64()),
+        "width": pa.array([image.width for image in images], pa.int64()),
+    }
+    return append_columns(rows.drop_columns(["uri"]), columns)
 
 
 def load_squares(rows: pa.Table, root: str, side: int, fit: Fit, margin: Colour) -> pa.Table:
-    """Rows of `pairs` -> `image_id`, `caption` and raw RGB `pixels` of the teacher's input size.
+    """Rows of `pairs` -> `image_id`, `caption` and raw RGB `pixels`, made by `square`.
 
-    Args:
-        rows: with `image_id`, `caption`, `shard`, `offset`, `size`.
-        root: folder of the pairs table.
-        side: side of the squares in pixels.
-        fit: how an image becomes a square.
-        margin: colour around the image.
+    The rows have `image_id`, `caption`, `shard` (relative to `root`), `offset` and `size`.
     """
     squares = [square(decode_image(content, name), side, fit, margin) for content, name in read_members(rows, root)]
     pixels = pa.array([entry.tobytes() for entry in squares], pa.large_binary())
@@ -181,12 +163,6 @@ class Teacher:
     """A CLIP checkpoint that embeds square images and captions in batches."""
 
     def __init__(self, checkpoint: str, config: EmbedConfig) -> None:
-        """Load the checkpoint.
-
-        Args:
-            checkpoint: its folder or URI.
-            config: batch size, threads, and whether there is a GPU.
-        """
         import torch  # here, so that the data tasks stay small
 
         from ovd_models.clip.model import load_clip
@@ -205,8 +181,7 @@ class Teacher:
     def embed_squares(self, batches: Iterable[Callable[[], Pixels]]) -> npt.NDArray[np.float32]:
         """[N, D] features of N square images, not normalised.
 
-        Args:
-            batches: functions that return the pixels [B, side, side, 3] of a batch; run in threads ahead of a GPU.
+        Each function returns the pixels [B, side, side, 3] of a batch; they run in threads ahead of a GPU.
         """
         torch, clip = self._torch, self.clip
         features = [torch.empty(0, clip.config.embed_dim, device=self.device)]
@@ -269,7 +244,7 @@ def embed_regions(
 
     Args:
         teacher: f.
-        images: RGB images [H, W, 3] of any sizes.
+        images: [H, W, 3] RGB, of any sizes.
         boxes: for each image [N, 4] xyxy in its pixels.
         crops: the crops of a box.
 
@@ -314,15 +289,7 @@ class RegionStage:
     def __init__(
         self, checkpoint: str, config: EmbedConfig, crops: CropConfig, detector: str = "", max_proposals: int = 300
     ) -> None:
-        """Load the teacher, and the detector if there is one.
-
-        Args:
-            checkpoint: the teacher's folder or URI.
-            config: the teacher's batch size and resources.
-            crops: the crops of a box.
-            detector: checkpoint of a detector that proposes boxes; if empty, the boxes of the rows are used.
-            max_proposals: number of proposals of an image, best first.
-        """
+        """Load the teacher, and the detector that proposes boxes; if there is none, those of the rows are used."""
         self.teacher, self.crops, self.max_proposals = Teacher(checkpoint, config), crops, max_proposals
         self.detector = None
         if detector:
@@ -366,7 +333,6 @@ class PairStage:
     """Maps rows with square pixels and captions to rows of the `embeddings` table with the bytes of both embeddings."""
 
     def __init__(self, checkpoint: str, config: EmbedConfig) -> None:
-        """Load the teacher of a checkpoint."""
         self.teacher = Teacher(checkpoint, config)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -393,13 +359,6 @@ class ShardWorker:
     def __init__(
         self, stage: "type[RegionStage] | type[PairStage]", arguments: tuple[Any, ...], job: EmbeddingJob
     ) -> None:
-        """Create the stage.
-
-        Args:
-            stage: class that embeds the rows of a shard.
-            arguments: arguments of its constructor.
-            job: where shards are saved.
-        """
         import torch  # here, so that the data tasks stay small
 
         self.stage, self.job = stage(*arguments), job

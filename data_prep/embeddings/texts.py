@@ -175,22 +175,12 @@ def _read_embeddings(uri: str, prompt_set: str) -> Floats:
     return array
 
 
-@dataclass(frozen=True)
 class StoredEncoder:
     """A text encoder that reads names from its teacher's store, and adds missing ones to it."""
 
-    encoder: TextEncoder
-    store: TextStore
-
-    @property
-    def teacher(self) -> str:
-        """The encoder's teacher."""
-        return self.encoder.teacher
-
-    @property
-    def prompt_set(self) -> str:
-        """The encoder's prompt set."""
-        return self.encoder.prompt_set
+    def __init__(self, encoder: TextEncoder, store: TextStore) -> None:
+        self.encoder, self.teacher, self.prompt_set = encoder, encoder.teacher, encoder.prompt_set
+        self.store = store
 
     def embed_names(self, names: Sequence[str]) -> Tensor:
         """[K, D] unit rows."""
@@ -245,13 +235,8 @@ def read_category_names(path: str) -> list[str]:
 def read_matrix(path: str, names: Sequence[str], width: int | None = None) -> EmbeddingTable:
     """Read a .npy matrix with a row for each name; ViLD's form, with a column for each name, is transposed.
 
-    Args:
-        path: path of the file.
-        names: names of the rows, in order.
-        width: required width of the embeddings, if any.
-
     Raises:
-        InputError: the file is not such a matrix.
+        InputError: the file is not such a matrix, or not of the required `width`.
     """
     try:
         array = np.load(path, allow_pickle=False)
@@ -268,10 +253,7 @@ def read_matrix(path: str, names: Sequence[str], width: int | None = None) -> Em
 
 
 def check_order(table: EmbeddingTable, encoder: TextEncoder, path: str, sample: int = 64) -> float:
-    """Check that a matrix, which holds no names, has the expected order.
-
-    Returns:
-        The share of sampled names whose embedding by the encoder is nearest to their own row.
+    """The share of sampled names whose embedding is nearest to their own row of a matrix, which holds no names.
 
     Raises:
         InputError: fewer than half: the rows are of other names or of another model.

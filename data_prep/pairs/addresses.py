@@ -14,10 +14,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
+
+from data_prep.tables import FetchReason
 
 MAX_URL_LENGTH = 8192
 MAX_HOST_LENGTH = 253
@@ -46,10 +48,6 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = tuple[int, str]
 """An address family and a literal address."""
 Lookup = Callable[[str], list[Address]]
-FetchReason = Literal[
-    "bad_url", "forbidden_address", "dns", "connect", "tls", "timeout", "http_status", "too_many_redirects",
-    "too_large", "opt_out",
-]  # fmt: skip
 T = TypeVar("T")
 
 

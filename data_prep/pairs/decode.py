@@ -14,12 +14,8 @@ from PIL import Image, ImageFile
 
 from data_prep import storage, tables
 from data_prep.pairs.rows import Rejection, append_columns, with_rejections
-from ovd_models.images import FORMATS, has_image_magic, orientation, to_rgb, upright
+from ovd_models.images import FORMATS, has_image_magic, orientation, to_rgb, upright, upright_size
 
-SIDEWAYS = (
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-)  # fmt: skip
-"""Orientations that swap width and height."""
 HASH_SIDE = 32
 END_OF_IMAGE = b"\xff\xd9"
 REDUCTIONS = ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2))
@@ -86,8 +82,7 @@ def decode_body(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
 
 
 def _normalize(image: ImageFile.ImageFile, content: bytes, config: DecodeConfig) -> Decoded:
-    turn = orientation(image)
-    size = image.size[::-1] if turn in SIDEWAYS else image.size
+    turn, size = orientation(image), upright_size(image)
     scale = min(1.0, (config.max_side or max(size)) / max(size))
     stored_size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
     keep = image.format == "JPEG" and image.mode == "RGB" and turn is None and stored_size == size

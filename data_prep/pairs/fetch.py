@@ -21,9 +21,10 @@ import pyarrow as pa
 from yarl import URL
 
 from data_prep.pairs import robots
-from data_prep.pairs.addresses import CheckedResolver, FetchError, FetchReason, Lookup, look_up, parse_url
+from data_prep.pairs.addresses import CheckedResolver, FetchError, Lookup, look_up, parse_url
 from data_prep.pairs.hosts import Host, Hosts
 from data_prep.pairs.rows import STATUS, append_columns
+from data_prep.tables import FetchReason
 
 REDIRECTS = (301, 302, 303, 307, 308)
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)

@@ -109,14 +109,11 @@ def file_digest(uri: str) -> str:
         InputError: it cannot be read.
     """
     filesystem, path = storage.resolve(uri)
-    digest = hashlib.sha256()
     try:
         with filesystem.open_input_stream(path) as stream:
-            while block := stream.read(BLOCK_BYTES):
-                digest.update(block)
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:DIGEST_DIGITS]
     except OSError as error:
         raise InputError(f"{uri}: cannot be read, expected a URL list ({one_line(error)})") from error
-    return digest.hexdigest()[:DIGEST_DIGITS]
 
 
 def read_blocks(uri: str, columns: Columns) -> Iterator[pa.Table]:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.tables import DecodeReason, FilterReason
+
 INPUT_COLUMNS = ("source", "row", "url", "raw_caption")
 """The first columns of every row, read from the list; the list's further columns follow."""
 STATUS: dict[str, pa.DataType] = {
@@ -41,16 +43,11 @@ LIGHT = pa.schema(
 NEW = 1 << 50
 """Added to the ids of new rows, so that they come after all published ones."""
 
-RejectionReason = Literal[
-    "not_an_image", "truncated", "too_many_pixels", "animated",
-    "too_small", "aspect", "blank", "caption_length", "caption_characters", "low_score",
-]  # fmt: skip
-
 
 class Rejection(NamedTuple):
     """Why a row is not kept."""
 
-    reason: RejectionReason
+    reason: DecodeReason | FilterReason
     detail: str
 
 

@@ -71,10 +71,7 @@ class Staging:
 
     def files(self, kind: str) -> list[str]:
         """URIs of the Parquet files of a kind, sorted."""
-        uri = storage.join(self.uri, kind)
-        filesystem, folder = storage.resolve(uri)
-        infos = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        return sorted(storage.join(uri, info.base_name) for info in infos if info.extension == "parquet")
+        return storage.list_files(storage.join(self.uri, kind), "parquet")
 
     def open(self, kind: str, schema: pa.Schema) -> ds.Dataset:
         """The given columns of all rows of a kind."""

@@ -46,14 +46,7 @@ def serve_site(root: str | Path, *, port: int = 0) -> Iterator[str]:
     Raises:
         RuntimeError: the server did not start.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.pictograms.webserver",
-        f"--root={root}",
-        f"--port={port}",
-        "--stop-at-eof",
-    ]
+    command = [sys.executable, "-m", __name__, f"--root={root}", f"--port={port}", "--stop-at-eof"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=child_environment(), stdin=pipe, stdout=pipe, text=True) as server:
         watchdog = threading.Timer(READY_SECONDS, server.kill)

@@ -91,15 +91,8 @@ def build_site(
 ) -> pa.Table:
     """Write the site's files below `root`; the same arguments give the same bytes.
 
-    Captions of small pictures name every object; those of scenes are loose.
-
-    Args:
-        root: folder to write to, made if needed.
-        num_pictures: 64 px pictures of one or two objects.
-        num_scenes: 128 px scenes of two to five objects.
-        seed: seed of the world, its images and the faults.
-        rates: rates that differ from `RATES`.
-        processes: rendering processes, by default one a core.
+    Captions of small pictures (64 px, one or two objects) name every object; those of scenes (128 px, two to five
+    objects) are loose. `rates` holds those that differ from `RATES`; by default one process a core renders.
 
     Returns:
         The outcomes a crawl must give, as in `root/expected.parquet`: one row for each row of the URL list, in order,

@@ -32,7 +32,6 @@ class Augmentation:
     """Share of a stored region's area that must stay in view for its embedding to be used."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if not 0 <= self.flip_probability <= 1 or not 0 <= self.min_visible <= 1:
             raise InputError(
                 f"flip_probability {self.flip_probability}, min_visible {self.min_visible}: expected 0 to 1"

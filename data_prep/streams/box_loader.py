@@ -150,12 +150,9 @@ def open_regions(storage_uri: str, source: RegionSource, image_ids: Sequence[str
 def training_rows(
     rows: Sequence[Mapping[str, Any]], category_ids: Sequence[int], storage_uri: str
 ) -> tuple[list[dict[str, Any]], SkipReport]:
-    """Rows of `INDEX` for the images with a usable box, and a report of what was skipped.
+    """Rows of `INDEX` for the rows of `boxes` with a usable box, and a report of what was skipped.
 
-    Args:
-        rows: rows of `boxes`.
-        category_ids: categories in the order of the training vocabulary.
-        storage_uri: the storage, which relative image files belong to.
+    The categories are in the order of the training vocabulary.
     """
     label_of, skipped = {category: label for label, category in enumerate(category_ids)}, SkipReport()
     index = []
@@ -194,15 +191,8 @@ def detection_loader(
 ) -> DetectionLoader:
     """All images with a box of the given categories; other boxes and crowds are skipped, and reported.
 
-    Args:
-        storage_uri: the storage.
-        name: name of the `boxes` table.
-        category_ids: categories in the order of the training vocabulary.
-        seed: seed of the order, the augmentation and the sampled regions.
-        augmentation: how images are augmented.
-        masks: whether masks are learned.
-        repeat_threshold: threshold of repeat-factor sampling; 0 takes every image once an epoch.
-        regions: stored embeddings to learn from.
+    The categories are in the order of the training vocabulary. A `repeat_threshold` of 0 takes every image once an
+    epoch; others are those of `repeat_factors`.
 
     Raises:
         InputError: a table is missing, no box is left, a mask is missing, or the embeddings are not of these images.

@@ -114,12 +114,7 @@ def concept_chances(images: Integers, sampling: Sampling) -> npt.NDArray[np.floa
 def plan_group(plan: GroupPlan, position: int, attempt: int = 0) -> tuple[int, Iterator[int]]:
     """The concept at a position, and its rows of one kind in random order, of which the first ones form the group.
 
-    Each row comes once, so that one with a broken image is replaced by the next.
-
-    Args:
-        plan: the concepts.
-        position: position of the group in the stream.
-        attempt: another attempt draws another concept.
+    Each row comes once, so that one with a broken image is replaced by the next. Another attempt draws another concept.
 
     Returns:
         An index into the plan's concepts, and at least `group_size` rows of `groups`.
@@ -257,14 +252,7 @@ class GroupLoader:
 
 
 def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, sampling: Sampling) -> GroupLoader:
-    """All concepts with enough images for a group.
-
-    Args:
-        storage_uri: the storage.
-        name: name of the `groups` and `concepts` tables.
-        seed: seed of the sampling.
-        group_size: images of a group, g.
-        sampling: chances of concepts, and which images are used.
+    """All concepts of `concepts/<name>` and `groups/<name>` with enough images for a group.
 
     Raises:
         InputError: a table is missing, or no concept has enough images.

@@ -47,12 +47,7 @@ def mask_loader(
 ) -> MaskLoader:
     """All images of a `boxes` table that have a mask; crowds are left out.
 
-    Args:
-        storage_uri: the storage.
-        name: name of the `boxes` table.
-        category_ids: categories in the order of the training vocabulary; others get the label -1.
-        seed: seed of the order and of the mirroring.
-        flip_probability: probability that an image is mirrored.
+    Labels count the categories in the order of the training vocabulary; others get the label -1.
 
     Raises:
         InputError: the table is missing, or has no mask.
@@ -107,15 +102,14 @@ def feature_loader(storage_uri: str, name: str, cache: str, teacher: str, *, see
         raise InputError(f"features/{cache}: made by {manifest.details['teacher']}, expected {teacher}")
     root = storage.absolute(tables.table_uri(storage_uri, "features", cache))
     features = tables.read_table(storage_uri, "features", cache)
-    places = zip(features["file"].to_pylist(), features["row"].to_pylist(), strict=True)
-    place_of = dict(zip(features["image_id"].to_pylist(), places, strict=True))
+    place_of = {place["image_id"]: place for place in features.to_pylist()}
     index = []
     for image in tables.read_table(storage_uri, "boxes", name, ["image_id", "uri"]).to_pylist():
         if image["image_id"] not in place_of:
             raise InputError(f"features/{cache}: no image {image['image_id']}, expected those of boxes/{name}")
-        file, row = place_of[image["image_id"]]
+        place = place_of[image["image_id"]]
         uri = storage.absolute(storage.join(storage_uri, image["uri"]))
-        index.append({"uri": uri, "file": storage.join(root, file), "row": row})
+        index.append({"uri": uri, "file": storage.join(root, place["file"]), "row": place["row"]})
     schema = pa.schema({"uri": pa.string(), "file": pa.string(), "row": pa.int64()})
     channels, height, width = manifest.details["shape"]
     reference = put_shared(pa.Table.from_pylist(index, schema=schema))

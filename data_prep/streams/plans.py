@@ -59,11 +59,8 @@ def plan_weighted(seed: int, weights: npt.NDArray[np.float64], positions: Intege
 def repeat_factors(images: Sequence[Sequence[int]], threshold: float) -> npt.NDArray[np.float64]:
     """How often each image comes in an epoch: r = max over its categories of max(1, sqrt(threshold / frequency)).
 
-    Repeat-factor sampling (Gupta et al., 2019, LVIS).
-
-    Args:
-        images: the categories of each image.
-        threshold: share of the images below which a category's images are repeated.
+    Repeat-factor sampling (Gupta et al., 2019, LVIS) by the categories of each image; those in less than a `threshold`
+    share of the images are repeated.
     """
     counts = Counter(category for categories in images for category in set(categories))
     factor_of = {key: max(1.0, (threshold * len(images) / count) ** 0.5) for key, count in counts.items()}

@@ -1,12 +1,7 @@
-from typing import get_args
-
 import pyarrow as pa
 import pytest
 
-from data_prep import tables
-from data_prep.pairs.addresses import FetchReason
 from data_prep.pairs.filters import FilterConfig, clean_caption, failed_filters, filter_rows
-from data_prep.pairs.rows import RejectionReason
 
 LIMITS = FilterConfig(min_side=32, max_aspect=3.0, min_contrast=2.0, min_caption=3, max_caption=40, min_letters=0.5)
 GOOD = {"width": 64, "height": 48, "contrast": 30.0, "caption": "a red umbrella"}
@@ -59,12 +54,6 @@ def test_limits_are_inclusive_and_know_every_script(change: dict[str, object]) -
 def test_filters_fail_in_order() -> None:
     failed = failed_filters(LIMITS, width=1, height=100, contrast=0.0, caption="")
     assert [rejection.reason for rejection in failed] == ["too_small", "aspect", "blank", "caption_length"]
-
-
-def test_the_reasons_are_those_of_the_table() -> None:
-    assert get_args(FetchReason) == tables.REASONS["fetch"]
-    stages = (*tables.REASONS["decode"], *tables.REASONS["filter"])
-    assert get_args(RejectionReason) == tuple(reason for reason in stages if reason != "caption_boilerplate")
 
 
 @pytest.mark.parametrize(
