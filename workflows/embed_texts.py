@@ -9,7 +9,6 @@ python workflows/embed_texts.py --matrix lvis_clip.npy --categories lvis_v1_cate
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from data_prep import storage, tables
@@ -47,12 +46,7 @@ class Run:
     """Id of the model that embedded `matrix`; if empty, derived from the file's name and content."""
 
 
-def default() -> Run:
-    """No presets."""
-    return Run()
-
-
-CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
+CONFIGS = {"default": Run}
 
 
 def names_to_embed(run: Run) -> tuple[str, ...]:

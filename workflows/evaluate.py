@@ -7,16 +7,13 @@ python workflows/evaluate.py --model runs/demo/codet --storage runs/demo --boxes
 python workflows/evaluate.py --model store/runs/ovsam/<run>/model --sam store/runs/ovsam/<run>/sam_model
 """
 
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from PIL import Image
 
-import ovd_models
 from data_prep import storage, tables
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import load_model, read_info
@@ -26,24 +23,15 @@ from ovd_models.predictors import load_segmenter
 from ovd_models.sam.model import SamModel
 from workflows.common import cli, tracking
 from workflows.common.runs import Evaluation
-from workflows.common.teacher import read_categories
 from workflows.common.tracking import TrackedRun
-from workflows.reports.detections import draw_comparison, read_box_image
+from workflows.reports.detections import DetectorRun, draw_comparison, read_box_image
 from workflows.reports.pointing import SegmentationReport, evaluate_ovsam
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One evaluation."""
+class Run(DetectorRun):
+    """One evaluation of a detector or an OV-SAM; requires `--model`."""
 
-    storage: str = "store"
-    """Folder or URI of all tables."""
-    model: str = ""
-    """Folder or URI of a detector or OV-SAM checkpoint, or an MLflow `models:/` URI."""
-    boxes: str = "pictograms-eval"
-    """Name of the `boxes` table."""
-    categories: str = ""
-    """Name of the `categories` table; if empty, that of `boxes` up to the last dash."""
     device: str = "cpu"
     sam: str = ""
     """For OV-SAM: folder or URI of a SAM to compare with, also by naming its masks with CLIP."""
@@ -58,18 +46,8 @@ class Run:
     num_pictures: int = 8
     """Number of images to draw."""
 
-    @property
-    def categories_table(self) -> str:
-        """Name of the `categories` table."""
-        return self.categories or self.boxes.rsplit("-", 1)[0]
 
-
-def default() -> Run:
-    """The pictogram world's held-out scenes; needs `--model`."""
-    return Run()
-
-
-CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
+CONFIGS = {"default": Run}
 
 
 def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
@@ -83,10 +61,9 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     """
     if run.batch_size < 1:
         raise InputError(f"batch_size: {run.batch_size}, expected at least 1")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    detector = ovd_models.load(tracking.local_model(run.model, run.storage), run.device)
+    detector = run.load_detector(run.device)
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.images or None]
-    names, splits = read_categories(run.storage, run.categories_table)
+    names, splits = run.read_categories()
     detections: list[Detections] = []
     for start in range(0, len(rows), run.batch_size):
         images = [read_box_image(run.storage, row) for row in rows[start : start + run.batch_size]]
@@ -106,7 +83,7 @@ def evaluate_segmenter(run: Run) -> SegmentationReport:
         InputError: a model or a table is missing, or no object has a mask.
     """
     segmenter = load_segmenter(tracking.local_model(run.model, run.storage))
-    categories, _ = read_categories(run.storage, run.categories_table)
+    categories, _ = run.read_categories()
     return evaluate_ovsam(
         run.storage,
         run.boxes,

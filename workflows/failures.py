@@ -7,38 +7,25 @@ teacher ----crops of annotated boxes--> elongated objects distorted by the squar
 python workflows/failures.py --model store/runs/vild/<run>/model --teacher store/runs/clip/<run>/model
 """
 
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-import ovd_models
 from data_prep import tables
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import build_vocabulary
-from workflows.common import cli, tracking
-from workflows.common.teacher import open_teacher, read_categories
+from workflows.common import cli
+from workflows.common.teacher import open_teacher
 from workflows.reports import failures as gallery
-from workflows.reports.detections import read_box_image
+from workflows.reports.detections import DetectorRun, read_box_image
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One gallery."""
+class Run(DetectorRun):
+    """One gallery; requires `--model` and `--teacher`."""
 
-    storage: str = "store"
-    """Folder or URI of all tables."""
-    model: str = ""
-    """Folder or URI of a detector checkpoint, or an MLflow `models:/` URI."""
     teacher: str = ""
     """Folder or URI of the CLIP checkpoint."""
-    boxes: str = "pictograms-eval"
-    """Name of the `boxes` table."""
-    categories: str = ""
-    """Name of the `categories` table; if empty, that of `boxes` up to the last dash."""
     output: str = "failures.html"
     """Path of the HTML page."""
     max_images: int = 300
@@ -52,12 +39,7 @@ class Run:
     """Number of examples of each kind."""
 
 
-def default() -> Run:
-    """The pictogram world's held-out scenes; needs `--model` and `--teacher`."""
-    return Run()
-
-
-CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
+CONFIGS = {"default": Run}
 
 
 def find_failures(run: Run) -> gallery.Failures:
@@ -68,9 +50,8 @@ def find_failures(run: Run) -> gallery.Failures:
     """
     if not run.model or not run.teacher:
         raise InputError("--model, --teacher: missing, expected a detector checkpoint and a CLIP checkpoint")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    detector = ovd_models.load(tracking.local_model(run.model, run.storage))
-    categories, _ = read_categories(run.storage, run.categories or run.boxes.rsplit("-", 1)[0])
+    detector = run.load_detector()
+    categories, _ = run.read_categories()
     vocabulary = build_vocabulary(detector.encoder, list(categories.values()))
     scorer = gallery.CropScorer(open_teacher(run.teacher, detector.teacher), vocabulary, run.temperature)
 

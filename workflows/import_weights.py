@@ -31,7 +31,7 @@ from workflows.common import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A released CoDet or Detic file."""
+    """A released CoDet or Detic file; requires `--weights` and `--out`."""
 
     weights: str = ""
     """The file; no code in it is executed."""
@@ -66,17 +66,7 @@ class OvSamRun:
     """Default vocabulary, as for `codet`."""
 
 
-def codet() -> Run:
-    """A released CoDet or Detic detector; needs `--weights` and `--out`."""
-    return Run()
-
-
-def ovsam() -> OvSamRun:
-    """A released OV-SAM; needs `--sam`, `--adapter`, `--head` and `--out`."""
-    return OvSamRun()
-
-
-CONFIGS: dict[str, Callable[[], Run | OvSamRun]] = {"codet": codet, "ovsam": ovsam}
+CONFIGS: dict[str, Callable[[], Run | OvSamRun]] = {"codet": Run, "ovsam": OvSamRun}
 
 
 def read_released_names(path: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -76,45 +77,16 @@ class Run:
             raise InputError(f"--top {self.top}: expected 1 or more")
 
 
-def smoke() -> Run:
-    """Over the tables of `embed.py --config smoke`, which are made first if they are missing."""
-    return Run(name="smoke")
-
-
-def pictograms() -> Run:
-    """Over the pictogram world."""
-    return Run(name="pictograms")
-
-
-def photos() -> Run:
-    """Over photographs."""
-    return Run(name="photos")
-
-
-def lvis() -> Run:
-    """Over the proposals of LVIS."""
-    return Run(name="lvis")
-
-
-CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "photos": photos, "lvis": lvis}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Match:
-    """A row of the store that is near the query."""
-
-    image_id: str
-    row: int
-    """Index among the image's rows."""
-    score: float
-    """Cosine between the row and the text."""
+CONFIGS: dict[str, Callable[[], Run]] = {name: partial(Run, name=name) for name in embed.CONFIGS}
+"""Over the tables of `embed.py` with the same config; those of `smoke` are made first if they are missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """A match with its picture."""
+    """A region or pair near the query."""
 
     score: float
+    """Cosine with the text."""
     image_id: str
     picture: Image.Image
     box: tuple[float, ...] = ()
@@ -140,14 +112,11 @@ def search(run: Run) -> list[Hit]:
     nearest, scores = find_nearest(rows, query_D, run.top, index)
     print(f"{run.over}: {rows.offsets[-1]:,} rows searched in {time.perf_counter() - started:.2f} s")
     positions = rows.image_of(nearest)
-    matches = [
-        Match(image_id=rows.ids[position].decode(), row=row, score=score)
-        for position, row, score in zip(
-            positions.tolist(), (nearest - rows.offsets[positions]).tolist(), scores.tolist(), strict=True
-        )
-    ]
+    ids = [rows.ids[position].decode() for position in positions.tolist()]
     source_name = str(manifest.details["source"]).split("/", 1)[1]
-    return region_hits(run, source_name, matches) if run.over == "regions" else pair_hits(run, source_name, matches)
+    if run.over == "regions":
+        return region_hits(run, source_name, ids, (nearest - rows.offsets[positions]).tolist(), scores.tolist())
+    return pair_hits(run, source_name, ids, scores.tolist())
 
 
 def embed_query(checkpoint: str, text: str, prompt_set: str) -> tuple[str, npt.NDArray[np.float32]]:
@@ -161,29 +130,29 @@ def embed_query(checkpoint: str, text: str, prompt_set: str) -> tuple[str, npt.N
     return encoder.teacher, query_D
 
 
-def region_hits(run: Run, boxes_name: str, matches: Sequence[Match]) -> list[Hit]:
-    """Regions with their images."""
-    ids = [match.image_id for match in matches]
+def region_hits(
+    run: Run, boxes_name: str, ids: Sequence[str], numbers: Sequence[int], scores: Sequence[float]
+) -> list[Hit]:
+    """Regions, given by their images and their numbers in them, with their pictures."""
     regions = lookup(run.storage, "regions", run.name, ids, ["boxes"])
     images = lookup(run.storage, "boxes", boxes_name, ids, ["uri"])
     hits = []
-    for match in matches:
-        uri = storage.absolute(storage.join(run.storage, images[match.image_id]["uri"]))
-        box = tuple(regions[match.image_id]["boxes"][match.row])
-        hits.append(Hit(score=match.score, image_id=match.image_id, picture=read_image(uri), box=box))
+    for image_id, number, score in zip(ids, numbers, scores, strict=True):
+        uri = storage.absolute(storage.join(run.storage, images[image_id]["uri"]))
+        box = tuple(regions[image_id]["boxes"][number])
+        hits.append(Hit(score=score, image_id=image_id, picture=read_image(uri), box=box))
     return hits
 
 
-def pair_hits(run: Run, pairs_name: str, matches: Sequence[Match]) -> list[Hit]:
+def pair_hits(run: Run, pairs_name: str, ids: Sequence[str], scores: Sequence[float]) -> list[Hit]:
     """Pairs with their images and captions."""
-    ids = [match.image_id for match in matches]
     pairs = lookup(run.storage, "pairs", pairs_name, ids, ["caption", "shard", "offset", "size"])
     root = storage.absolute(tables.table_uri(run.storage, "pairs", pairs_name))
     hits = []
-    for match in matches:
-        pair = pairs[match.image_id]
+    for image_id, score in zip(ids, scores, strict=True):
+        pair = pairs[image_id]
         picture = read_image(storage.join(root, pair["shard"]), offset=pair["offset"], size=pair["size"])
-        hits.append(Hit(score=match.score, image_id=match.image_id, picture=picture, caption=pair["caption"]))
+        hits.append(Hit(score=score, image_id=image_id, picture=picture, caption=pair["caption"]))
     return hits
 
 

@@ -10,6 +10,7 @@ from ovd_models.codet.model import CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.importers.codet import released_architectures
 from workflows.common.optimisation import STEPS_PER_BLOCK, Optimisation, check_shared
+from workflows.configs.detectors import photo_detector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,25 +103,11 @@ def pictograms() -> Run:
 
 def photos() -> Run:
     """Photographs in COCO's form, a ResNet-50 with its batch norm frozen, short enough for a laptop."""
-    detector = dataclasses.replace(
-        CoDetConfig().detector,
-        backbone="resnet50",
-        backbone_options={},
-        strides=(4, 8, 16, 32),
-        anchor_sizes=(32, 64, 128, 256),
-        pyramid_channels=128,
-        head_width=512,
-        embed_dim=512,
-        min_size=256,
-        max_size=416,
-        pre_nms=1000,
-        post_nms=300,
-    )
     return Run(
         config="photos",
         boxes="photos",
         pairs="photos",
-        model=CoDetConfig(detector=detector, num_proposals=32),
+        model=CoDetConfig(detector=photo_detector(), num_proposals=32),
         detection_batch=2,
         groups_per_step=1,
         augmentation=Augmentation(flip_probability=0.5),

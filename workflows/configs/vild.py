@@ -12,6 +12,7 @@ from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.vild.model import ViLDConfig
 from workflows.common.optimisation import Optimisation, check_shared
+from workflows.configs.detectors import photo_detector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,24 +112,11 @@ def pictograms() -> Run:
 
 def photos() -> Run:
     """Photographs in COCO's form, a ResNet-50 with its batch norm frozen, short enough for a laptop."""
-    detector = RCNNConfig(
-        backbone="resnet50",
-        backbone_options={},
-        strides=(4, 8, 16, 32),
-        anchor_sizes=(32, 64, 128, 256),
-        pyramid_channels=128,
-        head_width=512,
-        embed_dim=512,
-        min_size=256,
-        max_size=416,
-        pre_nms=1000,
-        post_nms=300,
-    )
     quick = Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5)
     return Run(
         config="photos",
         boxes="photos",
-        model=ViLDConfig(detector=detector),
+        model=ViLDConfig(detector=photo_detector()),
         max_proposals=64,
         regions_per_step=32,
         detection_batch=2,

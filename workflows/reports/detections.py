@@ -1,15 +1,43 @@
 """Annotated images and drawings of a detector's results beside the annotations."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 
+import ovd_models
 from data_prep import storage
 from ovd_models.batches import Detections
 from ovd_models.images import decode_image
+from ovd_models.predictors import Detector
+from workflows.common import tracking
+from workflows.common.teacher import read_categories
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorRun:
+    """A detector and the annotated set on which a script runs it."""
+
+    storage: str = "store"
+    """Folder or URI that holds all tables."""
+    model: str = ""
+    """Folder or URI of a checkpoint, or an MLflow `models:/` URI."""
+    boxes: str = "pictograms-eval"
+    """Name of the `boxes` table."""
+    categories: str = ""
+    """Name of the `categories` table; if empty, that of `boxes` up to the last dash."""
+
+    def load_detector(self, device: str = "cpu") -> Detector:
+        """Load the detector, and let torch use all cores."""
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        return ovd_models.load(tracking.local_model(self.model, self.storage), device)
+
+    def read_categories(self) -> tuple[dict[int, str], dict[str, str]]:
+        """`workflows.common.teacher.read_categories` of the set."""
+        return read_categories(self.storage, self.categories or self.boxes.rsplit("-", 1)[0])
 
 
 def read_box_image(storage_uri: str, row: Mapping[str, Any]) -> Image.Image:

@@ -39,7 +39,7 @@ COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One comparison."""
+    """One comparison; requires `--model`, `--sam` and `--detectors`."""
 
     storage: str = "store"
     """Folder or URI that holds all tables."""
@@ -57,12 +57,7 @@ class Run:
     max_detections: int = 100
 
 
-def default() -> Run:
-    """The pictogram world's held-out scenes; requires `--model`, `--sam` and `--detectors`."""
-    return Run()
-
-
-CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
+CONFIGS = {"default": Run}
 
 
 def mask_ap(run: Run, detector_uri: str) -> dict[str, Metrics]:

@@ -232,9 +232,13 @@ def measure_baselines(run: Run, seed: int) -> dict[str, Metrics]:
 
 def record_regions(model: str, own: vild_configs.Run) -> tuple[vild_sweep.RecordedRegions, vild_sweep.Run]:
     """The evaluation set's regions as a detector sees them, and the settings of its detections."""
-    sweep = vild_sweep.Run(score_threshold=own.score_threshold, max_detections=own.max_detections)
-    detector = ovd_models.load(storage.local_folder(model))
-    return vild_sweep.record(detector, own.storage, f"{own.boxes}-eval", own.boxes), sweep
+    sweep = vild_sweep.Run(
+        storage=own.storage,
+        boxes=f"{own.boxes}-eval",
+        score_threshold=own.score_threshold,
+        max_detections=own.max_detections,
+    )
+    return vild_sweep.record(ovd_models.load(storage.local_folder(model)), sweep), sweep
 
 
 def measure_teacher(run: Run, number: int, teacher: str, seed: int) -> dict[str, Metrics]:

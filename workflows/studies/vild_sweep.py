@@ -8,8 +8,7 @@ python -m workflows.studies.vild_sweep --model ... --boxes pictograms-eval --tea
 """
 
 import itertools
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import ovd_models
 from data_prep import tables
 from data_prep.embeddings.crops import CropConfig
 from data_prep.embeddings.teachers import embed_regions
@@ -28,23 +26,15 @@ from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.predictors import Detector
 from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import ViLD
-from workflows.common import cli, tracking
-from workflows.common.teacher import open_teacher, read_categories
-from workflows.reports.detections import read_box_image
+from workflows.common import cli
+from workflows.common.teacher import open_teacher
+from workflows.reports.detections import DetectorRun, read_box_image
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One sweep."""
+class Run(DetectorRun):
+    """One sweep; requires `--model`, a ViLD."""
 
-    storage: str = "store"
-    """Folder or URI that holds all tables."""
-    model: str = ""
-    """Folder or URI of a ViLD checkpoint, or an MLflow `models:/` URI."""
-    boxes: str = "pictograms-eval"
-    """Name of the `boxes` table."""
-    categories: str = ""
-    """Name of the `categories` table; that of `boxes` up to the last dash if empty."""
     teacher: str = ""
     """Folder or URI of a CLIP checkpoint for baselines on crops of the regions; no baselines if empty."""
     crops: CropConfig = field(default_factory=CropConfig)
@@ -59,12 +49,7 @@ class Run:
     max_detections: int = 100
 
 
-def default() -> Run:
-    """The pictogram world's held-out scenes; requires `--model`."""
-    return Run()
-
-
-CONFIGS: dict[str, Callable[[], Run]] = {"default": default}
+CONFIGS = {"default": Run}
 
 
 @dataclass(frozen=True)
@@ -83,8 +68,8 @@ class RecordedRegions:
     splits: Mapping[str, str]
 
 
-def record(detector: Detector, storage_uri: str, boxes: str, categories: str, batch_size: int = 16) -> RecordedRegions:
-    """One forward pass over an annotated set.
+def record(detector: Detector, run: DetectorRun, batch_size: int = 16) -> RecordedRegions:
+    """One forward pass of a detector over a run's annotated set.
 
     Raises:
         InputError: a table is missing, or the detector is not a ViLD.
@@ -92,9 +77,9 @@ def record(detector: Detector, storage_uri: str, boxes: str, categories: str, ba
     model = detector.model
     if not isinstance(model, ViLD):
         raise InputError(f"--model: a checkpoint of method {detector.method!r}, expected 'vild'")
-    rows = tables.read_table(storage_uri, "boxes", boxes).to_pylist()
-    names, splits = read_categories(storage_uri, categories)
-    images = [to_tensor(read_box_image(storage_uri, row)) for row in rows]
+    rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()
+    names, splits = run.read_categories()
+    images = [to_tensor(read_box_image(run.storage, row)) for row in rows]
     records: list[RegionRecord] = []
     for start in range(0, len(images), batch_size):
         records += model.record_regions([image.to(detector.device) for image in images[start : start + batch_size]])
@@ -157,9 +142,7 @@ def scorings(run: Run, base: Scoring) -> Iterator[tuple[str, Scoring]]:
 def main() -> None:
     """Record the regions, then print a line for each scoring and baseline."""
     run = cli.parse(CONFIGS, __doc__)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    detector = ovd_models.load(tracking.local_model(run.model, run.storage))
-    recorded = record(detector, run.storage, run.boxes, run.categories or run.boxes.rsplit("-", 1)[0])
+    recorded = record(run.load_detector(), run)
     base = recorded.model.config.scoring
     print(f"{'AP50':44}{'base':>8}{'novel':>8}")
     for label, scoring in scorings(run, base):

@@ -33,8 +33,8 @@ def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
     prepared: Run, trained: Trained[DetectionMetrics], tmp_path: Path
 ) -> None:
     detector = ovd_models.load(trained.model)
-    recorded = vild_sweep.record(detector, prepared.storage, "smoke-eval", "smoke")
-    run = vild_sweep.Run(score_threshold=prepared.score_threshold)
+    run = vild_sweep.Run(storage=prepared.storage, boxes="smoke-eval", score_threshold=prepared.score_threshold)
+    recorded = vild_sweep.record(detector, run)
     own = vild_sweep.measure(recorded, load_model(trained.model, ViLD).config.scoring, run)
     metrics, _ = evaluate.evaluate(evaluate.Run(storage=prepared.storage, model=trained.model, boxes="smoke-eval"))
     for name, value in metrics.summary().items():
@@ -52,8 +52,9 @@ def test_a_sweep_tries_all_settings() -> None:
 
 @pytest.mark.ray
 def test_the_teacher_alone_is_measured_on_the_same_regions(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
-    recorded = vild_sweep.record(ovd_models.load(trained.model), prepared.storage, "smoke-eval", "smoke")
-    metrics = vild_sweep.baselines(recorded, prepared.teacher, Scoring(), vild_sweep.Run(max_crops=4))
+    run = vild_sweep.Run(storage=prepared.storage, boxes="smoke-eval", max_crops=4)
+    recorded = vild_sweep.record(ovd_models.load(trained.model), run)
+    metrics = vild_sweep.baselines(recorded, prepared.teacher, Scoring(), run)
     assert list(metrics) == ["clip-crops", "clip-crops-objectness", "text-and-clip"]
     assert all(0 <= each.summary()["ap50_all"] <= 1 for each in metrics.values())
 
