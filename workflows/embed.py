@@ -226,11 +226,7 @@ def pair_task(run: Run, teacher: TeacherInfo) -> EmbeddingTask:
 
 
 def make_table(run: Run, task: EmbeddingTask) -> Manifest:
-    """Embed the shards of a table that are missing and publish it, unless it is published.
-
-    Raises:
-        InputError: as in `embed`.
-    """
+    """Embed the shards of a table that are missing and publish it, unless it is published."""
     table, name = task.source
     digest = tables.read_manifest(run.storage, table, name).digest
     provenance = {**task.provenance, "source": f"{table}/{name}", "source_digest": digest}

@@ -15,6 +15,7 @@ from data_prep import storage, tables
 from data_prep.pictograms.world import World, contact_sheet
 from data_prep.streams.images import read_image
 from ovd_models.drawing import draw_boxes
+from workflows.common.teacher import read_categories
 from workflows.reports import page
 from workflows.reports.detections import annotations_as_detections, read_box_image
 
@@ -76,7 +77,12 @@ def write_demo_report(
         "curves": {title: plot_losses(lines) for title, lines in curves.items() if lines},
         "scenes": scenes,
         "detections": response["detections"],
-        "answer_picture": draw_response(response["detections"], request),
+        "answer_picture": draw_boxes(
+            request,
+            torch.tensor([entry["box"] for entry in response["detections"]]).view(-1, 4),
+            [f"{entry['label']} {entry['score']:.2f}" for entry in response["detections"]],
+            list(range(len(response["detections"]))),
+        ),
     }
     (folder / "report.html").write_text(page.render_page("demo", values), encoding="utf-8")
 
@@ -137,16 +143,15 @@ def compare_detectors(storage_uri: str, boxes: str, checkpoints: tuple[str, str]
     """Run both detectors on the first held-out scenes."""
     detectors = [ovd_models.load(storage.local_folder(folder)) for folder in checkpoints]
     rows = tables.read_table(storage_uri, "boxes", boxes).slice(0, NUM_SCENES).to_pylist()
-    categories = tables.read_table(storage_uri, "categories", boxes.rsplit("-", 1)[0]).to_pylist()
-    names = {row["category_id"]: row["name"] for row in categories if row["split"]}
-    novel = {row["category_id"]: row["name"] for row in categories if row["split"] == "novel"}
+    names, splits = read_categories(storage_uri, boxes.rsplit("-", 1)[0])
     scenes = []
     for row in rows:
         image = read_box_image(storage_uri, row)
         before, after = (detector.detect(image, score_threshold=0.3).distinct() for detector in detectors)
         annotated = annotations_as_detections(row, names, after)
-        shown = sorted({novel[key] for key in row["category_ids"] if key in novel})
-        scenes.append(SceneComparison(annotated.draw(), before.draw(), after.draw(), shown))
+        shown = {names[key] for key in row["category_ids"] if key in names}
+        novel = sorted(name for name in shown if splits[name] == "novel")
+        scenes.append(SceneComparison(annotated.draw(), before.draw(), after.draw(), novel))
     return scenes
 
 
@@ -162,10 +167,3 @@ def draw_montage(scenes: Sequence[SceneComparison]) -> Image.Image:
         for column, image in enumerate((scene.annotated, scene.before, scene.after)):
             sheet.paste(image, (column * (width + 10), 24 + row * (height + 10)))
     return sheet
-
-
-def draw_response(detections: Sequence[Mapping[str, Any]], image: Image.Image) -> Image.Image:
-    """Draw the endpoint's detections on the image that was sent."""
-    boxes = torch.tensor([entry["box"] for entry in detections]).view(-1, 4)
-    texts = [f"{entry['label']} {entry['score']:.2f}" for entry in detections]
-    return draw_boxes(image, boxes, texts, list(range(len(texts))))

@@ -10,12 +10,12 @@ python -m workflows.studies.codet --config sweeps --teacher store/runs/clip/<run
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import pyarrow as pa
 import torch
@@ -34,7 +34,7 @@ from workflows.common.teacher import read_codet_names
 from workflows.configs import codet as codet_configs
 from workflows.configs import pairs as pairs_configs
 from workflows.studies import study as studies
-from workflows.studies.study import Claim, Metrics, Results, Study
+from workflows.studies.study import Claim, Metrics, Results, Study, StudyRun
 
 Variant = Literal[
     "region-region",
@@ -55,18 +55,13 @@ BOX_STAGE = "box-stage"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(StudyRun):
     """One study."""
 
-    storage: str = "store"
-    """Folder or URI that holds tables and runs."""
     name: str = "codet_study"
     """File name of the report."""
-    teacher: str = ""
-    """Folder or URI of the CLIP checkpoint."""
     training: codet_configs.Run = field(default_factory=codet_configs.pictograms)
     """Settings of all trainings; the study sets seed, teacher and storage."""
-    seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[Variant, ...] = (
         "region-region",
         "region-text",
@@ -258,8 +253,7 @@ def measure_planted(run: Run, own: codet_configs.Run, folder: str) -> Metrics:
     if model.config.supervision in ("captions", "boxes"):
         return {}
     names = read_codet_names(run.storage, own.boxes, own.pairs, encoder)
-    concepts = tables.read_table(run.storage, "concepts", own.pairs, ["name"])["name"].to_pylist()
-    groups = planted_groups(concepts, run.planted_groups, own.group_size)
+    groups = planted_groups(names.concepts, run.planted_groups, own.group_size)
     hits_Pg = torch.stack([attention_hits(model, names.concept_embeddings, *group) for group in groups]).float()
     return {
         "planted_images": float(hits_Pg.mean()),
@@ -268,7 +262,7 @@ def measure_planted(run: Run, own: codet_configs.Run, folder: str) -> Metrics:
     }
 
 
-def planted_groups(concepts: list[str], count: int, size: int) -> Iterator[tuple[ConceptBatch, list[Tensor]]]:
+def planted_groups(concepts: Sequence[str], count: int, size: int) -> Iterator[tuple[ConceptBatch, list[Tensor]]]:
     """Groups of scenes that share one object, with its box [1, 4] in each scene; concepts take turns."""
     world = World.create(0)
     drawable = [name for name in concepts if name in world.names]
@@ -316,10 +310,8 @@ def result_tables(results: Results) -> list[str]:
 
 def draw_curves(results: Results) -> bytes:
     """A PNG: novel and base AP50 over group sizes and numbers of proposals."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    figure = matplotlib.figure.Figure(figsize=(9, 3.5))
+    axes = figure.subplots(1, 2, sharey=True)
     sweeps = {"group-size-": "images per group", "proposals-": "proposals per image"}
     for axis, (prefix, label) in zip(axes, sweeps.items(), strict=True):
         points = {int(name.removeprefix(prefix)): of for name, of in results.items() if name.startswith(prefix)}
@@ -331,7 +323,6 @@ def draw_curves(results: Results) -> bytes:
         axis.legend()
     png = io.BytesIO()
     figure.savefig(png, dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
     return png.getvalue()
 
 

@@ -39,7 +39,7 @@ from workflows.reports.pointing import BASELINES, PROMPT_KINDS
 from workflows.studies import ovsam_boxes
 from workflows.studies import study as studies
 from workflows.studies.ovsam_names import competing_names
-from workflows.studies.study import Claim, Measurement, Metrics, Results, Study
+from workflows.studies.study import Claim, Measurement, Metrics, Results, Study, StudyRun
 
 IMAGE_CROPS = tuple(name for name, config in BASELINES.items() if config.crop == "image")
 FEATURES = tuple(name for name, config in BASELINES.items() if config.crop != "image")
@@ -53,18 +53,13 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One study."""
+class Run(StudyRun):
+    """One study; the teacher must be convolutional, as its image tower becomes OV-SAM's."""
 
-    storage: str = "store"
-    """Folder or URI that holds tables and runs."""
-    teacher: str = ""
-    """Folder or URI of the CLIP checkpoint, a convolutional one, whose image tower becomes OV-SAM's."""
     other_teachers: tuple[str, ...] = ()
     """More CLIP checkpoints, such as a vision transformer's, to compare with at equal compute."""
     training: ovsam_configs.Run = field(default_factory=ovsam_configs.pictograms)
     """Settings of all trainings; the study sets seed, teacher and storage."""
-    seeds: tuple[int, ...] = (0, 1, 2)
     vocabulary_sizes: tuple[int, ...] = (68, 1_203, 5_000, 22_000)
     """Numbers of competing names: the box set's own and distractors."""
     distractors: str = ""
@@ -176,11 +171,8 @@ def train_sam(own: ovsam_configs.Run, seed: int) -> str:
         sam2clip_stage=own.sam_stage,
         clip2sam_stage=own.sam_stage,
     )
-
-    def job(settings: ovsam_configs.Run) -> dict[str, Any]:
-        return {"sam": ovsam.teach_sam(settings)}
-
-    return str(studies.remember("ovsam", seed, "sam", settings, job)["sam"])
+    result = studies.remember("ovsam", seed, "sam", settings, lambda settings: {"sam": ovsam.teach_sam(settings)})
+    return str(result["sam"])
 
 
 def seed_training(run: Run, seed: int) -> ovsam_configs.Run:

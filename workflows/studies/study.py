@@ -22,6 +22,18 @@ from workflows.common import cli, runs
 from workflows.common.optimisation import Optimisation
 from workflows.configs import codet, ovsam, vild
 
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """Settings that all studies have."""
+
+    storage: str = "store"
+    """Folder or URI that holds tables and runs."""
+    teacher: str = ""
+    """Folder or URI of the CLIP checkpoint."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
 Metrics = dict[str, float]
 Measurement = Callable[[int], Mapping[str, Metrics]]
 """Trains and measures with a seed: seed -> metrics by variant."""
@@ -70,13 +82,6 @@ class Claim:
     """The paper's value, if known."""
     source: str = ""
     """Metric, data set and source of the paper's value."""
-
-    @property
-    def required(self) -> str:
-        """The bounds, for the report."""
-        return f"{self.tested} at least {self.at_least:g}" + (
-            "" if self.at_most is None else f", at most {self.at_most:g}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,10 +263,13 @@ def claim_table(claims: Iterable[ClaimResult]) -> list[str]:
     rows = [["claim", "required", "paper", "mean", "95 % interval", "seeds", "holds"]]
     for judged in claims:
         claim = judged.claim
+        required = f"{claim.tested} at least {claim.at_least:g}"
+        if claim.at_most is not None:
+            required += f", at most {claim.at_most:g}"
         chosen = f" ({judged.baseline})" if len(claim.baselines) > 1 else ""
         paper = "" if claim.paper is None else f"{claim.paper:+.3f} ({claim.source})"
         interval = "{:+.3f} to {:+.3f}".format(*judged.interval) if judged.interval else "none from one seed"
         holds = "yes" if judged.holds else "no"
-        cells = [claim.required, paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), holds]
+        cells = [required, paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), holds]
         rows.append([claim.statement + chosen, *cells])
     return table(rows)

@@ -9,7 +9,7 @@ each seed: rpn (base boxes) -> proposals; those of one seed -> embeddings that a
 python -m workflows.studies.vild --config pictograms --teacher store/runs/clip/<run>/model
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from data_prep import storage, tables
 from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions
 from ovd_models.checkpoints import load_encoder
 from ovd_models.detectors.rcnn import ProposalNetwork
-from ovd_models.evaluation import evaluate_proposals
+from ovd_models.evaluation import DetectionMetrics, evaluate_proposals
 from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import Variant, ViLD
 from ovd_models.vocabulary import build_vocabulary
@@ -33,7 +33,8 @@ from workflows.reports.detections import read_box_image
 from workflows.reports.failures import annotated_objects
 from workflows.studies import study as studies
 from workflows.studies import vild_sweep
-from workflows.studies.study import Claim, Measurement, Metrics, Results, Study
+from workflows.studies.study import Claim, Measurement, Metrics, Results, Study, StudyRun
+from workflows.studies.vild_sweep import RecordedRegions
 
 LIMITS = (100, 300, 1000)
 """Numbers of proposals per image at which recall is measured."""
@@ -42,19 +43,14 @@ PARTS: tuple[Part, ...] = ("variants", "fusions", "proposals", "baselines", "sup
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(StudyRun):
     """One study."""
 
-    storage: str = "store"
-    """Folder or URI that holds tables and runs."""
-    teacher: str = ""
-    """Folder or URI of the CLIP checkpoint."""
     other_teachers: tuple[str, ...] = ()
     """More CLIP checkpoints, with which the ensemble is trained too."""
     training: vild_configs.Run = field(default_factory=vild_configs.pictograms)
     """Settings of all trainings; the study sets seed, variant, teacher and storage."""
     boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
-    seeds: tuple[int, ...] = (0, 1, 2)
     regions_seed: int = 0
     """Seed of the proposal network whose regions are embedded, once for all seeds."""
     variants: tuple[Variant, ...] = ("text", "ensemble", "vild", "supervised", "image")
@@ -109,9 +105,9 @@ def vild_study(run: Run) -> Study:
     teachers = (run.teacher, *run.other_teachers) if run.other_teachers else ()
     measurements: dict[Part, list[Measurement]] = {
         "variants": [partial(measure_variant, run, variant) for variant in run.variants],
-        "fusions": [partial(measure_fusions, run)],
+        "fusions": [partial(measure_regions, run, "ensemble", "fusions", measure_fusions)],
         "proposals": [partial(measure_proposals, run)],
-        "baselines": [partial(measure_baselines, run)],
+        "baselines": [partial(measure_regions, run, "text", "baselines", vild_sweep.baselines)],
         "supervised_full": [partial(measure_supervised_full, run)],
         "teachers": [partial(measure_teacher, run, number, teacher) for number, teacher in enumerate(teachers)],
     }
@@ -139,11 +135,8 @@ def result_tables(results: Results) -> list[str]:
 
 def train_proposals(own: vild_configs.Run, seed: int) -> str:
     """The checkpoint of a proposal network."""
-
-    def job(own: vild_configs.Run) -> dict[str, Any]:
-        return {"proposals": vild.train_rpn(own)}
-
-    return str(studies.remember("vild", seed, "rpn", own, job)["proposals"])
+    result = studies.remember("vild", seed, "rpn", own, lambda own: {"proposals": vild.train_rpn(own)})
+    return str(result["proposals"])
 
 
 def embed_proposals(own: vild_configs.Run, seed: int) -> str:
@@ -201,44 +194,40 @@ def measure_proposals(run: Run, seed: int) -> dict[str, Metrics]:
     }
 
 
-def measure_fusions(run: Run, seed: int) -> dict[str, Metrics]:
-    """AP50 of the ensemble under other scorings, without another training."""
-    own = variant_training(run, "ensemble", seed)
-    model = train_detector(own, seed, "ensemble")["model"]
+def measure_regions(
+    run: Run,
+    variant: Variant,
+    name: str,
+    measure: Callable[[RecordedRegions, vild_sweep.Run], Mapping[str, DetectionMetrics]],
+    seed: int,
+) -> dict[str, Metrics]:
+    """AP50 of the regions that a variant finds in the evaluation set, scored in other ways."""
+    own = variant_training(run, variant, seed)
+    model = train_detector(own, seed, variant)["model"]
 
     def job(own: vild_configs.Run) -> dict[str, Metrics]:
-        recorded, sweep = record_regions(model, own)
-        scoring = recorded.model.config.scoring
-        paper = replace(scoring, image_temperature=scoring.temperature, base_image=1 / 3, novel_image=2 / 3)
-        text_head = replace(scoring, base_image=0.0, novel_image=0.0)
-        scorings = {"ensemble-text-head": text_head, "ensemble-paper-scoring": paper}
-        return {name: vild_sweep.measure(recorded, each, sweep).summary() for name, each in scorings.items()}
+        sweep = vild_sweep.Run(
+            storage=own.storage,
+            boxes=f"{own.boxes}-eval",
+            teacher=own.teacher,
+            score_threshold=own.score_threshold,
+            max_detections=own.max_detections,
+        )
+        recorded = vild_sweep.record(ovd_models.load(storage.local_folder(model)), sweep)
+        return {name: metrics.summary() for name, metrics in measure(recorded, sweep).items()}
 
-    return studies.remember("vild", seed, "fusions", own, job)
-
-
-def measure_baselines(run: Run, seed: int) -> dict[str, Metrics]:
-    """AP50 of the teacher on crops of ViLD-text's regions."""
-    own = variant_training(run, "text", seed)
-    model = train_detector(own, seed, "text")["model"]
-
-    def job(own: vild_configs.Run) -> dict[str, Metrics]:
-        recorded, sweep = record_regions(model, own)
-        baselines = vild_sweep.baselines(recorded, own.teacher, recorded.model.config.scoring, sweep)
-        return {name: metrics.summary() for name, metrics in baselines.items()}
-
-    return studies.remember("vild", seed, "baselines", own, job)
+    return studies.remember("vild", seed, name, own, job)
 
 
-def record_regions(model: str, own: vild_configs.Run) -> tuple[vild_sweep.RecordedRegions, vild_sweep.Run]:
-    """The evaluation set's regions as a detector sees them, and the settings of its detections."""
-    sweep = vild_sweep.Run(
-        storage=own.storage,
-        boxes=f"{own.boxes}-eval",
-        score_threshold=own.score_threshold,
-        max_detections=own.max_detections,
-    )
-    return vild_sweep.record(ovd_models.load(storage.local_folder(model)), sweep), sweep
+def measure_fusions(recorded: RecordedRegions, sweep: vild_sweep.Run) -> dict[str, DetectionMetrics]:
+    """The ensemble's text head alone, and the paper's weights."""
+    scoring = recorded.model.config.scoring
+    paper = replace(scoring, image_temperature=scoring.temperature, base_image=1 / 3, novel_image=2 / 3)
+    text_head = replace(scoring, base_image=0.0, novel_image=0.0)
+    return {
+        "ensemble-text-head": vild_sweep.measure(recorded, text_head, sweep),
+        "ensemble-paper-scoring": vild_sweep.measure(recorded, paper, sweep),
+    }
 
 
 def measure_teacher(run: Run, number: int, teacher: str, seed: int) -> dict[str, Metrics]:

@@ -101,7 +101,7 @@ def measure(
     return evaluate_detections(recorded.rows, detections, recorded.names, recorded.splits)
 
 
-def baselines(recorded: RecordedRegions, teacher: str, base: Scoring, run: Run) -> dict[str, DetectionMetrics]:
+def baselines(recorded: RecordedRegions, run: Run) -> dict[str, DetectionMetrics]:
     """Metrics of the teacher's own embeddings of crops of the detector's regions.
 
     The geometric mean with objectness is one baseline: the teacher's probability alone is as high for parts and loose
@@ -110,11 +110,11 @@ def baselines(recorded: RecordedRegions, teacher: str, base: Scoring, run: Run) 
     Raises:
         InputError: there is no such checkpoint, or it is not the detector's teacher.
     """
-    model = open_teacher(teacher, recorded.teacher)
+    teacher, base = open_teacher(run.teacher, recorded.teacher), recorded.model.config.scoring
 
     def encode(image: Tensor, boxes: Tensor) -> Tensor:
         pixels_HW3 = image.cpu().permute(1, 2, 0).numpy()
-        (region_ND,) = embed_regions(model, [pixels_HW3], [boxes.cpu().numpy()], run.crops)
+        (region_ND,) = embed_regions(teacher, [pixels_HW3], [boxes.cpu().numpy()], run.crops)
         return torch.from_numpy(region_ND.astype(np.float32)).to(boxes.device)
 
     best = [entry.top(run.max_crops) for entry in recorded.records]
@@ -143,12 +143,11 @@ def main() -> None:
     """Record the regions, then print a line for each scoring and baseline."""
     run = cli.parse(CONFIGS, __doc__)
     recorded = record(run.load_detector(), run)
-    base = recorded.model.config.scoring
     print(f"{'AP50':44}{'base':>8}{'novel':>8}")
-    for label, scoring in scorings(run, base):
+    for label, scoring in scorings(run, recorded.model.config.scoring):
         print_row(label, measure(recorded, scoring, run))
     if run.teacher:
-        for label, metrics in baselines(recorded, run.teacher, base, run).items():
+        for label, metrics in baselines(recorded, run).items():
             print_row(label, metrics)
 
 

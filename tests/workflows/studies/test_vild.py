@@ -41,7 +41,7 @@ def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
         assert own.summary()[name] == pytest.approx(value, nan_ok=True)
     save_clip(Clip(ClipConfig()), tmp_path / "other")
     with pytest.raises(InputError, match=f"expected the detector's teacher, {detector.teacher}"):
-        vild_sweep.baselines(recorded, str(tmp_path / "other"), Scoring(), run)
+        vild_sweep.baselines(recorded, replace(run, teacher=str(tmp_path / "other")))
 
 
 def test_a_sweep_tries_all_settings() -> None:
@@ -52,9 +52,9 @@ def test_a_sweep_tries_all_settings() -> None:
 
 @pytest.mark.ray
 def test_the_teacher_alone_is_measured_on_the_same_regions(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
-    run = vild_sweep.Run(storage=prepared.storage, boxes="smoke-eval", max_crops=4)
+    run = vild_sweep.Run(storage=prepared.storage, boxes="smoke-eval", teacher=prepared.teacher, max_crops=4)
     recorded = vild_sweep.record(ovd_models.load(trained.model), run)
-    metrics = vild_sweep.baselines(recorded, prepared.teacher, Scoring(), run)
+    metrics = vild_sweep.baselines(recorded, run)
     assert list(metrics) == ["clip-crops", "clip-crops-objectness", "text-and-clip"]
     assert all(0 <= each.summary()["ap50_all"] <= 1 for each in metrics.values())
 
