@@ -109,13 +109,7 @@ def annotated_objects(
 def find_confusions(
     image_objects: Sequence[Sequence[AnnotatedObject]], detections: Sequence[Detections], vocabulary: Vocabulary
 ) -> list[Confusion]:
-    """Objects whose best detection (IoU >= 0.5) has another name; the most similar names first.
-
-    Args:
-        image_objects: annotated objects of each image.
-        detections: detections of each image.
-        vocabulary: all names.
-    """
+    """Objects whose best detection (IoU >= 0.5) has another name; the most similar names first."""
     embedding_of = dict(zip(vocabulary.names, vocabulary.embeddings, strict=True))
     confused = []
     for targets, found in zip(image_objects, detections, strict=True):

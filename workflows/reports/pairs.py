@@ -37,15 +37,9 @@ COLOURS = {"kept": "#0b6e4f", "fetch": "#c8553d", "decode": "#d9972b", "filter":
 
 
 def write_pairs_report(storage_uri: str, name: str, samples: pa.Table | None = None) -> str:
-    """Write `<storage>/reports/pairs-<name>.html` from the published tables.
+    """Write `<storage>/reports/pairs-<name>.html` from the published tables; returns its URI.
 
-    Args:
-        storage_uri: the storage of the tables.
-        name: the name of the tables.
-        samples: rows of `shards.SAMPLES`: thumbnails of rejected rows, which no table stores.
-
-    Returns:
-        The page's URI.
+    `samples` has rows of `shards.SAMPLES`: thumbnails of rejected rows, which no table stores.
 
     Raises:
         InputError: a table is missing.
@@ -279,12 +273,7 @@ def measure_images(crawl: CrawlTables) -> Row:
 
 
 def throughput(progress: Sequence[tuple[float, int]], max_points: int = 150) -> tuple[page.Numbers, page.Numbers]:
-    """At most `max_points` times in seconds, and the rows per second between them.
-
-    Args:
-        progress: (seconds, rows done so far).
-        max_points: maximum number of times.
-    """
+    """At most `max_points` times in seconds, and the rows per second between them, from (seconds, rows done so far)."""
     done = {0.0: 0.0, **dict(progress)}
     seconds, rows = np.array(list(done)), np.array(list(done.values()))
     times = seconds if len(seconds) <= max_points else np.linspace(0, seconds[-1], max_points)

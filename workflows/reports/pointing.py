@@ -205,15 +205,10 @@ def segment_objects(
     kinds: Collection[PromptKind] = PROMPT_KINDS,
     num_pictures: int = 0,
 ) -> tuple[MetricsByVariant, list[Image.Image]]:
-    """Segment and name every annotated object with every model, by box and by point.
+    """Segment and name every object of images on the models' device with every model, by box and by point.
 
-    Args:
-        images: annotated images, on the device of the models.
-        vocabulary: all candidate names; names without a category are distractors.
-        model: the OV-SAM.
-        sam: the SAM whose masks the baselines name, or None.
-        kinds: kinds of prompts.
-        num_pictures: number of images to draw, with OV-SAM's results for their boxes.
+    Names without a category are distractors. The baselines name the masks of `sam`, and are left out without it. The
+    pictures show OV-SAM's results for the boxes of the first images.
     """
     is_novel, baselines = novel_flags(vocabulary), build_baselines(model, sam)
     metrics: MetricsByVariant = {}

@@ -19,12 +19,11 @@ import matplotlib.figure
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from data_prep import storage, tables
-from data_prep.pictograms.world import COLOURS, SCENES, Scene, World, draw_scene
+from data_prep.pictograms.world import COLOURS, SCENES, Scene, World, draw_scene, encode_jpeg
 from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_encoder, load_model
 from ovd_models.codet.model import CoDet, CoDetConfig
@@ -220,10 +219,8 @@ def prepare_both(run: Run, name: str) -> None:
         rng = np.random.default_rng([0, 22, number])
         chosen = rng.choice(len(partners), size=int(rng.integers(1, 3)), replace=False)
         scene = draw_all(rng, world, partners[chosen].reshape(-1))
-        jpeg = io.BytesIO()
-        Image.fromarray(scene.pixels).save(jpeg, "JPEG", quality=95)
         uri = storage.join(run.storage, "images", name, f"{number:06d}.jpg")
-        storage.write_bytes(uri, jpeg.getvalue())
+        storage.write_bytes(uri, encode_jpeg(scene.pixels))
         rows.append({"url": uri, "caption": world.caption(rng, scene)})
     cluster.start_ray()
     crawl = replace(pairs_configs.pictograms(), storage=run.storage, name=name, site_pictures=0, site_scenes=0)

@@ -17,13 +17,9 @@ MODIFIERS = (
 
 
 def competing_names(storage_uri: str, boxes: str, sizes: Sequence[int], distractors: str) -> list[str]:
-    """The names of a box set, then distractors up to the largest size.
+    """The names of a box set, then distractors up to the largest of the vocabularies' sizes.
 
-    Args:
-        storage_uri: the storage.
-        boxes: name of the box set.
-        sizes: of vocabularies.
-        distractors: a file with a name per line; if empty, names are composed.
+    `distractors` is a file with a name per line; if empty, names are composed.
 
     Raises:
         InputError: there are too few names, or a size is smaller than the box set.
