@@ -76,12 +76,7 @@ class Prompts(TensorRecord):
         return 0
 
     def checked(self, width: int, height: int, mask_side: int) -> "Prompts":
-        """The prompts, valid for an image of this size, their boxes clipped to it.
-
-        Args:
-            width: of the image.
-            height: of the image.
-            mask_side: L.
+        """The prompts, valid for an image of this size in pixels and masks of side L, their boxes clipped to it.
 
         Raises:
             InputError: there is no prompt; a point or a whole box lies outside; a box has no area; points contradict

@@ -262,13 +262,9 @@ class OvSam(nn.Module):
 
 
 def with_names(segments: Segments, scores_PK: Tensor, vocabulary: Vocabulary) -> Segments:
-    """Segments, each with its best name.
+    """Segments, each with its best name by logits or log scores [P, K].
 
-    Args:
-        segments: without names.
-        scores_PK: [P, K] logits or log scores of the names; a further column is the background's, which takes
-            probability but is never the label.
-        vocabulary: the names.
+    A further column is the background's, which takes probability but is never the label.
     """
     probability_PK = scores_PK.softmax(-1)[:, : len(vocabulary)]
     scores_P, labels_P = probability_PK.max(1)

@@ -118,12 +118,7 @@ class TextToMask(nn.Module):
 
     @torch.no_grad()
     def segment_text(self, image: Tensor | EncodedImage, text_PD: Tensor) -> Segments:
-        """One mask for each name, with its predicted IoU.
-
-        Args:
-            image: [3, H, W] uint8, or the result of the SAM's `encode`.
-            text_PD: unit rows of names.
-        """
+        """One mask of an image ([3, H, W] uint8) for each unit row of names, with its predicted IoU."""
         encoded = self.sam.encode(image) if isinstance(image, Tensor) else image
         height, width = encoded.size
         parts = []

@@ -80,13 +80,7 @@ class Clip2SamTraining(nn.Module):
     def forward(
         self, batch: MaskBatch, text_KYD: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Weighted losses `classes`, `mask`, `dice` and, with an IoU head, `iou`.
-
-        Args:
-            batch: images with masks and labels.
-            text_KYD: [K, Y, D] unit rows that `batch.labels` index.
-            generator: draws prompts and points.
-        """
+        """Weighted losses `classes`, `mask`, `dice` and, with an IoU head, `iou`; `batch.labels` index `text_KYD`."""
         model, settings = self.model, self.settings
         pixels, _ = model.preprocess(batch.images)
         with torch.no_grad():
