@@ -118,7 +118,7 @@ class TextToMask(nn.Module):
 
     @torch.no_grad()
     def segment_text(self, image: Tensor | EncodedImage, text_PD: Tensor) -> Segments:
-        """One mask of an image ([3, H, W] uint8) for each unit row of names, with its predicted IoU."""
+        """One mask of an image ([3, H, W] uint8, or encoded by the SAM) for each unit row of names, with its IoU."""
         encoded = self.sam.encode(image) if isinstance(image, Tensor) else image
         height, width = encoded.size
         parts = []
