@@ -4,7 +4,7 @@ B images, N boxes of one image, M stored regions of one image, G groups, g image
 D embedding width.
 """
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,18 +21,28 @@ class TensorRecord:
 
     def to(self, device: torch.device) -> Self:
         """The same record on another device, with all tensors in its tuples and records."""
-        moved: Self = _moved(self, device)
-        return moved
+        return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})  # type: ignore[type-var]
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, non_blocking=device.type != "cpu")  # a copy to the CPU may be read before it is done
     if isinstance(value, tuple):
         return tuple(_moved(entry, device) for entry in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
-    return value
+    return value.to(device) if isinstance(value, TensorRecord) else value
+
+
+@dataclass(frozen=True)
+class ImageBatch(TensorRecord):
+    """B images."""
+
+    images: tuple[Tensor, ...]
+    """B tensors [3, H, W] uint8 RGB; sizes may differ."""
+
+    @property
+    def num_images(self) -> int:
+        """Images in the batch, B."""
+        return len(self.images)
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,9 @@ class StoredRegions(TensorRecord):
 
 
 @dataclass(frozen=True)
-class DetectionBatch(TensorRecord):
+class DetectionBatch(ImageBatch):
     """Images with boxes of base categories."""
 
-    images: tuple[Tensor, ...]
-    """B tensors [3, H, W] uint8 RGB; sizes may differ."""
     boxes: tuple[Tensor, ...]
     """B tensors [N, 4] float32 xyxy, pixels of the image."""
     labels: tuple[Tensor, ...]
@@ -62,18 +70,11 @@ class DetectionBatch(TensorRecord):
     regions: StoredRegions | None = None
     """None if embeddings are not distilled."""
 
-    @property
-    def num_images(self) -> int:
-        """Images in the batch, B."""
-        return len(self.images)
-
 
 @dataclass(frozen=True)
-class ConceptBatch(TensorRecord):
-    """G groups of g captioned images; the images of a group share the group's concept."""
+class ConceptBatch(ImageBatch):
+    """G groups of g captioned images, B = G * g, group after group; the images of a group share its concept."""
 
-    images: tuple[Tensor, ...]
-    """B = G * g tensors [3, H, W] uint8 RGB, group after group."""
     concept_ids: Tensor
     """[G] int64, rows of the concept table."""
     mentioned: Tensor
@@ -86,18 +87,13 @@ class ConceptBatch(TensorRecord):
     """Images that were replaced by others of the same concept, with the reason."""
 
     @property
-    def num_images(self) -> int:
-        """Images in the batch, B."""
-        return len(self.images)
-
-    @property
     def group_size(self) -> int:
         """Images of one group, g."""
         return len(self.images) // max(1, len(self.concept_ids))
 
 
 @dataclass(frozen=True)
-class Detections:
+class Detections(TensorRecord):
     """Objects found in one image, best first."""
 
     boxes: Tensor

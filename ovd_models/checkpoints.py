@@ -105,11 +105,7 @@ def read_info(folder: str | Path) -> CheckpointInfo:
 
 
 def load_model(folder: str | Path, *kinds: type[M]) -> M:
-    """The model of a checkpoint folder, in evaluation mode.
-
-    Args:
-        folder: of the checkpoint.
-        kinds: the accepted model classes, such as `CoDet` and `ViLD`.
+    """The model of a checkpoint folder, in evaluation mode; `kinds` are the accepted classes, such as `ViLD`.
 
     Raises:
         InputError: it is a checkpoint of another method, or broken.

@@ -16,8 +16,7 @@ class InputError(ValueError):
 def as_input_error(subject: str) -> Iterator[None]:
     """Raise any exception of the block as an InputError of one line, for libraries that raise many kinds on bad files.
 
-    Args:
-        subject: start of the message: the file and what is wrong with it.
+    The message starts with `subject`: the file and what is wrong with it.
     """
     try:
         yield

@@ -108,27 +108,24 @@ def evaluate_detections(
     Raises:
         InputError: a mask is missing.
     """
-    if kind == "segm" and not _all_masked(rows, detections, names):
+    truth, masked = coco_truth(rows, names), kind == "segm"
+    if masked and not (
+        all("segmentation" in entry for entry in truth["annotations"])
+        and all(entry.masks is not None for entry in detections)
+    ):
         raise InputError("masks: a box or a detection has none, expected a mask for each")
     ids = {name: key for key, name in names.items()}
     results = [
         {
             "image_id": number,
-            "category_id": ids[entry.names[label]],
-            "bbox": _xywh(box),
-            "score": score,
-            **(_segmentation(rows[number], mask) if kind == "segm" else {}),
+            "category_id": ids[found["label"]],
+            "bbox": _xywh(found["box"]),
+            "score": found["score"],
+            **(_segmentation(rows[number], mask) if masked else {}),
         }
         for number, entry in enumerate(detections)
-        for box, label, score, mask in zip(
-            entry.boxes.tolist(),
-            entry.labels.tolist(),
-            entry.scores.tolist(),
-            entry.masks or [""] * len(entry),
-            strict=True,
-        )
+        for found, mask in zip(entry.to_list(), entry.masks or [""] * len(entry), strict=True)
     ]
-    truth = coco_truth(rows, names)
     if not results:
         annotated = {entry["category_id"] for entry in truth["annotations"] if not entry["iscrowd"]}
         zeros = {key: 0.0 if key in annotated else float("nan") for key in names}
@@ -144,13 +141,6 @@ def evaluate_detections(
             for key, name in names.items()
         )
     )
-
-
-def _all_masked(rows: Sequence[Mapping[str, Any]], detections: Sequence[Detections], names: Mapping[int, str]) -> bool:
-    annotated = (
-        mask for row in rows for mask, key in zip(row["masks"], row["category_ids"], strict=True) if key in names
-    )
-    return all(annotated) and all(entry.masks is not None for entry in detections)
 
 
 def evaluate_proposals(
@@ -190,8 +180,8 @@ def _accumulate(
     truth: dict[str, Any], results: list[dict[str, Any]], kind: Literal["bbox", "segm"], limits: Sequence[int] = ()
 ) -> COCOeval_faster:
     """COCO's evaluation with its `eval` filled."""
-    loaded = COCO(truth, print_function=_silent)
-    evaluator = COCOeval_faster(loaded, loaded.loadRes(results), kind, print_function=_silent)
+    loaded = COCO(truth, print_function=lambda *_: None)
+    evaluator = COCOeval_faster(loaded, loaded.loadRes(results), kind, print_function=lambda *_: None)
     if limits:
         evaluator.params.maxDets = list(limits)
     evaluator.evaluate()
@@ -201,7 +191,3 @@ def _accumulate(
 
 def _nanmean(values: Any) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-
-
-def _silent(*words: object) -> None:
-    """Replaces the library's output to the console."""

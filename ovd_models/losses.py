@@ -3,8 +3,10 @@
 R regions, B images, K classes, C concepts, M distilled regions, D embedding width.
 """
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -15,6 +17,11 @@ def cosine_logits(feature_RD: Tensor, text_KD: Tensor, temperature: float) -> Te
     """
     with torch.autocast(feature_RD.device.type, enabled=False):
         return temperature * F.normalize(feature_RD.float(), dim=-1) @ text_KD.float().T
+
+
+def zero_loss(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """0 with a gradient of 0 for every trained parameter: data-parallel training expects one in each step."""
+    return torch.stack([value.sum() for value in parameters if value.requires_grad]).sum() * 0
 
 
 def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor, counted_K: Tensor | None = None) -> Tensor:

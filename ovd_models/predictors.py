@@ -29,6 +29,7 @@ Names = Sequence[str] | Mapping[str, Sequence[str]]
 
 M = TypeVar("M", bound=nn.Module)
 ImageT = TypeVar("ImageT", bound=ImageLike)
+Found = TypeVar("Found", Detections, Segments)
 
 
 class Predictor(Generic[M]):
@@ -151,16 +152,7 @@ class Detector(Predictor[CoDet | ViLD]):
             results = self.model.detect(
                 tensors, query.names, score_threshold=score_threshold, max_detections=max_detections
             )
-        detections = [
-            replace(
-                result,
-                boxes=result.boxes.cpu(),
-                scores=result.scores.cpu(),
-                labels=result.labels.cpu(),
-                image=to_image(tensor),
-            )
-            for tensor, result in zip(tensors, results, strict=True)
-        ]
+        detections = [_with_image(result, tensor) for tensor, result in zip(tensors, results, strict=True)]
         return detections if isinstance(image, list | tuple) else detections[0]
 
     def propose(self, images: Sequence[ImageLike], limit: int) -> list[tuple[Tensor, Tensor]]:
@@ -241,14 +233,9 @@ class TextSegmenter(Predictor[TextToMask]):
         return _with_image(replace(segments, labels=labels, scores=segments.ious, names=vocabulary.names), tensor)
 
 
-def to_image(tensor: Tensor) -> Image.Image:
-    """[3, H, W] uint8 as a PIL image."""
-    return Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy())
-
-
-def _with_image(segments: Segments, tensor: Tensor) -> Segments:
-    """Segments on the CPU, with their image."""
-    return replace(segments.to(torch.device("cpu")), image=to_image(tensor))
+def _with_image(found: Found, tensor: Tensor) -> Found:
+    """Results on the CPU, with their image [3, H, W] uint8."""
+    return replace(found.to(torch.device("cpu")), image=Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy()))
 
 
 def load(folder: str | Path, device: str = "cpu") -> Detector:

@@ -3,6 +3,7 @@
 Detectors resize and normalise it themselves (`detectors/resizing.py`).
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from ovd_models.errors import InputError
 from ovd_models.images import open_image, to_rgb, upright
@@ -38,3 +40,10 @@ def to_tensor(image: ImageLike) -> Tensor:
         pixels = np.array(to_rgb(upright(image)))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     return to_tensor(open_image(image))
+
+
+def add_edge(image: Tensor, side: int, pixels: int = 1) -> Tensor:
+    """Pad the shorter side of an extremely long image at its end, so that `pixels` of it remain at size `side`."""
+    height, width = image.shape[-2:]
+    least = math.ceil(pixels * max(height, width) / side)
+    return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))

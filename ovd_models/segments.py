@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
+from ovd_models.batches import ImageBatch, TensorRecord
 from ovd_models.drawing import colour_of, draw_boxes
 from ovd_models.errors import InputError
 
@@ -25,7 +26,7 @@ ON, OFF, PADDING = 1, 0, -1
 
 
 @dataclass(frozen=True)
-class Prompts:
+class Prompts(TensorRecord):
     """P prompts of one image, for one mask each."""
 
     points: Tensor | None = None
@@ -74,18 +75,8 @@ class Prompts:
                 return len(value)
         return 0
 
-    def to(self, device: torch.device) -> "Prompts":
-        """The same prompts on another device."""
-        values = (self.points, self.point_labels, self.boxes, self.masks)
-        return Prompts(*(None if value is None else value.to(device) for value in values))
-
     def checked(self, width: int, height: int, mask_side: int) -> "Prompts":
-        """The prompts, valid for an image of this size, their boxes clipped to it.
-
-        Args:
-            width: of the image.
-            height: of the image.
-            mask_side: L.
+        """The prompts, valid for an image of this size in pixels and masks of side L, their boxes clipped to it.
 
         Raises:
             InputError: there is no prompt; a point or a whole box lies outside; a box has no area; points contradict
@@ -175,7 +166,7 @@ def _clip_boxes(boxes_P4: Tensor, width: int, height: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Segments:
+class Segments(TensorRecord):
     """One mask for each prompt, in the prompts' order, named if a vocabulary was given."""
 
     masks: Tensor
@@ -200,17 +191,6 @@ class Segments:
     def boxes(self) -> Tensor:
         """[P, 4] float32 xyxy, tight around the masks, edges exclusive; zeros for an empty mask."""
         return boxes_of(self.masks)
-
-    def to(self, device: torch.device) -> "Segments":
-        """The same segments on another device."""
-        return replace(
-            self,
-            masks=self.masks.to(device),
-            ious=self.ious.to(device),
-            labels=self.labels.to(device),
-            scores=self.scores.to(device),
-            low_res=self.low_res.to(device),
-        )
 
     def to_list(self) -> list[dict[str, Any]]:
         """`[{"mask": COCO RLE, "box", "label", "score", "iou"}]`, as the HTTP endpoint answers; unknowns are None."""
@@ -260,24 +240,10 @@ def boxes_of(masks_PHW: Tensor, *, whole_if_empty: bool = False) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MaskBatch:
+class MaskBatch(ImageBatch):
     """B images with the masks of their objects."""
 
-    images: tuple[Tensor, ...]
-    """B tensors [3, H, W] uint8 RGB; sizes may differ."""
     masks: tuple[Tensor, ...]
     """B tensors [N, H, W] bool."""
     labels: tuple[Tensor, ...]
     """B tensors [N] int64, rows of the training vocabulary; -1 where the category is unknown."""
-
-    def to(self, device: torch.device) -> "MaskBatch":
-        """The same batch on another device."""
-        moved = (
-            tuple(t.to(device, non_blocking=True) for t in part) for part in (self.images, self.masks, self.labels)
-        )
-        return MaskBatch(*moved)
-
-    @property
-    def num_images(self) -> int:
-        """Images in the batch, B."""
-        return len(self.images)

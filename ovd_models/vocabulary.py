@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(TensorRecord):
     """K names and their unit embeddings."""
 
     names: tuple[str, ...]
@@ -27,12 +28,6 @@ class Vocabulary:
     """[K] bool: the names with boxes in training; None if unknown."""
     owners: Tensor | None = None
     """[S] int64: index of the name of which each row of `embeddings` is a synonym; None if every name has one row."""
-
-    def to(self, device: torch.device) -> "Vocabulary":
-        """The same vocabulary on another device."""
-        base = None if self.is_base is None else self.is_base.to(device)
-        owners = None if self.owners is None else self.owners.to(device)
-        return Vocabulary(self.names, self.embeddings.to(device), base, owners)
 
     def strongest(self, scores_RS: Tensor) -> Tensor:
         """[R, S] scores of all rows -> [R, K], the score of each name's best synonym."""

@@ -32,7 +32,7 @@ from ovd_models.detectors.centernet2 import CenterNet2, CenterNet2Config
 from ovd_models.detectors.rcnn import RCNN, RCNNConfig
 from ovd_models.detectors.resizing import ResizedImages, annotated_targets, resize_images
 from ovd_models.errors import InputError
-from ovd_models.losses import caption_loss, concept_loss, cosine_logits
+from ovd_models.losses import caption_loss, concept_loss, cosine_logits, zero_loss
 from ovd_models.vocabulary import Vocabulary
 
 Supervision = Literal["region_region", "region_text", "max_size", "captions", "boxes"]
@@ -138,7 +138,7 @@ class CoDet(nn.Module):
             idle += self.aggregations.parameters()
         if idle:
             name = next(iter(losses), "concept")
-            losses[name] = losses.get(name, 0.0) + 0.0 * torch.stack([value.sum() for value in idle]).sum()
+            losses[name] = losses.get(name, 0.0) + zero_loss(idle)
         return losses
 
     def _losses(

@@ -93,7 +93,18 @@ def pool_regions(levels: Sequence[Tensor], strides: Sequence[int], boxes: Sequen
     finest, coarsest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
     level_R = torch.floor(CANONICAL_LEVEL + torch.log2(side_R / CANONICAL_SIZE + 1e-8))
     level_R = level_R.clamp(finest, coarsest).long() - finest
-    pooled_RFSS = box_R4.new_zeros(len(box_R4), levels[0].shape[1], size, size)
+    return pool_levels(levels, strides, level_R, region_R5, size)
+
+
+def pool_levels(
+    levels: Sequence[Tensor], strides: Sequence[int], level_R: Tensor, region_R5: Tensor, size: int
+) -> Tensor:
+    """[R, F, size, size] float32 RoIAlign of regions [R, 5] (image index and xyxy), each on its own level.
+
+    In float32 even under autocast: bfloat16 moves the edges of a region by pixels.
+    """
+    region_R5 = region_R5.float()
+    pooled_RFSS = region_R5.new_zeros(len(region_R5), levels[0].shape[1], size, size)
     for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
         rows = torch.nonzero(level_R == index).squeeze(1)
         aligned = roi_align(level.float(), region_R5[rows], size, 1 / stride, sampling_ratio=-1, aligned=True)

@@ -4,7 +4,7 @@ N regions of one image, K names, A attributes, C children, L labels, D embedding
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,8 +58,7 @@ class RegionRecord:
     def top(self, count: int) -> "RegionRecord":
         """The `count` regions of highest objectness."""
         rows = self.objectness.argsort(descending=True, stable=True)[:count]
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        picked = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
+        picked = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **picked)  # type: ignore[arg-type]
 
 

@@ -3,7 +3,6 @@
 B images, N boxes of one image. Boxes are xyxy in pixels; sizes are (height, width).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from ovd_models.batches import DetectionBatch, Detections
+from ovd_models.preprocess import add_edge
 
 Size = tuple[int, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,7 +38,7 @@ class ResizedImages:
     image_sizes: list[Size]
     """Sizes after resizing, before padding."""
     wide_sizes: list[Size]
-    """Sizes after `widen`, before resizing."""
+    """Sizes after `add_edge`, before resizing."""
     original_sizes: list[Size]
 
     def __getitem__(self, rows: slice) -> "ResizedImages":
@@ -87,7 +87,7 @@ def build_transform(
 
 def resize_images(images: Sequence[Tensor], transform: GeneralizedRCNNTransform, max_size: int) -> ResizedImages:
     """Batch B uint8 images [3, H, W] with a transform that resizes longer sides to at most `max_size` pixels."""
-    wide = [widen(image, max_size) for image in images]
+    wide = [add_edge(image, max_size, pixels=2) for image in images]
     batch, _ = transform([image.float() / 255 for image in wide])
     return ResizedImages(batch.tensors, batch.image_sizes, [_size(image) for image in wide], list(map(_size, images)))
 
@@ -95,13 +95,6 @@ def resize_images(images: Sequence[Tensor], transform: GeneralizedRCNNTransform,
 def _size(image: Tensor) -> Size:
     height, width = image.shape[-2:]
     return int(height), int(width)
-
-
-def widen(image: Tensor, max_size: int) -> Tensor:
-    """Pad the shorter side of an extremely long image at its end, so that resizing leaves it at least one pixel."""
-    height, width = image.shape[-2:]
-    least = math.ceil(2 * max(height, width) / max_size)
-    return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
 
 
 def annotated_targets(batch: DetectionBatch, images: ResizedImages, *, masks: bool = False) -> list[dict[str, Tensor]]:

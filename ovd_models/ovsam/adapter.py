@@ -107,10 +107,7 @@ def feature_distillation_loss(student_BChw: Tensor, teacher_BChw: Tensor, valid_
 def valid_positions(sizes: Sequence[tuple[int, int]], patch: int, side: int) -> Tensor:
     """[B, h, h] bool: positions whose patch holds a pixel of the image, not padding alone.
 
-    Args:
-        sizes: height and width of each resized image, in pixels.
-        patch: pixels between embeddings.
-        side: h.
+    `sizes` are heights and widths of the resized images, and `patch` is the side of a patch, both in pixels.
     """
     limits_B2 = torch.tensor([[-(-height // patch), -(-width // patch)] for height, width in sizes]).view(-1, 2)
     place_h = torch.arange(side)

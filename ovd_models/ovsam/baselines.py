@@ -43,13 +43,9 @@ class SamClip(nn.Module):
     def segment(
         self, image: Tensor, prompts: Prompts, vocabulary: Vocabulary | None = None, encoded: EncodedImage | None = None
     ) -> Segments:
-        """One mask for each prompt, named if a vocabulary is given.
+        """One mask for each prompt of an image [3, H, W] uint8, named if a vocabulary is given.
 
-        Args:
-            image: [3, H, W] uint8.
-            prompts: in pixels of the image.
-            vocabulary: any names.
-            encoded: SAM's encoding of the image.
+        Prompts are in pixels of the image; `encoded` is SAM's encoding of it, if there is one already.
 
         Raises:
             InputError: the prompts do not fit the image.

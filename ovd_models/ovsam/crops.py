@@ -28,18 +28,15 @@ def crop_masks(
         background: what surrounds the mask.
         side: s.
     """
-    margin_P = torch.full((len(masks_PHW),), margin, device=colours_3HW.device)
     boxes_P4 = boxes_of(masks_PHW, whole_if_empty=True)
     if background == "keep":
         rows = torch.zeros(len(masks_PHW), dtype=torch.int64, device=colours_3HW.device)
-        return square_crops(colours_3HW[None], rows, boxes_P4, margin_P, side)
+        return square_crops(colours_3HW[None], rows, boxes_P4, torch.full_like(boxes_P4[:, 0], margin), side)
     fill = black if background == "black" else torch.zeros_like(black)
     count = max(1, PIXELS_AT_A_TIME // colours_3HW.numel())  # each mask takes a copy of the image
     crops = []
-    for masks, boxes, margins in zip(
-        *(torch.split(rows, count) for rows in (masks_PHW, boxes_P4, margin_P)), strict=True
-    ):
-        rows = torch.arange(len(masks), device=masks.device)
+    for masks, boxes in zip(torch.split(masks_PHW, count), torch.split(boxes_P4, count), strict=True):
+        rows, margins = torch.arange(len(masks), device=masks.device), torch.full_like(boxes[:, 0], margin)
         crops.append(square_crops(torch.where(masks[:, None], colours_3HW, fill), rows, boxes, margins, side))
     return torch.cat(crops)
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import FeaturePyramidNetwork, roi_align
+from torchvision.ops import FeaturePyramidNetwork
 
+from ovd_models.detectors.feature_pyramid import pool_levels
 from ovd_models.sam.training import dice_loss
 from ovd_models.vocabulary import Vocabulary
 
@@ -64,13 +65,7 @@ class RegionNamer(nn.Module):
     def pool(self, pyramid: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
         """[R, C, 12, 12] features, each region's from the level of its size."""
         level_R = region_levels(rois_R5, self.strides[0], len(pyramid))
-        pooled_RCpp = pyramid[0].new_zeros(len(rois_R5), pyramid[0].shape[1], ROI_SIDE, ROI_SIDE)
-        for index, (level, stride) in enumerate(zip(pyramid, self.strides, strict=True)):
-            rows = torch.nonzero(level_R == index).flatten()
-            # In float32 even under autocast: bfloat16 moves the edges of a region by pixels.
-            pooled = roi_align(level.float(), rois_R5[rows].float(), ROI_SIDE, 1 / stride, -1, aligned=True)
-            pooled_RCpp = pooled_RCpp.index_copy(0, rows, pooled.to(pooled_RCpp.dtype))
-        return pooled_RCpp
+        return pool_levels(pyramid, self.strides, level_R, rois_R5, ROI_SIDE).to(pyramid[0].dtype)
 
 
 def region_levels(rois_R5: Tensor, first_stride: int, num_levels: int) -> Tensor:

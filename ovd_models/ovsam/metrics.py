@@ -41,14 +41,7 @@ class PointingMetrics:
     novel: list[bool] = field(default_factory=list)
 
     def add(self, ious_N: Tensor, predicted_N: Sequence[int], labels_N: Sequence[int], novel_N: Sequence[bool]) -> None:
-        """One image's instances.
-
-        Args:
-            ious_N: [N] of the predicted with the annotated masks.
-            predicted_N: labels.
-            labels_N: annotated labels.
-            novel_N: whether each annotated label is a novel one.
-        """
+        """One image's instances: IoUs with the annotated masks, predicted and annotated labels, and which are novel."""
         self.ious += ious_N.tolist()
         self.right += [one == other for one, other in zip(predicted_N, labels_N, strict=True)]
         self.novel += list(novel_N)

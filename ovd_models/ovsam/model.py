@@ -9,7 +9,6 @@ Y synonyms, D embedding width of names.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -34,8 +33,8 @@ from ovd_models.sam.model import (
     build_mask_decoder,
     build_prompt_encoder,
     fit_image,
+    input_prompts,
     run_decoder,
-    scale_prompts,
     unnamed,
 )
 from ovd_models.segments import PIXELS_AT_A_TIME, Prompts, Segments, boxes_of
@@ -108,9 +107,7 @@ class OvSam(nn.Module):
     def load_teachers(self, teacher: SamModel, tower: nn.Module) -> None:
         """Copy the pretrained parts: SAM's position embeddings, prompt encoder and single-mask decoder, and CLIP.
 
-        Args:
-            teacher: a SAM of this config.
-            tower: open_clip's image tower of this config.
+        Both are of this model's config; `tower` is open_clip's image tower.
         """
         sam = teacher.sam
         self.clip.load_tower(tower.state_dict())
@@ -193,14 +190,12 @@ class OvSam(nn.Module):
         Raises:
             InputError: the prompts do not fit the image, see `Prompts.checked`.
         """
-        height, width = encoded.sam.size
-        prompts = prompts.checked(width, height, 4 * self.config.sam.embedding_side).to(encoded.top.device)
-        scale = partial(scale_prompts, encoded=encoded.sam)
-        boxes_P4 = None if prompts.boxes is None else scale(prompts.boxes.view(-1, 2, 2)).view(-1, 4)
-        points = None if prompts.points is None else (scale(prompts.points), prompts.point_labels)
-        sparse, dense = self.prompt_encoder(points, boxes_P4, None if prompts.masks is None else prompts.masks[:, None])
+        given = input_prompts(prompts, encoded.sam)
+        points = None if given.points is None else (given.points, given.point_labels)
+        masks = None if given.masks is None else given.masks[:, None]
+        sparse, dense = self.prompt_encoder(points, given.boxes, masks)
         low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
-        return unnamed(self.full_size(low_PLL, encoded.sam), ious_P, low_PLL), boxes_P4
+        return unnamed(self.full_size(low_PLL, encoded.sam), ious_P, low_PLL), given.boxes
 
     def full_size(self, low_PLL: Tensor, encoded: EncodedImage) -> Tensor:
         """[P, L, L] logits -> masks [P, H, W] of the original image, in parts that bound the memory."""
@@ -212,13 +207,9 @@ class OvSam(nn.Module):
     def name(
         self, encoded: EncodedOvSam, segments: Segments, vocabulary: Vocabulary, boxes_P4: Tensor | None = None
     ) -> Segments:
-        """The same segments, named.
+        """The same segments, named; `boxes_P4` are their box prompts, in pixels of the input.
 
-        Args:
-            encoded: the image.
-            segments: of the image.
-            vocabulary: any names; without base flags, all count as novel.
-            boxes_P4: the box prompts of the segments, in pixels of the input.
+        Without base flags, all names of the vocabulary count as novel.
         """
         if not len(segments):
             return replace(segments, names=vocabulary.names)
@@ -271,13 +262,9 @@ class OvSam(nn.Module):
 
 
 def with_names(segments: Segments, scores_PK: Tensor, vocabulary: Vocabulary) -> Segments:
-    """Segments, each with its best name.
+    """Segments, each with its best name by logits or log scores [P, K].
 
-    Args:
-        segments: without names.
-        scores_PK: [P, K] logits or log scores of the names; a further column is the background's, which takes
-            probability but is never the label.
-        vocabulary: the names.
+    A further column is the background's, which takes probability but is never the label.
     """
     probability_PK = scores_PK.softmax(-1)[:, : len(vocabulary)]
     scores_P, labels_P = probability_PK.max(1)

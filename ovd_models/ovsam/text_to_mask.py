@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd_models.errors import InputError
+from ovd_models.losses import zero_loss
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.ovsam.crops import square_crops
-from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_image, run_decoder, unnamed
+from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_image, unnamed
 from ovd_models.sam.training import SampledObjects, SamTrainingConfig, prompt_losses, sample_objects
 from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Segments
 
@@ -82,8 +83,7 @@ class TextToMask(nn.Module):
             embedding_BChw = self.sam.sam.image_encoder(torch.stack([self.sam.sam.preprocess(f) for f in fitted]))
         objects = sample_objects(batch, side, self.settings.prompts_per_image, generator)
         if not len(objects.labels):
-            nothing = torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum() * 0
-            return {"focal": nothing, "dice": nothing, "iou": nothing}
+            return dict.fromkeys(("focal", "dice", "iou"), zero_loss(self.parameters()))
         images = torch.stack([self._normalise(image, side) for image in fitted])
         image_PD = self._embed_crops(images, objects, generator)
         if self.training:
@@ -112,21 +112,13 @@ class TextToMask(nn.Module):
 
     def _decode(self, embedding_PChw: Tensor, centred_PD: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits [P, K, L, L] and predicted IoUs [P, K] of centred CLIP embeddings."""
-        sam = self.sam.sam
         sparse_P1C = self.token(F.normalize(centred_PD, dim=-1))[:, None]
-        dense = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]
-        first, position = sam.mask_decoder.iou_token.weight, sam.prompt_encoder.get_dense_pe()
-        hidden, low_PKLL = run_decoder(sam.mask_decoder, first, embedding_PChw, position, sparse_P1C, dense)
-        return low_PKLL, sam.mask_decoder.iou_prediction_head(hidden[:, 0])
+        dense = self.sam.sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]
+        return self.sam.decode(embedding_PChw, sparse_P1C, dense)
 
     @torch.no_grad()
     def segment_text(self, image: Tensor | EncodedImage, text_PD: Tensor) -> Segments:
-        """One mask for each name, with its predicted IoU.
-
-        Args:
-            image: [3, H, W] uint8, or the result of the SAM's `encode`.
-            text_PD: unit rows of names.
-        """
+        """One mask of an image ([3, H, W] uint8, or encoded by the SAM) for each unit row of names, with its IoU."""
         encoded = self.sam.encode(image) if isinstance(image, Tensor) else image
         height, width = encoded.size
         parts = []

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovd_models.batches import ImageBatch
+from ovd_models.losses import zero_loss
 from ovd_models.ovsam.adapter import feature_distillation_loss, valid_positions
 from ovd_models.ovsam.head import label_loss, mask_losses, read_points, uncertain_points
 from ovd_models.ovsam.model import OvSam
@@ -18,18 +20,11 @@ from ovd_models.segments import MaskBatch
 
 
 @dataclass(frozen=True)
-class FeatureBatch:
+class FeatureBatch(ImageBatch):
     """B images with their SAM embeddings."""
 
-    images: tuple[Tensor, ...]
-    """B tensors [3, H, W] uint8 RGB."""
     features: Tensor
     """[B, C, h, h] float16 or float32."""
-
-    def to(self, device: torch.device) -> "FeatureBatch":
-        """The same batch on another device."""
-        images = tuple(image.to(device, non_blocking=True) for image in self.images)
-        return FeatureBatch(images, self.features.to(device, non_blocking=True))
 
 
 class Sam2ClipTraining(nn.Module):
@@ -85,13 +80,7 @@ class Clip2SamTraining(nn.Module):
     def forward(
         self, batch: MaskBatch, text_KYD: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Weighted losses `classes`, `mask`, `dice` and, with an IoU head, `iou`.
-
-        Args:
-            batch: images with masks and labels.
-            text_KYD: [K, Y, D] unit rows that `batch.labels` index.
-            generator: draws prompts and points.
-        """
+        """Weighted losses `classes`, `mask`, `dice` and, with an IoU head, `iou`; `batch.labels` index `text_KYD`."""
         model, settings = self.model, self.settings
         pixels, _ = model.preprocess(batch.images)
         with torch.no_grad():
@@ -99,16 +88,17 @@ class Clip2SamTraining(nn.Module):
             embedding_BChw = model.adapter(levels)
         objects = sample_objects(batch, model.config.sam.image_size, settings.prompts_per_image, generator)
         if not len(objects.labels):
-            nothing = torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum() * 0
             names = ["classes", "mask", "dice", *(["iou"] if model.config.iou_head else [])]
-            return dict.fromkeys(names, nothing)
+            return dict.fromkeys(names, zero_loss(self.parameters()))
         sparse_PnC, boxes_P4, by_box_P = self._prompts(objects, generator)
         dense = model.prompt_encoder.no_mask_embed.weight[:, :, None, None]
         low_PLL, ious_P = model.decode(embedding_BChw[objects.images], sparse_PnC, dense)
         side = model.config.sam.image_size
         shown_PSS = F.interpolate(low_PLL.detach()[:, None], (side, side), mode="bilinear")[:, 0] > 0
         true_P = mask_ious(shown_PSS.flatten(1), objects.masks.flatten(1))
-        rois_P4 = self._rois(low_PLL.detach(), true_P, boxes_P4, by_box_P)
+        # Regions are those of test time, unless a click's mask missed the object.
+        jittered_P = by_box_P | (true_P < settings.min_predicted_iou)
+        rois_P4 = torch.where(jittered_P[:, None], boxes_P4, model.rois_of(low_PLL.detach(), None))
         rois_P5 = torch.cat([objects.images[:, None].to(rois_P4), rois_P4], dim=1)
         logits_PK = model.head_logits(model.namer.pyramid(levels), rois_P5, text_KYD)
         points_PN2 = uncertain_points(low_PLL.detach(), settings.num_points, generator)
@@ -134,8 +124,3 @@ class Clip2SamTraining(nn.Module):
         count = len(boxes_P4)
         by_box_P = (torch.randperm(count, generator=generator) < count // 2).to(boxes_P4.device)
         return torch.where(by_box_P[:, None, None], boxed_PnC, clicked_PnC), boxes_P4, by_box_P
-
-    def _rois(self, low_PLL: Tensor, true_P: Tensor, boxes_P4: Tensor, by_box_P: Tensor) -> Tensor:
-        """[P, 4] regions to name: those of test time, unless a click's mask missed the object."""
-        missed_P = by_box_P | (true_P < self.settings.min_predicted_iou)
-        return torch.where(missed_P[:, None], boxes_P4, self.model.rois_of(low_PLL, None))

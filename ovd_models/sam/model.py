@@ -4,7 +4,6 @@ B images, P prompts, C prompt width, T tokens, K mask tokens, S side of the mode
 L = 4 h side of the decoder's maps.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd_models.errors import InputError
+from ovd_models.preprocess import add_edge
 from ovd_models.segments import Prompts, Segments
 from ovd_models.weights import load_strict, read_state
 
@@ -169,13 +169,6 @@ class EncodedImage:
     """Height and width of the original image."""
 
 
-def add_edge(image: Tensor, side: int) -> Tensor:
-    """Pad the shorter side of an extremely long image at its end, so that a pixel of it remains at size `side`."""
-    height, width = image.shape[-2:]
-    least = math.ceil(max(height, width) / side)
-    return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
-
-
 def fit_image(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
     """An image resized as the package does it, before normalisation and padding.
 
@@ -223,6 +216,13 @@ class SamModel(nn.Module):
         size = (int(image.shape[-2]), int(image.shape[-1]))
         return EncodedImage(embedding, (int(fitted.shape[-2]), int(fitted.shape[-1])), padded_size, size)
 
+    def decode(self, embedding_PChw: Tensor, sparse_PnC: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask logits [P, K, L, L] and predicted IoUs [P, K] of embedded prompts, see `run_decoder`."""
+        decoder, position = self.sam.mask_decoder, self.sam.prompt_encoder.get_dense_pe()
+        first_TC = decoder.iou_token.weight
+        hidden_PTC, low_PKLL = run_decoder(decoder, first_TC, embedding_PChw, position, sparse_PnC, dense)
+        return low_PKLL, decoder.iou_prediction_head(hidden_PTC[:, 0])
+
     def predictor(self, encoded: EncodedImage) -> SamPredictor:
         """The package's predictor, set to an encoded image."""
         predictor = SamPredictor(self.sam)
@@ -243,16 +243,14 @@ class SamModel(nn.Module):
         """
         encoded = self.encode(image) if isinstance(image, Tensor) else image
         height, width = encoded.size
-        prompts = prompts.checked(width, height, 4 * self.config.embedding_side).to(encoded.embedding.device)
-        predictor = self.predictor(encoded)
-        scale = partial(scale_prompts, encoded=encoded)
-        points_only = prompts.boxes is None and prompts.masks is None
-        masks_PKHW, ious_PK, low_PKLL = predictor.predict_torch(
-            None if prompts.points is None else scale(prompts.points),
-            prompts.point_labels,
-            None if prompts.boxes is None else scale(prompts.boxes.view(-1, 2, 2)).view(-1, 4),
-            None if prompts.masks is None else prompts.masks[:, None],
-            points_only and prompts.points is not None and prompts.points.shape[1] == 1,
+        given = input_prompts(prompts, encoded)
+        points_only = given.boxes is None and given.masks is None
+        masks_PKHW, ious_PK, low_PKLL = self.predictor(encoded).predict_torch(
+            given.points,
+            given.point_labels,
+            given.boxes,
+            None if given.masks is None else given.masks[:, None],
+            points_only and given.points is not None and given.points.shape[1] == 1,
         )
         best_P = ious_PK.argmax(1)
         rows = torch.arange(len(best_P), device=best_P.device)
@@ -284,6 +282,19 @@ class SamModel(nn.Module):
             for part in torch.split(masks_PHW, settings.points_per_batch)
         ]
         return unnamed(masks_PHW, ious, 20 * (torch.cat(shares) - 0.5))
+
+
+def input_prompts(prompts: Prompts, encoded: EncodedImage) -> Prompts:
+    """Checked prompts in pixels of the model's input, on its device.
+
+    Raises:
+        InputError: the prompts do not fit the image, see `Prompts.checked`.
+    """
+    height, width = encoded.size
+    given = prompts.checked(width, height, 4 * encoded.embedding.shape[-1]).to(encoded.embedding.device)
+    points = None if given.points is None else scale_prompts(given.points, encoded)
+    boxes = None if given.boxes is None else scale_prompts(given.boxes.view(-1, 2, 2), encoded).view(-1, 4)
+    return replace(given, points=points, boxes=boxes)
 
 
 def scale_prompts(points: Tensor, encoded: EncodedImage) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd_models.sam.model import SamConfig, SamModel, fit_image, run_decoder
+from ovd_models.losses import zero_loss
+from ovd_models.sam.model import SamConfig, SamModel, fit_image
 from ovd_models.segments import OFF, ON, MaskBatch, boxes_of
 
 
@@ -184,9 +185,7 @@ class SamTraining(nn.Module):
         super().__init__()
         self.model = SamModel(config)
         self.settings = training
-        if (
-            not training.clicks + training.repeats
-        ):  # no mask is ever a prompt, and DDP expects a gradient of each weight
+        if not training.clicks + training.repeats:  # no mask is a prompt, and DDP expects a gradient of each weight
             self.model.sam.prompt_encoder.mask_downscaling.requires_grad_(False)
 
     def forward(self, batch: MaskBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -199,9 +198,8 @@ class SamTraining(nn.Module):
         images = torch.stack([sam.preprocess(fit_image(image, side)[0]) for image in batch.images])
         embedding_BChw = sam.image_encoder(images)
         objects = sample_objects(batch, side, self.settings.prompts_per_image, generator)
-        if not len(objects.labels):  # without objects the losses are 0, with gradients of 0 for every weight
-            nothing = embedding_BChw.sum() * 0 + sum(weight.sum() for weight in self.parameters()) * 0
-            return {"focal": nothing, "dice": nothing, "iou": nothing}
+        if not len(objects.labels):
+            return dict.fromkeys(("focal", "dice", "iou"), zero_loss(self.parameters()))
         session = InteractiveSession(self, embedding_BChw[objects.images], objects, generator)
         losses = [session.first_round()]
         losses += [session.next_round(click=True) for _ in range(self.settings.clicks)]
@@ -219,7 +217,7 @@ class InteractiveSession:
         objects: SampledObjects,
         generator: torch.Generator | None,
     ) -> None:
-        self.sam, self.settings = training.model.sam, training.settings
+        self.model, self.settings = training.model, training.settings
         self.embedding_PChw, self.objects, self.generator = embedding_PChw, objects, generator
         self.side, count = training.model.config.image_size, len(objects.labels)
         self.order = torch.randperm(count, generator=generator).to(embedding_PChw.device)
@@ -232,7 +230,7 @@ class InteractiveSession:
 
     def first_round(self) -> dict[str, Tensor]:
         """Losses of a box or a click for each object."""
-        low_PKLL, ious_PK = self._decode()
+        low_PKLL, ious_PK = self.model.decode(self.embedding_PChw, *self._embed_prompts())
         parts = [  # a single click is ambiguous, and the user is shown the best mask
             prompt_losses(
                 low_PKLL[rows], ious_PK[rows], self.objects.masks[rows], self.settings, ambiguous=rows is self.clicked
@@ -254,24 +252,16 @@ class InteractiveSession:
             point_P2, label_P = corrective_clicks(shown, self.objects.masks, self.generator)
             self.points_Pn2 = torch.cat([self.points_Pn2, point_P2[:, None]], dim=1)
             self.labels_Pn = torch.cat([self.labels_Pn, label_P[:, None].to(self.labels_Pn)], dim=1)
-        low_PKLL, ious_PK = self._decode()
+        low_PKLL, ious_PK = self.model.decode(self.embedding_PChw, *self._embed_prompts())
         self.low_PLL = low_PKLL.detach()[:, 0]
         return prompt_losses(low_PKLL, ious_PK, self.objects.masks, self.settings, ambiguous=False)
-
-    def _decode(self) -> tuple[Tensor, Tensor]:
-        """Mask logits [P, K, L, L] and predicted IoUs [P, K] of the prompts so far."""
-        decoder, position = self.sam.mask_decoder, self.sam.prompt_encoder.get_dense_pe()
-        sparse_PnC, dense = self._embed_prompts()
-        first_TC = decoder.iou_token.weight
-        hidden, low_PKLL = run_decoder(decoder, first_TC, self.embedding_PChw, position, sparse_PnC, dense)
-        return low_PKLL, decoder.iou_prediction_head(hidden[:, 0])
 
     def _embed_prompts(self) -> tuple[Tensor, Tensor]:
         """Sparse and dense embeddings of the prompts.
 
         The first click is left out for prompts with a box: both kinds then have equally many tokens and fit one batch.
         """
-        encoder, boxed, clicked = self.sam.prompt_encoder, self.boxed, self.clicked
+        encoder, boxed, clicked = self.model.sam.prompt_encoder, self.boxed, self.clicked
         later = (self.points_Pn2[boxed, 1:], self.labels_Pn[boxed, 1:])
         boxed_PnC, _ = encoder(later, self.boxes_P4[boxed], None)
         clicked_PnC, _ = encoder((self.points_Pn2[clicked], self.labels_Pn[clicked]), None, None)

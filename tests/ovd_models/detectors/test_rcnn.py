@@ -14,8 +14,9 @@ from ovd_models.detectors.rcnn import (
     RCNNConfig,
     sample_regions,
 )
-from ovd_models.detectors.resizing import Selection, select_detections, widen
+from ovd_models.detectors.resizing import Selection, select_detections
 from ovd_models.errors import InputError
+from ovd_models.preprocess import add_edge
 from ovd_models.vocabulary import Vocabulary
 
 CONFIG = RCNNConfig(
@@ -126,7 +127,7 @@ def test_extreme_images_are_detected(detector: RCNN, shape: tuple[int, int]) -> 
 )
 def test_long_images_are_widened_at_their_end(shape: tuple[int, int], expected: tuple[int, int]) -> None:
     image = torch.full((3, *shape), 9, dtype=torch.uint8)
-    wide = widen(image, 128)
+    wide = add_edge(image, 128, pixels=2)
     assert tuple(wide.shape[1:]) == expected
     assert bool((wide[:, : shape[0], : shape[1]] == 9).all())
     assert int(wide.sum()) == int(image.sum())
