@@ -115,7 +115,7 @@ class Detections(TensorRecord):
         return len(self.scores)
 
     def above(self, threshold: float) -> "Detections":
-        """Those with a score above the threshold."""
+        """The detections with a score above the threshold."""
         return self._select(torch.nonzero(self.scores > threshold).squeeze(1))
 
     def distinct(self, iou: float = 0.5) -> "Detections":
@@ -123,7 +123,7 @@ class Detections(TensorRecord):
         return self._select(nms(self.boxes, self.scores, iou))
 
     def with_area(self) -> "Detections":
-        """Those whose boxes have an area; a box cut off at the image's edge may have none."""
+        """The detections whose boxes have an area; a box clipped at the image's edge may have none."""
         return self._select(torch.nonzero((self.boxes[:, 2:] > self.boxes[:, :2]).all(1)).squeeze(1))
 
     def _select(self, rows: Tensor) -> "Detections":

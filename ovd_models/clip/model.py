@@ -62,7 +62,7 @@ class ClipConfig:
     loss: Literal["clip", "siglip"] = "clip"
     """Softmax over the batch, or a sigmoid for every pair, with a learned bias of the logits."""
     mean: tuple[float, float, float] | None = None
-    """Of the images' normalisation; None for 0.5, or for OpenAI's if `name` is given."""
+    """Mean of the images' normalisation; None for 0.5, or for OpenAI's if `name` is given."""
     std: tuple[float, float, float] | None = None
     resize_mode: Literal["squash", "shortest", "longest"] = "squash"
     """How images become squares: distorted, cropped to the shorter side, or padded to the longer."""

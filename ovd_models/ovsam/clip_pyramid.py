@@ -34,7 +34,7 @@ class TowerConfig:
     vision: dict[str, Any] = field(default_factory=lambda: dict(ClipConfig().vision))
     """open_clip's `vision_cfg`."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Of the images' normalisation, colours in 0 to 1."""
+    """Mean of the images' normalisation, colours in 0 to 1."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     quick_gelu: bool = False
     """The activation of OpenAI's transformers."""
