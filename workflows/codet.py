@@ -159,7 +159,7 @@ def train(run: Run) -> Trained[Metrics]:
     """
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
     names = read_codet_names(run.storage, run.boxes, run.pairs, encoder)
-    run, weights = initial_weights(run, names.base_embeddings.shape[1])
+    run, weights = initial_weights(run, names.base_embeddings.shape[1], encoder.teacher)
     boxes, joint = run.box_stage, run.joint_stage
     with runs.open_run(
         run,
@@ -205,18 +205,25 @@ def evaluate_model(
 ) -> Evaluation[DetectionMetrics]:
     """Evaluate a checkpoint and log the results under `prefix`."""
     settings = evaluate.Run(
-        storage=run.storage, model=model, boxes=f"{run.boxes}-eval", device=training.device_of(stage)
+        storage=run.storage,
+        model=model,
+        boxes=f"{run.boxes}-eval",
+        max_detections=run.max_detections,
+        device=training.device_of(stage),
     )
     return evaluate.evaluate_and_log(settings, active.tracked, prefix, stage.steps)
 
 
-def given_weights(run: Run, start: dict[str, Tensor]) -> dict[str, Tensor]:
+def given_weights(run: Run, start: dict[str, Tensor], teacher: str) -> dict[str, Tensor]:
     """The initial weights with those of the detector that `--box-model` names.
 
     Raises:
-        InputError: it is no detector of this architecture.
+        InputError: it is no detector of this architecture, or was trained with another teacher.
     """
-    given = load_model(storage.local_folder(run.box_model), CoDet).state_dict()
+    folder = storage.local_folder(run.box_model)
+    given, its_teacher = load_model(folder, CoDet).state_dict(), load_encoder(folder / "text").teacher
+    if its_teacher != teacher:
+        raise InputError(f"--box-model {run.box_model}: trained with teacher {its_teacher}, expected {teacher}")
     for name, value in start.items():
         found = list(given[name].shape) if name in given else "nothing"
         if found != list(value.shape) and not name.startswith("aggregations."):
@@ -225,7 +232,7 @@ def given_weights(run: Run, start: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: given[name] if name in same else value for name, value in start.items()}
 
 
-def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
+def initial_weights(run: Run, embed_dim: int, teacher: str) -> tuple[Run, dict[str, Tensor]]:
     """Weights to start from, and the run with the embedding width and batch norm that go with them.
 
     Raises:
@@ -241,7 +248,7 @@ def initial_weights(run: Run, embed_dim: int) -> tuple[Run, dict[str, Tensor]]:
     if state is not None and isinstance(model.detector, RCNN):
         load_backbone(model.detector.backbone, state)
     weights = model.state_dict()
-    return run, given_weights(run, weights) if run.box_model else weights
+    return run, given_weights(run, weights, teacher) if run.box_model else weights
 
 
 def prepare_data(run: Run) -> Run:

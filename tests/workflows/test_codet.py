@@ -16,8 +16,10 @@ from reference_data import LVIS, PHOTOS, needs
 
 import ovd_models
 from data_prep import tables
+from data_prep.embeddings.teachers import store_checkpoint
 from data_prep.streams.augmentation import Augmentation
 from ovd_models.checkpoints import load_model
+from ovd_models.clip.model import Clip, ClipConfig
 from ovd_models.codet.model import CoDet
 from ovd_models.detectors.centernet import CenterNetConfig
 from ovd_models.detectors.centernet2 import CenterNet2Config
@@ -314,6 +316,10 @@ def test_what_cannot_be_trained_is_told_before_any_work(
     assert "expected [32" in bad(
         lambda run: replace(run, box_model=trained.outputs["boxes_model"], model=wider), prepared
     )
+    torch.manual_seed(1)
+    store_checkpoint(Clip(ClipConfig()), str(tmp_path / "another"))
+    boxes_model, other = trained.outputs["boxes_model"], str(tmp_path / "another")
+    assert "trained with teacher clip:" in bad(lambda run: replace(run, box_model=boxes_model, teacher=other), prepared)
     assert "no concept has 1000 images" in bad(lambda run: replace(run, group_size=1000), prepared)
 
 

@@ -52,6 +52,8 @@ class Run:
     joint_stage: Optimisation
     box_model: str = ""
     """Folder or URI of a detector checkpoint to start the joint stage from, instead of training the box stage."""
+    max_detections: int = 100
+    """Detections of an image in evaluation."""
     resume: str = ""
     """Name of a run to continue."""
 
@@ -165,6 +167,7 @@ def lvis_r50() -> Run:
         config="lvis_r50",
         boxes="lvis",
         pairs="cc3m",
+        max_detections=300,
         model=dataclasses.replace(
             released, aggregation="learned", num_proposals=128, group_size=8, caption_sizes=(400, 667)
         ),
