@@ -119,11 +119,13 @@ class ActiveRun:
             evaluate: evaluates and logs the checkpoint at a local folder.
             registered: name of the registered model, as `ovd-codet-pictograms`.
         """
-        model = self.save("model", write)
-        with self.timing("evaluate"):
-            local = storage.local_folder(model)
-            found = evaluate(str(local))
-            tracking.register(self.tracked, local, name=registered, metric=found.headline, value=found.value)
+        model = storage.join(self.folder, "model")
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            storage.upload_folder(Path(folder), model)
+            with self.timing("evaluate"):  # the local copy, which need not be downloaded again
+                found = evaluate(folder)
+                tracking.register(self.tracked, Path(folder), name=registered, metric=found.headline, value=found.value)
         return Trained(
             model=model,
             metrics=found.metrics,
