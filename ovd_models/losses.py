@@ -116,6 +116,23 @@ def concept_loss(logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor) -> Te
     return loss / max(1, len(logits_BC))
 
 
+def sampled_concepts(mentioned_BC: Tensor, count: int) -> Tensor:
+    """Concepts included in each image's region-word loss (CoDet's federated loss on LVIS).
+
+    All that its caption mentions, and others drawn uniformly until there are `count`.
+
+    Args:
+        mentioned_BC: [B, C] bool.
+        count: number of concepts.
+
+    Returns:
+        [B, C] bool.
+    """
+    order_BC = torch.rand(mentioned_BC.shape, device=mentioned_BC.device) + mentioned_BC
+    drawn_BN = order_BC.topk(min(count, mentioned_BC.shape[1])).indices
+    return mentioned_BC.scatter(1, drawn_BN, True)
+
+
 def caption_loss(
     image_BD: Tensor,
     caption_MD: Tensor,

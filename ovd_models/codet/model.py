@@ -32,7 +32,7 @@ from ovd_models.detectors.centernet2 import CenterNet2, CenterNet2Config
 from ovd_models.detectors.rcnn import RCNN, RCNNConfig
 from ovd_models.detectors.resizing import ResizedImages, annotated_targets, resize_images
 from ovd_models.errors import InputError
-from ovd_models.losses import caption_loss, concept_loss, cosine_logits, zero_loss
+from ovd_models.losses import caption_loss, concept_loss, cosine_logits, sampled_concepts, zero_loss
 from ovd_models.vocabulary import Vocabulary
 
 Supervision = Literal["region_region", "region_text", "max_size", "captions", "boxes"]
@@ -72,6 +72,11 @@ class CoDetConfig:
     model, and not only through their mean. The `learned` aggregation is always trained."""
     concept_weight: float = 0.2
     """Weight of the region-word loss."""
+    sampled_concepts: int = 0
+    """Concepts in an image's region-word loss: those that its caption mentions and others drawn at random up to this
+    number. 0: all."""
+    mentioned_are_negatives: bool = False
+    """Whether an image's other mentioned concepts are negatives, as in the released model, or ignored."""
     caption_weight: float = 0.05
     """Weight of the image-text loss; it needs a teacher with a text tower."""
 
@@ -186,7 +191,8 @@ class CoDet(nn.Module):
                 used_B = aligned.attention.flatten(0, 1).any(-1)  # images with a proposal
                 logits_BC = cosine_logits(aligned.prototype.flatten(0, 1)[used_B], concepts_CD, temperature)
                 concept_B = concepts.concept_ids.repeat_interleave(concepts.group_size)[used_B]
-                loss = config.concept_weight * concept_loss(logits_BC, concept_B, concepts.mentioned[used_B])
+                ignored_BC = self._ignored_concepts(concepts.mentioned[used_B])
+                loss = config.concept_weight * concept_loss(logits_BC, concept_B, ignored_BC)
                 losses["concept"] = losses.get("concept", 0.0) + loss
             if config.caption_weight and concepts.caption_embeddings is not None:
                 image_BD = torch.stack([entry[-1] for entry in rows])
@@ -194,6 +200,13 @@ class CoDet(nn.Module):
                 loss = config.caption_weight * caption_loss(image_BD, *gathered, temperature)
                 losses["caption"] = losses.get("caption", 0.0) + loss
         return losses
+
+    def _ignored_concepts(self, mentioned_BC: Tensor) -> Tensor:
+        """[B, C] bool: the concepts that an image's region-word loss leaves out; its own is always counted."""
+        ignored_BC = torch.zeros_like(mentioned_BC) if self.config.mentioned_are_negatives else mentioned_BC
+        if self.config.sampled_concepts:
+            ignored_BC = ignored_BC | ~sampled_concepts(mentioned_BC, self.config.sampled_concepts)
+        return ignored_BC
 
     def _best_proposals(self, proposals: list[Tensor], images: ResizedImages) -> list[Tensor]:
         """B tensors [N, 4]: the best proposals of each image, clipped to it."""

@@ -14,6 +14,7 @@ from ovd_models.losses import (
     concept_loss,
     cosine_logits,
     distillation_loss,
+    sampled_concepts,
     sigmoid_loss,
     softmax_loss,
 )
@@ -83,6 +84,19 @@ def test_only_the_own_concept_is_a_positive_and_ignored_ones_have_no_gradient() 
     assert bool((gradient[own] < 0).all())
     assert bool((gradient[ignored & ~own] == 0).all())
     assert bool((gradient[~ignored & ~own] > 0).all())
+
+
+def test_sampled_concepts_are_those_mentioned_and_others_up_to_the_number() -> None:
+    torch.manual_seed(0)
+    mentioned = torch.zeros(400, 20, dtype=torch.bool)
+    mentioned[:, 3], mentioned[::2, 11] = True, True
+    sampled = sampled_concepts(mentioned, 6)
+    assert bool((sampled.sum(1) == 6).all())
+    assert bool(sampled[mentioned].all())
+    share = sampled[::2, torch.arange(20)[~mentioned[0]]].float().mean(0)  # 4 of 18 others
+    assert float((share - 4 / 18).abs().max()) < 0.1
+    assert sampled_concepts(mentioned[:1], 1).sum() == 2  # more are mentioned
+    assert bool(sampled_concepts(mentioned[:1], 50).all())
 
 
 def test_concept_loss_of_no_image_is_zero() -> None:

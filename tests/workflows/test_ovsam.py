@@ -248,7 +248,11 @@ def test_every_config_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         json.loads(cli.to_json(run))
         monkeypatch.setattr(sys, "argv", ["ovsam.py", "--config", name, "--sam2clip-stage.steps", "7"])
         assert cli.parse(ovsam_configs.CONFIGS, ovsam.__doc__).sam2clip_stage.steps == 7
-    assert ovsam_configs.coco_rn50x16().sam_model == VIT_H
+    published = ovsam_configs.coco_rn50x16()
+    assert published.sam_model == VIT_H
+    for stage in (published.sam2clip_stage, published.clip2sam_stage):
+        assert round(stage.warmup * stage.steps) == 500
+        assert not stage.decay_norms
 
 
 def test_operations_of_fused_attention_are_counted() -> None:

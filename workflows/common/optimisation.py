@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.optim.muon import Muon
@@ -38,6 +38,12 @@ class Optimisation:
     """Replaces `schedule`: fractions of the steps after which the learning rate falls to a tenth."""
     clip_norm: float | None = 5.0
     """Largest norm of the gradient; None does not clip."""
+    clip_value: float | None = None
+    """Largest absolute value of each gradient, applied before `clip_norm`; None does not clip."""
+    decay_norms: bool = True
+    """Whether `adamw` decays biases and norms too."""
+    rate_factors: dict[str, float] = field(default_factory=dict)
+    """Start of parameters' names -> factor of their learning rate."""
     checkpoint_every: int = 100
     """Steps between checkpoints; a multiple of 5."""
     log_every: int = 10
@@ -55,7 +61,7 @@ class Optimisation:
         """Check the values, some of which the streams rely on."""
         if self.steps < 1:
             raise InputError(f"steps: {self.steps}, expected at least 1")
-        for name in ("learning_rate", "clip_norm", "log_every"):
+        for name in ("learning_rate", "clip_norm", "clip_value", "log_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name}: {value}, expected more than 0")
@@ -77,17 +83,38 @@ def check_shared(field: str, size: int, workers: int) -> None:
 
 
 def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
-    """AdamW over all weights, SGD with momentum, or Muon."""
-    rate, decay = settings.learning_rate, settings.weight_decay
+    """AdamW, SGD with momentum, or Muon.
+
+    Raises:
+        InputError: see `parameter_groups`.
+    """
+    rate, groups = settings.learning_rate, parameter_groups(model, settings)
     if settings.optimiser == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
-    kernels = [value for value in model.parameters() if value.ndim > 1]
-    others = [value for value in model.parameters() if value.ndim <= 1]
-    groups = [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
     if settings.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
     muon: torch.optim.Optimizer = Muon(groups, lr=rate, momentum=0.9, betas=(0.9, 0.999), fallback_lr_scale=0.5)
     return muon
+
+
+def parameter_groups(model: nn.Module, settings: Optimisation) -> list[dict[str, Any]]:
+    """The model's parameters by learning rate and weight decay, for PyTorch's optimisers.
+
+    Raises:
+        InputError: no parameter's name starts with an entry of `rate_factors`.
+    """
+    decay_all = settings.optimiser == "adamw" and settings.decay_norms
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    unused = set(settings.rate_factors)
+    for name, value in model.named_parameters():
+        start = next((start for start in settings.rate_factors if name.startswith(start)), None)
+        unused.discard(start or "")
+        rate = settings.learning_rate * (1.0 if start is None else settings.rate_factors[start])
+        decay = settings.weight_decay if decay_all or value.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(value)
+    if unused:
+        raise InputError(f"rate_factors: no parameter's name starts with {min(unused)}")
+    return [{"params": values, "lr": rate, "weight_decay": decay} for (rate, decay), values in groups.items()]
 
 
 def build_schedule(
@@ -101,7 +128,7 @@ def build_schedule(
         return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warmup_cosine(step, rising, settings.steps))
     return torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
-        settings.learning_rate,
+        [group["lr"] for group in optimiser.param_groups],
         total_steps=max(settings.steps, MIN_ONE_CYCLE_STEPS),
         pct_start=max(settings.warmup, 2 / settings.steps if settings.steps > MIN_ONE_CYCLE_STEPS else 0.5),
     )

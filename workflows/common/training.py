@@ -294,6 +294,8 @@ class Session:
             raise FloatingPointError(f"loss is {loss.item()} at step {self.step}")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if self.settings.clip_value is not None:
+            nn.utils.clip_grad_value_(self.module.parameters(), self.settings.clip_value)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
         self.optimiser.step()

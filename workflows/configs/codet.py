@@ -128,6 +128,8 @@ def coco_r50() -> Run:
         optimiser="sgd",
         warmup=1 / 90,
         decay_at=(2 / 3, 8 / 9),
+        clip_norm=None,
+        clip_value=1.0,
         checkpoint_every=1000,
         log_every=20,
         workers=8,
@@ -138,14 +140,19 @@ def coco_r50() -> Run:
         boxes="coco",
         pairs="coco",
         model=dataclasses.replace(
-            released, aggregation="learned", num_proposals=32, group_size=2, caption_sizes=(400, 667)
+            released,
+            aggregation="learned",
+            num_proposals=32,
+            group_size=2,
+            caption_sizes=(400, 667),
+            mentioned_are_negatives=True,
         ),
         detection_batch=16,
         groups_per_step=32,
         group_size=2,
         augmentation=Augmentation(flip_probability=0.5),
         box_stage=stage,
-        joint_stage=stage,
+        joint_stage=dataclasses.replace(stage, rate_factors={"aggregations": 0.1}),
     )
 
 
@@ -158,6 +165,8 @@ def lvis_r50() -> Run:
         weight_decay=1e-4,
         schedule="cosine",
         warmup=1 / 90,
+        clip_norm=None,
+        clip_value=1.0,
         checkpoint_every=1000,
         log_every=20,
         workers=8,
@@ -169,7 +178,13 @@ def lvis_r50() -> Run:
         pairs="cc3m",
         max_detections=300,
         model=dataclasses.replace(
-            released, aggregation="learned", num_proposals=128, group_size=8, caption_sizes=(400, 667)
+            released,
+            aggregation="learned",
+            num_proposals=128,
+            group_size=8,
+            caption_sizes=(400, 667),
+            sampled_concepts=50,
+            mentioned_are_negatives=True,
         ),
         detection_batch=64,
         groups_per_step=32,
@@ -199,13 +214,10 @@ def lvis_swin_b() -> Run:
 
 
 def lvis_eva() -> Run:
-    """`lvis_r50` with EVA-02-L on 16 GPUs: 32 images with boxes and 256 captioned ones.
-
-    All weights share one learning rate; the published training gives the backbone a quarter of it.
-    """
+    """`lvis_r50` with EVA-02-L on 16 GPUs: 32 images with boxes and 256 captioned ones."""
     paper = lvis_r50()
     released = released_architectures()["centernet2_eva02_l"].config
-    stage = dataclasses.replace(paper.joint_stage, workers=16)
+    stage = dataclasses.replace(paper.joint_stage, workers=16, rate_factors={"detector.pyramid.": 0.25})
     return dataclasses.replace(
         paper,
         config="lvis_eva",

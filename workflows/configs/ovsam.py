@@ -136,10 +136,11 @@ def published_recipe(name: str, boxes: str, images: int) -> Run:
     """The paper's settings on eight GPUs with two images each; `--sam` gives SAM, `--teacher` CLIP.
 
     Differences from the paper: images are mirrored but not scaled (0.9 to 2.0, cropped to 1024 px); the adapter learns
-    from the images of the box set, not from a part of SA-1B; norms and biases have weight decay too; the warm-up is a
-    hundredth of the steps instead of 500; names are embedded by the teacher's own templates; small masks are used too.
+    from the images of the box set, not from a part of SA-1B; names are embedded by the teacher's own templates; small
+    masks are used too.
     """
-    step = partial(Optimisation, learning_rate=1e-4, warmup=0.01, workers=8, use_gpu=True, checkpoint_every=1000)
+    epoch = images // 16
+    step = partial(Optimisation, learning_rate=1e-4, decay_norms=False, workers=8, use_gpu=True, checkpoint_every=1000)
     return Run(
         config=name,
         boxes=boxes,
@@ -152,9 +153,9 @@ def published_recipe(name: str, boxes: str, images: int) -> Run:
         batch_size=16,
         rows_per_shard=256,
         sam_stage=step(steps=1),  # not run
-        sam2clip_stage=step(steps=24 * images // 16, schedule="cosine"),
-        clip2sam_stage=step(steps=12 * images // 16, decay_at=(8 / 12, 11 / 12), clip_norm=0.01),
-        text_stage=step(steps=12 * images // 16),
+        sam2clip_stage=step(steps=24 * epoch, warmup=500 / (24 * epoch), schedule="cosine"),
+        clip2sam_stage=step(steps=12 * epoch, warmup=500 / (12 * epoch), decay_at=(8 / 12, 11 / 12), clip_norm=0.01),
+        text_stage=step(steps=12 * epoch, warmup=500 / (12 * epoch)),
     )
 
 

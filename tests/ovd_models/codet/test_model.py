@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +164,23 @@ def test_a_co_mentioned_concept_is_not_pushed_away() -> None:
     assert concepts.grad is not None
     assert bool((concepts.grad[[0, 2]].abs().sum(1) > 0).all())  # the groups' own
     assert bool((concepts.grad[1] == 0).all())  # mentioned by all, of no group
+
+
+def test_mentioned_concepts_may_be_negatives_and_the_loss_may_sample_concepts() -> None:
+    batch, many = groups(), unit(500, 16, seed=1)
+    mentioned = torch.zeros(4, 500, dtype=torch.bool)
+    mentioned[:, :3] = batch.mentioned
+    batch = dataclasses.replace(batch, mentioned=mentioned)
+
+    def loss(**changes: Any) -> float:
+        torch.manual_seed(0)
+        model = CoDet(dataclasses.replace(CONFIG, **changes)).eval()
+        return model(blocks(), batch, unit(2, 16), many)["concept"].item()
+
+    assert loss(mentioned_are_negatives=True) > loss()  # image 3 mentions both concepts
+    assert loss(sampled_concepts=500) == loss()
+    # At the start every logit is near 0 or of random sign, so the loss is about in proportion to the concepts.
+    assert loss(sampled_concepts=50) < 0.2 * loss()
 
 
 SUPERVISIONS: dict[Supervision, list[str]] = {

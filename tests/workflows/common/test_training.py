@@ -207,6 +207,33 @@ def test_gradients_are_clipped_to_a_norm_or_left_unclipped(alone: None, tmp_path
         assert math.sqrt(squares) == pytest.approx(limit, rel=1e-3)
 
 
+def test_gradients_are_clipped_to_a_value(alone: None, tmp_path: Path) -> None:
+    running = session(dataclasses.replace(QUICK, clip_norm=None, clip_value=0.25), tmp_path)
+    weights = list(running.module.parameters())
+    running.update({"large": 100 * weights[0].sum() - 100 * weights[1].sum()})
+    assert weights[0].grad is not None
+    assert weights[1].grad is not None
+    assert bool((weights[0].grad == 0.25).all())
+    assert bool((weights[1].grad == -0.25).all())
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+def test_parameters_may_have_learning_rates_of_their_own(schedule: Literal["one_cycle", "cosine"]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    settings = dataclasses.replace(QUICK, schedule=schedule, rate_factors={"0.": 0.1}, decay_norms=False)
+    optimiser = optimisation.build_optimiser(model, settings)
+    schedule_ = optimisation.build_schedule(optimiser, settings)
+    for _ in range(5):
+        rates = {id(value): group["lr"] for group in optimiser.param_groups for value in group["params"]}
+        decay = {id(value): group["weight_decay"] for group in optimiser.param_groups for value in group["params"]}
+        assert rates[id(model[0].weight)] == rates[id(model[0].bias)] == pytest.approx(0.1 * rates[id(model[1].bias)])
+        assert [decay[id(value)] for value in model.parameters()] == [settings.weight_decay, 0, 0, 0]
+        optimiser.step()
+        schedule_.step()
+    with pytest.raises(InputError, match=r"rate_factors: no parameter's name starts with 2\."):
+        optimisation.build_optimiser(model, dataclasses.replace(settings, rate_factors={"2.": 0.1}))
+
+
 def test_a_run_without_a_checkpoint_has_no_step_and_no_weights(tmp_path: Path) -> None:
     assert training.committed_step(str(tmp_path)) == 0
     assert training.last_checkpoint(str(tmp_path / "none")) is None
