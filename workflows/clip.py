@@ -185,7 +185,8 @@ def train(run: Run) -> Trained[Accuracy]:
             weights = training.fit(loop, stage, {"pairs": training.feed(loader, run.batch_size, settings)})
         clip = Clip(run.model)
         clip.load_state_dict(weights)
-        answers = held_out(clip.eval(), run)
+        answers = held_out(clip.eval().to(training.device_of(settings)), run)
+        clip.cpu()
         accuracy, calibration = answers.accuracy(), answers.calibration()
 
         def write(folder: Path) -> None:

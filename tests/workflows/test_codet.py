@@ -270,6 +270,7 @@ def test_published_settings() -> None:
             assert (stage.clip_value, stage.clip_norm) == (1.0, None)
             assert model.sampled_concepts == (50 if name.startswith("lvis") else 0)
             assert model.mentioned_are_negatives
+            assert run.max_detections == (300 if name.startswith("lvis") else 100)
     assert codet_configs.coco_r50().joint_stage.rate_factors == {"aggregations": 0.1}
     assert codet_configs.lvis_eva().joint_stage.rate_factors == {"detector.pyramid.": 0.25}
     assert [round(part * 90_000) for part in codet_configs.coco_r50().joint_stage.decay_at] == [60_000, 80_000]
