@@ -1,7 +1,8 @@
 """Training streams: which rows come in which step.
 
 A plan is a pure function of (seed, number of rows, position), so a stream can start at any step, on any number of
-workers, and gives the same samples. Ray Data reads and decodes the images on the CPU pool; blocks hold whole steps.
+workers, and gives the same samples. Ray Data reads and decodes the images on the CPU pool; blocks hold whole steps. A
+long stream is executed one window at a time, since Ray Data plans an execution block by block.
 
     positions --plan--> rows of a table --range reads, decode--> raw pixels --collate.py--> batches
 
@@ -9,6 +10,7 @@ Imports no torch, so that data tasks start fast and stay small.
 """
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,13 +79,16 @@ class StreamShape:
     """Workers that share the stream; 0 reads it inside the driver."""
     steps_per_block: int = 5
     """Steps of one worker in a block; checkpoints come at multiples of it, so that a resumed stream is exact."""
+    max_blocks: int = 2000
+    """Largest number of blocks in a window; Ray Data plans about 800 a second."""
 
     def positions(self, start_step: int, stop_step: int) -> tuple[int, int, int]:
-        """First position, number of positions and number of blocks of a range of steps.
+        """First position, number of positions and number of blocks of a window of a range of steps.
 
         Every block is whole, so the last ones may hold more steps than asked for; the training loop stops by itself.
         """
         rounds = max(1, -(-(stop_step - start_step) // self.steps_per_block))
+        rounds = min(rounds, max(1, self.max_blocks // max(1, self.workers)))
         count = rounds * self.steps_per_block * self.rows_per_step
         return start_step * self.rows_per_step, count, rounds * self.workers
 
@@ -95,13 +100,12 @@ class DriverStream:
     load: Callable[[Integers], pa.Table]
     first: int
     """First position."""
-    count: int
 
     def iter_torch_batches(
         self, *, batch_size: int, collate_fn: Callable[[pa.Table], Batch], prefetch_batches: int
     ) -> Iterator[Batch]:
-        """The interface of Ray Data's iterators; nothing is prefetched."""
-        for start in range(self.first, self.first + self.count, batch_size):
+        """The interface of Ray Data's iterators, without an end; nothing is prefetched."""
+        for start in itertools.count(self.first, batch_size):
             yield collate_fn(self.load(np.arange(start, start + batch_size)))
 
 
@@ -109,16 +113,22 @@ Stream = ray.data.Dataset | DriverStream
 
 
 def stream(load: Callable[[Integers], pa.Table], shape: StreamShape, start_step: int, stop_step: int) -> Stream:
-    """The rows that `load` returns for the positions of a range of steps, in order."""
+    """The rows that `load` returns for the positions of a range of steps, in order.
+
+    Each execution of the data set, such as each pass of `iter_batches`, gives the next window.
+    """
     first, count, blocks = shape.positions(start_step, stop_step)
     if not shape.workers:
-        return DriverStream(load, first, count)
+        return DriverStream(load, first)
+    data = ray.data.range(count, override_num_blocks=blocks)
+    executed = data.context._execution_idx  # counts this context's executions, for which there is no public name
 
     def rows(batch: pa.Table) -> pa.Table:
-        return load(np.asarray(batch["id"], np.int64) + first)
+        window = ray.data.DataContext.get_current()._execution_idx - executed
+        return load(np.asarray(batch["id"], np.int64) + first + window * count)
 
-    data = ray.data.range(count, override_num_blocks=blocks)
     data = data.map_batches(rows, batch_format="pyarrow", batch_size=None)
+    data.context.target_max_block_size = None  # a split block would move rows to other workers
     data.context.execution_options.preserve_order = True
     data.context.custom_execution_callback_classes = [ExecutorPause]
     return data

@@ -11,6 +11,7 @@ The loop itself stays visible in each workflow:
 """
 
 import contextlib
+import itertools
 import os
 import tempfile
 import time
@@ -266,15 +267,15 @@ class Session:
             collate: rows -> batch.
             prefetch: batches prepared ahead.
         """
-        shard = ray.train.get_dataset_shard(name)
-        batches = iter(
-            shard.iter_torch_batches(batch_size=batch_size // self.world, collate_fn=collate, prefetch_batches=prefetch)
+        shard, size = ray.train.get_dataset_shard(name), batch_size // self.world
+        windows = (
+            shard.iter_torch_batches(batch_size=size, collate_fn=collate, prefetch_batches=prefetch)
+            for _ in itertools.count()
         )
-        while not self.done:  # the stream may hold more
+        batches = itertools.chain.from_iterable(windows)
+        while not self.done:
             with self.meter.timing("data_wait"):
-                batch = next(batches, None)
-            if batch is None:
-                return
+                batch = next(batches)
             # Each step draws from a seed of its own, so that a resumed run equals an undisturbed one.
             torch.manual_seed(step_seed(self.settings.seed, self.step, self.rank))
             yield batch

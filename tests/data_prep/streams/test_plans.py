@@ -135,3 +135,32 @@ def test_checkpoints_cut_cleanly_in_a_run_of_any_length(ray_cluster: None, monke
     parts = split(StreamShape(rows_per_step=4, workers=2), 0, 7)
     taken = [n for part in parts for batch in part[:5] for n in batch]
     assert sorted(taken) == list(range(20))
+
+
+@pytest.mark.ray
+def test_a_long_stream_comes_in_windows(ray_cluster: None) -> None:
+    # Two workers with 4 blocks a window: 2 blocks of 5 steps each.
+    shape = StreamShape(rows_per_step=4, workers=2, max_blocks=4)
+    parts = position_stream(shape, 5, 10_000_000).streaming_split(2, equal=True)
+
+    def three_windows(part: ray.data.DataIterator) -> list[list[int]]:
+        return [batch for _ in range(3) for batch in positions_of(part, 2)]
+
+    with ThreadPoolExecutor(2) as pool:
+        batches = list(pool.map(three_windows, parts))
+    assert [len(entry) for entry in batches] == [30, 30]
+    for steps in range(5, 35, 5):  # after each block both together have read exactly the positions up to its end
+        taken = [n for entry in batches for batch in entry[:steps] for n in batch]
+        assert sorted(taken) == list(range(20, 20 + 4 * steps))
+
+
+@pytest.mark.ray
+def test_large_blocks_are_not_split_between_workers(ray_cluster: None) -> None:
+    def load(positions: Integers) -> pa.Table:  # 226 MB a block; Ray Data splits blocks of more than 192 MiB
+        image = bytes(3 * 224 * 224)
+        return pa.table({"position": positions, "image": pa.array([image] * len(positions), pa.binary())})
+
+    parts = stream(load, StreamShape(rows_per_step=600, workers=2), 0, 10).streaming_split(2, equal=True)
+    with ThreadPoolExecutor(2) as pool:
+        batches = list(pool.map(lambda part: positions_of(part, 300), parts))
+    assert all(batch == list(range(batch[0], batch[0] + 300)) for entry in batches for batch in entry)
