@@ -108,6 +108,7 @@ def write_figures(name: str, figures: Mapping[str, object]) -> None:
 
 def update_figures(name: str, figures: Mapping[str, float], tree: Path = REPOSITORY) -> None:
     """Update some figures of `runs/bench/<name>.json`, and keep the others."""
+    BENCH.mkdir(parents=True, exist_ok=True)
     path = BENCH / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     rounded = {key: round(value, 4) for key, value in figures.items()}
