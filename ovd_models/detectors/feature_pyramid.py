@@ -6,12 +6,19 @@ B images, R regions, F pyramid channels.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers.format import Format
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import SwinTransformer
+from torch.nn import functional as F
+from torchvision.models.swin_transformer import (
+    ShiftedWindowAttention,
+    SwinTransformer,
+    SwinTransformerBlock,
+    shifted_window_attention,
+)
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -20,6 +27,44 @@ from ovd_models.detectors.resizing import image_indices
 
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 """A region of this side is pooled from the level of stride 2 ** CANONICAL_LEVEL (FPN, section 4.2)."""
+
+
+class ShiftedWindows(ShiftedWindowAttention):
+    """Attention in shifted windows of any map (Swin, section 3.2).
+
+    torchvision's does not shift the windows of a map that fills only one of them; the original always does.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, H, W, E] -> [B, H, W, E]."""
+        height, width = tokens.shape[1:3]
+        (rows, columns), shift = self.window_size, self.shift_size
+        padded = F.pad(tokens, (0, 0, 0, -width % columns, 0, -height % rows))
+        # Windows at the end also hold tokens from the start of the map, which the others do not attend to.
+        row_H, column_W = (
+            torch.arange(length, device=tokens.device) >= length - moved
+            for length, moved in zip(padded.shape[1:3], shift, strict=True)
+        )
+        kind_HW = 2 * row_H[:, None] + column_W
+        split = kind_HW.view(len(row_H) // rows, rows, len(column_W) // columns, columns).transpose(1, 2)
+        kind_MN = split.reshape(-1, rows * columns)
+        mask_MNN = -100.0 * (kind_MN[:, None] != kind_MN[:, :, None])
+        bias = self.get_relative_position_bias() + mask_MNN[:, None].to(tokens.dtype).repeat(len(tokens), 1, 1, 1)
+        attended = shifted_window_attention(
+            torch.roll(padded, (-shift[0], -shift[1]), dims=(1, 2)),
+            self.qkv.weight,
+            self.proj.weight,
+            bias,
+            self.window_size,
+            self.num_heads,
+            shift_size=[0, 0],
+            attention_dropout=self.attention_dropout,
+            dropout=self.dropout,
+            qkv_bias=self.qkv.bias,
+            proj_bias=self.proj.bias,
+            training=self.training,
+        )
+        return torch.roll(attended, (shift[0], shift[1]), dims=(1, 2))[:, :height, :width]
 
 
 class SwinMaps(nn.Module):
@@ -31,7 +76,8 @@ class SwinMaps(nn.Module):
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
-        self.layers: nn.Sequential = SwinTransformer(**options).features
+        block = partial(SwinTransformerBlock, attn_layer=ShiftedWindows)
+        self.layers: nn.Sequential = SwinTransformer(**options, block=block).features
         self.widths = [options["embed_dim"] * factor for factor in (2, 4, 8)]
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.widths)
 

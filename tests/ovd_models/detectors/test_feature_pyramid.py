@@ -1,8 +1,14 @@
+import itertools
+import math
+
+import pytest
 import timm
 import torch
+from torch import Tensor
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from ovd_models.detectors.backbones import build_backbone
-from ovd_models.detectors.feature_pyramid import Pyramid, SwinMaps, TimmMaps
+from ovd_models.detectors.feature_pyramid import Pyramid, ShiftedWindows, SwinMaps, TimmMaps
 
 SIZES = {"embed_dim": 16, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4]}
 SWIN = {"patch_size": [4, 4], "window_size": [7, 7], **SIZES}
@@ -52,3 +58,55 @@ def test_padding_to_whole_windows_comes_before_they_are_shifted() -> None:
     tokens = torch.randn(1, 10, 12, 16)
     padded = torch.nn.functional.pad(tokens, (0, 0, 0, 2, 0, 4))
     assert torch.allclose(block(tokens), block(padded)[:, :10, :12], atol=1e-6)
+
+
+def slow_windows(block: ShiftedWindows, tokens_HWE: Tensor) -> Tensor:
+    """Swin's shifted-window attention, token by token.
+
+    A token attends to those in its window of the shifted map that did not come around the opposite edge.
+    """
+    (rows, columns), (down, right) = block.window_size, block.shift_size
+    height, width, channels = tokens_HWE.shape
+    high, wide = math.ceil(height / rows) * rows, math.ceil(width / columns) * columns
+    padded = torch.zeros(high, wide, channels)
+    padded[:height, :width] = tokens_HWE
+    query, key, value = block.qkv(padded).view(high, wide, 3, block.num_heads, -1).unbind(2)
+    result = torch.zeros(high, wide, channels)
+
+    def place(y: int, x: int) -> tuple[int, int, bool, bool]:
+        """Position in the shifted map, and whether the token came around an edge."""
+        return (y - down) % high, (x - right) % wide, y < down, x < right
+
+    for y, x in itertools.product(range(high), range(wide)):
+        own_y, own_x, *own_edges = place(y, x)
+        scores, values = [], []
+        for other_y, other_x in itertools.product(range(high), range(wide)):
+            shifted_y, shifted_x, *edges = place(other_y, other_x)
+            if (shifted_y // rows, shifted_x // columns) != (own_y // rows, own_x // columns) or edges != own_edges:
+                continue
+            offset = (own_y - shifted_y + rows - 1) * (2 * columns - 1) + own_x - shifted_x + columns - 1
+            product = (query[y, x] * key[other_y, other_x]).sum(-1) * query.shape[-1] ** -0.5
+            scores.append(product + block.relative_position_bias_table[offset])
+            values.append(value[other_y, other_x])
+        weights = torch.stack(scores).softmax(0)
+        result[y, x] = (weights[:, :, None] * torch.stack(values)).sum(0).flatten()
+    return block.proj(result)[:height, :width]
+
+
+@pytest.mark.parametrize("size", [(2, 3), (4, 4), (3, 9), (5, 4), (8, 12), (7, 10)])
+@pytest.mark.parametrize("shift", [[0, 0], [2, 2]])
+def test_shifted_windows_equal_a_slow_loop_on_maps_of_any_size(size: tuple[int, int], shift: list[int]) -> None:
+    torch.manual_seed(0)
+    block = ShiftedWindows(6, [4, 4], shift, num_heads=2).eval()
+    tokens = torch.randn(2, *size, 6)
+    with torch.no_grad():
+        block.relative_position_bias_table.normal_()
+        found = block(tokens)
+        assert torch.allclose(found, torch.stack([slow_windows(block, entry) for entry in tokens]), atol=1e-5)
+
+
+def test_every_block_of_swin_has_such_windows() -> None:
+    blocks = [module for module in SwinMaps(SWIN).modules() if isinstance(module, ShiftedWindowAttention)]
+    assert len(blocks) == 8
+    assert all(isinstance(block, ShiftedWindows) for block in blocks)
+    assert [max(block.shift_size) for block in blocks] == [0, 3] * 4
