@@ -29,7 +29,7 @@ CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 """A region of this side is pooled from the level of stride 2 ** CANONICAL_LEVEL (FPN, section 4.2)."""
 
 
-class ShiftedWindows(ShiftedWindowAttention):
+class ShiftedWindows(ShiftedWindowAttention):  # type: ignore[misc]
     """Attention in shifted windows of any map (Swin, section 3.2).
 
     torchvision's does not shift the windows of a map that fills only one of them; the original always does.
