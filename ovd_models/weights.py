@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ovd_models.errors import InputError
 
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8")
 """Array types that are converted to tensors."""
+STATE_KEYS = ("state_dict", "model", "module", "blobs")
+"""Where files keep a state dict beside other things: trainers, detectron2, DeepSpeed, Detectron."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class TensorAccount:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a file saved by torch or a `.pkl` with arrays, bare or under `state_dict` or `model`.
+    """The state dict of a file saved by safetensors or torch, or of a `.pkl` with arrays.
+
+    It may lie inside another dict, under one of `STATE_KEYS`.
 
     Raises:
         InputError: the file cannot be read, or holds anything but tensors and plain values.
@@ -42,16 +47,18 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if source.suffix == ".pkl":
             with source.open("rb") as stream:
                 raw = ArrayUnpickler(stream, encoding="latin1").load()
+        elif source.suffix == ".safetensors":
+            raw = load_file(source)
         else:
             raw = torch.load(source, weights_only=True, map_location="cpu")
     except Exception as error:  # a broken pickle can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{source}: cannot be read safely, expected tensors or arrays by name ({reason})") from error
-    for key in ("state_dict", "model"):
+    for key in STATE_KEYS:
         if isinstance(raw, dict) and isinstance(raw.get(key), dict):
             raw = raw[key]
     if not isinstance(raw, dict) or not raw:
-        raise InputError(f"{source}: expected tensors by name, perhaps under `state_dict` or `model`")
+        raise InputError(f"{source}: expected tensors by name, perhaps under one of {', '.join(STATE_KEYS)}")
     state: dict[str, Tensor] = {}
     for name, value in raw.items():
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype in NUMBERS else value

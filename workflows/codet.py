@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data_prep import storage
+from data_prep import storage, tables
 from data_prep.streams.box_loader import detection_loader
 from data_prep.streams.collate import DetectionCollate, GroupCollate
 from data_prep.streams.group_loader import group_loader
@@ -30,20 +30,23 @@ from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_encoder, load_model, save_checkpoint, save_encoder
 from ovd_models.codet.drawing import draw_attention, draw_similarity
 from ovd_models.codet.model import CoDet
-from ovd_models.detectors.backbones import find_backbone_weights, load_backbone
 from ovd_models.detectors.centernet2 import CenterNet2
-from ovd_models.detectors.rcnn import RCNN
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
-from ovd_models.vocabulary import TextEncoder
+from ovd_models.importers.backbones import adopt_config, fit_config, load_backbone, read_backbone
+from ovd_models.importers.codet import ImportedDetector, load_codet_release
+from ovd_models.vocabulary import TextEncoder, build_vocabulary
 from workflows import evaluate, prepare_boxes, prepare_pairs
-from workflows.common import cli, runs, tracking, training
+from workflows.common import cli, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.teacher import CodetNames, default_teacher, open_encoder, read_codet_names
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Session, Stage
 from workflows.configs.codet import CONFIGS, Run
+
+SAME_TEACHER = 0.5
+"""Mean cosine of a teacher's and a released detector's embeddings of the same names, if it is its teacher."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,10 @@ def train(run: Run) -> Trained[Metrics]:
     Raises:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
+    run = find_weights(run)
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
     names = read_codet_names(run.storage, run.boxes, run.pairs, encoder)
-    run, weights = initial_weights(run, names.base_embeddings.shape[1], encoder.teacher)
+    run, weights = initial_weights(run, names, encoder.teacher)
     boxes, joint = run.box_stage, run.joint_stage
     with runs.open_run(
         run,
@@ -170,15 +174,16 @@ def train(run: Run) -> Trained[Metrics]:
             "concepts": run.pairs,
             "groups": run.pairs,
         },
-        inputs={"teacher": encoder.teacher},
+        inputs={"teacher": encoder.teacher, "backbone": starting_weights.digest_of(run.backbone_weights)},
         stages=(boxes, joint),
     ) as active:
         encoder_folder, logger = active.save("encoder", partial(save_encoder, encoder)), active.tracked.logger()
-        if run.box_model:
-            boxes_model = run.box_model
-        else:
+        if not run.box_model:
             with active.timing("boxes"):
                 weights = train_stage(run, active.stage("boxes", boxes), names, encoder_folder, weights, logger)
+        if run.box_model and not is_release(run.box_model):
+            boxes_model = run.box_model
+        else:
             boxes_model = active.save("boxes_model", partial(save, run, weights, names, encoder))
         active.outputs["boxes_model"] = boxes_model
         with active.timing("evaluate"):
@@ -214,45 +219,121 @@ def evaluate_model(
     return evaluate.evaluate_and_log(settings, active.tracked, prefix, stage.steps)
 
 
-def given_weights(run: Run, start: dict[str, Tensor], teacher: str) -> dict[str, Tensor]:
+def find_weights(run: Run) -> Run:
+    """The run with the file that its backbone starts from, or with `from_scratch`; a box model brings its backbone.
+
+    Raises:
+        InputError: the file does not exist, or the config needs one and none is found.
+    """
+    if run.box_model:
+        return run
+    model = run.model
+    backbone = (model.centernet2 if model.architecture == "centernet2" else model.detector).backbone
+    file = starting_weights.find_backbone(
+        run.config, run.backbone_weights, run.published_backbone, backbone, from_scratch=run.from_scratch
+    )
+    return dataclasses.replace(run, backbone_weights=file or "auto", from_scratch=not file)
+
+
+def initial_weights(run: Run, names: CodetNames, teacher: str) -> tuple[Run, dict[str, Tensor]]:
+    """Weights to start from, and the run with the embedding width, batch norm and strides that go with them.
+
+    Raises:
+        InputError: the backbone's weights or the box model do not fit.
+    """
+    given = read_box_model(run, names, teacher) if run.box_model else None
+    model, file = run.model, run.backbone_weights
+    detector, centernet2 = model.detector, model.centernet2
+    if given is not None:
+        detector = adopt_config(detector, given.config.detector)
+        centernet2 = adopt_config(centernet2, given.config.centernet2)
+        backbone = None
+    elif model.architecture == "centernet2":
+        backbone = None if file == "auto" else read_backbone(file, centernet2)
+        centernet2 = fit_config(centernet2, backbone)
+    else:
+        backbone = None if file == "auto" else read_backbone(file, detector)
+        detector = fit_config(detector, backbone)
+    width = names.base_embeddings.shape[1]
+    detector = dataclasses.replace(detector, embed_dim=width)
+    centernet2 = dataclasses.replace(centernet2, embed_dim=width)
+    run = dataclasses.replace(run, model=dataclasses.replace(model, detector=detector, centernet2=centernet2))
+    torch.manual_seed(run.box_stage.seed)
+    start = CoDet(run.model)
+    if backbone is not None:
+        load_backbone(start.detector, backbone)
+    weights = start.state_dict()
+    return run, weights if given is None else given_weights(run.box_model, given, weights)
+
+
+def is_release(box_model: str) -> bool:
+    """Whether `--box-model` is a released file, not a checkpoint folder."""
+    return box_model.endswith((".pth", ".pkl"))
+
+
+def read_box_model(run: Run, names: CodetNames, teacher: str) -> CoDet:
+    """The detector that `--box-model` names.
+
+    Raises:
+        InputError: it is no detector, or was trained with another teacher.
+    """
+    if is_release(run.box_model):
+        imported = load_codet_release(run.box_model)
+        check_release_teacher(run, imported, names)
+        return imported.model
+    folder = storage.local_folder(run.box_model)
+    given, its_teacher = load_model(folder, CoDet), load_encoder(folder / "text").teacher
+    if its_teacher != teacher:
+        raise InputError(f"--box-model {run.box_model}: trained with teacher {its_teacher}, expected {teacher}")
+    return given
+
+
+def check_release_teacher(run: Run, imported: ImportedDetector, names: CodetNames) -> None:
+    """Check that the teacher embeds the base names about as a released file does, which records no teacher.
+
+    Two prompts of one CLIP give a name similar embeddings; those of two CLIPs are unrelated.
+
+    Raises:
+        InputError: the embeddings have another width or are unrelated.
+    """
+    base = [names.categories[key] for key in names.base_ids]
+    ours_KD = names.base_embeddings
+    if imported.encoder is not None:
+        theirs_KD = build_vocabulary(imported.encoder, base).embeddings
+    else:
+        every = tables.read_table(run.storage, "categories", run.boxes, ["category_id"])["category_id"].to_pylist()
+        table, rows = imported.name_embeddings, {key: row for row, key in enumerate(sorted(every))}
+        if table is None or len(table) != len(rows):
+            print(f"--box-model {run.box_model}: records no teacher; Detic and CoDet used CLIP ViT-B/32", flush=True)
+            return
+        theirs_KD = table[[rows[key] for key in names.base_ids]]
+    width, expected = ours_KD.shape[1], theirs_KD.shape[1]
+    similarity = float((ours_KD * theirs_KD).sum(1).mean()) if width == expected else 0.0
+    if similarity < SAME_TEACHER:
+        raise InputError(
+            f"--box-model {run.box_model}: the teacher embeds names otherwise (width {width} and {expected}, mean "
+            f"cosine {similarity:.2f}), expected the file's teacher, CLIP ViT-B/32"
+        )
+
+
+def given_weights(origin: str, given: CoDet, start: dict[str, Tensor]) -> dict[str, Tensor]:
     """The initial weights with those of the detector that `--box-model` names.
 
     Raises:
-        InputError: it is no detector of this architecture, or was trained with another teacher.
+        InputError: it is no detector of this architecture.
     """
-    folder = storage.local_folder(run.box_model)
-    given, its_teacher = load_model(folder, CoDet).state_dict(), load_encoder(folder / "text").teacher
-    if its_teacher != teacher:
-        raise InputError(f"--box-model {run.box_model}: trained with teacher {its_teacher}, expected {teacher}")
+    state = given.state_dict()
     for name, value in start.items():
-        found = list(given[name].shape) if name in given else "nothing"
+        found = list(state[name].shape) if name in state else "nothing"
         if found != list(value.shape) and not name.startswith("aggregations."):
-            raise InputError(f"--box-model {run.box_model}: {name}: found {found}, expected {list(value.shape)}")
-    same = {name for name, value in start.items() if name in given and given[name].shape == value.shape}
-    return {name: given[name] if name in same else value for name, value in start.items()}
-
-
-def initial_weights(run: Run, embed_dim: int, teacher: str) -> tuple[Run, dict[str, Tensor]]:
-    """Weights to start from, and the run with the embedding width and batch norm that go with them.
-
-    Raises:
-        InputError: see `given_weights`.
-    """
-    torch.manual_seed(run.box_stage.seed)
-    state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
-    frozen = state is not None or (bool(run.box_model) and run.model.detector.freeze_norm)
-    detector = dataclasses.replace(run.model.detector, embed_dim=embed_dim, freeze_norm=frozen)
-    centernet2 = dataclasses.replace(run.model.centernet2, embed_dim=embed_dim)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, detector=detector, centernet2=centernet2))
-    model = CoDet(run.model)
-    if state is not None and isinstance(model.detector, RCNN):
-        load_backbone(model.detector.backbone, state)
-    weights = model.state_dict()
-    return run, given_weights(run, weights, teacher) if run.box_model else weights
+            raise InputError(f"--box-model {origin}: {name}: found {found}, expected {list(value.shape)}")
+    same = {name for name, value in start.items() if name in state and state[name].shape == value.shape}
+    return {name: state[name] if name in same else value for name, value in start.items()}
 
 
 def prepare_data(run: Run) -> Run:
-    """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher."""
+    """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
+    run = find_weights(run)
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
     if run.data:
         boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)

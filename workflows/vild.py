@@ -24,14 +24,14 @@ from data_prep import storage, tables
 from data_prep.streams.box_loader import RegionSource, detection_loader
 from data_prep.streams.collate import DetectionCollate
 from ovd_models.checkpoints import load_model, read_info, save_checkpoint
-from ovd_models.detectors.backbones import find_backbone_weights, load_backbone
-from ovd_models.detectors.rcnn import ProposalNetwork
+from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
+from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_config, load_backbone, read_backbone
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, evaluate, prepare_boxes
-from workflows.common import cli, runs, tracking, training
+from workflows.common import cli, runs, starting_weights, tracking, training
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.teacher import default_teacher, open_encoder, read_categories
 from workflows.common.tracking import MetricLogger
@@ -131,7 +131,8 @@ def train(run: Run) -> Trained[DetectionMetrics]:
 
 
 def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
-    """The run completed by its data, the names and their encoder."""
+    """The run completed by its data and starting weights, the names and their encoder."""
+    run = find_weights(run)
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
     names = read_names(run, encoder)
     return complete(run, names), names, encoder
@@ -143,7 +144,7 @@ def open_vild_run(run: Run, encoder: TextEncoder) -> AbstractContextManager[Acti
         run,
         "vild",
         tables_read={"boxes": run.train_table, "categories": run.boxes},
-        inputs={"teacher": encoder.teacher},
+        inputs={"teacher": encoder.teacher, "backbone": starting_weights.digest_of(run.backbone_weights)},
         stages=(run.rpn_stage, run.detector_stage),
     )
 
@@ -166,14 +167,14 @@ def train_proposals(run: Run, names: VildNames, encoder: TextEncoder, active: Ac
     """
     torch.manual_seed(run.rpn_stage.seed)
     network = ProposalNetwork(run.model.detector)
-    state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
-    if state is not None:
-        load_backbone(network.backbone, state)
+    weights = read_weights(run)
+    if weights is not None:
+        load_backbone(network, weights)
     stage = active.stage("rpn", run.rpn_stage)
-    weights = train_stage(run, stage, names, network.state_dict(), None, active.tracked.logger())
+    trained = train_stage(run, stage, names, network.state_dict(), None, active.tracked.logger())
     torch.manual_seed(run.rpn_stage.seed)  # a resumed run gives the same checkpoint, and so the same embeddings
     model = ViLD(dataclasses.replace(run.model, variant="text", supervised_names=()))
-    model.detector.load_state_dict(weights, strict=False)
+    model.detector.load_state_dict(trained, strict=False)
     return active.save("proposals", partial(save, run, model, encoder, names))
 
 
@@ -185,7 +186,7 @@ def check_proposals(run: Run) -> None:
     """
     folder = storage.local_folder(run.proposals)
     theirs, ours = load_model(folder, ViLD).config.detector, run.model.detector
-    for name in ("backbone", "backbone_options", "freeze_norm", "strides", "anchor_sizes", "pyramid_channels"):
+    for name in ("backbone", "backbone_options", "strides", "anchor_sizes", "pyramid_channels"):
         if getattr(theirs, name) != getattr(ours, name):
             found, expected = getattr(theirs, name), getattr(ours, name)
             raise InputError(f"--proposals {run.proposals}: {name} is {found!r}, expected {expected!r}")
@@ -236,9 +237,9 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
         first_stage = ProposalNetwork(run.model.detector).state_dict()
         model.detector.load_state_dict({name: trained[name] for name in first_stage}, strict=False)
     else:
-        state = find_backbone_weights(run.model.detector.backbone, run.backbone_weights)
-        if state is not None:
-            load_backbone(model.detector.backbone, state)
+        weights = read_weights(run)
+        if weights is not None:
+            load_backbone(model.detector, weights)
     return model.state_dict()
 
 
@@ -277,12 +278,41 @@ def read_names(run: Run, encoder: TextEncoder) -> VildNames:
     return VildNames(trained, splits, build_vocabulary(encoder, ordered, splits))
 
 
-def complete(run: Run, names: VildNames) -> Run:
-    """The run completed by its data: embedding width, frozen batch norm, names of a supervised classifier."""
-    pretrained = find_backbone_weights(run.model.detector.backbone, run.backbone_weights) is not None
-    detector = dataclasses.replace(
-        run.model.detector, embed_dim=names.vocabulary.embeddings.shape[1], freeze_norm=pretrained
+def find_weights(run: Run) -> Run:
+    """The run with the file that its backbone starts from, or with `from_scratch`; given proposals have a backbone.
+
+    Raises:
+        InputError: the file does not exist.
+    """
+    if run.proposals and run.start_from_proposals:
+        return run
+    backbone = run.model.detector.backbone
+    file = starting_weights.find_backbone(
+        run.config, run.backbone_weights, run.published_backbone, backbone, from_scratch=run.from_scratch
     )
+    return dataclasses.replace(run, backbone_weights=file or "auto", from_scratch=not file)
+
+
+def read_weights(run: Run) -> BackboneWeights | None:
+    """The weights that the backbone of a completed run starts from.
+
+    Raises:
+        InputError: the file cannot be read, or holds no backbone.
+    """
+    return None if run.backbone_weights == "auto" else read_backbone(run.backbone_weights, run.model.detector)
+
+
+def fit_detector(run: Run) -> RCNNConfig:
+    """The run's detector with the batch norm and strides that go with the weights it starts from."""
+    if run.proposals and run.start_from_proposals:
+        theirs = load_model(storage.local_folder(run.proposals), ViLD).config.detector
+        return adopt_config(run.model.detector, theirs)
+    return fit_config(run.model.detector, read_weights(run))
+
+
+def complete(run: Run, names: VildNames) -> Run:
+    """The run completed by its data and weights: embedding width, batch norm, names of a supervised classifier."""
+    detector = dataclasses.replace(fit_detector(run), embed_dim=names.vocabulary.embeddings.shape[1])
     supervised = names.vocabulary.names[: len(names.ids)] if run.model.variant == "supervised" else ()
     return dataclasses.replace(
         run, model=dataclasses.replace(run.model, detector=detector, supervised_names=supervised)
@@ -290,7 +320,8 @@ def complete(run: Run, names: VildNames) -> Run:
 
 
 def prepare_data(run: Run) -> Run:
-    """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher."""
+    """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
+    run = find_weights(run)
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
     teacher = default_teacher(run.storage, run.config, run.data, run.teacher)
     return dataclasses.replace(run, teacher=teacher)

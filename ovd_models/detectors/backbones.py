@@ -1,20 +1,25 @@
-"""Backbones from timm, and pretrained weights for them."""
+"""Backbones from timm."""
 
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
-import torch
-import torchvision
 from timm.layers.norm_act import freeze_batch_norm_2d
 from timm.models import FeatureInfo
-from torch import Tensor, nn
+from timm.models.resnet import Bottleneck
+from torch import nn
 
-from ovd_models.weights import load_strict, read_state
+BottleneckStride = Literal["default", "1x1", "3x3"]
+"""The convolution of a ResNet's bottleneck that takes its stride: the first one in the original ResNet (MSRA's weights,
+detectors released on them), the 3x3 one in torchvision and timm. `default` is 1x1 in `C4` and 3x3 elsewhere."""
 
 
 def build_backbone(
-    name: str, options: dict[str, Any], strides: tuple[int, ...], *, freeze_norm: bool = False
+    name: str,
+    options: dict[str, Any],
+    strides: tuple[int, ...],
+    *,
+    freeze_norm: bool = False,
+    stride: Literal["1x1", "3x3"] = "3x3",
 ) -> nn.Module:
     """A timm feature extractor with maps of the given strides.
 
@@ -23,50 +28,30 @@ def build_backbone(
         options: passed to timm.
         strides: of the maps, finest first.
         freeze_norm: whether batch norms keep their statistics and have no parameters.
+        stride: the convolution of a bottleneck that takes its stride.
     """
     reductions = feature_info(timm.create_model(name, features_only=True, **options)).reduction()
-    indices = tuple(reductions.index(stride) for stride in strides)
+    indices = tuple(reductions.index(reduction) for reduction in strides)
     backbone = timm.create_model(name, features_only=True, out_indices=indices, **options)
-    return freeze_norms(backbone) if freeze_norm else backbone
+    return arrange(backbone, freeze_norm=freeze_norm, stride=stride)
 
 
-def freeze_norms(module: nn.Module) -> nn.Module:
-    """The module with frozen batch norms."""
-    return cast(nn.Module, freeze_batch_norm_2d(module))  # type: ignore[no-untyped-call]
+def build_last_stage(
+    name: str, options: dict[str, Any], *, freeze_norm: bool, stride: Literal["1x1", "3x3"]
+) -> nn.Module:
+    """The last stage of a ResNet; arguments as for `build_backbone`."""
+    classifier: Any = timm.create_model(name, num_classes=0, **options)
+    return arrange(classifier.layer4, freeze_norm=freeze_norm, stride=stride)
+
+
+def arrange(module: nn.Module, *, freeze_norm: bool, stride: Literal["1x1", "3x3"]) -> nn.Module:
+    """The module with frozen batch norms and the strides of its bottlenecks moved; timm has them in the 3x3 ones."""
+    for block in module.modules():
+        if stride == "1x1" and isinstance(block, Bottleneck) and block.conv2.stride != (1, 1):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+    return cast(nn.Module, freeze_batch_norm_2d(module)) if freeze_norm else module  # type: ignore[no-untyped-call]
 
 
 def feature_info(backbone: nn.Module) -> FeatureInfo:
     """Timm's description of a feature extractor's maps."""
     return cast(FeatureInfo, backbone.feature_info)
-
-
-def find_backbone_weights(backbone: str, weights: str) -> dict[str, Tensor] | None:
-    """A pretrained state dict for a backbone.
-
-    Args:
-        backbone: its name.
-        weights: `auto` (torchvision's file if an earlier download left it on this machine), `none`, or a file.
-
-    Raises:
-        InputError: the given file cannot be read as a state dict.
-    """
-    if weights == "none":
-        return None
-    if weights != "auto":
-        return read_state(weights)
-    if backbone not in torchvision.models.list_models(torchvision.models):
-        return None
-    file = torchvision.models.get_model_weights(backbone).DEFAULT.url.rsplit("/", 1)[-1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    return read_state(path) if path.is_file() else None
-
-
-def load_backbone(backbone: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a classifier's state dict into a backbone; the classifier's own weights are left out.
-
-    Raises:
-        InputError: a weight of the backbone is missing or of another shape.
-    """
-    own = backbone.state_dict()
-    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
-    load_strict(backbone, {name: value for name, value in (counters | state).items() if name in own}, "backbone")

@@ -4,15 +4,13 @@ B images, R regions, N boxes of one image, F channels of a region. Boxes are xyx
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
-import timm
 import torch
-from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from ovd_models.detectors.backbones import build_backbone, feature_info, freeze_norms
+from ovd_models.detectors.backbones import build_backbone, build_last_stage, feature_info
 from ovd_models.detectors.feature_pyramid import pool_regions
 from ovd_models.detectors.rcnn import ASPECT_RATIOS, RCNN, RCNNConfig, build_box_deltas, build_roi_heads, build_rpn
 from ovd_models.detectors.resizing import ResizedImages, build_transform
@@ -48,18 +46,19 @@ class C4(RCNN):
     def __init__(self, config: RCNNConfig) -> None:
         nn.Module.__init__(self)  # replaces all of RCNN's parts under the same names
         self.config = c = config
-        # Pixels from 0 to 255 minus their mean, as the ImageNet weights of this detector were trained.
+        # Pixels from 0 to 255 minus their mean, as released detectors of this kind take them.
         self.transform = build_transform(c.min_size, c.max_size, 1, std=(1 / 255,) * 3)
-        self.backbone = build_backbone(c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm)
-        self.res5 = last_stage(config)
+        stride: Literal["1x1", "3x3"] = "3x3" if c.bottleneck_stride == "3x3" else "1x1"
+        self.backbone = build_backbone(
+            c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm, stride=stride
+        )
+        self.res5 = build_last_stage(c.backbone, c.backbone_options, freeze_norm=c.freeze_norm, stride=stride)
         anchors = AnchorGenerator((c.anchor_sizes,), (ASPECT_RATIOS,))
         anchors.cell_anchors = [cell_anchors(c.anchor_sizes)]
         self.rpn = build_rpn(c, anchors, feature_info(self.backbone).channels()[0], training_factor=2)
         self.roi = build_roi_heads(c.rois_per_image)
         self.box_deltas = build_box_deltas(c.head_width)
         self.projection = nn.Linear(c.head_width, c.embed_dim)
-        for stage in (self.backbone, self.res5):
-            stride_in_first_convolution(stage)
 
     def features(self, images: ResizedImages) -> dict[str, Tensor]:
         """`{"0": [B, F, H / 16, W / 16]}`."""
@@ -69,19 +68,6 @@ class C4(RCNN):
         """[R, head_width] features of B tensors of boxes [N, 4], images in order."""
         pooled_RF14 = pool_regions([features["0"]], self.config.strides, boxes, 14)
         return torch.as_tensor(self.res5(pooled_RF14).mean((2, 3)))
-
-
-def last_stage(config: RCNNConfig) -> nn.Module:
-    """The last stage of the config's ResNet."""
-    stage: Any = timm.create_model(config.backbone, num_classes=0, **config.backbone_options).layer4
-    return freeze_norms(stage) if config.freeze_norm else stage
-
-
-def stride_in_first_convolution(stage: nn.Module) -> None:
-    """Move a bottleneck's stride to its 1 x 1 convolution, as in the original ResNet; timm has it in the 3 x 3."""
-    for block in stage.modules():
-        if isinstance(block, Bottleneck) and block.conv2.stride != (1, 1):
-            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
 
 
 def cell_anchors(sizes: Sequence[int]) -> Tensor:

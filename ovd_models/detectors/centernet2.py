@@ -7,7 +7,7 @@ Boxes are xyxy in pixels of the resized image inside this file, of the original 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
 
 from ovd_models.batches import Detections
-from ovd_models.detectors.backbones import build_backbone
+from ovd_models.detectors.backbones import BottleneckStride, build_backbone
 from ovd_models.detectors.centernet import (
     CenterNetConfig,
     CenterNetHead,
@@ -45,6 +45,9 @@ class CenterNet2Config:
     backbone_options: dict[str, Any] = field(default_factory=dict)
     """Passed to timm, or to torchvision's `SwinTransformer`."""
     freeze_norm: bool = True
+    """Freeze the backbone's batch norm, as with the published pretrained weights."""
+    bottleneck_stride: BottleneckStride = "default"
+    """The convolution of a bottleneck that takes its stride; pretrained weights decide it."""
     eva: EvaConfig = field(default_factory=EvaConfig)
     """The transformer if `backbone` is `eva02`; regions are then also pooled from a level of stride 4."""
     strides: tuple[int, ...] = (8, 16, 32)
@@ -283,7 +286,8 @@ def build_pyramid(config: CenterNet2Config) -> nn.Module:
     if config.backbone == "swin":
         return Pyramid(SwinMaps(config.backbone_options), config.pyramid_channels)
     c = config
-    backbone = build_backbone(c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm)
+    stride: Literal["1x1", "3x3"] = "1x1" if c.bottleneck_stride == "1x1" else "3x3"
+    backbone = build_backbone(c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm, stride=stride)
     return Pyramid(TimmMaps(backbone), c.pyramid_channels)
 
 

@@ -20,7 +20,7 @@ from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ovd_models.batches import DetectionBatch, Detections
-from ovd_models.detectors.backbones import build_backbone, feature_info
+from ovd_models.detectors.backbones import BottleneckStride, build_backbone, feature_info
 from ovd_models.detectors.masks import MaskHead
 from ovd_models.detectors.region_pool import POOLED, RegionPool
 from ovd_models.detectors.resizing import ResizedImages, Selection, annotated_targets, build_transform, resize_images
@@ -40,6 +40,8 @@ class RCNNConfig:
     """Passed to timm."""
     freeze_norm: bool = False
     """Freeze the backbone's batch norm, as is usual with pretrained weights and small batches."""
+    bottleneck_stride: BottleneckStride = "default"
+    """The convolution of a bottleneck that takes its stride; pretrained weights decide it."""
     strides: tuple[int, ...] = (4, 8, 16)
     """Strides of the feature maps that enter the pyramid."""
     anchor_sizes: tuple[int, ...] = (16, 32, 64)
@@ -107,7 +109,13 @@ class ProposalNetwork(nn.Module):
         super().__init__()
         self.config = c = config
         self.transform = build_transform(c.min_size, c.max_size, max(c.strides))
-        self.backbone = build_backbone(c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm)
+        self.backbone = build_backbone(
+            c.backbone,
+            c.backbone_options,
+            c.strides,
+            freeze_norm=c.freeze_norm,
+            stride="1x1" if c.bottleneck_stride == "1x1" else "3x3",
+        )
         coarser = LastLevelMaxPool() if len(c.anchor_sizes) > len(c.strides) else None
         self.pyramid = FeaturePyramidNetwork(feature_info(self.backbone).channels(), c.pyramid_channels, coarser)
         anchors = AnchorGenerator(tuple((size,) for size in c.anchor_sizes), (ASPECT_RATIOS,) * len(c.anchor_sizes))

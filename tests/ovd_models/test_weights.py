@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ovd_models.errors import InputError
 from ovd_models.weights import read_state
 
 
-def test_a_state_is_read_bare_or_under_model_from_both_kinds_of_file(tmp_path: Path) -> None:
+def test_a_state_is_read_from_every_kind_of_file(tmp_path: Path) -> None:
     arrays = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1, 2])}
     tensors = OrderedDict((name, torch.from_numpy(array)) for name, array in arrays.items())
     torch.save({"model": tensors, "iteration": 3, "optimizer": {"state": {}, "lr": 0.1}}, tmp_path / "a.pth")
@@ -19,7 +20,10 @@ def test_a_state_is_read_bare_or_under_model_from_both_kinds_of_file(tmp_path: P
         content = {"model": arrays, "__author__": "somebody", "matching_heuristics": True}
         (tmp_path / f"{protocol}.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "c.pth")
-    for file in ("a.pth", "b.pth", "c.pth", "2.pkl", "4.pkl"):
+    torch.save({"module": tensors}, tmp_path / "d.pt")
+    (tmp_path / "blobs.pkl").write_bytes(pickle.dumps({"blobs": arrays}, protocol=2))
+    save_file(dict(tensors), tmp_path / "e.safetensors")
+    for file in ("a.pth", "b.pth", "c.pth", "d.pt", "e.safetensors", "2.pkl", "4.pkl", "blobs.pkl"):
         state = read_state(tmp_path / file)
         assert {name: value.tolist() for name, value in state.items()} == {n: a.tolist() for n, a in arrays.items()}
 

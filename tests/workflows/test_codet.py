@@ -395,7 +395,7 @@ def test_photographs_train_checkpoint_evaluate_and_draw(tmp_path: Path) -> None:
     ]
     found = script(
         *("--config", "photos", "--storage", str(tmp_path), "--data", str(PHOTOS), "--texts", str(TEXTS)),
-        *("--model.detector.backbone", "resnet10t", "--backbone-weights", "none"),
+        *("--model.detector.backbone", "resnet10t", "--from-scratch"),
         *stages,
     )
     assert found.returncode == 0, found.stdout + found.stderr

@@ -20,7 +20,10 @@ from workflows.common.optimisation import Optimisation
 from workflows.common.tracking import TrackedRun
 from workflows.common.training import Stage
 
-FREE_SETTINGS = {"storage", "resume", "teacher", "sam", "use_gpu", "max_failures", "log_every", "waiting_bytes"}
+FREE_SETTINGS = {
+    *("storage", "resume", "teacher", "sam", "backbone_weights"),
+    *("use_gpu", "max_failures", "log_every", "waiting_bytes"),
+}
 """Fields that may differ when a run is resumed."""
 M = TypeVar("M")
 N = TypeVar("N")

@@ -10,7 +10,8 @@ from ovd_models.codet.model import CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.importers.codet import released_architectures
 from workflows.common.optimisation import STEPS_PER_BLOCK, Optimisation, check_shared
-from workflows.configs.detectors import photo_detector
+from workflows.common.starting_weights import Published, PublishedBackbone
+from workflows.configs.detectors import EVA02_L, MIIL_RESNET50, MSRA_RESNET50, RESNET50, SWIN_B, photo_detector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,10 @@ class Run:
     data: str = ""
     """A folder with `instances.json`, `images/` and, optionally, `captions.tsv`, whose tables are made first."""
     backbone_weights: str = "auto"
-    """`auto` (torchvision's, if they are on this machine), `none`, or a file with a state dict."""
+    """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
+    from_scratch: bool = False
+    """Start from random weights, without a search for published ones."""
+    published_backbone: Published = field(default_factory=PublishedBackbone)
     model: CoDetConfig = field(default_factory=CoDetConfig)
     detection_batch: int = 8
     """Images with boxes in a step, over all workers."""
@@ -51,7 +55,8 @@ class Run:
     box_stage: Optimisation
     joint_stage: Optimisation
     box_model: str = ""
-    """Folder or URI of a detector checkpoint to start the joint stage from, instead of training the box stage."""
+    """Folder or URI of a detector checkpoint, or a file released by Detic (.pth, .pkl), to start the joint stage from,
+    instead of training the box stage."""
     max_detections: int = 100
     """Detections of an image in evaluation."""
     resume: str = ""
@@ -104,11 +109,12 @@ def pictograms() -> Run:
 
 
 def photos() -> Run:
-    """Photographs in COCO's form, a ResNet-50 with its batch norm frozen, short enough for a laptop."""
+    """Photographs in COCO's form, a ResNet-50, short enough for a laptop."""
     return Run(
         config="photos",
         boxes="photos",
         pairs="photos",
+        published_backbone=RESNET50,
         model=CoDetConfig(detector=photo_detector(), num_proposals=32),
         detection_batch=2,
         groups_per_step=1,
@@ -139,6 +145,7 @@ def coco_r50() -> Run:
         config="coco_r50",
         boxes="coco",
         pairs="coco",
+        published_backbone=MSRA_RESNET50,
         model=dataclasses.replace(
             released,
             aggregation="learned",
@@ -177,6 +184,7 @@ def lvis_r50() -> Run:
         boxes="lvis",
         pairs="cc3m",
         max_detections=300,
+        published_backbone=MIIL_RESNET50,
         model=dataclasses.replace(
             released,
             aggregation="learned",
@@ -204,6 +212,7 @@ def lvis_swin_b() -> Run:
     return dataclasses.replace(
         paper,
         config="lvis_swin_b",
+        published_backbone=SWIN_B,
         model=dataclasses.replace(paper.model, centernet2=released.centernet2, caption_sizes=(448, 746)),
         detection_batch=32,
         groups_per_step=16,
@@ -221,6 +230,7 @@ def lvis_eva() -> Run:
     return dataclasses.replace(
         paper,
         config="lvis_eva",
+        published_backbone=EVA02_L,
         model=dataclasses.replace(paper.model, centernet2=released.centernet2, caption_sizes=(640, 640)),
         detection_batch=32,
         augmentation=dataclasses.replace(paper.augmentation, side=1280),

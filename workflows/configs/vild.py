@@ -12,7 +12,8 @@ from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.vild.model import ViLDConfig
 from workflows.common.optimisation import Optimisation, check_shared
-from workflows.configs.detectors import photo_detector
+from workflows.common.starting_weights import Published, PublishedBackbone
+from workflows.configs.detectors import RESNET50, RESNET152, photo_detector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,10 @@ class Run:
     data: str = ""
     """A folder with `instances.json` and `images/`, whose tables are made first."""
     backbone_weights: str = "auto"
-    """`auto` (torchvision's, if they are on this machine), `none`, or a file with a state dict."""
+    """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
+    from_scratch: bool = False
+    """Start from random weights, without a search for published ones."""
+    published_backbone: Published = field(default_factory=PublishedBackbone)
     proposals: str = ""
     """Folder or URI of an earlier run's proposals checkpoint, used instead of training the `rpn` stage."""
     regions: str = ""
@@ -111,11 +115,12 @@ def pictograms() -> Run:
 
 
 def photos() -> Run:
-    """Photographs in COCO's form, a ResNet-50 with its batch norm frozen, short enough for a laptop."""
+    """Photographs in COCO's form, a ResNet-50, short enough for a laptop."""
     quick = Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5)
     return Run(
         config="photos",
         boxes="photos",
+        published_backbone=RESNET50,
         model=ViLDConfig(detector=photo_detector()),
         max_proposals=64,
         regions_per_step=32,
@@ -167,7 +172,7 @@ def lvis_r50() -> Run:
         model=ViLDConfig(
             detector=detector, image_weight=0.5, scoring=Scoring(temperature=100.0, image_temperature=100.0)
         ),
-        backbone_weights="none",
+        from_scratch=True,
         start_from_proposals=False,
         embed=EmbedConfig(batch_size=256, threads=4, gpus=1.0),
         detection_batch=256,
@@ -213,7 +218,8 @@ def coco_48_17_short() -> Run:
 
 
 def short(run: Run, *, images: int, repeat_threshold: float) -> Run:
-    """20 epochs from pretrained weights: 16 images a step, the learning rate falls to a tenth after epoch 16."""
+    """20 epochs from ImageNet weights with frozen batch norm: 16 images a step, a tenth of the rate after epoch 16."""
+    detector = dataclasses.replace(run.model.detector, freeze_norm=True)
     stage = dataclasses.replace(
         run.detector_stage,
         steps=20 * images // 16,
@@ -226,7 +232,9 @@ def short(run: Run, *, images: int, repeat_threshold: float) -> Run:
     return dataclasses.replace(
         run,
         config=f"{run.config}_short",
-        backbone_weights="auto",
+        from_scratch=False,
+        published_backbone=RESNET152 if detector.backbone == "resnet152" else RESNET50,
+        model=dataclasses.replace(run.model, detector=detector),
         start_from_proposals=True,
         detection_batch=16,
         repeat_threshold=repeat_threshold,

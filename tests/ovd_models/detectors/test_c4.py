@@ -6,6 +6,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ovd_models.batches import DetectionBatch
 from ovd_models.codet.model import CoDet, CoDetConfig
+from ovd_models.detectors.backbones import BottleneckStride
 from ovd_models.detectors.c4 import C4, cell_anchors, coco_r50_c4
 from ovd_models.vocabulary import Vocabulary
 
@@ -42,11 +43,13 @@ def test_anchors_are_exact_and_ordered_by_size_then_shape() -> None:
     assert wide.prod(1).tolist() == pytest.approx([1024] * 3 + [4096] * 3)
 
 
-def test_the_first_convolution_of_a_block_takes_the_stride() -> None:
+@pytest.mark.parametrize("stride", ["default", "1x1", "3x3"])
+def test_the_config_says_which_convolution_of_a_block_takes_the_stride(stride: BottleneckStride) -> None:
     torch.manual_seed(0)
-    model = C4(TINY)
+    model = C4(dataclasses.replace(TINY, bottleneck_stride=stride))
     blocks = [model.backbone.layer2[0], model.backbone.layer3[0], model.res5[0]]
-    assert [(block.conv1.stride, block.conv2.stride) for block in blocks] == [((2, 2), (1, 1))] * 3
+    expected = ((1, 1), (2, 2)) if stride == "3x3" else ((2, 2), (1, 1))
+    assert [(block.conv1.stride, block.conv2.stride) for block in blocks] == [expected] * 3
     image = torch.zeros(3, 64, 80, dtype=torch.uint8)
     assert model.features(model.preprocess([image]))["0"].shape == (1, 64, 4, 5)
 

@@ -1,21 +1,17 @@
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
-from ovd_models.detectors.backbones import find_backbone_weights, load_backbone
 from ovd_models.detectors.rcnn import (
     RCNN,
     RCNNConfig,
     sample_regions,
 )
 from ovd_models.detectors.resizing import Selection, select_detections
-from ovd_models.errors import InputError
 from ovd_models.preprocess import add_edge
 from ovd_models.vocabulary import Vocabulary
 
@@ -217,21 +213,6 @@ RESNET = RCNNConfig(
 )
 
 
-def test_torchvision_weights_give_torchvision_features(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    classifier = torchvision.models.resnet18(weights=None).eval()
-    torch.save(classifier.state_dict(), tmp_path / "resnet18.pth")
-    state = find_backbone_weights("resnet18", str(tmp_path / "resnet18.pth"))
-    assert state is not None
-    detector = RCNN(RESNET).eval()
-    load_backbone(detector.backbone, state)
-    images = torch.randn(1, 3, 64, 64)
-    x = classifier.maxpool(classifier.relu(classifier.bn1(classifier.conv1(images))))
-    for level, found in zip("1234", detector.backbone(images), strict=True):
-        x = getattr(classifier, f"layer{level}")(x)
-        assert torch.allclose(found, x, atol=1e-5)
-
-
 def test_frozen_norms_have_no_parameters_and_never_change() -> None:
     detector = RCNN(RESNET).train()
     norms = [module for module in detector.backbone.modules() if isinstance(module, FrozenBatchNorm2d)]
@@ -240,50 +221,6 @@ def test_frozen_norms_have_no_parameters_and_never_change() -> None:
     before = norms[0].running_mean.clone()
     detector.features(detector.preprocess([noise(64, 64)]))
     assert torch.equal(norms[0].running_mean, before)
-
-
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    detector = RCNN(RESNET)
-    state = torchvision.models.resnet18(weights=None).state_dict()
-    with pytest.raises(InputError, match=r"backbone: .*Missing.*conv1.weight"):
-        load_backbone(detector.backbone, {name: value for name, value in state.items() if name != "conv1.weight"})
-    wrong = {**state, "layer1.0.conv1.weight": torch.zeros(1)}
-    with pytest.raises(InputError, match=r"backbone: .*size mismatch for layer1.0.conv1.weight"):
-        load_backbone(detector.backbone, wrong)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read"),
-        (b"no pickle at all", "cannot be read"),
-        (b"", "cannot be read"),
-    ],
-)
-def test_an_unreadable_weights_file_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
-    path = tmp_path / "weights.pth"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        find_backbone_weights("resnet18", str(path))
-    assert str(path) in str(caught.value)
-
-
-def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
-    torch.save({"epoch": 3}, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="expected a tensor"):
-        find_backbone_weights("resnet18", str(tmp_path / "weights.pth"))
-
-
-def test_auto_uses_an_earlier_download_and_never_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert find_backbone_weights("resnet18", "auto") is None
-    assert find_backbone_weights("resnet10t", "auto") is None
-    assert find_backbone_weights("resnet18", "none") is None
-    file = torchvision.models.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[-1]
-    (tmp_path / "checkpoints").mkdir()
-    torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "checkpoints" / file)
-    assert list(find_backbone_weights("resnet18", "auto") or ()) == ["conv1.weight"]
 
 
 def test_an_unknown_stride_is_refused() -> None:

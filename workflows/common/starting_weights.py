@@ -1,0 +1,93 @@
+"""The weights that a detector's backbone starts from: a given file, the config's published one, or none."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import torch
+import tyro
+from huggingface_hub import try_to_load_from_cache
+
+from ovd_models.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedBackbone:
+    """The released weights that a config's backbone starts from; without a URL there are none."""
+
+    url: str = ""
+    backbone: str = ""
+    """The detector's backbone that they fit."""
+    trained_on: str = ""
+    """What they were trained on, such as `ImageNet`."""
+    timm_name: str = ""
+    """Their name in timm, whose cached copy is used too."""
+    required: bool = False
+    """Whether the config refuses to train without weights."""
+    box_model_url: str = ""
+    """The released detector that replaces backbone and box stage by `--box-model`."""
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+Published = Annotated[PublishedBackbone, tyro.conf.Suppress]
+"""A config's own field, without a flag."""
+
+
+def find_backbone(config: str, given: str, published: PublishedBackbone, backbone: str, *, from_scratch: bool) -> str:
+    """The file that the backbone starts from; empty for random weights, which a printed line says if there is a choice.
+
+    Args:
+        config: name of the config.
+        given: `--backbone-weights`: a file, or `auto` for the published one if it is on this machine.
+        published: the config's.
+        backbone: name of the detector's backbone.
+        from_scratch: `--from-scratch`.
+
+    Raises:
+        InputError: the file does not exist, or nothing is found where the config requires weights.
+    """
+    if given != "auto":
+        if from_scratch:
+            raise InputError(f"--from-scratch: contradicts --backbone-weights {given}, expected one of them")
+        if not Path(given).is_file():
+            raise InputError(f"--backbone-weights {given}: no such file")
+        return given
+    if from_scratch or not published.url:
+        return ""
+    found = find_published(published) if published.backbone == backbone else ""
+    if not found and published.required:
+        released = f", --box-model FILE (such as {published.box_model_url})" if published.box_model_url else ""
+        raise InputError(
+            f"--config {config}: the backbone starts from {published.file} ({published.url}), not found here; "
+            f"expected --backbone-weights FILE{released} or --from-scratch"
+        )
+    if not found:
+        hint = f"; {published.file} from {published.url} gives {published.trained_on}'s"
+        print(f"backbone: random weights{hint if published.backbone == backbone else ''}", flush=True)
+    return found
+
+
+def find_published(published: PublishedBackbone) -> str:
+    """The published file in the cache of torch hub or, by its name in timm, of Hugging Face; empty if in neither."""
+    local = Path(torch.hub.get_dir()) / "checkpoints" / published.file
+    if local.is_file():
+        return str(local)
+    recorded = timm.get_pretrained_cfg(published.timm_name) if published.timm_name else None
+    if recorded is None or not recorded.hf_hub_id:
+        return ""
+    cached = try_to_load_from_cache(recorded.hf_hub_id, "model.safetensors")
+    return cached if isinstance(cached, str) else ""
+
+
+def digest_of(backbone_weights: str) -> str:
+    """Identifies the content of a resolved `--backbone-weights`: `auto`, then for random weights, or a file."""
+    if backbone_weights == "auto":
+        return "random"
+    with Path(backbone_weights).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
