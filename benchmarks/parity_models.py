@@ -4,10 +4,13 @@ A function of this module yields the compared quantities of a pack.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -32,8 +35,8 @@ from ovd_models.losses import caption_loss, cosine_logits
 from ovd_models.vocabulary import Vocabulary
 
 
-def text_encoder(name: str) -> Iterator[Quantity]:
-    pack = read(f"text/{name}")
+def text_encoder(path: Path) -> Iterator[Quantity]:
+    pack = read(path)
     manifest = json.loads((PACKS / "manifests" / "codet_ovcoco_r50c4.json").read_text())
     state = {
         key.removeprefix(TEXT_PREFIX): filled(key, shape, "")
@@ -41,18 +44,25 @@ def text_encoder(name: str) -> Iterator[Quantity]:
         if key.startswith(TEXT_PREFIX)
     }
     state["positional_embedding"] = state["positional_embedding"] * 0.3
-    encoder = import_text_encoder(state, name)
-    captions = np.load(PACKS / "goldens" / "text" / f"{name}.npz")["captions"].tolist()
+    encoder = import_text_encoder(state, path.stem)
+    captions = np.load(path)["captions"].tolist()
     yield "tokens", encoder.tokenizer(captions), pack["tokens"]
     yield "features", encoder.embed_captions(captions), F.normalize(pack["features"], dim=1)
 
 
-def filled(name: str, shape: list[int], special: str) -> Tensor:
-    """The weight that the packs' rule gives to a released name."""
+@functools.cache
+def fill_rule() -> ModuleType:
+    """The module that gives the packs' models their weights."""
     spec = importlib.util.spec_from_file_location("fill", PACKS / "fill.py")
     assert spec is not None and spec.loader is not None
-    fill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fill)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def filled(name: str, shape: list[int], special: str) -> Tensor:
+    """The weight that the packs' rule gives to a released name."""
+    fill = fill_rule()
     array = fill.value(name, tuple(shape))
     for pattern, scale, shift in fill.SPECIAL.get(special, []):
         if re.search(pattern, name):
@@ -111,9 +121,9 @@ def paired(ours: Tensor, scores: Tensor, theirs: Tensor, their_scores: Tensor) -
 
 
 @torch.no_grad()
-def ovcoco_r50c4(name: str) -> Iterator[Quantity]:
-    pack, names = read(f"codet_full/{name}"), embedded("coco_clip_vitb32_a_name.npy")
-    model = filled_model("codet_ovcoco_r50c4", name, tuple(pack["hw"].tolist()))
+def ovcoco(path: Path) -> Iterator[Quantity]:
+    pack, names = read(path), embedded("coco_clip_vitb32_a_name.npy")
+    model = filled_model(f"codet_{path.stem}", path.stem, tuple(pack["hw"].tolist()))
     detector = model.detector
     image = pack["image"].permute(2, 0, 1).flip(0)  # recorded as blue, green, red
     batch = detector.preprocess([image])
@@ -143,16 +153,16 @@ def detections(
 
 
 @torch.no_grad()
-def ovlvis_r50(name: str) -> Iterator[Quantity]:
-    pack, names = read(f"codet_full/{name}"), embedded("lvis_v1_clip_vitb32_a_name.npy")
-    model = filled_model("codet_ovlvis_r50", name, tuple(pack["hw"].tolist()))
+def ovlvis(path: Path) -> Iterator[Quantity]:
+    pack, names = read(path), embedded("lvis_v1_clip_vitb32_a_name.npy")
+    model = filled_model(f"codet_{path.stem}", path.stem, tuple(pack["hw"].tolist()))
     detector = model.detector
     assert isinstance(detector, CenterNet2)
     image = pack["image"].permute(2, 0, 1)
     batch = detector.preprocess([image])
     yield "pixels", statistics(batch.tensors), pack["preprocessed_stats"]
     features = detector.features(batch)
-    for level, values in zip(range(3, 8), features.values(), strict=True):
+    for level, values in enumerate(features.values(), start=8 - len(features)):  # the last one is P7
         theirs = pack[f"feat_p{level}_slice"]
         yield f"p{level}", sampled(values, len(theirs)), theirs
     proposals = detector.propose(batch, features)
@@ -172,11 +182,11 @@ def ovlvis_r50(name: str) -> Iterator[Quantity]:
     yield "mask areas", areas, pack["post_mask_area"]
 
 
-def caption_ovlvis_r50(name: str) -> Iterator[Quantity]:
-    pack = read(f"codet_full/{name}")
-    count, size = 128, int(pack["g"])
+def caption_ovlvis(path: Path) -> Iterator[Quantity]:
+    pack, whole = read(path), path.stem.removeprefix("caption_")
+    count, size = len(pack["top_boxes_0"]) - 1, int(pack["g"])
     concepts = F.normalize(filled("cc3m_zs_standin", [512, 4706], "").T, dim=1)
-    model = filled_model("codet_ovlvis_r50", "ovlvis_r50", (128, 160)).train()
+    model = filled_model(f"codet_{whole}", whole, tuple(pack["images"].shape[1:3])).train()
     detector = model.detector
     assert isinstance(detector, CenterNet2)
     batch = detector.preprocess(list(pack["images"].permute(0, 3, 1, 2)))
@@ -206,7 +216,7 @@ def caption_ovlvis_r50(name: str) -> Iterator[Quantity]:
         yield f"stage {stage} loss", loss, pack[f"loss:image_loss_stage{stage}"]
         total = total + loss
     total.backward()
-    yield from gradients(model, "codet_ovlvis_r50", pack)
+    yield from gradients(model, f"codet_{whole}", pack)
 
 
 def gradients(model: CoDet, manifest: str, pack: Pack) -> Iterator[Quantity]:
@@ -224,10 +234,11 @@ def gradients(model: CoDet, manifest: str, pack: Pack) -> Iterator[Quantity]:
             yield f"gradient {key.removeprefix('grad:')}", ours[3:] / scale, theirs[3:] / scale
 
 
-def caption_ovcoco_r50c4(name: str) -> Iterator[Quantity]:
-    pack = read(f"codet_full/{name}")
-    count, groups, size = 32, 2, int(pack["g"])
-    model = filled_model("codet_ovcoco_r50c4", "ovcoco_r50c4", (160, 208)).train()
+def caption_ovcoco(path: Path) -> Iterator[Quantity]:
+    pack, whole = read(path), path.stem.removeprefix("caption_")
+    count, size = len(pack["top_boxes_0"]) - 1, int(pack["g"])
+    groups = len(pack["images"]) // size
+    model = filled_model(f"codet_{whole}", whole, tuple(pack["images"].shape[1:3])).train()
     detector = model.detector
     batch = detector.preprocess(list(pack["images"].permute(0, 3, 1, 2).flip(1)))
     with torch.no_grad():
@@ -258,12 +269,3 @@ def caption_ovcoco_r50c4(name: str) -> Iterator[Quantity]:
         aligned = model.aggregations[0](regions, torch.stack(guidance).float())
     yield "attention", aligned.attention.flatten(0, 1), pack["st0_weights"]
     yield "prototypes", aligned.prototype.flatten(0, 1), pack["st0_prototype"]
-
-
-FULL_FUNCTIONS: dict[str, Callable[[str], Iterator[Quantity]]] = {
-    "clip_text_encoder": text_encoder,
-    "ovcoco_r50c4": ovcoco_r50c4,
-    "ovlvis_r50": ovlvis_r50,
-    "caption_ovcoco_r50c4": caption_ovcoco_r50c4,
-    "caption_ovlvis_r50": caption_ovlvis_r50,
-}

@@ -4,7 +4,9 @@ A function of this module yields the compared quantities of a pack.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,15 +36,22 @@ Quantity = tuple[str, Tensor | float, Tensor | float]
 """Name, ours, theirs."""
 
 
-def read(path: str) -> Pack:
-    arrays = np.load(PACKS / "goldens" / f"{path}.npz")
-    return {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind in "fiub"}
+def read(path: Path) -> Pack:
+    """The numeric arrays of a pack."""
+    with np.load(path) as arrays:
+        return {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind in "fiub"}
 
 
-def centernet(name: str) -> Iterator[Quantity]:
-    pack = read(f"codet/{name}")
+def concept_table(path: Path) -> Tensor:
+    """[C, D] unit rows of the concepts that a pack of the same seed was recorded with."""
+    (seed,) = re.findall(r"_(s\d+)", path.stem)
+    return F.normalize(read(path.with_name(f"align_zs_{seed}.npz"))["zs_raw"], dim=1)
+
+
+def centernet(path: Path) -> Iterator[Quantity]:
+    pack = read(path)
     config = CenterNetConfig(post_nms=(60, 30))
-    head = CenterNetHead(32, 5, 4)
+    head = CenterNetHead(pack["feat_p3"].shape[1], 5, 4)
     names = {"tower": "bbox_tower", "distances": "bbox_pred", "heat": "agn_hm"}
     state = {"scales": torch.cat([pack[f"w:centernet_head.scales.{level}.scale"] for level in range(5)])}
     for ours in head.state_dict():
@@ -55,7 +64,7 @@ def centernet(name: str) -> Iterator[Quantity]:
     for level in range(5):
         yield f"heat logits p{level + 3}", heat[level], pack[f"agn_l{level}"]
         yield f"distances p{level + 3}", distances[level], pack[f"reg_l{level}"]
-    boxes = [pack["gt_boxes_0"], pack["gt_boxes_1"]]
+    boxes = [pack[f"gt_boxes_{image}"] for image in range(len(pack["feat_p3"]))]
     targets = centre_targets(boxes, [tuple(level.shape[-2:]) for level in heat], config)
     yield "centres", targets.centres.sort().values, pack["pos_inds"].sort().values
     yield "target heat", targets.heat, pack["heatmap"][:, 0]
@@ -78,19 +87,19 @@ def centernet(name: str) -> Iterator[Quantity]:
             yield f"{mode} scores", found[1], pack[f"{mode}_scores_{image}"][order]
 
 
-def fedloss(name: str) -> Iterator[Quantity]:
-    pack = read(f"codet/{name}")
+def fedloss(path: Path) -> Iterator[Quantity]:
+    pack = read(path)
     count = int(pack["C"])
     labels = pack["gt_classes"].where(pack["gt_classes"] < count, -1)
-    torch.manual_seed(int(name[-1]))
+    torch.manual_seed(int(re.findall(r"_s(\d+)", path.stem)[0]))
     chosen = federated_classes(labels, pack["freq_weight"], int(pack["num_sample_cats"]))
     yield "classes", chosen.nonzero()[:, 0], pack["inds"][pack["inds"] < count]
     many = federated_classes(torch.arange(15), pack["freq_weight"], int(pack["num_sample_cats"]))
     yield "more classes than places", many.nonzero()[:, 0], pack["inds_more_than_budget"]
 
 
-def boxloss(name: str) -> Iterator[Quantity]:
-    pack = read(f"codet/{name}")
+def boxloss(path: Path) -> Iterator[Quantity]:
+    pack = read(path)
     count = pack["scores"].shape[1] - 1
     labels = pack["gt_classes"].where(pack["gt_classes"] < count, -1)
     drawn = torch.zeros(count + 1, dtype=torch.bool).index_fill(0, pack["fed_inds"], True)[:-1]
@@ -111,8 +120,8 @@ def boxloss(name: str) -> Iterator[Quantity]:
     yield "box gradient", deltas.grad, pack["plain_grad_deltas"]
 
 
-def inference(name: str) -> Iterator[Quantity]:
-    pack = read(f"codet/{name}")
+def inference(path: Path) -> Iterator[Quantity]:
+    pack = read(path)
     height, width = pack["image_size"].tolist()
     scores = combine_scores(pack["stage_scores"], pack["proposal_scores"])
     yield "scores", scores, pack["combined_scores"]
@@ -124,9 +133,9 @@ def inference(name: str) -> Iterator[Quantity]:
             yield f"{prefix} {what}", ours, pack[f"{prefix}_{what}"]
 
 
-def zeroshot(name: str) -> Iterator[Quantity]:
-    pack = read(f"codet/{name}")
-    concepts = F.normalize(read(f"codet/align_zs_{name[-2:]}")["zs_raw"], dim=1)
+def zeroshot(path: Path) -> Iterator[Quantity]:
+    pack = read(path)
+    concepts = concept_table(path)
     names, other = F.normalize(pack["det_raw"], dim=1), F.normalize(pack["classifier_override"], dim=1)
     regions = F.linear(pack["x"], pack["linear_weight"], pack["linear_bias"])
     # The released logits end with a background column, which is always 0.
@@ -137,9 +146,9 @@ def zeroshot(name: str) -> Iterator[Quantity]:
     yield "prototypes", F.pad(cosine_logits(pack["prototype_in"], concepts, 50.0), (0, 1)), pack["out_no_linear"]
 
 
-def alignment(name: str) -> Iterator[Quantity]:
-    pack = read(f"codet/{name}")
-    concepts = F.normalize(read(f"codet/align_zs_{name.split('_')[3]}")["zs_raw"], dim=1)
+def alignment(path: Path) -> Iterator[Quantity]:
+    pack = read(path)
+    concepts = concept_table(path)
     size, count = int(pack["g"]), int(pack["N"])
     x, weight = pack["x"].requires_grad_(), pack["linear_weight"].requires_grad_()
     aggregation = LearnedAggregation(size, count)
@@ -186,16 +195,3 @@ def group_losses(pack: Pack, logits: Tensor, concept: Tensor, images: Tensor) ->
     region = [concept_loss(logits[[i]], concept[[i]], ~counted[[i], :-1]) + math.log(2) for i in range(len(logits))]
     caption = [caption_loss(images[[i]], captions, own[[i]], same_rank, 50.0) for i in range(len(logits))]
     return torch.stack(region), torch.stack(caption)
-
-
-PACK_FUNCTIONS: dict[str, Callable[[str], Iterator[Quantity]]] = {
-    **dict.fromkeys(("centernet_s0", "centernet_s1", "centernet_s3_emptygt"), centernet),
-    **{f"{kind.__name__}_s{seed}": kind for kind in (fedloss, boxloss, inference, zeroshot) for seed in (0, 1)},
-    **{
-        f"align_{size}_s{seed}_{guidance}_{loss}": alignment
-        for size in ("g2_N8", "g4_N6")
-        for seed in (0, 1)
-        for guidance in ("guided", "unguided")
-        for loss in ("allbce", "fed50")
-    },
-}

@@ -1,0 +1,184 @@
+"""Our models against numbers recorded from the released ones; `python benchmarks/parity.py` prints the differences."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import parity
+import parity_models
+import pytest
+import torch
+from reference_data import PARITY, needs
+from torch.nn import functional as F
+
+from benchmarks import manifests
+from ovd_models.detectors.centernet2 import CenterNet2
+from ovd_models.importers.ovsam import account_ovsam_tensors
+from ovd_models.losses import cosine_logits
+from ovd_models.ovsam.model import RN50X16, OvSam, published
+from ovd_models.vocabulary import Vocabulary
+
+ALL = parity.find_packs()
+FULL_SIZE = [path for path in ALL if (kind := parity.kind_of(path)) and kind.full_size]
+OVSAM_MANIFESTS = sorted(path for path in PARITY.glob("manifests/ovsam_*.json") if not path.name.endswith(".meta.json"))
+
+
+def beyond(path: Path) -> list[parity.Comparison]:
+    rows = parity.compare_pack(path)
+    assert rows
+    return [row for row in rows if not row.within]
+
+
+@pytest.mark.parametrize("path", [path for path in ALL if path not in FULL_SIZE], ids=parity.pack_name)
+def test_small_packs_are_reproduced(path: Path) -> None:
+    assert beyond(path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FULL_SIZE, ids=parity.pack_name)
+def test_full_size_models_are_reproduced(path: Path) -> None:
+    assert beyond(path) == []
+
+
+def test_a_difference_beyond_the_tolerance_is_noticed() -> None:
+    pairs = [
+        *[("near", 1.00005, 1.0), ("far", 1.001, 1.0), ("shape", torch.ones(2), torch.ones(3))],
+        ("small entry of a large quantity", torch.tensor([0.0005, 100.0]), torch.tensor([0.0, 100.0])),
+        ("no number", torch.tensor([float("nan")]), torch.tensor([0.0])),
+    ]
+    assert [row.within for row in parity.compare(pairs, 1e-4, 1e-5)] == [True, False, False, True, False]
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def other_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of recordings with packs of other seeds and no others, which the command reads."""
+    goldens = tmp_path / "goldens"
+    for ours, theirs in {
+        "codet/centernet_s7": "codet/centernet_s0",
+        "codet/align_zs_s5": "codet/align_zs_s1",
+        "codet/align_g4_N6_s5_guided_fed50": "codet/align_g4_N6_s1_guided_fed50",
+        "ovsam/sam2clip_adapter_s9_448x448": "ovsam/sam2clip_adapter_s3_448x448",
+        "sam/tiny_sam_s4": "sam/tiny_sam_s1",
+    }.items():
+        (goldens / ours).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PARITY / f"goldens/{theirs}.npz", goldens / f"{ours}.npz")
+    monkeypatch.setattr(parity, "PACKS", tmp_path)
+    monkeypatch.setattr(measure, "BENCH", tmp_path / "bench")
+    monkeypatch.setattr(sys, "argv", ["parity.py"])
+    return tmp_path
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """The figures that the command wrote."""
+    figures: dict[str, Any] = json.loads((folder / "bench/parity.json").read_text())
+    return figures
+
+
+@needs("parity")
+def test_packs_of_any_seed_are_found_by_their_names(other_packs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parity.main()
+    figures = figures_of(other_packs)
+    assert (figures["packs"], figures["out_of_tolerance"]) == (4, 0)
+    assert figures["quantities"] > 70
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"4 packs, {figures['quantities']} quantities, 0 out of tolerance"
+
+
+@needs("parity")
+def test_a_changed_number_and_a_foreign_pack_fail_the_command(
+    other_packs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = other_packs / "goldens/codet/centernet_s7.npz"
+    arrays = dict(np.load(changed))
+    arrays["agn_l2"][0, 0, 0, 0] += 1
+    np.savez(changed, **arrays)
+    foreign = other_packs / "goldens/ovsam/sam2clip_adapter_s1_64x64.npz"
+    for path in (foreign, other_packs / "goldens/codet/unheard_s0.npz"):
+        np.savez(path, x=np.zeros(3))
+    with pytest.raises(SystemExit) as ended:
+        parity.main()
+    assert ended.value.code == 1
+    text = capsys.readouterr().out
+    assert f"{foreign}: cannot be compared (KeyError" in text
+    assert "unheard_s0.npz: cannot be compared (ValueError: its name is of no known kind)" in text
+    assert text.endswith(" 1 out of tolerance\n")
+    assert (figures_of(other_packs)["packs"], figures_of(other_packs)["out_of_tolerance"]) == (4, 1)
+
+
+def record(path: Path, size: tuple[int, int]) -> None:
+    """A pack of a whole LVIS detector, computed by our own."""
+    names = parity_models.embedded("lvis_v1_clip_vitb32_a_name.npy")
+    model = parity_models.filled_model(f"codet_{path.stem}", path.stem, size)
+    detector = model.detector
+    assert isinstance(detector, CenterNet2)
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        batch = detector.preprocess([image])
+        features = detector.features(batch)
+        proposals = detector.propose(batch, features)
+        pack = {"image": image.permute(1, 2, 0), "hw": torch.tensor(size)}
+        pack["preprocessed_stats"] = parity_models.statistics(batch.tensors)
+        for level, values in enumerate(features.values(), start=8 - len(features)):
+            pack[f"feat_p{level}_slice"] = parity_models.sampled(values, min(2048, values.numel()))
+        pack |= {"prop_boxes": proposals.boxes[0], "prop_scores": proposals.scores[0]}
+        for index, output in enumerate(detector.cascade(features, proposals.boxes, batch.image_sizes)):
+            logits = F.pad(cosine_logits(output.embeddings, names, 50.0), (0, 1))
+            pack[f"stage{index}_logits_slice"] = parity_models.sampled(logits, 8192)
+            pack[f"stage{index}_logits_stats"] = parity_models.statistics(logits)
+            pack[f"stage{index}_deltas"] = output.deltas
+            pack[f"stage{index}_boxes"] = detector.stages[index].refined(output)[0]
+        vocabulary = Vocabulary(tuple(map(str, range(len(names)))), names)
+        (found,) = model.detect([image], vocabulary, score_threshold=0.02, max_detections=300)
+        masks = detector.mask_logits(features, [found.boxes]).sigmoid()
+        areas = parity_models.paste_masks(masks, found.boxes * 2, 2 * size[0], 2 * size[1]).sum((1, 2))
+    pack |= {"det_classes": found.labels, "det_boxes": found.boxes, "det_scores": found.scores}
+    pack |= {"post_boxes": found.boxes * 2, "post_mask_area": areas}
+    pack |= {"det_masks_slice": masks[:64], "det_masks_stats": parity_models.statistics(masks)}
+    np.savez(path, **{name: value.numpy() for name, value in pack.items()})
+
+
+@needs("parity", "data/lvis")
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "levels"), [("swinb", 5), ("eva", 6)])
+def test_packs_of_other_backbones_are_compared(backbone: str, levels: int, tmp_path: Path) -> None:
+    path = tmp_path / f"codet_full/ovlvis_{backbone}.npz"
+    path.parent.mkdir()
+    record(path, (96, 128))
+    rows = parity.compare_pack(path)
+    assert [row for row in rows if not row.within] == []
+    assert len([row for row in rows if row.quantity in ("p2", "p3", "p4", "p5", "p6", "p7")]) == levels
+    assert len(rows) == 24 + levels
+
+
+# --------------------------------------------------------------------------------------------------- manifests
+
+
+@needs("parity")
+def test_every_released_tensor_is_used_or_ignored_for_a_reason() -> None:
+    found = manifests.accounts()
+    assert len([name for name in found if name.startswith("codet_")]) == 5
+    for account in found.values():
+        assert (account.unaccounted, account.missing) == ((), ())
+        assert all(account.ignored.values())
+
+
+@pytest.mark.parametrize("path", OVSAM_MANIFESTS, ids=lambda path: path.stem)
+def test_every_published_ovsam_tensor_has_its_place(path: Path) -> None:
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    found = account_ovsam_tensors(manifest)
+    assert found.unaccounted == ()
+    assert len(found.used) + len(found.ignored) == len(manifest)
+    assert {name for name in found.ignored if "label_mlp" not in name} == set()
+    with torch.device("meta"):
+        ours = OvSam(published(RN50X16)).state_dict()
+    for name, our in found.used.items():
+        assert list(ours[our].shape) == manifest[name][0], (name, our)
+    if "sam2clip" not in path.name:
+        assert set(found.used.values()) == set(ours)
