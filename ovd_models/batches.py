@@ -4,7 +4,7 @@ B images, N boxes of one image, M stored regions of one image, G groups, g image
 D embedding width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,11 +38,25 @@ class ImageBatch(TensorRecord):
 
     images: tuple[Tensor, ...]
     """B tensors [3, H, W] uint8 RGB; sizes may differ."""
+    unreadable: tuple[str, ...] = field(default=(), kw_only=True)
+    """Images that could not be read and were replaced by others, with the reason."""
 
     @property
     def num_images(self) -> int:
         """Images in the batch, B."""
         return len(self.images)
+
+
+@dataclass(frozen=True)
+class PairBatch(TensorRecord):
+    """B images of one size with their captions."""
+
+    images: Tensor
+    """[B, 3, S, S] uint8 RGB."""
+    captions: tuple[str, ...]
+    """B captions."""
+    unreadable: tuple[str, ...] = ()
+    """Images that could not be read and were replaced by others, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +97,6 @@ class ConceptBatch(ImageBatch):
     """B captions."""
     caption_embeddings: Tensor | None = None
     """[B, D] unit rows from the frozen text encoder; None if the teacher has no text tower."""
-    unreadable: tuple[str, ...] = ()
-    """Images that were replaced by others of the same concept, with the reason."""
 
     @property
     def group_size(self) -> int:

@@ -110,10 +110,10 @@ def train_worker(run: Run, stage: Stage, pretrained: str, logger: MetricLogger) 
         clip.load_state_dict(load_clip(storage.local_folder(pretrained))[0].state_dict())
     session = Session(clip, stage, device, logger)
     contrast = contrastive_loss(run.model, session.rank, session.world)
-    for images, captions in session.batches("pairs", run.batch_size, PairCollate(run.model.image_size), prefetch=3):
-        shifted = random_shift(images.to(device, non_blocking=True), run.shift)
+    for batch in session.batches("pairs", run.batch_size, PairCollate(run.model.image_size), prefetch=3):
+        shifted = random_shift(batch.images.to(device, non_blocking=True), run.shift)
         with session.autocast():
-            features = session.model(shifted, clip.tokenize(captions).to(device))
+            features = session.model(shifted, clip.tokenize(batch.captions).to(device))
         losses = {"contrastive": contrast(*(value.float() for value in features))}
         session.update(losses)
         clip.clamp_scale()

@@ -80,7 +80,6 @@ def train_worker(
         encoder = load_encoder(storage.local_folder(encoder_folder))
         collate = GroupCollate(len(concepts_CD), encoder if run.model.caption_weight else None)
         groups = session.batches("groups", run.groups_per_step, collate)
-    replaced = 0
     while not session.done:
         with_boxes, with_captions = kinds_of_step(run, stage, session.step)
         detection = next(detections).to(device) if with_boxes else None
@@ -88,14 +87,10 @@ def train_worker(
         with session.autocast():
             losses = session.model(detection, concepts, base_KD, concepts_CD)
         session.update(losses)
-        if concepts is not None and concepts.unreadable:
-            if not replaced:
-                print(f"{stage.job}: replaced an image that cannot be read: {concepts.unreadable[0]}", flush=True)
-            replaced += len(concepts.unreadable)
         if session.due and session.rank == 0 and concepts is not None:
             log_attention(session.module, concepts, names, session.step, logger)
         images = run.detection_batch * with_boxes + run.groups_per_step * run.group_size * with_captions
-        session.end_step(losses, images, {"train/replaced_images": replaced} if replaced else None)
+        session.end_step(losses, images)
 
 
 def kinds_of_step(run: Run, stage: Stage, step: int) -> tuple[bool, bool]:

@@ -20,7 +20,7 @@ from data_prep.boxes.cleaning import SkipReport, clip_box
 from data_prep.embeddings.stores import Regions, RegionStore
 from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.augmentation import AnnotatedImage, Augmentation, augment
-from data_prep.streams.images import read_image
+from data_prep.streams.images import ImageRow, read_image, read_rows
 from data_prep.streams.plans import Integers, plan_epochs, plan_weighted, repeat_factors
 from ovd_models.errors import InputError
 
@@ -35,6 +35,7 @@ COLUMNS = pa.schema(
         "region_boxes": pa.list_(pa.float32()),
         "region_valid": pa.list_(pa.bool_()),
         "region_embeddings": pa.binary(),
+        "unreadable": pa.list_(pa.string()),
     }
 )
 ANNOTATIONS = [COLUMNS.field(name) for name in ("boxes", "labels", "masks")]
@@ -64,8 +65,9 @@ class RegionSource:
 class DetectionLoader:
     """Annotated images at positions of a shuffled stream.
 
-    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `boxes` (flat xyxy) and `labels`; with masks `masks`; with
-    stored regions `region_boxes` (flat xyxy), `region_valid` and `region_embeddings` (raw float16 rows).
+    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `boxes` (flat xyxy), `labels` and `unreadable` (images
+    that this one replaces); with masks `masks`; with stored regions `region_boxes` (flat xyxy), `region_valid` and
+    `region_embeddings` (raw float16 rows).
     """
 
     index: SharedValue[pa.Table]
@@ -87,19 +89,21 @@ class DetectionLoader:
         else:
             numbers = plan_weighted(self.seed, self.weights, positions)
         store = None if self.store is None else get_shared(self.store)
-        rows = zip(get_shared(self.index).take(numbers).to_pylist(), positions.tolist(), strict=True)
+        read = read_rows(get_shared(self.index), numbers, positions, self.seed, lambda row: read_image(row["uri"]))
+        rows = zip(read, positions.tolist(), strict=True)
         loaded = pa.Table.from_pylist([self._load(row, position, store) for row, position in rows], schema=COLUMNS)
         absent = [] if self.masks else ["masks"]
         absent += [] if self.source else ["region_boxes", "region_valid", "region_embeddings"]
         return loaded.drop_columns(absent)
 
-    def _load(self, row: dict[str, Any], position: int, store: RegionStore | None) -> dict[str, Any]:
+    def _load(self, read: ImageRow, position: int, store: RegionStore | None) -> dict[str, Any]:
+        row = read.row
         region_boxes, valid, embeddings = NO_REGIONS
         if self.source and store is not None:
             rng = np.random.default_rng([self.seed, position, 3])
             region_boxes, valid, embeddings = sample_stored_regions(store[row["image_id"]], self.source, rng)
         image = AnnotatedImage(
-            np.asarray(read_image(row["uri"])),
+            np.asarray(read.image),
             np.asarray(row["boxes"], np.float32).reshape(-1, 4),
             np.asarray(row["labels"], np.int64),
             row["masks"] if self.masks else [],
@@ -117,6 +121,7 @@ class DetectionLoader:
             "region_boxes": image.regions.ravel(),
             "region_valid": image.valid.tolist(),
             "region_embeddings": embeddings.tobytes(),
+            "unreadable": read.unreadable,
         }
 
 

@@ -10,7 +10,7 @@ from faster_coco_eval import mask as rle
 from ray.data.collate_fn import ArrowBatchCollateFn
 from torch import Tensor
 
-from ovd_models.batches import ConceptBatch, DetectionBatch, StoredRegions
+from ovd_models.batches import ConceptBatch, DetectionBatch, PairBatch, StoredRegions
 from ovd_models.ovsam.training import FeatureBatch
 from ovd_models.segments import MaskBatch
 from ovd_models.vocabulary import TextEncoder
@@ -29,22 +29,27 @@ def _images(raw: Sequence[bytes], heights: Sequence[int], widths: Sequence[int])
     return tuple(torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays)
 
 
+def _unreadable(batch: pa.Table) -> tuple[str, ...]:
+    return tuple(reason for reasons in batch["unreadable"].to_pylist() for reason in reasons)
+
+
 def _labels(labels: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(entry, dtype=torch.int64) for entry in labels)
 
 
 class PairCollate(ArrowBatchCollateFn):
-    """Rows of `PairLoader` -> images [B, 3, S, S] uint8 and their captions."""
+    """Rows of `PairLoader` -> `PairBatch`."""
 
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size
 
     def __call__(self, batch: pa.Table) -> Any:
-        """One step of one worker, a `tuple[Tensor, list[str]]`; Ray's base class knows only tensors."""
+        """One step of one worker, a `PairBatch`; Ray's base class knows only tensors."""
         side = self.image_size
         joined = b"".join(batch["image"].to_pylist())
         images = np.frombuffer(bytearray(joined), np.uint8).reshape(-1, side, side, 3)
-        return torch.from_numpy(images).permute(0, 3, 1, 2), batch["caption"].to_pylist()
+        captions = tuple(batch["caption"].to_pylist())
+        return PairBatch(torch.from_numpy(images).permute(0, 3, 1, 2), captions, _unreadable(batch))
 
 
 class DetectionCollate(ArrowBatchCollateFn):
@@ -60,6 +65,7 @@ class DetectionCollate(ArrowBatchCollateFn):
             _labels(labels),
             None if masks is None else tuple(map(decode_masks, masks, heights, widths)),
             _regions(batch) if "region_valid" in batch.column_names else None,
+            unreadable=_unreadable(batch),
         )
 
 
@@ -80,9 +86,9 @@ class GroupCollate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> Any:
         """One step of one worker, a `ConceptBatch`."""
-        columns = _columns(batch, "images", "heights", "widths", "captions", "mentioned", "unreadable")
+        columns = _columns(batch, "images", "heights", "widths", "captions", "mentioned")
         flat = [[entry for group in column for entry in group] for column in columns]
-        raw, heights, widths, captions, mentioned, unreadable = flat
+        raw, heights, widths, captions, mentioned = flat
         mentioned_BC = torch.zeros(len(raw), self.num_concepts, dtype=torch.bool)
         for row, concepts in enumerate(mentioned):
             mentioned_BC[row, concepts] = True
@@ -92,7 +98,7 @@ class GroupCollate(ArrowBatchCollateFn):
             mentioned_BC,
             tuple(captions),
             None if self.encoder is None else self.encoder.embed_captions(captions),
-            tuple(unreadable),
+            unreadable=_unreadable(batch),
         )
 
 
@@ -106,6 +112,7 @@ class MaskCollate(ArrowBatchCollateFn):
             _images(raw, heights, widths),
             tuple(map(decode_masks, masks, heights, widths, flips)),
             _labels(batch["labels"].to_pylist()),
+            unreadable=_unreadable(batch),
         )
 
 
@@ -128,4 +135,5 @@ class FeatureCollate(ArrowBatchCollateFn):
         """One step of one worker, a `FeatureBatch`."""
         joined = bytearray(b"".join(batch["feature"].to_pylist()))
         features = torch.from_numpy(np.frombuffer(joined, "<f2").reshape(-1, *self.shape))
-        return FeatureBatch(_images(*_columns(batch, "image", "height", "width")), features)
+        images = _images(*_columns(batch, "image", "height", "width"))
+        return FeatureBatch(images, features, unreadable=_unreadable(batch))

@@ -1,6 +1,7 @@
 """Image files, and images inside tar shards, read for a stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,17 +10,76 @@ import pyarrow as pa
 from PIL import Image
 
 from data_prep import storage
+from ovd_models.errors import InputError
 from ovd_models.images import decode_image
+
+MAX_ATTEMPTS = 100
+"""Images tried for one position of a stream before the table is considered broken."""
 
 
 def read_image(uri: str, *, offset: int = 0, size: int | None = None) -> Image.Image:
     """Decode an image file, or the `size` bytes at `offset` of a shard, read as one range.
 
     Raises:
-        InputError: the bytes are not a whole image.
+        InputError: there is no such file, it cannot be read, or the bytes are not a whole image.
     """
-    content = storage.read_bytes(uri, offset=offset, size=size)
-    return decode_image(content, uri if size is None else f"{uri}@{offset}")
+    name = uri if size is None else f"{uri}@{offset}"
+    try:
+        content = storage.read_bytes(uri, offset=offset, size=size)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such file, expected an image") from error
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{name}: cannot be read ({reason}), expected an image") from error
+    return decode_image(content, name)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """A row of a table with its image."""
+
+    row: dict[str, Any]
+    image: Image.Image
+    unreadable: list[str]
+    """Images that could not be read and were replaced by this one, with the reason."""
+
+
+def read_rows(
+    index: pa.Table,
+    numbers: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    seed: int,
+    read: Callable[[dict[str, Any]], Image.Image],
+) -> list[ImageRow]:
+    """Rows of a table with their images, where one that cannot be read is replaced by another.
+
+    Replacements depend only on the seed and the position, so that batches stay full and resumed streams are equal.
+
+    Args:
+        index: the table.
+        numbers: of the rows.
+        positions: of the stream, one for each row.
+        seed: of the stream.
+        read: reads the image of a row; raises InputError if it cannot be read.
+
+    Raises:
+        InputError: `MAX_ATTEMPTS` images for one position cannot be read.
+    """
+    rows = zip(index.take(numbers).to_pylist(), positions.tolist(), strict=True)
+    return [_read_row(index, row, np.random.default_rng([seed, position, 4]), read) for row, position in rows]
+
+
+def _read_row(
+    index: pa.Table, row: dict[str, Any], rng: np.random.Generator, read: Callable[[dict[str, Any]], Image.Image]
+) -> ImageRow:
+    unreadable: list[str] = []
+    for _ in range(MAX_ATTEMPTS):
+        try:
+            return ImageRow(row, read(row), list(dict.fromkeys(unreadable)))
+        except InputError as error:
+            unreadable.append(str(error))
+            row = index.take(rng.integers(index.num_rows, size=1)).to_pylist()[0]
+    raise InputError(f"{MAX_ATTEMPTS} images one after another cannot be read, such as {unreadable[0]}")
 
 
 def pixel_columns(pixels: Sequence[npt.NDArray[np.uint8]]) -> dict[str, Any]:
@@ -29,3 +89,8 @@ def pixel_columns(pixels: Sequence[npt.NDArray[np.uint8]]) -> dict[str, Any]:
         "height": [array.shape[0] for array in pixels],
         "width": [array.shape[1] for array in pixels],
     }
+
+
+def unreadable_column(rows: Sequence[ImageRow]) -> pa.Array:
+    """Column `unreadable`: the images that each row's image replaces."""
+    return pa.array([entry.unreadable for entry in rows], pa.list_(pa.string()))

@@ -11,17 +11,20 @@ import pyarrow as pa
 
 from data_prep import storage, tables
 from data_prep.object_store import SharedValue, get_shared, put_shared
-from data_prep.streams.images import pixel_columns, read_image
+from data_prep.streams.images import pixel_columns, read_image, read_rows, unreadable_column
 from data_prep.streams.plans import Integers, plan_epochs
 from ovd_models.errors import InputError
+
+ANNOTATIONS = ("masks", "labels")
+INDEX = pa.schema({"uri": pa.string(), "masks": pa.list_(pa.string()), "labels": pa.list_(pa.int64())})
 
 
 @dataclass(frozen=True)
 class MaskLoader:
     """Images with masks at positions of a shuffled stream.
 
-    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `masks` (COCO RLE counts), `labels` and `flip`: the image
-    is mirrored already, its masks are not.
+    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `masks` (COCO RLE counts), `labels`, `unreadable` (images
+    that this one replaces) and `flip`: the image is mirrored already, its masks are not.
     """
 
     index: SharedValue[pa.Table]
@@ -32,14 +35,16 @@ class MaskLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        chosen = get_shared(self.index).take(plan_epochs(self.seed, self.count, positions))
+        numbers = plan_epochs(self.seed, self.count, positions)
+        read = read_rows(get_shared(self.index), numbers, positions, self.seed, lambda row: read_image(row["uri"]))
         flips = [
             bool(np.random.default_rng([self.seed, position, 1]).random() < self.flip_probability)
             for position in positions.tolist()
         ]
-        pixels = [np.asarray(read_image(uri)) for uri in chosen["uri"].to_pylist()]
+        pixels = [np.asarray(entry.image) for entry in read]
         pixels = [array[:, ::-1] if flip else array for array, flip in zip(pixels, flips, strict=True)]
-        return pa.table({**pixel_columns(pixels), "masks": chosen["masks"], "labels": chosen["labels"], "flip": flips})
+        columns = {name: pa.array([entry.row[name] for entry in read], INDEX.field(name).type) for name in ANNOTATIONS}
+        return pa.table({**pixel_columns(pixels), **columns, "flip": flips, "unreadable": unreadable_column(read)})
 
 
 def mask_loader(
@@ -64,15 +69,15 @@ def mask_loader(
             index.append({"uri": uri, "masks": masks, "labels": labels})
     if not index:
         raise InputError(f"boxes/{name}: no masks, expected segmentations in the annotation file")
-    schema = pa.schema({"uri": pa.string(), "masks": pa.list_(pa.string()), "labels": pa.list_(pa.int64())})
-    return MaskLoader(put_shared(pa.Table.from_pylist(index, schema=schema)), len(index), seed, flip_probability)
+    return MaskLoader(put_shared(pa.Table.from_pylist(index, schema=INDEX)), len(index), seed, flip_probability)
 
 
 @dataclass(frozen=True)
 class FeatureLoader:
     """Images with their cached SAM embedding at positions of a shuffled stream.
 
-    Columns `image` (raw uint8 [H, W, 3]), `height`, `width` and `feature` (raw float16 [C, h, h]).
+    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `feature` (raw float16 [C, h, h]) and `unreadable` (images
+    that this one replaces).
     """
 
     index: SharedValue[pa.Table]
@@ -84,11 +89,14 @@ class FeatureLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        chosen = get_shared(self.index).take(plan_epochs(self.seed, self.count, positions)).to_pylist()
+        numbers = plan_epochs(self.seed, self.count, positions)
+        read = read_rows(get_shared(self.index), numbers, positions, self.seed, lambda row: read_image(row["uri"]))
         size = 2 * int(np.prod(self.shape))
-        pixels = [np.asarray(read_image(row["uri"])) for row in chosen]
-        features = [storage.read_bytes(row["file"], offset=row["row"] * size, size=size) for row in chosen]
-        return pa.table({**pixel_columns(pixels), "feature": pa.array(features, pa.binary())})
+        pixels = [np.asarray(entry.image) for entry in read]
+        places = [(entry.row["file"], entry.row["row"] * size) for entry in read]
+        features = [storage.read_bytes(file, offset=offset, size=size) for file, offset in places]
+        columns = {"feature": pa.array(features, pa.binary()), "unreadable": unreadable_column(read)}
+        return pa.table({**pixel_columns(pixels), **columns})
 
 
 def feature_loader(storage_uri: str, name: str, cache: str, teacher: str, *, seed: int) -> FeatureLoader:

@@ -1,13 +1,15 @@
 """The training stream of image-text pairs. Imports no torch, so that data tasks start fast and stay small."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.object_store import SharedValue, get_shared, put_shared
-from data_prep.streams.images import read_image
+from data_prep.streams.images import read_image, read_rows, unreadable_column
 from data_prep.streams.plans import Integers, plan_epochs
 from ovd_models.errors import InputError
 
@@ -16,7 +18,7 @@ from ovd_models.errors import InputError
 class PairLoader:
     """Image-text pairs at positions of a shuffled stream, resized to a square.
 
-    Columns `image` (raw uint8 [S, S, 3]) and `caption`.
+    Columns `image` (raw uint8 [S, S, 3]), `caption` and `unreadable` (images that this one replaces).
     """
 
     index: SharedValue[pa.Table]
@@ -30,15 +32,17 @@ class PairLoader:
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
-        chosen = get_shared(self.index).take(plan_epochs(self.seed, self.count, positions))
+        numbers = plan_epochs(self.seed, self.count, positions)
+        read = read_rows(get_shared(self.index), numbers, positions, self.seed, self._read)
         side = self.image_size
-        images = [
-            read_image(storage.join(self.root, row["shard"]), offset=row["offset"], size=row["size"])
-            .resize((side, side))
-            .tobytes()
-            for row in chosen.select(["shard", "offset", "size"]).to_pylist()
-        ]
-        return pa.table({"image": pa.array(images, pa.binary()), "caption": chosen["caption"]})
+        images = [entry.image.resize((side, side)).tobytes() for entry in read]
+        captions = pa.array([entry.row["caption"] for entry in read], pa.string())
+        return pa.table(
+            {"image": pa.array(images, pa.binary()), "caption": captions, "unreadable": unreadable_column(read)}
+        )
+
+    def _read(self, row: dict[str, Any]) -> Image.Image:
+        return read_image(storage.join(self.root, row["shard"]), offset=row["offset"], size=row["size"])
 
 
 def pair_loader(storage_uri: str, name: str, *, seed: int, image_size: int, max_side: int | None) -> PairLoader:

@@ -15,7 +15,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import ray
 import ray.data
 import ray.train
 import torch
+import torch.distributed
 from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -131,7 +132,11 @@ def feed(
         rows_per_step: rows in a batch, over all workers.
         settings: of the stage.
         every: steps from one batch of this stream to the next.
+
+    Raises:
+        InputError: no image of the table can be read.
     """
+    load(np.zeros(1, np.int64))  # here, where a person sees the message, before any worker starts
     shape = StreamShape(rows_per_step=rows_per_step, workers=settings.workers)
     last = -(-settings.steps // every)
     return lambda step: stream(load, shape, step // every, last)
@@ -230,6 +235,7 @@ class Session:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.stage, self.settings, self.device, self.logger, self.step = stage, stage.settings, device, logger, 0
         self.meter = Meter()
+        self._replaced = 0
         if device.type == "cuda" and self.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.module = model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
@@ -276,9 +282,16 @@ class Session:
         while not self.done:
             with self.meter.timing("data_wait"):
                 batch = next(batches)
+            self._count_replaced(batch.unreadable)
             # Each step draws from a seed of its own, so that a resumed run equals an undisturbed one.
             torch.manual_seed(step_seed(self.settings.seed, self.step, self.rank))
             yield batch
+
+    def _count_replaced(self, unreadable: Sequence[str]) -> None:
+        """Count this rank's images that could not be read, and print the first."""
+        if unreadable and not self._replaced:
+            print(f"{self.stage.job}: replaced an image that cannot be read: {unreadable[0]}", flush=True)
+        self._replaced += len(unreadable)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The bfloat16 context on a GPU, where it pays; nothing on CPU."""
@@ -305,7 +318,15 @@ class Session:
             self.average.update_parameters(self.module)
         self.step += 1
 
-    def end_step(self, losses: Mapping[str, Tensor], images: int, extra: Mapping[str, float] | None = None) -> None:
+    def _all_replaced(self) -> int:
+        """The replaced images of all ranks since the training or its last resume began; every rank calls this."""
+        if self.world == 1:
+            return self._replaced
+        count = torch.tensor(self._replaced, device=self.device)
+        torch.distributed.all_reduce(count)
+        return int(count)
+
+    def end_step(self, losses: Mapping[str, Tensor], images: int) -> None:
         """Log and checkpoint when due.
 
         Metrics are sent after the checkpoint is committed: steps that a crash undoes are never logged.
@@ -313,12 +334,13 @@ class Session:
         Args:
             losses: of the step.
             images: of the step, over all workers.
-            extra: more metrics to log beside the averages.
         """
         self.meter.add(losses, images)
-        if self.rank == 0 and self.step % self.settings.log_every == 0:
+        logs = self.step % self.settings.log_every == 0
+        replaced = self._all_replaced() if logs else 0
+        if self.rank == 0 and logs:
             metrics = self.meter.collect()
-            logged = {**metrics, **(extra or {})}
+            logged = {**metrics, **({"train/replaced_images": replaced} if replaced else {})}
             self.logger.log({f"{self.stage.metric_prefix}{key}": value for key, value in logged.items()}, self.step)
             print_progress(self.stage.job, self.step, self.settings.steps, metrics)
         if self.due:

@@ -233,3 +233,33 @@ def test_no_box_of_the_training_categories_is_refused(ray_cluster: None, store: 
 def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"boxes/t: no such table; `python workflows/prepare_boxes.py` makes it"):
         detection_loader(str(tmp_path), "t", [1], seed=0, augmentation=Augmentation())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
+def test_an_unreadable_image_is_replaced_by_another_with_its_own_boxes(
+    ray_cluster: None, store: str, damage: str
+) -> None:
+    broken = Path(store, "images/a.png")
+    content = broken.read_bytes()
+    if damage == "missing":
+        broken.unlink()
+    else:
+        broken.write_bytes(content[:60] if damage == "truncated" else b"<html>gone</html>")
+    loader = detection_loader(store, "t", [10, 30], seed=0, augmentation=Augmentation(), regions=SOURCE)
+    rows = loader(np.arange(8))
+    batch = DetectionCollate()(rows)
+    assert [image.shape for image in batch.images] == [(3, 4, 16)] * 8  # b's, also at the four positions of a
+    assert batch.regions is not None and batch.regions.valid.tolist() == [[True, False]] * 8
+    assert len(batch.unreadable) == 4
+    assert all(f"{store}/images/a.png: " in reason for reason in batch.unreadable)
+    assert loader(np.arange(5, 8)).equals(rows.slice(5))  # from any start, as after a resume
+
+
+@pytest.mark.ray
+def test_a_table_without_a_readable_image_ends_in_one_line(ray_cluster: None, store: str) -> None:
+    for name in "ab":
+        Path(store, f"images/{name}.png").unlink()
+    loader = detection_loader(store, "t", [10, 30], seed=0, augmentation=Augmentation())
+    with pytest.raises(InputError, match=r"100 images one after another cannot be read, such as .*png: no such file"):
+        loader(np.arange(1))

@@ -111,3 +111,17 @@ def test_the_cache_equals_sams_embeddings_and_resumes_by_shard(drawn: str, tmp_p
         feature_loader(drawn, "s-train", name, "sam:other", seed=0)
     with pytest.raises(InputError, match="no such table"):
         feature_loader(drawn, "s-train", "elsewhere", teacher, seed=0)
+
+
+@pytest.mark.ray
+def test_an_unreadable_image_is_replaced_with_its_masks(drawn: str) -> None:
+    rows = tables.read_table(drawn, "boxes", "s-train").to_pylist()
+    Path(drawn, rows[2]["uri"]).write_bytes(b"no image")
+    load = mask_loader(drawn, "s-train", [], seed=0, flip_probability=0.5)
+    loaded = load(np.arange(14))
+    batch = MaskCollate()(loaded)
+    assert len(batch.unreadable) == 2
+    assert all(rows[2]["uri"] in reason and "not an image" in reason for reason in batch.unreadable)
+    boxes = {tuple(map(tuple, boxes_of(masks).tolist())) for masks in batch.masks}
+    assert tuple(map(tuple, rows[2]["boxes"])) not in boxes
+    assert load(np.arange(4, 14)).equals(loaded.slice(4))

@@ -61,7 +61,8 @@ def store(tmp_path: Path) -> Path:
 @pytest.mark.ray
 def test_pairs_are_read_resized_and_batched(ray_cluster: None, store: Path) -> None:
     loader = pair_loader(str(store), "t", seed=0, image_size=16, max_side=None)
-    images, captions = PairCollate(16)(loader(np.arange(8)))
+    batch = PairCollate(16)(loader(np.arange(8)))
+    images, captions = batch.images, batch.captions
     assert images.shape == (8, 3, 16, 16)
     assert images.dtype == torch.uint8
     assert sorted(captions[:4]) == sorted(captions[4:]) == [f"caption {n}" for n in range(4)]
@@ -81,3 +82,21 @@ def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None
     with pytest.raises(InputError) as caught:
         pair_loader(str(tmp_path), "t", seed=0, image_size=16, max_side=None)
     assert str(caught.value) == f"{tmp_path}/pairs/t: no such table; `python workflows/prepare_pairs.py` makes it"
+
+
+@pytest.mark.ray
+def test_an_unreadable_pair_is_replaced_with_its_caption(ray_cluster: None, store: Path) -> None:
+    loader = pair_loader(str(store), "t", seed=0, image_size=16, max_side=None)
+    tar = store / "pairs/t/shards/0.tar"
+    content = bytearray(tar.read_bytes())
+    start = content.index(b"IDAT")  # inside the first image
+    content[start : start + 12] = bytes(12)
+    tar.write_bytes(bytes(content))
+    rows = loader(np.arange(8))
+    batch = PairCollate(16)(rows)
+    assert (batch.images.shape, len(batch.unreadable)) == ((8, 3, 16, 16), 2)
+    assert all("0.tar@" in reason for reason in batch.unreadable)
+    for image, caption in zip(batch.images, batch.captions, strict=True):
+        assert caption != "caption 0"
+        assert set(image.unique().tolist()) == {10 * int(caption[-1]) + 10}
+    assert loader(np.arange(3, 8)).equals(rows.slice(3))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.streams.plans import Integers
+from ovd_models.batches import PairBatch
 from ovd_models.errors import InputError
 from workflows.common import optimisation, runs, training
 from workflows.common.optimisation import Optimisation
@@ -266,8 +267,8 @@ def test_a_meter_measures_the_fraction_of_time_in_checkpoints() -> None:
 # ----------------------------------------------------------------------------------------------------- Ray Train
 
 
-def first_column(rows: dict[str, np.ndarray]) -> Tensor:
-    return torch.as_tensor(rows["position"], dtype=torch.float32)[:, None] / 40
+def first_column(rows: dict[str, np.ndarray]) -> PairBatch:
+    return PairBatch(torch.as_tensor(rows["position"], dtype=torch.float32)[:, None] / 40, ())
 
 
 def loop(stage: Stage, stop_after: int) -> Callable[[], None]:
@@ -276,7 +277,8 @@ def loop(stage: Stage, stop_after: int) -> Callable[[], None]:
     def worker() -> None:
         training.prepare_worker(stage.settings)
         running = Session(nn.Linear(1, 1), stage, torch.device("cpu"), NOWHERE)
-        for values in running.batches("rows", 4, first_column):
+        for batch in running.batches("rows", 4, first_column):
+            values = batch.images
             running.update({"error": (running.model(values) - 2 * values).square().mean()})
             if running.due:
                 running.checkpoint()
