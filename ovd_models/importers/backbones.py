@@ -24,8 +24,8 @@ Rules = tuple[tuple[str, str], ...]
 """(pattern, replacement) pairs, applied in order."""
 C = TypeVar("C", RCNNConfig, CenterNet2Config)
 
-WRAPPERS = ("encoder_q.", "base_encoder.", "encoder.")
-"""Prefixes of the backbone in files of self-supervised trainings: MoCo, MoCo v3, SoCo."""
+WRAPPERS = ("encoder_q.", "base_encoder.", "encoder.", "backbone.")
+"""Prefixes of the backbone in files of self-supervised trainings: MoCo, MoCo v3, SoCo, and SoCo for mmdetection."""
 NORM_EPS = 1e-5
 """Added to the variance by the batch norms of ResNets."""
 PARTS: Rules = (

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from ovd_models.detectors.c4 import C4, coco_r50_c4
+from ovd_models.detectors.centernet import CenterNetConfig
 from ovd_models.detectors.centernet2 import CenterNet2, CenterNet2Config
 from ovd_models.detectors.eva import EvaConfig
 from ovd_models.detectors.rcnn import RCNN, ProposalNetwork, RCNNConfig
@@ -25,11 +26,20 @@ from ovd_models.importers.backbones import fit_config, load_backbone, read_backb
 State = dict[str, Tensor]
 HEIGHT, WIDTH = 75, 109  # no multiple of any stride
 SIZES = {"min_size": HEIGHT, "max_size": WIDTH, "freeze_norm": True}
+SHORT: dict[str, Any] = {"layers": [1, 2, 1, 2]}
 PYRAMID = RCNNConfig(
-    backbone="resnet26", backbone_options={}, strides=(4, 8, 16, 32), anchor_sizes=(16, 32, 64, 128), **SIZES
+    backbone="resnet26", backbone_options=SHORT, strides=(4, 8, 16, 32), anchor_sizes=(16, 32, 64, 128), **SIZES
 )
-FOURTH = dataclasses.replace(coco_r50_c4(), backbone="resnet26", **SIZES)
-CENTRES = CenterNet2Config(backbone="resnet26", mask_convs=0, **SIZES)
+FOURTH = dataclasses.replace(coco_r50_c4(), backbone="resnet26", backbone_options=SHORT, **SIZES)
+CENTRES = CenterNet2Config(
+    backbone="resnet26",
+    backbone_options=SHORT,
+    pyramid_channels=32,
+    proposals=CenterNetConfig(num_convs=0),
+    head_width=16,
+    mask_convs=0,
+    **SIZES,
+)
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> Tensor:
@@ -54,8 +64,8 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def resnet() -> ResNet:
-    """torchvision's ResNet with timm's depth of `resnet26`."""
-    model = randomise(ResNet(Bottleneck, [2, 2, 2, 2]))
+    """torchvision's ResNet with the detectors' depth."""
+    model = randomise(ResNet(Bottleneck, SHORT["layers"]))
     assert isinstance(model, ResNet)
     return model
 
@@ -128,6 +138,12 @@ def write_soco(path: Path, state: State) -> Path:
     return path
 
 
+def write_mmdetection(path: Path, state: State) -> Path:
+    own = {f"backbone.{name}": value for name, value in state.items()}
+    torch.save({"state_dict": own | {"neck.fpn_convs.0.conv.weight": torch.zeros(3)}, "meta": {}}, path)
+    return path
+
+
 def write_detectron2(path: Path, state: State) -> Path:
     arrays = {name: value.numpy() for name, value in as_detectron2(state).items()}
     path = path.with_suffix(".pkl")
@@ -135,7 +151,7 @@ def write_detectron2(path: Path, state: State) -> Path:
     return path
 
 
-@pytest.mark.parametrize("write", [write_torch, write_moco, write_soco, write_detectron2])
+@pytest.mark.parametrize("write", [write_torch, write_moco, write_soco, write_mmdetection, write_detectron2])
 @pytest.mark.parametrize(("config", "kind"), [(PYRAMID, RCNN), (FOURTH, C4), (CENTRES, CenterNet2)])
 def test_a_resnet_gives_torchvisions_features_in_every_detector(
     tmp_path: Path,
@@ -184,7 +200,7 @@ def test_msras_resnet_takes_blue_first_and_has_its_strides_in_the_first_convolut
         classifier.conv1.weight /= 64  # its pixels are that much larger
     learned = {name: value for name, value in classifier.named_parameters() if not name.startswith("fc.")}
     blobs = {caffe2_name(name): value.detach().numpy() for name, value in learned.items()}
-    assert {"res2_0_branch1_bn_s", "res5_1_branch2c_w", "res4_1_branch2b_bn_b"} < blobs.keys()
+    assert {"res2_0_branch1_bn_s", "res5_1_branch2c_w", "res3_1_branch2b_bn_b"} < blobs.keys()
     path = tmp_path / "R-26.pkl"
     path.write_bytes(pickle.dumps({"blobs": blobs | {"conv1_b": torch.zeros(64).numpy()}}, protocol=2))
 
