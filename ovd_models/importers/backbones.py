@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ovd_models.detectors.centernet2 import CenterNet2, CenterNet2Config
 from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
-from ovd_models.errors import InputError
+from ovd_models.errors import InputError, as_input_error
 from ovd_models.weights import read_state
 
 Rules = tuple[tuple[str, str], ...]
@@ -128,7 +128,8 @@ def read_backbone(path: str | Path, config: RCNNConfig | CenterNet2Config) -> Ba
             stride="1x1",
         )
     if not rules:
-        state = in_timm_layout(state, config)
+        with as_input_error(f"{origin}: expected weights of {config.backbone}, timm cannot read them"):
+            state = in_timm_layout(state, config)
     mean, std = pixel_statistics(config.backbone)
     return BackboneWeights(origin=origin, state=state, rules=rules, mean=mean, std=std)
 

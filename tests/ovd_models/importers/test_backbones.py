@@ -394,6 +394,23 @@ def test_what_does_not_fit_is_named_with_its_file(tmp_path: Path) -> None:
         detector_of(path, FOURTH, C4)
 
 
+@pytest.mark.parametrize("backbone", ["eva02", "swin", "convnext_tiny", "resnet26"])
+def test_weights_of_another_family_are_refused_in_one_line(tmp_path: Path, backbone: str) -> None:
+    options = swin_config(64, 64).backbone_options if backbone == "swin" else {}
+    config = dataclasses.replace(CENTRES, backbone=backbone, backbone_options=options, eva=EVA)
+    families = {
+        "resnet26": resnet().state_dict(),
+        "convnext_tiny": facebook_convnext(timm.create_model("convnext_tiny", dims=[8] * 4).state_dict()),
+        "swin": microsoft_swin(timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24).state_dict()),
+        "eva02": released_eva(eva(16, 4).state_dict()),
+        "nothing": {"a": torch.zeros(2, 2)},
+    }
+    for family, state in families.items():
+        if family != backbone:
+            with pytest.raises(InputError, match=r"^[^\n]*weights.pth: [^\n]*$"):
+                detector_of(write_torch(tmp_path / "weights.pth", state), config, CenterNet2)
+
+
 def test_another_mean_is_refused_where_no_bias_can_take_it(tmp_path: Path) -> None:
     path = write_torch(tmp_path / "resnet.pth", resnet().state_dict())
     weights = dataclasses.replace(read_backbone(path, PYRAMID), mean=(0.5, 0.5, 0.5))
