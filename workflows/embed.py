@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from ray.exceptions import RayTaskError
 from data_prep import storage, tables
 from data_prep.embeddings import stores, teachers
 from data_prep.embeddings.crops import Colour, CropConfig, Fit
-from data_prep.embeddings.stores import ArrayTable, EmbeddingJob, save_shard
+from data_prep.embeddings.stores import ArrayTable, EmbeddingJob, SavedShard, save_shard
 from data_prep.embeddings.teachers import (
     EmbedConfig,
     ImageTable,
@@ -137,8 +137,8 @@ def embed(run: Run) -> list[Manifest]:
     """Publish `regions/<name>` if the run has boxes, and `embeddings/<name>` if it has pairs.
 
     Raises:
-        InputError: a table or checkpoint is missing, an image cannot be read, or the name is that of a table with
-            another provenance.
+        InputError: a table or checkpoint is missing, no image can be read, or the name is that of a table with another
+            provenance.
     """
     if not run.teacher:
         raise InputError("--teacher: missing, expected a CLIP checkpoint; `python workflows/clip.py` makes one")
@@ -243,6 +243,7 @@ def make_table(run: Run, task: EmbeddingTask) -> Manifest:
     shards = teachers.cut_shards(run.storage, table, name, run.embed.images_per_shard, prefix=f"{layout}-")
     run_shards(run.embed, task, job, shards)
     saved = stores.saved_shards(staging)
+    report_unreadable(f"{table}/{name}", list(saved.values()))
     return stores.publish_embeddings(
         job,
         [saved[shard.name] for shard in shards],
@@ -250,6 +251,22 @@ def make_table(run: Run, task: EmbeddingTask) -> Manifest:
         config_hash=config_hash,
         provenance={**provenance, "checkpoint": run.teacher},
     )
+
+
+def report_unreadable(source: str, saved: Sequence[SavedShard]) -> None:
+    """Print how many images cannot be read, which have no embeddings.
+
+    Raises:
+        InputError: none can be read.
+    """
+    reasons = [reason for shard in saved for reason in shard.unreadable]
+    if not reasons:
+        return
+    images = sum(shard.images for shard in saved)
+    message = f"{source}: {len(reasons):,} of {images:,} images cannot be read, such as {reasons[0]}"
+    if len(reasons) == images:
+        raise InputError(message)
+    print(message, flush=True)
 
 
 def run_shards(config: EmbedConfig, task: EmbeddingTask, job: EmbeddingJob, shards: list[Shard]) -> None:

@@ -8,10 +8,13 @@ python workflows/evaluate.py --model store/runs/ovsam/<run>/model --sam store/ru
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
+from typing import Any
 
+import torch
 from PIL import Image
 
 from data_prep import storage, tables
@@ -24,7 +27,7 @@ from ovd_models.sam.model import SamModel
 from workflows.common import cli, tracking
 from workflows.common.runs import Evaluation
 from workflows.common.tracking import TrackedRun
-from workflows.reports.detections import DetectorRun, draw_comparison, read_box_image
+from workflows.reports.detections import DetectorRun, draw_comparison, read_box_images
 from workflows.reports.pointing import SegmentationReport, evaluate_ovsam
 
 
@@ -53,11 +56,13 @@ CONFIGS = {"default": Run}
 def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     """Evaluate a detector with all names of the set as vocabulary.
 
+    An image that cannot be read is named, and has no detections.
+
     Returns:
         The metrics, and drawings of the first images' detections with scores above 0.3.
 
     Raises:
-        InputError: the model or a table is missing.
+        InputError: the model or a table is missing, or no image can be read.
     """
     if run.batch_size < 1:
         raise InputError(f"batch_size: {run.batch_size}, expected at least 1")
@@ -65,15 +70,35 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.images or None]
     names, splits = run.read_categories()
     detections: list[Detections] = []
-    for start in range(0, len(rows), run.batch_size):
-        images = [read_box_image(run.storage, row) for row in rows[start : start + run.batch_size]]
-        results = detector.detect(
-            images, list(names.values()), score_threshold=run.score_threshold, max_detections=run.max_detections
+    read = read_box_images(run.storage, rows)
+    while batch := list(islice(read, run.batch_size)):
+        images = [image for _, image in batch if image is not None]
+        found = iter(
+            detector.detect(
+                images, list(names.values()), score_threshold=run.score_threshold, max_detections=run.max_detections
+            )
+            if images
+            else ()
         )
-        drawn = max(0, run.num_pictures - start)  # keeping all images would fill the memory
+        results = [no_detections(row, names) if image is None else next(found) for row, image in batch]
+        drawn = max(0, run.num_pictures - len(detections))  # keeping all images would fill the memory
         detections += [*results[:drawn], *(replace(result, image=None) for result in results[drawn:])]
-    pictures = [draw_comparison(*pair, names) for pair in zip(rows[: run.num_pictures], detections, strict=False)]
+    shown = zip(rows[: run.num_pictures], detections, strict=False)
+    pictures = [draw_comparison(row, result, names) for row, result in shown if result.image is not None]
     return evaluate_detections(rows, detections, names, splits, "segm" if run.masks else "bbox"), pictures
+
+
+def no_detections(row: Mapping[str, Any], names: Mapping[int, str]) -> Detections:
+    """The detections of an image that cannot be read."""
+    return Detections(
+        boxes=torch.zeros(0, 4),
+        scores=torch.zeros(0),
+        labels=torch.zeros(0, dtype=torch.int64),
+        names=tuple(names.values()),
+        width=row["width"],
+        height=row["height"],
+        masks=(),
+    )
 
 
 def evaluate_segmenter(run: Run) -> SegmentationReport:

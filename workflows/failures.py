@@ -17,7 +17,7 @@ from ovd_models.vocabulary import build_vocabulary
 from workflows.common import cli
 from workflows.common.teacher import open_teacher
 from workflows.reports import failures as gallery
-from workflows.reports.detections import DetectorRun, read_box_image
+from workflows.reports.detections import DetectorRun, read_box_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,10 @@ def find_failures(run: Run) -> gallery.Failures:
     scorer = gallery.CropScorer(open_teacher(run.teacher, detector.teacher), vocabulary, run.temperature)
 
     image_objects, detections = [], list[Detections]()
-    for row in tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.max_images]:
-        image = read_box_image(run.storage, row)
+    rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.max_images]
+    for row, image in read_box_images(run.storage, rows):
+        if image is None:
+            continue
         image_objects.append(gallery.annotated_objects(row, image, categories))
         detections.append(detector.detect(image, vocabulary.names, score_threshold=run.score_threshold))
     objects = [target for targets in image_objects for target in targets]

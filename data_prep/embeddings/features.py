@@ -5,6 +5,7 @@ boxes --shards of images--> SAM's image encoder --> features/<name>: flat files 
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,10 @@ import ray.data
 import torch
 
 from data_prep import storage, tables
+from data_prep.streams.images import read_image
 from data_prep.tables import FileEntry, Manifest
 from ovd_models.checkpoints import load_model
-from ovd_models.images import decode_image
+from ovd_models.errors import InputError
 from ovd_models.preprocess import to_tensor
 from ovd_models.sam.model import SamConfig, SamModel
 
@@ -44,6 +46,8 @@ def cache_features(
 ) -> Manifest:
     """Publish `features/<cache_name>`; complete shards of an interrupted run are kept.
 
+    Images that cannot be read have no row; the first is printed, and the manifest's details list their ids.
+
     Args:
         storage_uri: the storage.
         boxes: name of the `boxes` table whose images are embedded.
@@ -55,7 +59,7 @@ def cache_features(
         gpus: GPUs of each process; 0 embeds on the CPU.
 
     Raises:
-        InputError: a table or the checkpoint is missing.
+        InputError: a table or the checkpoint is missing, or no image can be read.
     """
     name = cache_name(storage_uri, boxes, teacher)
     done = tables.find_manifest(storage_uri, "features", name)
@@ -82,7 +86,13 @@ def cache_features(
             num_gpus=gpus or None,
         ).materialize()
     receipts = [json.loads(storage.read_bytes(receipt_uri(uri, name, part))) for part in parts]
-    files = [FileEntry(**entry) for receipt in receipts for entry in receipt]
+    files = [FileEntry(**entry) for receipt in receipts for entry in receipt["files"]]
+    unreadable = {key: reason for receipt in receipts for key, reason in receipt["unreadable"].items()}
+    if unreadable:
+        message = f"{len(unreadable):,} of {rows.num_rows:,} images cannot be read, such as {min(unreadable.values())}"
+        if len(unreadable) == rows.num_rows:
+            raise InputError(f"boxes/{boxes}: {message}")
+        print(f"features/{name}: {message}", flush=True)
     return tables.publish(
         storage_uri,
         "features",
@@ -93,6 +103,7 @@ def cache_features(
         details={
             "teacher": teacher,
             "shape": [config.prompt_width, config.embedding_side, config.embedding_side],
+            "unreadable": sorted(unreadable),
             "preprocessing": {"image_size": config.image_size, "resize": "longest side, segment-anything's"},
         },
     )
@@ -104,7 +115,7 @@ def part_name(rows_per_shard: int, number: int) -> str:
 
 
 def receipt_uri(storage_uri: str, name: str, part: str) -> str:
-    """The file that marks a shard as complete and lists its files."""
+    """The file that marks a shard as complete and lists its files and the images that cannot be read."""
     return storage.join(tables.table_uri(storage_uri, "features", name), f"receipts/{part}.json")
 
 
@@ -129,20 +140,33 @@ class FeatureWriter:
         rows = self.rows.slice(number * self.rows_per_shard, self.rows_per_shard)
         part = part_name(self.rows_per_shard, number)
         file, index = f"{part}.f16", f"{part}.parquet"
-        features = [self.embed(storage.join(self.storage_uri, uri)) for uri in rows["uri"].to_pylist()]
-        content = np.stack(features).astype("<f2").tobytes()
-        table = pa.table(
-            {"image_id": rows["image_id"], "file": [file] * rows.num_rows, "row": list(range(rows.num_rows))}
-        )
+        features: dict[str, np.ndarray] = {}
+        unreadable: dict[str, str] = {}
+        for image_id, uri in zip(rows["image_id"].to_pylist(), rows["uri"].to_pylist(), strict=True):
+            try:
+                features[image_id] = self.embed(storage.join(self.storage_uri, uri))
+            except InputError as error:
+                unreadable[image_id] = str(error)
+        content = b"".join(feature.astype("<f2").tobytes() for feature in features.values())
+        columns: dict[str, list[Any]] = {
+            "image_id": list(features),
+            "file": [file] * len(features),
+            "row": list(range(len(features))),
+        }
+        table = pa.table(columns, schema=tables.SCHEMAS["features"])
         entries = [
             tables.write_file(self.storage_uri, "features", self.name, file, content),
             tables.write_part(self.storage_uri, "features", self.name, index, table),
         ]
-        receipt = json.dumps([asdict(entry) for entry in entries]).encode()
+        receipt = json.dumps({"files": [asdict(entry) for entry in entries], "unreadable": unreadable}).encode()
         storage.write_bytes(receipt_uri(self.storage_uri, self.name, part), receipt)
 
     def embed(self, uri: str) -> np.ndarray:
-        """[C, h, h] of an image file."""
-        image = to_tensor(decode_image(storage.read_bytes(uri), uri)).to(self.device)
+        """[C, h, h] of an image file.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        image = to_tensor(read_image(uri)).to(self.device)
         embedding: np.ndarray = self.model.encode(image).embedding[0].cpu().numpy()
         return embedding

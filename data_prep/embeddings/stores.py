@@ -57,18 +57,24 @@ class SavedShard:
     width: int
     """Embedding width D; 0 for a shard without rows."""
     files: tuple[FileEntry, ...]
+    unreadable: tuple[str, ...] = ()
+    """Why each image that cannot be read has no rows."""
 
 
 def save_shard(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
     """Write the arrays and the index of a shard, then its record; returns one row of `shard`, `images`, `rows`.
 
     The rows are the images of one shard (column `shard`), in order, with all columns of the index except `start`. The
-    columns of flat arrays hold the bytes of an image's rows instead of a file name.
+    columns of flat arrays hold the bytes of an image's rows instead of a file name. A column `unreadable`, if there is
+    one, holds the reasons why images have no rows.
     """
     (shard,) = set(rows["shard"].to_pylist())
     counts = rows["count"].to_numpy()
     starts = np.cumsum(counts) - counts
     index = rows.drop_columns(["shard"]).append_column("start", pa.array(starts, pa.int64()))
+    reasons: list[str] = []
+    if "unreadable" in index.column_names:
+        reasons, index = index["unreadable"].drop_null().to_pylist(), index.drop_columns(["unreadable"])
     files, width = [], 0
     for column, folder in FOLDERS[job.table].items():
         content = b"".join(rows[column].to_pylist())
@@ -78,7 +84,9 @@ def save_shard(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
         paths = pa.array([path] * rows.num_rows, pa.string())
         index = index.set_column(index.schema.get_field_index(column), column, paths)
     files.append(tables.write_part(job.storage, job.table, job.name, f"index/{shard}.parquet", index))
-    saved = SavedShard(images=rows.num_rows, rows=int(counts.sum()), width=width, files=tuple(files))
+    saved = SavedShard(
+        images=rows.num_rows, rows=int(counts.sum()), width=width, files=tuple(files), unreadable=tuple(reasons)
+    )
     storage.write_bytes(storage.join(job.staging, f"{shard}.json"), json.dumps(asdict(saved)).encode())
     return pa.table({"shard": [shard], "images": [saved.images], "rows": [saved.rows]})
 
@@ -89,7 +97,8 @@ def saved_shards(staging: str) -> dict[str, SavedShard]:
     for uri in storage.list_files(staging, "json"):
         raw = json.loads(storage.read_bytes(uri))
         files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
-        saved[Path(uri).stem] = SavedShard(files=files, **raw)
+        reasons = tuple(raw.pop("unreadable", ()))
+        saved[Path(uri).stem] = SavedShard(files=files, unreadable=reasons, **raw)
     return saved
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
@@ -28,6 +29,7 @@ from data_prep.embeddings.crops import Colour, CropConfig, Fit, crop_squares, cr
 from data_prep.embeddings.stores import ROWS, EmbeddingJob, save_shard
 from data_prep.pairs.rows import append_columns
 from data_prep.pairs.shards import runs_of_size
+from data_prep.streams.images import read_image
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
 
@@ -124,25 +126,41 @@ def read_shard(shard: Shard, columns: Sequence[str], load: Callable[[pa.Table], 
 
 
 def load_pictures(rows: pa.Table, root: str) -> pa.Table:
-    """Rows with raw RGB `pixels`, `height` and `width` of the image instead of its `uri`, relative to `root`."""
-    uris = [storage.absolute(storage.join(root, uri)) for uri in rows["uri"].to_pylist()]
-    images = [decode_image(storage.read_bytes(uri), uri) for uri in uris]
+    """Rows with raw RGB `pixels`, `height` and `width` of the image instead of its `uri`, relative to `root`.
+
+    An image that cannot be read has no pixels, and the reason in `unreadable`.
+    """
+    images = [try_image(partial(read_image, storage.absolute(storage.join(root, u)))) for u in rows["uri"].to_pylist()]
     columns = {
-        "pixels": pa.array([image.tobytes() for image in images], pa.large_binary()),
-        "height": pa.array([image.height for image in images], pa.int64()),
-        "width": pa.array([image.width for image in images], pa.int64()),
+        "pixels": pa.array([image.tobytes() if image else b"" for image, _ in images], pa.large_binary()),
+        "height": pa.array([image.height if image else 0 for image, _ in images], pa.int64()),
+        "width": pa.array([image.width if image else 0 for image, _ in images], pa.int64()),
+        "unreadable": pa.array([reason for _, reason in images], pa.string()),
     }
     return append_columns(rows.drop_columns(["uri"]), columns)
+
+
+def try_image(read: Callable[[], Image.Image]) -> tuple[Image.Image | None, str | None]:
+    """An image, or the reason that it cannot be read."""
+    try:
+        return read(), None
+    except InputError as error:
+        return None, str(error)
 
 
 def load_squares(rows: pa.Table, root: str, side: int, fit: Fit, margin: Colour) -> pa.Table:
     """Rows of `pairs` -> `image_id`, `caption` and raw RGB `pixels`, made by `square`.
 
-    The rows have `image_id`, `caption`, `shard` (relative to `root`), `offset` and `size`.
+    The rows have `image_id`, `caption`, `shard` (relative to `root`), `offset` and `size`. An image that cannot be read
+    has no pixels, and the reason in `unreadable`.
     """
-    squares = [square(decode_image(content, name), side, fit, margin) for content, name in read_members(rows, root)]
-    pixels = pa.array([entry.tobytes() for entry in squares], pa.large_binary())
-    return rows.select(["image_id", "caption"]).append_column("pixels", pixels)
+    images = [try_image(partial(decode_image, content, name)) for content, name in read_members(rows, root)]
+    squares = [square(image, side, fit, margin).tobytes() if image else b"" for image, _ in images]
+    columns = {
+        "pixels": pa.array(squares, pa.large_binary()),
+        "unreadable": pa.array([reason for _, reason in images], pa.string()),
+    }
+    return append_columns(rows.select(["image_id", "caption"]), columns)
 
 
 def read_members(rows: pa.Table, root: str) -> Iterator[tuple[bytes, str]]:
@@ -314,19 +332,27 @@ class RegionStage:
                 "scores": pa.array([list(entry) for entry in scores], pa.list_(pa.float32())),
                 "count": pa.array([len(box_N4) for box_N4 in boxes], pa.int64()),
                 "file": pa.array([entry.tobytes() for entry in embeddings], pa.large_binary()),
+                "unreadable": rows["unreadable"],
             }
         )
 
     def _boxes(
         self, rows: pa.Table, images: Sequence[Pixels]
     ) -> tuple[list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]]:
-        """[N, 4] boxes and [N] objectness scores of each image."""
-        if self.detector is None:
-            given = [np.array(boxes, np.float32).reshape(-1, 4) for boxes in rows["boxes"].to_pylist()]
-            return given, [np.ones(len(boxes), np.float32) for boxes in given]
-        # One at a time: a batch pads images to the largest, so their proposals would depend on each other.
-        proposals = [self.detector.propose([Image.fromarray(image)], self.max_proposals)[0] for image in images]
-        return [boxes.numpy() for boxes, _ in proposals], [scores.numpy() for _, scores in proposals]
+        """[N, 4] boxes and [N] objectness scores of each image; none of one that cannot be read."""
+        boxes, scores = [], []
+        for image, given in zip(images, rows["boxes"].to_pylist(), strict=True):
+            box_N4, score_N = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+            if image.size and self.detector is None:
+                box_N4 = np.array(given, np.float32).reshape(-1, 4)
+                score_N = np.ones(len(box_N4), np.float32)
+            elif image.size and self.detector is not None:
+                # One at a time: a batch pads images to the largest, so their proposals would depend on each other.
+                found = self.detector.propose([Image.fromarray(image)], self.max_proposals)[0]
+                box_N4, score_N = (value.numpy() for value in found)
+            boxes.append(box_N4)
+            scores.append(score_N)
+        return boxes, scores
 
 
 class PairStage:
@@ -338,17 +364,27 @@ class PairStage:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Embed a shard."""
         side, size = self.teacher.side, self.teacher.config.batch_size
-        pixels = [np.frombuffer(entry.as_buffer(), np.uint8).reshape(side, side, 3) for entry in rows["pixels"]]
+        whole = pc.is_null(rows["unreadable"])
+        chosen = rows.filter(whole)
+        pixels = [np.frombuffer(entry.as_buffer(), np.uint8).reshape(side, side, 3) for entry in chosen["pixels"]]
         batches = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        images = unit(self.teacher.embed_squares(partial(np.stack, batch) for batch in batches))
-        texts = self.teacher.embed_texts(rows["caption"].to_pylist())
+        images = unit(self.teacher.embed_squares(partial(np.stack, batch) for batch in batches)).astype(ROWS)
+        texts = self.teacher.embed_texts(chosen["caption"].to_pylist()).astype(ROWS)
+        places = np.cumsum(whole.to_numpy()) - 1
+        counts = whole.to_numpy().astype(np.int64)
+
+        def raw(values_ND: npt.NDArray[np.float16]) -> pa.Array:
+            entries = [values_ND[place].tobytes() if n else b"" for place, n in zip(places, counts, strict=True)]
+            return pa.array(entries, pa.large_binary())
+
         return pa.table(
             {
                 "shard": rows["shard"],
                 "image_id": rows["image_id"],
-                "count": pa.array([1] * rows.num_rows, pa.int64()),
-                "file": pa.array([row.tobytes() for row in images.astype(ROWS)], pa.large_binary()),
-                "text_file": pa.array([row.tobytes() for row in texts.astype(ROWS)], pa.large_binary()),
+                "count": pa.array(counts, pa.int64()),
+                "file": raw(images),
+                "text_file": raw(texts),
+                "unreadable": rows["unreadable"],
             }
         )
 

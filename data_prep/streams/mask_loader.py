@@ -100,7 +100,7 @@ class FeatureLoader:
 
 
 def feature_loader(storage_uri: str, name: str, cache: str, teacher: str, *, seed: int) -> FeatureLoader:
-    """All images of a `boxes` table with their embeddings in `features/<cache>`.
+    """All images of a `boxes` table with their embeddings in `features/<cache>`; those it could not read are left out.
 
     Raises:
         InputError: a table is missing, or the cache lacks an image or was made by another teacher.
@@ -112,7 +112,10 @@ def feature_loader(storage_uri: str, name: str, cache: str, teacher: str, *, see
     features = tables.read_table(storage_uri, "features", cache)
     place_of = {place["image_id"]: place for place in features.to_pylist()}
     index = []
+    unreadable = set(manifest.details.get("unreadable", []))
     for image in tables.read_table(storage_uri, "boxes", name, ["image_id", "uri"]).to_pylist():
+        if image["image_id"] in unreadable:
+            continue
         if image["image_id"] not in place_of:
             raise InputError(f"features/{cache}: no image {image['image_id']}, expected those of boxes/{name}")
         place = place_of[image["image_id"]]

@@ -20,7 +20,7 @@ from PIL import Image
 from data_prep import storage, tables
 from data_prep.boxes import annotations
 from data_prep.embeddings.crops import CropConfig
-from data_prep.embeddings.stores import RegionStore, open_rows
+from data_prep.embeddings.stores import EmbeddingJob, RegionStore, open_rows, save_shard
 from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions
 from data_prep.pairs import shards
 from data_prep.pictograms.world import World
@@ -167,22 +167,59 @@ def test_search_finds_captions_and_frames_regions(undisturbed: Path, teacher: st
 
 
 @pytest.mark.ray
-def test_a_job_that_failed_goes_on_and_gives_the_same_bytes(
+def test_an_image_that_cannot_be_read_has_no_rows_and_is_named(
     undisturbed: Path, root: Path, teacher: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    last = root / tables.read_table(str(root), "boxes", "t")["uri"][IMAGES - 1].as_py()
-    good = last.read_bytes()
-    last.write_bytes(good[: len(good) // 2])
-    one_actor = dataclasses.replace(run_of(root, teacher).embed, actors=1)
-    with pytest.raises(InputError, match=rf"^\S*{last.name}: broken image, .*$"):
-        embed.embed(dataclasses.replace(run_of(root, teacher), embed=one_actor))
+    first, second = tables.read_table(str(root), "boxes", "t").to_pylist()[:2]
+    (root / first["uri"]).unlink()
+    tar = root / "pairs/t/shards/t.tar"
+    content, picture = tar.read_bytes(), (root / second["uri"]).read_bytes()
+    tar.write_bytes(content.replace(picture, bytes(len(picture))))
+    run = dataclasses.replace(run_of(root, teacher), pairs="t", fit="warp")
+    embed.embed(run)
+    printed = capsys.readouterr().out
+    assert f"boxes/t: 1 of 10 images cannot be read, such as {root}/{first['uri']}: no such file" in printed
+    assert "pairs/t: 1 of 10 images cannot be read, such as shards/t.tar@" in printed
+    found, whole = (RegionStore.open(str(folder), "t", {}) for folder in (root, undisturbed))
+    assert (len(found), len(found[first["image_id"]].boxes)) == (IMAGES, 0)
+    own, expected = found[second["image_id"]], whole[second["image_id"]]
+    assert np.array_equal(own.boxes, expected.boxes)
+    assert np.abs(own.embeddings.astype(np.float32) - expected.embeddings).max() < 1e-3
+    images = open_rows(str(root), "embeddings", "t", {})
+    counts = {key.decode(): len(images.read(place)) for place, key in enumerate(images.ids)}
+    assert (counts.pop(second["image_id"]), set(counts.values())) == (0, {1})
+    for row in tables.read_table(str(root), "boxes", "t").to_pylist():
+        (root / row["uri"]).write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"^boxes/t: 10 of 10 images cannot be read, such as .*not an image"):
+        embed.embed(dataclasses.replace(run, name="nothing", pairs=""))
+
+
+@pytest.mark.ray
+def test_a_job_that_failed_goes_on_and_gives_the_same_bytes(
+    undisturbed: Path,
+    root: Path,
+    teacher: str,
+    ray_cluster: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside = dataclasses.replace(run_of(root, teacher).embed, actors=0)
+    shards = iter(range(2))
+
+    def fail_at_the_third(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
+        if next(shards, None) is None:
+            raise OSError("no space left")
+        return save_shard(rows, job)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the actors, for equal bytes
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(embed, "save_shard", fail_at_the_third)
+        embed.embed(dataclasses.replace(run_of(root, teacher), embed=inside))
+    torch.set_num_threads(threads)
     assert tables.find_manifest(str(root), "regions", "t") is None
-    last.write_bytes(good)
-    done = len(list((root / "staging").rglob("*.json")))
-    capsys.readouterr()
     embed.embed(run_of(root, teacher))
-    if done:
-        assert f"{done} of 4 shards done" in capsys.readouterr().out
+    assert "2 of 4 shards done" in capsys.readouterr().out
     assert files_of(root) == files_of(undisturbed)
     assert not list((root / "staging").rglob("*.json"))
 

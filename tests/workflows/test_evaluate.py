@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,31 @@ def test_the_annotations_score_one(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     present = {key for row in rows_of(run) for key in row["category_ids"]}
     unseen = [entry.name for entry in metrics.categories if math.isnan(entry.ap50)]
     assert unseen == [name for key, name in names_of(run).items() if key not in present]
+
+
+def test_an_image_that_cannot_be_read_keeps_its_truth_and_is_named(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.storage, tmp_path / "store")
+    broken = dataclasses.replace(run, storage=str(tmp_path / "store"))
+    rows, seen = rows_of(run), []
+    (tmp_path / "store" / rows[1]["uri"]).unlink()
+
+    def keep(given: list[dict[str, Any]], found: list[Detections], *_: object) -> None:
+        seen.extend(zip(given, found, strict=True))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_detections", keep)
+        _, pictures = evaluate.evaluate(dataclasses.replace(broken, score_threshold=0.0))
+    assert [row["image_id"] for row, _ in seen] == [row["image_id"] for row in rows]
+    assert [len(entry) > 0 for _, entry in seen] == [number != 1 for number in range(10)]
+    assert len(pictures) == 2  # of the first three images
+    assert f"left out: 1 images that cannot be read ({broken.storage}/{rows[1]['uri']}" in capsys.readouterr().out
+    assert evaluate.evaluate(broken)[0].categories
+    for row in rows:
+        (tmp_path / "store" / row["uri"]).write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"^no image can be read: 10 images that cannot be read \(.*not an image"):
+        evaluate.evaluate(broken)
 
 
 def test_batch_size_does_not_change_the_metrics(run: Run) -> None:

@@ -1,7 +1,7 @@
 """Annotated images and drawings of a detector's results beside the annotations."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,10 @@ from PIL import Image
 
 import ovd_models
 from data_prep import storage
+from data_prep.boxes.cleaning import SkipReport
+from data_prep.streams.images import read_image
 from ovd_models.batches import Detections
-from ovd_models.images import decode_image
+from ovd_models.errors import InputError
 from ovd_models.predictors import Detector
 from workflows.common import tracking
 from workflows.common.teacher import read_categories
@@ -41,9 +43,37 @@ class DetectorRun:
 
 
 def read_box_image(storage_uri: str, row: Mapping[str, Any]) -> Image.Image:
-    """Read the image of a `boxes` row."""
-    uri = storage.join(storage_uri, row["uri"])
-    return decode_image(storage.read_bytes(uri), uri)
+    """Read the image of a `boxes` row.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return read_image(storage.join(storage_uri, row["uri"]))
+
+
+def read_box_images(
+    storage_uri: str, rows: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], Image.Image | None]]:
+    """Each of some `boxes` rows with its image, or None if that cannot be read.
+
+    Prints at the end how many cannot be read.
+
+    Raises:
+        InputError: none of them can be read.
+    """
+    skipped, count = SkipReport(), 0
+    for row in rows:
+        count += 1
+        image = None
+        try:
+            image = read_box_image(storage_uri, row)
+        except InputError as error:
+            skipped.add("images that cannot be read", str(error))
+        yield row, image
+    if count and skipped.counts.total() == count:
+        raise InputError(f"no image can be read: {skipped}")
+    if skipped:
+        print(f"left out: {skipped}", flush=True)
 
 
 def annotations_as_detections(row: Mapping[str, Any], names: Mapping[int, str], detections: Detections) -> Detections:

@@ -31,7 +31,7 @@ from ovd_models.sam.training import mask_ious
 from ovd_models.segments import Prompts, Segments, boxes_of
 from ovd_models.vocabulary import Vocabulary
 from workflows.common.tracking import TrackedRun
-from workflows.reports.detections import read_box_image
+from workflows.reports.detections import read_box_images
 
 PromptKind = Literal["box", "point"]
 PROMPT_KINDS: tuple[PromptKind, ...] = get_args(PromptKind)
@@ -132,7 +132,8 @@ def evaluate_ovsam(
     metrics, pictures = segment_objects(read_images(), vocabulary, model, sam, num_pictures=num_pictures)
     if text is not None:
         metrics["sam", "text"] = segment_names(read_images(), vocabulary, text)
-    image = to_tensor(read_box_image(storage_uri, rows[0])).to(device)
+    read = read_box_images(storage_uri, rows)
+    image = next(to_tensor(image).to(device) for _, image in read if image is not None)
     costs = measure_costs(model, sam, vocabulary, image)
     return SegmentationReport(summarise(metrics), costs, tuple(pictures))
 
@@ -181,17 +182,20 @@ def read_objects(
 ) -> Iterator[ImageObjects]:
     """Read the images of `boxes` rows that have objects with masks.
 
-    `label_of` maps category ids to rows of the vocabulary; other categories, crowds and empty masks are left out.
+    `label_of` maps category ids to rows of the vocabulary; other categories, crowds, empty masks and images that cannot
+    be read are left out.
+
+    Raises:
+        InputError: no image can be read.
     """
-    for row in rows:
+    for row, picture in read_box_images(storage_uri, rows):
         entries = zip(row["masks"], row["category_ids"], row["iscrowd"], strict=True)
         kept = [(mask, label_of[key]) for mask, key, crowd in entries if mask and key in label_of and not crowd]
         masks = decode_masks([mask for mask, _ in kept], row["height"], row["width"])
         filled = masks.flatten(1).any(1)
         labels = [label for (_, label), full in zip(kept, filled.tolist(), strict=True) if full]
-        if labels:
-            image = to_tensor(read_box_image(storage_uri, row))
-            yield ImageObjects(image.to(device), masks[filled].to(device), labels)
+        if labels and picture is not None:
+            yield ImageObjects(to_tensor(picture).to(device), masks[filled].to(device), labels)
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

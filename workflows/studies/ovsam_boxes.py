@@ -25,7 +25,7 @@ from ovd_models.segments import Prompts, Segments
 from ovd_models.vocabulary import Vocabulary
 from workflows.common import cli
 from workflows.common.teacher import read_categories
-from workflows.reports.detections import read_box_image
+from workflows.reports.detections import read_box_images
 from workflows.studies import study as studies
 from workflows.studies.study import Metrics, Result
 
@@ -76,8 +76,10 @@ def mask_ap(run: Run, detector_uri: str) -> dict[str, Metrics]:
     categories, splits = read_categories(run.storage, run.boxes)
     vocabulary = segmenter.names(list(categories.values()))
     detections: dict[str, list[Detections]] = {}
-    for row in rows:
-        image = to_tensor(read_box_image(run.storage, row))
+    read = [(row, image) for row, image in read_box_images(run.storage, rows) if image is not None]
+    rows = [row for row, _ in read]
+    for _, picture in read:
+        image = to_tensor(picture)
         for name, entry in segment_boxes(run, image, detector, segmenter, sam, vocabulary).items():
             detections.setdefault(name, []).append(entry)
     return {

@@ -29,7 +29,7 @@ from workflows import prepare_boxes, vild
 from workflows.common import cli
 from workflows.common.teacher import read_categories
 from workflows.configs import vild as vild_configs
-from workflows.reports.detections import read_box_image
+from workflows.reports.detections import read_box_images
 from workflows.reports.failures import annotated_objects
 from workflows.studies import study as studies
 from workflows.studies import vild_sweep
@@ -249,7 +249,8 @@ def recall(proposals: str, own: vild_configs.Run) -> Metrics:
     network.load_state_dict({key: weights[key] for key in network.state_dict()})
     rows = tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist()
     categories, splits = read_categories(own.storage, own.boxes)
-    images = [to_tensor(read_box_image(own.storage, row)) for row in rows]
+    read = [(row, to_tensor(image)) for row, image in read_box_images(own.storage, rows) if image is not None]
+    rows, images = [row for row, _ in read], [image for _, image in read]
     batches = [images[start : start + 16] for start in range(0, len(images), 16)]
     boxes = [entry for batch in batches for entry in network.find_proposals(batch, max(LIMITS))]
     metrics = {}
@@ -267,8 +268,9 @@ def name_objects(own: vild_configs.Run) -> Metrics:
     text_KD = build_vocabulary(load_encoder(storage.local_folder(own.teacher)), names).embeddings.numpy()
     teacher = Teacher(own.teacher, EmbedConfig(batch_size=128))
     correct: dict[str, list[bool]] = {"base": [], "novel": []}
-    for row in tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist():
-        objects = annotated_objects(row, read_box_image(own.storage, row), categories)
+    rows = tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist()
+    for row, image in read_box_images(own.storage, rows):
+        objects = annotated_objects(row, image, categories) if image is not None else []
         if objects:
             boxes = np.stack([entry.box for entry in objects])
             (region_ND,) = embed_regions(teacher, [np.asarray(objects[0].image)], [boxes], own.crops)

@@ -28,7 +28,7 @@ from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import ViLD
 from workflows.common import cli
 from workflows.common.teacher import open_teacher
-from workflows.reports.detections import DetectorRun, read_box_image
+from workflows.reports.detections import DetectorRun, read_box_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,8 @@ def record(detector: Detector, run: DetectorRun, batch_size: int = 16) -> Record
         raise InputError(f"--model: a checkpoint of method {detector.method!r}, expected 'vild'")
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()
     names, splits = run.read_categories()
-    images = [to_tensor(read_box_image(run.storage, row)) for row in rows]
+    read = [(row, to_tensor(image)) for row, image in read_box_images(run.storage, rows) if image is not None]
+    rows, images = [row for row, _ in read], [image for _, image in read]
     records: list[RegionRecord] = []
     for start in range(0, len(images), batch_size):
         records += model.record_regions([image.to(detector.device) for image in images[start : start + batch_size]])

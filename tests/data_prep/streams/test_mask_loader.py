@@ -125,3 +125,27 @@ def test_an_unreadable_image_is_replaced_with_its_masks(drawn: str) -> None:
     boxes = {tuple(map(tuple, boxes_of(masks).tolist())) for masks in batch.masks}
     assert tuple(map(tuple, rows[2]["boxes"])) not in boxes
     assert load(np.arange(4, 14)).equals(loaded.slice(4))
+
+
+@pytest.mark.ray
+def test_an_image_that_cannot_be_read_is_not_cached(
+    drawn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tables.read_table(drawn, "boxes", "s-train").to_pylist()
+    Path(drawn, rows[2]["uri"]).write_bytes(b"no image")
+    torch.manual_seed(0)
+    sam = SamModel(SAM)
+    folder, teacher = str(tmp_path / "sam"), sam_id(sam)
+    save_checkpoint(sam, None, tmp_path / "sam", splits={}, run={})
+    manifest = features.cache_features(drawn, "s-train", folder, teacher, SAM, rows_per_shard=3, workers=0)
+    assert (manifest.rows, manifest.details["unreadable"]) == (6, [rows[2]["image_id"]])
+    assert "1 of 7 images cannot be read, such as " in capsys.readouterr().out
+    load = feature_loader(drawn, "s-train", manifest.name, teacher, seed=0)
+    batch = FeatureCollate(load.shape)(load(np.arange(6)))
+    for image, feature in zip(batch.images, batch.features, strict=True):
+        assert torch.equal(load_model(folder, SamModel).encode(image).embedding[0].half(), feature)
+    for row in rows:
+        Path(drawn, row["uri"]).write_bytes(b"no image")
+    storage.remove_folder(storage.join(drawn, "features"))
+    with pytest.raises(InputError, match=r"boxes/s-train: 7 of 7 images cannot be read, such as "):
+        features.cache_features(drawn, "s-train", folder, teacher, SAM, rows_per_shard=2, workers=0)
