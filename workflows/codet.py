@@ -329,10 +329,12 @@ def given_weights(origin: str, given: CoDet, start: dict[str, Tensor]) -> dict[s
 def prepare_data(run: Run) -> Run:
     """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
     run = find_weights(run)
+    boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
+    if run.data:
+        prepare_boxes.check_captions(boxes, run.pairs, run.config)
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
     if run.data:
-        boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
-        prepare_boxes.prepare_captions(boxes, run.pairs)
+        prepare_boxes.prepare_captions(boxes, run.pairs, run.config)
     elif run.config == "smoke":
         prepare_pairs.prepare_smoke(run.storage)
     teacher = default_teacher(run.storage, run.config, run.data, run.teacher)

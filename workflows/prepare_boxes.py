@@ -29,6 +29,10 @@ from workflows.configs import pairs as pairs_configs
 
 PRODUCER = "workflows/prepare_boxes.py"
 SCENES_PER_TASK = 100
+PUBLISHED = ("coco_", "lvis_")
+"""How the names of published configs start."""
+MIN_IMAGES = 20
+"""Images of a concept in CoDet, which found 634 such nouns in COCO's captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,22 +180,50 @@ def draw_in_parallel(run: Run, part: str, count: int, *, seed: int, base_only: b
     return pa.concat_tables(ray.get([task.remote(numbers) for numbers in parts]))
 
 
-def prepare_captions(run: Run, name: str) -> None:
-    """Publish the training images of a COCO folder as pairs and concept groups.
-
-    Captions come from `captions.tsv` in the folder (`file_name` and `caption` columns), else from category names.
+def check_captions(run: Run, name: str, config: str) -> None:
+    """Check that a published config does not have to make captions up.
 
     Raises:
-        InputError: the captions are malformed, or the name holds tables of another config.
+        InputError: neither the folder nor the storage has captions.
     """
-    train, _ = read_folder(run)  # with novel boxes: captions may mention anything
-    uris, path = train.boxes["uri"], Path(run.data) / "captions.tsv"
-    if path.is_file():
-        captions = annotations.read_captions(path, uris.to_pylist())
+    given = annotations.find_captions(run.data) or tables.find_manifest(run.storage, "pairs", name)
+    if config.startswith(PUBLISHED) and not given:
+        raise InputError(
+            f"--data {run.data}: no captions, expected captions.tsv or COCO's captions_*.json in it, or --pairs with "
+            "the name of published tables"
+        )
+
+
+def prepare_captions(run: Run, name: str, config: str) -> None:
+    """Publish the training images of a COCO folder as pairs and concept groups.
+
+    Concepts are the nouns of the captions in the folder (`annotations.find_captions`); for the published configs those
+    with at least 20 images, as in CoDet. Without such files the published configs use tables that are there already,
+    and others make captions of the names of each image's base boxes, which are then the concepts.
+
+    Raises:
+        InputError: the captions are malformed or missing, or the name holds tables of another config.
+    """
+    check_captions(run, name, config)
+    files, published = annotations.find_captions(run.data), config.startswith(PUBLISHED)
+    if published and not files:
+        return
+    train, _ = read_folder(run)
+    uris, names = train.boxes["uri"], tuple[str, ...]()
+    if files:
+        captions = annotations.read_captions(files, uris.to_pylist())
     else:
-        captions = annotations.category_captions(train.boxes, train.categories)
-    names = tuple(train.categories["name"].to_pylist())
-    crawl = pairs_configs.Run(storage=run.storage, name=name, names=names, rows_per_shard=500)
+        # From base boxes alone: a novel name in a caption would be the label of a box that no training may see.
+        print(
+            f"captions: none in {run.data}; made of the names of each image's base boxes, so no novel name is learned"
+        )
+        captions = annotations.category_captions(
+            annotations.strip_novel(train.boxes, train.categories), train.categories
+        )
+        names = tuple(row["name"] for row in train.categories.to_pylist() if row["split"] == "base")
+    crawl = pairs_configs.Run(
+        storage=run.storage, name=name, names=names, rows_per_shard=500, min_images=MIN_IMAGES if published else 2
+    )
     prepare_pairs.prepare_local(crawl, pa.table({"url": uris, "caption": captions}))
 
 

@@ -253,25 +253,68 @@ def category_captions(boxes: pa.Table, categories: pa.Table) -> list[str]:
     return captions
 
 
-def read_captions(path: Path, uris: Sequence[str]) -> list[str]:
-    """The caption of each image from a tab-separated file with `file_name` and `caption` columns.
+def find_captions(folder: str | Path) -> list[Path]:
+    """The files with captions of a folder's images: `captions.tsv`, else COCO's `captions*.json`; none without them."""
+    table = Path(folder, "captions.tsv")
+    return [table] if table.is_file() else sorted(Path(folder).glob("captions*.json"))
+
+
+def read_captions(files: Sequence[Path], uris: Sequence[str]) -> list[str]:
+    """The caption of each image, from files of `find_captions`.
+
+    An image is found by its file name, with or without the folders before it. Several captions of an image in COCO's
+    format are joined, so that its concepts are the nouns of all of them.
+
+    Args:
+        files: `captions.tsv`, with the tab-separated columns `file_name` and `caption`, or files in COCO's format.
+        uris: of the images.
 
     Raises:
-        InputError: the file is malformed, or an image has no caption.
+        InputError: a file is malformed, or an image has no caption or shares its with another.
     """
+    captions: dict[str, str] = {}
+    for path in files:
+        captions |= _table_captions(path) if path.suffix == ".tsv" else _coco_captions(path)
+    taken: dict[str, str] = {}
+    for uri in uris:
+        parts = uri.split("/")
+        name = next((name for start in range(len(parts)) if (name := "/".join(parts[start:])) in captions), None)
+        if name is None:
+            raise InputError(f"{files[0]}: no row for {parts[-1]}, expected a caption for each training image")
+        if name in taken:
+            raise InputError(f"{files[0]}: {name} may be {taken[name]} or {uri}, expected names with their folders")
+        taken[name] = uri
+    return [captions[name] for name in taken]
+
+
+def _table_captions(path: Path) -> dict[str, str]:
+    """Captions by file name."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}), expected UTF-8 text") from error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
     if not {"file_name", "caption"} <= set(reader.fieldnames or ()):
         raise InputError(f"{path}: columns {reader.fieldnames}, expected file_name and caption, tab-separated")
-    captions = {row["file_name"]: row["caption"] or "" for row in reader}
-    names = [Path(uri).name for uri in uris]
-    for name in names:
-        if name not in captions:
-            raise InputError(f"{path}: no row for {name}, expected a caption for each training image")
-    return [captions[name] for name in names]
+    captions: dict[str, str] = {}
+    for number, row in enumerate(reader, 2):
+        if row["file_name"] in captions:
+            raise InputError(f"{path}: line {number}: {row['file_name']} has a caption above, expected one a file")
+        captions[row["file_name"]] = row["caption"] or ""
+    return captions
+
+
+def _coco_captions(path: Path) -> dict[str, str]:
+    """The joined captions of each image, each ending as a sentence, by file name."""
+    with _reported(str(path), "captions in COCO's format"):
+        raw = json.loads(path.read_bytes())
+        sentences: dict[int, list[str]] = {int(image["id"]): [] for image in raw["images"]}
+        for entry in raw["annotations"]:
+            caption = " ".join(str(entry["caption"]).split()).rstrip(".")
+            if caption:
+                sentences[int(entry["image_id"])].append(f"{caption}.")
+        joined = {str(image["file_name"]): " ".join(sentences[int(image["id"])]) for image in raw["images"]}
+    return {name: caption for name, caption in joined.items() if caption}
 
 
 def pictogram_categories(world: World) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -126,11 +127,54 @@ def test_photographs_become_pairs_with_given_captions(ray_cluster: None, tmp_pat
     lines = ["file_name\tcaption", *(f"{n}.png\ta person and a cat number {n}" for n in range(6))]
     (Path(run.data) / "captions.tsv").write_text("\n".join(lines) + "\n")
     prepare(run)
-    prepare_captions(run, "photos")
+    prepare_captions(run, "photos", "photos")
     pairs = tables.read_table(run.storage, "pairs", "photos").to_pylist()
     rejects = tables.read_table(run.storage, "rejects", "photos").to_pylist()
     assert len(pairs) + len(rejects) == 4
     assert all("cat" in row["caption"] for row in pairs)
+
+
+@pytest.mark.ray
+def test_captions_made_of_annotations_hold_no_novel_name(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = photos(tmp_path)
+    prepare_captions(run, "photos", "photos")
+    rows = [
+        *tables.read_table(run.storage, "pairs", "photos").to_pylist(),
+        *tables.read_table(run.storage, "rejects", "photos").to_pylist(),
+    ]
+    assert {row["caption"] for row in rows if row["caption"]} == {"a photo of a person"}  # cats are novel
+    assert set(tables.read_table(run.storage, "concepts", "photos", ["name"])["name"].to_pylist()) <= {"person"}
+    assert f"captions: none in {run.data}; made of the names of each image's base boxes" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_concepts_of_cocos_captions_are_their_nouns(ray_cluster: None, tmp_path: Path) -> None:
+    run = photos(tmp_path)
+    noise = np.random.default_rng(0)
+    for number in range(6):  # pictures that are not alike
+        Image.fromarray(noise.integers(0, 255, (64, 64, 3), np.uint8)).save(Path(run.data, f"images/{number}.png"))
+    annotated = [
+        {"id": 10 * number + part, "image_id": number, "caption": caption}
+        for number in range(6)
+        for part, caption in enumerate([f"A woman with umbrella number {number}.", "A frisbee on the grass"])
+    ]
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(6)]
+    Path(run.data, "captions_train2017.json").write_text(json.dumps({"images": images, "annotations": annotated}))
+    prepare_captions(run, "photos", "photos")
+    concepts = tables.read_table(run.storage, "concepts", "photos", ["name"])["name"].to_pylist()
+    assert concepts == ["frisbee", "grass", "umbrella", "woman"]  # none of the four categories
+    prepare_captions(dataclasses.replace(run, storage=str(tmp_path / "published")), "coco", "coco_r50")
+    assert not tables.read_table(str(tmp_path / "published"), "concepts", "coco").num_rows  # at least 20 images
+
+
+def test_a_published_config_refuses_to_make_captions_up(tmp_path: Path) -> None:
+    run = photos(tmp_path)
+    for config in ("coco_r50", "lvis_swin_b"):
+        with pytest.raises(InputError, match=r"--data .*: no captions, expected captions\.tsv or COCO's captions_"):
+            prepare_captions(run, "coco", config)
+    assert not Path(run.storage).exists()
 
 
 @pytest.mark.ray

@@ -31,7 +31,8 @@ class Run:
     texts: str = ""
     """Replaces the teacher: a .npy file with an embedding for each category of the data, in category-id order."""
     data: str = ""
-    """A folder with `instances.json`, `images/` and, optionally, `captions.tsv`, whose tables are made first."""
+    """A folder with `instances.json`, `images/` and captions, whose tables are made first; captions are `captions.tsv`
+    or COCO's `captions_*.json`, and may be missing for `photos`."""
     backbone_weights: str = "auto"
     """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
     from_scratch: bool = False

@@ -18,6 +18,7 @@ from data_prep.boxes.annotations import (
     box_set,
     category_captions,
     draw_scenes,
+    find_captions,
     pictogram_categories,
     read_captions,
     read_coco,
@@ -221,7 +222,7 @@ def test_captions_name_each_category_once() -> None:
 def test_captions_of_a_file_are_matched_by_file_name(tmp_path: Path) -> None:
     path = tmp_path / "captions.tsv"
     path.write_text("file_name\tcaption\nb.jpg\ttwo, or three\na.jpg\tone\n", encoding="utf-8")
-    assert read_captions(path, ["/x/a.jpg", "/y/b.jpg"]) == ["one", "two, or three"]
+    assert read_captions([path], ["/x/a.jpg", "/y/b.jpg"]) == ["one", "two, or three"]
 
 
 @pytest.mark.parametrize(
@@ -237,22 +238,53 @@ def test_malformed_captions_are_refused(tmp_path: Path, content: str, message: s
     path = tmp_path / "captions.tsv"
     path.write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        read_captions(path, ["/x/a.jpg"])
+        read_captions([path], ["/x/a.jpg"])
     assert str(path) in str(caught.value)
+
+
+def test_all_captions_of_a_coco_image_are_joined(tmp_path: Path) -> None:
+    images = [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "cam/b.jpg"}, {"id": 9, "file_name": "none.jpg"}]
+    texts = [(7, "A dog runs."), (8, "Two\n cats"), (7, " A brown dog "), (7, "")]
+    annotated = [{"id": n, "image_id": key, "caption": text} for n, (key, text) in enumerate(texts)]
+    path = tmp_path / "captions_train2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotated}))
+    assert find_captions(tmp_path) == [path]
+    assert read_captions([path], ["/x/cam/b.jpg", "/x/a.jpg"]) == ["Two cats.", "A dog runs. A brown dog."]
+    with pytest.raises(InputError, match=r"captions_train2017\.json: no row for none\.jpg"):
+        read_captions([path], ["/x/none.jpg"])
+    for broken in ("[]", "{", json.dumps({"images": images, "annotations": [{"image_id": 99, "caption": "x"}]})):
+        path.write_text(broken)
+        with pytest.raises(InputError, match=r"captions_train2017\.json: .*expected captions in COCO's format"):
+            read_captions([path], ["/x/a.jpg"])
+    (tmp_path / "captions.tsv").write_text("file_name\tcaption\n")
+    assert find_captions(tmp_path) == [tmp_path / "captions.tsv"]
+    assert find_captions(tmp_path / "elsewhere") == []
+
+
+def test_images_of_one_name_need_their_folders(tmp_path: Path) -> None:
+    path = tmp_path / "captions.tsv"
+    path.write_text("file_name\tcaption\n1.jpg\tone\n")
+    with pytest.raises(InputError, match=r"1\.jpg may be /x/cam1/1\.jpg or /x/cam2/1\.jpg, expected names with"):
+        read_captions([path], ["/x/cam1/1.jpg", "/x/cam2/1.jpg"])
+    path.write_text("file_name\tcaption\ncam2/1.jpg\ttwo\ncam1/1.jpg\tone\n")
+    assert read_captions([path], ["/x/cam1/1.jpg", "/x/cam2/1.jpg"]) == ["one", "two"]
+    path.write_text("file_name\tcaption\n1.jpg\tone\n1.jpg\ttwo\n")
+    with pytest.raises(InputError, match=r"captions\.tsv: line 3: 1\.jpg has a caption above, expected one a file"):
+        read_captions([path], ["/x/1.jpg"])
 
 
 @pytest.mark.parametrize("caption", ['"Stop" signs, two', '"one'])
 def test_quotes_in_captions_are_plain_text(tmp_path: Path, caption: str) -> None:
     path = tmp_path / "captions.tsv"
     path.write_text(f"file_name\tcaption\na.jpg\t{caption}\nb.jpg\ttwo\n")
-    assert read_captions(path, ["/x/a.jpg", "/x/b.jpg"]) == [caption, "two"]
+    assert read_captions([path], ["/x/a.jpg", "/x/b.jpg"]) == [caption, "two"]
 
 
 def test_captions_that_are_not_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "captions.tsv"
     path.write_bytes(b"file_name\tcaption\na.jpg\tcaf\xe9\n")
     with pytest.raises(InputError):
-        read_captions(path, ["/x/a.jpg"])
+        read_captions([path], ["/x/a.jpg"])
 
 
 # ----------------------------------------------------------------------------------------- pictograms, photographs
