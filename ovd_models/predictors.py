@@ -22,7 +22,7 @@ from ovd_models.preprocess import ImageLike, to_tensor
 from ovd_models.sam.model import EverythingConfig
 from ovd_models.segments import Prompts, Segments
 from ovd_models.vild.model import ViLD
-from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary, clean_names
+from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, build_vocabulary, clean_names
 
 Names = Sequence[str] | Mapping[str, Sequence[str]]
 """Names, or names with the children of each: `{"bird": ["robin", "jay"], "anchor": []}`."""
@@ -83,6 +83,8 @@ class Detector(Predictor[CoDet | ViLD]):
         score_threshold: float = ...,
         max_detections: int = ...,
         scoring: Scoring | None = ...,
+        synonyms: Synonyms | None = ...,
+        merge: Merge = ...,
     ) -> Detections: ...
     @overload
     def detect(
@@ -96,6 +98,8 @@ class Detector(Predictor[CoDet | ViLD]):
         score_threshold: float = ...,
         max_detections: int = ...,
         scoring: Scoring | None = ...,
+        synonyms: Synonyms | None = ...,
+        merge: Merge = ...,
     ) -> list[Detections]: ...
     def detect(
         self,
@@ -108,6 +112,8 @@ class Detector(Predictor[CoDet | ViLD]):
         score_threshold: float = 0.05,
         max_detections: int = 100,
         scoring: Scoring | None = None,
+        synonyms: Synonyms | None = None,
+        merge: Merge = "mean",
     ) -> Detections | list[Detections]:
         """Find named things.
 
@@ -121,6 +127,8 @@ class Detector(Predictor[CoDet | ViLD]):
             score_threshold: detections score above it.
             max_detections: maximum number for each image.
             scoring: for ViLD, how cosines become scores; the checkpoint's scoring if None.
+            synonyms: other words by name.
+            merge: whether a name's embedding is the mean of its synonyms', or its score the maximum of theirs.
 
         Returns:
             One `Detections` for one image, a list of them for a list.
@@ -135,6 +143,8 @@ class Detector(Predictor[CoDet | ViLD]):
             attributes=attributes,
             prompts=prompts,
             attribute_prompts=attribute_prompts,
+            synonyms=synonyms,
+            merge=merge,
         ).to(self.device)
         images: Sequence[ImageLike] = image if isinstance(image, list | tuple) else [image]
         tensors = [self.read(entry) for entry in images]

@@ -4,7 +4,7 @@ K names, S their synonyms (a name is one of its own), D embedding width.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +15,15 @@ from torch.nn import functional as F
 
 from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
+
+Synonyms = Mapping[str, Sequence[str]]
+"""Other words by name."""
+Merge = Literal["mean", "max"]
+"""Whether a name's embedding is the mean of its synonyms', or its score the maximum of theirs."""
+SynonymMean = Literal["none", "mean"]
+"""Use of synonyms in training: none, or the mean of their embeddings."""
+SynonymRule = Literal["none", "mean", "max"]
+"""Use of synonyms in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,8 @@ def build_vocabulary(
     encoder: TextEncoder,
     names: Sequence[str],
     splits: Mapping[str, str] | None = None,
-    synonyms: Mapping[str, Sequence[str]] | None = None,
-    merge: Literal["mean", "max"] = "mean",
+    synonyms: Synonyms | None = None,
+    merge: Merge = "mean",
 ) -> Vocabulary:
     """Embed names.
 
@@ -140,12 +149,20 @@ def build_vocabulary(
     """
     cleaned = clean_names(names)
     is_base = None if splits is None else torch.tensor([splits.get(name) == "base" for name in cleaned])
+    rows, owners = embed_words(encoder.embed_names, cleaned, synonyms, merge)
+    return Vocabulary(cleaned, rows, is_base, owners)
+
+
+def embed_words(
+    embed: Callable[[Sequence[str]], Tensor], names: Sequence[str], synonyms: Synonyms | None, merge: Merge
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings of clean names with their synonyms, and the owner of each row: see `Vocabulary`."""
     if not synonyms:
-        return Vocabulary(cleaned, encoder.embed_names(cleaned), is_base)
-    words = [clean_names((name, *synonyms.get(name, ()))) for name in cleaned]
-    rows_SD = encoder.embed_names([word for group in words for word in group])
+        return embed(names), None
+    words = [clean_names((name, *synonyms.get(name, ()))) for name in names]
+    rows_SD = embed([word for group in words for word in group])
     owners = torch.repeat_interleave(torch.tensor([len(group) for group in words], device=rows_SD.device))
     if merge == "max":
-        return Vocabulary(cleaned, rows_SD, is_base, owners)
-    sums_KD = rows_SD.new_zeros(len(cleaned), rows_SD.shape[1]).index_add(0, owners, rows_SD)
-    return Vocabulary(cleaned, F.normalize(sums_KD, dim=1), is_base)
+        return rows_SD, owners
+    sums_KD = rows_SD.new_zeros(len(names), rows_SD.shape[1]).index_add(0, owners, rows_SD)
+    return F.normalize(sums_KD, dim=1), None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_prep import storage, tables
+from data_prep.embeddings.crops import FITS
 from data_prep.pictograms.world import PICTURES, World, single_objects
 from data_prep.streams.collate import PairCollate
 from data_prep.streams.pair_loader import pair_loader
@@ -178,7 +179,12 @@ def train(run: Run) -> Trained[Accuracy]:
             metric_prefix="",
         )
         loader = pair_loader(
-            run.storage, run.pairs, seed=settings.seed, image_size=run.model.image_size, max_side=run.max_side
+            run.storage,
+            run.pairs,
+            seed=settings.seed,
+            image_size=run.model.image_size,
+            fit=FITS[run.model.resize_mode],
+            max_side=run.max_side,
         )
         with active.timing("train"):
             loop = partial(train_worker, run, stage, first, active.tracked.logger())

@@ -40,7 +40,7 @@ from workflows import evaluate, prepare_boxes, prepare_pairs
 from workflows.common import cli, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.runs import ActiveRun, Evaluation, Trained
-from workflows.common.teacher import CodetNames, default_teacher, open_encoder, read_codet_names
+from workflows.common.teacher import CodetNames, find_teacher, open_encoder, read_codet_names
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Session, Stage
 from workflows.configs.codet import CONFIGS, Run
@@ -156,8 +156,8 @@ def train(run: Run) -> Trained[Metrics]:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
     run = find_weights(run)
-    encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
-    names = read_codet_names(run.storage, run.boxes, run.pairs, encoder)
+    encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
+    names = read_codet_names(run.storage, run.boxes, run.pairs, encoder, run.synonyms)
     run, weights = initial_weights(run, names, encoder.teacher)
     boxes, joint = run.box_stage, run.joint_stage
     with runs.open_run(
@@ -209,6 +209,7 @@ def evaluate_model(
         model=model,
         boxes=f"{run.boxes}-eval",
         max_detections=run.max_detections,
+        synonyms=run.synonyms,
         device=training.device_of(stage),
     )
     return evaluate.evaluate_and_log(settings, active.tracked, prefix, stage.steps)
@@ -332,12 +333,14 @@ def prepare_data(run: Run) -> Run:
     boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
     if run.data:
         prepare_boxes.check_captions(boxes, run.pairs, run.config)
+    teacher = find_teacher(
+        run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
+    )
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
     if run.data:
         prepare_boxes.prepare_captions(boxes, run.pairs, run.config)
     elif run.config == "smoke":
         prepare_pairs.prepare_smoke(run.storage)
-    teacher = default_teacher(run.storage, run.config, run.data, run.teacher)
     return dataclasses.replace(run, teacher=teacher)
 
 

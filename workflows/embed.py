@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +25,7 @@ from ray.exceptions import RayTaskError
 
 from data_prep import storage, tables
 from data_prep.embeddings import stores, teachers
-from data_prep.embeddings.crops import Colour, CropConfig, Fit
+from data_prep.embeddings.crops import FITS, CropConfig, Fit
 from data_prep.embeddings.stores import ArrayTable, EmbeddingJob, SavedShard, save_shard
 from data_prep.embeddings.teachers import (
     EmbedConfig,
@@ -69,8 +68,8 @@ class Run:
     crops: CropConfig = field(default_factory=CropConfig)
     pairs: str = ""
     """Name of the `pairs` table whose images and captions are embedded; none if empty."""
-    fit: Fit = "centre"
-    """How the image of a pair becomes a square: as in the teacher's training."""
+    fit: Fit | None = None
+    """How the image of a pair becomes a square; None: as in the teacher's training."""
     embed: EmbedConfig = field(default_factory=EmbedConfig)
 
     def __post_init__(self) -> None:
@@ -83,12 +82,12 @@ class Run:
 
 def smoke() -> Run:
     """Seconds; makes its own boxes, pairs and untrained teacher."""
-    return Run(teacher="", name="smoke", boxes="smoke-train", pairs="smoke", fit="warp")
+    return Run(teacher="", name="smoke", boxes="smoke-train", pairs="smoke")
 
 
 def pictograms() -> Run:
     """The pictogram world; give it `--teacher`."""
-    return Run(teacher="", name="pictograms", boxes="pictograms-train", pairs="pictograms", fit="warp")
+    return Run(teacher="", name="pictograms", boxes="pictograms-train", pairs="pictograms")
 
 
 def photos() -> Run:
@@ -111,8 +110,8 @@ class TeacherInfo:
     id: str
     side: int
     """Side of its square input in pixels."""
-    margin: Colour
-    """Colour that its normalisation maps to zero."""
+    fit: Fit
+    """How images became squares in its training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +142,11 @@ def embed(run: Run) -> list[Manifest]:
     if not run.teacher:
         raise InputError("--teacher: missing, expected a CLIP checkpoint; `python workflows/clip.py` makes one")
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
-    run = dataclasses.replace(run, teacher=store_released(run) if run.pretrained else storage.absolute(run.teacher))
+    if run.pretrained:
+        checkpoint = teachers.store_released(run.storage, run.teacher, run.pretrained)
+    else:
+        checkpoint = storage.absolute(run.teacher)
+    run = dataclasses.replace(run, teacher=checkpoint)
     teacher = read_teacher_info(run.teacher)
     tasks = []
     if run.boxes:
@@ -151,22 +154,6 @@ def embed(run: Run) -> list[Manifest]:
     if run.pairs:
         tasks.append(pair_task(run, teacher))
     return [make_table(run, task) for task in tasks]
-
-
-def store_released(run: Run) -> str:
-    """Save released weights as a checkpoint in the storage, unless it is there; returns its URI.
-
-    Raises:
-        InputError: the architecture or the weights are unknown.
-    """
-    file = Path(run.pretrained)
-    tag = f"{file.stem}-{storage.sha256(file.read_bytes())[:8]}" if file.is_file() else run.pretrained
-    checkpoint = storage.join(run.storage, "teachers", f"{run.teacher}-{tag}")
-    if not storage.exists(storage.join(checkpoint, "clip.json")):
-        from ovd_models.clip.model import ClipConfig, open_clip_model  # here, so that the driver stays small
-
-        teachers.store_checkpoint(open_clip_model(ClipConfig(name=run.teacher), run.pretrained), checkpoint)
-    return checkpoint
 
 
 def read_teacher_info(checkpoint: str) -> TeacherInfo:
@@ -184,8 +171,8 @@ def read_teacher_info(checkpoint: str) -> TeacherInfo:
     try:
         info = json.loads(storage.read_bytes(path))
         config = info["config"]
-        margin = teachers.margin_of(config["mean"])
-        return TeacherInfo(id=str(info["teacher"]), side=int(config["vision"]["image_size"]), margin=margin)
+        fit = FITS[config.get("resize_mode", "squash")]
+        return TeacherInfo(id=str(info["teacher"]), side=int(config["vision"]["image_size"]), fit=fit)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the description of a CLIP checkpoint ({error!r})") from error
 
@@ -213,13 +200,13 @@ def region_task(run: Run, teacher: TeacherInfo) -> EmbeddingTask:
 
 def pair_task(run: Run, teacher: TeacherInfo) -> EmbeddingTask:
     """Whole images and their captions."""
-    root = tables.table_uri(run.storage, "pairs", run.pairs)
+    root, fit = tables.table_uri(run.storage, "pairs", run.pairs), run.fit or teacher.fit
     return EmbeddingTask(
         table="embeddings",
         source=("pairs", run.pairs),
-        provenance={"teacher": teacher.id, "fit": run.fit},
+        provenance={"teacher": teacher.id, "fit": fit},
         columns=("image_id", "caption", "shard", "offset", "size"),
-        load=partial(teachers.load_squares, root=root, side=teacher.side, fit=run.fit, margin=teacher.margin),
+        load=partial(teachers.load_squares, root=root, side=teacher.side, fit=fit),
         stage=PairStage,
         arguments=(run.teacher, run.embed),
     )

@@ -15,7 +15,7 @@ from data_prep import storage, tables
 from data_prep.embeddings.texts import TextStore, check_order, read_category_names, read_matrix
 from ovd_models.clip.model import ClipTextEncoder, load_text_encoder
 from ovd_models.errors import InputError
-from ovd_models.prompts import clean_name, find_prompt_set
+from ovd_models.prompts import clean_name
 from ovd_models.vocabulary import clean_names
 from workflows.common import cli
 
@@ -76,10 +76,7 @@ def open_text_encoder(run: Run) -> ClipTextEncoder:
     if not run.model:
         raise InputError("--model: missing, expected a CLIP checkpoint, or an architecture with --pretrained")
     encoder = load_text_encoder(run.model if run.pretrained else storage.local_folder(run.model), run.pretrained)
-    if not run.prompt_set:
-        return encoder
-    find_prompt_set(run.prompt_set)
-    return ClipTextEncoder(replace(encoder.config, prompt_set=run.prompt_set), encoder.tower, encoder.teacher)
+    return encoder.with_prompts(run.prompt_set)
 
 
 def embed(run: Run) -> tuple[TextStore, int]:

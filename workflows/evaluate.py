@@ -24,6 +24,7 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.predictors import load_segmenter
 from ovd_models.sam.model import SamModel
+from ovd_models.vocabulary import SynonymRule
 from workflows.common import cli, tracking
 from workflows.common.runs import Evaluation
 from workflows.common.tracking import TrackedRun
@@ -46,6 +47,8 @@ class Run(DetectorRun):
     max_detections: int = 100
     masks: bool = False
     """Evaluate masks instead of boxes; the detector must predict them."""
+    synonyms: SynonymRule = "none"
+    """Use of the synonyms in `categories`: none, the mean of their embeddings, or the maximum of their scores."""
     num_pictures: int = 8
     """Number of images to draw."""
 
@@ -69,13 +72,19 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     detector = run.load_detector(run.device)
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.images or None]
     names, splits = run.read_categories()
+    words = None if run.synonyms == "none" else run.read_synonyms()
     detections: list[Detections] = []
     read = read_box_images(run.storage, rows)
     while batch := list(islice(read, run.batch_size)):
         images = [image for _, image in batch if image is not None]
         found = iter(
             detector.detect(
-                images, list(names.values()), score_threshold=run.score_threshold, max_detections=run.max_detections
+                images,
+                list(names.values()),
+                score_threshold=run.score_threshold,
+                max_detections=run.max_detections,
+                synonyms=words,
+                merge="max" if run.synonyms == "max" else "mean",
             )
             if images
             else ()

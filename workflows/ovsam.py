@@ -43,7 +43,7 @@ from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import prepare_boxes
 from workflows.common import cli, runs, tracking, training
 from workflows.common.runs import ActiveRun, Evaluation, Trained
-from workflows.common.teacher import default_teacher, read_categories
+from workflows.common.teacher import find_teacher, read_categories
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Session, Stage
 from workflows.configs.ovsam import CONFIGS, Run
@@ -241,7 +241,7 @@ def open_clip_teacher(run: Run) -> tuple[Clip, ClipTextEncoder]:
     if not run.teacher:
         raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
     clip, teacher = load_clip(storage.local_folder(run.teacher))
-    return clip, ClipTextEncoder(clip.config, clip.model.text, teacher)
+    return clip, ClipTextEncoder(clip.config, clip.model.text, teacher).with_prompts(run.prompt_set)
 
 
 def model_config(run: Run, sam: SamConfig, clip: Clip) -> OvSamConfig:
@@ -333,8 +333,8 @@ def evaluate_models(
 
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher."""
+    teacher = find_teacher(run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained)
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
-    teacher = default_teacher(run.storage, run.config, run.data, run.teacher)
     return dataclasses.replace(run, teacher=teacher)
 
 

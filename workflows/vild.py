@@ -33,7 +33,7 @@ from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, evaluate, prepare_boxes
 from workflows.common import cli, runs, starting_weights, tracking, training
 from workflows.common.runs import ActiveRun, Evaluation, Trained
-from workflows.common.teacher import default_teacher, open_encoder, read_categories
+from workflows.common.teacher import find_teacher, open_encoder, read_categories, read_synonyms
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Session, Stage
 from workflows.configs.vild import CONFIGS, Run
@@ -133,7 +133,7 @@ def train(run: Run) -> Trained[DetectionMetrics]:
 def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
     """The run completed by its data and starting weights, the names and their encoder."""
     run = find_weights(run)
-    encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts)
+    encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
     names = read_names(run, encoder)
     return complete(run, names), names, encoder
 
@@ -252,6 +252,7 @@ def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[Detect
         score_threshold=run.score_threshold,
         max_detections=run.max_detections,
         masks=run.measure_masks,
+        synonyms=run.synonyms,
         device=training.device_of(run.detector_stage),
     )
     return evaluate.evaluate_and_log(settings, active.tracked, f"eval/{run.boxes}", run.detector_stage.steps)
@@ -275,7 +276,8 @@ def read_names(run: Run, encoder: TextEncoder) -> VildNames:
     trained = [key for key, name in categories.items() if run.novel_boxes or splits[name] == "base"]
     others = [key for key in categories if key not in set(trained)]
     ordered = [categories[key] for key in (*trained, *others)]
-    return VildNames(trained, splits, build_vocabulary(encoder, ordered, splits))
+    words = read_synonyms(run.storage, run.boxes) if run.synonyms == "mean" else None
+    return VildNames(trained, splits, build_vocabulary(encoder, ordered, splits, words))
 
 
 def find_weights(run: Run) -> Run:
@@ -322,8 +324,10 @@ def complete(run: Run, names: VildNames) -> Run:
 def prepare_data(run: Run) -> Run:
     """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
     run = find_weights(run)
+    teacher = find_teacher(
+        run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
+    )
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
-    teacher = default_teacher(run.storage, run.config, run.data, run.teacher)
     return dataclasses.replace(run, teacher=teacher)
 
 

@@ -45,6 +45,10 @@ def crop_windows(boxes_N4: npt.NDArray[np.float32], scale: float, width: int, he
     return np.concatenate([first, np.maximum(last, first + 1)], axis=1).astype(np.int64)
 
 
+FITS: dict[str, Fit] = {"squash": "warp", "shortest": "centre", "longest": "pad"}
+"""A CLIP's `resize_mode` -> how an image becomes a square."""
+
+
 def square(image: Image.Image, side: int, fit: Fit, margin: Colour = (0, 0, 0)) -> npt.NDArray[np.uint8]:
     """[side, side, 3] pixels of an RGB image, by bicubic resampling with antialiasing.
 

@@ -148,14 +148,14 @@ def try_image(read: Callable[[], Image.Image]) -> tuple[Image.Image | None, str 
         return None, str(error)
 
 
-def load_squares(rows: pa.Table, root: str, side: int, fit: Fit, margin: Colour) -> pa.Table:
+def load_squares(rows: pa.Table, root: str, side: int, fit: Fit) -> pa.Table:
     """Rows of `pairs` -> `image_id`, `caption` and raw RGB `pixels`, made by `square`.
 
     The rows have `image_id`, `caption`, `shard` (relative to `root`), `offset` and `size`. An image that cannot be read
     has no pixels, and the reason in `unreadable`.
     """
     images = [try_image(partial(decode_image, content, name)) for content, name in read_members(rows, root)]
-    squares = [square(image, side, fit, margin).tobytes() if image else b"" for image, _ in images]
+    squares = [square(image, side, fit).tobytes() if image else b"" for image, _ in images]
     columns = {
         "pixels": pa.array(squares, pa.large_binary()),
         "unreadable": pa.array([reason for _, reason in images], pa.string()),
@@ -234,6 +234,27 @@ def store_checkpoint(clip: "Clip", uri: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_clip(clip, folder)
         storage.upload_folder(Path(folder), uri)
+
+
+def store_released(storage_uri: str, name: str, pretrained: str) -> str:
+    """Save released weights as a checkpoint in `<storage>/teachers`, unless it is there; returns its URI.
+
+    Args:
+        storage_uri: folder or URI of the storage.
+        name: an architecture of open_clip.
+        pretrained: a tag of its weights, or a file.
+
+    Raises:
+        InputError: the architecture or the weights are unknown.
+    """
+    file = Path(pretrained)
+    tag = f"{file.stem}-{storage.sha256(file.read_bytes())[:8]}" if file.is_file() else pretrained
+    checkpoint = storage.join(storage.absolute(storage_uri), "teachers", f"{name}-{tag}")
+    if not storage.exists(storage.join(checkpoint, "clip.json")):
+        from ovd_models.clip.model import ClipConfig, open_clip_model
+
+        store_checkpoint(open_clip_model(ClipConfig(name=name), pretrained), checkpoint)
+    return checkpoint
 
 
 def margin_of(mean: Sequence[float]) -> Colour:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from data_prep import storage
+from data_prep.embeddings.crops import FITS, square
 from data_prep.pairs.rows import EMBEDDING, SCORE, Rejection, append_columns, with_rejections
 from ovd_models.errors import InputError
 
@@ -72,8 +73,8 @@ class ClipScorer:
 
     def embed(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
         """[N, D] unit embeddings of images."""
-        side = self.clip.config.image_size
-        pixels = np.stack([np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images])
+        side, fit = self.clip.config.image_size, FITS[self.clip.config.resize_mode]
+        pixels = np.stack([square(image, side, fit) for image in images])
         with self._torch.inference_mode():
             tensor = self._torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._device)
             rows: npt.NDArray[np.float32] = self.clip.encode_images(tensor).float().cpu().numpy()

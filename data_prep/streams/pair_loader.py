@@ -8,6 +8,7 @@ import pyarrow as pa
 from PIL import Image
 
 from data_prep import storage, tables
+from data_prep.embeddings.crops import Fit, square
 from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.images import read_image, read_rows, unreadable_column
 from data_prep.streams.plans import Integers, plan_epochs
@@ -29,13 +30,14 @@ class PairLoader:
     seed: int
     image_size: int
     """S, in pixels."""
+    fit: Fit
+    """How an image becomes a square."""
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
         numbers = plan_epochs(self.seed, self.count, positions)
         read = read_rows(get_shared(self.index), numbers, positions, self.seed, self._read)
-        side = self.image_size
-        images = [entry.image.resize((side, side)).tobytes() for entry in read]
+        images = [square(entry.image, self.image_size, self.fit).tobytes() for entry in read]
         captions = pa.array([entry.row["caption"] for entry in read], pa.string())
         return pa.table(
             {"image": pa.array(images, pa.binary()), "caption": captions, "unreadable": unreadable_column(read)}
@@ -45,7 +47,9 @@ class PairLoader:
         return read_image(storage.join(self.root, row["shard"]), offset=row["offset"], size=row["size"])
 
 
-def pair_loader(storage_uri: str, name: str, *, seed: int, image_size: int, max_side: int | None) -> PairLoader:
+def pair_loader(
+    storage_uri: str, name: str, *, seed: int, image_size: int, fit: Fit, max_side: int | None
+) -> PairLoader:
     """All pairs of a table whose longer side is at most `max_side` pixels (of any size if None).
 
     Raises:
@@ -61,4 +65,4 @@ def pair_loader(storage_uri: str, name: str, *, seed: int, image_size: int, max_
     # A shard's name is stored once, not once a pair.
     pairs = pairs.set_column(0, "shard", pairs["shard"].dictionary_encode()).combine_chunks()
     root = storage.absolute(tables.table_uri(storage_uri, "pairs", name))
-    return PairLoader(put_shared(pairs), pairs.num_rows, root, seed, image_size)
+    return PairLoader(put_shared(pairs), pairs.num_rows, root, seed, image_size, fit)

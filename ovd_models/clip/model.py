@@ -235,6 +235,17 @@ class ClipTextEncoder:
         self.tokenizer = _tokenizer(config.name, config.text.get("context_length", 77))
         self._cache: dict[str, Tensor] = {}
 
+    def with_prompts(self, prompt_set: str) -> "ClipTextEncoder":
+        """The same tower with another prompt set; this encoder if the name is empty.
+
+        Raises:
+            InputError: the prompt set is unknown.
+        """
+        if not prompt_set:
+            return self
+        find_prompt_set(prompt_set)
+        return ClipTextEncoder(replace(self.config, prompt_set=prompt_set), self.tower, self.teacher)
+
     def embed_names(self, names: Sequence[str]) -> Tensor:
         """[K, D] unit rows: the prompts' unit embeddings averaged and normalised; recent names are cached."""
         if len(self._cache) + len(names) > MAX_CACHED_NAMES:

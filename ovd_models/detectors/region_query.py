@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 from ovd_models.prompts import prompts_of
-from ovd_models.vocabulary import TextEncoder, Vocabulary, clean_names
+from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, clean_names, embed_words
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ def build_query(
     attributes: Sequence[str] = (),
     prompts: str = "",
     attribute_prompts: str = "photo",
+    synonyms: Synonyms | None = None,
+    merge: Merge = "mean",
 ) -> RegionQuery:
     """Embed a query.
 
@@ -49,6 +51,8 @@ def build_query(
         prompts: a prompt set for this request, or templates separated by `|` (see `prompts.py`); the encoder's own if
             empty.
         attribute_prompts: the same for attributes, each placed before every name: "a photo of a red cat".
+        synonyms: see `build_vocabulary`.
+        merge: see `build_vocabulary`.
 
     Raises:
         InputError: a name is empty or cannot be embedded, or the prompts are unknown.
@@ -62,7 +66,8 @@ def build_query(
     top = clean_names(list(names))
     has_split = any(name in splits for name in top)
     is_base = torch.tensor([splits.get(name) == "base" for name in top]) if has_split else None
-    parents, children, rows = Vocabulary(top, embed(top), is_base), None, None
+    embeddings, owners = embed_words(embed, top, synonyms, merge)
+    parents, children, rows = Vocabulary(top, embeddings, is_base, owners), None, None
     if isinstance(names, Mapping):
         if len(top) != len(names):
             raise InputError("vocabulary: a name is repeated, expected each parent once")

@@ -21,7 +21,7 @@ from data_prep import storage, tables
 from data_prep.boxes import annotations
 from data_prep.embeddings.crops import CropConfig
 from data_prep.embeddings.stores import EmbeddingJob, RegionStore, open_rows, save_shard
-from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions
+from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions, store_released
 from data_prep.pairs import shards
 from data_prep.pictograms.world import World
 from ovd_models.clip.model import Clip, ClipConfig, save_clip, weights_digest
@@ -235,15 +235,15 @@ def test_released_weights_are_a_teacher_once_they_are_in_the_storage(tmp_path: P
     run = embed.Run(
         storage=str(tmp_path / "runs"), name="t", pairs="t", teacher=path.stem, pretrained=str(tmp_path / "weights.pt")
     )
-    checkpoint = embed.store_released(run)
+    checkpoint = store_released(run.storage, run.teacher, run.pretrained)
     assert checkpoint.startswith(f"{tmp_path}/runs/teachers/{path.stem}-weights-")
     info = embed.read_teacher_info(checkpoint)
-    assert (info.id, info.side) == (f"clip:{weights_digest(model.model.state_dict())}", 32)
+    assert (info.id, info.side, info.fit) == (f"clip:{weights_digest(model.model.state_dict())}", 32, "warp")
     written = (Path(checkpoint) / "clip.safetensors").stat()
-    assert embed.store_released(run) == checkpoint
+    assert store_released(run.storage, run.teacher, run.pretrained) == checkpoint
     assert (Path(checkpoint) / "clip.safetensors").stat() == written
     with pytest.raises(InputError, match="unknown to open_clip"):
-        embed.store_released(dataclasses.replace(run, teacher="ViT-for-embed-test"))
+        store_released(run.storage, "ViT-for-embed-test", run.pretrained)
     with pytest.raises(InputError, match="--pretrained openai: no such file and no weights"):
         embed.embed(dataclasses.replace(run, pretrained="openai"))
 

@@ -112,6 +112,23 @@ def test_batch_size_does_not_change_the_metrics(run: Run) -> None:
         assert first.ap50 == pytest.approx(second.ap50, abs=1e-3, nan_ok=True)
 
 
+def test_synonyms_of_the_categories_may_count(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    detect = Detector.detect
+
+    def recorded(self: Detector, *arguments: Any, **settings: Any) -> Any:
+        given.append(settings)
+        return detect(self, *arguments, **{**settings, "synonyms": None})
+
+    monkeypatch.setattr(Detector, "detect", recorded)
+    monkeypatch.setattr(Run, "read_synonyms", lambda _: {"anchor": ["grapnel"]})
+    for rule in ("none", "mean", "max"):
+        evaluate.evaluate(dataclasses.replace(run, synonyms=rule, images=1))
+    assert [(entry["synonyms"], entry["merge"]) for entry in given] == [
+        *[(None, "mean"), ({"anchor": ["grapnel"]}, "mean"), ({"anchor": ["grapnel"]}, "max")]
+    ]
+
+
 def test_only_drawn_images_are_kept_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
 

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from data_prep import storage, tables
-from data_prep.embeddings.teachers import EmbedConfig, Teacher, store_checkpoint
+from data_prep.embeddings.teachers import EmbedConfig, Teacher, store_checkpoint, store_released
 from data_prep.embeddings.texts import StoredEncoder, TextStore, read_matrix
 from ovd_models.checkpoints import load_encoder
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
-from ovd_models.vocabulary import TextEncoder, build_vocabulary
+from ovd_models.vocabulary import SynonymMean, TextEncoder, build_vocabulary
+
+EXPECTED_TEACHER = (
+    "a checkpoint of `python workflows/clip.py`, an architecture of open_clip with --pretrained TAG|FILE, or --texts"
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,18 @@ def read_categories(storage_uri: str, boxes: str) -> tuple[dict[int, str], dict[
     return {row["category_id"]: row["name"] for row in with_split}, {row["name"]: row["split"] for row in with_split}
 
 
-def read_codet_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder) -> CodetNames:
+def read_synonyms(storage_uri: str, boxes: str) -> dict[str, list[str]]:
+    """Other words by name, of the categories of a box set."""
+    rows = tables.read_table(storage_uri, "categories", boxes, ["name", "synonyms"]).to_pylist()
+    return {row["name"]: row["synonyms"] for row in rows if row["synonyms"]}
+
+
+def read_codet_names(
+    storage_uri: str, boxes: str, pairs: str, encoder: TextEncoder, synonyms: SynonymMean = "none"
+) -> CodetNames:
     """Embed the names of `categories/<boxes>` and of `concepts/<pairs>`, or read them from the teacher's `texts`.
+
+    Concepts have no synonyms.
 
     Raises:
         InputError: a table is missing, or a name cannot be embedded.
@@ -64,13 +78,14 @@ def read_codet_names(storage_uri: str, boxes: str, pairs: str, encoder: TextEnco
         encoder = StoredEncoder(encoder, TextStore(storage_uri, encoder.teacher))
     categories, splits = read_categories(storage_uri, boxes)
     base = [name for name in categories.values() if splits[name] == "base"]
+    words = read_synonyms(storage_uri, boxes) if synonyms == "mean" else None
     counts = tables.read_table(storage_uri, "categories", boxes, ["name", "image_count"]).to_pylist()
     images = {row["name"]: row["image_count"] for row in counts}
     concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist()
     return CodetNames(
         categories,
         splits,
-        build_vocabulary(encoder, base).embeddings,
+        build_vocabulary(encoder, base, synonyms=words).embeddings,
         build_vocabulary(encoder, concepts).embeddings,
         tuple(concepts),
         tuple(images[name] for name in base),
@@ -102,22 +117,54 @@ def untrained_teacher(storage_uri: str) -> str:
     return folder
 
 
-def default_teacher(storage_uri: str, config: str, data: str, teacher: str) -> str:
-    """The teacher of a training: the given one; for a `smoke` run on its own tables an untrained one."""
-    if config == "smoke" and not data and not teacher:
+def find_teacher(
+    storage_uri: str, config: str, *, data: str, teacher: str, pretrained: str = "", texts: str = ""
+) -> str:
+    """The checkpoint of a training's teacher, before any other work; empty if `texts` replaces it.
+
+    Args:
+        storage_uri: where released weights and the untrained teacher are kept.
+        config: `smoke` on its own tables has an untrained teacher.
+        data: the folder that the tables are made of, if any.
+        teacher: folder or URI of a CLIP checkpoint, or an architecture of open_clip.
+        pretrained: the architecture's weights: a tag or a file.
+        texts: a table of embedded names.
+
+    Raises:
+        InputError: there is no such checkpoint, or there are no such weights.
+    """
+    if pretrained:
+        if not teacher:
+            raise InputError(f"--pretrained {pretrained}: expected --teacher with an architecture, such as ViT-B-32")
+        return store_released(storage_uri, teacher, pretrained)
+    if not teacher and config == "smoke" and not data:
         return untrained_teacher(storage_uri)
+    if not teacher and not texts:
+        raise InputError(f"--teacher: missing, expected {EXPECTED_TEACHER}")
+    if teacher and not storage.exists(storage.join(teacher, "clip.json")):
+        raise InputError(f"--teacher {teacher}: no CLIP checkpoint (clip.json), expected {EXPECTED_TEACHER}")
     return teacher
 
 
-def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str) -> TextEncoder:
+def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str, prompt_set: str = "") -> TextEncoder:
     """The teacher's text encoder.
+
+    Args:
+        storage_uri: of the box set.
+        boxes: name of the box set.
+        teacher: folder or URI of a CLIP checkpoint.
+        texts: replaces the teacher: a table of the box set's names.
+        prompt_set: replaces the teacher's own.
 
     Raises:
         InputError: neither `teacher` nor `texts` is given, or what is given does not fit.
     """
     if texts:
+        if prompt_set:
+            raise InputError(f"--prompt-set {prompt_set}: the names of --texts are embedded already, expected none")
         rows = tables.read_table(storage_uri, "categories", boxes, ["name"])["name"].to_pylist()
         return read_matrix(texts, rows)
-    if teacher:
-        return load_encoder(storage.local_folder(teacher))
-    raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`), or --texts")
+    if not teacher:
+        raise InputError(f"--teacher: missing, expected {EXPECTED_TEACHER}")
+    encoder = load_encoder(storage.local_folder(teacher))
+    return encoder.with_prompts(prompt_set) if isinstance(encoder, ClipTextEncoder) else encoder

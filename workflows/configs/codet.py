@@ -9,6 +9,7 @@ from data_prep.streams.group_loader import Sampling
 from ovd_models.codet.model import CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.importers.codet import released_architectures
+from ovd_models.vocabulary import SynonymMean
 from workflows.common.optimisation import STEPS_PER_BLOCK, Optimisation, check_shared
 from workflows.common.starting_weights import Published, PublishedBackbone
 from workflows.configs.detectors import EVA02_L, MIIL_RESNET50, MSRA_RESNET50, RESNET50, SWIN_B, photo_detector
@@ -27,7 +28,13 @@ class Run:
     pairs: str
     """Name of the tables `pairs`, `concepts` and `groups`."""
     teacher: str = ""
-    """Folder or URI of a CLIP checkpoint that embeds names and captions."""
+    """CLIP checkpoint, or with `pretrained` an architecture of open_clip, that embeds names and captions."""
+    pretrained: str = ""
+    """Released weights of `teacher`, an architecture of open_clip: a tag (`openai`) or a file."""
+    prompt_set: str = ""
+    """Prompt templates around names, see `ovd_models/prompts.py`; the teacher's own if empty."""
+    synonyms: SynonymMean = "none"
+    """Use of the synonyms in `categories`: none, or the mean of their embeddings."""
     texts: str = ""
     """Replaces the teacher: a .npy file with an embedding for each category of the data, in category-id order."""
     data: str = ""
@@ -146,6 +153,7 @@ def coco_r50() -> Run:
         config="coco_r50",
         boxes="coco",
         pairs="coco",
+        prompt_set="name:a",
         published_backbone=MSRA_RESNET50,
         model=dataclasses.replace(
             released,
@@ -184,6 +192,7 @@ def lvis_r50() -> Run:
         config="lvis_r50",
         boxes="lvis",
         pairs="cc3m",
+        prompt_set="name:a",
         max_detections=300,
         published_backbone=MIIL_RESNET50,
         model=dataclasses.replace(

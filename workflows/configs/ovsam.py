@@ -25,7 +25,12 @@ class Run:
     data: str = ""
     """A folder with `instances.json` and `images/`, whose tables are made first."""
     teacher: str = ""
-    """Folder or URI of a CLIP checkpoint: its image tower becomes OV-SAM's encoder, its text tower embeds names."""
+    """CLIP checkpoint, or with `pretrained` an architecture of open_clip: its image tower becomes OV-SAM's encoder, its
+    text tower embeds names."""
+    pretrained: str = ""
+    """Released weights of `teacher`, an architecture of open_clip: a tag (`openai`) or a file."""
+    prompt_set: str = ""
+    """Prompt templates around names, see `ovd_models/prompts.py`; the teacher's own if empty."""
     sam: str = ""
     """Folder or URI of a SAM checkpoint, or a published `.pth` file of the architecture `sam_model`; if empty, a SAM is
     trained first."""
@@ -144,6 +149,7 @@ def published_recipe(name: str, boxes: str, images: int) -> Run:
     return Run(
         config=name,
         boxes=boxes,
+        prompt_set="ovsam",
         needs_sam=True,
         sam_model=VIT_H,
         adapter_depth=5,

@@ -11,6 +11,7 @@ from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.vild.model import ViLDConfig
+from ovd_models.vocabulary import SynonymMean
 from workflows.common.optimisation import Optimisation, check_shared
 from workflows.common.starting_weights import Published, PublishedBackbone
 from workflows.configs.detectors import RESNET50, RESNET152, photo_detector
@@ -31,7 +32,13 @@ class Run:
     novel_boxes: bool = False
     """Train with novel boxes too, for supervised comparisons; `train_boxes` must contain them."""
     teacher: str = ""
-    """Folder or URI of a CLIP checkpoint that embeds names and regions."""
+    """CLIP checkpoint, or with `pretrained` an architecture of open_clip, that embeds names and regions."""
+    pretrained: str = ""
+    """Released weights of `teacher`, an architecture of open_clip: a tag (`openai`) or a file."""
+    prompt_set: str = ""
+    """Prompt templates around names, see `ovd_models/prompts.py`; the teacher's own if empty."""
+    synonyms: SynonymMean = "none"
+    """Use of the synonyms in `categories`: none, or the mean of their embeddings."""
     texts: str = ""
     """Replaces the teacher for names: a .npy file with an embedding for each category, in category-id order."""
     data: str = ""
@@ -169,6 +176,7 @@ def lvis_r50() -> Run:
     return Run(
         config="lvis_r50",
         boxes="lvis",
+        prompt_set="vild",
         model=ViLDConfig(
             detector=detector, image_weight=0.5, scoring=Scoring(temperature=100.0, image_temperature=100.0)
         ),

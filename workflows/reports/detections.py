@@ -16,7 +16,7 @@ from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.predictors import Detector
 from workflows.common import tracking
-from workflows.common.teacher import read_categories
+from workflows.common.teacher import read_categories, read_synonyms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,16 @@ class DetectorRun:
 
     def read_categories(self) -> tuple[dict[int, str], dict[str, str]]:
         """`workflows.common.teacher.read_categories` of the set."""
-        return read_categories(self.storage, self.categories or self.boxes.rsplit("-", 1)[0])
+        return read_categories(self.storage, self.category_table)
+
+    def read_synonyms(self) -> dict[str, list[str]]:
+        """Other words by name, of the set."""
+        return read_synonyms(self.storage, self.category_table)
+
+    @property
+    def category_table(self) -> str:
+        """Name of the `categories` table."""
+        return self.categories or self.boxes.rsplit("-", 1)[0]
 
 
 def read_box_image(storage_uri: str, row: Mapping[str, Any]) -> Image.Image:

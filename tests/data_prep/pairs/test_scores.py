@@ -1,10 +1,12 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from data_prep.pairs.scores import ClipScorer, ScoreConfig, ScoreStage, load_scorer
@@ -66,6 +68,20 @@ def test_clip_scores_are_cosines_of_image_and_caption(checkpoint: str) -> None:
     assert found == pytest.approx(one_by_one, abs=1e-5)
     assert all(-1 <= value <= 1 for value in found)
     assert np.linalg.norm(scorer.embed(images), axis=1) == pytest.approx([1, 1, 1], abs=1e-5)
+
+
+@pytest.mark.parametrize("resize_mode", ["squash", "shortest", "longest"])
+def test_images_are_scored_as_the_model_was_trained(
+    resize_mode: Literal["squash", "shortest", "longest"], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Clip(ClipConfig(resize_mode=resize_mode)).eval()
+    save_clip(model, tmp_path)
+    y, x = np.mgrid[0:60, 0:140]
+    image = Image.fromarray(np.stack((4 * y, x, x + y), axis=2).astype(np.uint8))
+    with torch.inference_mode():
+        expected = model.encode_images(model.prepare([image]))[0].numpy()  # open_clip's own transform
+    assert float(ClipScorer(str(tmp_path)).embed([image])[0] @ expected) > 0.9999
 
 
 def test_embeddings_stand_beside_kept_rows_as_float16(checkpoint: str) -> None:

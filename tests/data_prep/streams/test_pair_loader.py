@@ -1,13 +1,16 @@
 import io
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from data_prep import storage, tables
+from data_prep.embeddings.crops import FITS
 from data_prep.pairs import shards
 from data_prep.streams.collate import PairCollate
 from data_prep.streams.pair_loader import pair_loader
@@ -60,7 +63,7 @@ def store(tmp_path: Path) -> Path:
 
 @pytest.mark.ray
 def test_pairs_are_read_resized_and_batched(ray_cluster: None, store: Path) -> None:
-    loader = pair_loader(str(store), "t", seed=0, image_size=16, max_side=None)
+    loader = pair_loader(str(store), "t", seed=0, image_size=16, fit="warp", max_side=None)
     batch = PairCollate(16)(loader(np.arange(8)))
     images, captions = batch.images, batch.captions
     assert images.shape == (8, 3, 16, 16)
@@ -72,21 +75,21 @@ def test_pairs_are_read_resized_and_batched(ray_cluster: None, store: Path) -> N
 
 @pytest.mark.ray
 def test_large_pairs_can_be_left_out(ray_cluster: None, store: Path) -> None:
-    loader = pair_loader(str(store), "t", seed=0, image_size=16, max_side=40)
+    loader = pair_loader(str(store), "t", seed=0, image_size=16, fit="warp", max_side=40)
     assert loader.count == 2
     with pytest.raises(InputError, match="pairs/t: no pair with sides up to 5 px"):
-        pair_loader(str(store), "t", seed=0, image_size=16, max_side=5)
+        pair_loader(str(store), "t", seed=0, image_size=16, fit="warp", max_side=5)
 
 
 def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        pair_loader(str(tmp_path), "t", seed=0, image_size=16, max_side=None)
+        pair_loader(str(tmp_path), "t", seed=0, image_size=16, fit="warp", max_side=None)
     assert str(caught.value) == f"{tmp_path}/pairs/t: no such table; `python workflows/prepare_pairs.py` makes it"
 
 
 @pytest.mark.ray
 def test_an_unreadable_pair_is_replaced_with_its_caption(ray_cluster: None, store: Path) -> None:
-    loader = pair_loader(str(store), "t", seed=0, image_size=16, max_side=None)
+    loader = pair_loader(str(store), "t", seed=0, image_size=16, fit="warp", max_side=None)
     tar = store / "pairs/t/shards/0.tar"
     content = bytearray(tar.read_bytes())
     start = content.index(b"IDAT")  # inside the first image
@@ -100,3 +103,26 @@ def test_an_unreadable_pair_is_replaced_with_its_caption(ray_cluster: None, stor
         assert caption != "caption 0"
         assert set(image.unique().tolist()) == {10 * int(caption[-1]) + 10}
     assert loader(np.arange(3, 8)).equals(rows.slice(3))
+
+
+@pytest.mark.parametrize("resize_mode", ["squash", "shortest", "longest"])
+def test_pairs_become_squares_as_the_model_expects(
+    resize_mode: Literal["squash", "shortest", "longest"], tmp_path: Path
+) -> None:
+    picture = smooth(48, 30)
+    tar, offsets = shards.pack([("0", encoded(picture), "a caption")])
+    storage.write_bytes(f"{tmp_path}/pairs/t/shards/0.tar", tar)
+    row = {"shard": "shards/0.tar", "offset": offsets[0], "size": len(encoded(picture)), "caption": "a caption"}
+    published(tmp_path, "pairs", "t", [row])
+    loader = pair_loader(str(tmp_path), "t", seed=0, image_size=32, fit=FITS[resize_mode], max_side=None)
+    found = PairCollate(32)(loader(np.arange(1))).images[0]
+    theirs = image_transform_v2(
+        PreprocessCfg(size=32, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode), is_train=False
+    )(Image.fromarray(picture))
+    assert int((found.int() - (theirs * 255).round().int()).abs().max()) <= 2
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """A picture that changes from edge to edge, so that every way to a square gives other pixels."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack((255 * y / height, 255 * x / width, 255 * (x + y) / (height + width)), axis=2).astype(np.uint8)
