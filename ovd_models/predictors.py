@@ -32,11 +32,24 @@ ImageT = TypeVar("ImageT", bound=ImageLike)
 Found = TypeVar("Found", Detections, Segments)
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a name such as `cpu`, `cuda` or `cuda:1`.
+
+    Raises:
+        InputError: there is no such device on this machine.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--device {name}: not on this machine ({reason}), expected cpu, cuda or cuda:N") from error
+
+
 class Predictor(Generic[M]):
     """A trained model with its text encoder and the contents of its checkpoint's `config.json`."""
 
     def __init__(self, model: M, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
 
     @property

@@ -15,6 +15,7 @@ from data_prep import storage, tables
 from data_prep.embeddings.texts import TextStore, check_order, read_category_names, read_matrix
 from ovd_models.clip.model import ClipTextEncoder, load_text_encoder
 from ovd_models.errors import InputError
+from ovd_models.predictors import find_device
 from ovd_models.prompts import clean_name
 from ovd_models.vocabulary import clean_names
 from workflows.common import cli
@@ -44,6 +45,8 @@ class Run:
     """JSON with `id` and `name` of every row of `matrix`."""
     teacher: str = ""
     """Id of the model that embedded `matrix`; if empty, derived from the file's name and content."""
+    device: str = "cpu"
+    """Device of the model, such as `cuda`."""
 
 
 CONFIGS = {"default": Run}
@@ -76,6 +79,7 @@ def open_text_encoder(run: Run) -> ClipTextEncoder:
     if not run.model:
         raise InputError("--model: missing, expected a CLIP checkpoint, or an architecture with --pretrained")
     encoder = load_text_encoder(run.model if run.pretrained else storage.local_folder(run.model), run.pretrained)
+    encoder.tower.to(find_device(run.device))
     return encoder.with_prompts(run.prompt_set)
 
 

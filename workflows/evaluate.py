@@ -36,7 +36,6 @@ from workflows.reports.pointing import SegmentationReport, evaluate_ovsam
 class Run(DetectorRun):
     """One evaluation of a detector or an OV-SAM; requires `--model`."""
 
-    device: str = "cpu"
     sam: str = ""
     """For OV-SAM: folder or URI of a SAM to compare with, also by naming its masks with CLIP."""
     images: int = 0
@@ -69,7 +68,7 @@ def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
     """
     if run.batch_size < 1:
         raise InputError(f"batch_size: {run.batch_size}, expected at least 1")
-    detector = run.load_detector(run.device)
+    detector = run.load_detector()
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.images or None]
     names, splits = run.read_categories()
     words = None if run.synonyms == "none" else run.read_synonyms()
@@ -116,7 +115,7 @@ def evaluate_segmenter(run: Run) -> SegmentationReport:
     Raises:
         InputError: a model or a table is missing, or no object has a mask.
     """
-    segmenter = load_segmenter(tracking.local_model(run.model, run.storage))
+    segmenter = load_segmenter(tracking.local_model(run.model, run.storage), run.device)
     categories, _ = run.read_categories()
     return evaluate_ovsam(
         run.storage,

@@ -53,7 +53,7 @@ def find_failures(run: Run) -> gallery.Failures:
     detector = run.load_detector()
     categories, _ = run.read_categories()
     vocabulary = build_vocabulary(detector.encoder, list(categories.values()))
-    scorer = gallery.CropScorer(open_teacher(run.teacher, detector.teacher), vocabulary, run.temperature)
+    scorer = gallery.CropScorer(open_teacher(run.teacher, detector.teacher, run.device), vocabulary, run.temperature)
 
     image_objects, detections = [], list[Detections]()
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.max_images]

@@ -180,14 +180,15 @@ def read_members(rows: pa.Table, root: str) -> Iterator[tuple[bytes, str]]:
 class Teacher:
     """A CLIP checkpoint that embeds square images and captions in batches."""
 
-    def __init__(self, checkpoint: str, config: EmbedConfig) -> None:
+    def __init__(self, checkpoint: str, config: EmbedConfig, device: str = "") -> None:
+        """Load the checkpoint to `device`; if empty, to an actor's GPU if it has one."""
         import torch  # here, so that the data tasks stay small
 
         from ovd_models.clip.model import load_clip
         from ovd_models.clip.towers import fold_norms
 
         self._torch, self.config = torch, config
-        self.device = torch.device("cuda" if config.gpus else "cpu")
+        self.device = torch.device(device or ("cuda" if config.gpus else "cpu"))
         self.half = bool(config.gpus) if config.bfloat16 is None else config.bfloat16
         clip, self.id = load_clip(storage.local_folder(checkpoint))
         fold_norms(clip.model.visual)

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from data_prep.boxes import annotations
 from data_prep.pictograms.world import World
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import save_checkpoint
+from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
 from ovd_models.predictors import Detector
 from ovd_models.vocabulary import EmbeddingTable
-from workflows import evaluate
+from workflows import embed_texts, evaluate, failures
 from workflows.common import cli, tracking
+from workflows.common.teacher import open_teacher
 from workflows.evaluate import Run
 from workflows.reports.detections import annotations_as_detections, draw_comparison, read_box_image
+from workflows.studies import ovsam_boxes, vild_sweep
 
 WORLD = World.create(0)
 
@@ -104,6 +108,25 @@ def test_an_image_that_cannot_be_read_keeps_its_truth_and_is_named(
         (tmp_path / "store" / row["uri"]).write_bytes(b"no image")
     with pytest.raises(InputError, match=r"^no image can be read: 10 images that cannot be read \(.*not an image"):
         evaluate.evaluate(broken)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_every_script_that_runs_a_model_takes_a_device(run: Run, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"storage": run.storage, "model": run.model, "boxes": run.boxes, "device": "cuda"}
+    save_clip(Clip(ClipConfig()), tmp_path)
+    jobs: list[Callable[[], object]] = [
+        lambda: evaluate.evaluate(dataclasses.replace(run, device="cuda")),
+        lambda: failures.find_failures(failures.Run(**given, teacher="clip")),
+        vild_sweep.Run(**given).load_detector,
+        lambda: ovsam_boxes.mask_ap(ovsam_boxes.Run(**given, sam="sam"), run.model),
+        lambda: embed_texts.open_text_encoder(embed_texts.Run(model=str(tmp_path), device="cuda")),
+        lambda: open_teacher(str(tmp_path), "clip:1", "cuda:7"),
+    ]
+    for job in jobs:
+        with pytest.raises(InputError, match=r"^--device cuda.*: not on this machine \(.*\), expected cpu"):
+            job()
+    with pytest.raises(InputError, match=r"^--device gpu: not on this machine"):
+        evaluate.evaluate(dataclasses.replace(run, device="gpu"))
 
 
 def test_batch_size_does_not_change_the_metrics(run: Run) -> None:

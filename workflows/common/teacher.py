@@ -12,6 +12,7 @@ from data_prep.embeddings.texts import StoredEncoder, TextStore, read_matrix
 from ovd_models.checkpoints import load_encoder
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
+from ovd_models.predictors import find_device
 from ovd_models.vocabulary import SynonymMean, TextEncoder, build_vocabulary
 
 EXPECTED_TEACHER = (
@@ -92,17 +93,19 @@ def read_codet_names(
     )
 
 
-def open_teacher(teacher: str, expected: str) -> Teacher:
+def open_teacher(teacher: str, expected: str, device: str = "cpu") -> Teacher:
     """The teacher that a detector was trained with, to embed crops.
 
     Args:
         teacher: folder or URI of a CLIP checkpoint.
         expected: the id of the detector's teacher.
+        device: where it computes, in bfloat16 except on the CPU.
 
     Raises:
-        InputError: there is no such checkpoint, or its id is not the expected one.
+        InputError: there is no such checkpoint or device, or its id is not the expected one.
     """
-    model = Teacher(teacher, EmbedConfig(batch_size=128))
+    find_device(device)
+    model = Teacher(teacher, EmbedConfig(batch_size=128, gpus=0 if device == "cpu" else 1), device)
     if model.id != expected:
         raise InputError(f"--teacher {teacher}: is {model.id}, expected the detector's teacher, {expected}")
     return model

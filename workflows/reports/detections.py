@@ -31,11 +31,17 @@ class DetectorRun:
     """Name of the `boxes` table."""
     categories: str = ""
     """Name of the `categories` table; if empty, that of `boxes` up to the last dash."""
+    device: str = "cpu"
+    """Device of all models, such as `cuda`."""
 
-    def load_detector(self, device: str = "cpu") -> Detector:
-        """Load the detector, and let torch use all cores."""
+    def load_detector(self) -> Detector:
+        """Load the detector, and let torch use all cores.
+
+        Raises:
+            InputError: there is no such checkpoint or device.
+        """
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        return ovd_models.load(tracking.local_model(self.model, self.storage), device)
+        return ovd_models.load(tracking.local_model(self.model, self.storage), self.device)
 
     def read_categories(self) -> tuple[dict[int, str], dict[str, str]]:
         """`workflows.common.teacher.read_categories` of the set."""

@@ -28,7 +28,7 @@ from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_encoder, load_model
 from ovd_models.codet.model import CoDet, CoDetConfig
 from workflows import codet, prepare_pairs
-from workflows.common import cli, cluster
+from workflows.common import cli, cluster, training
 from workflows.common.teacher import read_codet_names
 from workflows.configs import codet as codet_configs
 from workflows.configs import pairs as pairs_configs
@@ -246,12 +246,15 @@ def measure_planted(run: Run, own: codet_configs.Run, folder: str) -> Metrics:
     which this holds for most and for all images.
     """
     local = storage.local_folder(folder)
-    model, encoder = load_model(local, CoDet), load_encoder(local / "text")
+    device = torch.device(training.device_of(own.joint_stage))
+    model, encoder = load_model(local, CoDet).to(device), load_encoder(local / "text")
     if model.config.supervision in ("captions", "boxes"):
         return {}
     names = read_codet_names(run.storage, own.boxes, own.pairs, encoder)
     groups = planted_groups(names.concepts, run.planted_groups, own.group_size)
-    hits_Pg = torch.stack([attention_hits(model, names.concept_embeddings, *group) for group in groups]).float()
+    hits_Pg = torch.stack(
+        [attention_hits(model, names.concept_embeddings.to(device), *group) for group in groups]
+    ).float()
     return {
         "planted_images": float(hits_Pg.mean()),
         "planted_groups": float((hits_Pg.mean(1) > 0.5).float().mean()),
@@ -281,9 +284,9 @@ def planted_groups(concepts: Sequence[str], count: int, size: int) -> Iterator[t
 
 def attention_hits(model: CoDet, concepts_CD: Tensor, batch: ConceptBatch, boxes: list[Tensor]) -> Tensor:
     """[g] bool: whether the proposal with the most attention overlaps the shared object."""
-    (group,) = model.explain(batch, concepts_CD)
+    (group,) = model.explain(batch.to(concepts_CD.device), concepts_CD)
     hits = [
-        bool(len(attention)) and float(box_iou(proposals[attention.argmax()][None], box)) >= 0.5
+        bool(len(attention)) and float(box_iou(proposals[attention.argmax()][None].cpu(), box)) >= 0.5
         for proposals, attention, box in zip(group.boxes, group.attention, boxes, strict=True)
     ]
     return torch.tensor(hits)

@@ -32,7 +32,7 @@ from ovd_models.sam.model import SamModel
 from ovd_models.segments import MaskBatch
 from ovd_models.vocabulary import build_vocabulary
 from workflows import ovsam, prepare_boxes
-from workflows.common import cli
+from workflows.common import cli, training
 from workflows.configs import ovsam as ovsam_configs
 from workflows.reports import pointing as pointing_report
 from workflows.reports.pointing import BASELINES, PROMPT_KINDS
@@ -255,16 +255,17 @@ def measure_names(run: Run, names: Sequence[str], seed: int) -> dict[str, Metric
 
     def job(own: ovsam_configs.Run) -> dict[str, Metrics]:
         folder = storage.local_folder(trained["model"])
-        model, info = load_model(folder, OvSam), read_info(folder)
-        sam = load_model(storage.local_folder(trained["sam"]), SamModel)
+        device = training.device_of(own.clip2sam_stage)
+        model, info = load_model(folder, OvSam).to(device), read_info(folder)
+        sam = load_model(storage.local_folder(trained["sam"]), SamModel).to(device)
         _, encoder = ovsam.open_clip_teacher(own)
         vocabulary = build_vocabulary(
             StoredEncoder(encoder, TextStore(run.storage, encoder.teacher)), names, info.splits
-        )
+        ).to(torch.device(device))
         categories = tables.read_table(run.storage, "categories", own.boxes).to_pylist()
         labels = {row["category_id"]: names.index(row["name"]) for row in categories if row["split"]}
         rows = held_out_images(own)[: run.vocabulary_images or None]
-        images = pointing_report.read_objects(run.storage, rows, labels)
+        images = pointing_report.read_objects(run.storage, rows, labels, device)
         collected, _ = pointing_report.segment_objects(images, vocabulary, model, sam, kinds=["box"])
         return {
             f"{variant}, {len(names)} names": {key: values[key] for key in ("accuracy_base", "accuracy_novel")}
@@ -286,15 +287,18 @@ def fuse(run: Run, own: ovsam_configs.Run, seed: int, folder: str) -> dict[str, 
     settings = list(itertools.product(run.alphas, run.betas, run.novel_biases))
 
     def job(own: ovsam_configs.Run) -> dict[str, Metrics]:
-        model = load_model(storage.local_folder(folder), OvSam)
+        device = training.device_of(own.clip2sam_stage)
+        model = load_model(storage.local_folder(folder), OvSam).to(device)
         _, encoder = ovsam.open_clip_teacher(own)
         names = ovsam.read_names(own, encoder)
         labels = {names.ids[name]: label for label, name in enumerate(names.vocabulary.names)}
+        vocabulary = names.vocabulary.to(torch.device(device))
         parts, truth = [], []
-        for objects in pointing_report.read_objects(run.storage, held_out_images(own), labels):
+        for objects in pointing_report.read_objects(run.storage, held_out_images(own), labels, device):
             encoded = model.encode(objects.image)
             predicted, boxes_P4 = model.masks(encoded, objects.prompts("box"))
-            parts.append(model.score_names(encoded, predicted, names.vocabulary, boxes_P4))
+            scores = model.score_names(encoded, predicted, vocabulary, boxes_P4)
+            parts.append([value.cpu() for value in scores])
             truth += objects.labels
         head_PK, clip_PK, seen_P = (torch.cat(part) for part in zip(*parts, strict=True))
         label_P, is_base_K = torch.tensor(truth), cast(torch.Tensor, names.vocabulary.is_base)
@@ -323,7 +327,12 @@ def measure_detector(run: Run, detector: str, seed: int) -> dict[str, Metrics]:
     own = seed_training(run, seed)
     trained = train_ovsam(own, seed)
     settings = ovsam_boxes.Run(
-        storage=run.storage, model=trained["model"], sam=trained["sam"], boxes=own.boxes, images=run.detector_images
+        storage=run.storage,
+        model=trained["model"],
+        sam=trained["sam"],
+        boxes=own.boxes,
+        images=run.detector_images,
+        device=training.device_of(own.clip2sam_stage),
     )
 
     def job(own: ovsam_configs.Run) -> dict[str, Metrics]:

@@ -9,6 +9,7 @@ python -m workflows.studies.ovsam_boxes --model store/runs/ovsam/<run>/model --s
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from faster_coco_eval import mask as rle
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from ovd_models.batches import Detections
 from ovd_models.checkpoints import load_model
 from ovd_models.errors import InputError
 from ovd_models.evaluation import evaluate_detections
-from ovd_models.predictors import Detector, Segmenter
+from ovd_models.predictors import Detector, Segmenter, find_device
 from ovd_models.preprocess import to_tensor
 from ovd_models.sam.model import SamModel
 from ovd_models.segments import Prompts, Segments
@@ -53,6 +54,8 @@ class Run:
     """Name of the box set: tables `boxes/<name>-eval` with masks, `categories/<name>`."""
     images: int = 0
     """Number of evaluation images to use; 0 for all."""
+    device: str = "cpu"
+    """Device of all models, such as `cuda`."""
     score_threshold: float = 0.05
     max_detections: int = 100
 
@@ -67,11 +70,12 @@ def mask_ap(run: Run, detector_uri: str) -> dict[str, Metrics]:
     once and its score is the box's times the name's; and `own masks` of a detector that predicts some.
 
     Raises:
-        InputError: a checkpoint or a table is missing, or an annotated object has no mask.
+        InputError: a checkpoint, a table or the device is missing, or an annotated object has no mask.
     """
-    detector = ovd_models.load(storage.local_folder(detector_uri))
-    segmenter = ovd_models.load_segmenter(storage.local_folder(run.model))
-    sam = load_model(storage.local_folder(run.sam), SamModel)
+    device = find_device(run.device)
+    detector = ovd_models.load(storage.local_folder(detector_uri), run.device)
+    segmenter = ovd_models.load_segmenter(storage.local_folder(run.model), run.device)
+    sam = load_model(storage.local_folder(run.sam), SamModel).to(device)
     rows = tables.read_table(run.storage, "boxes", f"{run.boxes}-eval").to_pylist()[: run.images or None]
     categories, splits = read_categories(run.storage, run.boxes)
     vocabulary = segmenter.names(list(categories.values()))
@@ -79,7 +83,7 @@ def mask_ap(run: Run, detector_uri: str) -> dict[str, Metrics]:
     read = [(row, image) for row, image in read_box_images(run.storage, rows) if image is not None]
     rows = [row for row, _ in read]
     for _, picture in read:
-        image = to_tensor(picture)
+        image = to_tensor(picture).to(device)
         for name, entry in segment_boxes(run, image, detector, segmenter, sam, vocabulary).items():
             detections.setdefault(name, []).append(entry)
     return {
@@ -99,25 +103,28 @@ def segment_boxes(
     model = segmenter.model
     encoded, sam_encoded = model.encode(image), sam.encode(image)
     masked = {
-        "SAM masks": with_masks(boxed, lambda prompts: sam.segment(sam_encoded, prompts)),
-        "OV-SAM masks": with_masks(boxed, lambda prompts: model.segment(encoded, prompts)),
+        "SAM masks": with_masks(boxed, lambda boxes: sam.segment(sam_encoded, boxes), image.device),
+        "OV-SAM masks": with_masks(boxed, lambda boxes: model.segment(encoded, boxes), image.device),
         "OV-SAM masks and names": with_masks(
-            boxed.distinct(), lambda prompts: model.segment(encoded, prompts, vocabulary)
+            boxed.distinct(), lambda boxes: model.segment(encoded, boxes, vocabulary), image.device
         ),
     }
     return masked if boxed.masks is None else {"own masks": boxed, **masked}
 
 
-def with_masks(boxed: Detections, segment: Callable[[Prompts], Segments]) -> Detections:
-    """Detections with the masks of their boxes as prompts, and with the segments' names if they have some."""
+def with_masks(boxed: Detections, segment: Callable[[Prompts], Segments], device: torch.device) -> Detections:
+    """Detections with the masks of their boxes as prompts, and with the segments' names if they have some.
+
+    The detections are on the CPU, the model that segments on `device`.
+    """
     if not len(boxed):
         return replace(boxed, masks=())
-    segments = segment(Prompts(boxes=boxed.boxes))
+    segments = segment(Prompts(boxes=boxed.boxes.to(device)))
     masks_HWP = segments.masks.permute(1, 2, 0).cpu().numpy().astype("uint8")
     masks = tuple(entry["counts"].decode() for entry in rle.encode(masks_HWP.copy(order="F")))
     if not segments.names:
         return replace(boxed, masks=masks)
-    return replace(boxed, masks=masks, labels=segments.labels, scores=boxed.scores * segments.scores)
+    return replace(boxed, masks=masks, labels=segments.labels.cpu(), scores=boxed.scores * segments.scores.cpu())
 
 
 def main() -> None:

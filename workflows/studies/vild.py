@@ -26,7 +26,7 @@ from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import Variant, ViLD
 from ovd_models.vocabulary import build_vocabulary
 from workflows import prepare_boxes, vild
-from workflows.common import cli
+from workflows.common import cli, training
 from workflows.common.teacher import read_categories
 from workflows.configs import vild as vild_configs
 from workflows.reports.detections import read_box_images
@@ -212,8 +212,9 @@ def measure_regions(
             teacher=own.teacher,
             score_threshold=own.score_threshold,
             max_detections=own.max_detections,
+            device=training.device_of(own.detector_stage),
         )
-        recorded = vild_sweep.record(ovd_models.load(storage.local_folder(model)), sweep)
+        recorded = vild_sweep.record(ovd_models.load(storage.local_folder(model), sweep.device), sweep)
         return {name: metrics.summary() for name, metrics in measure(recorded, sweep).items()}
 
     return studies.remember("vild", seed, name, own, job)
@@ -242,17 +243,22 @@ def measure_teacher(run: Run, number: int, teacher: str, seed: int) -> dict[str,
 
 def recall(proposals: str, own: vild_configs.Run) -> Metrics:
     """AR of proposals for the evaluation set's novel and base boxes."""
-    detector = ovd_models.load(storage.local_folder(proposals))
+    detector = ovd_models.load(storage.local_folder(proposals), training.device_of(own.rpn_stage))
     assert isinstance(detector.model, ViLD)
     network = ProposalNetwork(replace(detector.model.detector.config, pre_nms=max(LIMITS), post_nms=max(LIMITS))).eval()
     weights = detector.model.detector.state_dict()
     network.load_state_dict({key: weights[key] for key in network.state_dict()})
+    network.to(detector.device)
     rows = tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist()
     categories, splits = read_categories(own.storage, own.boxes)
     read = [(row, to_tensor(image)) for row, image in read_box_images(own.storage, rows) if image is not None]
     rows, images = [row for row, _ in read], [image for _, image in read]
     batches = [images[start : start + 16] for start in range(0, len(images), 16)]
-    boxes = [entry for batch in batches for entry in network.find_proposals(batch, max(LIMITS))]
+    boxes = [
+        (found.cpu(), scores.cpu())
+        for batch in batches
+        for found, scores in network.find_proposals([image.to(detector.device) for image in batch], max(LIMITS))
+    ]
     metrics = {}
     for split in ("novel", "base"):
         ids = [key for key, category in categories.items() if splits[category] == split]
@@ -266,7 +272,7 @@ def name_objects(own: vild_configs.Run) -> Metrics:
     categories, splits = read_categories(own.storage, own.boxes)
     names = list(categories.values())
     text_KD = build_vocabulary(load_encoder(storage.local_folder(own.teacher)), names).embeddings.numpy()
-    teacher = Teacher(own.teacher, EmbedConfig(batch_size=128))
+    teacher = Teacher(own.teacher, EmbedConfig(batch_size=128), training.device_of(own.detector_stage))
     correct: dict[str, list[bool]] = {"base": [], "novel": []}
     rows = tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist()
     for row, image in read_box_images(own.storage, rows):

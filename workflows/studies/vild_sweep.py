@@ -111,7 +111,7 @@ def baselines(recorded: RecordedRegions, run: Run) -> dict[str, DetectionMetrics
     Raises:
         InputError: there is no such checkpoint, or it is not the detector's teacher.
     """
-    teacher, base = open_teacher(run.teacher, recorded.teacher), recorded.model.config.scoring
+    teacher, base = open_teacher(run.teacher, recorded.teacher, run.device), recorded.model.config.scoring
 
     def encode(image: Tensor, boxes: Tensor) -> Tensor:
         pixels_HW3 = image.cpu().permute(1, 2, 0).numpy()

@@ -97,11 +97,11 @@ def test_perfect_boxes_masks_and_names_have_an_ap_of_one(prepared: Run) -> None:
         wrong = Detections(boxes_of(masks), torch.ones(len(masks)), labels * 0, names, row["width"], row["height"])
         low = torch.zeros(len(masks), 4, 4)
         segments = Segments(masks, torch.ones(len(masks)), labels, torch.ones(len(masks)), names, low)
-        found.append(ovsam_boxes.with_masks(wrong, answering(segments)))
+        found.append(ovsam_boxes.with_masks(wrong, answering(segments), torch.device("cpu")))
     assert evaluate_detections(rows, found, categories, splits, "segm").summary()["ap_all"] == 1
     # Without names of their own, the detector's stay.
     unnamed = replace(segments, names=())
-    assert torch.equal(ovsam_boxes.with_masks(wrong, answering(unnamed)).labels, wrong.labels)
+    assert torch.equal(ovsam_boxes.with_masks(wrong, answering(unnamed), torch.device("cpu")).labels, wrong.labels)
 
 
 @pytest.mark.ray
