@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.boxes.annotations import coco_splits
+from data_prep.boxes.coco import coco_splits
 from ovd_models.checkpoints import save_checkpoint
 from ovd_models.clip.model import ClipTextEncoder, load_clip
 from ovd_models.errors import InputError

@@ -4,7 +4,8 @@ COCO json, or the pictogram world --read or draw--> boxes, categories --strip no
 
 python workflows/prepare_boxes.py --config pictograms
 python workflows/prepare_boxes.py --config coco --data photos/    # photos/instances.json, photos/images/
-python workflows/prepare_boxes.py --config coco --name lvis --data lvis_train/ --eval-data lvis_val/    # LVIS
+python workflows/prepare_boxes.py --config coco --name lvis --data lvis_v1_train.json --eval-data lvis_v1_val.json \
+    --images coco/                                                # with train2017/ and val2017/; a URI for a cluster
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import ray
 
 from data_prep import storage, tables
 from data_prep.boxes import annotations
-from data_prep.boxes.annotations import BoxSet
+from data_prep.boxes.coco import BoxSet, box_set, file_digest, read_coco, strip_novel, with_split
 from data_prep.pictograms.world import World
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
@@ -44,12 +45,15 @@ class Run:
     name: str
     """Name of the tables, before `-train` and `-eval`."""
     data: str = ""
-    """A folder with `instances.json`, in COCO's or LVIS's format, and `images/`; the pictogram world if empty.
+    """A file in COCO's or LVIS's format with `images`, or a folder with `instances.json` and `images/`; the pictogram
+    world if empty.
 
     COCO's names are split into 48 base and 17 novel ones, LVIS's by `frequency` (`r` is novel); others are base.
     """
     eval_data: str = ""
-    """Another such folder, with the same categories, for evaluation; without it, images of `data` are held out."""
+    """Another such file or folder, with the same categories, for evaluation; if empty, some of `data` are held out."""
+    images: str = ""
+    """Folder or URI of all pictures, such as COCO's with `train2017/` and `val2017/`."""
     train_images: int = 2400
     """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
@@ -85,7 +89,7 @@ def prepare(run: Run) -> None:
         raise InputError("--data: missing, expected a folder with instances.json and images/")
     settings = dataclasses.asdict(dataclasses.replace(run, storage=""))
     del settings["eval_data"]  # the digest of its annotation file counts, as that of `data`
-    digests = [annotations.annotation_file_digest(folder) for folder in (run.data, run.eval_data) if folder]
+    digests = [file_digest(annotation_file(data)) for data in (run.data, run.eval_data) if data]
     config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
@@ -94,7 +98,7 @@ def prepare(run: Run) -> None:
             raise InputError(f"{uri}: made from another config, expected a new --name or an empty place")
         return
     train, evaluation = read_folder(run) if run.data else draw_pictograms(run)
-    base_only = annotations.strip_novel(train.boxes, train.categories)
+    base_only = strip_novel(train.boxes, train.categories)
     publish_rows(run, "categories", run.name, train.categories, config_hash)
     publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash)
     publish_rows(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash)
@@ -126,28 +130,34 @@ def prepare_full(run: Run) -> None:
         full = read_folder(run)[0].boxes
     else:
         full = draw_in_parallel(run, "full", run.train_images, seed=run.seed + 1, base_only=False)
-    mixed = annotations.strip_novel(full, tables.read_table(run.storage, "categories", run.name))
+    mixed = strip_novel(full, tables.read_table(run.storage, "categories", run.name))
     config_hash = tables.read_manifest(run.storage, "boxes", f"{run.name}-train").config_hash
     publish_rows(run, "boxes", f"{run.name}-full", full, config_hash)
     publish_rows(run, "boxes", f"{run.name}-mixed", mixed, config_hash)
     print(f"boxes: {full.num_rows:,} images with novel objects, annotated (-full) and not (-mixed)")
 
 
+def annotation_file(data: str) -> Path:
+    """The annotation file of `--data`, itself or in the folder."""
+    return Path(data) if data.endswith(".json") else Path(data, "instances.json")
+
+
 def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
     """The training and the evaluation set of a COCO or LVIS folder.
 
-    Without `eval_data`, the last images in a seeded order are held out.
+    Without `eval_data`, the last images in a seeded order are held out. Of `eval_data`, OV-COCO's
+    images are used, see `with_split`.
     """
     whole, *others = (
-        annotations.read_coco(Path(folder, "instances.json"), Path(folder, "images"))
-        for folder in (run.data, run.eval_data)
-        if folder
+        read_coco(annotation_file(data), run.images or str(Path(data, "images")))
+        for data in (run.data, run.eval_data)
+        if data
     )
     if others:
         own, other = (entry.categories.select(["category_id", "name"]) for entry in (whole, others[0]))
         if not own.equals(other):
             raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
-        return whole, others[0]
+        return whole, BoxSet(others[0].categories, with_split(others[0].boxes, whole.categories))
     count = whole.boxes.num_rows
     if not 0 < run.eval_images < count:
         raise InputError(f"eval_images: {run.eval_images}, expected 1 to {count - 1} of the {count} images")
@@ -160,7 +170,7 @@ def draw_pictograms(run: Run) -> tuple[BoxSet, BoxSet]:
     """Scenes of the pictogram world: base categories along the long tail, and all of them uniformly."""
     train = draw_in_parallel(run, "train", run.train_images, seed=run.seed + 1, base_only=True)
     evaluation = draw_in_parallel(run, "eval", run.eval_images, seed=run.seed + 2, base_only=False)
-    base_set = annotations.box_set(annotations.pictogram_categories(World.create(run.seed)), train)
+    base_set = box_set(annotations.pictogram_categories(World.create(run.seed)), train)
     return base_set, BoxSet(base_set.categories, evaluation)
 
 
@@ -217,9 +227,7 @@ def prepare_captions(run: Run, name: str, config: str) -> None:
         print(
             f"captions: none in {run.data}; made of the names of each image's base boxes, so no novel name is learned"
         )
-        captions = annotations.category_captions(
-            annotations.strip_novel(train.boxes, train.categories), train.categories
-        )
+        captions = annotations.category_captions(strip_novel(train.boxes, train.categories), train.categories)
         names = tuple(row["name"] for row in train.categories.to_pylist() if row["split"] == "base")
     crawl = pairs_configs.Run(
         storage=run.storage, name=name, names=names, rows_per_shard=500, min_images=MIN_IMAGES if published else 2
