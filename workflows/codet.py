@@ -142,7 +142,12 @@ def train_stage(
     streams = {"boxes": training.feed(boxes, run.detection_batch, settings, every)}
     if uses_captions(run, stage):
         groups = group_loader(
-            run.storage, run.pairs, seed=settings.seed, group_size=run.group_size, sampling=run.sampling
+            run.storage,
+            run.pairs,
+            seed=settings.seed,
+            group_size=run.group_size,
+            sampling=run.sampling,
+            augmentation=run.caption_augmentation,
         )
         streams["groups"] = training.feed(groups, run.groups_per_step, settings, every)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, logger)

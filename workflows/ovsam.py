@@ -110,8 +110,8 @@ def train_sam(run: Run, active: ActiveRun) -> str:
     if storage.exists(storage.join(target, "config.json")):
         return target
     build = partial(SamTraining, run.sam_model, run.sam_training)
-    seed, flip = run.sam_stage.seed, run.flip_probability
-    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=seed, flip_probability=flip)
+    seed = run.sam_stage.seed
+    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=seed, augmentation=run.augmentation)
     torch.manual_seed(seed)
     module = build()
     train_stage(run, active, active.stage("sam", run.sam_stage), Task(build, MaskCollate(), seeded=True), load, module)
@@ -185,9 +185,7 @@ def build_head_training(config: OvSamConfig, settings: Clip2SamConfig) -> nn.Mod
 def train_head(run: Run, model: OvSam, names: OvSamNames, active: ActiveRun) -> None:
     """Train the mask decoder and the label branch on the base categories."""
     settings, base_ids = run.clip2sam_stage, [names.ids[name] for name in names.base.names]
-    load = mask_loader(
-        run.storage, f"{run.boxes}-train", base_ids, seed=settings.seed, flip_probability=run.flip_probability
-    )
+    load = mask_loader(run.storage, f"{run.boxes}-train", base_ids, seed=settings.seed, augmentation=run.augmentation)
     build = partial(build_head_training, model.config, run.clip2sam)
     task = Task(build, MaskCollate(), extra=(names.base.embeddings[:, None],), seeded=True)
     train_stage(run, active, active.stage("clip2sam", settings), task, load, Clip2SamTraining(model, run.clip2sam))
@@ -203,7 +201,7 @@ def train_text(
 ) -> TextToMask:
     """Train a copy of the SAM to use CLIP's embeddings as prompts."""
     settings = run.text_stage
-    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=settings.seed, flip_probability=0.0)
+    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=settings.seed)
     torch.manual_seed(settings.seed)
     build = partial(build_text_training, config.sam, config.tower, run.text)
     module = build()

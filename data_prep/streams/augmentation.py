@@ -3,6 +3,7 @@
 Imports no torch, so that data tasks start fast and stay small.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,8 @@ class Augmentation:
     """Range of the jitter: the longer side becomes this many times `side`, and the image is cropped to the canvas."""
     min_visible: float = 0.5
     """Share of a stored region's area that must stay in view for its embedding to be used."""
+    min_mask_area: int = 0
+    """Objects whose mask has fewer pixels after jitter are left out."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.flip_probability <= 1 or not 0 <= self.min_visible <= 1:
@@ -38,6 +41,10 @@ class Augmentation:
             )
         if self.side < 0 or not 0 < self.scales[0] <= self.scales[1]:
             raise InputError(f"side {self.side}, scales {self.scales}: expected 0 or more, and a range above 0")
+
+
+AS_IS = Augmentation()
+"""Neither mirrored nor jittered."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,10 @@ class AnnotatedImage:
     """[M] False for padding, and for regions out of view."""
 
 
+NO_REGIONS = (np.zeros((0, 4), np.float32), np.zeros(0, np.bool_))
+"""The stored regions of an image without any, and which are valid."""
+
+
 def augment(image: AnnotatedImage, augmentation: Augmentation, rng: np.random.Generator) -> AnnotatedImage:
     """Mirror, then jitter; boxes, masks and stored regions move with the pixels.
 
@@ -65,7 +76,18 @@ def augment(image: AnnotatedImage, augmentation: Augmentation, rng: np.random.Ge
     """
     if rng.random() < augmentation.flip_probability:
         image = mirror(image)
-    return jitter(image, augmentation, rng) if augmentation.side else image
+    if augmentation.side:
+        image = jitter(image, augmentation, rng)
+    return drop_small_masks(image, augmentation.min_mask_area) if augmentation.min_mask_area else image
+
+
+def drop_small_masks(image: AnnotatedImage, min_area: int) -> AnnotatedImage:
+    """The image without objects whose mask has fewer than `min_area` pixels."""
+    size = list(image.pixels.shape[:2])
+    areas = np.array([rle.area({"size": size, "counts": counts}) for counts in image.masks], np.int64)
+    kept = areas >= min_area
+    masks = list(itertools.compress(image.masks, kept))
+    return replace(image, boxes=image.boxes[kept], labels=image.labels[kept], masks=masks)
 
 
 def mirror(image: AnnotatedImage) -> AnnotatedImage:

@@ -107,22 +107,21 @@ class MaskCollate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> Any:
         """One step of one worker, a `MaskBatch`."""
-        raw, heights, widths, masks, flips = _columns(batch, "image", "height", "width", "masks", "flip")
+        raw, heights, widths, masks = _columns(batch, "image", "height", "width", "masks")
         return MaskBatch(
             _images(raw, heights, widths),
-            tuple(map(decode_masks, masks, heights, widths, flips)),
+            tuple(map(decode_masks, masks, heights, widths)),
             _labels(batch["labels"].to_pylist()),
             unreadable=_unreadable(batch),
         )
 
 
-def decode_masks(counts: list[str], height: int, width: int, flip: bool = False) -> Tensor:
-    """[N, H, W] bool from COCO RLE counts, mirrored left to right if `flip`."""
+def decode_masks(counts: list[str], height: int, width: int) -> Tensor:
+    """[N, H, W] bool from COCO RLE counts."""
     if not counts:
         return torch.zeros(0, height, width, dtype=torch.bool)
     stacked = rle.decode([{"size": [height, width], "counts": entry.encode()} for entry in counts])
-    masks = torch.from_numpy(np.ascontiguousarray(stacked.transpose(2, 0, 1))).bool()
-    return masks.flip(2) if flip else masks
+    return torch.from_numpy(np.ascontiguousarray(stacked.transpose(2, 0, 1))).bool()
 
 
 class FeatureCollate(ArrowBatchCollateFn):

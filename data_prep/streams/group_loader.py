@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from data_prep import storage, tables
 from data_prep.object_store import SharedValue, get_shared, put_shared
+from data_prep.streams.augmentation import AS_IS, NO_REGIONS, AnnotatedImage, Augmentation, augment
 from data_prep.streams.images import read_image
 from data_prep.streams.plans import Integers
 from ovd_models.errors import InputError
@@ -211,6 +212,7 @@ class GroupLoader:
     """Folder that `shard` is relative to."""
     table: str
     """Name for messages."""
+    augmentation: Augmentation = AS_IS
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The groups at `positions`.
@@ -226,16 +228,19 @@ class GroupLoader:
         unreadable: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
             concept, candidates = plan_group(plan, position, attempt)
-            images, chosen = [], []
+            images: list[npt.NDArray[np.uint8]] = []
+            chosen: list[dict[str, Any]] = []
             for number in candidates:
                 file = int(np.searchsorted(self.firsts, number, side="right")) - 1
                 row = row_groups().row(self.uris[file], number - self.firsts[file])
                 shard = storage.join(self.shards, row["shard"])
                 try:
-                    images.append(np.asarray(read_image(shard, offset=row["offset"], size=row["size"])))
+                    image = read_image(shard, offset=row["offset"], size=row["size"])
                 except InputError as error:
                     unreadable.append(str(error))
                     continue
+                rng = np.random.default_rng([plan.seed, position, 5, len(chosen)])
+                images.append(self._augment(np.asarray(image), rng))
                 chosen.append(row)
                 if len(chosen) == plan.group_size:
                     return {
@@ -250,8 +255,14 @@ class GroupLoader:
         message = f"{MAX_ATTEMPTS} concepts without {plan.group_size} readable images"
         raise InputError(f"{self.table}: {message}: {unreadable[-1]}")
 
+    def _augment(self, pixels: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+        nothing = AnnotatedImage(pixels, NO_REGIONS[0], np.zeros(0, np.int64), [], *NO_REGIONS)
+        return augment(nothing, self.augmentation, rng).pixels
 
-def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, sampling: Sampling) -> GroupLoader:
+
+def group_loader(
+    storage_uri: str, name: str, *, seed: int, group_size: int, sampling: Sampling, augmentation: Augmentation = AS_IS
+) -> GroupLoader:
     """All concepts of `concepts/<name>` and `groups/<name>` with enough images for a group.
 
     Raises:
@@ -273,4 +284,4 @@ def group_loader(storage_uri: str, name: str, *, seed: int, group_size: int, sam
         )
     shards = storage.absolute(tables.table_uri(storage_uri, "pairs", name))
     firsts = tuple(np.cumsum([0, *rows])[:-1].tolist())
-    return GroupLoader(put_shared(plan), uris, firsts, shards, f"groups/{name}")
+    return GroupLoader(put_shared(plan), uris, firsts, shards, f"groups/{name}", augmentation)

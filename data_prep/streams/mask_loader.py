@@ -3,6 +3,7 @@
 Imports no torch, so that data tasks start fast and stay small.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,44 +12,52 @@ import pyarrow as pa
 
 from data_prep import storage, tables
 from data_prep.object_store import SharedValue, get_shared, put_shared
-from data_prep.streams.images import pixel_columns, read_image, read_rows, unreadable_column
+from data_prep.streams.augmentation import AS_IS, NO_REGIONS, AnnotatedImage, Augmentation, augment
+from data_prep.streams.images import ImageRow, pixel_columns, read_image, read_rows, unreadable_column
 from data_prep.streams.plans import Integers, plan_epochs
 from ovd_models.errors import InputError
 
-ANNOTATIONS = ("masks", "labels")
-INDEX = pa.schema({"uri": pa.string(), "masks": pa.list_(pa.string()), "labels": pa.list_(pa.int64())})
+ANNOTATIONS = pa.schema({"masks": pa.list_(pa.string()), "labels": pa.list_(pa.int64())})
+INDEX = pa.schema([pa.field("uri", pa.string()), pa.field("boxes", pa.list_(pa.float32())), *ANNOTATIONS])
 
 
 @dataclass(frozen=True)
 class MaskLoader:
     """Images with masks at positions of a shuffled stream.
 
-    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `masks` (COCO RLE counts), `labels`, `unreadable` (images
-    that this one replaces) and `flip`: the image is mirrored already, its masks are not.
+    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `masks` (COCO RLE counts), `labels` and `unreadable`
+    (images that this one replaces).
     """
 
     index: SharedValue[pa.Table]
-    """`uri`, `masks` and `labels` of every image."""
+    """A row of `INDEX` for every image."""
     count: int
     seed: int
-    flip_probability: float = 0.0
+    augmentation: Augmentation
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
         numbers = plan_epochs(self.seed, self.count, positions)
         read = read_rows(get_shared(self.index), numbers, positions, self.seed, lambda row: read_image(row["uri"]))
-        flips = [
-            bool(np.random.default_rng([self.seed, position, 1]).random() < self.flip_probability)
-            for position in positions.tolist()
-        ]
-        pixels = [np.asarray(entry.image) for entry in read]
-        pixels = [array[:, ::-1] if flip else array for array, flip in zip(pixels, flips, strict=True)]
-        columns = {name: pa.array([entry.row[name] for entry in read], INDEX.field(name).type) for name in ANNOTATIONS}
-        return pa.table({**pixel_columns(pixels), **columns, "flip": flips, "unreadable": unreadable_column(read)})
+        images = [self._augment(entry, position) for entry, position in zip(read, positions.tolist(), strict=True)]
+        rows = [{"masks": image.masks, "labels": image.labels} for image in images]
+        annotated = dict(zip(ANNOTATIONS.names, pa.Table.from_pylist(rows, schema=ANNOTATIONS).columns, strict=True))
+        pixels = pixel_columns([image.pixels for image in images])
+        return pa.table({**pixels, **annotated, "unreadable": unreadable_column(read)})
+
+    def _augment(self, read: ImageRow, position: int) -> AnnotatedImage:
+        image = AnnotatedImage(
+            np.asarray(read.image),
+            np.asarray(read.row["boxes"], np.float32).reshape(-1, 4),
+            np.asarray(read.row["labels"], np.int64),
+            read.row["masks"],
+            *NO_REGIONS,
+        )
+        return augment(image, self.augmentation, np.random.default_rng([self.seed, position, 1]))
 
 
 def mask_loader(
-    storage_uri: str, name: str, category_ids: Sequence[int], *, seed: int, flip_probability: float
+    storage_uri: str, name: str, category_ids: Sequence[int], *, seed: int, augmentation: Augmentation = AS_IS
 ) -> MaskLoader:
     """All images of a `boxes` table that have a mask; crowds are left out.
 
@@ -57,19 +66,19 @@ def mask_loader(
     Raises:
         InputError: the table is missing, or has no mask.
     """
-    boxes = tables.read_table(storage_uri, "boxes", name, ["uri", "masks", "category_ids", "iscrowd"])
+    table = tables.read_table(storage_uri, "boxes", name, ["uri", "boxes", "masks", "category_ids", "iscrowd"])
     label_of = {category: label for label, category in enumerate(category_ids)}
     index = []
-    for row in boxes.to_pylist():
-        annotations = zip(row["masks"], row["category_ids"], row["iscrowd"], strict=True)
-        kept = [(mask, label_of.get(category, -1)) for mask, category, crowd in annotations if mask and not crowd]
+    for row in table.to_pylist():
+        annotations = zip(row["boxes"], row["masks"], row["category_ids"], row["iscrowd"], strict=True)
+        kept = [(box, mask, label_of.get(key, -1)) for box, mask, key, crowd in annotations if mask and not crowd]
         if kept:
-            masks, labels = zip(*kept, strict=True)
+            boxes, masks, labels = zip(*kept, strict=True)
             uri = storage.absolute(storage.join(storage_uri, row["uri"]))
-            index.append({"uri": uri, "masks": masks, "labels": labels})
+            index.append({"uri": uri, "boxes": list(itertools.chain(*boxes)), "masks": masks, "labels": labels})
     if not index:
         raise InputError(f"boxes/{name}: no masks, expected segmentations in the annotation file")
-    return MaskLoader(put_shared(pa.Table.from_pylist(index, schema=INDEX)), len(index), seed, flip_probability)
+    return MaskLoader(put_shared(pa.Table.from_pylist(index, schema=INDEX)), len(index), seed, augmentation)
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,22 @@ def test_published_settings() -> None:
     )
 
 
+def test_published_configs_jitter_images_as_published() -> None:
+    # OV-COCO: shorter edge and mirroring. OV-LVIS: the canvas of images with boxes and of captioned ones, in pixels.
+    coco = codet_configs.coco_r50()
+    assert coco.augmentation == coco.caption_augmentation == Augmentation(flip_probability=0.5)
+    assert coco.model.caption_sizes == (400, 667)
+    for make, sides in (
+        (codet_configs.lvis_r50, (800, 400)),
+        (codet_configs.lvis_swin_b, (896, 448)),
+        (codet_configs.lvis_eva, (1280, 640)),
+    ):
+        run = make()
+        assert run.augmentation == Augmentation(flip_probability=0.5, side=sides[0], scales=(0.1, 2.0))
+        assert run.caption_augmentation == Augmentation(flip_probability=0.5, side=sides[1], scales=(0.5, 1.5))
+        assert run.model.caption_sizes == (sides[1], sides[1])  # the jitter's size is not undone
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 

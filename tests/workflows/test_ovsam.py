@@ -12,6 +12,7 @@ from PIL import Image
 
 import ovd_models
 from data_prep import tables
+from data_prep.streams.augmentation import Augmentation
 from ovd_models.checkpoints import load_model, read_info
 from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.errors import InputError
@@ -250,6 +251,10 @@ def test_every_config_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cli.parse(ovsam_configs.CONFIGS, ovsam.__doc__).sam2clip_stage.steps == 7
     published = ovsam_configs.coco_rn50x16()
     assert published.sam_model == VIT_H
+    recipe = Augmentation(flip_probability=0.5, side=1024, scales=(0.9, 2.0), min_mask_area=32)
+    assert published.augmentation == recipe
+    for make in (ovsam_configs.lvis_rn50x16, ovsam_configs.lvis_convnext_l):
+        assert make().augmentation == dataclasses.replace(recipe, scales=(0.1, 2.0))
     for stage in (published.sam2clip_stage, published.clip2sam_stage):
         assert round(stage.warmup * stage.steps) == 500
         assert not stage.decay_norms

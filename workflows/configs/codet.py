@@ -58,6 +58,8 @@ class Run:
     """Boxes in even steps and captions in odd ones, on all workers; otherwise both in every step."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Augmentation of images with boxes."""
+    caption_augmentation: Augmentation = field(default_factory=Augmentation)
+    """Augmentation of captioned images."""
     repeat_threshold: float = 0.0
     """Repeat-factor sampling: images of categories in less than this fraction of the images are repeated; 0: never."""
     box_stage: Optimisation
@@ -167,6 +169,7 @@ def coco_r50() -> Run:
         groups_per_step=32,
         group_size=2,
         augmentation=Augmentation(flip_probability=0.5),
+        caption_augmentation=Augmentation(flip_probability=0.5),
         box_stage=stage,
         joint_stage=dataclasses.replace(stage, rate_factors={"aggregations": 0.1}),
     )
@@ -200,7 +203,7 @@ def lvis_r50() -> Run:
             aggregation="learned",
             num_proposals=128,
             group_size=8,
-            caption_sizes=(400, 667),
+            caption_sizes=(400, 400),
             sampled_concepts=50,
             mentioned_are_negatives=True,
         ),
@@ -208,6 +211,7 @@ def lvis_r50() -> Run:
         groups_per_step=32,
         group_size=8,
         augmentation=Augmentation(flip_probability=0.5, side=800),
+        caption_augmentation=Augmentation(flip_probability=0.5, side=400, scales=(0.5, 1.5)),
         repeat_threshold=1e-3,
         box_stage=stage,
         joint_stage=stage,
@@ -223,10 +227,11 @@ def lvis_swin_b() -> Run:
         paper,
         config="lvis_swin_b",
         published_backbone=SWIN_B,
-        model=dataclasses.replace(paper.model, centernet2=released.centernet2, caption_sizes=(448, 746)),
+        model=dataclasses.replace(paper.model, centernet2=released.centernet2, caption_sizes=(448, 448)),
         detection_batch=32,
         groups_per_step=16,
         augmentation=dataclasses.replace(paper.augmentation, side=896),
+        caption_augmentation=dataclasses.replace(paper.caption_augmentation, side=448),
         box_stage=stage,
         joint_stage=stage,
     )
@@ -244,6 +249,7 @@ def lvis_eva() -> Run:
         model=dataclasses.replace(paper.model, centernet2=released.centernet2, caption_sizes=(640, 640)),
         detection_batch=32,
         augmentation=dataclasses.replace(paper.augmentation, side=1280),
+        caption_augmentation=dataclasses.replace(paper.caption_augmentation, side=640),
         box_stage=stage,
         joint_stage=stage,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from data_prep.streams.augmentation import Augmentation
 from ovd_models.ovsam.text_to_mask import TextToMaskConfig
 from ovd_models.ovsam.training import Clip2SamConfig
 from ovd_models.sam.model import VIT_H, SamConfig
@@ -55,8 +56,8 @@ class Run:
     """Images in a step of any stage, over all workers."""
     rows_per_shard: int = 200
     """Images in one file of the feature cache."""
-    flip_probability: float = 0.5
-    """Probability of mirroring an image in the stages that learn masks."""
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(flip_probability=0.5))
+    """Augmentation of images in the stages `sam` and `clip2sam`."""
     sam_stage: Optimisation
     sam2clip_stage: Optimisation
     clip2sam_stage: Optimisation
@@ -137,12 +138,11 @@ def photos() -> Run:
     )
 
 
-def published_recipe(name: str, boxes: str, images: int) -> Run:
+def published_recipe(name: str, boxes: str, images: int, scales: tuple[float, float]) -> Run:
     """The paper's settings on eight GPUs with two images each; `--sam` gives SAM, `--teacher` CLIP.
 
-    Differences from the paper: images are mirrored but not scaled (0.9 to 2.0, cropped to 1024 px); the adapter learns
-    from the images of the box set, not from a part of SA-1B; names are embedded by the teacher's own templates; small
-    masks are used too.
+    Differences from the paper: names are embedded by the teacher's own templates, and without `--distill-images` the
+    adapter learns from the images of the box set, not from a part of SA-1B.
     """
     epoch = images // 16
     step = partial(Optimisation, learning_rate=1e-4, decay_norms=False, workers=8, use_gpu=True, checkpoint_every=1000)
@@ -158,6 +158,7 @@ def published_recipe(name: str, boxes: str, images: int) -> Run:
         clip2sam=Clip2SamConfig(prompts_per_image=40, num_points=12544),
         batch_size=16,
         rows_per_shard=256,
+        augmentation=Augmentation(flip_probability=0.5, side=1024, scales=scales, min_mask_area=32),
         sam_stage=step(steps=1),  # not run
         sam2clip_stage=step(steps=24 * epoch, warmup=500 / (24 * epoch), schedule="cosine"),
         clip2sam_stage=step(steps=12 * epoch, warmup=500 / (12 * epoch), decay_at=(8 / 12, 11 / 12), clip_norm=0.01),
@@ -167,17 +168,17 @@ def published_recipe(name: str, boxes: str, images: int) -> Run:
 
 def coco_rn50x16() -> Run:
     """COCO's 48 base categories, CLIP's RN50x16."""
-    return published_recipe("coco_rn50x16", "coco", 118_287)
+    return published_recipe("coco_rn50x16", "coco", 118_287, (0.9, 2.0))
 
 
 def lvis_rn50x16() -> Run:
     """LVIS without rare categories, CLIP's RN50x16."""
-    return published_recipe("lvis_rn50x16", "lvis", 100_170)
+    return published_recipe("lvis_rn50x16", "lvis", 100_170, (0.1, 2.0))
 
 
 def lvis_convnext_l() -> Run:
     """LVIS without rare categories, a ConvNeXt-L of open_clip."""
-    return published_recipe("lvis_convnext_l", "lvis", 100_170)
+    return published_recipe("lvis_convnext_l", "lvis", 100_170, (0.1, 2.0))
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {

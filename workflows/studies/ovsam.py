@@ -166,7 +166,7 @@ def train_sam(own: ovsam_configs.Run, seed: int) -> str:
         sam_model=own.sam_model,
         sam_training=own.sam_training,
         batch_size=own.batch_size,
-        flip_probability=own.flip_probability,
+        augmentation=own.augmentation,
         sam_stage=own.sam_stage,
         sam2clip_stage=own.sam_stage,
         clip2sam_stage=own.sam_stage,

@@ -70,6 +70,18 @@ def test_jitter_moves_pixels_boxes_masks_and_regions_together(seed: int) -> None
     assert bool((augmented.boxes >= 0).all() and (augmented.boxes <= 64).all())
 
 
+def test_objects_with_small_masks_are_left_out() -> None:
+    masks = [np.zeros((8, 8), bool) for _ in range(3)]
+    masks[0][:4, :8], masks[1][:4, :7], masks[2][2:8, 2:8] = True, True, True  # 32, 28 and 36 pixels
+    boxes = np.array([[0, 0, 8, 4], [0, 0, 7, 4], [2, 2, 8, 8]], np.float32)
+    image = dataclasses.replace(picture(8, 8), boxes=boxes, labels=np.arange(3), masks=[encode(m) for m in masks])
+    found = augment(image, Augmentation(min_mask_area=32), np.random.default_rng(0))
+    assert (found.labels.tolist(), found.boxes.tolist()) == ([0, 2], boxes[[0, 2]].tolist())
+    assert [decode(counts, 8, 8).sum() for counts in found.masks] == [32, 36]
+    nothing = augment(image, Augmentation(min_mask_area=37), np.random.default_rng(0))
+    assert (nothing.boxes.shape, list(nothing.masks)) == ((0, 4), [])
+
+
 def test_a_region_out_of_view_is_not_valid() -> None:
     # ViLD's released code clips such boxes to the border, where they may stay valid.
     setting = Augmentation(side=64, scales=(2.0, 2.0))

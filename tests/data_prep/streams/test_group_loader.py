@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.pairs import shards
+from data_prep.streams.augmentation import FILL, Augmentation
 from data_prep.streams.collate import GroupCollate
 from data_prep.streams.group_loader import (
     GroupPlan,
@@ -298,3 +299,26 @@ def test_empty_groups_are_refused(tmp_path: Path) -> None:
     publish(tmp_path, "concepts", [])
     with pytest.raises(InputError, match="groups/t: no concept has 2 images"):
         group_loader(str(tmp_path), "t", seed=0, group_size=2, sampling=Sampling())
+
+
+@pytest.mark.ray
+def test_captioned_images_are_jittered_each_by_itself(ray_cluster: None, tmp_path: Path) -> None:
+    root = str(make_store(tmp_path))
+    half = Augmentation(side=32, scales=(0.5, 0.5))
+    loader = group_loader(root, "t", seed=0, group_size=2, sampling=EVERYTHING, augmentation=half)
+    batch = GroupCollate(3, None)(loader(np.arange(6)))
+    for image, caption in zip(batch.images, batch.captions, strict=True):
+        number = int(caption[-1])
+        high, wide = (round(16 * edge / max(SIZES[number])) for edge in SIZES[number])  # the longer side is 0.5 of 32
+        expected = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, 32, 32)
+        expected[:, :high, :wide] = 10 * number + 10
+        assert torch.equal(image, expected)
+    varied = Augmentation(flip_probability=0.5, side=32, scales=(0.5, 1.5))
+    loader = group_loader(root, "t", seed=0, group_size=2, sampling=EVERYTHING, augmentation=varied)
+    rows = loader(np.arange(8))
+    assert loader(np.arange(3, 8)).equals(rows.slice(3))  # a function of seed and position
+    other = group_loader(root, "t", seed=1, group_size=2, sampling=EVERYTHING, augmentation=varied)
+    assert not other(np.arange(8)).equals(rows)
+    padding = torch.tensor(FILL, dtype=torch.uint8)[:, None, None]
+    shown = {int((image != padding).any(0).sum()) for image in GroupCollate(3, None)(rows).images}
+    assert len(shown) > 4  # different scales, in one group too

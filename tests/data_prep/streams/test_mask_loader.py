@@ -11,6 +11,7 @@ from data_prep import storage, tables
 from data_prep.boxes import annotations
 from data_prep.embeddings import features
 from data_prep.pictograms.world import World
+from data_prep.streams.augmentation import Augmentation
 from data_prep.streams.collate import FeatureCollate, MaskCollate, decode_masks
 from data_prep.streams.mask_loader import feature_loader, mask_loader
 from ovd_models.checkpoints import load_model, sam_id, save_checkpoint
@@ -35,7 +36,7 @@ def drawn(ray_cluster: None, tmp_path: Path) -> str:
 def test_masks_come_with_their_images_and_labels(drawn: str) -> None:
     rows = tables.read_table(drawn, "boxes", "s-train").to_pylist()
     known = sorted({key for row in rows for key in row["category_ids"]})[1:]  # without the first category
-    load = mask_loader(drawn, "s-train", known, seed=0, flip_probability=0.0)
+    load = mask_loader(drawn, "s-train", known, seed=0)
     batch = MaskCollate()(load(np.arange(7)))
     by_boxes = {tuple(map(tuple, row["boxes"])): row for row in rows}
     for image, masks, labels in zip(batch.images, batch.masks, batch.labels, strict=True):
@@ -47,8 +48,8 @@ def test_masks_come_with_their_images_and_labels(drawn: str) -> None:
 
 @pytest.mark.ray
 def test_a_mirrored_image_has_mirrored_masks(drawn: str) -> None:
-    plain = mask_loader(drawn, "s-train", [], seed=0, flip_probability=0.0)
-    always = dataclasses.replace(plain, flip_probability=1.0)
+    plain = mask_loader(drawn, "s-train", [], seed=0)
+    always = dataclasses.replace(plain, augmentation=Augmentation(flip_probability=1.0))
     one, two = (MaskCollate()(load(np.arange(3))) for load in (plain, always))
     for image, other in zip(one.images, two.images, strict=True):
         assert torch.equal(image.flip(2), other)
@@ -56,12 +57,33 @@ def test_a_mirrored_image_has_mirrored_masks(drawn: str) -> None:
         assert torch.equal(masks.flip(2), other)
 
 
+@pytest.mark.ray
+def test_jitter_moves_masks_with_the_pixels_and_drops_small_ones(drawn: str) -> None:
+    setting = Augmentation(flip_probability=0.5, side=96, scales=(0.9, 2.0))
+    load = mask_loader(drawn, "s-train", [], seed=0, augmentation=setting)
+    rows = load(np.arange(14))
+    batch = MaskCollate()(rows)
+    assert load(np.arange(5, 14)).equals(rows.slice(5))  # a function of seed and position
+    assert not load(np.arange(7)).select(["image"]).equals(load(np.arange(7, 14)).select(["image"]))
+    areas = []
+    for image, masks, labels in zip(batch.images, batch.masks, batch.labels, strict=True):
+        assert image.shape == (3, 96, 96)
+        assert (masks.shape, len(labels)) == ((len(labels), 96, 96), len(masks))
+        areas += masks.flatten(1).sum(1).tolist()
+    assert min(areas) < 200 < max(areas)
+    larger = dataclasses.replace(load, augmentation=dataclasses.replace(setting, min_mask_area=200))
+    kept = MaskCollate()(larger(np.arange(14)))
+    assert all(torch.equal(one, two) for one, two in zip(kept.images, batch.images, strict=True))
+    left = [int(area) for masks in kept.masks for area in masks.flatten(1).sum(1)]
+    assert left == [area for area in areas if area >= 200]
+    assert [len(labels) for labels in kept.labels] == [len(masks) for masks in kept.masks]
+
+
 def test_masks_are_decoded_as_they_were_encoded() -> None:
     mask = np.zeros((4, 6), np.uint8)
     mask[1, 2:5] = 1
     counts = rle.encode(np.asfortranarray(mask))["counts"].decode()
     assert decode_masks([counts], 4, 6)[0].tolist() == mask.astype(bool).tolist()
-    assert decode_masks([counts], 4, 6, flip=True)[0].tolist() == mask[:, ::-1].astype(bool).tolist()
     assert decode_masks([], 4, 6).shape == (0, 4, 6)
 
 
@@ -75,7 +97,7 @@ def test_a_set_without_masks_is_refused(drawn: str) -> None:
     )
     tables.publish(drawn, "boxes", "bare", [entry], producer="test", config_hash="")
     with pytest.raises(InputError, match="boxes/bare: no masks"):
-        mask_loader(drawn, "bare", [], seed=0, flip_probability=0.0)
+        mask_loader(drawn, "bare", [], seed=0)
 
 
 @pytest.mark.ray
@@ -117,7 +139,7 @@ def test_the_cache_equals_sams_embeddings_and_resumes_by_shard(drawn: str, tmp_p
 def test_an_unreadable_image_is_replaced_with_its_masks(drawn: str) -> None:
     rows = tables.read_table(drawn, "boxes", "s-train").to_pylist()
     Path(drawn, rows[2]["uri"]).write_bytes(b"no image")
-    load = mask_loader(drawn, "s-train", [], seed=0, flip_probability=0.5)
+    load = mask_loader(drawn, "s-train", [], seed=0, augmentation=Augmentation(flip_probability=0.5))
     loaded = load(np.arange(14))
     batch = MaskCollate()(loaded)
     assert len(batch.unreadable) == 2
