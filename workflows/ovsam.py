@@ -25,7 +25,7 @@ import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 from torch import Tensor, nn
 
-from data_prep import storage
+from data_prep import storage, tables
 from data_prep.embeddings import features
 from data_prep.embeddings.texts import StoredEncoder, TextStore
 from data_prep.streams.collate import FeatureCollate, MaskCollate
@@ -153,9 +153,14 @@ def share_sam(run: Run, sam: SamModel, active: ActiveRun) -> str:
     return active.save("sam_model", partial(write_sam, run, sam))
 
 
+def distillation_table(run: Run) -> str:
+    """Name of the `boxes` table with the images that the adapter learns from."""
+    return f"{run.boxes}-distill" if run.distill_images else f"{run.boxes}-train"
+
+
 def train_adapter(run: Run, model: OvSam, sam_folder: str, sam_name: str, active: ActiveRun) -> None:
     """Cache the SAM's embeddings, then train the adapter to predict them from CLIP's levels."""
-    settings, name = run.sam2clip_stage, f"{run.boxes}-train"
+    settings, name = run.sam2clip_stage, distillation_table(run)
     features.cache_features(
         run.storage,
         name,
@@ -274,11 +279,14 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
     # Refuses a table without masks before days of training.
     pointing_report.read_mask_rows(run.storage, f"{run.boxes}-eval", names.ids, run.eval_images)
     given = open_sam(run) if run.sam else None
+    inputs = {"teacher": encoder.teacher, "sam": given[1] if given else "its own"}
+    if run.distill_images:
+        inputs["distill_images"] = tables.read_manifest(run.storage, "boxes", distillation_table(run)).digest
     with runs.open_run(
         run,
         "ovsam",
         tables_read={"boxes": f"{run.boxes}-train", "categories": run.boxes},
-        inputs={"teacher": encoder.teacher, "sam": given[1] if given else "its own"},
+        inputs=inputs,
         stages=(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage),
     ) as active:
         with active.timing("sam"):
@@ -333,6 +341,8 @@ def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher."""
     teacher = find_teacher(run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained)
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
+    if run.distill_images:
+        prepare_boxes.prepare_images(run.storage, distillation_table(run), run.distill_images)
     return dataclasses.replace(run, teacher=teacher)
 
 

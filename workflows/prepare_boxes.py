@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 
 from data_prep import storage, tables
-from data_prep.boxes import annotations
+from data_prep.boxes import annotations, folders
 from data_prep.boxes.coco import BoxSet, box_set, file_digest, read_coco, strip_novel, with_split
 from data_prep.pictograms.world import World
 from ovd_models.errors import InputError
@@ -233,6 +233,25 @@ def prepare_captions(run: Run, name: str, config: str) -> None:
         storage=run.storage, name=name, names=names, rows_per_shard=500, min_images=MIN_IMAGES if published else 2
     )
     prepare_pairs.prepare_local(crawl, pa.table({"url": uris, "caption": captions}))
+
+
+def prepare_images(storage_uri: str, name: str, folder: str) -> None:
+    """Publish the images of a folder or URI, without boxes, as `boxes/<name>`.
+
+    Raises:
+        InputError: there are no images, or the name holds the table of another folder.
+    """
+    paths = folders.list_images(folder)
+    config_hash = storage.sha256("\n".join([storage.absolute(folder), *paths]).encode())[:16]
+    done = tables.find_manifest(storage_uri, "boxes", name)
+    if done is not None:
+        if done.config_hash != config_hash:
+            uri = tables.table_uri(storage_uri, "boxes", name)
+            raise InputError(f"{uri}: made of other images than those of {folder}, expected another --storage")
+        return
+    rows, skipped = folders.read_images(folder, paths)
+    publish_rows(Run(name=name, storage=storage_uri), "boxes", name, rows, config_hash)
+    print(f"boxes/{name}: {rows.num_rows:,} images without boxes" + (f"; left out: {skipped}" if skipped else ""))
 
 
 def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str) -> None:

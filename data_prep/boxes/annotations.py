@@ -28,10 +28,11 @@ def category_captions(boxes: pa.Table, categories: pa.Table) -> list[str]:
     return captions
 
 
-def find_captions(folder: str | Path) -> list[Path]:
-    """The files with captions of a folder's images: `captions.tsv`, else COCO's `captions*.json`; none without them."""
-    table = Path(folder, "captions.tsv")
-    return [table] if table.is_file() else sorted(Path(folder).glob("captions*.json"))
+def find_captions(data: str | Path) -> list[Path]:
+    """The captions beside an annotation file or in a folder: `captions.tsv`, else COCO's `captions*.json`, if any."""
+    folder = Path(data).parent if Path(data).is_file() else Path(data)
+    table = folder / "captions.tsv"
+    return [table] if table.is_file() else sorted(folder.glob("captions*.json"))
 
 
 def read_captions(files: Sequence[Path], uris: Sequence[str]) -> list[str]:

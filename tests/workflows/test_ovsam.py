@@ -20,7 +20,7 @@ from ovd_models.ovsam.model import OvSam
 from ovd_models.sam.model import VIT_H, EverythingConfig, SamModel
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import Vocabulary
-from workflows import evaluate, ovsam
+from workflows import evaluate, ovsam, prepare_boxes
 from workflows.common import cli, tracking
 from workflows.common.runs import Trained
 from workflows.common.teacher import read_categories
@@ -53,6 +53,38 @@ def test_smoke_leaves_a_checkpoint_that_segments_and_names(trained: Trained[Segm
     assert (segmenter.everything(picture, None, everything).labels >= 0).all()
     with pytest.raises(InputError, match="lies outside the image of 100 x 80"):
         segmenter.segment(picture, Prompts.create(points=[[100, 40]]))
+
+
+@pytest.mark.ray
+def test_the_adapter_may_learn_from_a_folder_of_images(
+    prepared: Run, trained: Trained[SegmentationReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sa-1b" / "sa_000020"  # as SA-1B's archives are unpacked
+    folder.mkdir(parents=True)
+    for number, side in enumerate((60, 80, 100)):
+        Image.new("RGB", (side, 64), (90 * number, 50, 200)).save(folder / f"sa_{number}.jpg")
+    (folder / "sa_0.json").write_text("{}")
+    (folder / "sa_2.jpg").write_bytes(b"no image")
+    run = dataclasses.replace(prepared, sam=trained.outputs["sam"], distill_images=str(tmp_path / "sa-1b"))
+    again = ovsam.train(ovsam.prepare_data(run))
+    rows = tables.read_table(run.storage, "boxes", "smoke-distill").to_pylist()
+    assert [(row["uri"], row["width"], row["height"], row["boxes"]) for row in rows] == [
+        (f"{folder}/sa_0.jpg", 60, 64, []),
+        (f"{folder}/sa_1.jpg", 80, 64, []),
+    ]
+    assert "boxes/smoke-distill: 2 images without boxes; left out: 1 images that cannot be read (" in (
+        capsys.readouterr().out
+    )
+    (cache,) = Path(run.storage, "features").glob("smoke-distill-*")
+    assert tables.read_table(run.storage, "features", cache.name).num_rows == 2
+    own, other = (load_model(model, OvSam).adapter.state_dict() for model in (trained.model, again.model))
+    assert any(not torch.equal(value, other[name]) for name, value in own.items())
+    ovsam.prepare_data(run)  # the same folder again
+    (folder / "sa_3.jpg").write_bytes((folder / "sa_0.jpg").read_bytes())
+    with pytest.raises(InputError, match=r"boxes/smoke-distill: made of other images than those of .*sa-1b"):
+        ovsam.prepare_data(run)
+    with pytest.raises(InputError, match=r"elsewhere: no images, expected files with the extensions jpg, jpeg, png"):
+        prepare_boxes.prepare_images(run.storage, "x", str(tmp_path / "elsewhere"))
 
 
 @pytest.mark.ray
@@ -170,7 +202,7 @@ def test_losses_are_tracked_by_stage(prepared: Run, trained: Trained[Segmentatio
 def test_a_trained_sam_is_taken_over_and_its_cache_used_again(
     prepared: Run, trained: Trained[SegmentationReport]
 ) -> None:
-    (cache,) = (Path(prepared.storage) / "features").iterdir()
+    (cache,) = (Path(prepared.storage) / "features").glob("smoke-train-*")
     before = (cache / "manifest.json").stat().st_mtime_ns
     again = ovsam.train(dataclasses.replace(prepared, sam=trained.outputs["sam"]))
     assert again.outputs["sam"] == trained.outputs["sam"]

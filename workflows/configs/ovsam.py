@@ -35,6 +35,9 @@ class Run:
     sam: str = ""
     """Folder or URI of a SAM checkpoint, or a published `.pth` file of the architecture `sam_model`; if empty, a SAM is
     trained first."""
+    distill_images: str = ""
+    """Folder or URI of images, such as SA-1B's, from which the adapter learns; if empty, it learns from the training
+    images. Masks beside them are not read."""
     needs_sam: bool = False
     """Whether `sam` must be given, as for the published recipes."""
     sam_model: SamConfig = field(default_factory=SamConfig)

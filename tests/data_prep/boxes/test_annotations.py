@@ -91,7 +91,8 @@ def test_all_captions_of_a_coco_image_are_joined(tmp_path: Path) -> None:
     annotated = [{"id": n, "image_id": key, "caption": text} for n, (key, text) in enumerate(texts)]
     path = tmp_path / "captions_train2017.json"
     path.write_text(json.dumps({"images": images, "annotations": annotated}))
-    assert find_captions(tmp_path) == [path]
+    (tmp_path / "instances_train2017.json").write_text("{}")
+    assert find_captions(tmp_path) == find_captions(tmp_path / "instances_train2017.json") == [path]
     assert read_captions([path], ["/x/cam/b.jpg", "/x/a.jpg"]) == ["Two cats.", "A dog runs. A brown dog."]
     with pytest.raises(InputError, match=r"captions_train2017\.json: no row for none\.jpg"):
         read_captions([path], ["/x/none.jpg"])
