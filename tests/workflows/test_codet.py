@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import ovd_models
 from data_prep import tables
 from data_prep.embeddings.teachers import store_checkpoint
 from data_prep.streams.augmentation import Augmentation
+from data_prep.streams.box_loader import detection_loader
+from data_prep.streams.collate import DetectionCollate
 from ovd_models.checkpoints import load_model
 from ovd_models.clip.model import Clip, ClipConfig
 from ovd_models.codet.model import CoDet
@@ -28,7 +31,7 @@ from workflows import codet, evaluate
 from workflows.codet import Metrics
 from workflows.common import cli, tracking
 from workflows.common.runs import Trained
-from workflows.common.teacher import EXPECTED_TEACHER
+from workflows.common.teacher import EXPECTED_TEACHER, read_categories
 from workflows.common.training import Stage
 from workflows.configs import codet as codet_configs
 from workflows.configs.codet import Run
@@ -94,6 +97,27 @@ def test_losses_are_finite_and_tracked_by_stage(prepared: Run, trained: Trained[
     found = losses_of(prepared, trained)
     assert set(found) == LOSSES
     assert all(math.isfinite(value) and value >= 0 for value in found.values())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_replaced_images_are_counted_over_all_workers(prepared: Run, tmp_path: Path) -> None:
+    for table in ("boxes", "categories", "images", "pairs", "concepts", "groups"):
+        shutil.copytree(Path(prepared.storage, table), tmp_path / table)
+    for row in tables.read_table(str(tmp_path), "boxes", "smoke-train").to_pylist()[::2]:
+        (tmp_path / row["uri"]).unlink()
+    boxes_alone = dataclasses.replace(prepared.model, supervision="boxes")
+    run = with_workers(dataclasses.replace(prepared, storage=str(tmp_path), model=boxes_alone), 2)
+    found = codet.train(run)
+    categories = read_categories(run.storage, run.boxes)
+    base = [key for key, name in categories[0].items() if categories[1][name] == "base"]
+    loader = detection_loader(run.storage, "smoke-train", base, seed=run.box_stage.seed, augmentation=run.augmentation)
+    (points,) = tracking.metric_history(
+        tracking.tracking_uri(str(tmp_path)), found.run_id, "boxes/train/replaced_images"
+    ).values()
+    replaced = DetectionCollate()(loader(np.arange(10))).unreadable  # five steps of two images
+    assert len(replaced) > 1
+    assert points == [(5, len(replaced))]
 
 
 @pytest.mark.ray
@@ -430,7 +454,7 @@ def test_photographs_train_checkpoint_evaluate_and_draw(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is absent")
 def test_captions_built_from_names_mention_no_novel_thing(ray_cluster: None, tmp_path: Path) -> None:
-    run = dataclasses.replace(codet_configs.photos(), storage=str(tmp_path), data=str(PHOTOS))
+    run = dataclasses.replace(codet_configs.photos(), storage=str(tmp_path), data=str(PHOTOS), texts="names.npy")
     codet.prepare_data(run)
     concepts = set(tables.read_table(str(tmp_path), "concepts", "photos", ["name"])["name"].to_pylist())
     categories = tables.read_table(str(tmp_path), "categories", "photos").to_pylist()

@@ -70,6 +70,26 @@ def test_losses_of_both_stages_are_tracked_and_finite(prepared: Run, trained: Tr
 
 
 @pytest.mark.ray
+def test_broken_images_end_no_stage(
+    prepared: Run, trained: Trained[DetectionMetrics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for table in ("boxes", "categories", "images"):
+        shutil.copytree(Path(prepared.storage, table), tmp_path / table)
+    for part, step in (("train", 3), ("eval", 4)):
+        for row in tables.read_table(str(tmp_path), "boxes", f"smoke-{part}").to_pylist()[::step]:
+            (tmp_path / row["uri"]).unlink()
+    found = vild.train(dataclasses.replace(prepared, storage=str(tmp_path)))
+    printed = capsys.readouterr().out
+    for stage in ("rpn", "detector"):
+        assert printed.count(f"vild {stage}: replaced an image that cannot be read: {tmp_path}/images") == 1
+        history = tracking.metric_history(tracking.tracking_uri(str(tmp_path)), found.run_id, f"{stage}/train/replaced")
+        assert history[f"{stage}/train/replaced_images"][-1][1] >= 1
+    assert "boxes/smoke-train: 16 of 48 images cannot be read, such as" in printed
+    assert "left out: 4 images that cannot be read (" in printed
+    assert math.isfinite(found.metrics.mean("ap50"))
+
+
+@pytest.mark.ray
 def test_the_resolved_run_lies_beside_the_checkpoint(trained: Trained[DetectionMetrics]) -> None:
     info = json.loads((Path(trained.model) / "config.json").read_text())
     assert info["run"]["model"]["detector"]["embed_dim"] == info["model"]["detector"]["embed_dim"] == 128
