@@ -1,5 +1,7 @@
 """Training of ViLD: fractions of time spent on data wait and checkpoints, and the time that distillation adds.
 
+Also how often a step of each method would make the host wait for a GPU (`host_waits.py`).
+
 make bench-train
 
 The teacher is an untrained CLIP, since its weights do not affect time. The figures of `runs/bench/alignment.json` are
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from host_waits import measure_waits
 from measure import BENCH, write_figures
 
 from data_prep.streams.box_loader import detection_loader
@@ -44,6 +47,7 @@ def main() -> None:
         figures = {
             **shares(run, trained.run_id),
             **overheads(run, trained.outputs["proposals"], trained.outputs["regions"]),
+            **measure_waits(),
         }
     alignment = BENCH / "alignment.json"
     earlier = json.loads(alignment.read_text()) if alignment.exists() else {}

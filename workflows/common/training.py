@@ -295,7 +295,7 @@ class Session:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The bfloat16 context on a GPU, where it pays; nothing on CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
 
     def update(self, losses: Mapping[str, Tensor]) -> None:
         """One optimiser step on the sum of the losses.
