@@ -236,6 +236,7 @@ class Session:
         self.stage, self.settings, self.device, self.logger, self.step = stage, stage.settings, device, logger, 0
         self.meter = Meter()
         self._replaced = 0
+        self._first_broken = torch.tensor(-1, device=device)  # the first step whose loss is not finite
         if device.type == "cuda" and self.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.module = model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
@@ -300,12 +301,12 @@ class Session:
     def update(self, losses: Mapping[str, Tensor]) -> None:
         """One optimiser step on the sum of the losses.
 
-        Raises:
-            FloatingPointError: the sum is not finite.
+        Whether the sum is finite is read where the host waits anyway: before the next log line and checkpoint.
         """
         loss = torch.stack(list(losses.values())).sum()
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.step}")
+        self._first_broken = torch.where(
+            torch.isfinite(loss.detach()) | (self._first_broken >= 0), self._first_broken, self.step
+        )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.clip_value is not None:
@@ -317,6 +318,14 @@ class Session:
         if self.average is not None:
             self.average.update_parameters(self.module)
         self.step += 1
+
+    def _check_losses(self) -> None:
+        """Refuse to go on after a loss that is not finite, on all ranks at once; every rank calls this."""
+        if self.world > 1:
+            torch.distributed.all_reduce(self._first_broken, torch.distributed.ReduceOp.MAX)
+        first = int(self._first_broken)
+        if first >= 0:
+            raise FloatingPointError(f"{self.stage.job}: the loss is not finite at step {first}")
 
     def _all_replaced(self) -> int:
         """The replaced images of all ranks since the training or its last resume began; every rank calls this."""
@@ -334,9 +343,14 @@ class Session:
         Args:
             losses: of the step.
             images: of the step, over all workers.
+
+        Raises:
+            FloatingPointError: a loss since the last log line was not finite.
         """
         self.meter.add(losses, images)
         logs = self.step % self.settings.log_every == 0
+        if logs:
+            self._check_losses()
         replaced = self._all_replaced() if logs else 0
         if self.rank == 0 and logs:
             metrics = self.meter.collect()
@@ -359,7 +373,12 @@ class Session:
         return self.step >= self.settings.steps
 
     def checkpoint(self) -> None:
-        """Save from rank 0 and report from all ranks; returns when the checkpoint is committed."""
+        """Save from rank 0 and report from all ranks; returns when the checkpoint is committed.
+
+        Raises:
+            FloatingPointError: a loss was not finite; nothing is saved.
+        """
+        self._check_losses()
         report = {"step": self.step}
         if self.rank != 0:
             ray.train.report(report)
@@ -391,7 +410,7 @@ class Meter:
     """Averages of losses, and the fractions of time spent waiting for data and writing checkpoints."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
         self._steps, self._images = 0, 0
         self._spent = dict.fromkeys(("data_wait", "checkpoint"), 0.0)
         self._since = time.perf_counter()
@@ -404,16 +423,17 @@ class Meter:
         self._spent[what] += time.perf_counter() - started
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
-        """Add one step's losses and images."""
+        """Add one step's losses, which stay on their device until `collect`, and images."""
         for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
         self._steps += 1
         self._images += images
 
     def collect(self) -> dict[str, float]:
         """The averages since the last call, under MLflow's names."""
         seconds = max(1e-9, time.perf_counter() - self._since)
-        result = {f"train/loss_{name}": total / max(1, self._steps) for name, total in self._sums.items()}
+        totals = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        result = {f"train/loss_{name}": total / self._steps for name, total in zip(self._sums, totals, strict=True)}
         result["train/images_per_second"] = self._images / seconds
         result |= {f"train/{what}_fraction": min(1.0, spent / seconds) for what, spent in self._spent.items()}
         self._sums, self._steps, self._images, self._spent = {}, 0, 0, dict.fromkeys(self._spent, 0.0)

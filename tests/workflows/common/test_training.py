@@ -11,6 +11,7 @@ import pytest
 import ray.data
 import ray.train
 import torch
+from pretend_device import DEVICE, pretended
 from torch import Tensor, nn
 
 from data_prep.streams.plans import Integers
@@ -187,14 +188,44 @@ def test_muon_steps_equally_in_all_directions_and_decays_only_matrices(alone: No
         assert {value.ndim > 1 for value in group["params"]} == {group["weight_decay"] > 0}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(alone: None, tmp_path: Path) -> None:
-    running = session(QUICK, tmp_path)
-    before = {name: value.clone() for name, value in running.module.state_dict().items()}
-    for value in (math.nan, math.inf):
-        with pytest.raises(FloatingPointError, match="at step 0"):
-            running.update({"broken": torch.tensor(value, requires_grad=True)})
-    assert all(torch.equal(value, before[name]) for name, value in running.module.state_dict().items())
-    assert running.step == 0
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(alone: None, tmp_path: Path, value: float) -> None:
+    running = session(dataclasses.replace(QUICK, log_every=1000), tmp_path)
+    for number in range(5):
+        step(running, number)
+    running.end_step({}, 16)
+    saved = training.final_weights(str(tmp_path))
+    for number in range(5, 10):
+        loss = running.model(torch.ones(4, 3)).sum()
+        running.update({"broken": loss * value if number == 7 else loss})
+        if not running.due:
+            running.end_step({}, 4)
+    for end in (running.checkpoint, lambda: running.end_step({}, 4)):
+        with pytest.raises(FloatingPointError, match="test: the loss is not finite at step 7"):
+            end()
+    assert training.committed_step(str(tmp_path)) == 5
+    assert all(torch.equal(weight, saved[name]) for name, weight in training.final_weights(str(tmp_path)).items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_log_line(alone: None, tmp_path: Path) -> None:
+    running = session(dataclasses.replace(QUICK, log_every=2, checkpoint_every=10), tmp_path)
+    losses = {"broken": running.model(torch.ones(4, 3)).sum() * math.nan}
+    running.update(losses)
+    running.end_step(losses, 4)
+    running.update({"fine": running.model(torch.ones(4, 3)).sum()})
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        running.end_step(losses, 4)
+
+
+def test_the_host_waits_for_the_metrics_of_a_step_once_a_log_line(alone: None, tmp_path: Path) -> None:
+    with pretended() as waits:
+        settings = dataclasses.replace(QUICK, log_every=10, steps=20, checkpoint_every=20)
+        running = Session(nn.Linear(3, 1), stage_of(settings, tmp_path), DEVICE, NOWHERE)
+        for _ in range(10):
+            losses = {name: running.model(torch.ones(4, 3, device=DEVICE)).sum() for name in ("one", "two")}
+            running.update(losses)
+            running.end_step(losses, 4)
+    assert len(waits) == 2  # whether the losses are finite, and the metrics
 
 
 @pytest.mark.parametrize("limit", [0.5, None])
