@@ -40,16 +40,39 @@ def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Se
     default = next(iter(configs))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", default=default)
+    stages = stages_of(configs[default]())
+    if stages:
+        parser.add_argument("--workers", type=int)
     try:
         known, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise InputError(f"--config: {error.message}") from error
+        raise InputError(f"{error.argument_name}: {error.message}") from error
     if known.config not in configs:
         raise InputError(f"--config {known.config}: unknown, expected one of {', '.join(configs)}")
     run = configs[known.config]()
     description = f"{doc or ''}\n\n--config NAME  one of {', '.join(configs)} (default {default})"
+    if stages:
+        description += "\n--workers N    of all stages; the flag of a stage replaces it"
+        run = with_workers(run, known.workers)
     with on_parse_error(_raise_input_error):
         return tyro.cli(type(run), args=rest, default=run, description=description)
+
+
+def stages_of(run: Any) -> list[str]:
+    """Names of a run's fields that are settings of training stages: those with `workers`."""
+    return [entry.name for entry in dataclasses.fields(run) if hasattr(getattr(run, entry.name), "workers")]
+
+
+def with_workers(run: R, workers: int | None) -> R:
+    """The run with this number of workers in all stages; None leaves each stage's own.
+
+    Raises:
+        InputError: a batch cannot be shared among them.
+    """
+    if workers is None:
+        return run
+    stages = {name: dataclasses.replace(getattr(run, name), workers=workers) for name in stages_of(run)}
+    return dataclasses.replace(run, **stages)  # type: ignore[type-var]
 
 
 def _raise_input_error(event: ParseErrorEvent) -> None:

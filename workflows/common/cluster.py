@@ -1,12 +1,21 @@
 """Joining Ray: the cluster this job runs on, or a small one on this machine."""
 
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Mapping
 
 import ray
+from ray._private.state import state
+from ray.autoscaler.sdk import request_resources
+
+from ovd_models.errors import InputError
+
+POLL_SECONDS = 1.0
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -54,6 +63,45 @@ def start_ray() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def require(cpus: float, gpus: float, wait_minutes: float) -> None:
+    """Return once the cluster has these resources. A cluster that grows is asked for them.
+
+    Raises:
+        InputError: the cluster cannot have them.
+        TimeoutError: it has not grown in time.
+    """
+    needed = {"CPU": cpus, "GPU": gpus}
+    missing = lacking(needed)
+    if not missing:
+        return
+    limits = state.get_max_resources_from_cluster_config() or {}  # None where no autoscaler runs
+    wanted = ", ".join(f"{need:g} {name}s" for name, need in missing.items())
+    most = {name: max(resources().get(name, 0), limits.get(name, 0)) for name in missing}
+    if any(most[name] < need for name, need in missing.items()):
+        found = ", ".join(f"{amount:g} {name}s" for name, amount in most.items())
+        place = "the cluster has at most" if is_joined() else "this machine has"
+        raise InputError(f"--workers: {wanted} are needed, {place} {found}")
+    print(f"waiting up to {wait_minutes:g} minutes for the cluster to have {wanted}", flush=True)
+    request_resources(bundles=[{"CPU": 1}] * math.ceil(cpus) + [{"GPU": 1}] * math.ceil(gpus))
+    deadline = time.monotonic() + 60 * wait_minutes
+    while lacking(needed):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the cluster has not grown to {wanted} in {wait_minutes:g} minutes")
+        time.sleep(POLL_SECONDS)
+
+
+def lacking(needed: Mapping[str, float]) -> dict[str, float]:
+    """Those of some resources that the cluster has too little of."""
+    have = resources()
+    return {name: need for name, need in needed.items() if need > have.get(name, 0)}
+
+
+def resources() -> dict[str, float]:
+    """The cluster's resources by name."""
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return found
+
+
 def is_joined() -> bool:
     """Whether this process has joined a cluster, or its job runs on one."""
     return ray.is_initialized() or "RAY_ADDRESS" in os.environ
@@ -61,6 +109,6 @@ def is_joined() -> bool:
 
 def cores() -> int:
     """CPUs of the cluster, or the real ones of this machine, which Ray oversubscribes."""
-    cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    cpus = int(resources().get("CPU", 1))
     alone = len(ray.nodes()) == 1  # type: ignore[no-untyped-call]
     return max(1, min(cpus, os.cpu_count() or 1) if alone else cpus)

@@ -22,7 +22,7 @@ from workflows.common.training import Stage
 
 FREE_SETTINGS = {
     *("storage", "resume", "teacher", "sam", "backbone_weights"),
-    *("use_gpu", "max_failures", "log_every", "waiting_bytes"),
+    *("use_gpu", "wait_minutes", "max_failures", "log_every", "waiting_bytes"),
 }
 """Fields that may differ when a run is resumed."""
 M = TypeVar("M")
@@ -39,6 +39,10 @@ class TrainingConfig(Protocol):
     @property
     def config(self) -> str:
         """Name of the config."""
+
+    @property
+    def wait_minutes(self) -> float:
+        """Minutes to wait for a cluster that grows."""
 
     @property
     def resume(self) -> str:
@@ -165,7 +169,7 @@ def open_run(
     }
     hold_to_settings(folder, cli.flatten(run))
     hold_to_inputs(folder, {**digests, **inputs})
-    training.start_ray_for(*stages)
+    training.start_ray_for(*stages, wait_minutes=run.wait_minutes)
     with tracking.run(
         run.storage, experiment=workflow, name=run.config, params=cli.flatten(run), tags=digests
     ) as tracked:

@@ -115,11 +115,22 @@ def final_weights(folder: str) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------------------------- Ray Train
 
 
-def start_ray_for(*stages: Optimisation) -> None:
-    """Start Ray, unless all of these train inside the driver."""
+CPUS_PER_WORKER = 0.5
+"""Leaves room for the data tasks that feed a worker; threads are set by `prepare_worker`."""
+
+
+def start_ray_for(*stages: Optimisation, wait_minutes: float) -> None:
+    """Start Ray, unless all of these train inside the driver.
+
+    Raises:
+        InputError: the cluster cannot have the resources of a stage and a CPU for its data tasks.
+        TimeoutError: it has not grown to have them in time.
+    """
     cluster.configure_ray()
     if any(stage.workers for stage in stages):
         cluster.start_ray()
+        gpus = max(stage.workers * stage.use_gpu for stage in stages)
+        cluster.require(1 + CPUS_PER_WORKER * max(stage.workers for stage in stages), gpus, wait_minutes)
 
 
 def feed(
@@ -179,11 +190,10 @@ def fit(worker: Callable[[], None], stage: Stage, streams: Mapping[str, Callable
     options = ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits)
     Trainer(
         worker,
-        # Half a CPU each leaves room for the data tasks that feed them; threads are set by `prepare_worker`.
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
             use_gpu=settings.use_gpu,
-            resources_per_worker={"CPU": 0.5, **({"GPU": 1} if settings.use_gpu else {})},
+            resources_per_worker={"CPU": CPUS_PER_WORKER, **({"GPU": 1} if settings.use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             name=name,

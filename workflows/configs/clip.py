@@ -38,6 +38,8 @@ class Run:
     """Held-out images in the zero-shot test."""
     eval_every: int = 0
     """Steps between zero-shot tests during training; 0 tests at the end only."""
+    wait_minutes: float = 20.0
+    """Minutes to wait for a cluster that grows to the workers' number."""
     resume: str = ""
     """Name of a run to continue."""
 

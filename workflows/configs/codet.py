@@ -69,6 +69,8 @@ class Run:
     instead of training the box stage."""
     max_detections: int = 100
     """Detections of an image in evaluation."""
+    wait_minutes: float = 20.0
+    """Minutes to wait for a cluster that grows to the workers' number."""
     resume: str = ""
     """Name of a run to continue."""
 

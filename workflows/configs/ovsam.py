@@ -70,6 +70,8 @@ class Run:
     text_stage: Optimisation = field(default_factory=lambda: Optimisation(steps=500, learning_rate=1e-3))
     eval_images: int = 0
     """Evaluate on this many first images of the evaluation set; all if 0."""
+    wait_minutes: float = 20.0
+    """Minutes to wait for a cluster that grows to the workers' number."""
     resume: str = ""
     """Name of a run to continue."""
 

@@ -73,6 +73,8 @@ class Run:
     """Detections of an image in evaluation."""
     measure_masks: bool = False
     """Evaluate masks instead of boxes, as is usual on LVIS."""
+    wait_minutes: float = 20.0
+    """Minutes to wait for a cluster that grows to the workers' number."""
     resume: str = ""
     """Name of a run to continue."""
 

@@ -12,6 +12,7 @@ import pytest
 
 from ovd_models.errors import InputError
 from workflows.common import cli
+from workflows.configs import codet as codet_configs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +166,19 @@ def test_a_stopped_job_runs_its_finally_blocks(tmp_path: Path, number: signal.Si
     assert job.returncode == 130
     assert errors == "interrupted\n"
     assert (tmp_path / "done").exists()
+
+
+def test_workers_of_all_stages_are_one_flag_which_a_stage_may_replace() -> None:
+    def workers(*flags: str) -> tuple[int, int]:
+        run = cli.parse(codet_configs.CONFIGS, "", ["--config", "pictograms", *flags])
+        return run.box_stage.workers, run.joint_stage.workers
+
+    assert workers() == (2, 2)
+    assert workers("--workers", "1") == (1, 1)
+    assert workers("--workers=0", "--joint-stage.workers", "1") == (0, 1)
+    with pytest.raises(InputError, match="detection_batch: 8, expected a multiple of the 3 workers"):
+        workers("--workers", "3")
+    with pytest.raises(InputError, match="--workers: invalid int value: 'many'"):
+        workers("--workers", "many")
+    with pytest.raises(InputError, match="unknown flags: --workers"):
+        parse("--workers", "2")

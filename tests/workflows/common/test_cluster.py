@@ -1,0 +1,75 @@
+"""What a training asks of a cluster before any work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ovd_models.errors import InputError
+from workflows.common import cluster, training
+from workflows.common.optimisation import Optimisation
+
+ROOT = Path(__file__).parents[3]
+STAGE = Optimisation(steps=10, learning_rate=0.1)
+GROWING = """
+import sys, threading
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from workflows.common import cluster
+
+cpus, minutes, arrives = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "arrives"
+nodes = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1})
+# What an autoscaler reports: it may add one node of 4 CPUs.
+group = autoscaler_pb2.NodeGroupConfig(name="small", resources={"CPU": 4}, min_count=0, max_count=1)
+head = autoscaler_pb2.NodeGroupConfig(name="head", resources={"CPU": 1}, min_count=1, max_count=1)
+config = autoscaler_pb2.ClusterConfig(node_group_configs=[head, group])
+ray._private.worker.global_worker.gcs_client.report_cluster_config(config.SerializeToString())
+
+def require():
+    try:
+        cluster.require(cpus, 0, minutes)
+        print("has", ray.cluster_resources()["CPU"], flush=True)
+    except (ValueError, TimeoutError) as error:
+        print(type(error).__name__, error, flush=True)
+
+waiter = threading.Thread(target=require)
+waiter.start()
+waiter.join(3)
+if arrives:
+    nodes.add_node(num_cpus=4)
+waiter.join()
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_workers_that_a_cluster_cannot_have_are_refused_at_once(ray_cluster: None) -> None:
+    training.start_ray_for(STAGE, wait_minutes=20)
+    for settings, message in (
+        ({"workers": 16}, "--workers: 9 CPUs are needed, the cluster has at most 4 CPUs"),
+        ({"workers": 2, "use_gpu": True}, "--workers: 2 GPUs are needed, the cluster has at most 0 GPUs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            training.start_ray_for(STAGE, Optimisation(steps=1, learning_rate=0.1, **settings), wait_minutes=20)
+    assert cluster.lacking({"CPU": 3, "GPU": 1}) == {"GPU": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cpus", "minutes", "node", "last"),
+    [
+        (4, 5, "arrives", "has 5.0"),
+        (6, 5, "none", "InputError --workers: 6 CPUs are needed, the cluster has at most 5 CPUs"),
+        (5, 0.05, "none", "TimeoutError the cluster has not grown to 5 CPUs in 0.05 minutes"),
+    ],
+)
+def test_a_cluster_that_grows_is_waited_for(cpus: int, minutes: float, node: str, last: str) -> None:
+    command = [sys.executable, "-c", GROWING, str(cpus), str(minutes), node]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert last in lines, done.stdout + done.stderr
+    waited = f"waiting up to {minutes:g} minutes for the cluster to have {cpus} CPUs"
+    assert (waited in lines) == (not last.startswith("InputError"))
