@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from pretend_device import DEVICE, pretended
 
 from data_prep import tables
 from data_prep.pictograms.world import GLYPHS
@@ -67,6 +68,10 @@ def test_a_detectors_boxes_get_masks_and_names(
     assert set(results) == {"SAM masks", "OV-SAM masks", "OV-SAM masks and names"}
     for values in results.values():
         assert 0 <= values["ap50_all"] <= 1
+    with pretended():
+        there = ovsam_boxes.mask_ap(replace(run, device=str(DEVICE)), str(tmp_path / "codet"))
+    for name, values in results.items():
+        assert there[name]["ap50_all"] == pytest.approx(values["ap50_all"], abs=1e-3)
     thin = Detections(
         torch.tensor([[9.0, 3, 9, 20], [1, 1, 5, 5]]), torch.ones(2), torch.zeros(2).long(), ("a",), 9, 20
     )

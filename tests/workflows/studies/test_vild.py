@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pretend_device import DEVICE, pretended
 
 import ovd_models
 from ovd_models.checkpoints import load_model
@@ -39,6 +40,11 @@ def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
     metrics, _ = evaluate.evaluate(evaluate.Run(storage=prepared.storage, model=trained.model, boxes="smoke-eval"))
     for name, value in metrics.summary().items():
         assert own.summary()[name] == pytest.approx(value, nan_ok=True)
+    with pretended():
+        elsewhere = replace(run, model=trained.model, device=str(DEVICE))
+        there = vild_sweep.measure(vild_sweep.record(elsewhere.load_detector(), elsewhere), Scoring(), elsewhere)
+    here = vild_sweep.measure(recorded, Scoring(), run)
+    assert there.summary()["ap50_all"] == pytest.approx(here.summary()["ap50_all"], abs=1e-3)
     save_clip(Clip(ClipConfig()), tmp_path / "other")
     with pytest.raises(InputError, match=f"expected the detector's teacher, {detector.teacher}"):
         vild_sweep.baselines(recorded, replace(run, teacher=str(tmp_path / "other")))
