@@ -95,6 +95,8 @@ class MetricLogger:
             MlflowException: on `wait`, the tracking server refused something sent since the last one.
         """
         if self._client is None:
+            if not (self._buffer or self._pictures):
+                return  # opening the database of a new storage takes seconds
             self._client = MlflowClient(self.uri)
         for start in range(0, len(self._buffer), METRICS_PER_REQUEST):
             part = self._buffer[start : start + METRICS_PER_REQUEST]

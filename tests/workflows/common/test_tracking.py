@@ -114,6 +114,13 @@ def test_worker_writes_through_a_pickled_logger(storage: str) -> None:
     assert len(MlflowClient(tracked.uri).get_metric_history(tracked.run_id, "train/loss")) == 1500
 
 
+def test_a_logger_without_metrics_opens_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    tracking.MetricLogger("", "").flush(wait=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_champion_moves_only_to_a_better_version(storage: str, tmp_path: Path) -> None:
     moved = []
     with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
