@@ -146,8 +146,7 @@ def photos() -> Run:
 def published_recipe(name: str, boxes: str, images: int, scales: tuple[float, float]) -> Run:
     """The paper's settings on eight GPUs with two images each; `--sam` gives SAM, `--teacher` CLIP.
 
-    Differences from the paper: names are embedded by the teacher's own templates, and without `--distill-images` the
-    adapter learns from the images of the box set, not from a part of SA-1B.
+    Without `--distill-images` the adapter learns from the images of the box set, not from a part of SA-1B.
     """
     epoch = images // 16
     step = partial(Optimisation, learning_rate=1e-4, decay_norms=False, workers=8, use_gpu=True, checkpoint_every=1000)

@@ -179,6 +179,7 @@ def lvis_r50() -> Run:
         config="lvis_r50",
         boxes="lvis",
         prompt_set="vild",
+        synonyms="mean",
         model=ViLDConfig(
             detector=detector, image_weight=0.5, scoring=Scoring(temperature=100.0, image_temperature=100.0)
         ),
