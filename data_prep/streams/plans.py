@@ -79,7 +79,7 @@ class StreamShape:
     """Workers that share the stream; 0 reads it inside the driver."""
     steps_per_block: int = 5
     """Steps of one worker in a block; checkpoints come at multiples of it, so that a resumed stream is exact."""
-    max_blocks: int = 2000
+    max_blocks: int = 1000
     """Largest number of blocks in a window; Ray Data plans about 800 a second."""
 
     def positions(self, start_step: int, stop_step: int) -> tuple[int, int, int]:
