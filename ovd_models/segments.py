@@ -13,7 +13,6 @@ import torch
 from faster_coco_eval import mask as rle
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import masks_to_boxes
 
 from ovd_models.batches import ImageBatch, TensorRecord
 from ovd_models.drawing import colour_of, draw_boxes
@@ -231,12 +230,15 @@ def boxes_of(masks_PHW: Tensor, *, whole_if_empty: bool = False) -> Tensor:
 
     Empty masks have zeros, or the whole image.
     """
-    empty = [0, 0, masks_PHW.shape[2], masks_PHW.shape[1]] if whole_if_empty else [0, 0, 0, 0]
-    boxes_P4 = torch.tensor(empty, dtype=torch.float32, device=masks_PHW.device).repeat(len(masks_PHW), 1)
-    filled = torch.nonzero(masks_PHW.flatten(1).any(1)).flatten()
-    if len(filled):
-        boxes_P4[filled] = masks_to_boxes(masks_PHW[filled]).float() + boxes_P4.new_tensor([0, 0, 1, 1])
-    return boxes_P4
+    height, width = masks_PHW.shape[1:]
+    column_PW, row_PH = (masks_PHW.any(axis).to(torch.uint8) for axis in (1, 2))
+    first = (column_PW.argmax(1), row_PH.argmax(1))
+    last = (width - column_PW.flip(1).argmax(1), height - row_PH.flip(1).argmax(1))
+    empty_P1 = row_PH.amax(1, keepdim=True) == 0
+    boxes_P4 = torch.stack((*first, *last), dim=1).float()
+    if whole_if_empty:  # already so: the first and the last of no pixel are both 0
+        return boxes_P4
+    return boxes_P4.masked_fill(empty_P1, 0.0)
 
 
 @dataclass(frozen=True)

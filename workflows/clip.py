@@ -33,6 +33,7 @@ from ovd_models.clip.model import (
     save_clip,
     zero_shot_logits,
 )
+from ovd_models.clip.towers import trim_tokens
 from ovd_models.clip.zero_shot import calibration_error, fit_temperature
 from ovd_models.vocabulary import build_vocabulary
 from workflows import prepare_pairs
@@ -113,8 +114,9 @@ def train_worker(run: Run, stage: Stage, pretrained: str, logger: MetricLogger) 
     contrast = contrastive_loss(run.model, session.rank, session.world)
     for batch in session.batches("pairs", run.batch_size, PairCollate(run.model.image_size), prefetch=3):
         shifted = random_shift(batch.images.to(device, non_blocking=True), run.shift)
+        tokens = trim_tokens(clip.model.text, clip.tokenize(batch.captions)).to(device)
         with session.autocast():
-            features = session.model(shifted, clip.tokenize(batch.captions).to(device))
+            features = session.model(shifted, tokens)
         losses = {"contrastive": contrast(*(value.float() for value in features))}
         session.update(losses)
         clip.clamp_scale()

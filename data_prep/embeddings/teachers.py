@@ -216,6 +216,8 @@ class Teacher:
 
         Texts of similar length share a batch, since the longest one sets its cost.
         """
+        from ovd_models.clip.towers import trim_tokens
+
         torch, clip = self._torch, self.clip
         row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         rows = np.empty((len(row_of), clip.config.embed_dim), np.float32)
@@ -224,7 +226,8 @@ class Teacher:
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.half):
             for start in range(0, len(row_of), self.config.batch_size):
                 chosen = order[start : start + self.config.batch_size]
-                rows[chosen.numpy()] = clip.encode_tokens(tokens[chosen].to(self.device)).float().cpu().numpy()
+                own = trim_tokens(clip.model.text, tokens[chosen]).to(self.device)
+                rows[chosen.numpy()] = clip.encode_tokens(own).float().cpu().numpy()
         return rows[[row_of[text] for text in texts]]
 
 

@@ -66,8 +66,11 @@ class ClipScorer:
 
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
         """[N] cosines."""
+        from ovd_models.clip.towers import trim_tokens
+
         with self._torch.inference_mode():
-            text = self.clip.encode_tokens(self.clip.tokenize(captions).to(self._device)).cpu().numpy()
+            tokens = trim_tokens(self.clip.model.text, self.clip.tokenize(captions)).to(self._device)
+            text = self.clip.encode_tokens(tokens).cpu().numpy()
         cosines: list[float] = (self.embed(images) * text).sum(1).tolist()
         return cosines
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import Normalize
 
 from ovd_models.clip.pretrained import architecture, find_weights, load_released, offline
-from ovd_models.clip.towers import image_features, text_features
+from ovd_models.clip.towers import image_features, text_features, trim_tokens
 from ovd_models.errors import InputError, as_input_error
 from ovd_models.prompts import find_prompt_set, prompts_of
 
@@ -274,7 +274,10 @@ class ClipTextEncoder:
             return torch.empty(0, self.config.embed_dim)
         device = next(self.tower.parameters()).device
         parts = (list(captions[start : start + SENTENCES]) for start in range(0, len(captions), SENTENCES))
-        rows = [text_features(self.tower, self.tokenizer(part).to(device)).float().cpu() for part in parts]
+        rows = [
+            text_features(self.tower, trim_tokens(self.tower, self.tokenizer(part)).to(device)).float().cpu()
+            for part in parts
+        ]
         return F.normalize(torch.cat(rows), dim=-1)
 
 

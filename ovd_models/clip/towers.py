@@ -93,17 +93,14 @@ def image_features(tower: Any, images: Tensor) -> Tensor:
 def text_features(tower: Any, tokens: Tensor) -> Tensor:
     """[B, T] -> [B, D], equal to the tower's own output.
 
-    In CLIP's own towers attention is causal and only the end token is read, so tokens after the longest sentence are
-    skipped, and without gradients the last block is computed for the end tokens only. Other towers get all of T.
+    In CLIP's own towers attention is causal and only the end token is read, so T may be that of `trim_tokens`, and
+    without gradients the last block is computed for the end tokens only.
     """
-    causal = type(tower) is TextTransformer and tower.pool_type == "argmax" and tower.cls_emb is None
-    plain = causal and tower.attn_mask is not None and isinstance(tower.text_projection, nn.Parameter)
-    if not plain or tower.output_tokens or not _plain_blocks(tower) or not len(tokens):
+    if not _reads_end_token(tower) or not len(tokens):
         features: Tensor = tower(tokens)
         return features
-    end_B = tokens.argmax(1)  # the end token has the highest id; padding shares its id with "!"
-    length = int(end_B.max()) + 1
-    hidden_BTW = tower.token_embedding(tokens[:, :length]) + tower.positional_embedding[:length]
+    end_B, length = tokens.argmax(1), tokens.shape[1]
+    hidden_BTW = tower.token_embedding(tokens) + tower.positional_embedding[:length]
     *blocks, last = tower.transformer.resblocks
     mask_TT = tower.attn_mask[:length, :length]
     for block in blocks:
@@ -114,6 +111,23 @@ def text_features(tower: Any, tokens: Tensor) -> Tensor:
         token_BW = _one_token(last, hidden_BTW, end_B, torch.arange(length, device=tokens.device) > end_B[:, None])
     pooled: Tensor = tower.ln_final(token_BW) @ tower.text_projection
     return pooled
+
+
+def trim_tokens(tower: Any, tokens: Tensor) -> Tensor:
+    """[B, T] tokens without those after the longest sentence, for a tower that does not read them.
+
+    Called before tokens are moved to an accelerator, which would have to be waited for.
+    """
+    if not _reads_end_token(tower) or not len(tokens):
+        return tokens
+    return tokens[:, : int(tokens.argmax(1).max()) + 1]  # the end token has the highest id; padding that of "!"
+
+
+def _reads_end_token(tower: Any) -> bool:
+    """Whether attention is causal and the features are those of the end token."""
+    causal = type(tower) is TextTransformer and tower.pool_type == "argmax" and tower.cls_emb is None
+    plain = causal and tower.attn_mask is not None and isinstance(tower.text_projection, nn.Parameter)
+    return plain and not tower.output_tokens and _plain_blocks(tower)
 
 
 def _plain_blocks(tower: Any) -> bool:

@@ -159,9 +159,9 @@ def sample_objects(batch: MaskBatch, side: int, count: int, generator: torch.Gen
         masks.append(resize_masks_to_square(mask_NHW[rows], side))
         labels.append(label_N[rows])
     masks_PSS = torch.cat(masks)
-    kept_P = masks_PSS.flatten(1).any(1)
-    masks_PSS = masks_PSS[kept_P]
-    return SampledObjects(torch.cat(images)[kept_P], masks_PSS, torch.cat(labels)[kept_P], boxes_of(masks_PSS))
+    kept = torch.nonzero(masks_PSS.flatten(1).any(1)).flatten()
+    masks_PSS = masks_PSS[kept]
+    return SampledObjects(torch.cat(images)[kept], masks_PSS, torch.cat(labels)[kept], boxes_of(masks_PSS))
 
 
 def resize_masks_to_square(masks_NHW: Tensor, side: int) -> Tensor:
