@@ -32,12 +32,10 @@ def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor, counted_K: Tensor | None =
         labels_R: [R] int64; the class, or -1 for background: target 0 everywhere.
         counted_K: [K] bool, the classes included in the loss; all if None.
     """
-    target_RK = torch.zeros_like(logits_RK)
-    foreground = torch.nonzero(labels_R >= 0).squeeze(1)
-    target_RK[foreground, labels_R[foreground]] = 1.0
-    if counted_K is not None:
-        logits_RK, target_RK = logits_RK[:, counted_K], target_RK[:, counted_K]
-    return F.binary_cross_entropy_with_logits(logits_RK, target_RK, reduction="sum") / max(1, len(logits_RK))
+    target_RK = (labels_R[:, None] == torch.arange(logits_RK.shape[1], device=labels_R.device)).to(logits_RK.dtype)
+    weight_K = None if counted_K is None else counted_K.to(logits_RK.dtype)
+    loss = F.binary_cross_entropy_with_logits(logits_RK, target_RK, weight_K, reduction="sum")
+    return loss / max(1, len(logits_RK))
 
 
 def federated_classes(
@@ -57,14 +55,14 @@ def federated_classes(
     Returns:
         [K] bool.
     """
-    present = torch.unique(labels_R)
-    chosen_K = torch.zeros(len(weight_K) + 1, dtype=torch.bool, device=weight_K.device)  # the last one is background
-    chosen_K[present] = True
-    left_K = F.pad(weight_K, (0, 1)).masked_fill(chosen_K, 0.0)
-    more = min(count - len(present), int((left_K > 0).sum()))
-    if more > 0:
-        chosen_K[torch.multinomial(left_K, more, generator=generator)] = True
-    return chosen_K[:-1]
+    present_K = torch.zeros(len(weight_K) + 1, dtype=torch.bool, device=weight_K.device)  # the last one is background
+    present_K = present_K.scatter(0, labels_R % len(present_K), True)
+    left_K = F.pad(weight_K, (0, 1)).masked_fill(present_K, 0.0)
+    # Largest ratios to exponential noise: a multinomial draw whose number of classes stays on the device.
+    order_K = (left_K / torch.empty_like(left_K).exponential_(generator=generator)).argsort(descending=True)
+    rank_K = torch.empty_like(order_K).scatter(0, order_K, torch.arange(len(order_K), device=order_K.device))
+    drawn_K = (rank_K < count - present_K.sum()) & (left_K > 0)
+    return (present_K | drawn_K)[:-1]
 
 
 def softmax_loss(logits_RK: Tensor, background_R: Tensor, labels_R: Tensor, trained_K: Tensor | None = None) -> Tensor:
@@ -100,20 +98,25 @@ def distillation_loss(student_MD: Tensor, teacher_MD: Tensor, valid_M: Tensor) -
         return torch.where(valid_M, distance_M, 0.0).sum() / valid_M.sum().clamp(min=1)
 
 
-def concept_loss(logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor) -> Tensor:
+def concept_loss(
+    logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor, counted_B: Tensor | None = None
+) -> Tensor:
     """Region-word loss: binary cross-entropy with target 1 only at the image's concept (CoDet, section 2).
 
-    Summed over concepts and averaged over images.
+    Summed over concepts and averaged over the counted images.
 
     Args:
         logits_BC: [B, C] of the prototypes.
         concept_B: [B] int64, the concept of each image's group.
         ignored_BC: [B, C] bool; concepts that are neither positives nor negatives. The image's own is never ignored.
+        counted_B: [B] bool, the images included in the loss; all if None.
     """
     target_BC = F.one_hot(concept_B, logits_BC.shape[1]).to(logits_BC.dtype)
     weight_BC = (~ignored_BC | target_BC.bool()).to(logits_BC.dtype)
+    counted_B = torch.ones_like(concept_B, dtype=torch.bool) if counted_B is None else counted_B
+    weight_BC = weight_BC * counted_B[:, None]
     loss = F.binary_cross_entropy_with_logits(logits_BC, target_BC, weight_BC, reduction="sum")
-    return loss / max(1, len(logits_BC))
+    return loss / counted_B.sum().clamp(min=1)
 
 
 def sampled_concepts(mentioned_BC: Tensor, count: int) -> Tensor:

@@ -48,9 +48,8 @@ def finite_regions(region_GgND: Tensor, valid_GgN: Tensor) -> tuple[Tensor, Tens
     region_GgND = region_GgND.float()
     norm_GgN1 = torch.linalg.vector_norm(region_GgND, dim=-1, keepdim=True)
     finite_GgN1 = torch.isfinite(norm_GgN1)
-    if not bool(finite_GgN1.all()):
-        region_GgND = torch.where(finite_GgN1, region_GgND, 0.0)
-        norm_GgN1 = torch.linalg.vector_norm(region_GgND, dim=-1, keepdim=True)
+    region_GgND = torch.where(finite_GgN1, region_GgND, 0.0)
+    norm_GgN1 = torch.linalg.vector_norm(region_GgND, dim=-1, keepdim=True)
     # A product: the backward pass of a quotient takes twice as long.
     return region_GgND, region_GgND * norm_GgN1.clamp(min=1e-12).reciprocal(), valid_GgN & finite_GgN1[..., 0]
 
@@ -123,8 +122,7 @@ def best_matches(guided_GgND: Tensor, unit_GgND: Tensor, valid_GgN: Tensor, weig
         similarity_GMM = torch.bmm(guided_GgND.flatten(1, 2), unit_GgND.flatten(1, 2).mT)
         similarity_GMSN = similarity_GMM.view(groups, size * proposals, size, proposals)
         hidden = torch.finfo(similarity_GMSN.dtype).min
-        if not bool(valid_GgN.all()):
-            similarity_GMSN.masked_fill_(~valid_GgN[:, None], hidden)
+        similarity_GMSN.masked_fill_(~valid_GgN[:, None], hidden)
         best = similarity_GMSN.max(-1, keepdim=True) if count == 1 else similarity_GMSN.topk(count, dim=-1)
         found_GMSk = best.values > hidden
         share_GMSk = found_GMSk / found_GMSk.sum(-1, keepdim=True).clamp(min=1)
@@ -173,8 +171,9 @@ class LearnedAggregation(nn.Module):
         groups, size, count, _ = region_GgND.shape
         unit_GgND = F.normalize(region_GgND, dim=-1)
         similarity_GQNSN = torch.einsum("gqad,gsbd->gqasb", unit_GgND * guidance_GD[:, None, None, :], unit_GgND)
-        others_QS = ~torch.eye(size, dtype=torch.bool, device=region_GgND.device)
-        rows = similarity_GQNSN.transpose(2, 3)[:, others_QS].view(groups, size, size - 1, count, count)
+        pairs = [(query, other) for query in range(size) for other in range(size) if other != query]
+        query_P, other_P = torch.tensor(pairs, device=region_GgND.device).T
+        rows = similarity_GQNSN.transpose(2, 3)[:, query_P, other_P].view(groups, size, size - 1, count, count)
         score_GgN = self.score(F.relu(self.hidden(rows.transpose(2, 3).flatten(3)))).squeeze(-1)
         attention_GgN = torch.softmax(score_GgN, dim=-1)
         return Alignment(attention_GgN, torch.einsum("gqa,gqad->gqd", attention_GgN, region_GgND))

@@ -189,10 +189,10 @@ class CoDet(nn.Module):
             if config.supervision != "captions":
                 aligned = self.align(stage, [entry[:-1] for entry in rows], boxes, concepts, concepts_CD)
                 used_B = aligned.attention.flatten(0, 1).any(-1)  # images with a proposal
-                logits_BC = cosine_logits(aligned.prototype.flatten(0, 1)[used_B], concepts_CD, temperature)
-                concept_B = concepts.concept_ids.repeat_interleave(concepts.group_size)[used_B]
-                ignored_BC = self._ignored_concepts(concepts.mentioned[used_B])
-                loss = config.concept_weight * concept_loss(logits_BC, concept_B, ignored_BC)
+                logits_BC = cosine_logits(aligned.prototype.flatten(0, 1), concepts_CD, temperature)
+                concept_B = concepts.concept_ids.repeat_interleave(concepts.group_size)
+                ignored_BC = self._ignored_concepts(concepts.mentioned)
+                loss = config.concept_weight * concept_loss(logits_BC, concept_B, ignored_BC, used_B)
                 losses["concept"] = losses.get("concept", 0.0) + loss
             if config.caption_weight and concepts.caption_embeddings is not None:
                 image_BD = torch.stack([entry[-1] for entry in rows])

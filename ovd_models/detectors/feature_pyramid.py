@@ -23,7 +23,7 @@ from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ovd_models.detectors.backbones import feature_info
-from ovd_models.detectors.resizing import image_indices
+from ovd_models.detectors.resizing import by_level, image_indices
 
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 """A region of this side is pooled from the level of stride 2 ** CANONICAL_LEVEL (FPN, section 4.2)."""
@@ -150,9 +150,9 @@ def pool_levels(
     In float32 even under autocast: bfloat16 moves the edges of a region by pixels.
     """
     region_R5 = region_R5.float()
-    pooled_RFSS = region_R5.new_zeros(len(region_R5), levels[0].shape[1], size, size)
-    for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        rows = torch.nonzero(level_R == index).squeeze(1)
-        aligned = roi_align(level.float(), region_R5[rows], size, 1 / stride, sampling_ratio=-1, aligned=True)
-        pooled_RFSS = pooled_RFSS.index_copy(0, rows, aligned)
-    return pooled_RFSS
+    order_R, counts = by_level(level_R, len(levels))
+    aligned = [
+        roi_align(level.float(), part_R5, size, 1 / stride, sampling_ratio=-1, aligned=True)
+        for level, stride, part_R5 in zip(levels, strides, torch.split(region_R5[order_R], counts), strict=True)
+    ]
+    return torch.cat(aligned)[order_R.argsort()]

@@ -216,8 +216,8 @@ class RCNN(ProposalNetwork):
 
     def box_loss(self, region_RF: Tensor, sample: RegionSample) -> Tensor:
         """Smooth L1 of the class-agnostic box branch on objects, averaged over all regions."""
-        foreground = sample.labels >= 0
-        predicted_R4, target_R4 = self.box_deltas(region_RF)[foreground], sample.deltas[foreground]
+        predicted_R4, objects_R1 = self.box_deltas(region_RF).float(), (sample.labels >= 0)[:, None]
+        target_R4 = torch.where(objects_R1, sample.deltas, predicted_R4.detach())  # background has no error
         loss = F.smooth_l1_loss(predicted_R4, target_R4, beta=self.config.box_beta, reduction="sum")
         return loss / max(1, len(sample.labels))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from ovd_models.detectors.resizing import image_indices
+from ovd_models.detectors.resizing import by_level, image_indices
 
 POOLED = 7
 """Side of a pooled region."""
@@ -51,13 +51,13 @@ class RegionPool(nn.Module):
         box_R4 = torch.cat(boxes)
         region_R5 = torch.cat([image_indices(boxes)[:, None].to(box_R4.dtype), box_R4], dim=1)
         level_R = self.level_of(boxes)
-        pooled_RFPP = levels[0].new_zeros(len(region_R5), levels[0].shape[1], self.size, self.size)
-        for index, (level, stride) in enumerate(zip(levels, self.strides, strict=True)):
-            rows = torch.nonzero(level_R == index).squeeze(1)
-            if len(rows):
-                pooled = pool_level(level, region_R5[rows], self.size, 1 / stride, self.samples)
-                pooled_RFPP = pooled_RFPP.index_copy(0, rows, pooled.to(pooled_RFPP.dtype))
-        return pooled_RFPP
+        order_R, counts = by_level(level_R, len(levels))
+        parts = torch.split(region_R5[order_R], counts)
+        pooled = [
+            pool_level(level, part, self.size, 1 / stride, self.samples).to(levels[0].dtype)
+            for level, part, stride in zip(levels, parts, self.strides, strict=True)
+        ]
+        return torch.cat(pooled)[order_R.argsort()]
 
 
 def pool_level(level: Tensor, region_R5: Tensor, size: int, scale: float, samples: int) -> Tensor:

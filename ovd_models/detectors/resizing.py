@@ -117,7 +117,15 @@ def resize_masks(mask_NHW: Tensor, wide: Size, size: Size) -> Tensor:
 
 def image_indices(boxes: Sequence[Tensor]) -> Tensor:
     """[R] int64: the image that each box of B tensors [N, 4] belongs to, images in order."""
-    return torch.repeat_interleave(torch.tensor([len(entry) for entry in boxes], device=boxes[0].device))
+    counts = [len(entry) for entry in boxes]
+    # With the size of the output, a GPU need not tell it.
+    return torch.repeat_interleave(torch.tensor(counts, device=boxes[0].device), output_size=sum(counts))
+
+
+def by_level(level_R: Tensor, levels: int) -> tuple[Tensor, list[int]]:
+    """[R] int64, the order that sorts regions by their level, and each level's number; the host waits once."""
+    number_R = torch.arange(levels, device=level_R.device)
+    return level_R.argsort(stable=True), (level_R[:, None] == number_R).sum(0).tolist()
 
 
 def select_detections(box_N4: Tensor, score_NK: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
