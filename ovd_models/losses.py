@@ -98,9 +98,7 @@ def distillation_loss(student_MD: Tensor, teacher_MD: Tensor, valid_M: Tensor) -
         return torch.where(valid_M, distance_M, 0.0).sum() / valid_M.sum().clamp(min=1)
 
 
-def concept_loss(
-    logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor, counted_B: Tensor | None = None
-) -> Tensor:
+def concept_loss(logits_BC: Tensor, concept_B: Tensor, ignored_BC: Tensor, counted_B: Tensor | None = None) -> Tensor:
     """Region-word loss: binary cross-entropy with target 1 only at the image's concept (CoDet, section 2).
 
     Summed over concepts and averaged over the counted images.

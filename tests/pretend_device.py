@@ -292,7 +292,8 @@ def _roi_align(level: Tensor, boxes: Tensor, *rest: Any) -> Tensor:
 
 def _nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     with _outside_autocast():
-        return torch.ops.torchvision.nms(boxes.float(), scores.float(), iou)  # type: ignore[no-any-return]
+        wide = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+        return torch.ops.torchvision.nms(wide, scores.to(wide.dtype), iou)  # type: ignore[no-any-return]
 
 
 _VISION.impl("roi_align", _roi_align, "AutocastPrivateUse1")

@@ -24,6 +24,7 @@ from ovd_models.detectors.backbones import BottleneckStride, build_backbone, fea
 from ovd_models.detectors.masks import MaskHead
 from ovd_models.detectors.region_pool import POOLED, RegionPool
 from ovd_models.detectors.resizing import ResizedImages, Selection, annotated_targets, build_transform, resize_images
+from ovd_models.detectors.sampling import best_boxes, overlaps, pad, sample_balanced
 from ovd_models.losses import cosine_logits, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
 
@@ -99,7 +100,9 @@ class RegionSample:
     labels: Tensor
     """[sum of R] int64, -1 for background."""
     deltas: Tensor
-    """[sum of R, 4] regression targets of the box branch."""
+    """[sum of R, 4] regression targets of the box branch; zeros for background."""
+    objects: list[int]
+    """Number of objects of each image, which come first among its regions."""
 
 
 class ProposalNetwork(nn.Module):
@@ -140,19 +143,51 @@ class ProposalNetwork(nn.Module):
         per_level = [int(level[0].numel()) for level in objectness]
         objectness_flat, deltas_flat = (values.float() for values in concat_box_prediction_layers(objectness, deltas))
         decoded = self.rpn.box_coder.decode(deltas_flat.detach(), anchors).view(len(anchors), -1, 4)
-        boxes, scores = self.rpn.filter_proposals(decoded, objectness_flat, images.image_sizes, per_level)
+        boxes, scores = self._best_proposals(decoded, objectness_flat.detach(), images, per_level)
         return Proposals(boxes, scores, anchors, objectness_flat, deltas_flat)
+
+    def _best_proposals(
+        self, box_BA4: Tensor, objectness: Tensor, images: ResizedImages, per_level: list[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """B boxes [N, 4] and scores [N] of anchors' boxes and logits, as torchvision's `filter_proposals`."""
+        rows, logits, numbers, start = [], [], [], 0
+        for number, (part, count) in enumerate(
+            zip(objectness.view(len(box_BA4), -1).split(per_level, 1), per_level, strict=True)
+        ):
+            best = part.topk(min(self.rpn.pre_nms_top_n(), count), dim=1)
+            rows.append(best.indices + start)
+            logits.append(best.values)
+            numbers += [number] * best.indices.shape[1]
+            start += count
+        limit_B14 = box_BA4.new_tensor([[width, height] * 2 for height, width in images.image_sizes])[:, None]
+        box_BN4 = box_BA4.gather(1, torch.cat(rows, 1)[..., None].expand(-1, -1, 4)).clamp(min=0).minimum(limit_B14)
+        large_BN = (box_BN4[..., 2:] - box_BN4[..., :2] >= self.rpn.min_size).all(-1)
+        level_N = torch.tensor(numbers, device=box_BN4.device)
+        score_BN = torch.cat(logits, 1).sigmoid()
+        return best_boxes(box_BN4, score_BN, large_BN, level_N, self.rpn.nms_thresh, self.rpn.post_nms_top_n())
 
     def proposal_losses(self, proposals: Proposals, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of the first `len(targets)` images; targets hold `boxes` [N, 4] in resized pixels."""
-        count = len(targets)
-        num_anchors = len(proposals.anchors[0])
-        assigned, matched = self.rpn.assign_targets_to_anchors(proposals.anchors[:count], targets)
-        regression = self.rpn.box_coder.encode(matched, proposals.anchors[:count])
-        loss_objectness, loss_rpn_box = self.rpn.compute_loss(
-            proposals.objectness[: count * num_anchors], proposals.deltas[: count * num_anchors], assigned, regression
-        )
-        return {"objectness": loss_objectness, "rpn_box": loss_rpn_box}
+        count, anchor_A4 = len(targets), proposals.anchors[0]
+        true_BM4, real_BM = pad([target["boxes"] for target in targets])
+        iou_BMA = overlaps(true_BM4, real_BM, anchor_A4.expand(count, -1, -1))
+        best_BA, matched_BA = iou_BMA.max(1)
+        # Each true box has at least one anchor: those of its largest overlap (Faster R-CNN, section 3.1.2).
+        closest_BA = ((iou_BMA == iou_BMA.amax(2, keepdim=True)) & real_BM[..., None]).any(1)
+        positive_BA = closest_BA | (best_BA >= self.rpn.proposal_matcher.high_threshold)
+        negative_BA = ~positive_BA & (best_BA < self.rpn.proposal_matcher.low_threshold)
+        row_BS, valid_BS = sample_balanced(positive_BA, negative_BA, self.config.rpn_batch_size, 0.5)
+        logit_BS = proposals.objectness.view(-1, len(anchor_A4))[:count].gather(1, row_BS)
+        object_BS = positive_BA.gather(1, row_BS) & valid_BS
+        entropy_BS = F.binary_cross_entropy_with_logits(logit_BS, object_BS.float(), valid_BS.float(), reduction="none")
+        row_BS4 = row_BS[..., None].expand(-1, -1, 4)
+        delta_R4 = proposals.deltas.view(-1, len(anchor_A4), 4)[:count].gather(1, row_BS4).flatten(0, 1)
+        matched_BS4 = true_BM4.gather(1, matched_BA.gather(1, row_BS)[..., None].expand(-1, -1, 4))
+        target_R4 = self.rpn.box_coder.encode_single(matched_BS4.flatten(0, 1), anchor_A4[row_BS].flatten(0, 1))
+        target_R4 = torch.where(object_BS.flatten()[:, None], target_R4, delta_R4.detach())
+        box_loss = F.smooth_l1_loss(delta_R4, target_R4, beta=1 / 9, reduction="sum")
+        sampled = valid_BS.sum().clamp(min=1)
+        return {"objectness": entropy_BS.sum() / sampled, "rpn_box": box_loss / sampled}
 
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
         """Weighted losses of one step; labels are not used."""
@@ -268,10 +303,28 @@ def build_roi_heads(
 
 def sample_regions(heads: RoIHeads, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> RegionSample:
     """Sample regions of each image from its proposals [N, 4] and the annotated `boxes` and `labels` of `targets`."""
-    # RoIHeads counts background as class 0.
-    shifted = [{"boxes": target["boxes"], "labels": target["labels"] + 1} for target in targets]
-    boxes, matched, labels, deltas = heads.select_training_samples(proposals, shifted)
-    return RegionSample(boxes, matched, torch.cat(labels) - 1, torch.cat(deltas))
+    true_BM4, real_BM = pad([target["boxes"] for target in targets])
+    label_BM, _ = pad([target["labels"] for target in targets])
+    pairs = zip(proposals, targets, strict=True)
+    candidate_BN4, valid_BN = pad([torch.cat((boxes.detach(), target["boxes"])) for boxes, target in pairs])
+    best_BN, matched_BN = overlaps(true_BM4, real_BM, candidate_BN4).max(1)
+    object_BN = (best_BN >= heads.proposal_matcher.high_threshold) & valid_BN
+    sampler = heads.fg_bg_sampler
+    row_BS, used_BS = sample_balanced(
+        object_BN, ~object_BN & valid_BN, sampler.batch_size_per_image, sampler.positive_fraction
+    )
+    box_BS4 = candidate_BN4.gather(1, row_BS[..., None].expand(-1, -1, 4))
+    matched_BS, object_BS = matched_BN.gather(1, row_BS), object_BN.gather(1, row_BS)
+    true_BS4 = true_BM4.gather(1, matched_BS[..., None].expand(-1, -1, 4))
+    label_BS = torch.where(object_BS, label_BM.gather(1, matched_BS), -1)
+    delta_R4 = heads.box_coder.encode_single(true_BS4.flatten(0, 1), box_BS4.flatten(0, 1))
+    delta_BS4 = torch.where(object_BS[..., None], delta_R4.view_as(box_BS4), 0.0)
+    counts, objects = torch.stack((used_BS.sum(1), (object_BS & used_BS).sum(1))).tolist()  # the only wait
+
+    def used(values_BS: Tensor) -> list[Tensor]:
+        return [row[:count] for row, count in zip(values_BS, counts, strict=True)]
+
+    return RegionSample(used(box_BS4), used(matched_BS), torch.cat(used(label_BS)), torch.cat(used(delta_BS4)), objects)
 
 
 def build_box_head(channels: int, width: int, convs: int) -> nn.Module:

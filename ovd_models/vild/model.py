@@ -143,10 +143,8 @@ class ViLD(nn.Module):
     ) -> Tensor:
         if batch.masks is None:
             raise InputError("batch: no masks, expected some for a detector that predicts them")
-        counts = [len(entry) for entry in sample.boxes]
-        objects = [labels >= 0 for labels in torch.split(sample.labels, counts)]
-        boxes = [box[keep] for box, keep in zip(sample.boxes, objects, strict=True)]
-        matched = [rows[keep] for rows, keep in zip(sample.matched, objects, strict=True)]
+        boxes = [box[:count] for box, count in zip(sample.boxes, sample.objects, strict=True)]
+        matched = [rows[:count] for rows, count in zip(sample.matched, sample.objects, strict=True)]
         logits_RSS = self.detector.mask_head(features, boxes)
         # The regions are moved to the pixels of the annotated masks, which are not resized.
         return mask_loss(logits_RSS, images.wide_boxes(boxes), matched, batch.masks)
