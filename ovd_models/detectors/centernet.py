@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import nms
 
 from ovd_models.detectors.resizing import image_indices
+from ovd_models.detectors.sampling import best_boxes
 
 TINY_HEAT = 1e-4
 """Target heat below this is 0."""
@@ -106,7 +106,7 @@ def centre_targets(
     like = boxes[0]
     points = [grid_points(*shape, stride, like) for shape, stride in zip(shapes, config.strides, strict=True)]
     counts = [len(entry) for entry in points]
-    level_M = torch.repeat_interleave(torch.tensor(counts, device=like.device))
+    level_M = torch.repeat_interleave(torch.tensor(counts, device=like.device), output_size=sum(counts))
     point_M2 = torch.cat(points)
     images = [_image_targets(entry, point_M2, level_M, config) for entry in boxes]
     by_level = zip(*(torch.split(torch.column_stack(image), counts) for image in images), strict=True)
@@ -214,12 +214,9 @@ def decode_proposals(
         best = score_BM.topk(min(pre_nms, score_BM.shape[1]), dim=1)
         level_boxes.append(corners_BM4.gather(1, best.indices[..., None].expand(-1, -1, 4)))
         level_scores.append(best.values)
-    boxes, scores = [], []
-    for box_N4, score_N in zip(torch.cat(level_boxes, 1), torch.cat(level_scores, 1), strict=True):
-        hot = score_N > config.score_threshold
-        box, score = box_N4[hot], score_N[hot].sqrt()
-        box = torch.cat((box[:, :2], torch.maximum(box[:, 2:], box[:, :2] + 0.01)), dim=1)  # no box without an area
-        keep = nms(box, score, config.nms)[:post_nms]
-        boxes.append(box[keep])
-        scores.append(score[keep])
-    return boxes, scores
+    box_BN4, score_BN = torch.cat(level_boxes, 1), torch.cat(level_scores, 1)
+    hot_BN = score_BN > config.score_threshold
+    last_BN2 = torch.maximum(box_BN4[..., 2:], box_BN4[..., :2] + 0.01)  # no box without an area
+    box_BN4 = torch.cat((box_BN4[..., :2], last_BN2), dim=-1)
+    level_N = torch.zeros(box_BN4.shape[1], dtype=torch.int64, device=box_BN4.device)  # levels suppress each other
+    return best_boxes(box_BN4, score_BN.sqrt(), hot_BN, level_N, config.nms, post_nms)

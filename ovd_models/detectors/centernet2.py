@@ -207,12 +207,12 @@ class CenterNet2(nn.Module):
         losses = centre_losses(heat_P, distance_P4, point_targets, config.proposals)
         features, sizes = {name: level[:count] for name, level in features.items()}, images.image_sizes[:count]
         inside = [clip_boxes_to_image(box, size) for box, size in zip(proposals.boxes[:count], sizes, strict=True)]
-        regions = sample_regions(self.sampler, inside, targets).boxes
-        for index, output in enumerate(self.cascade(features, regions, sizes)):
+        sample = sample_regions(self.sampler, inside, targets)
+        for index, output in enumerate(self.cascade(features, sample.boxes, sizes)):
             for name, loss in self._stage_losses(index, output, targets, text_KD).items():
                 losses[f"{name}_{index}"] = loss
         if config.mask_convs:
-            losses["mask"] = self._mask_loss(features, regions, targets)
+            losses["mask"] = self._mask_loss(features, sample.boxes, targets)
         return losses
 
     def _stage_losses(
@@ -229,10 +229,10 @@ class CenterNet2(nn.Module):
         if self.config.federated:
             weight_K = self.class_weight_K if self.class_weight_K is not None else text_KD.new_ones(len(text_KD))
             counted_K = federated_classes(label_R, weight_K, self.config.federated)
-        foreground = label_R >= 0
-        coder = self.stages[index].coder
-        target_R4 = coder.encode_single(matched_R4[foreground], torch.cat(output.boxes)[foreground])  # type: ignore[operator, union-attr]
-        loss_box = F.l1_loss(output.deltas[foreground], target_R4, reduction="sum")
+        objects_R1 = (label_R >= 0)[:, None]
+        target_R4 = self.stages[index].coder.encode_single(matched_R4, torch.cat(output.boxes))  # type: ignore[operator, union-attr]
+        target_R4 = torch.where(objects_R1, target_R4, output.deltas.detach())  # background has no error
+        loss_box = F.l1_loss(output.deltas, target_R4, reduction="sum")
         return {"classes": sigmoid_loss(logits_RK, label_R, counted_K), "box": loss_box / max(1, len(label_R))}
 
     def _mask_loss(

@@ -155,4 +155,5 @@ def pool_levels(
         roi_align(level.float(), part_R5, size, 1 / stride, sampling_ratio=-1, aligned=True)
         for level, stride, part_R5 in zip(levels, strides, torch.split(region_R5[order_R], counts), strict=True)
     ]
-    return torch.cat(aligned)[order_R.argsort()]
+    pooled_RFSS = torch.cat(aligned)
+    return torch.empty_like(pooled_RFSS).index_copy(0, order_R, pooled_RFSS)

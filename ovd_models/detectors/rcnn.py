@@ -152,7 +152,7 @@ class ProposalNetwork(nn.Module):
         """B boxes [N, 4] and scores [N] of anchors' boxes and logits, as torchvision's `filter_proposals`."""
         rows, logits, numbers, start = [], [], [], 0
         for number, (part, count) in enumerate(
-            zip(objectness.view(len(box_BA4), -1).split(per_level, 1), per_level, strict=True)
+            zip(torch.split(objectness.view(len(box_BA4), -1), per_level, 1), per_level, strict=True)
         ):
             best = part.topk(min(self.rpn.pre_nms_top_n(), count), dim=1)
             rows.append(best.indices + start)

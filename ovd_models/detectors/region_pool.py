@@ -53,11 +53,12 @@ class RegionPool(nn.Module):
         level_R = self.level_of(boxes)
         order_R, counts = by_level(level_R, len(levels))
         parts = torch.split(region_R5[order_R], counts)
-        pooled = [
+        parts_RFPP = [
             pool_level(level, part, self.size, 1 / stride, self.samples).to(levels[0].dtype)
             for level, part, stride in zip(levels, parts, self.strides, strict=True)
         ]
-        return torch.cat(pooled)[order_R.argsort()]
+        pooled_RFPP = torch.cat(parts_RFPP)
+        return torch.empty_like(pooled_RFPP).index_copy(0, order_R, pooled_RFPP)
 
 
 def pool_level(level: Tensor, region_R5: Tensor, size: int, scale: float, samples: int) -> Tensor:
