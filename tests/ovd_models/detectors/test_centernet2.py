@@ -340,7 +340,7 @@ def test_two_images_are_overfitted() -> None:
     text, batch = torch.eye(16)[:2], blocks()
     model = CoDet(MODEL)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(80):
+    for _ in range(120):
         losses = model(batch, None, text, None)
         optimiser.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
