@@ -219,3 +219,15 @@ def test_names_are_embedded_and_pictures_classified_on_an_accelerator() -> None:
         names = ClipTextEncoder(clip.config, clip.model.text, "clip:test").embed_names(["cat", "dog"])
         assert names.device.type == "cpu"
         assert zero_shot_logits(clip, PHOTO[None].to(DEVICE), names.to(DEVICE)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "limit"), [("codet", 20), ("centernet2", 43), ("vild", 15), ("clip", 3), ("ovsam", 10)]
+)
+def test_a_step_rarely_waits_for_the_device(waits: dict[str, float], method: str, limit: float) -> None:
+    assert waits[f"host_waits_{method}"] <= limit
+
+
+@pytest.fixture(scope="module")
+def waits() -> dict[str, float]:
+    return host_waits.measure_waits()
