@@ -1,14 +1,11 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from faster_coco_eval import mask as rle
 from PIL import Image
-from reference_data import needs
 
 from data_prep import storage, tables
 from data_prep.boxes.annotations import (
@@ -18,37 +15,8 @@ from data_prep.boxes.annotations import (
     pictogram_categories,
     read_captions,
 )
-from data_prep.boxes.coco import (
-    read_coco,
-)
 from data_prep.pictograms.world import World
 from ovd_models.errors import InputError
-
-photos = needs("data/coco_photos")
-lvis = needs("data/lvis/lvis_val_100.json")
-CATEGORIES = [{"id": 1, "name": "person"}, {"id": 17, "name": "cat"}, {"id": 7, "name": "hair drier"}]
-
-
-def annotated(category: int, box: list[Any], **fields: Any) -> dict[str, Any]:
-    return {"image_id": 5, "category_id": category, "bbox": box, **fields}
-
-
-def coco(*annotations: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    images = [{"id": 5, "file_name": "a.jpg", "width": 40, "height": 30}]
-    return {"images": images, "annotations": list(annotations), "categories": CATEGORIES, **changes}
-
-
-def read(folder: Path, content: dict[str, Any] | str) -> list[dict[str, Any]]:
-    (folder / "images").mkdir(exist_ok=True)
-    Image.new("RGB", (40, 30)).save(folder / "images/a.jpg")
-    path = folder / "instances.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    rows: list[dict[str, Any]] = read_coco(path, str(folder / "images")).boxes.to_pylist()
-    return rows
-
-
-def drop(key: str) -> Callable[[dict[str, Any]], None]:
-    return lambda entry: entry.pop(key)
 
 
 def test_captions_name_each_category_once() -> None:

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +109,6 @@ def test_polygons_and_both_kinds_of_rle_give_the_same_mask(tmp_path: Path) -> No
     for counts_text in row["masks"]:
         decoded = rle.decode({"counts": counts_text.encode(), "size": [30, 40]})
         assert np.array_equal(decoded, mask)
-
-
-def drop(key: str) -> Callable[[dict[str, Any]], None]:
-    return lambda entry: entry.pop(key)
 
 
 @pytest.mark.parametrize(
