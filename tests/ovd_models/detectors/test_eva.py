@@ -1,3 +1,6 @@
+import itertools
+
+import pytest
 import torch
 
 from ovd_models.detectors.eva import EvaConfig, EvaPyramid, rotary_angles, run_block
@@ -29,10 +32,21 @@ def test_one_window_over_the_grid_equals_the_block_itself() -> None:
     assert torch.allclose(run_block(block, tokens, 5, angles), whole, atol=1e-5)
 
 
-def test_a_grid_that_windows_do_not_fill_keeps_its_size() -> None:
+@pytest.mark.parametrize("size", [(5, 7), (4, 8), (3, 2), (9, 6)])
+def test_windows_at_the_edge_of_a_grid_are_filled_with_zeros(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    block, tokens = EvaPyramid(SMALL, 16).blocks[0], torch.randn(1, 5, 7, 32)
-    assert run_block(block, tokens, 4, rotary_angles(4, SMALL, tokens)).shape == tokens.shape
+    block, tokens = EvaPyramid(SMALL, 16).eval().blocks[0], torch.randn(2, *size, 32)
+    angles = rotary_angles(4, SMALL, tokens)
+    normed, attended = block.norm1(tokens), torch.zeros_like(tokens)
+    for top, left in itertools.product(range(0, size[0], 4), range(0, size[1], 4)):
+        place = (slice(None), slice(top, top + 4), slice(left, left + 4))
+        window = torch.zeros(2, 4, 4, 32)
+        height, width = normed[place].shape[1:3]
+        window[:, :height, :width] = normed[place]
+        attended[place] = block.attn(window.flatten(1, 2), rope=angles).view(2, 4, 4, 32)[:, :height, :width]
+    hidden = tokens + attended
+    expected = hidden + block.mlp(block.norm2(hidden))
+    assert torch.allclose(run_block(block, tokens, 4, angles), expected, atol=1e-5)
 
 
 def test_rotary_angles_stretch_the_grid_to_that_of_pretraining() -> None:
