@@ -16,22 +16,29 @@ from measure import write_figures
 from reference import REFERENCE
 
 from ovd_models.importers.codet import account_codet_tensors
+from ovd_models.importers.ovsam import account_ovsam_tensors
 from ovd_models.weights import TensorAccount
 
 MANIFESTS = REFERENCE / "parity/manifests"
 Account = Callable[[Mapping[str, Sequence[int]], str], TensorAccount]
-FAMILIES: dict[str, Account] = {"codet": account_codet_tensors}
+FAMILIES: dict[str, Account] = {
+    "codet": account_codet_tensors,
+    "ovsam": lambda shapes, _: account_ovsam_tensors(shapes),  # files may hold a part of the model
+}
 """Prefix of a manifest's name -> the function that accounts for its names and shapes."""
 
 
 def accounts() -> dict[str, TensorAccount]:
-    """The account of every manifest of a known family, by name."""
+    """The account of every manifest, by name.
+
+    Raises:
+        KeyError: a manifest is of no known family.
+    """
     found = {}
     for path in sorted(MANIFESTS.glob("*.json")):
-        family = path.stem.partition("_")[0]
-        if family in FAMILIES and not path.stem.endswith(".meta"):
+        if not path.stem.endswith(".meta"):
             shapes = {name: shape for name, (shape, _) in json.loads(path.read_text()).items()}
-            found[path.stem] = FAMILIES[family](shapes, path.stem)
+            found[path.stem] = FAMILIES[path.stem.partition("_")[0]](shapes, path.stem)
     return found
 
 

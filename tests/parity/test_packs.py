@@ -162,7 +162,7 @@ def test_packs_of_other_backbones_are_compared(backbone: str, levels: int, tmp_p
 @needs("parity")
 def test_every_released_tensor_is_used_or_ignored_for_a_reason() -> None:
     found = manifests.accounts()
-    assert len([name for name in found if name.startswith("codet_")]) == 5
+    assert len([name for name in found if name.startswith("codet_")]) >= 5
     for account in found.values():
         assert (account.unaccounted, account.missing) == ((), ())
         assert all(account.ignored.values())
