@@ -92,7 +92,8 @@ def _waits(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 def _record(operator: Any) -> None:
     stack = [entry for entry in traceback.extract_stack() if entry.filename != __file__]
     frames = [entry for entry in stack if entry.filename.startswith(PROJECT)]
-    frame = (frames or [entry for entry in stack if entry.filename.startswith(str(ROOT))] or stack)[-1]
+    ours = (str(ROOT / "tests"), str(ROOT / "benchmarks"))  # a virtual environment may be below ROOT too
+    frame = (frames or [entry for entry in stack if entry.filename.startswith(ours)] or stack)[-1]
     wait = Wait(str(operator), f"{frame.filename.removeprefix(f'{ROOT}/')}:{frame.lineno}")
     for record in _RECORDS:
         record.append(wait)

@@ -216,6 +216,7 @@ PICTURES = pa.table(
         "pixels": pa.array([image.tobytes() for image in IMAGES], pa.large_binary()),
         "width": [image.width for image in IMAGES],
         "height": [image.height for image in IMAGES],
+        "unreadable": pa.nulls(3, pa.string()),
     }
 )
 
@@ -256,6 +257,7 @@ def test_pair_stage_embeds_images_and_captions(checkpoint: str, teacher: Teacher
             "image_id": ["a", "b", "c"],
             "caption": ["a cat", "two dogs under a tree", ""],
             "pixels": pa.array([entry.tobytes() for entry in pixels], pa.large_binary()),
+            "unreadable": pa.nulls(3, pa.string()),
         }
     )
     found = PairStage(checkpoint, EmbedConfig(batch_size=2))(rows)
