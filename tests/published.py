@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from trainings import STAGES
 
 from data_prep import tables
 from data_prep.boxes.coco import COCO_BASE, COCO_NOVEL, COCO_OTHERS
@@ -34,12 +35,6 @@ IMAGES = 40
 WORDS = ("alfa", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel")
 CONCEPTS = tuple(f"{first} {second}" for first in WORDS for second in WORDS)
 """More than the 50 that the region-word loss of LVIS samples; each is in a quarter of the captions."""
-STAGES = {
-    "clip": ("optimisation",),
-    "vild": ("rpn_stage", "detector_stage"),
-    "codet": ("box_stage", "joint_stage"),
-    "ovsam": ("sam_stage", "sam2clip_stage", "clip2sam_stage", "text_stage"),
-}
 NAMED = {
     "clip": {"pictograms": clip_configs.pictograms},
     **{

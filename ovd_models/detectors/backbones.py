@@ -19,7 +19,7 @@ def build_backbone(
     strides: tuple[int, ...],
     *,
     freeze_norm: bool = False,
-    stride: Literal["1x1", "3x3"] = "3x3",
+    stride: BottleneckStride = "default",
 ) -> nn.Module:
     """A timm feature extractor with maps of the given strides.
 
@@ -28,7 +28,7 @@ def build_backbone(
         options: passed to timm.
         strides: of the maps, finest first.
         freeze_norm: whether batch norms keep their statistics and have no parameters.
-        stride: the convolution of a bottleneck that takes its stride.
+        stride: the convolution of a bottleneck that takes its stride; `default` is timm's, 3x3.
     """
     reductions = feature_info(timm.create_model(name, features_only=True, **options)).reduction()
     indices = tuple(reductions.index(reduction) for reduction in strides)
@@ -36,15 +36,13 @@ def build_backbone(
     return arrange(backbone, freeze_norm=freeze_norm, stride=stride)
 
 
-def build_last_stage(
-    name: str, options: dict[str, Any], *, freeze_norm: bool, stride: Literal["1x1", "3x3"]
-) -> nn.Module:
+def build_last_stage(name: str, options: dict[str, Any], *, freeze_norm: bool, stride: BottleneckStride) -> nn.Module:
     """The last stage of a ResNet; arguments as for `build_backbone`."""
     classifier: Any = timm.create_model(name, num_classes=0, **options)
     return arrange(classifier.layer4, freeze_norm=freeze_norm, stride=stride)
 
 
-def arrange(module: nn.Module, *, freeze_norm: bool, stride: Literal["1x1", "3x3"]) -> nn.Module:
+def arrange(module: nn.Module, *, freeze_norm: bool, stride: BottleneckStride) -> nn.Module:
     """The module with frozen batch norms and the strides of its bottlenecks moved; timm has them in the 3x3 ones."""
     for block in module.modules():
         if stride == "1x1" and isinstance(block, Bottleneck) and block.conv2.stride != (1, 1):

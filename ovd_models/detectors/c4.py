@@ -4,13 +4,12 @@ B images, R regions, N boxes of one image, F channels of a region. Boxes are xyx
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from ovd_models.detectors.backbones import build_backbone, build_last_stage, feature_info
+from ovd_models.detectors.backbones import BottleneckStride, build_backbone, build_last_stage, feature_info
 from ovd_models.detectors.feature_pyramid import pool_regions
 from ovd_models.detectors.rcnn import ASPECT_RATIOS, RCNN, RCNNConfig, build_box_deltas, build_roi_heads, build_rpn
 from ovd_models.detectors.resizing import ResizedImages, build_transform
@@ -48,7 +47,7 @@ class C4(RCNN):
         self.config = c = config
         # Pixels from 0 to 255 minus their mean, as released detectors of this kind take them.
         self.transform = build_transform(c.min_size, c.max_size, 1, std=(1 / 255,) * 3)
-        stride: Literal["1x1", "3x3"] = "3x3" if c.bottleneck_stride == "3x3" else "1x1"
+        stride: BottleneckStride = "1x1" if c.bottleneck_stride == "default" else c.bottleneck_stride
         self.backbone = build_backbone(
             c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm, stride=stride
         )

@@ -7,7 +7,7 @@ Boxes are xyxy in pixels of the resized image inside this file, of the original 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -286,8 +286,9 @@ def build_pyramid(config: CenterNet2Config) -> nn.Module:
     if config.backbone == "swin":
         return Pyramid(SwinMaps(config.backbone_options), config.pyramid_channels)
     c = config
-    stride: Literal["1x1", "3x3"] = "1x1" if c.bottleneck_stride == "1x1" else "3x3"
-    backbone = build_backbone(c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm, stride=stride)
+    backbone = build_backbone(
+        c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm, stride=c.bottleneck_stride
+    )
     return Pyramid(TimmMaps(backbone), c.pyramid_channels)
 
 

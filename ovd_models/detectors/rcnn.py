@@ -117,7 +117,7 @@ class ProposalNetwork(nn.Module):
             c.backbone_options,
             c.strides,
             freeze_norm=c.freeze_norm,
-            stride="1x1" if c.bottleneck_stride == "1x1" else "3x3",
+            stride=c.bottleneck_stride,
         )
         coarser = LastLevelMaxPool() if len(c.anchor_sizes) > len(c.strides) else None
         self.pyramid = FeaturePyramidNetwork(feature_info(self.backbone).channels(), c.pyramid_channels, coarser)

@@ -14,23 +14,16 @@ from typing import Any
 import pytest
 import torch
 from measure import descendants, kill
-from published import NAMED, STAGES, prepare_world, small_run
-from safetensors.torch import load_file
+from published import NAMED, prepare_world, small_run
+from trainings import LAST, STAGES, TRAIN, largest_difference, weights_of
 
 from ovd_models.codet.model import CoDet
 from ovd_models.ovsam.clip_pyramid import TowerConfig
 from ovd_models.ovsam.model import OvSam, published
 from ovd_models.vild.model import ViLD
-from workflows import clip, codet, ovsam, vild
-from workflows.common import runs, tracking, training
+from workflows import clip
+from workflows.common import tracking, training
 
-LAST = {"clip": "train", "vild": "detector", "codet": "joint", "ovsam": "clip2sam"}
-TRAIN: dict[str, Callable[[Any], runs.Trained[Any]]] = {
-    "clip": clip.train,
-    "vild": vild.train,
-    "codet": codet.train,
-    "ovsam": ovsam.train,
-}
 EVERY = [(method, name) for method, configs in NAMED.items() for name in configs]
 
 
@@ -41,15 +34,14 @@ def world(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def weights_of(model: str) -> dict[str, torch.Tensor]:
-    name = "clip.safetensors" if (Path(model) / "clip.safetensors").exists() else "model.safetensors"
-    return load_file(Path(model) / name)
-
-
-def losses_of(storage: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Curves of all losses, by step."""
+def curves_of(storage: str, run_id: str, part: str) -> dict[str, list[tuple[int, float]]]:
+    """Metrics by step whose names contain `part`; none may be infinite or undefined."""
     history = tracking.metric_history(tracking.tracking_uri(storage), run_id, "")
-    return {name: points for name, points in history.items() if "train/loss_" in name}
+    found = {name: points for name, points in history.items() if part in name}
+    assert found, part
+    for name, points in found.items():
+        assert all(math.isfinite(value) for _, value in points), name
+    return found
 
 
 class Killer:
@@ -97,10 +89,7 @@ def test_a_published_config_trains_resumes_and_is_evaluated(method: str, name: s
     run = small_run(method, name, world)
     storage = run.storage
     whole = TRAIN[method](run)
-    curves = losses_of(storage, whole.run_id)
-    assert curves
-    for stage, points in curves.items():
-        assert all(math.isfinite(value) for _, value in points), stage
+    curves = curves_of(storage, whole.run_id, "train/loss_")
     before = set((Path(storage) / "runs" / method).glob(f"{run.config}-*"))
 
     def last_stage() -> str:
@@ -111,15 +100,9 @@ def test_a_published_config_trains_resumes_and_is_evaluated(method: str, name: s
         TRAIN[method](run)
     assert killer.killed
     resumed = TRAIN[method](dataclasses.replace(run, resume=Path(last_stage()).parent.name))
-    ours, theirs = weights_of(resumed.model), weights_of(whole.model)
-    assert ours.keys() == theirs.keys()
-    difference = max(
-        float((ours[key].double() - theirs[key].double()).abs().max()) for key in ours if ours[key].numel()
-    )
-    assert difference <= 1e-5
-    again = losses_of(storage, resumed.run_id)  # from the checkpoint on
-    assert again
-    for stage, points in again.items():
+    assert largest_difference(weights_of(resumed.model), weights_of(whole.model)) <= 1e-5
+    curves_of(storage, resumed.run_id, "eval/")
+    for stage, points in curves_of(storage, resumed.run_id, "train/loss_").items():  # from the checkpoint on
         expected = dict(curves[stage])
         assert dict(points) == pytest.approx({step: expected[step] for step, _ in points}, abs=1e-5), stage
 

@@ -6,18 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from trainings import LAST, STAGES, TRAIN, largest_difference, weights_of
 
 from ovd_models.errors import InputError
-from workflows import clip, codet, ovsam, prepare_pairs, vild
+from workflows import codet, ovsam, prepare_pairs, vild
 from workflows.common import runs, training
 from workflows.common.optimisation import Optimisation
 from workflows.configs import clip as clip_configs
@@ -26,20 +24,6 @@ from workflows.configs import ovsam as ovsam_configs
 from workflows.configs import vild as vild_configs
 
 ROOT = Path(__file__).parents[2]
-LAST = {"clip": "train", "vild": "detector", "codet": "joint", "ovsam": "clip2sam"}
-"""The stage that is killed."""
-STAGES = {
-    "clip": ("optimisation",),
-    "vild": ("rpn_stage", "detector_stage"),
-    "codet": ("box_stage", "joint_stage"),
-    "ovsam": ("sam_stage", "sam2clip_stage", "clip2sam_stage"),
-}
-TRAIN: dict[str, Callable[[Any], runs.Trained[Any]]] = {
-    "clip": clip.train,
-    "vild": vild.train,
-    "codet": codet.train,
-    "ovsam": ovsam.train,
-}
 
 
 def smoke(method: str, storage: str) -> Any:
@@ -59,18 +43,6 @@ def smoke(method: str, storage: str) -> Any:
 
 def in_two_parts(stage: Optimisation, workers: int = 0) -> Optimisation:
     return dataclasses.replace(stage, steps=10, checkpoint_every=5, log_every=1, workers=workers)
-
-
-def weights_of(model: str) -> dict[str, Tensor]:
-    (path,) = [
-        path for path in Path(model).glob("*.safetensors") if path.name in ("model.safetensors", "clip.safetensors")
-    ]
-    return load_file(path)
-
-
-def largest_difference(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
-    assert one.keys() == two.keys()
-    return max(float((value.double() - two[name].double()).abs().max()) for name, value in one.items() if value.numel())
 
 
 class CrashError(Exception):

@@ -79,8 +79,7 @@ def require(cpus: float, gpus: float, wait_minutes: float) -> None:
     most = {name: max(resources().get(name, 0), limits.get(name, 0)) for name in missing}
     if any(most[name] < need for name, need in missing.items()):
         found = ", ".join(f"{amount:g} {name}s" for name, amount in most.items())
-        place = "the cluster has at most" if is_joined() else "this machine has"
-        raise InputError(f"--workers: {wanted} are needed, {place} {found}")
+        raise InputError(f"--workers: {wanted} are needed, the cluster has at most {found}")
     print(f"waiting up to {wait_minutes:g} minutes for the cluster to have {wanted}", flush=True)
     request_resources(bundles=[{"CPU": 1}] * math.ceil(cpus) + [{"GPU": 1}] * math.ceil(gpus))
     deadline = time.monotonic() + 60 * wait_minutes
