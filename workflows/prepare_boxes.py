@@ -21,7 +21,7 @@ import ray
 
 from data_prep import storage, tables
 from data_prep.boxes import annotations, folders
-from data_prep.boxes.coco import BoxSet, box_set, file_digest, read_coco, strip_novel, with_split
+from data_prep.boxes.coco import BoxSet, box_set, file_digest, flat_categories, read_coco, strip_novel, with_split
 from data_prep.pictograms.world import World
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
@@ -102,9 +102,10 @@ def prepare(run: Run) -> None:
     publish_rows(run, "categories", run.name, train.categories, config_hash)
     publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash)
     publish_rows(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash)
-    splits = Counter(train.categories["split"].to_pylist())
+    splits, used = Counter(train.categories["split"].to_pylist()), len(np.unique(flat_categories(base_only)[0]))
     print(
-        f"boxes: {train.boxes.num_rows:,} images for training, {evaluation.boxes.num_rows:,} for evaluation; "
+        f"boxes: {train.boxes.num_rows:,} images for training, {used:,} of them with base boxes, and "
+        f"{evaluation.boxes.num_rows:,} for evaluation; "
         f"names: {splits['base']} base, {splits['novel']} novel, {splits['']} in neither"
     )
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,12 @@ import pytest
 from PIL import Image
 
 from data_prep import storage, tables
+from data_prep.boxes.coco import COCO_BASE, COCO_NOVEL, COCO_OTHERS
+from data_prep.streams.augmentation import Augmentation
+from data_prep.streams.box_loader import detection_loader
 from ovd_models.errors import InputError
 from workflows import prepare_boxes
+from workflows.common.teacher import read_categories
 from workflows.prepare_boxes import Run, prepare, prepare_captions
 
 NAMES = ["person", "cat", "dog", "hair drier"]
@@ -70,6 +75,51 @@ def test_evaluation_may_have_its_own_folder(tmp_path: Path) -> None:
     (other / "instances.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="other categories than"):
         prepare(dataclasses.replace(run, storage=str(tmp_path / "again")))
+
+
+def published_coco(root: Path, shown: dict[str, list[list[str]]]) -> dict[str, str]:
+    """COCO's folders and files as published; the names shown on each picture, by part (`train2017`, `val2017`)."""
+    names = [*COCO_BASE, *COCO_NOVEL, *COCO_OTHERS]
+    (root / "annotations").mkdir(parents=True)
+    for part, pictures in shown.items():
+        (root / part).mkdir()
+        images, annotations = [], []
+        for number, objects in enumerate(pictures, 9):
+            file_name = f"{number:012d}.jpg"
+            noise = np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8)
+            Image.fromarray(noise).save(root / part / file_name)
+            address = f"http://images.cocodataset.org/{part}/{file_name}"
+            images.append({"id": number, "file_name": file_name, "coco_url": address, "width": 64, "height": 48})
+            for name in objects:
+                entry = {"image_id": number, "category_id": names.index(name) + 1, "bbox": [4, 4, 20, 30], "iscrowd": 0}
+                annotations.append({**entry, "id": len(annotations)})
+        categories = [{"id": key, "name": name} for key, name in enumerate(names, 1)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"annotations/instances_{part}.json").write_text(json.dumps(content))
+    files = (f"{root}/annotations/instances_{part}2017.json" for part in ("train", "val"))
+    return dict(zip(("data", "eval_data"), files, strict=True)) | {"images": str(root)}
+
+
+def test_the_published_files_of_coco_give_the_48_17_protocol(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = [["person", "cat"], ["cat"], ["wine glass"], ["dog", "car", "person"], []]
+    val = [["teddy bear", "hot dog"], ["umbrella"], [], ["person", "stop sign"], ["dining table"]]
+    flags = published_coco(tmp_path / "coco", {"train2017": train, "val2017": val})
+    run = dataclasses.replace(prepare_boxes.coco(), storage=str(tmp_path / "store"), name="coco", **flags)
+    prepare(run)
+    assert "5 images for training, 2 of them with base boxes, and 2 for evaluation" in capsys.readouterr().out
+    names = {row["category_id"]: row for row in tables.read_table(run.storage, "categories", "coco").to_pylist()}
+    evaluated = {row["source_id"]: [names[key]["name"] for key in row["category_ids"]] for row in read(run, "eval")}
+    assert evaluated == {10: ["umbrella"], 12: ["person", "stop sign"]}  # not those of the 15 other names alone
+    assert Counter(row["split"] for row in names.values()) == {"base": 48, "novel": 17, "": 15}
+    categories, splits = read_categories(run.storage, "coco")
+    base = [key for key, name in categories.items() if splits[name] == "base"]
+    trained = detection_loader(run.storage, "coco-train", base, seed=0, augmentation=Augmentation())
+    assert trained.count == 2
+    uris = [row["uri"].removeprefix(f"{tmp_path}/coco/") for part in ("train", "eval") for row in read(run, part)]
+    assert uris[:2] == ["train2017/000000000009.jpg", "train2017/000000000010.jpg"]
+    assert uris[5:] == ["val2017/000000000010.jpg", "val2017/000000000012.jpg"]
 
 
 def test_the_split_follows_the_seed(tmp_path: Path) -> None:
