@@ -6,22 +6,37 @@ python workflows/prepare_boxes.py --config pictograms
 python workflows/prepare_boxes.py --config coco --data photos/    # photos/instances.json, photos/images/
 python workflows/prepare_boxes.py --config coco --name lvis --data lvis_v1_train.json --eval-data lvis_v1_val.json \
     --images coco/                                                # with train2017/ and val2017/; a URI for a cluster
+python workflows/prepare_boxes.py --config coco --name coco --data instances_train2017.json \
+    --eval-data instances_val2017.json --images coco/ --captions captions_train2017.json    # pairs and groups, too
 """
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 
 from data_prep import storage, tables
 from data_prep.boxes import annotations, folders
-from data_prep.boxes.coco import BoxSet, box_set, file_digest, flat_categories, read_coco, strip_novel, with_split
+from data_prep.boxes.coco import (
+    BoxSet,
+    box_set,
+    file_digest,
+    flat_categories,
+    read_coco,
+    read_places,
+    strip_novel,
+    with_split,
+)
+from data_prep.pairs.dedup import CorpusConfig
+from data_prep.pairs.filters import FilterConfig
 from data_prep.pictograms.world import World
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
@@ -32,8 +47,12 @@ PRODUCER = "workflows/prepare_boxes.py"
 SCENES_PER_TASK = 100
 PUBLISHED = ("coco_", "lvis_")
 """How the names of published configs start."""
-MIN_IMAGES = 20
-"""Images of a concept in CoDet, which found 634 such nouns in COCO's captions."""
+MIN_IMAGES = 2
+"""Images of a concept in folders for other configs."""
+ALL_IMAGES = FilterConfig(
+    min_side=1, max_aspect=math.inf, min_contrast=0, min_caption=1, max_caption=10_000, min_letters=0
+)
+"""Annotated images were chosen by people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +73,11 @@ class Run:
     """Another such file or folder, with the same categories, for evaluation; if empty, some of `data` are held out."""
     images: str = ""
     """Folder or URI of all pictures, such as COCO's with `train2017/` and `val2017/`."""
+    captions: str = ""
+    """COCO's captions of the training images (`captions_train2017.json`), or a .tsv file with the columns `file_name`
+    and `caption`: published as `pairs`, `concepts` and `groups` of the same name."""
+    min_images: int = 20
+    """Concepts of `captions` with fewer images are left out; 20 in CoDet, which found 634 in COCO."""
     train_images: int = 2400
     """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
@@ -83,12 +107,14 @@ def prepare(run: Run) -> None:
     """Publish `categories`, `boxes` for training and `boxes` for evaluation.
 
     Raises:
-        InputError: the annotation file is unreadable, or the names hold tables of another config.
+        InputError: an annotation file is unreadable, the captions are malformed or of other images, or the names hold
+            tables of another config.
     """
-    if not run.data and (run.eval_data or not run.train_images):
+    if not run.data and (run.eval_data or run.captions or not run.train_images):
         raise InputError("--data: missing, expected a folder with instances.json and images/")
     settings = dataclasses.asdict(dataclasses.replace(run, storage=""))
-    del settings["eval_data"]  # the digest of its annotation file counts, as that of `data`
+    for other in ("eval_data", "captions", "min_images"):  # not of boxes; digests of the annotation files count
+        del settings[other]
     digests = [file_digest(annotation_file(data)) for data in (run.data, run.eval_data) if data]
     config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
@@ -97,6 +123,9 @@ def prepare(run: Run) -> None:
             uri = tables.table_uri(run.storage, "boxes", f"{run.name}-eval")
             raise InputError(f"{uri}: made from another config, expected a new --name or an empty place")
         return
+    if run.captions:  # checked before any picture is read
+        places = read_places(annotation_file(run.data))
+        annotations.read_captions([Path(run.captions)], [places[row] for row in split_rows(run, len(places))[0]])
     train, evaluation = read_folder(run) if run.data else draw_pictograms(run)
     base_only = strip_novel(train.boxes, train.categories)
     publish_rows(run, "categories", run.name, train.categories, config_hash)
@@ -146,8 +175,8 @@ def annotation_file(data: str) -> Path:
 def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
     """The training and the evaluation set of a COCO or LVIS folder.
 
-    Without `eval_data`, the last images in a seeded order are held out. Of `eval_data`, OV-COCO's
-    images are used, see `with_split`.
+    Without `eval_data`, some images are held out (`split_rows`). Of `eval_data`, OV-COCO's images are used, see
+    `with_split`.
     """
     whole, *others = (
         read_coco(annotation_file(data), run.images or str(Path(data, "images")))
@@ -159,12 +188,19 @@ def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
         if not own.equals(other):
             raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
         return whole, BoxSet(others[0].categories, with_split(others[0].boxes, whole.categories))
-    count = whole.boxes.num_rows
+    kept, held_out = split_rows(run, whole.boxes.num_rows)
+    return BoxSet(whole.categories, whole.boxes.take(kept)), BoxSet(whole.categories, whole.boxes.take(held_out))
+
+
+def split_rows(run: Run, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Which of the images of `data` are for training; without `eval_data`, the last in a seeded order are held out."""
+    if run.eval_data:
+        return np.arange(count), np.arange(0)
     if not 0 < run.eval_images < count:
         raise InputError(f"eval_images: {run.eval_images}, expected 1 to {count - 1} of the {count} images")
     order = np.random.default_rng(run.seed).permutation(count)
-    kept, held_out = (np.sort(rows) for rows in np.split(order, [count - run.eval_images]))
-    return BoxSet(whole.categories, whole.boxes.take(kept)), BoxSet(whole.categories, whole.boxes.take(held_out))
+    kept, held_out = np.split(order, [count - run.eval_images])
+    return np.sort(kept), np.sort(held_out)
 
 
 def draw_pictograms(run: Run) -> tuple[BoxSet, BoxSet]:
@@ -197,7 +233,7 @@ def check_captions(run: Run, name: str, config: str) -> None:
     Raises:
         InputError: neither the folder nor the storage has captions.
     """
-    given = annotations.find_captions(run.data) or tables.find_manifest(run.storage, "pairs", name)
+    given = caption_files(run) or tables.find_manifest(run.storage, "pairs", name)
     if config.startswith(PUBLISHED) and not given:
         raise InputError(
             f"--data {run.data}: no captions, expected captions.tsv or COCO's captions_*.json in it, or --pairs with "
@@ -205,35 +241,49 @@ def check_captions(run: Run, name: str, config: str) -> None:
         )
 
 
-def prepare_captions(run: Run, name: str, config: str) -> None:
-    """Publish the training images of a COCO folder as pairs and concept groups.
+def caption_files(run: Run) -> list[Path]:
+    """The captions of a run: those that it names, or those in its folder, if any."""
+    return [Path(run.captions)] if run.captions else annotations.find_captions(run.data)
 
-    Concepts are the nouns of the captions in the folder (`annotations.find_captions`); for the published configs those
-    with at least 20 images, as in CoDet. Without such files the published configs use tables that are there already,
-    and others make captions of the names of each image's base boxes, which are then the concepts.
+
+def prepare_captions(run: Run, name: str, config: str = "") -> None:
+    """Publish the training images of an annotated set as pairs and concept groups; publishes its boxes first.
+
+    Concepts are the nouns of `caption_files`, of all captions of an image; with `run.captions` and for published
+    configs those with at least `run.min_images` images. Without such files the published configs use tables that are
+    there already, and others make captions of the names of each image's base boxes, which are then the concepts.
 
     Raises:
         InputError: the captions are malformed or missing, or the name holds tables of another config.
     """
     check_captions(run, name, config)
-    files, published = annotations.find_captions(run.data), config.startswith(PUBLISHED)
+    files, published = caption_files(run), config.startswith(PUBLISHED)
     if published and not files:
         return
-    train, _ = read_folder(run)
-    uris, names = train.boxes["uri"], tuple[str, ...]()
+    prepare(run)
+    # Without novel boxes: a novel name in a caption would be the label of a box that no training may see.
+    boxes = tables.read_table(run.storage, "boxes", f"{run.name}-train")
+    uris, names = boxes["uri"].to_pylist(), tuple[str, ...]()
     if files:
-        captions = annotations.read_captions(files, uris.to_pylist())
+        captions = annotations.read_captions(files, uris)
     else:
-        # From base boxes alone: a novel name in a caption would be the label of a box that no training may see.
         print(
             f"captions: none in {run.data}; made of the names of each image's base boxes, so no novel name is learned"
         )
-        captions = annotations.category_captions(strip_novel(train.boxes, train.categories), train.categories)
-        names = tuple(row["name"] for row in train.categories.to_pylist() if row["split"] == "base")
+        categories = tables.read_table(run.storage, "categories", run.name)
+        captions = annotations.category_captions(boxes, categories)
+        names = tuple(row["name"] for row in categories.to_pylist() if row["split"] == "base")
     crawl = pairs_configs.Run(
-        storage=run.storage, name=name, names=names, rows_per_shard=500, min_images=MIN_IMAGES if published else 2
+        storage=run.storage,
+        name=name,
+        names=names,
+        filters=ALL_IMAGES,
+        corpus=CorpusConfig(near_bits=None),
+        rows_per_shard=500,
+        min_images=run.min_images if published or run.captions else MIN_IMAGES,
     )
-    prepare_pairs.prepare_local(crawl, pa.table({"url": uris, "caption": captions}))
+    found = prepare_pairs.prepare_local(crawl, pa.table({"url": uris, "caption": captions}))
+    print(f"pairs: {found.kept:,} of {found.input:,} images with captions kept, {found.concepts:,} concepts")
 
 
 def prepare_images(storage_uri: str, name: str, folder: str) -> None:
@@ -270,8 +320,11 @@ def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
     prepare(run)
+    if run.captions:
+        prepare_captions(run, run.name)
     config = "photos" if run.data else "smoke" if run.name == "smoke" else "pictograms"
-    flags = f"--config {config} --boxes {run.name} --storage {run.storage} --pairs <PAIRS> --teacher <CLIP>"
+    pairs = run.name if run.captions else "<PAIRS>"
+    flags = f"--config {config} --boxes {run.name} --storage {run.storage} --pairs {pairs} --teacher <CLIP>"
     print(f"next: python workflows/codet.py {flags}")
 
 

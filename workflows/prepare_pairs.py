@@ -108,9 +108,10 @@ def prepare_local(run: Run, rows: pa.Table) -> Summary:
         InputError: as `prepare`, or a file is missing.
     """
     uris = [storage.absolute(uri) for uri in rows["url"].to_pylist()]
-    for number, uri in enumerate(uris):
-        if not storage.exists(uri):
-            raise InputError(f"{uri}: no such file (row {number}), expected an image")
+    with ThreadPoolExecutor(32) as pool:  # they mostly wait
+        for number, (uri, exists) in enumerate(zip(uris, pool.map(storage.exists, uris), strict=True)):
+            if not exists:
+                raise InputError(f"{uri}: no such file (row {number}), expected an image")
     rows = rows.set_column(rows.schema.get_field_index("url"), "url", pa.array(uris, pa.string()))
     content = tables.parquet_bytes(rows)
     digest = storage.sha256(content)[: inputs.DIGEST_DIGITS]

@@ -169,6 +169,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_places(path: str | Path) -> list[str]:
+    """The likeliest path of each picture of an annotation file, below the folder of all pictures."""
+    return [next(iter(_places(picture, lvis=True)), "") for picture in _load(path).images]
+
+
 def _load(path: str | Path) -> AnnotationFile:
     with reported(str(path), EXPECTED):
         return msgspec.json.decode(Path(path).read_bytes(), type=AnnotationFile, strict=False)

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import re
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,19 @@ def published_coco(root: Path, shown: dict[str, list[list[str]]]) -> dict[str, s
         (root / f"annotations/instances_{part}.json").write_text(json.dumps(content))
     files = (f"{root}/annotations/instances_{part}2017.json" for part in ("train", "val"))
     return dict(zip(("data", "eval_data"), files, strict=True)) | {"images": str(root)}
+
+
+def coco_captions(root: Path, part: str, captions: list[list[str]]) -> str:
+    """COCO's file of captions for the pictures of `published_coco`."""
+    images = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in range(9, 9 + len(captions))]
+    annotations = [
+        {"id": 10 * number + place, "image_id": number, "caption": caption}
+        for number, several in enumerate(captions, 9)
+        for place, caption in enumerate(several)
+    ]
+    path = root / f"annotations/captions_{part}.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return str(path)
 
 
 def test_the_published_files_of_coco_give_the_48_17_protocol(
@@ -217,6 +233,56 @@ def test_concepts_of_cocos_captions_are_their_nouns(ray_cluster: None, tmp_path:
     assert concepts == ["frisbee", "grass", "umbrella", "woman"]  # none of the four categories
     prepare_captions(dataclasses.replace(run, storage=str(tmp_path / "published")), "coco", "coco_r50")
     assert not tables.read_table(str(tmp_path / "published"), "concepts", "coco").num_rows  # at least 20 images
+
+
+@pytest.mark.ray
+def test_cocos_published_captions_become_groups_by_command(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = published_coco(tmp_path / "coco", {"train2017": [["person"], [], ["cat"]], "val2017": [["person"]]})
+    five = ["A man on a bench.", "a Man\nwith a kite", "Two umbrellas", "the grass behind a bench ", "A kite. "]
+    captions = coco_captions(tmp_path / "coco", "train2017", [five, ["An umbrella."], ["A man in a boat"] * 5])
+    arguments = ["--config", "coco", "--name", "coco", "--storage", str(tmp_path / "store"), "--min-images", "2"]
+    arguments += [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), value)]
+    monkeypatch.setattr(sys, "argv", ["prepare_boxes.py", *arguments, "--captions", captions])
+    prepare_boxes.main()
+    groups = tables.read_table(str(tmp_path / "store"), "groups", "coco").to_pylist()
+    concepts = tables.read_table(str(tmp_path / "store"), "concepts", "coco").to_pylist()
+    assert [(row["name"], row["image_count"]) for row in concepts] == [("man", 2), ("umbrella", 2)]
+    assert {row["caption"] for row in groups if row["concept_ids"] == [0, 1]} == {
+        "A man on a bench. a Man with a kite. Two umbrellas. the grass behind a bench. A kite."
+    }
+    assert len(groups) == 4  # an image once in each of its groups, the one without boxes too
+    shown = capsys.readouterr().out
+    assert "pairs: 3 of 3 images with captions kept, 2 concepts" in shown
+    assert "--boxes coco" in shown
+    assert "--pairs coco" in shown
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ("captions_val2017.json", "captions_val2017.json: no row for 000000000010.jpg, expected a caption for each"),
+        (
+            "instances_train2017.json",
+            "instances_train2017.json: no field 'caption', expected captions in COCO's format",
+        ),
+        ("none.json", "none.json: cannot be read (No such file or directory), expected captions in COCO's format"),
+    ],
+)
+def test_captions_of_other_images_are_refused_before_any_picture_is_read(
+    tmp_path: Path, captions: str, message: str
+) -> None:
+    flags = published_coco(tmp_path / "coco", {"train2017": [["person"], ["cat"]], "val2017": [["person"]]})
+    coco_captions(tmp_path / "coco", "val2017", [["a man"]])
+    shutil.rmtree(tmp_path / "coco/train2017")
+    run = dataclasses.replace(prepare_boxes.coco(), storage=str(tmp_path / "store"), name="coco", **flags)
+    path = str(tmp_path / "coco/annotations" / captions)
+    with pytest.raises(InputError, match=re.escape(message)):
+        prepare(dataclasses.replace(run, captions=path))
+    with pytest.raises(InputError, match="--data: missing"):
+        prepare(dataclasses.replace(prepare_boxes.pictograms(), storage=run.storage, captions=path))
+    assert not Path(run.storage).exists()
 
 
 def test_a_published_config_refuses_to_make_captions_up(tmp_path: Path) -> None:
