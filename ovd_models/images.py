@@ -107,3 +107,9 @@ def _scale_deep(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
         low, high = (float(deep.min()), float(deep.max())) if deep.size else (0.0, 0.0)
         deep = (deep - low) / (high - low or 1.0) * 65535
     return np.asarray(np.clip(np.rint(deep / 257), 0, 255), np.uint8)
+
+
+def fitted_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width resized to a longer side of `side` pixels, rounded as SAM does; at least 1."""
+    scale = side / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))

@@ -246,6 +246,6 @@ class MaskBatch(ImageBatch):
     """B images with the masks of their objects."""
 
     masks: tuple[Tensor, ...]
-    """B tensors [N, H, W] bool."""
+    """B tensors [N, H, W] bool, in the image's size or that before the image was resized to the model's."""
     labels: tuple[Tensor, ...]
     """B tensors [N] int64, rows of the training vocabulary; -1 where the category is unknown."""

@@ -111,7 +111,8 @@ def train_sam(run: Run, active: ActiveRun) -> str:
         return target
     build = partial(SamTraining, run.sam_model, run.sam_training)
     seed = run.sam_stage.seed
-    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=seed, augmentation=run.augmentation)
+    side = run.sam_model.image_size
+    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=seed, augmentation=run.augmentation, side=side)
     torch.manual_seed(seed)
     module = build()
     train_stage(run, active, active.stage("sam", run.sam_stage), Task(build, MaskCollate(), seeded=True), load, module)
@@ -172,7 +173,8 @@ def train_adapter(run: Run, model: OvSam, sam_folder: str, sam_name: str, active
         gpus=float(settings.use_gpu),
     )
     cache = features.cache_name(run.storage, name, sam_name)
-    load = feature_loader(run.storage, name, cache, sam_name, seed=settings.seed)
+    side = model.config.sam.image_size
+    load = feature_loader(run.storage, name, cache, sam_name, seed=settings.seed, side=side)
     task = Task(partial(build_adapter_training, model.config), FeatureCollate(load.shape))
     train_stage(run, active, active.stage("sam2clip", settings), task, load, Sam2ClipTraining(model))
 
@@ -190,7 +192,14 @@ def build_head_training(config: OvSamConfig, settings: Clip2SamConfig) -> nn.Mod
 def train_head(run: Run, model: OvSam, names: OvSamNames, active: ActiveRun) -> None:
     """Train the mask decoder and the label branch on the base categories."""
     settings, base_ids = run.clip2sam_stage, [names.ids[name] for name in names.base.names]
-    load = mask_loader(run.storage, f"{run.boxes}-train", base_ids, seed=settings.seed, augmentation=run.augmentation)
+    load = mask_loader(
+        run.storage,
+        f"{run.boxes}-train",
+        base_ids,
+        seed=settings.seed,
+        augmentation=run.augmentation,
+        side=model.config.sam.image_size,
+    )
     build = partial(build_head_training, model.config, run.clip2sam)
     task = Task(build, MaskCollate(), extra=(names.base.embeddings[:, None],), seeded=True)
     train_stage(run, active, active.stage("clip2sam", settings), task, load, Clip2SamTraining(model, run.clip2sam))
@@ -206,7 +215,7 @@ def train_text(
 ) -> TextToMask:
     """Train a copy of the SAM to use CLIP's embeddings as prompts."""
     settings = run.text_stage
-    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=settings.seed)
+    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=settings.seed, side=config.sam.image_size)
     torch.manual_seed(settings.seed)
     build = partial(build_text_training, config.sam, config.tower, run.text)
     module = build()

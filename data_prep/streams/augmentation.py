@@ -6,15 +6,20 @@ Imports no torch, so that data tasks start fast and stay small.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from faster_coco_eval import mask as rle
+from PIL import Image
 
 from ovd_models.errors import InputError
+from ovd_models.images import fitted_size
 
 Boxes = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
 FILL = (124, 116, 104)
 """Padding colour: the mean that detectors subtract, so it becomes zero."""
 
@@ -48,6 +53,42 @@ AS_IS = Augmentation()
 
 
 @dataclass(frozen=True)
+class ObjectMask:
+    """An object's mask inside a box with whole coordinates, outside of which it is empty."""
+
+    pixels: npt.NDArray[np.uint8]
+    """[h, w] of 0 and 1."""
+    left: int
+    top: int
+
+    @classmethod
+    def decode(cls, counts: str, height: int, width: int) -> Self:
+        """The mask of COCO RLE counts in an image of this size; empty for empty counts."""
+        encoded = {"size": [height, width], "counts": counts}
+        left, top, w, h = map(int, rle.toBbox(encoded)) if counts else (0, 0, 0, 0)
+        whole = rle.decode(encoded) if w else np.zeros((height, width), np.uint8)
+        return cls(whole[top : top + h, left : left + w], left, top)
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Its place, xyxy."""
+        height, width = self.pixels.shape
+        return self.left, self.top, self.left + width, self.top + height
+
+    def mirrored(self, width: int) -> "ObjectMask":
+        """The mask in an image of this width mirrored left to right."""
+        return ObjectMask(self.pixels[:, ::-1], width - self.box[2], self.top)
+
+    def sampled(self, rows: Integers, columns: Integers) -> "ObjectMask":
+        """The mask in an image that consists of these rows and columns of the old one, both rising."""
+        x0, y0, x1, y1 = self.box
+        left, right = np.searchsorted(columns, (x0, x1)).tolist()
+        top, bottom = np.searchsorted(rows, (y0, y1)).tolist()
+        pixels = self.pixels[:, columns[left:right] - x0][rows[top:bottom] - y0]
+        return ObjectMask(pixels, left, top)
+
+
+@dataclass(frozen=True)
 class AnnotatedImage:
     """An image with its annotations and stored regions."""
 
@@ -57,8 +98,8 @@ class AnnotatedImage:
     """[N, 4] xyxy."""
     labels: npt.NDArray[np.int64]
     """[N]."""
-    masks: Sequence[str]
-    """N COCO RLE counts, or none."""
+    masks: Sequence[ObjectMask]
+    """N, or none."""
     regions: Boxes
     """[M, 4] xyxy of the stored regions."""
     valid: npt.NDArray[np.bool_]
@@ -83,8 +124,7 @@ def augment(image: AnnotatedImage, augmentation: Augmentation, rng: np.random.Ge
 
 def drop_small_masks(image: AnnotatedImage, min_area: int) -> AnnotatedImage:
     """The image without objects whose mask has fewer than `min_area` pixels."""
-    size = list(image.pixels.shape[:2])
-    areas = np.array([rle.area({"size": size, "counts": counts}) for counts in image.masks], np.int64)
+    areas = np.array([np.count_nonzero(mask.pixels) for mask in image.masks], np.int64)
     kept = areas >= min_area
     masks = list(itertools.compress(image.masks, kept))
     return replace(image, boxes=image.boxes[kept], labels=image.labels[kept], masks=masks)
@@ -92,8 +132,8 @@ def drop_small_masks(image: AnnotatedImage, min_area: int) -> AnnotatedImage:
 
 def mirror(image: AnnotatedImage) -> AnnotatedImage:
     """The image mirrored left to right."""
-    height, width = image.pixels.shape[:2]
-    masks = [_encode(_decode(counts, height, width)[:, ::-1]) for counts in image.masks]
+    width = image.pixels.shape[1]
+    masks = [mask.mirrored(width) for mask in image.masks]
     boxes, regions = flip_boxes(image.boxes, width), flip_boxes(image.regions, width)
     return replace(image, pixels=image.pixels[:, ::-1], boxes=boxes, masks=masks, regions=regions)
 
@@ -111,23 +151,17 @@ def jitter(image: AnnotatedImage, augmentation: Augmentation, rng: np.random.Gen
     crop_h, crop_w = (max(1, min(edge, round(side / factor))) for edge in (height, width))
     top, left = int(rng.integers(height - crop_h + 1)), int(rng.integers(width - crop_w + 1))
     size_h, size_w = (max(1, min(side, round(edge * factor))) for edge in (crop_h, crop_w))
-    window = (slice(top, top + crop_h), slice(left, left + crop_w))
+    crop = np.ascontiguousarray(image.pixels[top : top + crop_h, left : left + crop_w])
+    resized = cv2.resize(crop, (size_w, size_h), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+    margins = (0, side - size_h, 0, side - size_w)
+    canvas = np.asarray(cv2.copyMakeBorder(resized, *margins, cv2.BORDER_CONSTANT, value=FILL), np.uint8)
 
-    canvas = np.full((side, side, 3), FILL, np.uint8)
-    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
-    crop = np.ascontiguousarray(image.pixels[window])
-    canvas[:size_h, :size_w] = cv2.resize(crop, (size_w, size_h), interpolation=interpolation)
     scale = np.array([size_w / crop_w, size_h / crop_h], np.float32)
     boxes, _ = move_boxes(image.boxes, (left, top), scale, (size_w, size_h))
     regions, visible = move_boxes(image.regions, (left, top), scale, (size_w, size_h))
     kept = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]) >= 1
-    masks = []
-    for counts, keep in zip(image.masks, kept.tolist(), strict=bool(image.masks)):
-        if keep:
-            mask = np.zeros((side, side), np.uint8)
-            crop = np.ascontiguousarray(_decode(counts, height, width)[window])
-            mask[:size_h, :size_w] = cv2.resize(crop, (size_w, size_h), interpolation=cv2.INTER_NEAREST)
-            masks.append(_encode(mask))
+    rows, columns = top + nearest(crop_h, size_h), left + nearest(crop_w, size_w)
+    masks = [mask.sampled(rows, columns) for mask in itertools.compress(image.masks, kept)]
     valid = image.valid & (visible >= max(augmentation.min_visible, 1e-6))
     return AnnotatedImage(canvas, boxes[kept], image.labels[kept], masks, regions, valid)
 
@@ -152,14 +186,38 @@ def move_boxes(
     return inside.reshape(-1, 4).astype(np.float32), (visible / np.maximum(whole, 1e-9)).astype(np.float32)
 
 
-def _decode(counts: str, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """[H, W] of 0 and 1; all 0 for empty counts."""
-    if not counts:
-        return np.zeros((height, width), np.uint8)
-    decoded: npt.NDArray[np.uint8] = rle.decode({"size": [height, width], "counts": counts})
-    return decoded
+def fit_longer_side(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+    """[H, W, 3] resized to a longer side of `side` pixels as SAM resizes its inputs; 0 leaves it as it is."""
+    if side in (0, max(pixels.shape)):
+        return pixels
+    height, width = fitted_size(pixels.shape[0], pixels.shape[1], side)
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _encode(mask: npt.NDArray[np.uint8]) -> str:
-    counts: bytes = rle.encode(np.asfortranarray(mask))["counts"]
-    return counts.decode()
+def nearest(old: int, new: int) -> Integers:
+    """[new] the pixel of a row of `old` pixels that each pixel takes when the row is resized."""
+    return np.arange(new) * old // new
+
+
+# ----------------------------------------------------------------------------------------------------------- table rows
+
+PIXELS = pa.schema({"image": pa.binary(), "height": pa.int64(), "width": pa.int64()})
+MASKS = pa.schema({"masks": pa.list_(pa.binary()), "mask_boxes": pa.list_(pa.int64())})
+
+
+def decode_masks(counts: Sequence[str], image: Image.Image) -> list[ObjectMask]:
+    """The masks of an image's COCO RLE counts."""
+    return [ObjectMask.decode(entry, image.height, image.width) for entry in counts]
+
+
+def pixel_row(pixels: npt.NDArray[np.uint8]) -> dict[str, object]:
+    """A row of `PIXELS`: raw [H, W, 3], height and width."""
+    return {"image": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}
+
+
+def mask_row(masks: Sequence[ObjectMask]) -> dict[str, object]:
+    """A row of `MASKS`: for each object the raw [h, w] of its mask, and flat xyxy of its place."""
+    return {
+        "masks": [mask.pixels.tobytes() for mask in masks],
+        "mask_boxes": list(itertools.chain.from_iterable(mask.box for mask in masks)),
+    }

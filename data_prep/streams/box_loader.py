@@ -7,6 +7,7 @@
 Imports no torch, so that data tasks start fast and stay small.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,27 +20,27 @@ from data_prep import storage, tables
 from data_prep.boxes.cleaning import SkipReport, clip_box
 from data_prep.embeddings.stores import Regions, RegionStore
 from data_prep.object_store import SharedValue, get_shared, put_shared
-from data_prep.streams.augmentation import AnnotatedImage, Augmentation, augment
-from data_prep.streams.images import ImageRow, read_image, read_rows
+from data_prep.streams.augmentation import (
+    MASKS,
+    PIXELS,
+    AnnotatedImage,
+    Augmentation,
+    augment,
+    decode_masks,
+    mask_row,
+    pixel_row,
+)
+from data_prep.streams.images import UNREADABLE, ImageRow, read_image, read_rows
 from data_prep.streams.plans import Integers, plan_epochs, plan_weighted, repeat_factors
 from ovd_models.errors import InputError
 
-COLUMNS = pa.schema(
-    {
-        "image": pa.binary(),
-        "height": pa.int64(),
-        "width": pa.int64(),
-        "boxes": pa.list_(pa.float32()),
-        "labels": pa.list_(pa.int64()),
-        "masks": pa.list_(pa.string()),
-        "region_boxes": pa.list_(pa.float32()),
-        "region_valid": pa.list_(pa.bool_()),
-        "region_embeddings": pa.binary(),
-        "unreadable": pa.list_(pa.string()),
-    }
+ANNOTATIONS = pa.schema({"boxes": pa.list_(pa.float32()), "labels": pa.list_(pa.int64())})
+REGIONS = pa.schema(
+    {"region_boxes": pa.list_(pa.float32()), "region_valid": pa.list_(pa.bool_()), "region_embeddings": pa.binary()}
 )
-ANNOTATIONS = [COLUMNS.field(name) for name in ("boxes", "labels", "masks")]
-INDEX = pa.schema([pa.field("uri", pa.string()), pa.field("image_id", pa.string()), *ANNOTATIONS])
+INDEX = pa.schema(
+    [*pa.schema({"uri": pa.string(), "image_id": pa.string(), "masks": pa.list_(pa.string())}), *ANNOTATIONS]
+)
 
 SampledRegions = tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.float16]]
 NO_REGIONS: SampledRegions = (np.zeros((0, 4), np.float32), np.zeros(0, np.bool_), np.zeros((0, 0), np.float16))
@@ -66,8 +67,8 @@ class DetectionLoader:
     """Annotated images at positions of a shuffled stream.
 
     Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `boxes` (flat xyxy), `labels` and `unreadable` (images
-    that this one replaces); with masks `masks`; with stored regions `region_boxes` (flat xyxy), `region_valid` and
-    `region_embeddings` (raw float16 rows).
+    that this one replaces); with masks `masks` and `mask_boxes` (see `MASKS`); with stored regions `region_boxes` (flat
+    xyxy), `region_valid` and `region_embeddings` (raw float16 rows).
     """
 
     index: SharedValue[pa.Table]
@@ -91,10 +92,9 @@ class DetectionLoader:
         store = None if self.store is None else get_shared(self.store)
         read = read_rows(get_shared(self.index), numbers, positions, self.seed, lambda row: read_image(row["uri"]))
         rows = zip(read, positions.tolist(), strict=True)
-        loaded = pa.Table.from_pylist([self._load(row, position, store) for row, position in rows], schema=COLUMNS)
-        absent = [] if self.masks else ["masks"]
-        absent += [] if self.source else ["region_boxes", "region_valid", "region_embeddings"]
-        return loaded.drop_columns(absent)
+        parts = [PIXELS, ANNOTATIONS, MASKS if self.masks else (), REGIONS if self.source else (), UNREADABLE]
+        schema = pa.schema(itertools.chain.from_iterable(parts))
+        return pa.Table.from_pylist([self._load(row, position, store) for row, position in rows], schema=schema)
 
     def _load(self, read: ImageRow, position: int, store: RegionStore | None) -> dict[str, Any]:
         row = read.row
@@ -106,18 +106,16 @@ class DetectionLoader:
             np.asarray(read.image),
             np.asarray(row["boxes"], np.float32).reshape(-1, 4),
             np.asarray(row["labels"], np.int64),
-            row["masks"] if self.masks else [],
+            decode_masks(row["masks"], read.image) if self.masks else [],
             region_boxes,
             valid,
         )
         image = augment(image, self.augmentation, np.random.default_rng([self.seed, position, 1]))
         return {
-            "image": image.pixels.tobytes(),
-            "height": image.pixels.shape[0],
-            "width": image.pixels.shape[1],
+            **pixel_row(image.pixels),
+            **mask_row(image.masks),
             "boxes": image.boxes.ravel(),
             "labels": image.labels,
-            "masks": image.masks,
             "region_boxes": image.regions.ravel(),
             "region_valid": image.valid.tolist(),
             "region_embeddings": embeddings.tobytes(),

@@ -1,12 +1,11 @@
 """Rows of a training stream to the batches that models take."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from faster_coco_eval import mask as rle
 from ray.data.collate_fn import ArrowBatchCollateFn
 from torch import Tensor
 
@@ -26,7 +25,7 @@ def _images(raw: Sequence[bytes], heights: Sequence[int], widths: Sequence[int])
         np.frombuffer(bytearray(pixels), np.uint8).reshape(height, width, 3)
         for pixels, height, width in zip(raw, heights, widths, strict=True)
     ]
-    return tuple(torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays)
+    return tuple(torch.from_numpy(array).permute(2, 0, 1) for array in arrays)
 
 
 def _unreadable(batch: pa.Table) -> tuple[str, ...]:
@@ -58,12 +57,11 @@ class DetectionCollate(ArrowBatchCollateFn):
     def __call__(self, batch: pa.Table) -> Any:
         """One step of one worker, a `DetectionBatch`."""
         raw, heights, widths, boxes, labels = _columns(batch, "image", "height", "width", "boxes", "labels")
-        masks = batch["masks"].to_pylist() if "masks" in batch.column_names else None
         return DetectionBatch(
             _images(raw, heights, widths),
             tuple(torch.tensor(entry, dtype=torch.float32).view(-1, 4) for entry in boxes),
             _labels(labels),
-            None if masks is None else tuple(map(decode_masks, masks, heights, widths)),
+            _masks(batch, zip(heights, widths, strict=True)) if "masks" in batch.column_names else None,
             _regions(batch) if "region_valid" in batch.column_names else None,
             unreadable=_unreadable(batch),
         )
@@ -76,6 +74,20 @@ def _regions(batch: pa.Table) -> StoredRegions:
     rows = torch.frombuffer(bytearray(b"".join(embeddings)), dtype=torch.float16).view(*valid_BM.shape, -1)
     boxes_BM4 = torch.tensor(boxes, dtype=torch.float32).view(*valid_BM.shape, 4)
     return StoredRegions(boxes_BM4, rows.float(), valid_BM)
+
+
+def _masks(batch: pa.Table, sizes: Iterable[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """B tensors [N, H, W] bool from columns `masks` and `mask_boxes`, and the images' heights and widths."""
+    return tuple(map(paste_masks, *_columns(batch, "masks", "mask_boxes"), sizes))
+
+
+def paste_masks(masks: Sequence[bytes], flat_boxes: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """[N, H, W] bool from the raw masks [h, w] of N objects and the flat xyxy of their places."""
+    boxes_N4 = np.array(flat_boxes, np.int64).reshape(-1, 4)
+    pasted_NHW = np.zeros((len(masks), *size), np.bool_)
+    for whole, mask, (x0, y0, x1, y1) in zip(pasted_NHW, masks, boxes_N4.tolist(), strict=True):
+        whole[y0:y1, x0:x1] = np.frombuffer(mask, np.bool_).reshape(y1 - y0, x1 - x0)
+    return torch.from_numpy(pasted_NHW)
 
 
 class GroupCollate(ArrowBatchCollateFn):
@@ -107,21 +119,12 @@ class MaskCollate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> Any:
         """One step of one worker, a `MaskBatch`."""
-        raw, heights, widths, masks = _columns(batch, "image", "height", "width", "masks")
         return MaskBatch(
-            _images(raw, heights, widths),
-            tuple(map(decode_masks, masks, heights, widths)),
+            _images(*_columns(batch, "image", "height", "width")),
+            _masks(batch, batch["size"].to_pylist()),
             _labels(batch["labels"].to_pylist()),
             unreadable=_unreadable(batch),
         )
-
-
-def decode_masks(counts: list[str], height: int, width: int) -> Tensor:
-    """[N, H, W] bool from COCO RLE counts."""
-    if not counts:
-        return torch.zeros(0, height, width, dtype=torch.bool)
-    stacked = rle.decode([{"size": [height, width], "counts": entry.encode()} for entry in counts])
-    return torch.from_numpy(np.ascontiguousarray(stacked.transpose(2, 0, 1))).bool()
 
 
 class FeatureCollate(ArrowBatchCollateFn):

@@ -9,10 +9,11 @@ never loaded: only the Parquet row groups around the chosen rows are read, and t
 Imports no torch, so that data tasks start fast and stay small.
 """
 
-import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from data_prep import storage, tables
 from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.augmentation import AS_IS, NO_REGIONS, AnnotatedImage, Augmentation, augment
-from data_prep.streams.images import read_image
+from data_prep.streams.images import read_all, read_image
 from data_prep.streams.plans import Integers
 from ovd_models.errors import InputError
 
@@ -151,9 +152,14 @@ class RowGroups:
         self.max_bytes = max_bytes
         self._kept: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._bytes = 0
+        self._lock = threading.Lock()
 
     def row(self, uri: str, number: int) -> dict[str, Any]:
         """A row of a file by its number."""
+        with self._lock:
+            return self._row(uri, number)
+
+    def _row(self, uri: str, number: int) -> dict[str, Any]:
         file, starts = open_file(uri)
         index = int(np.searchsorted(starts, number, side="right")) - 1
         key = (uri, index)
@@ -167,7 +173,7 @@ class RowGroups:
         return rows[0]
 
 
-@functools.lru_cache(maxsize=OPEN_FILES)
+@lru_cache(maxsize=OPEN_FILES)
 def open_file(uri: str) -> tuple[pq.ParquetFile, Integers]:
     """A Parquet file and the first row of each of its row groups."""
     filesystem, path = storage.resolve(uri)
@@ -176,7 +182,7 @@ def open_file(uri: str) -> tuple[pq.ParquetFile, Integers]:
     return file, np.cumsum([0, *counts])[:-1]
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def row_groups() -> RowGroups:
     """This process's cache."""
     return RowGroups(CACHE_BYTES)
@@ -221,7 +227,7 @@ class GroupLoader:
             InputError: none of `MAX_ATTEMPTS` concepts has enough readable images.
         """
         plan = get_shared(self.plan)
-        rows = [self._load(plan, position) for position in positions.tolist()]
+        rows = read_all(partial(self._load, plan), positions.tolist())
         return pa.Table.from_pylist(rows, schema=GROUP_ROWS)
 
     def _load(self, plan: GroupPlan, position: int) -> dict[str, Any]:

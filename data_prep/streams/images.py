@@ -1,8 +1,9 @@
 """Image files, and images inside tar shards, read for a stream."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,18 @@ from ovd_models.images import decode_image
 
 MAX_ATTEMPTS = 100
 """Images tried for one position of a stream before the table is considered broken."""
+CONCURRENT_READS = 8
+"""Of a process; an object store answers each in tens of milliseconds."""
+UNREADABLE = pa.schema({"unreadable": pa.list_(pa.string())})
+"""The images that a row's image replaces, with the reason."""
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def read_all(read: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """What `read` returns for each item, in order; several are read at a time."""
+    with ThreadPoolExecutor(CONCURRENT_READS) as pool:
+        return list(pool.map(read, items))
 
 
 def read_image(uri: str, *, offset: int = 0, size: int | None = None) -> Image.Image:
@@ -65,32 +78,22 @@ def read_rows(
     Raises:
         InputError: `MAX_ATTEMPTS` images for one position cannot be read.
     """
-    rows = zip(index.take(numbers).to_pylist(), positions.tolist(), strict=True)
-    return [_read_row(index, row, np.random.default_rng([seed, position, 4]), read) for row, position in rows]
 
+    def read_one(number: int, position: int) -> ImageRow:
+        rng = np.random.default_rng([seed, position, 4])
+        unreadable: list[str] = []
+        for _ in range(MAX_ATTEMPTS):
+            (row,) = index.slice(number, 1).to_pylist()
+            try:
+                return ImageRow(row, read(row), list(dict.fromkeys(unreadable)))
+            except InputError as error:
+                unreadable.append(str(error))
+                number = int(rng.integers(index.num_rows))
+        raise InputError(f"{MAX_ATTEMPTS} images one after another cannot be read, such as {unreadable[0]}")
 
-def _read_row(
-    index: pa.Table, row: dict[str, Any], rng: np.random.Generator, read: Callable[[dict[str, Any]], Image.Image]
-) -> ImageRow:
-    unreadable: list[str] = []
-    for _ in range(MAX_ATTEMPTS):
-        try:
-            return ImageRow(row, read(row), list(dict.fromkeys(unreadable)))
-        except InputError as error:
-            unreadable.append(str(error))
-            row = index.take(rng.integers(index.num_rows, size=1)).to_pylist()[0]
-    raise InputError(f"{MAX_ATTEMPTS} images one after another cannot be read, such as {unreadable[0]}")
-
-
-def pixel_columns(pixels: Sequence[npt.NDArray[np.uint8]]) -> dict[str, Any]:
-    """Columns `image` (raw bytes), `height` and `width` of arrays [H, W, 3]."""
-    return {
-        "image": pa.array([array.tobytes() for array in pixels], pa.binary()),
-        "height": [array.shape[0] for array in pixels],
-        "width": [array.shape[1] for array in pixels],
-    }
+    return read_all(lambda pair: read_one(*pair), zip(numbers.tolist(), positions.tolist(), strict=True))
 
 
 def unreadable_column(rows: Sequence[ImageRow]) -> pa.Array:
-    """Column `unreadable`: the images that each row's image replaces."""
-    return pa.array([entry.unreadable for entry in rows], pa.list_(pa.string()))
+    """The column of `UNREADABLE`."""
+    return pa.array([entry.unreadable for entry in rows], UNREADABLE.field("unreadable").type)

@@ -6,27 +6,50 @@ Imports no torch, so that data tasks start fast and stay small.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from data_prep import storage, tables
 from data_prep.object_store import SharedValue, get_shared, put_shared
-from data_prep.streams.augmentation import AS_IS, NO_REGIONS, AnnotatedImage, Augmentation, augment
-from data_prep.streams.images import ImageRow, pixel_columns, read_image, read_rows, unreadable_column
+from data_prep.streams.augmentation import (
+    AS_IS,
+    MASKS,
+    NO_REGIONS,
+    PIXELS,
+    AnnotatedImage,
+    Augmentation,
+    augment,
+    decode_masks,
+    fit_longer_side,
+    mask_row,
+    pixel_row,
+)
+from data_prep.streams.images import UNREADABLE, ImageRow, read_all, read_image, read_rows
 from data_prep.streams.plans import Integers, plan_epochs
 from ovd_models.errors import InputError
 
-ANNOTATIONS = pa.schema({"masks": pa.list_(pa.string()), "labels": pa.list_(pa.int64())})
-INDEX = pa.schema([pa.field("uri", pa.string()), pa.field("boxes", pa.list_(pa.float32())), *ANNOTATIONS])
+INDEX = pa.schema(
+    {
+        "uri": pa.string(),
+        "boxes": pa.list_(pa.float32()),
+        "masks": pa.list_(pa.string()),
+        "labels": pa.list_(pa.int64()),
+    }
+)
+ROWS = pa.schema(
+    [*PIXELS, *MASKS, *pa.schema({"size": pa.list_(pa.int64()), "labels": pa.list_(pa.int64())}), *UNREADABLE]
+)
 
 
 @dataclass(frozen=True)
 class MaskLoader:
     """Images with masks at positions of a shuffled stream.
 
-    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `masks` (COCO RLE counts), `labels` and `unreadable`
-    (images that this one replaces).
+    Columns `image` (raw uint8 [H, W, 3]), `height`, `width`, `masks` and `mask_boxes` (see `MASKS`), `size` (height and
+    width of the image that the masks belong to, which `side` may resize), `labels` and `unreadable` (images that this
+    one replaces).
     """
 
     index: SharedValue[pa.Table]
@@ -34,30 +57,42 @@ class MaskLoader:
     count: int
     seed: int
     augmentation: Augmentation
+    side: int
+    """The longer side of the images in pixels, as the model takes them; 0 leaves them as they are."""
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
         numbers = plan_epochs(self.seed, self.count, positions)
         read = read_rows(get_shared(self.index), numbers, positions, self.seed, lambda row: read_image(row["uri"]))
-        images = [self._augment(entry, position) for entry, position in zip(read, positions.tolist(), strict=True)]
-        rows = [{"masks": image.masks, "labels": image.labels} for image in images]
-        annotated = dict(zip(ANNOTATIONS.names, pa.Table.from_pylist(rows, schema=ANNOTATIONS).columns, strict=True))
-        pixels = pixel_columns([image.pixels for image in images])
-        return pa.table({**pixels, **annotated, "unreadable": unreadable_column(read)})
+        rows = [self._load(entry, position) for entry, position in zip(read, positions.tolist(), strict=True)]
+        return pa.Table.from_pylist(rows, schema=ROWS)
 
-    def _augment(self, read: ImageRow, position: int) -> AnnotatedImage:
+    def _load(self, read: ImageRow, position: int) -> dict[str, Any]:
         image = AnnotatedImage(
             np.asarray(read.image),
             np.asarray(read.row["boxes"], np.float32).reshape(-1, 4),
             np.asarray(read.row["labels"], np.int64),
-            read.row["masks"],
+            decode_masks(read.row["masks"], read.image),
             *NO_REGIONS,
         )
-        return augment(image, self.augmentation, np.random.default_rng([self.seed, position, 1]))
+        image = augment(image, self.augmentation, np.random.default_rng([self.seed, position, 1]))
+        return {
+            **pixel_row(fit_longer_side(image.pixels, self.side)),
+            **mask_row(image.masks),
+            "size": image.pixels.shape[:2],
+            "labels": image.labels,
+            "unreadable": read.unreadable,
+        }
 
 
 def mask_loader(
-    storage_uri: str, name: str, category_ids: Sequence[int], *, seed: int, augmentation: Augmentation = AS_IS
+    storage_uri: str,
+    name: str,
+    category_ids: Sequence[int],
+    *,
+    seed: int,
+    augmentation: Augmentation = AS_IS,
+    side: int = 0,
 ) -> MaskLoader:
     """All images of a `boxes` table that have a mask; crowds are left out.
 
@@ -78,7 +113,7 @@ def mask_loader(
             index.append({"uri": uri, "boxes": list(itertools.chain(*boxes)), "masks": masks, "labels": labels})
     if not index:
         raise InputError(f"boxes/{name}: no masks, expected segmentations in the annotation file")
-    return MaskLoader(put_shared(pa.Table.from_pylist(index, schema=INDEX)), len(index), seed, augmentation)
+    return MaskLoader(put_shared(pa.Table.from_pylist(index, schema=INDEX)), len(index), seed, augmentation, side)
 
 
 @dataclass(frozen=True)
@@ -95,20 +130,28 @@ class FeatureLoader:
     seed: int
     shape: tuple[int, int, int]
     """C, h, h."""
+    side: int
+    """The longer side of the images in pixels, as the model takes them; 0 leaves them as they are."""
 
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
         numbers = plan_epochs(self.seed, self.count, positions)
         read = read_rows(get_shared(self.index), numbers, positions, self.seed, lambda row: read_image(row["uri"]))
         size = 2 * int(np.prod(self.shape))
-        pixels = [np.asarray(entry.image) for entry in read]
         places = [(entry.row["file"], entry.row["row"] * size) for entry in read]
-        features = [storage.read_bytes(file, offset=offset, size=size) for file, offset in places]
-        columns = {"feature": pa.array(features, pa.binary()), "unreadable": unreadable_column(read)}
-        return pa.table({**pixel_columns(pixels), **columns})
+        features = read_all(lambda place: storage.read_bytes(place[0], offset=place[1], size=size), places)
+        rows = [
+            {
+                **pixel_row(fit_longer_side(np.asarray(entry.image), self.side)),
+                "feature": feature,
+                "unreadable": entry.unreadable,
+            }
+            for entry, feature in zip(read, features, strict=True)
+        ]
+        return pa.Table.from_pylist(rows, schema=pa.schema([*PIXELS, pa.field("feature", pa.binary()), *UNREADABLE]))
 
 
-def feature_loader(storage_uri: str, name: str, cache: str, teacher: str, *, seed: int) -> FeatureLoader:
+def feature_loader(storage_uri: str, name: str, cache: str, teacher: str, *, seed: int, side: int = 0) -> FeatureLoader:
     """All images of a `boxes` table with their embeddings in `features/<cache>`; those it could not read are left out.
 
     Raises:
@@ -133,4 +176,4 @@ def feature_loader(storage_uri: str, name: str, cache: str, teacher: str, *, see
     schema = pa.schema({"uri": pa.string(), "file": pa.string(), "row": pa.int64()})
     channels, height, width = manifest.details["shape"]
     reference = put_shared(pa.Table.from_pylist(index, schema=schema))
-    return FeatureLoader(reference, len(index), seed, (channels, height, width))
+    return FeatureLoader(reference, len(index), seed, (channels, height, width), side)

@@ -6,20 +6,20 @@ P prompts or objects of one image, H x W its size, K names.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from faster_coco_eval import mask as rle
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep import tables
-from data_prep.streams.collate import decode_masks
 from ovd_models.errors import InputError
 from ovd_models.ovsam.baselines import BaselineConfig, SamClip
 from ovd_models.ovsam.metrics import PointingMetrics, centre_points
@@ -196,6 +196,14 @@ def read_objects(
         labels = [label for (_, label), full in zip(kept, filled.tolist(), strict=True) if full]
         if labels and picture is not None:
             yield ImageObjects(to_tensor(picture).to(device), masks[filled].to(device), labels)
+
+
+def decode_masks(counts: Sequence[str], height: int, width: int) -> Tensor:
+    """[N, H, W] bool from COCO RLE counts."""
+    if not counts:
+        return torch.zeros(0, height, width, dtype=torch.bool)
+    stacked = rle.decode([{"size": [height, width], "counts": entry} for entry in counts])
+    return torch.from_numpy(np.ascontiguousarray(stacked.transpose(2, 0, 1))).bool()
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

@@ -1,19 +1,35 @@
 import dataclasses
 
+import cv2
 import numpy as np
 import pytest
 from faster_coco_eval import mask as rle
 
-from data_prep.streams.augmentation import FILL, AnnotatedImage, Augmentation, augment, flip_boxes, mirror, move_boxes
+from data_prep.streams.augmentation import (
+    FILL,
+    AnnotatedImage,
+    Augmentation,
+    ObjectMask,
+    augment,
+    flip_boxes,
+    mask_row,
+    mirror,
+    move_boxes,
+    nearest,
+)
+from data_prep.streams.collate import paste_masks
 from ovd_models.errors import InputError
 
 
-def encode(mask: np.ndarray) -> str:
-    return rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+def encode(mask: np.ndarray) -> ObjectMask:
+    counts = rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    return ObjectMask.decode(counts, *mask.shape)
 
 
-def decode(counts: str, height: int, width: int) -> np.ndarray:
-    return rle.decode({"size": [height, width], "counts": counts}).astype(bool)
+def decode(mask: ObjectMask, height: int, width: int) -> np.ndarray:
+    row = mask_row([mask])
+    pasted = paste_masks(row["masks"], row["mask_boxes"], (height, width))  # type: ignore[arg-type]
+    return pasted.numpy()[0]
 
 
 def picture(height: int = 40, width: int = 60, box: tuple[int, int, int, int] = (10, 5, 30, 25)) -> AnnotatedImage:
@@ -50,7 +66,7 @@ def test_mirrored_twice_is_the_original() -> None:
     twice = mirror(mirror(image))
     assert np.array_equal(twice.pixels, image.pixels)
     assert np.array_equal(twice.regions, image.regions)
-    assert list(twice.masks) == list(image.masks)
+    assert np.array_equal(decode(twice.masks[0], 40, 60), decode(image.masks[0], 40, 60))
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -151,3 +167,27 @@ def test_without_augmentation_the_image_is_unchanged() -> None:
 def test_impossible_settings_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Augmentation(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_mask_moves_as_the_whole_image_would(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = rng.random((37, 53)) < 0.3
+    mask[:, : rng.integers(20)] = mask[: rng.integers(20)] = False
+    assert np.array_equal(decode(encode(mask), 37, 53), mask)
+    assert np.array_equal(decode(encode(mask).mirrored(53), 37, 53), mask[:, ::-1])
+    rows, columns = np.sort(rng.integers(0, 37, 50)), np.sort(rng.integers(0, 53, 20))
+    assert np.array_equal(decode(encode(mask).sampled(rows, columns), 50, 20), mask[rows][:, columns])
+
+
+@pytest.mark.parametrize("old", [1, 7, 512])
+@pytest.mark.parametrize("new", [1, 3, 512, 1024])
+def test_masks_take_the_pixels_that_opencv_takes(old: int, new: int) -> None:
+    row = np.arange(old, dtype=np.float32)[None]
+    assert nearest(old, new).tolist() == cv2.resize(row, (new, 1), interpolation=cv2.INTER_NEAREST)[0].tolist()
+
+
+def test_a_mask_without_pixels_stays_one() -> None:
+    nothing = encode(np.zeros((8, 9), bool))
+    assert not decode(nothing.mirrored(9).sampled(np.arange(4), np.arange(5)), 4, 5).any()
+    assert ObjectMask.decode("", 8, 9).pixels.size == 0

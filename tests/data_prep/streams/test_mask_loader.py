@@ -5,18 +5,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from faster_coco_eval import mask as rle
 
 from data_prep import storage, tables
 from data_prep.boxes import annotations
 from data_prep.embeddings import features
 from data_prep.pictograms.world import World
 from data_prep.streams.augmentation import Augmentation
-from data_prep.streams.collate import FeatureCollate, MaskCollate, decode_masks
+from data_prep.streams.collate import FeatureCollate, MaskCollate
 from data_prep.streams.mask_loader import feature_loader, mask_loader
 from ovd_models.checkpoints import load_model, sam_id, save_checkpoint
 from ovd_models.errors import InputError
-from ovd_models.sam.model import SamConfig, SamModel
+from ovd_models.sam.model import SamConfig, SamModel, fit_image
 from ovd_models.segments import boxes_of
 
 SAM = SamConfig(image_size=64, patch_size=16, width=16, depth=1, heads=2, window=4, global_blocks=(), prompt_width=16)
@@ -79,12 +78,14 @@ def test_jitter_moves_masks_with_the_pixels_and_drops_small_ones(drawn: str) -> 
     assert [len(labels) for labels in kept.labels] == [len(masks) for masks in kept.masks]
 
 
-def test_masks_are_decoded_as_they_were_encoded() -> None:
-    mask = np.zeros((4, 6), np.uint8)
-    mask[1, 2:5] = 1
-    counts = rle.encode(np.asfortranarray(mask))["counts"].decode()
-    assert decode_masks([counts], 4, 6)[0].tolist() == mask.astype(bool).tolist()
-    assert decode_masks([], 4, 6).shape == (0, 4, 6)
+@pytest.mark.ray
+def test_images_come_in_the_models_size_as_sam_resizes_them_and_masks_in_their_own(drawn: str) -> None:
+    plain, fitted = (
+        MaskCollate()(mask_loader(drawn, "s-train", [], seed=0, side=side)(np.arange(3))) for side in (0, 64)
+    )
+    for image, small in zip(plain.images, fitted.images, strict=True):
+        assert torch.equal(fit_image(image, 64)[0], small)
+    assert all(torch.equal(one, two) for one, two in zip(plain.masks, fitted.masks, strict=True))
 
 
 @pytest.mark.ray
