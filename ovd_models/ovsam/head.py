@@ -133,13 +133,13 @@ def uncertain_points(
         uncertain_share: share of the points that are the most uncertain candidates; the rest is uniform.
     """
     regions, candidates = len(logits_RHW), int(count * oversampling)
-    points_RM2 = torch.rand((regions, candidates, 2), generator=generator).to(logits_RHW.device)
+    points_RM2 = torch.rand((regions, candidates, 2), generator=generator).to(logits_RHW.device, non_blocking=True)
     uncertain_RM = -read_points(logits_RHW, points_RM2).abs()
     num_uncertain = int(uncertain_share * count)
     chosen_RN = uncertain_RM.topk(num_uncertain, dim=1).indices
     chosen_RN2 = points_RM2.gather(1, chosen_RN[:, :, None].expand(-1, -1, 2))
-    uniform = torch.rand((regions, count - num_uncertain, 2), generator=generator).to(logits_RHW.device)
-    return torch.cat([chosen_RN2, uniform], dim=1)
+    uniform = torch.rand((regions, count - num_uncertain, 2), generator=generator)
+    return torch.cat([chosen_RN2, uniform.to(logits_RHW.device, non_blocking=True)], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------- fusion

@@ -33,6 +33,7 @@ from ovd_models.sam.model import (
     build_mask_decoder,
     build_prompt_encoder,
     fit_image,
+    fit_on_device,
     input_prompts,
     run_decoder,
     unnamed,
@@ -117,9 +118,12 @@ class OvSam(nn.Module):
         self.mask_decoder.load_state_dict({name: decoder[name][: len(value)] for name, value in own.items()})
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Images [3, H, W] uint8 -> [B, 3, S, S] normalised and padded at the end; resized heights and widths."""
+        """Images for training, [3, H, W] uint8, normalised and padded at the end: [B, 3, S, S].
+
+        Also the resized heights and widths.
+        """
         side = self.config.sam.image_size
-        fitted = [fit_image(image, side)[0] for image in images]
+        fitted = [fit_on_device(image, side) for image in images]
         sizes = [(int(image.shape[1]), int(image.shape[2])) for image in fitted]
         return torch.stack([self.clip.normalise(image, side) for image in fitted]), sizes
 

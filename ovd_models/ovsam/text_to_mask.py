@@ -14,7 +14,7 @@ from ovd_models.errors import InputError
 from ovd_models.losses import zero_loss
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.ovsam.crops import square_crops
-from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_image, unnamed
+from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_on_device, unnamed
 from ovd_models.sam.training import SampledObjects, SamTrainingConfig, prompt_losses, sample_objects
 from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Segments
 
@@ -78,31 +78,24 @@ class TextToMask(nn.Module):
     def forward(self, batch: MaskBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Weighted losses `focal`, `dice` and `iou` of masks prompted by the CLIP embedding of their own crop."""
         side = self.sam.config.image_size
-        fitted = [fit_image(image, side)[0] for image in batch.images]
+        fitted = [fit_on_device(image, side) for image in batch.images]
         with torch.no_grad():
             embedding_BChw = self.sam.sam.image_encoder(torch.stack([self.sam.sam.preprocess(f) for f in fitted]))
         objects = sample_objects(batch, side, self.settings.prompts_per_image, generator)
         if not len(objects.labels):
             return dict.fromkeys(("focal", "dice", "iou"), zero_loss(self.parameters()))
-        images = torch.stack([self._normalise(image, side) for image in fitted])
+        images = torch.stack([self.clip.normalise(image, side) for image in fitted])
         image_PD = self._embed_crops(images, objects, generator)
         if self.training:
             self.image_centre.lerp_(image_PD.mean(0), 1 - CENTRE_MOMENTUM if self.image_centre.any() else 1.0)
         low_PKLL, ious_PK = self._decode(embedding_BChw[objects.images], image_PD - self.image_centre)
         return prompt_losses(low_PKLL, ious_PK, objects.masks, SamTrainingConfig(), ambiguous=False)
 
-    def _normalise(self, image: Tensor, side: int) -> Tensor:
-        """[3, S, S] normalised for CLIP, padded with its mean colour."""
-        tower = self.config.tower
-        mean, std = (image.new_tensor(value, dtype=torch.float32) for value in (tower.mean, tower.std))
-        colours = (image / 255 - mean[:, None, None]) / std[:, None, None]
-        return F.pad(colours, (0, side - image.shape[2], 0, side - image.shape[1]))
-
     @torch.no_grad()
     def _embed_crops(self, images: Tensor, objects: SampledObjects, generator: torch.Generator | None) -> Tensor:
         """[P, D] unit rows of square crops around the objects, some with a blank background."""
         count = len(objects.labels)
-        draws = torch.rand((2, count), generator=generator).to(images.device)
+        draws = torch.rand((2, count), generator=generator).to(images.device, non_blocking=True)
         shown = objects.masks | (draws[0] >= self.settings.hidden_share)[:, None, None]
         shown_P3SS = images[objects.images] * shown[:, None]
         margin_P = 1 + draws[1] * (self.settings.max_margin - 1)

@@ -41,9 +41,8 @@ class Sam2ClipTraining(nn.Module):
         pixels, sizes = model.preprocess(batch.images)
         student_BChw = model.adapter(model.clip(pixels))
         valid_Bhw = valid_positions(sizes, model.config.sam.patch_size, student_BChw.shape[-1])
-        return {
-            "distillation": feature_distillation_loss(student_BChw, batch.features, valid_Bhw.to(student_BChw.device))
-        }
+        valid_Bhw = valid_Bhw.to(student_BChw.device, non_blocking=True)
+        return {"distillation": feature_distillation_loss(student_BChw, batch.features, valid_Bhw)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,5 +121,5 @@ class Clip2SamTraining(nn.Module):
         points_P12 = sample_pixels(objects.masks, generator)[:, None]
         clicked_PnC, _ = model.prompt_encoder((points_P12, torch.ones_like(points_P12[..., 0])), None, None)
         count = len(boxes_P4)
-        by_box_P = (torch.randperm(count, generator=generator) < count // 2).to(boxes_P4.device)
+        by_box_P = (torch.randperm(count, generator=generator) < count // 2).to(boxes_P4.device, non_blocking=True)
         return torch.where(by_box_P[:, None, None], boxed_PnC, clicked_PnC), boxes_P4, by_box_P

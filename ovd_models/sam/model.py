@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd_models.errors import InputError
+from ovd_models.images import fitted_size
 from ovd_models.preprocess import add_edge
 from ovd_models.segments import Prompts, Segments
 from ovd_models.weights import load_strict, read_state
@@ -170,7 +171,7 @@ class EncodedImage:
 
 
 def fit_image(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """An image resized as the package does it, before normalisation and padding.
+    """An image resized by Pillow as the package does it, before normalisation and padding.
 
     Args:
         image: [3, H, W] uint8; padded by `add_edge` if its shorter side would vanish.
@@ -185,6 +186,19 @@ def fit_image(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
         return image, size
     resized = ResizeLongestSide(side).apply_image(image.permute(1, 2, 0).cpu().numpy())
     return torch.from_numpy(resized).permute(2, 0, 1).to(image.device), size
+
+
+def fit_on_device(image: Tensor, side: int) -> Tensor:
+    """An image for training, resized on its own device: [3, H, W] uint8 -> [3, h, w] of `fitted_size`.
+
+    An image of that size is returned as it is. Others differ from `fit_image`'s, which Pillow resizes on the CPU, by a
+    grey level at most, if they are not so long that `fit_image` pads them.
+    """
+    size = fitted_size(int(image.shape[1]), int(image.shape[2]), side)
+    if image.shape[1:] == size:
+        return image
+    resized = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False, antialias=True)[0]
+    return resized.round().to(torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovd_models.images import fitted_size
 from ovd_models.losses import zero_loss
-from ovd_models.sam.model import SamConfig, SamModel, fit_image
+from ovd_models.sam.model import SamConfig, SamModel, fit_on_device
 from ovd_models.segments import OFF, ON, MaskBatch, boxes_of
 
 
@@ -99,14 +100,25 @@ def prompt_losses(
 # ------------------------------------------------------------------------------------------------------ prompts
 
 
-def sample_pixels(weights_PHW: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[P, H, W] non-negative -> [P, 2] float32 xy of a pixel drawn by weight; any pixel where all are 0."""
-    flat_PN = weights_PHW.flatten(1).float()
-    flat_PN = torch.where(flat_PN.sum(1, keepdim=True) > 0, flat_PN, torch.ones_like(flat_PN))
-    # The Gumbel-max trick: a multinomial draw without torch's limit on the number of categories.
-    noise_PN = torch.rand(flat_PN.shape, generator=generator).to(flat_PN.device).clamp(1e-12, 1 - 1e-7)
-    chosen_P = (torch.log(flat_PN) - torch.log(-torch.log(noise_PN))).argmax(1)
-    width = weights_PHW.shape[2]
+def sample_pixels(masks_PHW: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[P, H, W] bool -> [P, 2] float32 xy of a pixel of each mask, all equally likely; any pixel if it is empty."""
+    uniform_P = torch.rand(len(masks_PHW), dtype=torch.float64, generator=generator)
+    return pixels_at(masks_PHW, uniform_P.to(masks_PHW.device, non_blocking=True))
+
+
+def pixels_at(masks_PHW: Tensor, uniform_P: Tensor) -> Tensor:
+    """[P, 2] float32 xy of a pixel of each mask: the one with index floor(n u) of its n pixels, row after row.
+
+    Args:
+        masks_PHW: [P, H, W] bool; an empty mask stands for the whole image.
+        uniform_P: [P] float64 u, 0 <= u < 1.
+    """
+    masks_PN = masks_PHW.flatten(1)
+    masks_PN = masks_PN | ~masks_PN.any(1, keepdim=True)
+    count_PN = masks_PN.cumsum(1, dtype=torch.int32)  # the mask's pixels up to each pixel
+    rank_P1 = (uniform_P[:, None] * count_PN[:, -1:]).to(torch.int32) + 1  # 1 to n
+    chosen_P = torch.searchsorted(count_PN, rank_P1)[:, 0]
+    width = masks_PHW.shape[2]
     return torch.stack([chosen_P % width, chosen_P // width], dim=1).float()
 
 
@@ -123,8 +135,9 @@ def corrective_clicks(
 def jitter_boxes(boxes_P4: Tensor, share: float, limit: float, side: int, generator: torch.Generator | None) -> Tensor:
     """Boxes, each coordinate moved by a normal `share` of the side, at most `limit` pixels, clipped to the image."""
     sides_P4 = (boxes_P4[:, 2:] - boxes_P4[:, :2]).repeat(1, 2)
-    noise_P4 = torch.randn(boxes_P4.shape, generator=generator).to(boxes_P4.device) * share * sides_P4
-    moved_P4 = (boxes_P4 + noise_P4.clamp(-limit, limit)).clamp(0, side)
+    noise_P4 = torch.randn(boxes_P4.shape, generator=generator).to(boxes_P4.device, non_blocking=True)
+    shift_P4 = (noise_P4 * share * sides_P4).clamp(-limit, limit)
+    moved_P4 = (boxes_P4 + shift_P4).clamp(0, side)
     first_P2, last_P2 = moved_P4[:, :2], moved_P4[:, 2:]
     return torch.cat([torch.minimum(first_P2, last_P2), torch.maximum(first_P2, last_P2)], dim=1)
 
@@ -154,7 +167,7 @@ def sample_objects(batch: MaskBatch, side: int, count: int, generator: torch.Gen
     for index, (mask_NHW, label_N) in enumerate(zip(batch.masks, batch.labels, strict=True)):
         if not len(mask_NHW):
             continue
-        rows = torch.randint(len(mask_NHW), (count,), generator=generator).to(mask_NHW.device)
+        rows = torch.randint(len(mask_NHW), (count,), generator=generator).to(mask_NHW.device, non_blocking=True)
         images.append(torch.full((count,), index, device=mask_NHW.device))
         masks.append(resize_masks_to_square(mask_NHW[rows], side))
         labels.append(label_N[rows])
@@ -167,8 +180,7 @@ def sample_objects(batch: MaskBatch, side: int, count: int, generator: torch.Gen
 def resize_masks_to_square(masks_NHW: Tensor, side: int) -> Tensor:
     """[N, H, W] bool -> [N, S, S] bool: the longer side resized to S, the other padded."""
     height, width = masks_NHW.shape[1:]
-    scale = side / max(height, width)
-    size = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+    size = fitted_size(height, width, side)
     resized = masks_NHW.float()[:, None]
     if size != (height, width):
         resized = F.interpolate(resized, size, mode="bilinear", align_corners=False)
@@ -195,7 +207,7 @@ class SamTraining(nn.Module):
         a corrective click; `repeats` rounds add the last mask alone.
         """
         sam, side = self.model.sam, self.model.config.image_size
-        images = torch.stack([sam.preprocess(fit_image(image, side)[0]) for image in batch.images])
+        images = torch.stack([sam.preprocess(fit_on_device(image, side)) for image in batch.images])
         embedding_BChw = sam.image_encoder(images)
         objects = sample_objects(batch, side, self.settings.prompts_per_image, generator)
         if not len(objects.labels):
@@ -220,7 +232,7 @@ class InteractiveSession:
         self.model, self.settings = training.model, training.settings
         self.embedding_PChw, self.objects, self.generator = embedding_PChw, objects, generator
         self.side, count = training.model.config.image_size, len(objects.labels)
-        self.order = torch.randperm(count, generator=generator).to(embedding_PChw.device)
+        self.order = torch.randperm(count, generator=generator).to(embedding_PChw.device, non_blocking=True)
         self.boxed, self.clicked = self.order[: count // 2], self.order[count // 2 :]  # rows with a box, and without
         jitter, limit = self.settings.box_jitter, self.settings.max_jitter
         self.boxes_P4 = jitter_boxes(objects.boxes, jitter, limit, self.side, generator)

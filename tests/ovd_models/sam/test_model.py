@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovd_models.errors import InputError
-from ovd_models.sam.model import VIT_B, EverythingConfig, SamConfig, SamModel, build_sam, load_sam, run_decoder
+from ovd_models.sam.model import (
+    VIT_B,
+    EverythingConfig,
+    SamConfig,
+    SamModel,
+    build_sam,
+    fit_image,
+    fit_on_device,
+    load_sam,
+    run_decoder,
+)
 from ovd_models.sam.training import (
     SamTraining,
     SamTrainingConfig,
@@ -22,7 +32,6 @@ from ovd_models.sam.training import (
     mask_ious,
     resize_masks_to_square,
     sample_objects,
-    sample_pixels,
 )
 from ovd_models.segments import OFF, ON, MaskBatch, Prompts, boxes_of
 
@@ -121,6 +130,18 @@ def test_our_decoder_equals_the_packages_over_several_images(model: SamModel) ->
         )
         assert torch.allclose(masks[row], expected[0], atol=1e-5)
         assert torch.allclose(sam.mask_decoder.iou_prediction_head(hidden[row, 0]), ious[0], atol=1e-5)
+
+
+def test_training_resizes_images_as_pillow_does_up_to_a_grey_level() -> None:
+    for height, width in ((40, 57), (300, 200), (100, 64), (1, 300), (20_000, 20)):
+        image = picture(height, width)
+        fitted, _ = fit_image(image, 64)
+        resized = fit_on_device(image, 64)
+        assert resized.shape == fitted.shape and resized.dtype == torch.uint8
+        if min(height, width) * 64 >= max(height, width):  # `fit_image` pads longer ones
+            assert (resized.int() - fitted.int()).abs().max() <= 1
+    image = picture(48, 64)
+    assert fit_on_device(image, 64) is image
 
 
 def test_everything_is_what_the_automatic_mask_generator_finds(model: SamModel) -> None:
@@ -257,17 +278,6 @@ def test_clicks_fall_where_the_mask_is_wrong() -> None:
     points, labels = corrective_clicks(predicted, target, torch.Generator().manual_seed(0))
     assert points.tolist() == [[5, 2], [1, 4]]
     assert labels.tolist() == [ON, OFF]
-
-
-def test_pixels_are_drawn_uniformly_over_a_mask() -> None:
-    mask = torch.zeros(4, 4, dtype=torch.bool)
-    mask[1, 1] = mask[2, 3] = True
-    points = sample_pixels(mask.expand(4000, -1, -1), torch.Generator().manual_seed(0))
-    first = (points == torch.tensor([1.0, 1.0])).all(1).float().mean().item()
-    second = (points == torch.tensor([3.0, 2.0])).all(1).float().mean().item()
-    assert first + second == pytest.approx(1)
-    assert first == pytest.approx(0.5, abs=0.03)
-    assert sample_pixels(torch.zeros(1, 4, 4), None).shape == (1, 2)  # an empty mask: anywhere
 
 
 def test_jittered_boxes_stay_boxes_inside_the_image() -> None:
