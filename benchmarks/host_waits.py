@@ -85,7 +85,7 @@ SAM = SamConfig(
 OVSAM = OvSamConfig(sam=SAM, pyramid_width=16, label_hidden=32)
 
 Forward = Callable[[nn.Module, torch.device], Mapping[str, Tensor]]
-Method = Literal["codet", "centernet2", "vild", "clip", "ovsam"]
+Method = Literal["codet", "centernet2", "vild", "clip", "sam", "ovsam"]
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,7 @@ TRIALS: dict[Method, Callable[[], Trial]] = {
     "centernet2": lambda: codet_trial(CASCADE),
     "vild": vild_trial,
     "clip": clip_trial,
+    "sam": sam_trial,
     "ovsam": ovsam_trial,
 }
 

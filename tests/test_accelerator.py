@@ -222,7 +222,7 @@ def test_names_are_embedded_and_pictures_classified_on_an_accelerator() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "limit"), [("codet", 20), ("centernet2", 43), ("vild", 15), ("clip", 3), ("ovsam", 10)]
+    ("method", "limit"), [("codet", 20), ("centernet2", 43), ("vild", 15), ("clip", 3), ("sam", 2), ("ovsam", 3)]
 )
 def test_a_step_rarely_waits_for_the_device(waits: dict[str, float], method: str, limit: float) -> None:
     assert waits[f"host_waits_{method}"] <= limit

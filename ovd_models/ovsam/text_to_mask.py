@@ -87,7 +87,8 @@ class TextToMask(nn.Module):
         images = torch.stack([self.clip.normalise(image, side) for image in fitted])
         image_PD = self._embed_crops(images, objects, generator)
         if self.training:
-            self.image_centre.lerp_(image_PD.mean(0), 1 - CENTRE_MOMENTUM if self.image_centre.any() else 1.0)
+            share = torch.where(self.image_centre.any(), 1 - CENTRE_MOMENTUM, 1.0)
+            self.image_centre.lerp_(image_PD.mean(0), share)
         low_PKLL, ious_PK = self._decode(embedding_BChw[objects.images], image_PD - self.image_centre)
         return prompt_losses(low_PKLL, ious_PK, objects.masks, SamTrainingConfig(), ambiguous=False)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ovd_models.errors import InputError
 from ovd_models.images import fitted_size
 from ovd_models.preprocess import add_edge
-from ovd_models.segments import Prompts, Segments
+from ovd_models.segments import OFF, ON, PADDING, Prompts, Segments
 from ovd_models.weights import load_strict, read_state
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -76,9 +76,26 @@ VIT_H = replace(VIT_B, width=1280, depth=32, heads=16, global_blocks=(7, 15, 23,
 """The published models."""
 
 
+class SamPromptEncoder(PromptEncoder):  # type: ignore[misc]
+    """The package's prompt encoder without host waits.
+
+    The package selects points by boolean masks of their labels, and the host waits for the number of selected points.
+    """
+
+    def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
+        """[P, n, 2] xy and [P, n] labels -> [P, n, C], or [P, n + 1, C] with a padding point."""
+        if pad:
+            points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=PADDING)
+        place_PnC = self.pe_layer.forward_with_coords(points + 0.5, self.input_image_size)
+        label_Pn1, (off, on) = labels[..., None], self.point_embeddings[:2]
+        kind_PnC = torch.where(label_Pn1 == OFF, off.weight, self.not_a_point_embed.weight)
+        kind_PnC = torch.where(label_Pn1 == ON, on.weight, kind_PnC)
+        return torch.where(label_Pn1 == PADDING, 0.0, place_PnC) + kind_PnC
+
+
 def build_prompt_encoder(config: SamConfig) -> PromptEncoder:
     """The package's prompt encoder, with random weights."""
-    return PromptEncoder(
+    return SamPromptEncoder(
         embed_dim=config.prompt_width,
         image_embedding_size=(config.embedding_side, config.embedding_side),
         input_image_size=(config.image_size, config.image_size),

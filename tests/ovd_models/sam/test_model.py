@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from segment_anything import SamPredictor
+from segment_anything.modeling import PromptEncoder
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +16,7 @@ from ovd_models.sam.model import (
     EverythingConfig,
     SamConfig,
     SamModel,
+    build_prompt_encoder,
     build_sam,
     fit_image,
     fit_on_device,
@@ -33,7 +35,7 @@ from ovd_models.sam.training import (
     resize_masks_to_square,
     sample_objects,
 )
-from ovd_models.segments import OFF, ON, MaskBatch, Prompts, boxes_of
+from ovd_models.segments import OFF, ON, PADDING, MaskBatch, Prompts, boxes_of
 
 TINY = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,), prompt_width=32)
 
@@ -130,6 +132,24 @@ def test_our_decoder_equals_the_packages_over_several_images(model: SamModel) ->
         )
         assert torch.allclose(masks[row], expected[0], atol=1e-5)
         assert torch.allclose(sam.mask_decoder.iou_prediction_head(hidden[row, 0]), ious[0], atol=1e-5)
+
+
+def test_our_prompt_encoder_equals_the_packages() -> None:
+    ours = build_prompt_encoder(TINY)
+    package = PromptEncoder(TINY.prompt_width, (8, 8), (64, 64), TINY.mask_channels)
+    package.load_state_dict(ours.state_dict())
+    points = torch.tensor([[[20.0, 10], [40, 30], [0, 0]], [[63, 1], [5, 5], [9, 60]]])
+    labels = torch.tensor([[ON, OFF, PADDING], [OFF, ON, ON]])
+    boxes = torch.tensor([[4.0, 4, 30, 40], [10, 0, 64, 48]])
+    for box in (None, boxes):  # without a box, the package adds a padding point
+        one, two = (encoder((points, labels), box, None)[0] for encoder in (ours, package))
+        assert torch.equal(one, two)
+        (one * torch.arange(one.numel()).view_as(one)).sum().backward()
+        (two * torch.arange(two.numel()).view_as(two)).sum().backward()
+    for (name, weight), other in zip(ours.named_parameters(), package.parameters(), strict=True):
+        if "point" in name:
+            assert weight.grad is not None and other.grad is not None
+            assert torch.allclose(weight.grad, other.grad), name
 
 
 def test_training_resizes_images_as_pillow_does_up_to_a_grey_level() -> None:
