@@ -112,11 +112,11 @@ def train_worker(run: Run, stage: Stage, pretrained: str, logger: MetricLogger) 
         clip.load_state_dict(load_clip(storage.local_folder(pretrained))[0].state_dict())
     session = Session(clip, stage, device, logger)
     contrast = contrastive_loss(run.model, session.rank, session.world)
-    for batch in session.batches("pairs", run.batch_size, PairCollate(run.model.image_size), prefetch=3):
+    collate = PairCollate(run.model.image_size, lambda texts: trim_tokens(clip.model.text, clip.tokenize(texts)))
+    for batch in session.batches("pairs", run.batch_size, collate, prefetch=3):
         shifted = random_shift(batch.images.to(device, non_blocking=True), run.shift)
-        tokens = trim_tokens(clip.model.text, clip.tokenize(batch.captions)).to(device)
         with session.autocast():
-            features = session.model(shifted, tokens)
+            features = session.model(shifted, batch.tokens.to(device, non_blocking=True))
         losses = {"contrastive": contrast(*(value.float() for value in features))}
         session.update(losses)
         clip.clamp_scale()

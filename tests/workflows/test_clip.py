@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +155,24 @@ def test_a_sigmoid_loss_in_chunks_with_an_average_trains(prepared: Run) -> None:
     assert found.model.logit_bias.item() != -10
     with pytest.raises(InputError, match="chunks: 33, expected 1 to a worker's share of the batch"):
         dataclasses.replace(prepared, chunks=33)
+
+
+@pytest.mark.ray
+def test_captions_are_tokenised_outside_the_loop(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = training.Session.batches
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("the loop tokenises")
+
+    def guarded(session: training.Session, *arguments: Any, **settings: Any) -> Iterator[Any]:
+        for batch in batches(session, *arguments, **settings):
+            with monkeypatch.context() as loop:
+                loop.setattr(Clip, "tokenize", forbidden)
+                yield batch
+
+    monkeypatch.setattr(training.Session, "batches", guarded)
+    once = dataclasses.replace(prepared.optimisation, steps=5, checkpoint_every=5, warmup=0.0, schedule="cosine")
+    assert clip.train(dataclasses.replace(prepared, config="tokens", eval_every=0, optimisation=once)).model
 
 
 @pytest.mark.ray

@@ -1,4 +1,5 @@
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,11 @@ def published(root: Path, table: str, name: str, rows: list[dict[str, object]]) 
     tables.publish(str(root), table, name, [entry], producer="test", config_hash="0")
 
 
+def lengths(captions: Sequence[str]) -> torch.Tensor:
+    """Stands for a tokenizer."""
+    return torch.tensor([[len(caption), 7] for caption in captions])
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Four pairs whose pixels are 10, 20, 30, 40."""
@@ -64,10 +70,11 @@ def store(tmp_path: Path) -> Path:
 @pytest.mark.ray
 def test_pairs_are_read_resized_and_batched(ray_cluster: None, store: Path) -> None:
     loader = pair_loader(str(store), "t", seed=0, image_size=16, fit="warp", max_side=None)
-    batch = PairCollate(16)(loader(np.arange(8)))
+    batch = PairCollate(16, lengths)(loader(np.arange(8)))
     images, captions = batch.images, batch.captions
     assert images.shape == (8, 3, 16, 16)
     assert images.dtype == torch.uint8
+    assert batch.tokens.tolist() == [[9, 7]] * 8
     assert sorted(captions[:4]) == sorted(captions[4:]) == [f"caption {n}" for n in range(4)]
     for image, caption in zip(images, captions, strict=True):
         assert set(image.unique().tolist()) == {10 * int(caption[-1]) + 10}
@@ -96,7 +103,7 @@ def test_an_unreadable_pair_is_replaced_with_its_caption(ray_cluster: None, stor
     content[start : start + 12] = bytes(12)
     tar.write_bytes(bytes(content))
     rows = loader(np.arange(8))
-    batch = PairCollate(16)(rows)
+    batch = PairCollate(16, lengths)(rows)
     assert (batch.images.shape, len(batch.unreadable)) == ((8, 3, 16, 16), 2)
     assert all("0.tar@" in reason for reason in batch.unreadable)
     for image, caption in zip(batch.images, batch.captions, strict=True):
@@ -115,7 +122,7 @@ def test_pairs_become_squares_as_the_model_expects(
     row = {"shard": "shards/0.tar", "offset": offsets[0], "size": len(encoded(picture)), "caption": "a caption"}
     published(tmp_path, "pairs", "t", [row])
     loader = pair_loader(str(tmp_path), "t", seed=0, image_size=32, fit=FITS[resize_mode], max_side=None)
-    found = PairCollate(32)(loader(np.arange(1))).images[0]
+    found = PairCollate(32, lengths)(loader(np.arange(1))).images[0]
     theirs = image_transform_v2(
         PreprocessCfg(size=32, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode), is_train=False
     )(Image.fromarray(picture))
