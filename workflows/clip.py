@@ -23,7 +23,8 @@ from data_prep import storage, tables
 from data_prep.embeddings.crops import FITS
 from data_prep.pictograms.world import PICTURES, World, single_objects
 from data_prep.streams.collate import PairCollate
-from data_prep.streams.pair_loader import pair_loader
+from data_prep.streams.pair_loader import PairLoader, pair_loader
+from data_prep.streams.shard_loader import ShardLoader, shard_loader
 from ovd_models.clip.model import (
     Clip,
     ClipConfig,
@@ -156,6 +157,23 @@ def held_out(clip: Clip, run: Run) -> HeldOut:
     return HeldOut(torch.cat(parts).cpu(), torch.from_numpy(labels), novel[torch.from_numpy(labels)])
 
 
+def open_pairs(run: Run) -> PairLoader | ShardLoader:
+    """The pairs in the run's order.
+
+    Raises:
+        InputError: the table is missing, or no pair fits.
+    """
+    open_loader = pair_loader if run.shuffle == "rows" else partial(shard_loader, buffer=run.buffer_pairs)
+    return open_loader(
+        run.storage,
+        run.pairs,
+        seed=run.optimisation.seed,
+        image_size=run.model.image_size,
+        fit=FITS[run.model.resize_mode],
+        max_side=run.max_side,
+    )
+
+
 def print_accuracy(start: str, accuracy: Accuracy) -> None:
     """One line."""
     print(f"{start}zero-shot top-1: base {accuracy.top1_base:.3f}, novel {accuracy.top1_novel:.3f}", flush=True)
@@ -180,14 +198,7 @@ def train(run: Run) -> Trained[Accuracy]:
             folder=storage.join(active.folder, "train"),
             metric_prefix="",
         )
-        loader = pair_loader(
-            run.storage,
-            run.pairs,
-            seed=settings.seed,
-            image_size=run.model.image_size,
-            fit=FITS[run.model.resize_mode],
-            max_side=run.max_side,
-        )
+        loader = open_pairs(run)
         with active.timing("train"):
             loop = partial(train_worker, run, stage, first, active.tracked.logger())
             weights = training.fit(loop, stage, {"pairs": training.feed(loader, run.batch_size, settings)})

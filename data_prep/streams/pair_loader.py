@@ -1,5 +1,6 @@
 """The training stream of image-text pairs. Imports no torch, so that data tasks start fast and stay small."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 from data_prep import storage, tables
 from data_prep.embeddings.crops import Fit, square
 from data_prep.object_store import SharedValue, get_shared, put_shared
-from data_prep.streams.images import read_image, read_rows, unreadable_column
+from data_prep.streams.images import ImageRow, read_image, read_rows, unreadable_column
 from data_prep.streams.plans import Integers, plan_epochs
 from ovd_models.errors import InputError
 
@@ -36,15 +37,23 @@ class PairLoader:
     def __call__(self, positions: Integers) -> pa.Table:
         """The rows at `positions`."""
         numbers = plan_epochs(self.seed, self.count, positions)
-        read = read_rows(get_shared(self.index), numbers, positions, self.seed, self._read)
-        images = [square(entry.image, self.image_size, self.fit).tobytes() for entry in read]
-        captions = pa.array([entry.row["caption"] for entry in read], pa.string())
-        return pa.table(
-            {"image": pa.array(images, pa.binary()), "caption": captions, "unreadable": unreadable_column(read)}
-        )
+        return pair_table(read_rows(get_shared(self.index), numbers, positions, self.seed, self._read))
 
     def _read(self, row: dict[str, Any]) -> Image.Image:
-        return read_image(storage.join(self.root, row["shard"]), offset=row["offset"], size=row["size"])
+        image = read_image(storage.join(self.root, row["shard"]), offset=row["offset"], size=row["size"])
+        return squared(image, self.image_size, self.fit)
+
+
+def squared(image: Image.Image, side: int, fit: Fit) -> Image.Image:
+    """An RGB image as a square; rows that wait for the others of their block hold these, not images of any size."""
+    return Image.fromarray(square(image, side, fit))
+
+
+def pair_table(read: Sequence[ImageRow]) -> pa.Table:
+    """Rows with square images as a block of the stream."""
+    images = pa.array([entry.image.tobytes() for entry in read], pa.binary())
+    captions = pa.array([entry.row["caption"] for entry in read], pa.string())
+    return pa.table({"image": images, "caption": captions, "unreadable": unreadable_column(read)})
 
 
 def pair_loader(

@@ -158,6 +158,17 @@ def test_a_sigmoid_loss_in_chunks_with_an_average_trains(prepared: Run) -> None:
 
 
 @pytest.mark.ray
+def test_shuffled_shards_give_the_same_pairs_in_another_order(prepared: Run) -> None:
+    by_shards = dataclasses.replace(prepared, shuffle="shards", buffer_pairs=50)
+    positions = np.arange(120)  # the small pictures
+    rows, mixed = (clip.open_pairs(run)(positions).select(["image", "caption"]) for run in (prepared, by_shards))
+    assert mixed != rows
+    assert sorted(mixed.to_pylist(), key=str) == sorted(rows.to_pylist(), key=str)
+    with pytest.raises(InputError, match="buffer_pairs: 0, expected at least 1"):
+        dataclasses.replace(prepared, buffer_pairs=0)
+
+
+@pytest.mark.ray
 def test_captions_are_tokenised_outside_the_loop(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = training.Session.batches
 

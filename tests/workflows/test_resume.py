@@ -26,10 +26,15 @@ from workflows.configs import vild as vild_configs
 ROOT = Path(__file__).parents[2]
 
 
-def smoke(method: str, storage: str) -> Any:
+SHUFFLES = [(method, "") for method in TRAIN] + [("clip", "shards")]
+"""Methods, and how they shuffle where it is not the default."""
+
+
+def smoke(method: str, storage: str, shuffle: str = "") -> Any:
     """The smoke config of a method with its tables, 10 steps a stage and a checkpoint after 5."""
     if method == "clip":
-        run: Any = dataclasses.replace(clip_configs.smoke(), storage=storage, eval_every=0)
+        order: Any = {"shuffle": shuffle, "buffer_pairs": 50} if shuffle else {}
+        run: Any = dataclasses.replace(clip_configs.smoke(), storage=storage, eval_every=0, **order)
         prepare_pairs.prepare_smoke(storage)
     elif method == "vild":
         run = vild.prepare_data(dataclasses.replace(vild_configs.smoke(), storage=storage))
@@ -50,11 +55,11 @@ class CrashError(Exception):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("method", list(TRAIN))
+@pytest.mark.parametrize(("method", "shuffle"), SHUFFLES)
 def test_a_run_that_ends_in_the_middle_resumes_exactly(
-    method: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, shuffle: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = smoke(method, str(tmp_path))
+    run = smoke(method, str(tmp_path), shuffle)
     whole = TRAIN[method](run)
     end_step = training.Session.end_step
 
@@ -96,6 +101,7 @@ class Script:
     method: str
     storage: Path
     workers: int
+    shuffle: str
 
     def command(self, *flags: str) -> list[str]:
         settings = {"steps": 10, "checkpoint-every": 5, "log-every": 1, "workers": self.workers, "max-failures": 0}
@@ -107,7 +113,8 @@ class Script:
         ]
         shared = ["--config", "smoke", "--storage", str(self.storage)]
         even = ["--no-text-to-mask"] if self.method == "ovsam" else []
-        return [sys.executable, str(ROOT / f"workflows/{self.method}.py"), *shared, *even, *stages, *flags]
+        order = ["--shuffle", self.shuffle, "--buffer-pairs", "50"] if self.shuffle else []
+        return [sys.executable, str(ROOT / f"workflows/{self.method}.py"), *shared, *even, *order, *stages, *flags]
 
     def run(self, *flags: str) -> str:
         """The folder of the finished model."""
@@ -138,9 +145,9 @@ class Script:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("method", list(TRAIN))
-def test_a_killed_process_resumes_exactly(method: str, workers: int, tmp_path: Path) -> None:
-    script = Script(method, tmp_path, workers)
+@pytest.mark.parametrize(("method", "shuffle"), SHUFFLES)
+def test_a_killed_process_resumes_exactly(method: str, shuffle: str, workers: int, tmp_path: Path) -> None:
+    script = Script(method, tmp_path, workers, shuffle)
     whole = script.run()
     name = script.kill_after_a_checkpoint()
     resumed = script.run("--resume", name)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ovd_models.clip.model import ClipConfig
 from ovd_models.errors import InputError
@@ -20,6 +21,11 @@ class Run:
     """Name of the `pairs` table."""
     max_side: int | None = None
     """Use only pairs whose longer side is at most this many pixels."""
+    shuffle: Literal["rows", "shards"] = "rows"
+    """Order of an epoch: all pairs shuffled, with the table's whole index in memory, or shuffled shards whose pairs are
+    shuffled `buffer_pairs` at a time. See `docs/clip.md`."""
+    buffer_pairs: int = 20_000
+    """Pairs that are shuffled together with `--shuffle shards`."""
     model: ClipConfig = field(default_factory=ClipConfig)
     pretrained: str = ""
     """Initial weights: an open_clip tag (`openai`) or file for `model.name`, or one of our checkpoints, whose
@@ -44,8 +50,10 @@ class Run:
     """Name of a run to continue."""
 
     def __post_init__(self) -> None:
-        """Check that a batch can be shared among the workers."""
+        """Check the buffer, and that a batch can be shared among the workers."""
         check_shared("batch_size", self.batch_size, self.optimisation.workers)
+        if self.buffer_pairs < 1:
+            raise InputError(f"buffer_pairs: {self.buffer_pairs}, expected at least 1")
         if not 1 <= self.chunks <= self.batch_size // max(1, self.optimisation.workers):
             raise InputError(f"chunks: {self.chunks}, expected 1 to a worker's share of the batch")
 
