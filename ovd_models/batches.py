@@ -4,6 +4,7 @@ B images, N boxes of one image, M stored regions of one image, G groups, g image
 D embedding width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,15 +22,20 @@ class TensorRecord:
 
     def to(self, device: torch.device) -> Self:
         """The same record on another device, with all tensors in its tuples and records."""
-        return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})  # type: ignore[type-var]
+        wait = device.type == "cpu"  # else a copy to the CPU may be read before it is done
+        return self.map(lambda tensor: tensor.to(device, non_blocking=not wait))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same record with all tensors changed, also those in its tuples and records."""
+        return replace(self, **{name: _mapped(value, change) for name, value in vars(self).items()})  # type: ignore[type-var]
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=device.type != "cpu")  # a copy to the CPU may be read before it is done
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(_moved(entry, device) for entry in value)
-    return value.to(device) if isinstance(value, TensorRecord) else value
+        return tuple(_mapped(entry, change) for entry in value)
+    return value.map(change) if isinstance(value, TensorRecord) else value
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,10 @@ class ConceptBatch(ImageBatch):
     """[B, C] bool: the concepts that the image's caption mentions."""
     captions: tuple[str, ...]
     """B captions."""
+    caption_tokens: Tensor | None = None
+    """[B, T] int64; None if captions are not learned, or the teacher has no text tower."""
     caption_embeddings: Tensor | None = None
-    """[B, D] unit rows from the frozen text encoder; None if the teacher has no text tower."""
+    """[B, D] unit rows of the tokens from the frozen text encoder."""
 
     @property
     def group_size(self) -> int:

@@ -28,6 +28,7 @@ from data_prep.streams.collate import DetectionCollate, GroupCollate
 from data_prep.streams.group_loader import group_loader
 from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_encoder, load_model, save_checkpoint, save_encoder
+from ovd_models.clip.model import ClipTextEncoder
 from ovd_models.codet.drawing import draw_attention, draw_similarity
 from ovd_models.codet.model import CoDet
 from ovd_models.detectors.centernet2 import CenterNet2
@@ -76,14 +77,15 @@ def train_worker(
 
     detections = session.batches("boxes", run.detection_batch, DetectionCollate())
     groups: Iterator[ConceptBatch] = iter(())
+    sentences = None
     if uses_captions(run, stage):
-        encoder = load_encoder(storage.local_folder(encoder_folder))
-        collate = GroupCollate(len(concepts_CD), encoder if run.model.caption_weight else None)
+        sentences = caption_encoder(run, encoder_folder, device)
+        collate = GroupCollate(len(concepts_CD), sentences.tokenize if sentences else None)
         groups = session.batches("groups", run.groups_per_step, collate)
     while not session.done:
         with_boxes, with_captions = kinds_of_step(run, stage, session.step)
-        detection = next(detections).to(device) if with_boxes else None
-        concepts = next(groups).to(device) if with_captions else None
+        detection = next(detections) if with_boxes else None
+        concepts = embed_captions(next(groups), sentences) if with_captions else None
         with session.autocast():
             losses = session.model(detection, concepts, base_KD, concepts_CD)
         session.update(losses)
@@ -91,6 +93,22 @@ def train_worker(
             log_attention(session.module, concepts, names, session.step, logger)
         images = run.detection_batch * with_boxes + run.groups_per_step * run.group_size * with_captions
         session.end_step(losses, images)
+
+
+def caption_encoder(run: Run, folder: str, device: torch.device) -> ClipTextEncoder | None:
+    """The frozen text tower on the worker's device; None if captions are not learned, or the teacher has no tower."""
+    encoder = load_encoder(storage.local_folder(folder)) if run.model.caption_weight else None
+    if not isinstance(encoder, ClipTextEncoder):
+        return None
+    encoder.tower.to(device)
+    return encoder
+
+
+def embed_captions(concepts: ConceptBatch, encoder: ClipTextEncoder | None) -> ConceptBatch:
+    """The batch with its captions embedded, if they are tokenised."""
+    if encoder is None or concepts.caption_tokens is None:
+        return concepts
+    return dataclasses.replace(concepts, caption_embeddings=encoder.embed_tokens(concepts.caption_tokens))
 
 
 def kinds_of_step(run: Run, stage: Stage, step: int) -> tuple[bool, bool]:

@@ -85,12 +85,9 @@ def train_worker(run: Run, stage: Stage, task: Task, start: dict[str, Tensor], l
     session = Session(module, stage, device, logger)
     extra = [value.to(device) for value in task.extra]
     for batch in session.batches("images", run.batch_size, task.collate):
-        generators: list[torch.Generator] = []
-        if task.seeded:  # by step, so that a resumed run draws as an undisturbed one
-            position = session.step * session.world + session.rank
-            generators.append(torch.Generator().manual_seed((stage.settings.seed << 32) + position))
+        generators = [session.generator()] if task.seeded else []
         with session.autocast():
-            losses = session.model(batch.to(device), *extra, *generators)
+            losses = session.model(batch, *extra, *generators)
         session.update(losses)
         session.end_step(losses, run.batch_size)
 

@@ -70,7 +70,7 @@ def train_worker(
     names = (text_KD.to(device), trained_K.to(device)) if isinstance(model, ViLD) else ()
     for batch in session.batches("boxes", run.detection_batch, DetectionCollate()):
         with session.autocast():
-            losses = session.model(batch.to(device), *names)
+            losses = session.model(batch, *names)
         session.update(losses)
         session.end_step(losses, run.detection_batch)
 

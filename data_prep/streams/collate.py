@@ -13,7 +13,6 @@ from torch import Tensor
 from ovd_models.batches import ConceptBatch, DetectionBatch, PairBatch, StoredRegions
 from ovd_models.ovsam.training import FeatureBatch
 from ovd_models.segments import MaskBatch
-from ovd_models.vocabulary import TextEncoder
 
 
 def _columns(batch: pa.Table, *names: str) -> list[list[Any]]:
@@ -110,10 +109,15 @@ def paste_masks(masks: Sequence[bytes], flat_boxes: Sequence[int], size: tuple[i
 
 
 class GroupCollate(ArrowBatchCollateFn):
-    """Rows of `GroupLoader` -> `ConceptBatch`, captions embedded by the frozen text encoder."""
+    """Rows of `GroupLoader` -> `ConceptBatch`.
 
-    def __init__(self, num_concepts: int, encoder: TextEncoder | None) -> None:
-        self.num_concepts, self.encoder = num_concepts, encoder
+    Args:
+        num_concepts: of the concept table.
+        tokenize: captions -> [B, T] tokens; None if captions are not learned.
+    """
+
+    def __init__(self, num_concepts: int, tokenize: Callable[[Sequence[str]], Tensor] | None) -> None:
+        self.num_concepts, self.tokenize = num_concepts, tokenize
 
     def __call__(self, batch: pa.Table) -> Any:
         """One step of one worker, a `ConceptBatch`."""
@@ -128,7 +132,7 @@ class GroupCollate(ArrowBatchCollateFn):
             torch.tensor(batch["concept_id"].to_pylist(), dtype=torch.int64),
             mentioned_BC,
             tuple(captions),
-            None if self.encoder is None else self.encoder.embed_captions(captions),
+            None if self.tokenize is None else self.tokenize(captions),
             unreadable=_unreadable(batch),
         )
 

@@ -267,18 +267,21 @@ class ClipTextEncoder:
             rows_ND[start : start + step] = F.normalize(flat.view(len(part), -1, flat.shape[1]).mean(1), dim=-1)
         return rows_ND
 
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """[B, T] int64 on the CPU."""
+        return trim_tokens(self.tower, self.tokenizer(list(captions)))
+
     @torch.no_grad()
+    def embed_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """[B, D] unit rows, on the device of the tower and the tokens."""
+        return F.normalize(text_features(self.tower, tokens_BT).float(), dim=-1)
+
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
         """[B, D] unit rows on the CPU, whatever device the tower is on."""
-        if not captions:
-            return torch.empty(0, self.config.embed_dim)
         device = next(self.tower.parameters()).device
-        parts = (list(captions[start : start + SENTENCES]) for start in range(0, len(captions), SENTENCES))
-        rows = [
-            text_features(self.tower, trim_tokens(self.tower, self.tokenizer(part)).to(device)).float().cpu()
-            for part in parts
-        ]
-        return F.normalize(torch.cat(rows), dim=-1)
+        parts = (captions[start : start + SENTENCES] for start in range(0, len(captions), SENTENCES))
+        rows = [self.embed_tokens(self.tokenize(part).to(device)).cpu() for part in parts]
+        return torch.cat(rows) if rows else torch.empty(0, self.config.embed_dim)
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:

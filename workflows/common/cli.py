@@ -22,6 +22,8 @@ from tyro._errors import (
 from ovd_models.errors import InputError
 
 R = TypeVar("R")
+BATCHES = ("batch_size", "detection_batch")
+"""The field of a training's run that says how many images a step has."""
 
 
 def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Sequence[str] | None = None) -> R:
@@ -42,7 +44,7 @@ def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Se
     parser.add_argument("--config", default=default)
     stages = stages_of(configs[default]())
     if stages:
-        parser.add_argument("--workers", type=int)
+        add_stage_flags(parser)
     try:
         known, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -52,10 +54,11 @@ def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Se
     run = configs[known.config]()
     description = f"{doc or ''}\n\n--config NAME  one of {', '.join(configs)} (default {default})"
     if stages:
-        description += "\n--workers N    of all stages; the flag of a stage replaces it"
-        run = with_workers(run, known.workers)
+        description += "\n" + STAGE_FLAGS
+        run = with_stage_flags(run, known)
     with on_parse_error(_raise_input_error):
-        return tyro.cli(type(run), args=rest, default=run, description=description)
+        parsed = tyro.cli(type(run), args=rest, default=run, description=description)
+    return scale_rates(parsed, run, rest) if stages else parsed
 
 
 def stages_of(run: Any) -> list[str]:
@@ -63,15 +66,50 @@ def stages_of(run: Any) -> list[str]:
     return [entry.name for entry in dataclasses.fields(run) if hasattr(getattr(run, entry.name), "workers")]
 
 
-def with_workers(run: R, workers: int | None) -> R:
-    """The run with this number of workers in all stages; None leaves each stage's own.
+STAGE_FLAGS = """Of all stages; a stage's own flag, such as --box-stage.workers, replaces it:
+--workers N --accumulate N --precision auto|bf16|fp16|fp32 --compile --use-gpu"""
+
+
+def add_stage_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `STAGE_FLAGS`."""
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--accumulate", type=int)
+    parser.add_argument("--precision")
+    for name in ("--compile", "--use-gpu"):
+        parser.add_argument(name, action=argparse.BooleanOptionalAction)
+
+
+def with_stage_flags(run: R, known: argparse.Namespace) -> R:
+    """The run with the settings that were given for all stages.
 
     Raises:
-        InputError: a batch cannot be shared among them.
+        InputError: a batch cannot be shared among the workers.
     """
-    if workers is None:
+    given = {name: value for name, value in vars(known).items() if name != "config" and value is not None}
+    stages = {name: dataclasses.replace(getattr(run, name), **given) for name in stages_of(run)}
+    return dataclasses.replace(run, **stages) if given else run  # type: ignore[type-var]
+
+
+def scale_rates(run: R, published: R, arguments: Sequence[str]) -> R:
+    """The run with learning rates in proportion to its batch (Goyal et al., 2017); prints them if they change.
+
+    Args:
+        run: as parsed.
+        published: the config, whose rates belong to its batch.
+        arguments: of the command line; a stage whose rate they give keeps it.
+    """
+    (batch,) = [entry.name for entry in dataclasses.fields(run) if entry.name in BATCHES]  # type: ignore[arg-type]
+    new, old = getattr(run, batch), getattr(published, batch)
+    given = {argument.split("=")[0].replace("_", "-") for argument in arguments}
+    stages = {
+        name: dataclasses.replace(stage, learning_rate=stage.learning_rate * new / old)
+        for name, stage in ((name, getattr(run, name)) for name in stages_of(run))
+        if f"--{name.replace('_', '-')}.learning-rate" not in given
+    }
+    if new == old or not stages:
         return run
-    stages = {name: dataclasses.replace(getattr(run, name), workers=workers) for name in stages_of(run)}
+    rates = ", ".join(f"{name} {stage.learning_rate:g}" for name, stage in stages.items())
+    print(f"learning rates follow the batch of {new}, {new / old:g} times the config's {old}: {rates}", flush=True)
     return dataclasses.replace(run, **stages)  # type: ignore[type-var]
 
 

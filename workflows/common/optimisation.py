@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from timm.optim.muon import Muon
@@ -16,6 +16,9 @@ MIN_ONE_CYCLE_STEPS = 10
 """PyTorch's one-cycle schedule cannot be shorter."""
 STEPS_PER_BLOCK = 5
 """Steps in a block of a stream; `checkpoint_every` is a multiple of it, so that a resumed stream is exact."""
+
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,13 @@ class Optimisation:
     seed: int = 0
     workers: int = 1
     """Processes that train together; 0 trains inside the driver, for debugging."""
+    accumulate: int = 1
+    """Parts in which a worker takes its share of a batch; their gradients are averaged, as those of so many times the
+    workers would be."""
+    precision: Precision = "auto"
+    """`auto` is bf16 on a GPU, fp32 elsewhere; `fp16` scales the loss."""
+    compile: bool = False
+    """Compile the backbones with `torch.compile`, which takes minutes and pays in long runs on a GPU."""
     use_gpu: bool = False
     max_failures: int = 2
     """How often a lost worker is replaced before the run fails."""
@@ -70,16 +80,21 @@ class Optimisation:
         for name in ("warmup", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)}, expected 0 to less than 1")
-        if self.workers < 0:
-            raise InputError(f"workers: {self.workers}, expected 0 or more")
+        if self.precision not in get_args(Precision):
+            raise InputError(f"precision: {self.precision}, expected one of {', '.join(get_args(Precision))}")
+        for name, least in (("workers", 0), ("accumulate", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}: {getattr(self, name)}, expected {least} or more")
         if self.checkpoint_every < 1 or self.checkpoint_every % STEPS_PER_BLOCK:
             raise InputError(f"checkpoint_every: {self.checkpoint_every}, expected a multiple of {STEPS_PER_BLOCK}")
 
 
-def check_shared(field: str, size: int, workers: int) -> None:
-    """Raise InputError where a batch cannot be shared evenly among the workers."""
-    if size < max(1, workers) or size % max(1, workers):
-        raise InputError(f"{field}: {size}, expected a multiple of the {max(1, workers)} workers")
+def check_shared(field: str, size: int, stage: Optimisation) -> None:
+    """Raise InputError where a batch cannot be shared evenly among the workers and the parts of each."""
+    parts = max(1, stage.workers) * stage.accumulate
+    if size < parts or size % parts:
+        each = f", {stage.accumulate} parts each" if stage.accumulate > 1 else ""
+        raise InputError(f"{field}: {size}, expected a multiple of {parts} ({max(1, stage.workers)} workers{each})")
 
 
 def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:

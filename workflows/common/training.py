@@ -5,7 +5,7 @@ The loop itself stays visible in each workflow:
     session = Session(model, stage, device, logger)
     for batch in session.batches("boxes", run.detection_batch, DetectionCollate()):
         with session.autocast():
-            losses = session.model(batch.to(device))
+            losses = session.model(batch)
         session.update(losses)
         session.end_step(losses, run.detection_batch)
 """
@@ -19,26 +19,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 import ray.train
 import torch
 import torch.distributed
+from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.train.torch import TorchTrainer
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from data_prep import storage
 from data_prep.streams.plans import Stream, StreamShape, stream
+from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 from workflows.common import cluster
-from workflows.common.optimisation import Optimisation, build_optimiser, build_schedule, moving_average
+from workflows.common.optimisation import Optimisation, Precision, build_optimiser, build_schedule, moving_average
 from workflows.common.tracking import MetricLogger
 
+R = TypeVar("R", bound=TensorRecord)
 DRIVER_CHECKPOINTS = ("driver_checkpoint/a", "driver_checkpoint/b")
 """Written in turn, so that one of them is complete at any time."""
 
@@ -247,11 +252,16 @@ class Session:
         self.meter = Meter()
         self._replaced = 0
         self._first_broken = torch.tensor(-1, device=device)  # the first step whose loss is not finite
+        self._part = 0  # of the batch, from 0 to `accumulate` - 1
         if device.type == "cuda" and self.world > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+            model = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        if self.settings.compile:
+            compile_backbones(model)
         self.module = model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
         self.optimiser = build_optimiser(model, self.settings)
         self.schedule = build_schedule(self.optimiser, self.settings)
+        self.dtype = autocast_dtype(self.settings.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         decay = self.settings.ema_decay
         self.average = AveragedModel(self.module, avg_fn=moving_average(decay), use_buffers=True) if decay else None
         self._next = DRIVER_CHECKPOINTS[0]
@@ -271,12 +281,15 @@ class Session:
             self.average.load_state_dict(progress["average"])
         self.optimiser.load_state_dict(progress["optimiser"])
         self.schedule.load_state_dict(progress["schedule"])
+        self.scaler.load_state_dict(progress["scaler"])
         self.step = int(progress["step"])
         if checkpoint.path.endswith(self._next):  # kept while the next one is written
             self._next = other_than(self._next)
 
     def batches(self, name: str, batch_size: int, collate: Any, prefetch: int = 2) -> Iterator[Any]:
-        """This worker's share of the batches of a data set, until the last step; waiting time is measured.
+        """This worker's share of the batches of a data set on its device, in `accumulate` parts, until the last step.
+
+        Waiting time is measured.
 
         Args:
             name: of the data set.
@@ -284,7 +297,10 @@ class Session:
             collate: rows -> batch.
             prefetch: batches prepared ahead.
         """
-        shard, size = ray.train.get_dataset_shard(name), batch_size // self.world
+        shard, size = ray.train.get_dataset_shard(name), batch_size // (self.world * self.settings.accumulate)
+        to_device = DeviceCopies(self.device) if self.device.type == "cuda" else None
+        if to_device is not None:
+            collate = PinnedCollate(collate)
         windows = (
             shard.iter_torch_batches(batch_size=size, collate_fn=collate, prefetch_batches=prefetch)
             for _ in itertools.count()
@@ -294,9 +310,22 @@ class Session:
             with self.meter.timing("data_wait"):
                 batch = next(batches)
             self._count_replaced(batch.unreadable)
-            # Each step draws from a seed of its own, so that a resumed run equals an undisturbed one.
-            torch.manual_seed(step_seed(self.settings.seed, self.step, self.rank))
-            yield batch
+            torch.manual_seed(self._seed())
+            if isinstance(self.model, DistributedDataParallel):  # else each part would wait for the other workers
+                self.model.require_backward_grad_sync = self._is_last_part
+            yield batch.to(self.device) if to_device is None else to_device(batch)
+
+    def _seed(self) -> int:
+        """Each part of a step draws from a seed of its own, so that a resumed run equals an undisturbed one."""
+        return step_seed(self.settings.seed, self.step, self.rank + self.world * self._part)
+
+    def generator(self) -> torch.Generator:
+        """A generator on the CPU with this part's seed."""
+        return torch.Generator().manual_seed(self._seed())
+
+    @property
+    def _is_last_part(self) -> bool:
+        return self._part == self.settings.accumulate - 1
 
     def _count_replaced(self, unreadable: Sequence[str]) -> None:
         """Count this rank's images that could not be read, and print the first."""
@@ -305,11 +334,11 @@ class Session:
         self._replaced += len(unreadable)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The bfloat16 context on a GPU, where it pays; nothing on CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
+        """The context of the model's forward pass in the stage's precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def update(self, losses: Mapping[str, Tensor]) -> None:
-        """One optimiser step on the sum of the losses.
+        """One optimiser step on the sum of the losses, after the last part of the batch.
 
         Whether the sum is finite is read where the host waits anyway: before the next log line and checkpoint.
         """
@@ -317,13 +346,19 @@ class Session:
         self._first_broken = torch.where(
             torch.isfinite(loss.detach()) | (self._first_broken >= 0), self._first_broken, self.step
         )
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if not self._part:
+            self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss / self.settings.accumulate).backward()  # type: ignore[no-untyped-call]
+        self._part = (self._part + 1) % self.settings.accumulate
+        if self._part:
+            return
+        self.scaler.unscale_(self.optimiser)
         if self.settings.clip_value is not None:
             nn.utils.clip_grad_value_(self.module.parameters(), self.settings.clip_value)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.module)
@@ -346,18 +381,20 @@ class Session:
         return int(count)
 
     def end_step(self, losses: Mapping[str, Tensor], images: int) -> None:
-        """Log and checkpoint when due.
+        """Log and checkpoint when due, after the last part of the batch.
 
         Metrics are sent after the checkpoint is committed: steps that a crash undoes are never logged.
 
         Args:
-            losses: of the step.
+            losses: of the step or its part.
             images: of the step, over all workers.
 
         Raises:
             FloatingPointError: a loss since the last log line was not finite.
         """
-        self.meter.add(losses, images)
+        self.meter.add(losses, images / self.settings.accumulate)
+        if self._part:
+            return
         logs = self.step % self.settings.log_every == 0
         if logs:
             self._check_losses()
@@ -401,6 +438,7 @@ class Session:
                 "average": {} if self.average is None else self.average.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "schedule": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
                 "step": self.step,
             }
             torch.save(progress, Path(folder) / "progress.pt")
@@ -416,12 +454,62 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of matrix products and convolutions in training."""
+    chosen = ("fp32" if device.type == "cpu" else "bf16") if precision == "auto" else precision
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[chosen]
+
+
+COMPILED = frozenset({"backbone", "image_encoder", "visual"})
+"""Names of the modules that see whole images: most of a model's work, in few shapes."""
+
+
+def compile_backbones(model: nn.Module) -> None:
+    """Compile the outermost modules named in `COMPILED`, in place; weights keep their names."""
+    for name, child in model.named_children():
+        if name in COMPILED:
+            child.compile()
+        else:
+            compile_backbones(child)
+
+
+class PinnedCollate(ArrowBatchCollateFn):
+    """A collate function whose batches are in pinned memory, from which a GPU copies while it computes."""
+
+    def __init__(self, collate: Callable[[pa.Table], TensorRecord]) -> None:
+        self.collate = collate
+
+    def __call__(self, batch: pa.Table) -> Any:
+        """The batch; runs in the threads that prepare batches ahead of the loop."""
+        return self.collate(batch).map(Tensor.pin_memory)
+
+
+class DeviceCopies:
+    """Copies pinned batches to a GPU on a stream of their own, beside the kernels of the step before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, batch: R) -> R:
+        """The batch on the device, ready for the current stream."""
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream):
+            moved = batch.to(self.device)
+        current.wait_stream(self.stream)
+
+        def used_by_current(tensor: Tensor) -> Tensor:
+            tensor.record_stream(current)  # its memory is free once the step has used it
+            return tensor
+
+        return moved.map(used_by_current)
+
+
 class Meter:
     """Averages of losses, and the fractions of time spent waiting for data and writing checkpoints."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps, self._images = 0, 0
+        self._parts, self._images = 0, 0.0
         self._spent = dict.fromkeys(("data_wait", "checkpoint"), 0.0)
         self._since = time.perf_counter()
 
@@ -432,21 +520,21 @@ class Meter:
         yield
         self._spent[what] += time.perf_counter() - started
 
-    def add(self, losses: Mapping[str, Tensor], images: int) -> None:
-        """Add one step's losses, which stay on their device until `collect`, and images."""
+    def add(self, losses: Mapping[str, Tensor], images: float) -> None:
+        """Add the losses of a step or its part, which stay on their device until `collect`, and its images."""
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
-        self._steps += 1
+        self._parts += 1
         self._images += images
 
     def collect(self) -> dict[str, float]:
         """The averages since the last call, under MLflow's names."""
         seconds = max(1e-9, time.perf_counter() - self._since)
         totals = torch.stack(list(self._sums.values())).tolist() if self._sums else []
-        result = {f"train/loss_{name}": total / self._steps for name, total in zip(self._sums, totals, strict=True)}
+        result = {f"train/loss_{name}": total / self._parts for name, total in zip(self._sums, totals, strict=True)}
         result["train/images_per_second"] = self._images / seconds
         result |= {f"train/{what}_fraction": min(1.0, spent / seconds) for what, spent in self._spent.items()}
-        self._sums, self._steps, self._images, self._spent = {}, 0, 0, dict.fromkeys(self._spent, 0.0)
+        self._sums, self._parts, self._images, self._spent = {}, 0, 0.0, dict.fromkeys(self._spent, 0.0)
         self._since = time.perf_counter()
         return result
 

@@ -77,8 +77,8 @@ class Run:
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
         for stage in (self.box_stage, self.joint_stage):
-            check_shared("detection_batch", self.detection_batch, stage.workers)
-            check_shared("groups_per_step", self.groups_per_step, stage.workers)
+            check_shared("detection_batch", self.detection_batch, stage)
+            check_shared("groups_per_step", self.groups_per_step, stage)
         if self.group_size < 2:
             raise InputError(f"group_size: {self.group_size}, expected at least 2")
         if self.alternate and self.joint_stage.checkpoint_every % (2 * STEPS_PER_BLOCK):

@@ -78,7 +78,7 @@ class Run:
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
         for stage in (self.sam_stage, self.sam2clip_stage, self.clip2sam_stage, self.text_stage):
-            check_shared("batch_size", self.batch_size, stage.workers)
+            check_shared("batch_size", self.batch_size, stage)
 
 
 def smoke() -> Run:

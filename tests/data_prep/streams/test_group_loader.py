@@ -1,5 +1,6 @@
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from data_prep.streams.group_loader import (
     scan_kinds,
 )
 from ovd_models.errors import InputError
-from ovd_models.vocabulary import EmbeddingTable
 
 STARTS, STOPS = np.array([0, 4, 10]), np.array([4, 10, 200])
 EVERYTHING = Sampling(by_orientation=False)
@@ -274,16 +274,14 @@ def test_a_concept_without_enough_readable_images_is_replaced(ray_cluster: None,
 
 
 @pytest.mark.ray
-def test_captions_are_embedded_by_the_teacher(ray_cluster: None, tmp_path: Path) -> None:
-    class Encoder(EmbeddingTable):
-        def embed_captions(self, captions: object) -> torch.Tensor | None:
-            return torch.tensor([[float(str(caption)[-1])] for caption in captions])  # type: ignore[attr-defined]
+def test_captions_are_tokenised_in_order(ray_cluster: None, tmp_path: Path) -> None:
+    def last_digits(captions: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[int(caption[-1])] for caption in captions])
 
-    encoder = Encoder(("a",), torch.ones(1, 1), "test")
     loader = group_loader(str(make_store(tmp_path)), "t", seed=0, group_size=3, sampling=EVERYTHING)
-    batch = GroupCollate(3, encoder)(loader(np.arange(2)))
-    assert batch.caption_embeddings is not None
-    assert [f"caption {int(value)}" for value in batch.caption_embeddings[:, 0]] == list(batch.captions)
+    batch = GroupCollate(3, last_digits)(loader(np.arange(2)))
+    assert batch.caption_tokens is not None
+    assert [f"caption {int(value)}" for value in batch.caption_tokens[:, 0]] == list(batch.captions)
     moved = batch.to(torch.device("cpu"))
     assert moved.captions == batch.captions
 

@@ -176,9 +176,35 @@ def test_workers_of_all_stages_are_one_flag_which_a_stage_may_replace() -> None:
     assert workers() == (2, 2)
     assert workers("--workers", "1") == (1, 1)
     assert workers("--workers=0", "--joint-stage.workers", "1") == (0, 1)
-    with pytest.raises(InputError, match="detection_batch: 8, expected a multiple of the 3 workers"):
+    with pytest.raises(InputError, match=r"detection_batch: 8, expected a multiple of 3 \(3 workers\)"):
         workers("--workers", "3")
     with pytest.raises(InputError, match="--workers: invalid int value: 'many'"):
         workers("--workers", "many")
     with pytest.raises(InputError, match="unknown flags: --workers"):
         parse("--workers", "2")
+
+
+def test_precision_parts_and_devices_of_all_stages_are_one_flag_each() -> None:
+    flags = ["--precision", "bf16", "--accumulate", "2", "--compile", "--no-use-gpu", "--joint-stage.precision", "fp16"]
+    run = cli.parse(codet_configs.CONFIGS, "A test.", ["--config", "lvis_r50", *flags])
+    for stage, precision in ((run.box_stage, "bf16"), (run.joint_stage, "fp16")):
+        assert (stage.precision, stage.accumulate, stage.compile, stage.use_gpu) == (precision, 2, True, False)
+    with pytest.raises(InputError, match="precision: half, expected one of auto, bf16, fp16, fp32"):
+        cli.parse(codet_configs.CONFIGS, "A test.", ["--precision", "half"])
+
+
+def test_learning_rates_follow_the_batch_and_a_given_one_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    def rates(*flags: str) -> tuple[float, float]:
+        run = cli.parse(codet_configs.CONFIGS, "A test.", ["--config", "lvis_r50", *flags])
+        return run.box_stage.learning_rate, run.joint_stage.learning_rate
+
+    published = codet_configs.lvis_r50()
+    boxes, joint = published.box_stage.learning_rate, published.joint_stage.learning_rate
+    assert (rates(), capsys.readouterr().out) == ((boxes, joint), "")
+    half = str(published.detection_batch // 2)
+    assert rates("--detection-batch", half) == (boxes / 2, joint / 2)
+    assert capsys.readouterr().out == (
+        f"learning rates follow the batch of {half}, 0.5 times the config's {published.detection_batch}: "
+        f"box_stage {boxes / 2:g}, joint_stage {joint / 2:g}\n"
+    )
+    assert rates("--detection-batch", half, "--box_stage.learning_rate=0.125") == (0.125, joint / 2)

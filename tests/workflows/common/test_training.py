@@ -12,16 +12,18 @@ import ray.data
 import ray.train
 import torch
 from pretend_device import DEVICE, pretended
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from data_prep.streams.plans import Integers
 from ovd_models.batches import PairBatch
 from ovd_models.errors import InputError
 from workflows.common import optimisation, runs, training
-from workflows.common.optimisation import Optimisation
+from workflows.common.optimisation import Optimisation, Precision
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Meter, Session, Stage
 
+CPU = torch.device("cpu")
 QUICK = Optimisation(steps=10, learning_rate=0.05, checkpoint_every=5, workers=0)
 NOWHERE = MetricLogger("", "")
 """Never flushed."""
@@ -264,6 +266,96 @@ def test_parameters_may_have_learning_rates_of_their_own(schedule: Literal["one_
         schedule_.step()
     with pytest.raises(InputError, match=r"rate_factors: no parameter's name starts with 2\."):
         optimisation.build_optimiser(model, dataclasses.replace(settings, rate_factors={"2.": 0.1}))
+
+
+# ------------------------------------------------------------------------------------- parts of a batch, precision
+
+
+def halves(running: Session, inputs: Tensor) -> None:
+    for part in inputs.chunk(running.settings.accumulate):
+        loss = (running.model(part) - part.sum(1, keepdim=True)).square().mean()
+        running.update({"error": loss})
+        running.end_step({"error": loss}, len(inputs))
+
+
+def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(alone: None, tmp_path: Path) -> None:
+    whole, parts = (
+        Session(
+            nn.Linear(3, 1), stage_of(dataclasses.replace(QUICK, accumulate=count), tmp_path / str(count)), CPU, NOWHERE
+        )
+        for count in (1, 4)
+    )
+    parts.module.load_state_dict(whole.module.state_dict())
+    for number in range(5):
+        inputs = torch.randn(16, 3, generator=torch.Generator().manual_seed(number))
+        halves(whole, inputs)
+        halves(parts, inputs)
+        assert parts.step == whole.step == number + 1
+    for name, value in whole.module.state_dict().items():
+        assert torch.allclose(parts.module.state_dict()[name], value, atol=1e-6), name
+    one, four = whole.meter.collect(), parts.meter.collect()
+    assert four["train/loss_error"] == pytest.approx(one["train/loss_error"], rel=1e-5)
+
+
+def test_every_part_of_a_step_has_a_seed_of_its_own(alone: None, tmp_path: Path) -> None:
+    running = Session(nn.Linear(3, 1), stage_of(dataclasses.replace(QUICK, accumulate=3), tmp_path), CPU, NOWHERE)
+    draws = []
+    for _ in range(6):
+        draws.append(int(torch.randint(1 << 40, (1,), generator=running.generator())))
+        running.update({"error": running.model(torch.ones(2, 3)).mean()})
+    assert (running.step, len(set(draws))) == (2, 6)
+
+
+def test_a_batch_that_the_parts_do_not_divide_is_refused() -> None:
+    stage = dataclasses.replace(QUICK, workers=2, accumulate=4)
+    optimisation.check_shared("batch", 16, stage)
+    for size in (4, 12):
+        with pytest.raises(InputError, match=rf"^batch: {size}, expected a multiple of 8 \(2 workers, 4 parts each\)$"):
+            optimisation.check_shared("batch", size, stage)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("auto", None)])
+def test_the_forward_pass_runs_in_the_stages_precision(
+    alone: None, tmp_path: Path, precision: Precision, dtype: torch.dtype | None
+) -> None:
+    running = session(dataclasses.replace(QUICK, precision=precision), tmp_path)
+    with running.autocast():
+        assert running.model(torch.randn(4, 3)).dtype == (dtype or torch.float32)  # auto: fp32 on a CPU
+    assert running.scaler.is_enabled() == (precision == "fp16")
+
+
+def test_fp16_scales_the_loss_and_skips_steps_whose_gradient_overflows(alone: None, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, precision="fp16", steps=20)
+    running = Session(nn.Linear(3, 1), stage_of(settings, tmp_path), CPU, NOWHERE)
+    before = running.module.weight.detach().clone()
+    running.update({"error": running.model(torch.full((4, 3), 1e36)).sum()})  # finite, but not once it is scaled
+    assert torch.equal(running.module.weight, before)
+    scale = running.scaler.get_scale()
+    assert scale == 2.0**15  # halved
+    running.update({"error": running.model(torch.ones(4, 3)).sum()})
+    assert not torch.equal(running.module.weight, before)
+    running.checkpoint()
+    assert Session(nn.Linear(3, 1), stage_of(settings, tmp_path), CPU, NOWHERE).scaler.get_scale() == scale
+
+
+def test_only_the_outermost_backbones_are_compiled() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
+
+    model = nn.ModuleDict({"detector": Model(), "visual": Model()})
+    names = set(model.state_dict())
+    training.compile_backbones(model)
+    compiled = {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
+    assert compiled == {"detector.backbone", "visual"}
+    assert set(model.state_dict()) == names
+
+
+def test_norms_of_timm_keep_their_activation_when_workers_share_statistics() -> None:
+    (norm,) = training.convert_sync_batchnorm(nn.Sequential(BatchNormAct2d(4)))
+    assert isinstance(norm, nn.SyncBatchNorm)
+    assert isinstance(norm.act, nn.ReLU)
 
 
 def test_a_run_without_a_checkpoint_has_no_step_and_no_weights(tmp_path: Path) -> None:
