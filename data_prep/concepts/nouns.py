@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from data_prep.concepts.names import NameMatcher
 from data_prep.concepts.word_lists import read_list, singulars, word_set
+from data_prep.concepts.wordnet import WordNetRule
 from ovd_models.errors import InputError
 
 TOKEN = re.compile(r"[^\W_]+|[^\w\s]")
@@ -95,6 +96,8 @@ class NounExtractor:
     """Finds every noun of an English caption that names something visible; a compound is one concept."""
 
     tagger: Literal["hanta", "spacy"] = "hanta"
+    rule: WordNetRule | None = None
+    """Which nouns are concepts; None: those that the word lists and their endings do not exclude."""
 
     def match(self, caption: str) -> list[str]:
         """Lower-case names in the singular, in alphabetical order, each once."""
@@ -103,16 +106,19 @@ class NounExtractor:
         concepts: set[str] = set()
         matcher, compounds = phrase_matcher()
         for start, stop, indices in matcher.spans([token.lower() for token in tokens]):
-            concepts.update(matcher.names[index] for index in indices if index < compounds)
+            names = (matcher.names[index] for index in indices if index < compounds)
+            concepts.update(name for name in names if self.rule is None or self.rule.keeps(name))
             nouns[start:stop] = [""] * (stop - start)
         position = 0
         while position < len(nouns):
             first, second = nouns[position], "".join(nouns[position + 1 : position + 2])
             if first and second and (second in word_set("roles") or lexicon_tag(first + second) == "NN1"):
-                concepts.update([f"{first} {second}"] if is_visual(first + second) else [])
+                visual = is_visual(first + second) if self.rule is None else self.rule.keeps(f"{first} {second}")
+                concepts.update([f"{first} {second}"] if visual else [])
                 position += 2
             else:
-                concepts.update([first] if is_visual(first) else [])
+                visual = is_visual(first) if self.rule is None else self.rule.keeps(first)
+                concepts.update([first] if visual else [])
                 position += 1
         return sorted(concepts)
 
