@@ -78,6 +78,8 @@ class Run:
     and `caption`: published as `pairs`, `concepts` and `groups` of the same name."""
     min_images: int = 20
     """Concepts of `captions` with fewer images are left out; 20 in CoDet, which found 634 in COCO."""
+    wordnet: str = ""
+    """Folder of WordNet 3.0: concepts of `captions` are nouns by CoDet's rule, not by word lists."""
     train_images: int = 2400
     """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
@@ -113,7 +115,7 @@ def prepare(run: Run) -> None:
     if not run.data and (run.eval_data or run.captions or not run.train_images):
         raise InputError("--data: missing, expected a folder with instances.json and images/")
     settings = dataclasses.asdict(dataclasses.replace(run, storage=""))
-    for other in ("eval_data", "captions", "min_images"):  # not of boxes; digests of the annotation files count
+    for other in ("eval_data", "captions", "min_images", "wordnet"):  # the digests of annotation files count instead
         del settings[other]
     digests = [file_digest(annotation_file(data)) for data in (run.data, run.eval_data) if data]
     config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
@@ -277,6 +279,7 @@ def prepare_captions(run: Run, name: str, config: str = "") -> None:
         storage=run.storage,
         name=name,
         names=names,
+        wordnet=run.wordnet,
         filters=ALL_IMAGES,
         corpus=CorpusConfig(near_bits=None),
         rows_per_shard=500,

@@ -1,6 +1,6 @@
 """Pairs: crawl lists of image URLs with captions into clean image-text pairs and concept groups.
 
-URL lists (tsv, csv, jsonl, parquet)
+URL lists (tsv, csv, jsonl, parquet), tar shards, or folders of classes
    | cut into partitions; drop repeated URLs
    v
 fetch --> decode --> filter          saved part by part: a killed run resumes from these
@@ -14,6 +14,8 @@ concepts, groups
 python workflows/prepare_pairs.py --config smoke
 python workflows/prepare_pairs.py --config web --name mine --urls list.tsv
 python workflows/prepare_pairs.py --config laion --urls 's3://bucket/laion/*.parquet' --storage s3://bucket/ovd
+python workflows/prepare_pairs.py --config cc3m --urls 'cc3m/*.tar' --wordnet /usr/share/wordnet
+python workflows/prepare_pairs.py --config classes --images imagenet/train --columns.class-names names.tsv
 python workflows/prepare_pairs.py --config web --name mine --urls more.tsv --add
 python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --retry timeout connect
 """
@@ -36,6 +38,7 @@ from data_prep import storage, tables
 from data_prep.concepts.groups import write_groups
 from data_prep.concepts.names import Extractor, NameMatcher
 from data_prep.concepts.nouns import NounExtractor
+from data_prep.concepts.wordnet import read_wordnet
 from data_prep.object_store import put_shared
 from data_prep.pairs import growth, inputs, scores, shards
 from data_prep.pairs.crawl import DECODERS, RESTARTING, CrawlerPool, CrawlSteps, FileReader, show_progress
@@ -44,7 +47,8 @@ from data_prep.pairs.dedup import Corpus
 from data_prep.pairs.fetch import Fetcher
 from data_prep.pairs.filters import filter_rows
 from data_prep.pairs.growth import CrawlPlan, Published
-from data_prep.pairs.rows import EMBEDDING, LIGHT
+from data_prep.pairs.labels import class_rows, read_class_names
+from data_prep.pairs.rows import EMBEDDING, LABEL, LIGHT
 from data_prep.pairs.scores import ScoreStage
 from data_prep.pairs.staging import Staging
 from data_prep.pictograms import webserver, website
@@ -90,13 +94,25 @@ def prepare(run: Run) -> Summary:
         InputError: a list or the vocabulary is missing or malformed, or the tables of that name have another config or
             other lists.
     """
+    if run.images:
+        return prepare_classes(run)
     files = inputs.find_files(run.urls)
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(inputs.file_digest, files))
     for number, digest in enumerate(digests):
         if digest in digests[:number]:
             raise InputError(f"{files[number]}: holds the same as {files[digests.index(digest)]}, expected it once")
-    return _prepare(run, dict(zip(digests, files, strict=True)))
+    return _prepare(run, dict(zip(digests, files, strict=True)), are_files=inputs.is_tar(files[0]))
+
+
+def prepare_classes(run: Run) -> Summary:
+    """`prepare` for a folder of class folders."""
+    if run.urls or not run.columns.label:
+        wrong = "--urls: given beside --images" if run.urls else "--columns.label: empty"
+        raise InputError(f"{wrong}, expected --config classes --images FOLDER")
+    columns = dataclasses.replace(run.columns, label=LABEL, url="url", caption="caption")
+    rows = class_rows(run.images, columns.class_names)
+    return _prepare_files(dataclasses.replace(run, columns=columns), rows)
 
 
 def prepare_local(run: Run, rows: pa.Table) -> Summary:
@@ -112,7 +128,11 @@ def prepare_local(run: Run, rows: pa.Table) -> Summary:
         for number, (uri, exists) in enumerate(zip(uris, pool.map(storage.exists, uris), strict=True)):
             if not exists:
                 raise InputError(f"{uri}: no such file (row {number}), expected an image")
-    rows = rows.set_column(rows.schema.get_field_index("url"), "url", pa.array(uris, pa.string()))
+    return _prepare_files(run, rows.set_column(rows.schema.get_field_index("url"), "url", pa.array(uris, pa.string())))
+
+
+def _prepare_files(run: Run, rows: pa.Table) -> Summary:
+    """Run all steps for files that exist, by their `url`."""
     content = tables.parquet_bytes(rows)
     digest = storage.sha256(content)[: inputs.DIGEST_DIGITS]
     folder = storage.join(storage.absolute(run.storage), "staging", "lists", digest)
@@ -129,8 +149,9 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
     check(run)
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
     vocabulary = NameMatcher.read(run.vocabulary) if run.vocabulary else NameMatcher.parse(run.names)
-    extractor: Extractor = vocabulary if vocabulary.names else NounExtractor()
-    config_hash = result_hash(run, vocabulary)
+    nouns = NounExtractor(rule=read_wordnet(run.wordnet) if run.wordnet else None)
+    extractor: Extractor = vocabulary if vocabulary.names else nouns
+    config_hash = result_hash(run, vocabulary, nouns)
     published = growth.find_published(run.storage, run.name, config_hash, lists=lists, add=run.add, retry=run.retry)
     new = {digest: uri for digest, uri in lists.items() if published is None or digest not in published.sources}
     if published is not None and not new and not published.rejected.keys() & set(run.retry):
@@ -162,6 +183,8 @@ def check(run: Run) -> None:
     for name in ("rows_per_shard", "rows_per_part", "parts_per_crawler"):
         if getattr(run, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected 1 or more")
+    if run.wordnet and (run.vocabulary or run.names):
+        raise InputError("--wordnet: given beside a vocabulary, expected one of them")
     for model in filter(None, (*run.scores.scorers.values(), run.corpus.semantic_model)):
         if not scores.is_class(model):
             scores.check_checkpoint(model)
@@ -329,12 +352,15 @@ def publish(
     return summary
 
 
-def result_hash(run: Run, vocabulary: NameMatcher) -> str:
+def result_hash(run: Run, vocabulary: NameMatcher, nouns: NounExtractor) -> str:
     """16 digits that identify everything that affects the tables' rows, except the lists."""
     neutral = dataclasses.replace(
         run,
         storage="",
         urls="",
+        images="",
+        columns=dataclasses.replace(run.columns, class_names=""),
+        wordnet="",
         add=False,
         retry=(),
         vocabulary="",
@@ -348,6 +374,8 @@ def result_hash(run: Run, vocabulary: NameMatcher) -> str:
         scores=dataclasses.replace(run.scores, actors=0, gpus=0),
     )
     parts = f"{cli.config_hash(neutral)} {sorted(vocabulary.phrases.items())} {vocabulary.names}"
+    parts += f" {sorted(nouns.rule.objects)}" if nouns.rule else ""
+    parts += f" {sorted(read_class_names(run.columns.class_names).items())}" if run.columns.class_names else ""
     return storage.sha256(parts.encode())[:16]
 
 
@@ -376,7 +404,7 @@ def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
     config = "smoke" if run.name == "smoke" else "pictograms"
-    training = f"--config {config} --pairs {run.name}" + (" --max-side None" if run.urls else "")
+    training = f"--config {config} --pairs {run.name}" + (" --max-side None" if run.urls or run.images else "")
     with pictogram_site(run) as run:
         summary = prepare(run)
     print(f"pairs: {summary.kept:,} of {summary.input:,} rows kept, {summary.concepts} concepts, {summary.seconds:g} s")

@@ -30,6 +30,7 @@ from data_prep.pairs.decode import Decoded, with_images
 from data_prep.pairs.fetch import Fetched, Fetcher, with_fetch_status
 from data_prep.pairs.rows import Rejection
 from data_prep.pairs.staging import Part, Staging
+from data_prep.pairs.tars import locate
 from ovd_models.errors import InputError
 
 PROGRESS_SECONDS = 5.0
@@ -62,7 +63,7 @@ class PartCounts:
 
 
 class FileReader:
-    """Like `fetch.Fetcher`, for files that are known to exist, by path or URI."""
+    """Like `fetch.Fetcher`, for files that are known to exist, by path or URI, and for images in tar files."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -75,9 +76,12 @@ class FileReader:
 
     async def fetch(self, url: str | None) -> Fetched:
         """Read a file."""
+        if url is None:
+            return Fetched(reason="bad_url", detail="a sample without an image")
+        uri, offset, size = locate(url)
         async with self._slots:
             await self.gate.wait()
-            return Fetched(content=await asyncio.to_thread(storage.read_bytes, url or ""))
+            return Fetched(content=await asyncio.to_thread(storage.read_bytes, uri, offset=offset, size=size))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Input lists: files of URLs and captions, read in a stream and cut into partitions of rows.
+"""Input lists: files of URLs and captions, or tar shards, read in a stream and cut into partitions of rows.
 
 files = find_files("s3://bucket/lists/*.parquet")
 source = cut_file(files[0], Columns(), Staging("s3://bucket/staging", partition_rows=1000, part_rows=100))
@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,14 +23,16 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from data_prep import storage, tables
-from data_prep.pairs.rows import INPUT_COLUMNS, RESERVED, SCORE
+from data_prep.pairs.labels import label_caption, name_classes
+from data_prep.pairs.rows import INPUT_COLUMNS, LABEL, RESERVED, SCORE
 from data_prep.pairs.staging import Staging, partition_name
+from data_prep.pairs.tars import read_tar
 from ovd_models.errors import InputError
 
-SUFFIXES = ("tsv", "csv", "jsonl", "parquet")
+SUFFIXES = ("tsv", "csv", "jsonl", "parquet", "tar")
 BLOCK_BYTES = 1 << 20
 DIGEST_DIGITS = 16
-FORMATS = ".tsv, .csv, .jsonl or .parquet"
+FORMATS = ".tsv, .csv, .jsonl, .parquet or .tar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,11 @@ class Columns:
     caption: str = "caption"
     header: tuple[str, ...] = ()
     """Names of all columns of .tsv and .csv files without a header line."""
+    label: str = ""
+    """A column with each image's class, which is then its only concept; rows need no caption. Empty: captions have the
+    concepts."""
+    class_names: str = ""
+    """File of the names of classes, if `label` holds ids: .json, or lines of an id, a tab and a name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,8 @@ class Source:
 
 def find_files(uri: str) -> list[str]:
     """The lists of a file name, a folder or a pattern such as `lists/*.parquet`, in alphabetical order.
+
+    Beside .tar files, others are left out: img2dataset writes lists of what they hold.
 
     Raises:
         InputError: there are none, or a file has an unknown suffix.
@@ -93,9 +103,15 @@ def find_files(uri: str) -> list[str]:
     )
     if not paths:
         raise InputError(f"{uri}: cannot be read, expected a URL list ({FORMATS})")
+    paths = [path for path in paths if is_tar(path)] or paths
     if isinstance(filesystem, fs.LocalFileSystem):
         return paths
     return [f"{uri.partition('://')[0]}://{quote(path)}" for path in paths]
+
+
+def is_tar(uri: str) -> bool:
+    """Whether a list is a tar file, which holds its images."""
+    return _suffix(uri) == "tar"
 
 
 def _suffix(name: str) -> str:
@@ -134,10 +150,22 @@ def read_blocks(uri: str, columns: Columns) -> Iterator[pa.Table]:
                         yield pa.Table.from_batches([batch])
             case "jsonl":
                 yield from _read_json(filesystem, path, columns)
+            case "tar":
+                yield from _read_tar(filesystem, path, uri, columns)
             case _:
                 yield from _read_text(filesystem, path, suffix, columns)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, OSError, tarfile.TarError) as error:
         raise InputError(f"{uri}: not a readable {suffix} file ({one_line(error)})") from error
+
+
+def _read_tar(filesystem: fs.FileSystem, path: str, uri: str, columns: Columns) -> Iterator[pa.Table]:
+    """Tar files under the names of `columns`; labels only if they are asked for."""
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    names = {columns.url: "url", columns.caption: "caption", "web_url": "web_url"}
+    names |= {columns.label: "label"} if columns.label else {}
+    with filesystem.open_input_file(path) if local else filesystem.open_input_stream(path) as stream:
+        for rows in read_tar(stream, storage.absolute(uri), seekable=local):
+            yield pa.table({ours: rows[name] for ours, name in names.items()})
 
 
 def _read_json(filesystem: fs.FileSystem, path: str, columns: Columns) -> Iterator[pa.Table]:
@@ -204,17 +232,20 @@ def normalize_columns(rows: pa.Table, columns: Columns, source: str, first: int,
     """Rename the columns of a block of a list, whose first row has the number `first`.
 
     Returns:
-        `source`, `row`, `url` (null if missing or empty), `raw_caption` and the further columns of the list; those
-        whose names our tables use get the prefix `input_`.
+        `source`, `row`, `url` (null if missing or empty), `raw_caption`, the names of classes as `label` if
+        `columns.label` is given, and the further columns of the list; those whose names our tables use get the prefix
+        `input_`.
 
     Raises:
-        InputError: a column is missing or repeated, or does not hold text.
+        InputError: a column is missing or repeated, or does not hold text, or a class has no name.
     """
     names = ", ".join(rows.column_names) or "none"
     if len(set(rows.column_names)) < rows.num_columns:
         raise InputError(f"{uri}: a column is repeated, expected each once among: {names}")
     texts = {}
-    for column in (columns.url, columns.caption):
+    if columns.label and columns.caption not in rows.column_names:
+        rows = rows.append_column(columns.caption, pa.nulls(rows.num_rows, pa.string()))
+    for column in filter(None, (columns.url, columns.caption, columns.label)):
         if column not in rows.column_names:
             raise InputError(f"{uri}: no column {column!r}, expected it among: {names}")
         try:
@@ -233,6 +264,10 @@ def normalize_columns(rows: pa.Table, columns: Columns, source: str, first: int,
         "url": pc.if_else(pc.equal(urls, ""), None, urls),
         "raw_caption": texts[columns.caption],
     }
+    if columns.label:
+        labels = pa.array(name_classes(texts[columns.label].to_pylist(), columns.class_names, uri, first), pa.string())
+        ours["raw_caption"] = pc.coalesce(texts[columns.caption], pa.array(map(label_caption, labels.to_pylist())))
+        ours[LABEL] = labels
     taken = {*ours, *tables.SCHEMAS["pairs"].names, *RESERVED}
     for column in rows.column_names:
         if column not in texts:

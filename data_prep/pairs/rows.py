@@ -26,7 +26,9 @@ SCORE = "score_"
 """Prefix of a scorer's column."""
 EMBEDDING = "embedding"
 """The image's embedding for semantic deduplication: a unit row of little-endian float16, as bytes."""
-RESERVED = ("id", *STATUS, "content", "duplicate_of", "contrast", EMBEDDING)
+LABEL = "label"
+"""An image's class, if it has one; it is then the image's only concept."""
+RESERVED = ("id", *STATUS, "content", "duplicate_of", "contrast", EMBEDDING, LABEL)
 """Columns that rows get before they are published, beside those of `pairs`."""
 LIGHT = pa.schema(
     {

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.concepts.names import Extractor
-from data_prep.pairs.rows import EMBEDDING, SCORE, STATUS, RowNumbering, append_columns, fill_nulls
+from data_prep.pairs.rows import EMBEDDING, LABEL, SCORE, STATUS, RowNumbering, append_columns, fill_nulls
 from data_prep.pairs.staging import Staging
 
 BLOCK = tarfile.BLOCKSIZE
@@ -236,7 +236,11 @@ def thumbnail(content: bytes) -> bytes:
 
 
 def _stage_mentions(job: PartitionJob, stem: str, pairs: pa.Table, extractor: Extractor) -> None:
-    names = pa.array([extractor.match(caption) for caption in pairs["caption"].to_pylist()], pa.list_(pa.string()))
+    if LABEL in pairs.column_names:
+        found = [[label] for label in pairs[LABEL].to_pylist()]
+    else:
+        found = [extractor.match(caption) for caption in pairs["caption"].to_pylist()]
+    names = pa.array(found, pa.list_(pa.string()))
     job.staging.write("mentions", f"{stem}.parquet", pairs.select(GROUP_COLUMNS).append_column("names", names))
 
 
@@ -244,7 +248,7 @@ def stage_published_mentions(job: PartitionJob, index: str, extractor: Extractor
     """Stage the concept mentions of a published index file."""
     uri = storage.join(tables.table_uri(job.storage, "pairs", job.name), index)
     stem = f"published-{storage.sha256(index.encode())[:16]}"
-    _stage_mentions(job, stem, tables.read_parquet(uri, GROUP_COLUMNS), extractor)
+    _stage_mentions(job, stem, tables.read_parquet(uri), extractor)
 
 
 def pack(samples: Iterable[tuple[str, bytes, str]]) -> tuple[bytes, list[int]]:

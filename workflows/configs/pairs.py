@@ -22,7 +22,10 @@ class Run:
     name: str
     """Name of the tables."""
     urls: str = ""
-    """The URL lists: a .tsv, .csv, .jsonl or .parquet file, a folder of them, or a pattern; by path or URI."""
+    """The URL lists: a .tsv, .csv, .jsonl or .parquet file, a folder of them, or a pattern; by path or URI. Or .tar
+    shards as img2dataset writes them, whose images are not fetched again."""
+    images: str = ""
+    """Instead of `urls`: a folder or URI with a folder of images for each class, such as ImageNet's."""
     columns: Columns = field(default_factory=Columns)
     add: bool = False
     """Add the rows of new lists to published tables."""
@@ -32,6 +35,8 @@ class Run:
     """Text file of concepts: one name per line, synonyms after commas. Without it, concepts are nouns."""
     names: tuple[str, ...] = ()
     """The concepts, if there is no file."""
+    wordnet: str = ""
+    """Folder of WordNet 3.0 (`index.noun`, `data.noun`, ...): concepts are nouns by CoDet's rule, not by word lists."""
     site_pictures: int = 0
     """Instead of `urls`, crawl a locally served pictogram web site with this many pictures."""
     site_scenes: int = 0
@@ -63,8 +68,13 @@ def web() -> Run:
 
 
 def cc3m() -> Run:
-    """Conceptual Captions as published: captions and URLs in a .tsv file without a header."""
-    return dataclasses.replace(web(), name="cc3m", columns=Columns(header=("caption", "url")))
+    """Conceptual Captions as published: captions and URLs in a .tsv file without a header; or .tar shards of them."""
+    return dataclasses.replace(web(), name="cc3m", columns=Columns(header=("caption", "url")), min_images=20)
+
+
+def classes() -> Run:
+    """Images with a class each: a folder of class folders (`--images`), or lists or .tar shards (`--urls`)."""
+    return Run(name="classes", columns=Columns(label="label"), decode=DecodeConfig(max_side=512))
 
 
 def coyo() -> Run:
@@ -107,4 +117,5 @@ def smoke() -> Run:
 
 CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke, "pictograms": pictograms, "web": web, "cc3m": cc3m, "coyo": coyo, "laion": laion,
+    "classes": classes,
 }  # fmt: skip

@@ -322,11 +322,11 @@ def test_files_of_a_folder_or_a_pattern_come_in_alphabetical_order(tmp_path: Pat
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("", "--urls: missing, expected a file, folder or pattern of .tsv, .csv, .jsonl or .parquet files"),
-        ("missing.tsv", "missing.tsv: cannot be read, expected a URL list (.tsv, .csv, .jsonl or .parquet)"),
+        ("", "--urls: missing, expected a file, folder or pattern of .tsv, .csv, .jsonl, .parquet or .tar files"),
+        ("missing.tsv", "missing.tsv: cannot be read, expected a URL list (.tsv, .csv, .jsonl, .parquet or .tar)"),
         ("*.parquet", "*.parquet: cannot be read, expected a URL list"),
         ("no/such/folder/*.tsv", "cannot be read, expected a URL list"),
-        ("list.txt", "list.txt: unknown format, expected .tsv, .csv, .jsonl or .parquet"),
+        ("list.txt", "list.txt: unknown format, expected .tsv, .csv, .jsonl, .parquet or .tar"),
         ("list", "list: unknown format"),
         ("none://bucket/list.tsv", "none://bucket/list.tsv: not a storage location"),
     ],
