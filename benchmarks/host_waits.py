@@ -38,8 +38,9 @@ from ovd_models.segments import MaskBatch
 from ovd_models.vild.model import Variant, ViLD, ViLDConfig
 from workflows.clip import random_shift
 from workflows.common.optimisation import Optimisation
+from workflows.common.session import Session
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import Session, Stage
+from workflows.common.training import Stage
 
 sys.path.append(str(REPOSITORY / "tests"))
 from pretend_device import DEVICE, Wait, pretended

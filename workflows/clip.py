@@ -40,8 +40,9 @@ from ovd_models.vocabulary import build_vocabulary
 from workflows import prepare_pairs
 from workflows.common import cli, runs, tracking, training
 from workflows.common.runs import Evaluation, Trained
+from workflows.common.session import Session
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import Session, Stage
+from workflows.common.training import Stage
 from workflows.configs.clip import CONFIGS, Run
 
 

@@ -41,9 +41,10 @@ from workflows import evaluate, prepare_boxes, prepare_pairs
 from workflows.common import cli, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.runs import ActiveRun, Evaluation, Trained
+from workflows.common.session import Session
 from workflows.common.teacher import CodetNames, find_teacher, open_encoder, read_codet_names
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import Session, Stage
+from workflows.common.training import Stage
 from workflows.configs.codet import CONFIGS, Run
 
 SAME_TEACHER = 0.5

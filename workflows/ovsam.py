@@ -43,9 +43,10 @@ from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import prepare_boxes
 from workflows.common import cli, runs, tracking, training
 from workflows.common.runs import ActiveRun, Evaluation, Trained
+from workflows.common.session import Session
 from workflows.common.teacher import find_teacher, read_categories
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import Session, Stage
+from workflows.common.training import Stage
 from workflows.configs.ovsam import CONFIGS, Run
 from workflows.reports import pointing as pointing_report
 

@@ -33,9 +33,10 @@ from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, evaluate, prepare_boxes
 from workflows.common import cli, runs, starting_weights, tracking, training
 from workflows.common.runs import ActiveRun, Evaluation, Trained
+from workflows.common.session import Session
 from workflows.common.teacher import find_teacher, open_encoder, read_categories, read_synonyms
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import Session, Stage
+from workflows.common.training import Stage
 from workflows.configs.vild import CONFIGS, Run
 
 

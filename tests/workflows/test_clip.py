@@ -18,6 +18,7 @@ from workflows import clip, prepare_pairs
 from workflows.clip import Accuracy, held_out, random_shift, read_pretrained
 from workflows.common import cli, tracking, training
 from workflows.common.runs import Trained
+from workflows.common.session import Session
 from workflows.configs import clip as clip_configs
 from workflows.configs import pairs as pairs_configs
 from workflows.configs.clip import Run
@@ -170,18 +171,18 @@ def test_shuffled_shards_give_the_same_pairs_in_another_order(prepared: Run) -> 
 
 @pytest.mark.ray
 def test_captions_are_tokenised_outside_the_loop(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = training.Session.batches
+    batches = Session.batches
 
     def forbidden(*_: object) -> None:
         raise AssertionError("the loop tokenises")
 
-    def guarded(session: training.Session, *arguments: Any, **settings: Any) -> Iterator[Any]:
+    def guarded(session: Session, *arguments: Any, **settings: Any) -> Iterator[Any]:
         for batch in batches(session, *arguments, **settings):
             with monkeypatch.context() as loop:
                 loop.setattr(Clip, "tokenize", forbidden)
                 yield batch
 
-    monkeypatch.setattr(training.Session, "batches", guarded)
+    monkeypatch.setattr(Session, "batches", guarded)
     once = dataclasses.replace(prepared.optimisation, steps=5, checkpoint_every=5, warmup=0.0, schedule="cosine")
     assert clip.train(dataclasses.replace(prepared, config="tokens", eval_every=0, optimisation=once)).model
 

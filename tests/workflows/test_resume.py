@@ -18,6 +18,7 @@ from ovd_models.errors import InputError
 from workflows import codet, ovsam, prepare_pairs, vild
 from workflows.common import runs, training
 from workflows.common.optimisation import Optimisation
+from workflows.common.session import Session, step_seed
 from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
 from workflows.configs import ovsam as ovsam_configs
@@ -61,14 +62,14 @@ def test_a_run_that_ends_in_the_middle_resumes_exactly(
 ) -> None:
     run = smoke(method, str(tmp_path), shuffle)
     whole = TRAIN[method](run)
-    end_step = training.Session.end_step
+    end_step = Session.end_step
 
-    def crash_after_7(session: training.Session, *arguments: Any) -> None:
+    def crash_after_7(session: Session, *arguments: Any) -> None:
         end_step(session, *arguments)
         if session.stage.name == LAST[method] and session.step == 7:
             raise CrashError
 
-    monkeypatch.setattr(training.Session, "end_step", crash_after_7)
+    monkeypatch.setattr(Session, "end_step", crash_after_7)
     with pytest.raises(Exception, match=r"CrashError|^$"):
         TRAIN[method](run)
     monkeypatch.undo()
@@ -156,6 +157,6 @@ def test_a_killed_process_resumes_exactly(method: str, shuffle: str, workers: in
 
 
 def test_every_step_and_rank_has_a_seed_of_its_own() -> None:
-    seeds = [training.step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)]
+    seeds = [step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)]
     assert len(set(seeds)) == len(seeds)
     torch.manual_seed(max(seeds))

@@ -20,8 +20,9 @@ from ovd_models.batches import PairBatch
 from ovd_models.errors import InputError
 from workflows.common import optimisation, runs, training
 from workflows.common.optimisation import Optimisation, Precision
+from workflows.common.session import Meter, Session, compile_backbones, convert_sync_batchnorm
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import Meter, Session, Stage
+from workflows.common.training import Stage
 
 CPU = torch.device("cpu")
 QUICK = Optimisation(steps=10, learning_rate=0.05, checkpoint_every=5, workers=0)
@@ -346,14 +347,14 @@ def test_only_the_outermost_backbones_are_compiled() -> None:
 
     model = nn.ModuleDict({"detector": Model(), "visual": Model()})
     names = set(model.state_dict())
-    training.compile_backbones(model)
+    compile_backbones(model)
     compiled = {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
     assert compiled == {"detector.backbone", "visual"}
     assert set(model.state_dict()) == names
 
 
 def test_norms_of_timm_keep_their_activation_when_workers_share_statistics() -> None:
-    (norm,) = training.convert_sync_batchnorm(nn.Sequential(BatchNormAct2d(4)))
+    (norm,) = convert_sync_batchnorm(nn.Sequential(BatchNormAct2d(4)))
     assert isinstance(norm, nn.SyncBatchNorm)
     assert isinstance(norm.act, nn.ReLU)
 

@@ -1,0 +1,353 @@
+"""The training loop's shared parts: optimiser, batches on the device, precision, metrics, checkpoints.
+
+The loop itself stays visible in each workflow:
+
+    session = Session(model, stage, device, logger)
+    for batch in session.batches("boxes", run.detection_batch, DetectionCollate()):
+        with session.autocast():
+            losses = session.model(batch)
+        session.update(losses)
+        session.end_step(losses, run.detection_batch)
+"""
+
+import contextlib
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import torch
+import torch.distributed
+from ray.data.collate_fn import ArrowBatchCollateFn
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from data_prep import storage
+from ovd_models.batches import TensorRecord
+from workflows.common.optimisation import Precision, build_optimiser, build_schedule, moving_average
+from workflows.common.tracking import MetricLogger
+from workflows.common.training import DRIVER_CHECKPOINTS, Stage, last_checkpoint, load_weights, other_than
+
+R = TypeVar("R", bound=TensorRecord)
+
+
+class Session:
+    """A model in training on one worker: optimiser, schedule, position and metrics; resumed from its checkpoint."""
+
+    def __init__(self, model: nn.Module, stage: Stage, device: torch.device, logger: MetricLogger) -> None:
+        """Move the model to the device and restore the stage's last checkpoint.
+
+        Args:
+            model: with the weights to start from.
+            stage: settings, names and the folder of checkpoints.
+            device: of this worker.
+            logger: writes metrics to MLflow, from rank 0.
+        """
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.stage, self.settings, self.device, self.logger, self.step = stage, stage.settings, device, logger, 0
+        self.meter = Meter()
+        self._replaced = 0
+        self._first_broken = torch.tensor(-1, device=device)  # the first step whose loss is not finite
+        self._part = 0  # of the batch, from 0 to `accumulate` - 1
+        if device.type == "cuda" and self.world > 1:
+            model = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        if self.settings.compile:
+            compile_backbones(model)
+        self.module = model.to(device).to(memory_format=torch.channels_last)  # faster convolutions
+        self.optimiser = build_optimiser(model, self.settings)
+        self.schedule = build_schedule(self.optimiser, self.settings)
+        self.dtype = autocast_dtype(self.settings.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        decay = self.settings.ema_decay
+        self.average = AveragedModel(self.module, avg_fn=moving_average(decay), use_buffers=True) if decay else None
+        self._next = DRIVER_CHECKPOINTS[0]
+        self._restore()
+        self.model = DistributedDataParallel(self.module) if self.world > 1 else self.module
+        self.model.train()
+
+    def _restore(self) -> None:
+        given = ray.train.get_checkpoint() if self.settings.workers else None
+        checkpoint = given or last_checkpoint(self.stage.folder)  # a run begun in the driver may continue in workers
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            self.module.load_state_dict(load_weights(folder))
+            progress = torch.load(Path(folder) / "progress.pt", weights_only=True, map_location=self.device)
+        if self.average is not None:
+            self.average.load_state_dict(progress["average"])
+        self.optimiser.load_state_dict(progress["optimiser"])
+        self.schedule.load_state_dict(progress["schedule"])
+        self.scaler.load_state_dict(progress["scaler"])
+        self.step = int(progress["step"])
+        if checkpoint.path.endswith(self._next):  # kept while the next one is written
+            self._next = other_than(self._next)
+
+    def batches(self, name: str, batch_size: int, collate: Any, prefetch: int = 2) -> Iterator[Any]:
+        """This worker's share of the batches of a data set on its device, in `accumulate` parts, until the last step.
+
+        Waiting time is measured.
+
+        Args:
+            name: of the data set.
+            batch_size: rows in a batch, over all workers.
+            collate: rows -> batch.
+            prefetch: batches prepared ahead.
+        """
+        shard, size = ray.train.get_dataset_shard(name), batch_size // (self.world * self.settings.accumulate)
+        to_device = DeviceCopies(self.device) if self.device.type == "cuda" else None
+        if to_device is not None:
+            collate = PinnedCollate(collate)
+        windows = (
+            shard.iter_torch_batches(batch_size=size, collate_fn=collate, prefetch_batches=prefetch)
+            for _ in itertools.count()
+        )
+        batches = itertools.chain.from_iterable(windows)
+        while not self.done:
+            with self.meter.timing("data_wait"):
+                batch = next(batches)
+            self._count_replaced(batch.unreadable)
+            torch.manual_seed(self._seed())
+            if isinstance(self.model, DistributedDataParallel):  # else each part would wait for the other workers
+                self.model.require_backward_grad_sync = self._is_last_part
+            yield batch.to(self.device) if to_device is None else to_device(batch)
+
+    def _seed(self) -> int:
+        """Each part of a step draws from a seed of its own, so that a resumed run equals an undisturbed one."""
+        return step_seed(self.settings.seed, self.step, self.rank + self.world * self._part)
+
+    def generator(self) -> torch.Generator:
+        """A generator on the CPU with this part's seed."""
+        return torch.Generator().manual_seed(self._seed())
+
+    @property
+    def _is_last_part(self) -> bool:
+        return self._part == self.settings.accumulate - 1
+
+    def _count_replaced(self, unreadable: Sequence[str]) -> None:
+        """Count this rank's images that could not be read, and print the first."""
+        if unreadable and not self._replaced:
+            print(f"{self.stage.job}: replaced an image that cannot be read: {unreadable[0]}", flush=True)
+        self._replaced += len(unreadable)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of the model's forward pass in the stage's precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def update(self, losses: Mapping[str, Tensor]) -> None:
+        """One optimiser step on the sum of the losses, after the last part of the batch.
+
+        Whether the sum is finite is read where the host waits anyway: before the next log line and checkpoint.
+        """
+        loss = torch.stack(list(losses.values())).sum()
+        self._first_broken = torch.where(
+            torch.isfinite(loss.detach()) | (self._first_broken >= 0), self._first_broken, self.step
+        )
+        if not self._part:
+            self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss / self.settings.accumulate).backward()  # type: ignore[no-untyped-call]
+        self._part = (self._part + 1) % self.settings.accumulate
+        if self._part:
+            return
+        self.scaler.unscale_(self.optimiser)
+        if self.settings.clip_value is not None:
+            nn.utils.clip_grad_value_(self.module.parameters(), self.settings.clip_value)
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+        self.step += 1
+
+    def _check_losses(self) -> None:
+        """Refuse to go on after a loss that is not finite, on all ranks at once; every rank calls this."""
+        if self.world > 1:
+            torch.distributed.all_reduce(self._first_broken, torch.distributed.ReduceOp.MAX)
+        first = int(self._first_broken)
+        if first >= 0:
+            raise FloatingPointError(f"{self.stage.job}: the loss is not finite at step {first}")
+
+    def _all_replaced(self) -> int:
+        """The replaced images of all ranks since the training or its last resume began; every rank calls this."""
+        if self.world == 1:
+            return self._replaced
+        count = torch.tensor(self._replaced, device=self.device)
+        torch.distributed.all_reduce(count)
+        return int(count)
+
+    def end_step(self, losses: Mapping[str, Tensor], images: int) -> None:
+        """Log and checkpoint when due, after the last part of the batch.
+
+        Metrics are sent after the checkpoint is committed: steps that a crash undoes are never logged.
+
+        Args:
+            losses: of the step or its part.
+            images: of the step, over all workers.
+
+        Raises:
+            FloatingPointError: a loss since the last log line was not finite.
+        """
+        self.meter.add(losses, images / self.settings.accumulate)
+        if self._part:
+            return
+        logs = self.step % self.settings.log_every == 0
+        if logs:
+            self._check_losses()
+        replaced = self._all_replaced() if logs else 0
+        if self.rank == 0 and logs:
+            metrics = self.meter.collect()
+            logged = {**metrics, **({"train/replaced_images": replaced} if replaced else {})}
+            self.logger.log({f"{self.stage.metric_prefix}{key}": value for key, value in logged.items()}, self.step)
+            print_progress(self.stage.job, self.step, self.settings.steps, metrics)
+        if self.due:
+            with self.meter.timing("checkpoint"):
+                self.checkpoint()
+            self.logger.flush(wait=self.done)
+
+    @property
+    def due(self) -> bool:
+        """Whether the step just done ends with a checkpoint."""
+        return self.step % self.settings.checkpoint_every == 0 or self.done
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.settings.steps
+
+    def checkpoint(self) -> None:
+        """Save from rank 0 and report from all ranks; returns when the checkpoint is committed.
+
+        Raises:
+            FloatingPointError: a loss was not finite; nothing is saved.
+        """
+        self._check_losses()
+        report = {"step": self.step}
+        if self.rank != 0:
+            ray.train.report(report)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(self.module.state_dict(), Path(folder) / "model.pt")
+            if self.average is not None:
+                torch.save(self.average.module.state_dict(), Path(folder) / "average.pt")
+            progress = {
+                "average": {} if self.average is None else self.average.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "step": self.step,
+            }
+            torch.save(progress, Path(folder) / "progress.pt")
+            if not self.settings.workers:  # Ray Train keeps no checkpoints of a loop inside the driver
+                storage.upload_folder(Path(folder), storage.join(self.stage.folder, self._next))
+                self._next = other_than(self._next)
+                return
+            ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of torch's global generators in a step, different for every step and rank."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of matrix products and convolutions in training."""
+    chosen = ("fp32" if device.type == "cpu" else "bf16") if precision == "auto" else precision
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[chosen]
+
+
+COMPILED = frozenset({"backbone", "image_encoder", "visual"})
+"""Names of the modules that see whole images: most of a model's work, in few shapes."""
+
+
+def compile_backbones(model: nn.Module) -> None:
+    """Compile the outermost modules named in `COMPILED`, in place; weights keep their names."""
+    for name, child in model.named_children():
+        if name in COMPILED:
+            child.compile()
+        else:
+            compile_backbones(child)
+
+
+class PinnedCollate(ArrowBatchCollateFn):
+    """A collate function whose batches are in pinned memory, from which a GPU copies while it computes."""
+
+    def __init__(self, collate: Callable[[pa.Table], TensorRecord]) -> None:
+        self.collate = collate
+
+    def __call__(self, batch: pa.Table) -> Any:
+        """The batch; runs in the threads that prepare batches ahead of the loop."""
+        return self.collate(batch).map(Tensor.pin_memory)
+
+
+class DeviceCopies:
+    """Copies pinned batches to a GPU on a stream of their own, beside the kernels of the step before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, batch: R) -> R:
+        """The batch on the device, ready for the current stream."""
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream):
+            moved = batch.to(self.device)
+        current.wait_stream(self.stream)
+
+        def used_by_current(tensor: Tensor) -> Tensor:
+            tensor.record_stream(current)  # its memory is free once the step has used it
+            return tensor
+
+        return moved.map(used_by_current)
+
+
+class Meter:
+    """Averages of losses, and the fractions of time spent waiting for data and writing checkpoints."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._parts, self._images = 0, 0.0
+        self._spent = dict.fromkeys(("data_wait", "checkpoint"), 0.0)
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def timing(self, what: Literal["data_wait", "checkpoint"]) -> Iterator[None]:
+        """Add the block's time."""
+        started = time.perf_counter()
+        yield
+        self._spent[what] += time.perf_counter() - started
+
+    def add(self, losses: Mapping[str, Tensor], images: float) -> None:
+        """Add the losses of a step or its part, which stay on their device until `collect`, and its images."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        self._parts += 1
+        self._images += images
+
+    def collect(self) -> dict[str, float]:
+        """The averages since the last call, under MLflow's names."""
+        seconds = max(1e-9, time.perf_counter() - self._since)
+        totals = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        result = {f"train/loss_{name}": total / self._parts for name, total in zip(self._sums, totals, strict=True)}
+        result["train/images_per_second"] = self._images / seconds
+        result |= {f"train/{what}_fraction": min(1.0, spent / seconds) for what, spent in self._spent.items()}
+        self._sums, self._parts, self._images, self._spent = {}, 0, 0.0, dict.fromkeys(self._spent, 0.0)
+        self._since = time.perf_counter()
+        return result
+
+
+def print_progress(job: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+    """One line of progress."""
+    losses = " ".join(
+        f"{name.removeprefix('train/loss_')} {value:.3f}" for name, value in metrics.items() if "/loss_" in name
+    )
+    rate, wait = metrics["train/images_per_second"], metrics["train/data_wait_fraction"]
+    print(f"{job} {step}/{steps}  {losses}  {rate:.0f} images/s  data wait {wait:.1%}", flush=True)
