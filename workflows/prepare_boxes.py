@@ -27,10 +27,11 @@ from data_prep import storage, tables
 from data_prep.boxes import annotations, folders
 from data_prep.boxes.coco import (
     BoxSet,
+    add_pictures,
     box_set,
     file_digest,
     flat_categories,
-    read_coco,
+    read_annotations,
     read_places,
     strip_novel,
     with_split,
@@ -180,16 +181,19 @@ def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
     Without `eval_data`, some images are held out (`split_rows`). Of `eval_data`, OV-COCO's images are used, see
     `with_split`.
     """
-    whole, *others = (
-        read_coco(annotation_file(data), run.images or str(Path(data, "images")))
-        for data in (run.data, run.eval_data)
-        if data
-    )
-    if others:
-        own, other = (entry.categories.select(["category_id", "name"]) for entry in (whole, others[0]))
-        if not own.equals(other):
-            raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
-        return whole, BoxSet(others[0].categories, with_split(others[0].boxes, whole.categories))
+    read = {data: read_annotations(annotation_file(data)) for data in (run.data, run.eval_data) if data}
+    names = [[(row["category_id"], row["name"]) for row in categories] for categories, _ in read.values()]
+    if names[0] != names[-1]:
+        raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
+    sets = {}
+    for data in reversed(read):  # the few pictures of the evaluation first, so that a wrong folder is noticed early
+        categories, rows = read[data]
+        pictures = add_pictures(rows, run.images or str(Path(data, "images")), str(annotation_file(data)))
+        sets[data] = box_set(categories, pictures)
+    whole = sets[run.data]
+    if run.eval_data:
+        evaluation = sets[run.eval_data]
+        return whole, BoxSet(evaluation.categories, with_split(evaluation.boxes, whole.categories))
     kept, held_out = split_rows(run, whole.boxes.num_rows)
     return BoxSet(whole.categories, whole.boxes.take(kept)), BoxSet(whole.categories, whole.boxes.take(held_out))
 

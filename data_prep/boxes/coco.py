@@ -106,29 +106,13 @@ class BoxSet:
     boxes: pa.Table
 
 
-def read_coco(path: str | Path, images: str) -> BoxSet:
-    """Read an annotation file in COCO's or LVIS's format and the pictures that it names.
-
-    LVIS, whose categories have a frequency, is split by it: rare ones are novel. COCO is split by `COCO_BASE` and
-    `COCO_NOVEL`. If a name is not COCO's, or no name is in `COCO_BASE`, all categories are base. Boxes without area
-    or outside their image are skipped; one line reports them.
-
-    Args:
-        path: of the file.
-        images: folder or URI with the pictures: under their `file_name`, or under the end of their `coco_url`, with its
-            folder (`train2017/000000000009.jpg`) if there is such a folder.
-
-    Raises:
-        InputError: the file is unreadable or a field is missing or wrong; an image file is missing or of another size.
-    """
-    categories, rows = read_annotations(path)
-    return box_set(categories, add_pictures(rows, images, str(path)))
-
-
 def read_annotations(path: str | Path) -> tuple[list[dict[str, Any]], pa.Table]:
     """Rows of `categories`, and rows of `boxes` without `image_id`, with `places` instead of `uri`.
 
-    `places` are a picture's possible paths below the folder of all pictures, best first.
+    LVIS, whose categories have a frequency, is split by it: rare ones are novel. COCO is split by `COCO_BASE` and
+    `COCO_NOVEL`. If a name is not COCO's, or no name is in `COCO_BASE`, all categories are base. Boxes without area
+    or outside their image are skipped; one line reports them. `places` are a picture's possible paths below the folder
+    of all pictures, best first.
 
     Raises:
         InputError: the file is unreadable, or a field is missing or wrong.
@@ -354,6 +338,12 @@ def strip_novel(boxes: pa.Table, categories: pa.Table) -> pa.Table:
 
 def add_pictures(rows: pa.Table, images: str, origin: str) -> pa.Table:
     """Rows of `boxes` from those of `read_annotations`: each picture is found, measured and hashed, many at a time.
+
+    Args:
+        rows: of `read_annotations`.
+        images: folder or URI with the pictures: under their `file_name`, or under the end of their `coco_url`, with its
+            folder (`train2017/000000000009.jpg`) if there is such a folder.
+        origin: the annotation file, for messages.
 
     Raises:
         InputError: a picture is missing, unreadable or of another size.

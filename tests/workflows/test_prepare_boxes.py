@@ -76,8 +76,11 @@ def test_evaluation_may_have_its_own_folder(tmp_path: Path) -> None:
     content = json.loads((other / "instances.json").read_text())
     content["categories"][3]["name"] = "toaster"
     (other / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="other categories than"):
-        prepare(dataclasses.replace(run, storage=str(tmp_path / "again")))
+    again = dataclasses.replace(run, storage=str(tmp_path / "again"), images=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="other categories than"):  # before any picture is looked for
+        prepare(again)
+    with pytest.raises(InputError, match=r"nowhere/.*\.png: cannot be read .*expected an image file, named by .*json"):
+        prepare(dataclasses.replace(again, eval_data=""))
 
 
 def published_coco(root: Path, shown: dict[str, list[list[str]]]) -> dict[str, str]:

@@ -15,9 +15,10 @@ from data_prep.boxes.coco import (
     COCO_BASE,
     COCO_NOVEL,
     COCO_OTHERS,
+    BoxSet,
+    add_pictures,
     box_set,
     read_annotations,
-    read_coco,
     strip_novel,
     with_split,
 )
@@ -35,6 +36,11 @@ def annotated(category: int, box: list[Any], **fields: Any) -> dict[str, Any]:
 def coco(*annotations: dict[str, Any], **changes: Any) -> dict[str, Any]:
     images = [{"id": 5, "file_name": "a.jpg", "width": 40, "height": 30}]
     return {"images": images, "annotations": list(annotations), "categories": CATEGORIES, **changes}
+
+
+def read_coco(path: Path, images: str) -> BoxSet:
+    categories, rows = read_annotations(path)
+    return box_set(categories, add_pictures(rows, images, str(path)))
 
 
 def read(folder: Path, content: dict[str, Any] | str) -> list[dict[str, Any]]:
