@@ -39,6 +39,7 @@ from ovd_models.clip.zero_shot import calibration_error, fit_temperature
 from ovd_models.vocabulary import build_vocabulary
 from workflows import prepare_pairs
 from workflows.common import cli, runs, tracking, training
+from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import Evaluation, Trained
 from workflows.common.session import Session
 from workflows.common.tracking import MetricLogger
@@ -222,12 +223,27 @@ def train(run: Run) -> Trained[Accuracy]:
         return active.finish(write, log, f"ovd-clip-{run.config}")
 
 
+def dry_run(run: Run) -> None:
+    """Run some steps in this process, and print what they cost and what the workers need."""
+    pretrained = read_pretrained(run)
+    run = run if pretrained is None else dataclasses.replace(run, model=pretrained.config)
+
+    def train_some(share: Run, stage: Stage, rehearsal: Rehearsal) -> None:
+        feeds = {"pairs": training.feed(open_pairs(share), share.batch_size, stage.settings)}
+        rehearsal.fit(partial(train_worker, share, stage, "", rehearsal), stage, feeds)
+
+    rehearse(run, {"train": "optimisation"}, train_some)
+
+
 def main() -> None:
     """Read -> train -> evaluate; prints the accuracy and the next command."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
     if run.config == "smoke" and tables.find_manifest(run.storage, "pairs", run.pairs) is None:
         prepare_pairs.prepare_smoke(run.storage)
+    if run.dry_run:
+        dry_run(run)
+        return
     trained = train(run)
     accuracy = f"zero-shot top-1: base {trained.metrics.top1_base:.3f}, novel {trained.metrics.top1_novel:.3f}"
     flags = f"--config {run.config} --storage {run.storage} --teacher {trained.model}"

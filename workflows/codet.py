@@ -14,6 +14,7 @@ ray job submit --working-dir . -- python workflows/codet.py --config smoke --sto
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -40,11 +41,12 @@ from ovd_models.vocabulary import TextEncoder, build_vocabulary
 from workflows import evaluate, prepare_boxes, prepare_pairs
 from workflows.common import cli, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
+from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
 from workflows.common.teacher import CodetNames, find_teacher, open_encoder, read_codet_names
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import Stage
+from workflows.common.training import Fit, Stage
 from workflows.configs.codet import CONFIGS, Run
 
 SAME_TEACHER = 0.5
@@ -145,6 +147,7 @@ def train_stage(
     encoder_folder: str,
     start: dict[str, Tensor],
     logger: MetricLogger,
+    fit: Fit = training.fit,
 ) -> dict[str, Tensor]:
     """Feed the streams of one stage to the loop; returns the final weights."""
     settings = stage.settings
@@ -170,7 +173,7 @@ def train_stage(
         )
         streams["groups"] = training.feed(groups, run.groups_per_step, settings, every)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, logger)
-    return training.fit(loop, stage, streams)
+    return fit(loop, stage, streams)
 
 
 def train(run: Run) -> Trained[Metrics]:
@@ -179,10 +182,7 @@ def train(run: Run) -> Trained[Metrics]:
     Raises:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
-    run = find_weights(run)
-    encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
-    names = read_codet_names(run.storage, run.boxes, run.pairs, encoder, run.synonyms)
-    run, weights = initial_weights(run, names, encoder.teacher)
+    run, encoder, names, weights = read_inputs(run)
     boxes, joint = run.box_stage, run.joint_stage
     with runs.open_run(
         run,
@@ -215,6 +215,27 @@ def train(run: Run) -> Trained[Metrics]:
             return found.of(Metrics(supervised.metrics, found.metrics))
 
         return active.finish(partial(save, run, weights, names, encoder), evaluate_joint, f"ovd-codet-{run.boxes}")
+
+
+def read_inputs(run: Run) -> tuple[Run, TextEncoder, CodetNames, dict[str, Tensor]]:
+    """The run completed by its data, the names and their encoder, and the weights to start from."""
+    run = find_weights(run)
+    encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
+    names = read_codet_names(run.storage, run.boxes, run.pairs, encoder, run.synonyms)
+    run, weights = initial_weights(run, names, encoder.teacher)
+    return run, encoder, names, weights
+
+
+def dry_run(run: Run) -> None:
+    """Run some steps of both stages in this process, and print what they cost and what their workers need."""
+    run, encoder, names, weights = read_inputs(run)
+
+    def train_some(share: Run, stage: Stage, rehearsal: Rehearsal) -> None:
+        with tempfile.TemporaryDirectory(prefix="ovd-") as folder:
+            save_encoder(encoder, Path(folder))
+            train_stage(share, stage, names, folder, weights, rehearsal, rehearsal.fit)
+
+    rehearse(run, {"boxes": "box_stage", "joint": "joint_stage"}, train_some)
 
 
 def save(run: Run, weights: dict[str, Tensor], names: CodetNames, encoder: TextEncoder, folder: Path) -> None:
@@ -372,7 +393,11 @@ def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
-    trained = train(prepare_data(run))
+    run = prepare_data(run)
+    if run.dry_run:
+        dry_run(run)
+        return
+    trained = train(run)
     rows = {"box supervision": trained.metrics.box_supervised, "CoDet": trained.metrics.codet}
     runs.print_results(trained, runs.ap_table(rows), f"python workflows/serve.py --model {trained.model}")
 

@@ -42,11 +42,12 @@ from ovd_models.sam.training import SamTraining
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import prepare_boxes
 from workflows.common import cli, runs, tracking, training
+from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
 from workflows.common.teacher import find_teacher, read_categories
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import Stage
+from workflows.common.training import Fit, Stage
 from workflows.configs.ovsam import CONFIGS, Run
 from workflows.reports import pointing as pointing_report
 
@@ -78,6 +79,17 @@ class Task:
     """Whether its `forward` draws at random, and so takes a generator as its last argument."""
 
 
+@dataclass(frozen=True)
+class Feeding:
+    """A stage's task with its data and its module."""
+
+    task: Task
+    load: Callable[[Any], Any]
+    """Makes rows of positions of the stream."""
+    module: Any
+    """With the weights to start from."""
+
+
 def train_worker(run: Run, stage: Stage, task: Task, start: dict[str, Tensor], logger: MetricLogger) -> None:
     """The loop of every stage: batches -> losses -> step."""
     device = training.prepare_worker(stage.settings)
@@ -93,13 +105,27 @@ def train_worker(run: Run, stage: Stage, task: Task, start: dict[str, Tensor], l
         session.end_step(losses, run.batch_size)
 
 
-def train_stage(
-    run: Run, active: ActiveRun, stage: Stage, task: Task, load: Callable[[Any], Any], module: nn.Module
-) -> None:
+def train_stage(run: Run, stage: Stage, feeding: Feeding, logger: MetricLogger, fit: Fit = training.fit) -> None:
     """Feed a stream to the loop; the module gets the final weights."""
-    loop = partial(train_worker, run, stage, task, module.state_dict(), active.tracked.logger())
-    streams = {"images": training.feed(load, run.batch_size, stage.settings)}
-    module.load_state_dict(training.fit(loop, stage, streams))
+    module = feeding.module
+    loop = partial(train_worker, run, stage, feeding.task, module.state_dict(), logger)
+    streams = {"images": training.feed(feeding.load, run.batch_size, stage.settings)}
+    module.load_state_dict(fit(loop, stage, streams))
+
+
+def sam_feeding(run: Run) -> Feeding:
+    """What trains a SAM of its own on the masks of base categories."""
+    build = partial(SamTraining, run.sam_model, run.sam_training)
+    load = mask_loader(
+        run.storage,
+        f"{run.boxes}-train",
+        [],
+        seed=run.sam_stage.seed,
+        augmentation=run.augmentation,
+        side=run.sam_model.image_size,
+    )
+    torch.manual_seed(run.sam_stage.seed)
+    return Feeding(Task(build, MaskCollate(), seeded=True), load, build())
 
 
 def train_sam(run: Run, active: ActiveRun) -> str:
@@ -107,14 +133,9 @@ def train_sam(run: Run, active: ActiveRun) -> str:
     target = storage.join(active.folder, "sam_model")
     if storage.exists(storage.join(target, "config.json")):
         return target
-    build = partial(SamTraining, run.sam_model, run.sam_training)
-    seed = run.sam_stage.seed
-    side = run.sam_model.image_size
-    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=seed, augmentation=run.augmentation, side=side)
-    torch.manual_seed(seed)
-    module = build()
-    train_stage(run, active, active.stage("sam", run.sam_stage), Task(build, MaskCollate(), seeded=True), load, module)
-    return active.save("sam_model", partial(write_sam, run, module.model))
+    feeding = sam_feeding(run)
+    train_stage(run, active.stage("sam", run.sam_stage), feeding, active.tracked.logger())
+    return active.save("sam_model", partial(write_sam, run, feeding.module.model))
 
 
 def write_sam(run: Run, sam: SamModel, folder: Path) -> None:
@@ -174,7 +195,8 @@ def train_adapter(run: Run, model: OvSam, sam_folder: str, sam_name: str, active
     side = model.config.sam.image_size
     load = feature_loader(run.storage, name, cache, sam_name, seed=settings.seed, side=side)
     task = Task(partial(build_adapter_training, model.config), FeatureCollate(load.shape))
-    train_stage(run, active, active.stage("sam2clip", settings), task, load, Sam2ClipTraining(model))
+    feeding = Feeding(task, load, Sam2ClipTraining(model))
+    train_stage(run, active.stage("sam2clip", settings), feeding, active.tracked.logger())
 
 
 def build_adapter_training(config: OvSamConfig) -> nn.Module:
@@ -187,20 +209,19 @@ def build_head_training(config: OvSamConfig, settings: Clip2SamConfig) -> nn.Mod
     return Clip2SamTraining(OvSam(config), settings)
 
 
-def train_head(run: Run, model: OvSam, names: OvSamNames, active: ActiveRun) -> None:
-    """Train the mask decoder and the label branch on the base categories."""
-    settings, base_ids = run.clip2sam_stage, [names.ids[name] for name in names.base.names]
+def head_feeding(run: Run, model: OvSam, names: OvSamNames) -> Feeding:
+    """What trains the mask decoder and the label branch on the base categories."""
     load = mask_loader(
         run.storage,
         f"{run.boxes}-train",
-        base_ids,
-        seed=settings.seed,
+        [names.ids[name] for name in names.base.names],
+        seed=run.clip2sam_stage.seed,
         augmentation=run.augmentation,
         side=model.config.sam.image_size,
     )
     build = partial(build_head_training, model.config, run.clip2sam)
     task = Task(build, MaskCollate(), extra=(names.base.embeddings[:, None],), seeded=True)
-    train_stage(run, active, active.stage("clip2sam", settings), task, load, Clip2SamTraining(model, run.clip2sam))
+    return Feeding(task, load, Clip2SamTraining(model, run.clip2sam))
 
 
 def build_text_training(sam: SamConfig, tower: TowerConfig, settings: TextToMaskConfig) -> nn.Module:
@@ -220,7 +241,8 @@ def train_text(
     assert isinstance(module, TextToMask)
     module.sam.load_state_dict(sam.state_dict())
     module.clip.load_tower(clip.model.visual.state_dict())
-    train_stage(run, active, active.stage("text", settings), Task(build, MaskCollate(), seeded=True), load, module)
+    feeding = Feeding(Task(build, MaskCollate(), seeded=True), load, module)
+    train_stage(run, active.stage("text", settings), feeding, active.tracked.logger())
     module.set_text_centre(names.base.embeddings)
     return module.eval()
 
@@ -307,7 +329,8 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
             model.load_teachers(sam, clip.model.visual)
             train_adapter(run, model, sam_folder, sam_name, active)
         with active.timing("clip2sam"):
-            train_head(run, model, names, active)
+            stage = active.stage("clip2sam", run.clip2sam_stage)
+            train_stage(run, stage, head_feeding(run, model, names), active.tracked.logger())
         text = None
         if run.text_to_mask:
             with active.timing("text"):
@@ -315,6 +338,26 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
                 active.outputs["text"] = active.save("text_model", partial(save, run, text, encoder, names))
         evaluation = partial(evaluate_models, run, model.eval(), sam, text, names, active)
         return active.finish(partial(save, run, model, encoder, names), evaluation, f"ovd-ovsam-{run.boxes}")
+
+
+def dry_run(run: Run) -> None:
+    """Run some steps of the stages in this process, and print what they cost and what their workers need.
+
+    The adapter's stage needs a cache that only a training makes, and is left out.
+    """
+    clip, encoder = open_clip_teacher(run)
+    names = read_names(run, encoder)
+    sam = open_sam(run)[0].config if run.sam else run.sam_model
+
+    def train_some(share: Run, stage: Stage, rehearsal: Rehearsal) -> None:
+        if stage.name == "sam":
+            feeding = sam_feeding(share)
+        else:
+            feeding = head_feeding(share, OvSam(model_config(share, sam, clip)), names)
+        train_stage(share, stage, feeding, rehearsal, rehearsal.fit)
+
+    own = {} if run.sam else {"sam": "sam_stage"}
+    rehearse(run, {**own, "clip2sam": "clip2sam_stage"}, train_some)
 
 
 def save(run: Run, model: OvSam | TextToMask, encoder: ClipTextEncoder, names: OvSamNames, folder: Path) -> None:
@@ -357,7 +400,11 @@ def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
-    trained = train(prepare_data(run))
+    run = prepare_data(run)
+    if run.dry_run:
+        dry_run(run)
+        return
+    trained = train(run)
     runs.print_results(trained, trained.metrics.table(), f"python workflows/serve.py --model {trained.model}")
 
 

@@ -32,11 +32,12 @@ from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, evaluate, prepare_boxes
 from workflows.common import cli, runs, starting_weights, tracking, training
+from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
 from workflows.common.teacher import find_teacher, open_encoder, read_categories, read_synonyms
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import Stage
+from workflows.common.training import Fit, Stage
 from workflows.configs.vild import CONFIGS, Run
 
 
@@ -88,6 +89,7 @@ def train_stage(
     start: dict[str, Tensor],
     regions: RegionSource | None,
     logger: MetricLogger,
+    fit: Fit = training.fit,
 ) -> dict[str, Tensor]:
     """Feed the stream of a stage (`rpn` or `detector`) to the loop; returns the final weights."""
     loader = detection_loader(
@@ -101,7 +103,7 @@ def train_stage(
         regions=regions,
     )
     loop = partial(train_worker, run, stage, start, names.vocabulary.embeddings, names.trained, logger)
-    return training.fit(loop, stage, {"boxes": training.feed(loader, run.detection_batch, stage.settings)})
+    return fit(loop, stage, {"boxes": training.feed(loader, run.detection_batch, stage.settings)})
 
 
 def train(run: Run) -> Trained[DetectionMetrics]:
@@ -177,6 +179,21 @@ def train_proposals(run: Run, names: VildNames, encoder: TextEncoder, active: Ac
     model = ViLD(dataclasses.replace(run.model, variant="text", supervised_names=()))
     model.detector.load_state_dict(trained, strict=False)
     return active.save("proposals", partial(save, run, model, encoder, names))
+
+
+def dry_run(run: Run) -> None:
+    """Run some steps of both stages in this process, and print what they cost and what their workers need.
+
+    There are no embeddings of proposals yet, so the detector's steps are those of ViLD-text.
+    """
+    run, names, _ = read_inputs(run)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, variant="text", supervised_names=()))
+
+    def train_some(share: Run, stage: Stage, rehearsal: Rehearsal) -> None:
+        start = build_model(share, stage.name).state_dict()
+        train_stage(share, stage, names, start, None, rehearsal, rehearsal.fit)
+
+    rehearse(run, {"rpn": "rpn_stage", "detector": "detector_stage"}, train_some)
 
 
 def check_proposals(run: Run) -> None:
@@ -336,7 +353,11 @@ def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
-    trained = train(prepare_data(run))
+    run = prepare_data(run)
+    if run.dry_run:
+        dry_run(run)
+        return
+    trained = train(run)
     table = runs.ap_table({run.model.variant: trained.metrics})
     runs.print_results(trained, table, f"python workflows/serve.py --model {trained.model}")
 

@@ -12,43 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from trainings import LAST, STAGES, TRAIN, largest_difference, weights_of
+from trainings import LAST, STAGES, TRAIN, largest_difference, smoke, weights_of
 
 from ovd_models.errors import InputError
-from workflows import codet, ovsam, prepare_pairs, vild
+from workflows import codet
 from workflows.common import runs, training
-from workflows.common.optimisation import Optimisation
 from workflows.common.session import Session, step_seed
-from workflows.configs import clip as clip_configs
-from workflows.configs import codet as codet_configs
-from workflows.configs import ovsam as ovsam_configs
-from workflows.configs import vild as vild_configs
 
 ROOT = Path(__file__).parents[2]
-
-
 SHUFFLES = [(method, "") for method in TRAIN] + [("clip", "shards")]
 """Methods, and how they shuffle where it is not the default."""
-
-
-def smoke(method: str, storage: str, shuffle: str = "") -> Any:
-    """The smoke config of a method with its tables, 10 steps a stage and a checkpoint after 5."""
-    if method == "clip":
-        order: Any = {"shuffle": shuffle, "buffer_pairs": 50} if shuffle else {}
-        run: Any = dataclasses.replace(clip_configs.smoke(), storage=storage, eval_every=0, **order)
-        prepare_pairs.prepare_smoke(storage)
-    elif method == "vild":
-        run = vild.prepare_data(dataclasses.replace(vild_configs.smoke(), storage=storage))
-    elif method == "codet":
-        run = codet.prepare_data(dataclasses.replace(codet_configs.smoke(), storage=storage))
-    else:
-        run = ovsam.prepare_data(dataclasses.replace(ovsam_configs.smoke(), storage=storage, text_to_mask=False))
-    stages = {name: in_two_parts(getattr(run, name)) for name in STAGES[method]}
-    return dataclasses.replace(run, **stages)
-
-
-def in_two_parts(stage: Optimisation, workers: int = 0) -> Optimisation:
-    return dataclasses.replace(stage, steps=10, checkpoint_every=5, log_every=1, workers=workers)
 
 
 class CrashError(Exception):

@@ -22,7 +22,7 @@ from workflows.common.training import Stage
 
 FREE_SETTINGS = {
     *("storage", "resume", "teacher", "sam", "backbone_weights"),
-    *("use_gpu", "wait_minutes", "max_failures", "log_every", "waiting_bytes"),
+    *("use_gpu", "wait_minutes", "max_failures", "log_every", "waiting_bytes", "dry_run"),
 }
 """Fields that may differ when a run is resumed."""
 M = TypeVar("M")

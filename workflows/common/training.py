@@ -115,10 +115,25 @@ def start_ray_for(*stages: Optimisation, wait_minutes: float) -> None:
         cluster.require(1 + CPUS_PER_WORKER * max(stage.workers for stage in stages), gpus, wait_minutes)
 
 
-def feed(
-    load: Callable[[Any], Any], rows_per_step: int, settings: Optimisation, every: int = 1
-) -> Callable[[int], Stream]:
-    """The stream of a stage as a function of the step to start at.
+@dataclass(frozen=True)
+class Feed:
+    """The stream of a stage, from any step on."""
+
+    load: Callable[[Any], Any]
+    """Makes rows of positions of the stream."""
+    shape: StreamShape
+    last: int
+    """Number of its batches."""
+    every: int
+    """Steps from one batch of this stream to the next."""
+
+    def __call__(self, step: int) -> Stream:
+        """The stream from a step on."""
+        return stream(self.load, self.shape, step // self.every, self.last)
+
+
+def feed(load: Callable[[Any], Any], rows_per_step: int, settings: Optimisation, every: int = 1) -> Feed:
+    """The stream of a stage.
 
     Args:
         load: makes rows of positions of the stream.
@@ -131,8 +146,7 @@ def feed(
     """
     load(np.zeros(1, np.int64))  # here, where a person sees the message, before any worker starts
     shape = StreamShape(rows_per_step=rows_per_step, workers=settings.workers)
-    last = -(-settings.steps // every)
-    return lambda step: stream(load, shape, step // every, last)
+    return Feed(load, shape, -(-settings.steps // every), every)
 
 
 class Trainer(TorchTrainer):
@@ -145,7 +159,7 @@ class Trainer(TorchTrainer):
         """Keep the script's handler: `KeyboardInterrupt` ends `fit`, and Ray ends its processes with the driver."""
 
 
-def fit(worker: Callable[[], None], stage: Stage, streams: Mapping[str, Callable[[int], Stream]]) -> dict[str, Tensor]:
+def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> dict[str, Tensor]:
     """Run a training loop on Ray Train until its last step is checkpointed; returns the final weights.
 
     Continues from the last checkpoint in the stage's folder.
@@ -153,7 +167,7 @@ def fit(worker: Callable[[], None], stage: Stage, streams: Mapping[str, Callable
     Args:
         worker: the loop, run by every worker.
         stage: steps, workers and folder.
-        streams: for each data set, a function from the step to start at to its stream.
+        feeds: the stream of each data set.
     """
     settings = stage.settings
     if committed_step(stage.folder) >= settings.steps:
@@ -162,7 +176,7 @@ def fit(worker: Callable[[], None], stage: Stage, streams: Mapping[str, Callable
     filesystem, path = storage.resolve(parent)
     filesystem.create_dir(path, recursive=True)
 
-    def from_committed(make: Callable[[int], Stream]) -> Callable[[], Stream]:
+    def from_committed(make: Feed) -> Callable[[], Stream]:
         # Called whenever a group of workers starts, so that a replaced group gets the rest of the stream.
         return lambda: make(committed_step(stage.folder))
 
@@ -185,10 +199,14 @@ def fit(worker: Callable[[], None], stage: Stage, streams: Mapping[str, Callable
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
         # Inside the driver Ray Train passes on whatever it is given.
-        datasets={key: from_committed(make) for key, make in streams.items()},  # type: ignore[misc]
+        datasets={key: from_committed(make) for key, make in feeds.items()},  # type: ignore[misc]
         dataset_config=ray.train.DataConfig(enable_shard_locality=False, execution_options=options),
     ).fit()
     return final_weights(stage.folder)
+
+
+Fit = Callable[[Callable[[], None], Stage, Mapping[str, Feed]], dict[str, Tensor]]
+"""`fit`, or what stands for it in a dry run."""
 
 
 def prepare_worker(settings: Optimisation) -> torch.device:

@@ -75,6 +75,8 @@ class Run:
     """Evaluate masks instead of boxes, as is usual on LVIS."""
     wait_minutes: float = 20.0
     """Minutes to wait for a cluster that grows to the workers' number."""
+    dry_run: bool = False
+    """Only run some steps of each stage in this process, and print what they cost and what the workers need."""
     resume: str = ""
     """Name of a run to continue."""
 

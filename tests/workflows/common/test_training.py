@@ -280,12 +280,9 @@ def halves(running: Session, inputs: Tensor) -> None:
 
 
 def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(alone: None, tmp_path: Path) -> None:
-    whole, parts = (
-        Session(
-            nn.Linear(3, 1), stage_of(dataclasses.replace(QUICK, accumulate=count), tmp_path / str(count)), CPU, NOWHERE
-        )
-        for count in (1, 4)
-    )
+    settings = [dataclasses.replace(QUICK, accumulate=count, checkpoint_every=10) for count in (1, 4)]
+    stages = [stage_of(each, tmp_path / str(each.accumulate)) for each in settings]
+    whole, parts = (Session(nn.Linear(3, 1), stage, CPU, NOWHERE) for stage in stages)
     parts.module.load_state_dict(whole.module.state_dict())
     for number in range(5):
         inputs = torch.randn(16, 3, generator=torch.Generator().manual_seed(number))

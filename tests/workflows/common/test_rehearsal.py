@@ -1,0 +1,59 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trainings import STAGES, smoke
+
+from workflows import clip, codet, ovsam, vild
+from workflows.common import rehearsal, training
+from workflows.configs import codet as codet_configs
+
+DRY_RUN = {"clip": clip.dry_run, "vild": vild.dry_run, "codet": codet.dry_run, "ovsam": ovsam.dry_run}
+REHEARSED = {"clip": ["train"], "vild": ["rpn", "detector"], "codet": ["boxes", "joint"], "ovsam": ["sam", "clip2sam"]}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("method", DRY_RUN)
+def test_a_dry_run_prints_what_the_workers_need_and_opens_no_run(
+    method: str, ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = smoke(method, str(tmp_path))
+    stages = {name: dataclasses.replace(getattr(run, name), workers=2, steps=7200) for name in STAGES[method]}
+    run = dataclasses.replace(run, **stages)
+    before = set(tmp_path.glob("runs/*/*"))
+    DRY_RUN[method](run)
+    assert set(tmp_path.glob("runs/*/*")) == before
+    assert not list(tmp_path.rglob("mlflow.db"))
+    printed = capsys.readouterr().out
+    step = r"dry run, (\w+): a worker's share takes (\S+) s a step on this CPU, its loading (\S+) CPU s"
+    need = r"    for 2 workers: (\d+) cores for loading, (\S+) hours for 7,200 steps"
+    found = re.findall(f"{step}\n{need}\n", printed)
+    assert [name for name, *_ in found] == REHEARSED[method]
+    for _, *numbers in found:
+        seconds, loading, cores, hours = map(float, numbers)
+        assert seconds > 0
+        assert cores >= 2 * loading / seconds > 0
+        assert hours == pytest.approx(2 * seconds, rel=0.01)
+
+
+def test_a_worker_takes_its_share_of_every_batch() -> None:
+    run = codet_configs.lvis_r50()
+    share = rehearsal.one_worker(run, "joint_stage")
+    workers = run.joint_stage.workers
+    assert workers > 1
+    assert share.detection_batch * workers == run.detection_batch
+    assert share.groups_per_step * workers == run.groups_per_step
+    assert (share.joint_stage.workers, share.joint_stage.learning_rate) == (0, run.joint_stage.learning_rate)
+
+
+def test_loading_is_measured_in_cpu_time_of_one_step() -> None:
+    calls: list[list[int]] = []
+
+    def load(positions: np.ndarray) -> None:
+        calls.append(positions.tolist())
+
+    feed = training.feed(load, 4, codet_configs.smoke().box_stage)
+    assert 0 <= rehearsal.loading_seconds(feed) < 1
+    assert calls[1:] == [[0, 1, 2, 3], list(range(4, 12))]  # the first call checks that there is an image

@@ -1,0 +1,98 @@
+"""A dry run: what a step of each stage and its loading cost on this machine, and the cores that its workers need."""
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workflows.common import cli, cluster, training
+from workflows.common.tracking import MetricLogger
+from workflows.common.training import Feed, Stage
+
+R = TypeVar("R")
+STEPS, COUNTED = 10, 5
+"""Steps of a stage in a dry run, and the last ones of them, which are measured."""
+SHARED = ("batch_size", "detection_batch", "groups_per_step")
+"""Fields of a training's run that its workers share."""
+
+
+class Rehearsal(MetricLogger):
+    """Stands for MLflow and Ray Train: runs a few steps of one worker's share in this process, and keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("", "")
+        self._logged: list[tuple[float, Mapping[str, float]]] = []
+        self._loading = 0.0
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keep them with the time."""
+        self._logged.append((time.perf_counter(), metrics))
+
+    def log_image(self, *_: object) -> None:
+        """Do nothing."""
+
+    def flush(self, *, wait: bool = False) -> None:
+        """Do nothing."""
+
+    def fit(self, worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> dict[str, Tensor]:
+        """As `training.fit`; measures the loading of a step before."""
+        self._loading = sum(map(loading_seconds, feeds.values()))
+        return training.fit(worker, stage, feeds)
+
+    def costs(self) -> tuple[float, float]:
+        """Seconds of a step without its loading, and CPU seconds of its loading."""
+        (before, _), (after, metrics) = self._logged[-2:]
+        return (after - before) * (1 - metrics["train/data_wait_fraction"]) / COUNTED, self._loading
+
+
+def loading_seconds(feed: Feed) -> float:
+    """CPU time of loading the rows of a step, on all threads of this process."""
+    rows = feed.shape.rows_per_step
+    feed.load(np.arange(rows))  # opens files
+    started = time.process_time()
+    feed.load(np.arange(rows, 3 * rows))
+    return (time.process_time() - started) / 2
+
+
+def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehearsal], Any]) -> None:
+    """Run some steps of each stage in this process, and print what they cost and what their workers need.
+
+    Args:
+        run: of a training.
+        stages: name -> field of the run with its settings.
+        train: feeds a stage of a run that is one worker's share to its loop, through `Rehearsal.fit`.
+    """
+    cluster.configure_ray()
+    for name, field in stages.items():
+        settings, share, stand_in = getattr(run, field), one_worker(run, field), Rehearsal()
+        with tempfile.TemporaryDirectory(prefix="ovd-") as folder:
+            own = getattr(share, field)
+            train(
+                share,
+                Stage(job=f"dry run, {name}", name=name, settings=own, folder=f"{folder}/{name}", metric_prefix=""),
+                stand_in,
+            )
+        step, loading = stand_in.costs()
+        workers = max(1, settings.workers)
+        device = torch.cuda.get_device_name() if training.device_of(settings) == "cuda" else "this CPU"
+        cores, hours = math.ceil(workers * loading / step), settings.steps * step / 3600
+        lines = (
+            f"dry run, {name}: a worker's share takes {step:.3g} s a step on {device}, its loading {loading:.3g} CPU s",
+            f"    for {workers} workers: {cores} cores for loading, {hours:.3g} hours for {settings.steps:,} steps",
+        )
+        print("\n".join(lines), flush=True)
+
+
+def one_worker(run: R, field: str) -> R:
+    """The run with the share of one worker in a stage, which trains in this process for some steps."""
+    workers = max(1, getattr(run, field).workers)
+    shares = {name: getattr(run, name) // workers for name in SHARED if hasattr(run, name)}
+    short = {"workers": 0, "steps": STEPS, "log_every": COUNTED, "checkpoint_every": STEPS}
+    stages = {name: dataclasses.replace(getattr(run, name), **short) for name in cli.stages_of(run)}
+    return dataclasses.replace(run, **shares, **stages)  # type: ignore[type-var]
