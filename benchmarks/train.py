@@ -1,11 +1,9 @@
 """Training of ViLD: fractions of time spent on data wait and checkpoints, and the time that distillation adds.
 
-Also how often a step of each method would make the host wait for a GPU (`host_waits.py`).
-
 make bench-train
 
-The teacher is an untrained CLIP, since its weights do not affect time. The figures of `plans.py`, `box_files.py`,
-`torchvision_step.py` and `host_waits.py` are measured too, and those of `runs/bench/alignment.json` are copied.
+The teacher is an untrained CLIP, since its weights do not affect time. The figures of `alignment.py`, `box_files.py`,
+`host_waits.py`, `loader.py`, `plans.py` and `torchvision_step.py` are measured too.
 """
 
 import dataclasses
@@ -18,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from alignment import data_wait, time_both
 from box_files import hashing, lvis_json
 from host_waits import measure_waits
-from measure import BENCH, write_figures
+from loader import loader_speedup
+from measure import write_figures
 from plans import planning
 from torchvision_step import torchvision_step_ratio
 
@@ -39,12 +39,22 @@ WARM_UP = 20
 """Steps that are not counted, while caches and pools fill."""
 CHECKPOINT_EVERY = 100
 VARIANTS = ("text", "vild", "ensemble")
+CODET_STEPS = 60
 ROUNDS = 24
 """Timed steps of each variant, alternated."""
 
 
 def main() -> None:
-    figures = {**planning(), **torchvision_step_ratio(), **lvis_json(), **hashing(), **measure_waits()}
+    figures = {
+        **planning(),
+        **loader_speedup(),
+        **torchvision_step_ratio(),
+        **lvis_json(),
+        **hashing(),
+        **measure_waits(),
+        **time_both(ROUNDS),
+        **data_wait(CODET_STEPS),
+    }
     with tempfile.TemporaryDirectory(prefix="ovd-") as storage:
         run = prepare(storage)
         trained = vild.train(run)
@@ -52,9 +62,7 @@ def main() -> None:
             **shares(run, trained.run_id),
             **overheads(run, trained.outputs["proposals"], trained.outputs["regions"]),
         }
-    alignment = BENCH / "alignment.json"
-    earlier = json.loads(alignment.read_text()) if alignment.exists() else {}
-    figures = {**earlier, **{name: round(value, 4) for name, value in figures.items()}}
+    figures = {name: round(value, 4) for name, value in figures.items()}
     write_figures("train", figures)
     print(json.dumps(figures, indent=1))
 
