@@ -31,6 +31,7 @@ from ovd_models.sam.training import mask_ious
 from ovd_models.segments import Prompts, Segments
 from ovd_models.vild.model import Variant, ViLD, ViLDConfig
 from ovd_models.vocabulary import Vocabulary
+from workflows.common.optimisation import Precision
 
 NAMES = Vocabulary(("red", "blue"), unit(2, 16), torch.tensor([True, False]))
 PHOTO = host_waits.boxes().images[0]
@@ -65,6 +66,33 @@ TRIALS: dict[str, Callable[[], Trial]] = {
     ),
     "text-to-mask": host_waits.text_trial,
 }
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vild-ensemble",
+        "codet-c4",
+        "codet-centernet2-learned",
+        "clip",
+        "sam",
+        "ovsam-adapter",
+        "ovsam-head",
+        "text-to-mask",
+    ],
+)
+def test_a_model_trains_in_reduced_precision(name: str, precision: Precision) -> None:
+    torch.manual_seed(0)
+    trial = TRIALS[name]()
+    settings = replace(host_waits.SETTINGS, precision=precision)
+    # On a CPU, oneDNN's bfloat16 gradient of a convolution whose output is one pixel is NaN now and then.
+    with torch.backends.mkldnn.flags(enabled=False):
+        session = host_waits.train(trial, 2, torch.device("cpu"), settings)
+    losses = {name: value for name, value in session.meter.collect().items() if "/loss_" in name}
+    assert losses
+    assert all(math.isfinite(value) for value in losses.values())
+    assert all(value.dtype == torch.float32 for value in session.module.parameters())
 
 
 @pytest.mark.parametrize("name", TRIALS)

@@ -77,10 +77,25 @@ VIT_H = replace(VIT_B, width=1280, depth=32, heads=16, global_blocks=(7, 15, 23,
 
 
 class SamPromptEncoder(PromptEncoder):  # type: ignore[misc]
-    """The package's prompt encoder without host waits.
+    """The package's prompt encoder without host waits, in float32.
 
     The package selects points by boolean masks of their labels, and the host waits for the number of selected points.
+    Under autocast it would round coordinates: bfloat16 has steps of 4 px at 1,024 px.
     """
+
+    def forward(
+        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The package's sparse [P, n, C] and dense [P, C, h, h] embeddings."""
+        with torch.autocast(self._get_device().type, enabled=False):
+            embedded: tuple[Tensor, Tensor] = super().forward(points, boxes, None if masks is None else masks.float())
+        return embedded
+
+    def get_dense_pe(self) -> Tensor:
+        """[1, C, h, h] positions of the image embedding's cells."""
+        with torch.autocast(self._get_device().type, enabled=False):
+            positions: Tensor = super().get_dense_pe()
+        return positions
 
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
         """[P, n, 2] xy and [P, n] labels -> [P, n, C], or [P, n + 1, C] with a padding point."""

@@ -134,6 +134,18 @@ def test_our_decoder_equals_the_packages_over_several_images(model: SamModel) ->
         assert torch.allclose(sam.mask_decoder.iou_prediction_head(hidden[row, 0]), ious[0], atol=1e-5)
 
 
+def test_prompts_keep_their_place_under_autocast() -> None:
+    encoder = build_prompt_encoder(dataclasses.replace(TINY, image_size=1024, patch_size=64))
+    points = torch.tensor([[[1000.0, 700.0]], [[1001.0, 700.0]]])
+    given = (points, torch.ones(2, 1)), torch.tensor([[8.0, 9.0, 801.0, 1000.0]] * 2), torch.randn(2, 1, 64, 64)
+    exact = *encoder(*given), encoder.get_dense_pe()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = *encoder(*given), encoder.get_dense_pe()
+    assert not torch.equal(exact[0][0, 0], exact[0][1, 0])
+    for ours, theirs in zip(found, exact, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_our_prompt_encoder_equals_the_packages() -> None:
     ours = build_prompt_encoder(TINY)
     package = PromptEncoder(TINY.prompt_width, (8, 8), (64, 64), TINY.mask_channels)
