@@ -63,6 +63,8 @@ class PairBatch(TensorRecord):
     """B captions."""
     unreadable: tuple[str, ...] = ()
     """Images that could not be read and were replaced by others, with the reason."""
+    tokens: Tensor | None = None
+    """[B, T] int64, the captions as the text tower takes them."""
 
 
 @dataclass(frozen=True)

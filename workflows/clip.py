@@ -117,9 +117,9 @@ def train_worker(run: Run, stage: Stage, pretrained: str, logger: MetricLogger) 
     contrast = contrastive_loss(run.model, session.rank, session.world)
     collate = PairCollate(run.model.image_size, lambda texts: trim_tokens(clip.model.text, clip.tokenize(texts)))
     for batch in session.batches("pairs", run.batch_size, collate, prefetch=3):
-        shifted = random_shift(batch.images.to(device, non_blocking=True), run.shift)
+        shifted = random_shift(batch.images, run.shift)
         with session.autocast():
-            features = session.model(shifted, batch.tokens.to(device, non_blocking=True))
+            features = session.model(shifted, batch.tokens)
         losses = {"contrastive": contrast(*(value.float() for value in features))}
         session.update(losses)
         clip.clamp_scale()

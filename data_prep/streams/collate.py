@@ -1,7 +1,6 @@
 """Rows of a training stream to the batches that models take."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,16 +35,8 @@ def _labels(labels: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(entry, dtype=torch.int64) for entry in labels)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenBatch(PairBatch):
-    """B images of one size with their captions, which are tokenised."""
-
-    tokens: Tensor
-    """[B, T] int64."""
-
-
 class PairCollate(ArrowBatchCollateFn):
-    """Rows of `PairLoader` or `ShardLoader` -> `TokenBatch`.
+    """Rows of `PairLoader` or `ShardLoader` -> `PairBatch`.
 
     Args:
         image_size: side of the square images in pixels.
@@ -56,17 +47,13 @@ class PairCollate(ArrowBatchCollateFn):
         self.image_size, self.tokenize = image_size, tokenize
 
     def __call__(self, batch: pa.Table) -> Any:
-        """One step of one worker, a `TokenBatch`; Ray's base class knows only tensors."""
+        """One step of one worker, a `PairBatch`; Ray's base class knows only tensors."""
         side = self.image_size
         joined = b"".join(batch["image"].to_pylist())
         images = np.frombuffer(bytearray(joined), np.uint8).reshape(-1, side, side, 3)
         captions = tuple(batch["caption"].to_pylist())
-        return TokenBatch(
-            images=torch.from_numpy(images).permute(0, 3, 1, 2),
-            captions=captions,
-            unreadable=_unreadable(batch),
-            tokens=self.tokenize(captions),
-        )
+        images_B3SS = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return PairBatch(images_B3SS, captions, _unreadable(batch), self.tokenize(captions))
 
 
 class DetectionCollate(ArrowBatchCollateFn):

@@ -91,10 +91,10 @@ class Optimisation:
 
 def check_shared(field: str, size: int, stage: Optimisation) -> None:
     """Raise InputError where a batch cannot be shared evenly among the workers and the parts of each."""
-    parts = max(1, stage.workers) * stage.accumulate
-    if size < parts or size % parts:
-        each = f", {stage.accumulate} parts each" if stage.accumulate > 1 else ""
-        raise InputError(f"{field}: {size}, expected a multiple of {parts} ({max(1, stage.workers)} workers{each})")
+    workers, parts = max(1, stage.workers), stage.accumulate
+    if size < workers * parts or size % (workers * parts):
+        each = f" times {parts} parts" if parts > 1 else ""
+        raise InputError(f"{field}: {size}, expected a multiple of the {workers} workers{each}")
 
 
 def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
