@@ -11,7 +11,6 @@ from pretend_device import DEVICE, pretended
 
 from data_prep import tables
 from data_prep.pictograms.world import GLYPHS
-from data_prep.streams.collate import decode_masks
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
@@ -24,7 +23,7 @@ from workflows.common.runs import Trained
 from workflows.common.teacher import read_categories
 from workflows.configs import ovsam as ovsam_configs
 from workflows.configs.ovsam import Run
-from workflows.reports.pointing import SegmentationReport
+from workflows.reports.pointing import SegmentationReport, decode_masks
 from workflows.studies import ovsam as ovsam_study
 from workflows.studies import ovsam_boxes, ovsam_names, study
 from workflows.studies.study import Metrics, Result
