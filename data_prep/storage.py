@@ -1,5 +1,6 @@
 """Files under a storage URI: a local folder, `s3://`, `gs://` or anything else that pyarrow opens."""
 
+import contextlib
 import hashlib
 import posixpath
 import tempfile
@@ -82,12 +83,19 @@ def write_chunks(uri: str, chunks: Iterable[bytes]) -> tuple[int, str]:
         filesystem.create_dir(posixpath.dirname(path), recursive=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     size, digest = 0, hashlib.sha256()
-    with filesystem.open_output_stream(temporary) as stream:
-        for chunk in chunks:
-            stream.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-    filesystem.move(temporary, path)
+    try:
+        with filesystem.open_output_stream(temporary) as stream:
+            for chunk in chunks:
+                stream.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+        filesystem.move(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            filesystem.delete_file(temporary)
+        if isinstance(error, OSError):
+            raise OSError(f"{uri}: cannot be written: {error}") from error
+        raise
     return size, digest.hexdigest()
 
 

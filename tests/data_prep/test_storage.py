@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs
@@ -14,6 +15,17 @@ def test_a_file_is_read_whole_or_by_range(tmp_path: Path) -> None:
     assert storage.read_bytes(uri, offset=3, size=4) == b"3456"
     assert storage.read_bytes(tmp_path.as_uri() + "/a/b.bin", offset=8) == b"89"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["b.bin"]
+
+
+def test_a_file_whose_writing_fails_leaves_nothing(tmp_path: Path) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"first"
+        raise OSError(28, "No space left on device")
+
+    uri = storage.join(str(tmp_path), "b.bin")
+    with pytest.raises(OSError, match=r"b\.bin: cannot be written: .*No space left on device"):
+        storage.write_chunks(uri, chunks())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_local_folder_is_its_own_copy_whether_path_or_uri(tmp_path: Path) -> None:

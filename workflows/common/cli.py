@@ -155,7 +155,41 @@ def outcome(job: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        reason = storage_failure(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
     return 0
+
+
+STORAGE_FAILURES = (
+    "No space left on device",
+    "disk is full",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Permission denied",
+    "AWS Error",
+)
+"""Parts of messages of the operating system, SQLite and pyarrow's object stores."""
+
+
+def storage_failure(error: BaseException) -> str | None:
+    """The first line about storage in an error or in one that caused it; None if storage is not the reason.
+
+    A later error may hide the first one, such as MLflow's when its database is on the same full disk.
+    """
+    seen: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None and found not in seen:
+        seen.append(found)
+        found = getattr(found, "cause", None) or found.__cause__ or found.__context__
+    for each in reversed(seen):
+        for line in str(each).splitlines():
+            if any(part in line for part in STORAGE_FAILURES):
+                return line.strip()
+    return None
 
 
 def to_json(run: Any) -> str:

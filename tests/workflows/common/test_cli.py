@@ -208,3 +208,21 @@ def test_learning_rates_follow_the_batch_and_a_given_one_stays(capsys: pytest.Ca
         f"box_stage {boxes / 2:g}, joint_stage {joint / 2:g}\n"
     )
     assert rates("--detection-batch", half, "--box_stage.learning_rate=0.125") == (0.125, joint / 2)
+
+
+def test_a_storage_failure_is_found_behind_the_errors_that_it_causes() -> None:
+    def fail() -> None:
+        try:
+            raise OSError(28, "No space left on device", "store/a")
+        except OSError:
+            try:
+                raise RuntimeError("the database is gone\nsecond line")
+            except RuntimeError as error:
+                raise ValueError("cannot set the status") from error
+
+    with pytest.raises(ValueError, match="status") as caught:
+        fail()
+    assert cli.storage_failure(caught.value) == "[Errno 28] No space left on device: 'store/a'"
+    assert cli.storage_failure(ValueError("no space in a name")) is None
+    with pytest.raises(ValueError, match="else"):  # other errors keep their traceback
+        cli.outcome(lambda: (_ for _ in ()).throw(ValueError("something else")))
