@@ -103,10 +103,10 @@ class ConceptBatch(ImageBatch):
     """[B, C] bool: the concepts that the image's caption mentions."""
     captions: tuple[str, ...]
     """B captions."""
-    caption_tokens: Tensor | None = None
-    """[B, T] int64; None if captions are not learned, or the teacher has no text tower."""
     caption_embeddings: Tensor | None = None
-    """[B, D] unit rows of the tokens from the frozen text encoder."""
+    """[B, D] unit rows from the frozen text encoder; None if captions are not learned, or it has no text tower."""
+    caption_tokens: Tensor | None = None
+    """[B, T] int64, what `caption_embeddings` are made of."""
 
     @property
     def group_size(self) -> int:

@@ -119,7 +119,7 @@ class GroupCollate(ArrowBatchCollateFn):
             torch.tensor(batch["concept_id"].to_pylist(), dtype=torch.int64),
             mentioned_BC,
             tuple(captions),
-            None if self.tokenize is None else self.tokenize(captions),
+            caption_tokens=None if self.tokenize is None else self.tokenize(captions),
             unreadable=_unreadable(batch),
         )
 

@@ -84,7 +84,7 @@ def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehea
         cores, hours = math.ceil(workers * loading / step), settings.steps * step / 3600
         lines = (
             f"dry run, {name}: a worker's share takes {step:.3g} s a step on {device}, its loading {loading:.3g} CPU s",
-            f"    for {workers} workers: {cores} cores for loading, {hours:.3g} hours for {settings.steps:,} steps",
+            f"    workers: {workers}, cores for loading: {cores}, hours for {settings.steps:,} steps: {hours:.3g}",
         )
         print("\n".join(lines), flush=True)
 

@@ -28,7 +28,7 @@ def test_a_dry_run_prints_what_the_workers_need_and_opens_no_run(
     assert not list(tmp_path.rglob("mlflow.db"))
     printed = capsys.readouterr().out
     step = r"dry run, (\w+): a worker's share takes (\S+) s a step on this CPU, its loading (\S+) CPU s"
-    need = r"    for 2 workers: (\d+) cores for loading, (\S+) hours for 7,200 steps"
+    need = r"    workers: 2, cores for loading: (\d+), hours for 7,200 steps: (\S+)"
     found = re.findall(f"{step}\n{need}\n", printed)
     assert [name for name, *_ in found] == REHEARSED[method]
     for _, *numbers in found:
