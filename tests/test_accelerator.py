@@ -68,7 +68,7 @@ TRIALS: dict[str, Callable[[], Trial]] = {
 }
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 @pytest.mark.parametrize("name", ["vild-ensemble", "codet-centernet2", "clip", "sam", "ovsam-head", "text-to-mask"])
 def test_a_model_trains_in_reduced_precision(name: str, precision: Precision) -> None:
     torch.manual_seed(0)

@@ -48,7 +48,13 @@ def linear_trial(*, scale: float = 1.0) -> Trial:
     )
 
 
-@pytest.mark.parametrize("name", ["vild/lvis_r50", "codet/lvis_swin_b", "ovsam/lvis_convnext_l"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vild/lvis_r50",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("codet/lvis_swin_b", "ovsam/lvis_convnext_l")),
+    ],
+)
 def test_a_config_is_measured(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     for module in (gpu, measure):
         monkeypatch.setattr(module, "BENCH", tmp_path)

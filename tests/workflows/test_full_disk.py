@@ -22,7 +22,6 @@ def can_mount(place: Path) -> bool:
 @pytest.mark.parametrize(
     ("size", "job"),
     [
-        ("300k", "prepare_pairs.py"),  # while the web site is drawn
         ("1500k", "prepare_pairs.py"),  # while parts are saved
         ("12m", "clip.py"),  # at a checkpoint; MLflow's database is on the same disk
     ],

@@ -20,7 +20,8 @@ from workflows.common import runs, training
 from workflows.common.session import Session, step_seed
 
 ROOT = Path(__file__).parents[2]
-SHUFFLES = [(method, "") for method in TRAIN] + [("clip", "shards")]
+QUICK = [("clip", ""), ("vild", ""), ("codet", "")]
+LONGER = [("ovsam", ""), ("clip", "shards")]
 """Methods, and how they shuffle where it is not the default."""
 
 
@@ -29,7 +30,9 @@ class CrashError(Exception):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("method", "shuffle"), SHUFFLES)
+@pytest.mark.parametrize(
+    ("method", "shuffle"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in LONGER)]
+)
 def test_a_run_that_ends_in_the_middle_resumes_exactly(
     method: str, shuffle: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +122,7 @@ class Script:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(("method", "shuffle"), SHUFFLES)
+@pytest.mark.parametrize(("method", "shuffle"), [*QUICK, *LONGER])
 def test_a_killed_process_resumes_exactly(method: str, shuffle: str, workers: int, tmp_path: Path) -> None:
     script = Script(method, tmp_path, workers, shuffle)
     whole = script.run()

@@ -15,7 +15,9 @@ REHEARSED = {"clip": ["train"], "vild": ["rpn", "detector"], "codet": ["boxes", 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("method", DRY_RUN)
+@pytest.mark.parametrize(
+    "method", ["clip", "codet", *(pytest.param(m, marks=pytest.mark.slow) for m in ("vild", "ovsam"))]
+)
 def test_a_dry_run_prints_what_the_workers_need_and_opens_no_run(
     method: str, ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

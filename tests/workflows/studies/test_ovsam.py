@@ -108,6 +108,7 @@ def test_perfect_boxes_masks_and_names_have_an_ap_of_one(prepared: Run) -> None:
     assert torch.equal(ovsam_boxes.with_masks(wrong, answering(unnamed), torch.device("cpu")).labels, wrong.labels)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_study_measures_once_and_continues(
     prepared: Run, trained: Trained[SegmentationReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -74,6 +74,7 @@ def test_only_the_variant_with_one_head_has_a_weight_of_its_own(monkeypatch: pyt
     assert weights == {"vild": 0.7, "ensemble": usual, "image": usual}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_study_measures_once_and_continues(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = replace(
