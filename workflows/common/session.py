@@ -265,7 +265,7 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[chosen]
 
 
-COMPILED = frozenset({"backbone", "image_encoder", "visual"})
+COMPILED = frozenset({"backbone", "pyramid", "image_encoder", "visual", "clip"})
 """Names of the modules that see whole images: most of a model's work, in few shapes."""
 
 
