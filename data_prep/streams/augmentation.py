@@ -205,7 +205,7 @@ PIXELS = pa.schema({"image": pa.binary(), "height": pa.int64(), "width": pa.int6
 MASKS = pa.schema({"masks": pa.list_(pa.binary()), "mask_boxes": pa.list_(pa.int64())})
 
 
-def decode_masks(counts: Sequence[str], image: Image.Image) -> list[ObjectMask]:
+def object_masks(counts: Sequence[str], image: Image.Image) -> list[ObjectMask]:
     """The masks of an image's COCO RLE counts."""
     return [ObjectMask.decode(entry, image.height, image.width) for entry in counts]
 

@@ -26,8 +26,8 @@ from data_prep.streams.augmentation import (
     AnnotatedImage,
     Augmentation,
     augment,
-    decode_masks,
     mask_row,
+    object_masks,
     pixel_row,
 )
 from data_prep.streams.images import UNREADABLE, ImageRow, read_image, read_rows
@@ -106,7 +106,7 @@ class DetectionLoader:
             np.asarray(read.image),
             np.asarray(row["boxes"], np.float32).reshape(-1, 4),
             np.asarray(row["labels"], np.int64),
-            decode_masks(row["masks"], read.image) if self.masks else [],
+            object_masks(row["masks"], read.image) if self.masks else [],
             region_boxes,
             valid,
         )

@@ -21,9 +21,9 @@ from data_prep.streams.augmentation import (
     AnnotatedImage,
     Augmentation,
     augment,
-    decode_masks,
     fit_longer_side,
     mask_row,
+    object_masks,
     pixel_row,
 )
 from data_prep.streams.images import UNREADABLE, ImageRow, read_all, read_image, read_rows
@@ -72,7 +72,7 @@ class MaskLoader:
             np.asarray(read.image),
             np.asarray(read.row["boxes"], np.float32).reshape(-1, 4),
             np.asarray(read.row["labels"], np.int64),
-            decode_masks(read.row["masks"], read.image),
+            object_masks(read.row["masks"], read.image),
             *NO_REGIONS,
         )
         image = augment(image, self.augmentation, np.random.default_rng([self.seed, position, 1]))

@@ -26,22 +26,11 @@ from workflows.common import cli, tracking, training
 
 SIZES = {
     *("side", "min_size", "max_size", "image_size", "patch_size", "caption_sizes", "batch_size", "detection_batch"),
-    *(
-        "groups_per_step",
-        "layers",
-        "depths",
-        "depth",
-        "channels",
-        "stem_width",
-        "width",
-        "embed_dim",
-        "hidden",
-        "heads",
-    ),
-    *("num_heads", "window", "global_blocks", "head_width", "pyramid_channels", "prompt_width", "mask_channels"),
-    *("decoder_heads", "decoder_mlp", "iou_width", "adapter_depth", "pyramid_width", "label_hidden", "rpn_batch_size"),
-    *("pre_nms", "post_nms", "rois_per_image", "max_proposals", "num_proposals", "regions_per_step", "num_points"),
-    *("prompts_per_image", "rows_per_shard", "eval_images"),
+    *("groups_per_step", "layers", "depths", "depth", "channels", "stem_width", "width", "embed_dim", "hidden"),
+    *("heads", "num_heads", "window", "global_blocks", "head_width", "pyramid_channels", "prompt_width"),
+    *("mask_channels", "decoder_heads", "decoder_mlp", "iou_width", "adapter_depth", "pyramid_width", "label_hidden"),
+    *("rpn_batch_size", "pre_nms", "post_nms", "rois_per_image", "max_proposals", "num_proposals", "regions_per_step"),
+    *("num_points", "prompts_per_image", "rows_per_shard", "eval_images"),
 }
 LENGTHS = {"steps", "learning_rate", "checkpoint_every", "log_every", "workers", "use_gpu", "max_failures"}
 """The learning rate follows the batch."""
