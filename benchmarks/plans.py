@@ -28,9 +28,9 @@ from measure import reset_peak, resident_mb, update_figures
 from PIL import Image
 
 from data_prep import tables
-from data_prep.object_store import get_shared
 from data_prep.pairs.shards import BLOCK, pack
 from data_prep.pictograms.world import World
+from data_prep.streams.object_store import get_shared
 from data_prep.streams.plans import StreamShape, stream
 from data_prep.streams.shard_loader import ShardLoader, plan_windows, shard_loader, spans
 from ovd_models.clip.model import Clip, ClipConfig

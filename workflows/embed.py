@@ -12,37 +12,33 @@ python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --sto
 import dataclasses
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
-import ray.data
-from ray.exceptions import RayTaskError
 
 from data_prep import storage, tables
 from data_prep.embeddings import stores, teachers
 from data_prep.embeddings.crops import FITS, CropConfig, Fit
-from data_prep.embeddings.stores import ArrayTable, EmbeddingJob, SavedShard, save_shard
+from data_prep.embeddings.stores import ArrayTable, EmbeddingJob, SavedShard
 from data_prep.embeddings.teachers import (
+    GPU_SHARDS,
     EmbedConfig,
     ImageTable,
     PairStage,
     RegionStage,
     Shard,
-    ShardSource,
     ShardWorker,
 )
-from data_prep.executor_pause import ExecutorPause
+from data_prep.parts import Pool, Progress, run_parts
 from data_prep.tables import Manifest
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
 
 PRODUCER = "workflows/embed.py"
-PROGRESS_SECONDS = 5.0
 CORES_PER_ACTOR = 8
 """Without a GPU: few processes, since each holds torch and the teacher's working memory."""
 
@@ -264,52 +260,29 @@ def run_shards(config: EmbedConfig, task: EmbeddingTask, job: EmbeddingJob, shar
         print(f"{job.table}: {len(done):,} of {len(shards):,} shards done by an earlier run", flush=True)
     if not missing:
         return
+    pool = embedder_pool(config)
+    stage = partial(task.stage, *task.arguments)
+    read = partial(teachers.read_shard, columns=task.columns, load=task.load)
+    make_worker = partial(ShardWorker, read, stage, job, shares_cores=pool.workers > 0)
+    progress, rows = Progress(job.table, "images", sum(shard.stop - shard.start for shard in missing)), 0
+    for _, saved in run_parts(make_worker, missing, pool):
+        rows += saved.rows
+        progress.add(saved.images, f"{rows:,} rows")
+    progress.close(f"{rows:,} rows")
+
+
+def embedder_pool(config: EmbedConfig) -> Pool:
+    """The processes that hold the teacher; if there are any, starts Ray.
+
+    On a GPU, shards are read, cut and saved during the passes of others; on CPUs, each core has a shard of its own.
+    """
     if config.actors == 0:
-        stage = task.stage(*task.arguments)
-        read = (teachers.read_shard(shard, task.columns, task.load) for shard in missing)
-        show_progress(job.table, (save_shard(stage(rows), job) for rows in read), len(missing))
-        return
+        return Pool(workers=0)
     cluster.start_ray()
-    saved = shard_stream(config, task, job, missing).iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=0
-    )
-    try:
-        show_progress(job.table, saved, len(missing))
-    except RayTaskError as error:
-        if isinstance(error.cause, InputError):  # Ray adds lines to a task's error
-            raise InputError(str(error.cause).splitlines()[0]) from None
-        raise
-
-
-def shard_stream(config: EmbedConfig, task: EmbeddingTask, job: EmbeddingJob, shards: list[Shard]) -> ray.data.Dataset:
-    """The Ray Data pipeline that reads shards on the CPU pool, and embeds and saves them in actors."""
     actors = count_actors(config)
-    cores = cluster.cores()
-    # Two shards at a time on a GPU: one is cropped or saved during the passes of another. On CPUs one for each core,
-    # and half as many processes decode, which is far less work.
-    calls, decoders = (2, cores) if config.gpus else (max(1, cores // actors), max(1, cores // 2))
-    rows = ray.data.read_datasource(
-        ShardSource(shards, partial(teachers.read_shard, columns=task.columns, load=task.load)),
-        override_num_blocks=len(shards),
-        compute=ray.data.TaskPoolStrategy(size=decoders),
-        num_cpus=0.5,
-    )
-    embedded: ray.data.Dataset = rows.map_batches(
-        ShardWorker,
-        fn_constructor_args=(task.stage, task.arguments, job),
-        batch_format="pyarrow",
-        batch_size=None,
-        compute=ray.data.ActorPoolStrategy(
-            size=min(actors, len(shards)), max_concurrent_calls_per_actor=calls, enable_true_multi_threading=True
-        ),
-        num_gpus=config.gpus,
-        num_cpus=0.5 if config.gpus else 0.5 * calls,
-    )
-    embedded.context.target_max_block_size = None  # a shard stays whole
-    limits = ray.data.ExecutionResources.for_limits(object_store_memory=config.waiting_bytes * actors)
-    embedded.context.execution_options.resource_limits = limits
-    embedded.context.custom_execution_callback_classes = [ExecutorPause]
-    return embedded
+    calls = config.threads + GPU_SHARDS if config.gpus else max(1, cluster.cores() // actors)
+    cpus = 0.5 if config.gpus else 0.5 * calls
+    return Pool(workers=actors, grows=config.actors is None, parts_at_a_time=calls, cpus=cpus, gpus=config.gpus)
 
 
 def count_actors(config: EmbedConfig) -> int:
@@ -327,23 +300,6 @@ def count_actors(config: EmbedConfig) -> int:
     if gpus < config.gpus:
         raise InputError(f"--embed.gpus {config.gpus:g}: found {gpus:g}, expected more or --embed.actors")
     return int(gpus / config.gpus)
-
-
-def show_progress(table: str, saved: Iterable[pa.Table], total: int) -> None:
-    """Consume the saved shards, and print a line every few seconds."""
-    started = shown = time.monotonic()
-    shards, images, count = 0, 0, 0
-    for batch in saved:
-        shards += batch.num_rows
-        images += sum(batch["images"].to_pylist())
-        count += sum(batch["rows"].to_pylist())
-        now = time.monotonic()
-        if now - shown >= PROGRESS_SECONDS or shards == total:
-            shown, rate = now, images / (now - started)
-            print(
-                f"{table}: {shards:,} of {total:,} shards, {images:,} images, {count:,} rows, {rate:,.1f} images/s",
-                flush=True,
-            )
 
 
 def make_smoke_tables(run: Run) -> Run:

@@ -10,15 +10,17 @@ python workflows/embed_texts.py --matrix lvis_clip.npy --categories lvis_v1_cate
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 from data_prep import storage, tables
 from data_prep.embeddings.texts import TextStore, check_order, read_category_names, read_matrix
+from data_prep.parts import Pool
 from ovd_models.clip.model import ClipTextEncoder, load_text_encoder
 from ovd_models.errors import InputError
 from ovd_models.predictors import find_device
 from ovd_models.prompts import clean_name
 from ovd_models.vocabulary import clean_names
-from workflows.common import cli
+from workflows.common import cli, cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,10 @@ class Run:
     """Id of the model that embedded `matrix`; if empty, derived from the file's name and content."""
     device: str = "cpu"
     """Device of the model, such as `cuda`."""
+    workers: int = 0
+    """Processes of a cluster that embed names; 0 embeds inside the driver."""
+    gpus: float = 0
+    """GPUs of a process."""
 
 
 CONFIGS = {"default": Run}
@@ -88,7 +94,10 @@ def embed(run: Run) -> tuple[TextStore, int]:
     if not run.matrix:
         encoder = open_text_encoder(run)
         store = TextStore(run.storage, encoder.teacher)
-        return store, store.fill(encoder, names_to_embed(run))
+        if run.workers:
+            cluster.start_ray()
+        pool = Pool(workers=run.workers, cpus=1, gpus=run.gpus)
+        return store, store.fill(encoder, names_to_embed(run), pool, partial(open_text_encoder, run))
     if not run.categories:
         raise InputError("--categories: missing, expected the JSON whose ids give the order of --matrix")
     table = read_matrix(run.matrix, read_category_names(run.categories))

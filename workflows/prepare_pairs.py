@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,9 +40,8 @@ from data_prep.concepts.groups import write_groups
 from data_prep.concepts.names import Extractor, NameMatcher
 from data_prep.concepts.nouns import NounExtractor
 from data_prep.concepts.wordnet import read_wordnet
-from data_prep.object_store import put_shared
 from data_prep.pairs import growth, inputs, scores, shards
-from data_prep.pairs.crawl import DECODERS, RESTARTING, CrawlerPool, CrawlSteps, FileReader, show_progress
+from data_prep.pairs.crawl import DECODERS, Crawler, CrawlSteps, FileReader, watch
 from data_prep.pairs.decode import decode_body
 from data_prep.pairs.dedup import Corpus
 from data_prep.pairs.fetch import Fetcher
@@ -51,12 +51,22 @@ from data_prep.pairs.labels import class_rows, read_class_names
 from data_prep.pairs.rows import EMBEDDING, LABEL, LIGHT
 from data_prep.pairs.scores import ScoreStage
 from data_prep.pairs.staging import Staging
+from data_prep.parts import Pool, collect_parts, run_parts
 from data_prep.pictograms import webserver, website
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
 from workflows.configs.pairs import CONFIGS, Run, smoke
 
 PRODUCER = "workflows/prepare_pairs.py"
+WAITING_PARTS = 4
+"""Parts of a crawler that are in work or wait for slow rows, for each one in work."""
+RESTARTING: dict[str, Any] = {
+    "num_cpus": 0.5,
+    "max_restarts": -1,
+    "max_task_retries": 10,
+    "scheduling_strategy": "SPREAD",
+}
+"""Options of scoring models, which survive the loss of a machine."""
 SAMPLED_PARTITIONS = 40
 """Partitions from which the report shows examples of rejected rows."""
 
@@ -85,6 +95,7 @@ class Job:
     published: Published | None
     plan: CrawlPlan
     staging: Staging
+    pool: Pool
 
 
 def prepare(run: Run) -> Summary:
@@ -161,13 +172,17 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
     folder = storage.join(run.storage, "staging", "pairs", run.name, storage.sha256(task.encode())[:16])
     staging = Staging(folder, run.rows_per_shard, run.rows_per_part)
 
-    with start_crawlers(run, staging, are_files=are_files) as pool:
-        plan = growth.plan_crawl(list(new.values()), run.columns, published, run.retry, staging, pool.run)
-        job = Job(run=run, config_hash=config_hash, published=published, plan=plan, staging=staging)
-        repeated_urls = find_repeated_urls(job)
-        progress = crawl(job, repeated_urls, pool)
-        decisions = pa.concat_tables([repeated_urls, deduplicate(job)])
-        written = write_shards(job, decisions, extractor, pool)
+    pool = crawler_pool(run)
+    in_work = run.parts_per_crawler * max(1, pool.workers)
+    plan = growth.plan_crawl(
+        list(new.values()), run.columns, published, run.retry, staging, pool, parts_in_work=in_work
+    )
+    staging = dataclasses.replace(staging, part_rows=plan.part_rows)
+    job = Job(run=run, config_hash=config_hash, published=published, plan=plan, staging=staging, pool=pool)
+    repeated_urls = find_repeated_urls(job)
+    progress = crawl(job, repeated_urls, are_files=are_files)
+    decisions = pa.concat_tables([repeated_urls, deduplicate(job)])
+    written = write_shards(job, decisions, extractor)
 
     summary = publish(job, written, progress, started)
     from workflows.reports.pairs import write_pairs_report  # imported here to save its memory during the crawl
@@ -205,38 +220,37 @@ def uses_models(run: Run) -> bool:
     return bool(run.scores.scorers or run.corpus.semantic_model)
 
 
-def count_crawlers(run: Run) -> int:
-    """Number of crawler processes beside the driver; if there are any, starts Ray."""
+def crawler_pool(run: Run) -> Pool:
+    """The crawler processes; if there are any, starts Ray."""
     alone = not cluster.is_joined() and (os.cpu_count() or 1) <= DECODERS
     if run.crawlers == 0 or (run.crawlers is None and alone):
-        return 0  # the driver keeps two cores busy, and Ray would take as much memory again
+        return Pool(workers=0, parts_at_a_time=DECODERS)  # Ray would take as much memory again
     cluster.start_ray()
-    return run.crawlers or max(1, cluster.cores() // DECODERS)
+    cores = cluster.cores()
+    workers = run.crawlers or max(1, cores // DECODERS)
+    cpus = min(DECODERS - 0.5, (cores - 0.5) / workers)  # leaves room for a scoring model
+    return Pool(workers=workers, grows=run.crawlers is None, parts_at_a_time=DECODERS, cpus=cpus)
 
 
-def start_crawlers(run: Run, staging: Staging, *, are_files: bool) -> CrawlerPool:
-    """The crawlers, with the steps of every row."""
-    processes = count_crawlers(run)
-    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps freed memory, beside what the crawl keeps
-    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // max(1, processes)))
-    scorers = []
+@contextlib.contextmanager
+def crawl_steps(run: Run, pool: Pool, *, are_files: bool) -> Iterator[CrawlSteps]:
+    """The steps of every row; while the block runs, the scoring models do."""
+    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // max(1, pool.workers)))
+    scorers: list[Any] = []
     if uses_models(run):
         cluster.start_ray()
         stage = ray.remote(ScoreStage).options(**RESTARTING, num_gpus=run.scores.gpus)
         scorers = [stage.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
-    steps = CrawlSteps(
-        fetcher=FileReader if are_files else partial(Fetcher, fetch),
-        decode=partial(decode_body, config=run.decode),
-        filter=partial(filter_rows, config=run.filters),
-        scorers=scorers,
-    )
-    return CrawlerPool(
-        steps,
-        staging,
-        processes=processes,
-        parts_at_a_time=run.parts_per_crawler,
-        waiting_bytes=run.waiting_bytes,
-    )
+    try:
+        yield CrawlSteps(
+            fetcher=FileReader if are_files else partial(Fetcher, fetch),
+            decode=partial(decode_body, config=run.decode),
+            filter=partial(filter_rows, config=run.filters),
+            scorers=scorers,
+        )
+    finally:
+        for actor in scorers:
+            ray.kill(actor)
 
 
 def find_repeated_urls(job: Job) -> pa.Table:
@@ -249,20 +263,27 @@ def find_repeated_urls(job: Job) -> pa.Table:
     return corpus.decisions()
 
 
-def crawl(job: Job, repeated_urls: pa.Table, pool: CrawlerPool) -> list[tuple[float, int]]:
+def crawl(job: Job, repeated_urls: pa.Table, *, are_files: bool) -> list[tuple[float, int]]:
     """Fetch, decode, filter and score; stages one Parquet file of results per part.
 
     Returns:
         Seconds and rows done so far, for the report.
     """
+    run, pool = job.run, job.pool
     every = job.plan.parts(job.staging, repeated_urls["id"].to_numpy())
     done = {uri.rpartition("/")[2] for uri in job.staging.files("parts")}
-    parts = [part for part in every if part.name not in done]
+    early = {uri.rpartition("/")[2] for uri in job.staging.files("early")}
+    parts = [dataclasses.replace(part, has_early=part.name in early) for part in every if part.name not in done]
     if not parts:
         return []
     if done:
         print(f"pairs: {len(done):,} of {len(every):,} parts done by an earlier run", flush=True)
-    return show_progress(pool.crawl(parts), job.plan.rows - repeated_urls.num_rows)
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps freed memory, beside what the crawl keeps
+    with crawl_steps(run, pool, are_files=are_files) as steps:
+        pool = dataclasses.replace(pool, parts_at_a_time=WAITING_PARTS * run.parts_per_crawler)
+        crawler = partial(Crawler, steps, job.staging, run.waiting_bytes, run.parts_per_crawler)
+        results = run_parts(crawler, parts, pool)
+        return watch((counts for _, counts in results), sum(part.rows for part in parts))
 
 
 def deduplicate(job: Job) -> pa.Table:
@@ -281,9 +302,7 @@ def deduplicate(job: Job) -> pa.Table:
     return corpus.decisions()
 
 
-def write_shards(
-    job: Job, decisions: pa.Table, extractor: Extractor, pool: CrawlerPool
-) -> list[shards.WrittenPartition]:
+def write_shards(job: Job, decisions: pa.Table, extractor: Extractor) -> list[shards.WrittenPartition]:
     """Write each partition's tar shard, index and rejects, in parallel."""
     run, plan, published = job.run, job.plan, job.published
     partition_job = shards.PartitionJob(
@@ -297,15 +316,16 @@ def write_shards(
     )
     decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
-    common, concepts = put_shared(partition_job), put_shared(extractor)
-    arguments = []
+    parts: list[shards.PartitionPart] = []
     for count, name in enumerate(plan.partitions):
         first = plan.first_id(name, run.rows_per_shard)
         start, stop = np.searchsorted(ids, [first, first + run.rows_per_shard])
-        arguments.append((common, name, decisions.slice(start, stop - start), concepts, count < SAMPLED_PARTITIONS))
-    written = pool.run(shards.write_partition, arguments)
+        own = decisions.take(np.arange(start, stop))  # a slice would be sent with the whole table
+        parts.append(shards.PartitionPart(name, own, count < SAMPLED_PARTITIONS))
+    written = collect_parts(lambda: partial(shards.write_partition, partition_job, extractor), parts, job.pool)
     if published is not None:
-        pool.run(shards.stage_published_mentions, [(common, path, concepts) for path in published.index_files()])
+        stage = partial(shards.stage_published_mentions, partition_job, extractor)
+        collect_parts(lambda: stage, published.index_files(), job.pool)
     return written
 
 

@@ -5,14 +5,15 @@ boxes --shards of images--> SAM's image encoder --> features/<name>: flat files 
 
 import json
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 import torch
 
 from data_prep import storage, tables
+from data_prep.parts import Pool, Progress, run_parts
 from data_prep.streams.images import read_image
 from data_prep.tables import FileEntry, Manifest
 from ovd_models.checkpoints import load_model
@@ -70,21 +71,16 @@ def cache_features(
     shards = -(-rows.num_rows // rows_per_shard)
     parts = [part_name(rows_per_shard, number) for number in range(shards)]
     missing = [number for number, part in enumerate(parts) if not storage.exists(receipt_uri(uri, name, part))]
-    arguments = (uri, name, rows, sam_folder, rows_per_shard, gpus > 0)
-    if missing and not workers:
-        writer = FeatureWriter(*arguments)
-        for number in missing:
-            writer.write(number)
-    elif missing:
-        numbers = ray.data.from_items([{"number": number} for number in missing], override_num_blocks=len(missing))
-        numbers.map_batches(
-            FeatureWriter,
-            fn_constructor_args=arguments,
-            batch_size=1,
-            batch_format="pyarrow",
-            concurrency=workers,
-            num_gpus=gpus or None,
-        ).materialize()
+    if missing:
+        make_writer = partial(FeatureWriter, uri, name, rows, sam_folder, rows_per_shard, gpus > 0)
+        progress = Progress(
+            f"features/{name}",
+            "images",
+            sum(len(rows.slice(number * rows_per_shard, rows_per_shard)) for number in missing),
+        )
+        for _, images in run_parts(make_writer, missing, Pool(workers=workers, cpus=1, gpus=gpus)):
+            progress.add(images)
+        progress.close()
     receipts = [json.loads(storage.read_bytes(receipt_uri(uri, name, part))) for part in parts]
     files = [FileEntry(**entry) for receipt in receipts for entry in receipt["files"]]
     unreadable = {key: reason for receipt in receipts for key, reason in receipt["unreadable"].items()}
@@ -129,14 +125,8 @@ class FeatureWriter:
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.model = load_model(storage.local_folder(sam_folder), SamModel).to(self.device)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write the shards of the batch."""
-        for number in batch["number"].to_pylist():
-            self.write(number)
-        return batch
-
-    def write(self, number: int) -> None:
-        """Write the embeddings of one shard, their index, and last the receipt."""
+    def __call__(self, number: int) -> int:
+        """Write the embeddings of one shard, their index, and last the receipt; returns its number of images."""
         rows = self.rows.slice(number * self.rows_per_shard, self.rows_per_shard)
         part = part_name(self.rows_per_shard, number)
         file, index = f"{part}.f16", f"{part}.parquet"
@@ -160,6 +150,7 @@ class FeatureWriter:
         ]
         receipt = json.dumps({"files": [asdict(entry) for entry in entries], "unreadable": unreadable}).encode()
         storage.write_bytes(receipt_uri(self.storage_uri, self.name, part), receipt)
+        return int(rows.num_rows)
 
     def embed(self, uri: str) -> np.ndarray:
         """[C, h, h] of an image file.

@@ -61,8 +61,8 @@ class SavedShard:
     """Why each image that cannot be read has no rows."""
 
 
-def save_shard(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
-    """Write the arrays and the index of a shard, then its record; returns one row of `shard`, `images`, `rows`.
+def save_shard(rows: pa.Table, job: EmbeddingJob) -> SavedShard:
+    """Write the arrays and the index of a shard, then its record, which it returns.
 
     The rows are the images of one shard (column `shard`), in order, with all columns of the index except `start`. The
     columns of flat arrays hold the bytes of an image's rows instead of a file name. A column `unreadable`, if there is
@@ -88,7 +88,7 @@ def save_shard(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
         images=rows.num_rows, rows=int(counts.sum()), width=width, files=tuple(files), unreadable=tuple(reasons)
     )
     storage.write_bytes(storage.join(job.staging, f"{shard}.json"), json.dumps(asdict(saved)).encode())
-    return pa.table({"shard": [shard], "images": [saved.images], "rows": [saved.rows]})
+    return saved
 
 
 def saved_shards(staging: str) -> dict[str, SavedShard]:

@@ -1,12 +1,14 @@
 """A CLIP teacher's embeddings of regions and of image-text pairs, computed once for a whole table.
 
-    table --cut into shards--> pixels (CPU pool) --crops, CLIP (actors)--> rows --save--> flat arrays and their index
+    table --cut into shards--> pixels --crops, CLIP--> rows --save--> flat arrays and their index
 
 Shards depend only on the table, and each is embedded by itself, so the bytes on disk depend neither on the number of
 actors nor on where a run was killed.
 """
 
+import contextlib
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +23,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
-from ray.data import DataContext, Datasource, ReadTask
-from ray.data.block import BlockMetadata
 
 from data_prep import storage, tables
 from data_prep.embeddings.crops import Colour, CropConfig, Fit, crop_squares, crop_windows, square
-from data_prep.embeddings.stores import ROWS, EmbeddingJob, save_shard
+from data_prep.embeddings.stores import ROWS, EmbeddingJob, SavedShard, save_shard
 from data_prep.pairs.rows import append_columns
 from data_prep.pairs.shards import runs_of_size
 from data_prep.streams.images import read_image
@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 ImageTable = Literal["boxes", "pairs"]
 SHARD_PIXELS = 32 << 20
-"""Maximum decoded pixels of a shard: 96 MiB, below the size at which Ray Data cuts blocks. A larger image stands
-alone."""
+"""Maximum decoded pixels of a shard: 96 MiB, for each shard that an actor works on. A larger image stands alone."""
+GPU_SHARDS = 2
+"""Shards whose passes share a GPU: one is cropped or saved during the passes of the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +54,13 @@ class EmbedConfig:
     gpus: float = 0
     """GPUs of an actor."""
     threads: int = 1
-    """Threads of a GPU actor that cut out the next crops. CPU actors ignore it: each of their shards cuts its own."""
+    """Threads of a GPU actor that read the next shards, and as many that cut out the next crops. CPU actors ignore it:
+    each of their shards reads and cuts its own."""
     batch_size: int = 32
     """Crops or captions in a batch; a few hundred suit a GPU. On a CPU, larger batches of ViT-B/32 need activations
     that the allocator does not keep, so their pages are mapped anew in every layer."""
     images_per_shard: int = 64
     """Maximum number of images in a shard, the unit of work that a killed run repeats."""
-    waiting_bytes: int = 256 << 20
-    """Maximum bytes of decoded images waiting for an actor."""
     bfloat16: bool | None = None
     """Compute in bfloat16; None: only on a GPU. On a CPU with bfloat16 instructions it speeds up convolutions, but not
     transformers."""
@@ -99,24 +99,6 @@ def cut_shards(storage_uri: str, table: ImageTable, name: str, images: int, *, p
         for start, stop in runs_of_size(np.maximum(pixels, SHARD_PIXELS // images).tolist(), SHARD_PIXELS):
             shards.append(Shard(name=f"{prefix}{len(shards):06d}", uri=uri, start=start, stop=stop))
     return shards
-
-
-class ShardSource(Datasource):
-    """One block of Ray Data for each shard. Errors of its read tasks keep their type; those of `map_batches` do not."""
-
-    def __init__(self, shards: Sequence[Shard], read: Callable[[Shard], pa.Table]) -> None:
-        self.shards, self.read = shards, read
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        """A task for each shard, whatever the parallelism."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        return [ReadTask(partial(map, self.read, [shard]), unknown) for shard in self.shards]
 
 
 def read_shard(shard: Shard, columns: Sequence[str], load: Callable[[pa.Table], pa.Table]) -> pa.Table:
@@ -415,17 +397,30 @@ class PairStage:
 
 
 class ShardWorker:
-    """An actor that embeds and writes shards, several at a time."""
+    """Reads, embeds and saves shards, several at a time."""
 
     def __init__(
-        self, stage: "type[RegionStage] | type[PairStage]", arguments: tuple[Any, ...], job: EmbeddingJob
+        self,
+        read: Callable[[Shard], pa.Table],
+        make_stage: "Callable[[], RegionStage | PairStage]",
+        job: EmbeddingJob,
+        *,
+        shares_cores: bool,
     ) -> None:
-        import torch  # here, so that the data tasks stay small
+        """Load the teacher; on a CPU that `shares_cores`, each shard has one core."""
+        import torch  # here, so that the driver stays small
 
-        self.stage, self.job = stage(*arguments), job
-        if self.stage.teacher.device.type == "cpu":
-            torch.set_num_threads(1)  # each call has a thread of its own
+        self._read, self._stage, self._job = read, make_stage(), job
+        on_cpu = self._stage.teacher.device.type == "cpu"
+        if on_cpu and shares_cores:
+            torch.set_num_threads(1)
+        self._passes: contextlib.AbstractContextManager[Any] = (
+            contextlib.nullcontext() if on_cpu else threading.Semaphore(GPU_SHARDS)
+        )
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Embed and save a shard; returns the row of `save_shard`."""
-        return save_shard(self.stage(rows), self.job)
+    def __call__(self, shard: Shard) -> SavedShard:
+        """Read, embed and save a shard."""
+        rows = self._read(shard)
+        with self._passes:
+            rows = self._stage(rows)
+        return save_shard(rows, self._job)

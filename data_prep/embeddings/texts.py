@@ -9,7 +9,7 @@ K requested names, N stored names, D embedding width.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from data_prep import storage, tables
-from data_prep.tables import Manifest
+from data_prep.parts import HERE, Pool, Progress, run_parts
+from data_prep.tables import FileEntry, Manifest
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, clean_names
 
@@ -98,25 +99,40 @@ class TextStore:
                 parts.append(_read_embeddings(uri, prompt_set))
         return names, torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, 0)
 
-    def fill(self, encoder: TextEncoder, names: Sequence[str]) -> int:
+    def fill(
+        self,
+        encoder: TextEncoder,
+        names: Sequence[str],
+        pool: Pool = HERE,
+        make_encoder: Callable[[], TextEncoder] | None = None,
+    ) -> int:
         """Embed the names that are not in the store; returns their number.
+
+        `make_encoder` makes it again in each process of the pool; without it, all parts use this one.
 
         Raises:
             InputError: the encoder is another teacher's, or its embeddings have another width.
         """
         if encoder.teacher != self.teacher:
             raise InputError(f"texts/{self.name}: the store of {self.teacher}, expected that of {encoder.teacher}")
-        return self._append_missing(encoder, clean_names(names))
+        return self._append_missing(encoder, clean_names(names), pool, make_encoder or (lambda: encoder))
 
     def import_table(self, table: EmbeddingTable) -> int:
         """Add the rows of a table whose names are not in the store; returns their number."""
-        return self._append_missing(table, table.names)
+        return self._append_missing(table, table.names, HERE, lambda: table)
 
-    def _append_missing(self, encoder: TextEncoder, names: Sequence[str]) -> int:
+    def _append_missing(
+        self, encoder: TextEncoder, names: Sequence[str], pool: Pool, make_encoder: Callable[[], TextEncoder]
+    ) -> int:
         new = self.missing(names, encoder.prompt_set)
-        for start in range(0, len(new), PART):
-            part = new[start : start + PART]
-            self.append(part, encoder.prompt_set, encoder.embed_names(part).numpy())
+        parts = [new[start : start + PART] for start in range(0, len(new), PART)]
+        progress = Progress(f"texts/{self.name}", "names", len(new)) if len(parts) > 1 else None
+        for number, (entry, width) in run_parts(lambda: _TextWorker(self, make_encoder()), parts, pool):
+            self._publish(entry, encoder.prompt_set, width)
+            if progress:
+                progress.add(len(parts[number]))
+        if progress:
+            progress.close()
         return len(new)
 
     def append(self, names: Sequence[str], prompt_set: str, rows_KD: Floats) -> None:
@@ -124,6 +140,14 @@ class TextStore:
 
         Raises:
             InputError: their width is another.
+        """
+        self._publish(self.write(names, prompt_set, rows_KD), prompt_set, rows_KD.shape[1])
+
+    def write(self, names: Sequence[str], prompt_set: str, rows_KD: Floats) -> FileEntry:
+        """Write a file of unit rows, without publishing it.
+
+        Raises:
+            InputError: their width is not that of the store.
         """
         published = self.manifest()
         width = rows_KD.shape[1]
@@ -139,7 +163,9 @@ class TextStore:
         )
         # The file is named by its content, so that two concurrent jobs never write to one file.
         key = storage.sha256(json.dumps([prompt_set, *names]).encode())[:16]
-        entry = tables.write_part(self.storage, "texts", self.name, f"{key}.parquet", table)
+        return tables.write_part(self.storage, "texts", self.name, f"{key}.parquet", table)
+
+    def _publish(self, entry: FileEntry, prompt_set: str, width: int) -> None:
         published = self.manifest()  # another job may have published since
         files = {file.path: file for file in published.files} if published else {}
         prompt_sets: list[str] = published.details["prompt_sets"] if published else []
@@ -165,6 +191,19 @@ class TextStore:
             uri = storage.join(self.uri, path)
             rows = tables.read_parquet(uri, ["name", "prompt_set"])
             yield uri, rows.filter(pc.equal(rows["prompt_set"], prompt_set))["name"].combine_chunks()
+
+
+@dataclass(frozen=True)
+class _TextWorker:
+    """Embeds and writes parts of names."""
+
+    store: TextStore
+    encoder: TextEncoder
+
+    def __call__(self, names: Sequence[str]) -> tuple[FileEntry, int]:
+        """The written file, and the width of its rows."""
+        rows_KD = self.encoder.embed_names(names).numpy()
+        return self.store.write(names, self.encoder.prompt_set, rows_KD), rows_KD.shape[1]
 
 
 def _read_embeddings(uri: str, prompt_set: str) -> Floats:

@@ -1,8 +1,7 @@
 """Crawl part by part: one process fetches, decodes, filters, scores and saves each part.
 
-    with CrawlerPool(CrawlSteps(...), staging, processes=1, parts_at_a_time=6, waiting_bytes=64 << 20) as pool:
-        for counts in pool.crawl([Part(partition, 0), Part(partition, 1)]):   # the part's results are saved by now
-            ...
+    for _, counts in run_parts(partial(Crawler, steps, staging, 64 << 20), parts, Pool(workers=2, parts_at_a_time=16)):
+        ...   # the part's results are saved by now
 
 Image bytes are sent to no other process except a scoring model. While some rows of a part wait for their hosts, images
 that have arrived are decoded in threads; OpenCV releases the GIL.
@@ -12,54 +11,56 @@ import asyncio
 import contextlib
 import ctypes
 import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from functools import partial
+from typing import Any, TypeAlias
 
 import cv2
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.util import ActorPool
 
 from data_prep import storage
-from data_prep.object_store import get_shared
 from data_prep.pairs.decode import Decoded, with_images
 from data_prep.pairs.fetch import Fetched, Fetcher, with_fetch_status
 from data_prep.pairs.rows import Rejection
 from data_prep.pairs.staging import Part, Staging
 from data_prep.pairs.tars import locate
-from ovd_models.errors import InputError
+from data_prep.parts import Progress
 
-PROGRESS_SECONDS = 5.0
 ALARMING_FAILURES = 0.5
 """Share of failed fetches that causes a warning."""
+PATIENCE_SECONDS = 1.0
+"""When no row of a part has finished for this time, its finished rows are saved without waiting for the others."""
 FILES_AT_A_TIME = 16
 DECODERS = 2
 """Decoding threads of a process, as many as the cores it should keep busy."""
+SAVERS = 4
+"""Threads of a process that read, filter and save parts."""
 MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """Parameters of glibc's mallopt(3)."""
 KEPT_BYTES = 32 << 20
-RESTARTING: dict[str, Any] = {
-    "num_cpus": 0.5,  # so that a machine with a single one has room for a scoring model too
-    "max_restarts": -1,
-    "max_task_retries": 10,
-    "scheduling_strategy": "SPREAD",
-}
-"""Options of actors that survive the loss of a machine."""
-T = TypeVar("T")
+Result: TypeAlias = tuple[Fetched, Decoded | Rejection | None]
+"""The fetch result of a row without its body, and the decoded image, if there was a body."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartCounts:
     """Rows of a crawled part."""
 
-    rows: int
-    good: int
+    rows: int = 0
+    good: int = 0
     """Rows not rejected so far."""
-    unfetched: int
+    unfetched: int = 0
+
+    def __add__(self, other: "PartCounts") -> "PartCounts":
+        return PartCounts(
+            rows=self.rows + other.rows, good=self.good + other.good, unfetched=self.unfetched + other.unfetched
+        )
 
 
 class FileReader:
@@ -92,59 +93,72 @@ class CrawlSteps:
     """Called once per process."""
     decode: Callable[[bytes], Decoded | Rejection]
     filter: Callable[[pa.Table], pa.Table]
-    scorers: Sequence[Any]
+    scorers: Sequence[Any] = ()
     """Actors of `scores.ScoreStage`, used in turn; empty if nothing is scored."""
 
 
 class Crawler:
     """Crawls parts; calls overlap, so that a slow host does not hold up the rest."""
 
-    def __init__(self, steps: CrawlSteps, staging: Staging, waiting_bytes: int) -> None:
-        """Start the threads; while `waiting_bytes` of fetched images wait to be decoded, no request is made."""
+    def __init__(self, steps: CrawlSteps, staging: Staging, waiting_bytes: int, parts_at_a_time: int = 8) -> None:
+        """Start the threads; while `waiting_bytes` of fetched images wait to be decoded, no request is made.
+
+        At most `parts_at_a_time` are in work; those that only wait for slow rows do not count.
+        """
         keep_memory()
         cv2.setNumThreads(1)
         self._steps, self._staging, self._waiting_limit, self._waiting = steps, staging, waiting_bytes, 0
-        self._crawled = False
         self._fetcher = steps.fetcher()
-        self._decoders = ThreadPoolExecutor(DECODERS)
-        self._storage = ThreadPoolExecutor(DECODERS)
-        self._scorers = itertools.cycle(steps.scorers)
+        self._decoders, self._savers = ThreadPoolExecutor(DECODERS), ThreadPoolExecutor(SAVERS)
+        self._scorers, self._places = itertools.cycle(steps.scorers), asyncio.Semaphore(parts_at_a_time)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="network", daemon=True).start()
+        weakref.finalize(self, _stop, self._loop)
 
-    async def crawl(self, part: Part) -> PartCounts:
+    def __call__(self, part: Part) -> PartCounts:
         """Read, fetch, decode, filter, score and save a part."""
-        in_thread, self._crawled = asyncio.get_running_loop().run_in_executor, True
-        rows = await in_thread(self._storage, self._staging.read_part, part)
+        return asyncio.run_coroutine_threadsafe(self._crawl(part), self._loop).result()
+
+    async def _crawl(self, part: Part) -> PartCounts:
+        in_thread = partial(self._loop.run_in_executor, self._savers)
         async with self._fetcher.open():
-            results = await asyncio.gather(*(self._fetch_and_decode(url) for url in rows["url"].to_pylist()))
-        rows = with_fetch_status(rows, [fetched for fetched, _ in results])
-        rows = with_images(rows, [image for _, image in results])
-        del results
-        rows = self._steps.filter(rows)
-        if self._steps.scorers:
-            rows = await next(self._scorers).__call__.remote(rows)
-        await in_thread(self._storage, self._staging.write_part, rows, part)
+            async with self._places:
+                rows, saved = await in_thread(self._staging.read_part, part), list[pa.Table]()
+                if part.has_early:
+                    saved = [await in_thread(self._staging.read_early, part)]
+                    rows = rows.filter(pc.invert(pc.is_in(rows["row"], saved[0]["row"].combine_chunks())))
+                tasks = [asyncio.create_task(self._fetch_and_decode(url)) for url in rows["url"].to_pylist()]
+                done = await wait_for_most(tasks)
+                if not all(done):
+                    results = [task.result() for task in itertools.compress(tasks, done)]
+                    saved.append(await in_thread(self._finish, rows.filter(pa.array(done)), results))
+                    await in_thread(self._staging.write_early, join_rows(saved), part)
+                    waiting = [not is_done for is_done in done]
+                    rows, tasks = rows.filter(pa.array(waiting)), list(itertools.compress(tasks, waiting))
+            results = await asyncio.gather(*tasks)
+        rows = join_rows([*saved, await in_thread(self._finish, rows, results)])
+        await in_thread(self._staging.write_part, rows, part)
         unfetched = pc.sum(pc.equal(rows["stage"], "fetch")).as_py() or 0
         return PartCounts(rows=rows.num_rows, good=rows["reason"].null_count, unfetched=unfetched)
 
-    async def run(self, task: Callable[..., T], *arguments: Any) -> T:
-        """Run another task in this process, since a new one would take a second to start."""
-        if self._crawled and not self._waiting:
-            release_memory()
-            self._crawled = False
-        return await asyncio.get_running_loop().run_in_executor(self._storage, task, *arguments)
-
-    async def _fetch_and_decode(self, url: str | None) -> tuple[Fetched, Decoded | Rejection | None]:
-        """The fetch result without its body, and the decoded image, if there was a body."""
+    async def _fetch_and_decode(self, url: str | None) -> Result:
         fetched = await self._fetcher.fetch(url)
         body = fetched.content
         if body is None:
             return fetched, None
         self._add_waiting(len(body))
         try:
-            loop = asyncio.get_running_loop()
-            return replace(fetched, content=None), await loop.run_in_executor(self._decoders, self._steps.decode, body)
+            decoded = await self._loop.run_in_executor(self._decoders, self._steps.decode, body)
+            return replace(fetched, content=None), decoded
         finally:
             self._add_waiting(-len(body))
+
+    def _finish(self, rows: pa.Table, results: Sequence[Result]) -> pa.Table:
+        """Add the results to their rows, filter and score them."""
+        rows = with_fetch_status(rows, [fetched for fetched, _ in results])
+        rows = with_images(rows, [image for _, image in results])
+        rows = self._steps.filter(rows)
+        return ray.get(next(self._scorers).__call__.remote(rows)) if self._steps.scorers else rows
 
     def _add_waiting(self, size: int) -> None:
         self._waiting += size
@@ -152,6 +166,28 @@ class Crawler:
             self._fetcher.gate.set()
         else:
             self._fetcher.gate.clear()
+
+
+async def wait_for_most(tasks: "Sequence[asyncio.Task[Any]]") -> list[bool]:
+    """Wait until all tasks are done, or some are but no other for `PATIENCE_SECONDS`; returns which are."""
+    done = [False] * len(tasks)
+    while not all(done):
+        before = done
+        await asyncio.wait(tasks, timeout=PATIENCE_SECONDS)
+        done = [task.done() for task in tasks]
+        if any(done) and done == before:
+            break
+    return done
+
+
+def join_rows(tables: Sequence[pa.Table]) -> pa.Table:
+    """All rows of some tables in the order of the input."""
+    return tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="default").sort_by("row")
+
+
+def _stop(loop: asyncio.AbstractEventLoop) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    release_memory()
 
 
 def keep_memory() -> None:
@@ -174,90 +210,20 @@ def release_memory() -> None:
         library.malloc_trim(0)
 
 
-class CrawlerPool:
-    """The `Crawler` actors of a run, started as needed; without processes, a crawler in the driver.
+def watch(parts: Iterable[PartCounts], total: int) -> list[tuple[float, int]]:
+    """Finish a crawl of `total` rows, showing its progress; warns once if most fetches fail.
 
-    An actor that is lost with its machine restarts elsewhere, and its unfinished parts are crawled again.
+    Returns the seconds and rows done so far at each line of progress, for the report.
     """
-
-    def __init__(
-        self, steps: CrawlSteps, staging: Staging, *, processes: int, parts_at_a_time: int, waiting_bytes: int
-    ) -> None:
-        """Prepare up to `processes` actors (0: a crawler in the driver) with concurrent parts; none starts yet."""
-        self._actor_class = ray.remote(Crawler).options(**RESTARTING, max_concurrency=parts_at_a_time)
-        self._arguments = steps, staging, waiting_bytes
-        self._processes, self._parts_at_a_time = processes, parts_at_a_time
-        self._actors: list[Any] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for actor in (*self._actors, *self._arguments[0].scorers):
-            ray.kill(actor)
-
-    def crawl(self, parts: Sequence[Part]) -> Iterator[PartCounts]:
-        """Crawl parts; yields the counts of each as soon as its results are saved."""
-        if self._processes:
-            pool: Any = self._pool(len(parts))
-            yield from pool.map_unordered(lambda actor, part: actor.crawl.remote(part), parts)
-        else:
-            yield from self._crawl_in_driver(parts)
-
-    def run(self, task: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
-        """Run a task with each of several argument tuples, which may hold shared values; results in their order.
-
-        Raises:
-            InputError: a task raised it.
-        """
-        if not self._processes:
-            with ThreadPoolExecutor(DECODERS) as threads:
-                return list(threads.map(lambda values: task(*map(get_shared, values)), arguments))
-        pool: Any = self._pool(len(arguments))
-        try:
-            return list(pool.map(lambda actor, values: actor.run.remote(task, *values), arguments))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, InputError):
-                raise error.cause from None
-            raise
-
-    def _crawl_in_driver(self, parts: Iterable[Part]) -> Iterator[PartCounts]:
-        todo, running = iter(parts), set[asyncio.Task[PartCounts]]()
-        crawler = Crawler(*self._arguments)
-        with asyncio.Runner() as runner:
-            start = runner.get_loop().create_task
-            while True:
-                free = self._parts_at_a_time - len(running)
-                running |= {start(crawler.crawl(part)) for part in itertools.islice(todo, free)}
-                if not running:
-                    break
-                done, running = runner.run(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
-                yield from (task.result() for task in done)
-        release_memory()
-
-    def _pool(self, tasks: int) -> ActorPool:
-        while len(self._actors) < min(self._processes, tasks):
-            self._actors.append(self._actor_class.remote(*self._arguments))
-        return ActorPool([actor for _ in range(self._parts_at_a_time) for actor in self._actors])
-
-
-def show_progress(parts: Iterable[PartCounts], total: int) -> list[tuple[float, int]]:
-    """Finish a crawl of `total` rows; prints a line every few seconds, and a warning if most fetches fail.
-
-    Returns the seconds and rows done so far at each line, for the report.
-    """
-    started = shown = time.monotonic()
-    done, good, failed, warned = 0, 0, 0, False
-    progress: list[tuple[float, int]] = []
+    progress, counts, warned = Progress("pairs", "rows", total), PartCounts(), False
+    lines: list[tuple[float, int]] = []
     for part in parts:
-        done, good, failed = done + part.rows, good + part.good, failed + part.unfetched
-        now = time.monotonic()
-        if now - shown >= PROGRESS_SECONDS:
-            shown, rate = now, done / (now - started)
-            progress.append((round(now - started, 1), done))
-            print(f"pairs: {done:,} of {total:,} rows done, {good:,} good, {rate:,.0f} rows/s", flush=True)
-            if failed > ALARMING_FAILURES * done and not warned:
+        counts += part
+        if progress.add(part.rows, f"{counts.good:,} good"):
+            lines.append((round(progress.seconds, 1), counts.rows))
+            if counts.unfetched > ALARMING_FAILURES * counts.rows and not warned:
                 warned = True
-                print(f"pairs: WARNING: {failed:,} of {done:,} fetches failed; do the network and its DNS work?")
-    print(f"pairs: {done:,} rows done, {good:,} good, {done / (time.monotonic() - started):,.0f} rows/s", flush=True)
-    return [*progress, (round(time.monotonic() - started, 1), done)]
+                failures = f"{counts.unfetched:,} of {counts.rows:,} fetches failed"
+                print(f"pairs: WARNING: {failures}; do the network and its DNS work?", flush=True)
+    progress.close(f"{counts.good:,} good")
+    return [*lines, (round(progress.seconds, 1), counts.rows)]

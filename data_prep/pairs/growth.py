@@ -7,9 +7,9 @@ never change: a new manifest lists the old files and the new ones, except those 
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,12 @@ from data_prep.pairs import inputs
 from data_prep.pairs.rows import EMBEDDING, LIGHT, STATUS, RowNumbering
 from data_prep.pairs.shards import WrittenPartition
 from data_prep.pairs.staging import Part, Staging, partition_name
+from data_prep.parts import Pool, collect_parts
 from data_prep.tables import FileEntry, TableName
 from ovd_models.errors import InputError
 
+SHARE_IN_WORK = 1 / 32
+MIN_PART_ROWS = 8
 URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
 IMAGES = LIGHT.remove(LIGHT.get_field_index("reason"))
 EMBEDDINGS = pa.schema({"image_id": pa.string(), EMBEDDING: pa.binary()})
@@ -133,6 +136,8 @@ class CrawlPlan:
     """Number of rows to retry, by the reason of their rejection."""
     earlier_rejects: dict[str, str] = field(default_factory=dict)
     """Published `rejects` files of retried partitions; each is replaced by the partition's new one."""
+    part_rows: int = 0
+    """Rows of a part."""
 
     @functools.cached_property
     def order(self) -> RowNumbering:
@@ -159,7 +164,7 @@ class CrawlPlan:
                 if name not in self.earlier_rejects:  # retried rows are not consecutive, and their URLs were checked
                     among = np.searchsorted(repeated, [first + start, first + start + size])
                     skipped = tuple((repeated[slice(*among)] - first - start).tolist())
-                parts.append(Part(name, start // size, skipped))
+                parts.append(Part(name, start // size, skipped, min(size, rows - start) - len(skipped)))
         return parts
 
     def save(self, staging: Staging) -> None:
@@ -204,11 +209,14 @@ def plan_crawl(
     published: Published | None,
     retry: Sequence[str],
     staging: Staging,
-    run: Callable[[Callable[..., inputs.Source], Sequence[tuple[Any, ...]]], list[inputs.Source]],
+    pool: Pool,
+    *,
+    parts_in_work: int = 1,
 ) -> CrawlPlan:
     """Cut new lists into partitions, in parallel, and stage the published rows rejected for the reasons to retry.
 
-    `run` calls a function with each of several arguments, as `crawl.CrawlerPool.run` does.
+    A killed run repeats the parts in work, so `parts_in_work` hold at most a small share of the rows (`SHARE_IN_WORK`),
+    unless a part would have less than `MIN_PART_ROWS`.
 
     Raises:
         InputError: a list is malformed.
@@ -216,19 +224,22 @@ def plan_crawl(
     saved = CrawlPlan.load(staging)
     if saved is not None:
         return saved
-    new = run(inputs.cut_file, [(uri, columns, staging) for uri in lists])
+    new = collect_parts(lambda: functools.partial(inputs.cut_file, columns=columns, staging=staging), lists, pool)
     kinds = dict(published.pairs.details["columns"]) if published else {}
     for source in new:
         for name, kind in source.columns.items():
             if kinds.setdefault(name, kind) != kind:
                 raise InputError(f"list {source.digest}: column {name!r} holds {kind}, elsewhere {kinds[name]}")
     again, retried, earlier = stage_rejects(published, retry, staging) if published and retry else ({}, {}, {})
+    partitions = {name: rows for source in new for name, rows in source.partitions.items()} | again
+    share = int(SHARE_IN_WORK * sum(partitions.values()) / parts_in_work)
     plan = CrawlPlan(
         sources={**(published.sources if published else {}), **{source.digest: source.rows for source in new}},
         columns=kinds,
-        partitions={name: rows for source in new for name, rows in source.partitions.items()} | again,
+        partitions=partitions,
         retried=retried,
         earlier_rejects=earlier,
+        part_rows=min(staging.part_rows, max(MIN_PART_ROWS, share)),
     )
     plan.save(staging)
     return plan

@@ -69,20 +69,29 @@ class WrittenPartition:
     """By table: `pairs`, `rejects`, `scores`."""
 
 
-def write_partition(
-    job: PartitionJob, partition: str, decisions: pa.Table, extractor: Extractor, with_samples: bool
-) -> WrittenPartition:
+@dataclass(frozen=True)
+class PartitionPart:
+    """What differs between the partitions of a run."""
+
+    name: str
+    decisions: pa.Table
+    """The corpus-wide decisions about its rows (`dedup.DECISIONS`)."""
+    with_samples: bool
+    """Stage examples of its rejected rows."""
+
+
+def write_partition(job: PartitionJob, extractor: Extractor, part: PartitionPart) -> WrittenPartition:
     """Write a partition's shards, index, rejects, scores and statistics in input order, unless that was done before.
 
-    Also stages its concept mentions, which the extractor finds in captions, and examples of its rejected rows.
-    `decisions` are the corpus-wide ones about its rows (`dedup.DECISIONS`).
+    Also stages its concept mentions, which the extractor finds in captions.
     """
+    partition = part.name
     done = storage.join(job.staging.uri, "written", f"{partition}.json")
     if storage.exists(done):
         raw = json.loads(storage.read_bytes(done))
         raw["files"] = tables.entries_from_json(raw["files"])
         return WrittenPartition(**raw)
-    rows = with_decisions(read_partition(job, partition), decisions, job.order)
+    rows = with_decisions(read_partition(job, partition), part.decisions, job.order)
     is_kept = pc.is_null(rows["reason"])
     kept, rejected = rows.filter(is_kept), rows.filter(pc.invert(is_kept))
     assert not kept["size"].null_count, f"{partition}: a row is neither staged nor rejected"
@@ -95,7 +104,7 @@ def write_partition(
     rejects = _rejects(job, partition, rejected, rows["row"])
     if rejects.num_rows:
         files["rejects"].append(tables.write_part(job.storage, "rejects", job.name, f"{stem}.parquet", rejects))
-    if with_samples and rejected.num_rows:
+    if part.with_samples and rejected.num_rows:
         contents = dict(_contents(job, partition, rows.num_rows, rejected))
         job.staging.write("samples", f"{stem}.parquet", _samples(rejected, contents))
     reasons = dict(sorted(Counter(rejected["reason"].to_pylist()).items()))
@@ -244,7 +253,7 @@ def _stage_mentions(job: PartitionJob, stem: str, pairs: pa.Table, extractor: Ex
     job.staging.write("mentions", f"{stem}.parquet", pairs.select(GROUP_COLUMNS).append_column("names", names))
 
 
-def stage_published_mentions(job: PartitionJob, index: str, extractor: Extractor) -> None:
+def stage_published_mentions(job: PartitionJob, extractor: Extractor, index: str) -> None:
     """Stage the concept mentions of a published index file."""
     uri = storage.join(tables.table_uri(job.storage, "pairs", job.name), index)
     stem = f"published-{storage.sha256(index.encode())[:16]}"

@@ -15,6 +15,9 @@ from pyarrow import fs
 
 from data_prep import storage, tables
 
+ROWS_PER_GROUP = 100
+"""Input rows that are read at a time."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -24,10 +27,14 @@ class Part:
     number: int
     skipped: tuple[int, ...] = ()
     """Positions of rows that need no work."""
+    rows: int = 0
+    """Number of rows to work on."""
+    has_early: bool = False
+    """A killed run saved results of some of its rows."""
 
     @property
     def name(self) -> str:
-        """The staged file with its results."""
+        """The staged file with its results; once it is there, the part is done."""
         return f"{self.partition}-{self.number:05d}.parquet"
 
 
@@ -49,20 +56,32 @@ class Staging:
         return storage.join(self.uri, "rows", f"{partition}.parquet")
 
     def write_rows(self, partition: str, rows: pa.Table) -> None:
-        """Write a partition's input rows, with one row group per part."""
-        storage.write_bytes(self.rows_uri(partition), tables.parquet_bytes(rows, row_group_size=self.part_rows))
+        """Write a partition's input rows."""
+        storage.write_bytes(self.rows_uri(partition), tables.parquet_bytes(rows, row_group_size=ROWS_PER_GROUP))
 
     def read_part(self, part: Part) -> pa.Table:
         """The input rows of a part without the skipped ones."""
         filesystem, path = storage.resolve(self.rows_uri(part.partition))
+        start = part.number * self.part_rows
         with pq.ParquetFile(path, filesystem=filesystem) as file:
-            rows = file.read_row_group(part.number)
+            stop = min(start + self.part_rows, file.metadata.num_rows)
+            first, last = start // ROWS_PER_GROUP, (stop - 1) // ROWS_PER_GROUP
+            groups = file.read_row_groups(range(first, last + 1))
+        rows = groups.slice(start - first * ROWS_PER_GROUP, stop - start)
         return rows.filter(pa.array(~np.isin(np.arange(rows.num_rows), part.skipped))) if part.skipped else rows
 
     def write_part(self, rows: pa.Table, part: Part) -> None:
         """Write a part's results, unless it has no rows."""
         if rows.num_rows:
             self.write("parts", part.name, rows)
+
+    def write_early(self, rows: pa.Table, part: Part) -> None:
+        """Write those results of a part that do not wait for its slow rows; only `read_early` reads them."""
+        self.write("early", part.name, rows)
+
+    def read_early(self, part: Part) -> pa.Table:
+        """The early results of a part that a killed run saved."""
+        return tables.read_parquet(storage.join(self.uri, "early", part.name))
 
     def write(self, kind: str, name: str, rows: pa.Table) -> None:
         """Write a Parquet file of a kind (a subfolder), completely or not at all."""

@@ -19,7 +19,6 @@ import pyarrow as pa
 from data_prep import storage, tables
 from data_prep.boxes.cleaning import SkipReport, clip_box
 from data_prep.embeddings.stores import Regions, RegionStore
-from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.augmentation import (
     MASKS,
     PIXELS,
@@ -31,6 +30,7 @@ from data_prep.streams.augmentation import (
     pixel_row,
 )
 from data_prep.streams.images import UNREADABLE, ImageRow, read_image, read_rows
+from data_prep.streams.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.plans import Integers, plan_epochs, plan_weighted, repeat_factors
 from ovd_models.errors import InputError
 

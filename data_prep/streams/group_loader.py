@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep import storage, tables
-from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.augmentation import AS_IS, NO_REGIONS, AnnotatedImage, Augmentation, augment
 from data_prep.streams.images import read_all, read_image
+from data_prep.streams.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.plans import Integers
 from ovd_models.errors import InputError
 

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep import storage, tables
-from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.augmentation import (
     AS_IS,
     MASKS,
@@ -27,6 +26,7 @@ from data_prep.streams.augmentation import (
     pixel_row,
 )
 from data_prep.streams.images import UNREADABLE, ImageRow, read_all, read_image, read_rows
+from data_prep.streams.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.plans import Integers, plan_epochs
 from ovd_models.errors import InputError
 

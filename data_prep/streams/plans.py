@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 
-from data_prep.executor_pause import ExecutorPause
+from data_prep.parts import ExecutorPause
 
 Integers = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")

@@ -21,8 +21,8 @@ from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.embeddings.crops import Fit
-from data_prep.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.images import ImageRow, read_all, read_image, read_rows
+from data_prep.streams.object_store import SharedValue, get_shared, put_shared
 from data_prep.streams.pair_loader import pair_table, squared
 from data_prep.streams.plans import Integers, plan_epochs
 from ovd_models.errors import InputError, as_input_error

@@ -19,8 +19,9 @@ from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.boxes import annotations
+from data_prep.embeddings import teachers
 from data_prep.embeddings.crops import CropConfig
-from data_prep.embeddings.stores import EmbeddingJob, RegionStore, open_rows, save_shard
+from data_prep.embeddings.stores import EmbeddingJob, RegionStore, SavedShard, open_rows, save_shard
 from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions, store_released
 from data_prep.pairs import shards
 from data_prep.pictograms.world import World
@@ -206,7 +207,7 @@ def test_a_job_that_failed_goes_on_and_gives_the_same_bytes(
     inside = dataclasses.replace(run_of(root, teacher).embed, actors=0)
     shards = iter(range(2))
 
-    def fail_at_the_third(rows: pa.Table, job: EmbeddingJob) -> pa.Table:
+    def fail_at_the_third(rows: pa.Table, job: EmbeddingJob) -> SavedShard:
         if next(shards, None) is None:
             raise OSError("no space left")
         return save_shard(rows, job)
@@ -214,7 +215,7 @@ def test_a_job_that_failed_goes_on_and_gives_the_same_bytes(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the actors, for equal bytes
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr(embed, "save_shard", fail_at_the_third)
+        patch.setattr(teachers, "save_shard", fail_at_the_third)
         embed.embed(dataclasses.replace(run_of(root, teacher), embed=inside))
     torch.set_num_threads(threads)
     assert tables.find_manifest(str(root), "regions", "t") is None

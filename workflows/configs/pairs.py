@@ -50,14 +50,14 @@ class Run:
     max_shard_bytes: int = 1 << 30
     """Maximum bytes of a shard; a larger one is continued in another file."""
     rows_per_part: int = 100
-    """Input rows saved at a time: what a killed run may have to fetch again."""
+    """Most input rows saved at a time; fewer of a short list, since a killed run fetches the parts in work again."""
     min_images: int = 2
     """Concepts with fewer images are left out."""
     crawlers: int | None = None
     """Crawler processes, each of which keeps two cores busy; 0 crawls in the driver. None: one per two cores of the
     cluster, or 0 on a machine of two cores outside a cluster."""
-    parts_per_crawler: int = 16
-    """Concurrent parts of a crawler, so that slow hosts do not hold up the rest; a kill may lose as many."""
+    parts_per_crawler: int = 8
+    """Parts that a crawler works on side by side; those that only wait for slow hosts do not count."""
     waiting_bytes: int = 16 << 20
     """Maximum bytes of fetched images waiting to be decoded in a crawler; at the limit, it makes no requests."""
 
@@ -107,7 +107,6 @@ def smoke() -> Run:
     return dataclasses.replace(
         run,
         name="smoke",
-        fetch=dataclasses.replace(run.fetch, deadline_seconds=1.0, backoff_seconds=0.1),
         site_pictures=120,
         site_scenes=60,
         rows_per_shard=64,

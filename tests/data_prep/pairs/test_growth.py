@@ -1,6 +1,6 @@
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from data_prep.pairs.inputs import Columns
 from data_prep.pairs.rows import NEW, RowNumbering
 from data_prep.pairs.shards import WrittenPartition
 from data_prep.pairs.staging import Part, Staging, partition_name
+from data_prep.parts import HERE
 from ovd_models.errors import InputError
 
 A, B = "aaaaaaaa11111111", "bbbbbbbb22222222"
@@ -212,10 +213,10 @@ def test_parts_cover_every_row_of_every_partition_except_skipped_ones() -> None:
     plan = CrawlPlan(sources={A: 30}, columns={}, partitions={f"{A}-000000": 10, f"{A}-000001": 4, f"{A}-000002": 5})
     repeated = NEW + np.array([0, 4, 7, 13])
     assert plan.parts(Staging("", 10, 5), repeated) == [
-        Part(f"{A}-000000", 0, (0, 4)),
-        Part(f"{A}-000000", 1, (2,)),
-        Part(f"{A}-000001", 0, (3,)),
-        Part(f"{A}-000002", 0),
+        Part(f"{A}-000000", 0, (0, 4), 3),
+        Part(f"{A}-000000", 1, (2,), 4),
+        Part(f"{A}-000001", 0, (3,), 3),
+        Part(f"{A}-000002", 0, (), 5),
     ]
     assert len(plan.parts(Staging("", 10, 1), repeated)) == plan.rows == 19
     assert Part(f"{A}-000001", 2).name == f"{A}-000001-00002.parquet"
@@ -239,11 +240,6 @@ def test_lists_whose_digests_begin_alike_have_partitions_of_their_own() -> None:
     assert plan.first_id(partition_name(twin, 1), 10) == NEW + 40
 
 
-def here(task: Callable[..., inputs.Source], arguments: Sequence[tuple[Any, ...]]) -> list[inputs.Source]:
-    """Runs tasks in this process."""
-    return [task(*values) for values in arguments]
-
-
 def write_list(root: Path, **further: Sequence[object]) -> str:
     """A list of two rows with further columns; its path."""
     path = root / f"{len(list(root.iterdir()))}.parquet"
@@ -254,7 +250,7 @@ def write_list(root: Path, **further: Sequence[object]) -> str:
 def test_a_plan_is_made_once_from_new_lists_and_rejected_rows(tmp_path: Path) -> None:
     published, staging = publish(tmp_path), Staging(str(tmp_path / "s"), 10, 5)
     path = write_list(tmp_path, license=["by", "by"], n=[1, 2])
-    plan = plan_crawl([path], Columns(), published, ["dns"], staging, here)
+    plan = plan_crawl([path], Columns(), published, ["dns"], staging, HERE)
     digest, again = inputs.file_digest(path), {f"{A}-000000": 1, f"{A}-000001": 1}
     assert plan == CrawlPlan(
         sources={A: 30, digest: 2},
@@ -262,8 +258,9 @@ def test_a_plan_is_made_once_from_new_lists_and_rejected_rows(tmp_path: Path) ->
         partitions={f"{digest}-000000": 2, **again},
         retried={"dns": 2},
         earlier_rejects={name: f"{name}.parquet" for name in again},
+        part_rows=5,
     )
-    assert plan_crawl([], Columns(), None, [], staging, here) == plan  # the plan of a killed run
+    assert plan_crawl([], Columns(), None, [], staging, HERE) == plan  # the plan of a killed run
 
 
 def test_lists_with_columns_of_different_types_are_refused(tmp_path: Path) -> None:
@@ -272,17 +269,32 @@ def test_lists_with_columns_of_different_types_are_refused(tmp_path: Path) -> No
     with pytest.raises(
         InputError, match=f"^list {inputs.file_digest(lists[1])}: column 'n' holds string, elsewhere int64"
     ):
-        plan_crawl(lists, Columns(), None, [], staging, here)
+        plan_crawl(lists, Columns(), None, [], staging, HERE)
     assert CrawlPlan.load(staging) is None
 
 
 def test_a_list_whose_columns_differ_from_the_published_ones_is_refused(tmp_path: Path) -> None:
     published, path = publish(tmp_path), write_list(tmp_path, license=[1, 2])
     with pytest.raises(InputError, match=r"column 'license' holds int64, elsewhere string$"):
-        plan_crawl([path], Columns(), published, [], Staging(str(tmp_path / "s"), 10, 5), here)
+        plan_crawl([path], Columns(), published, [], Staging(str(tmp_path / "s"), 10, 5), HERE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_work", "expected"), [(2_146, 8, 8), (20_000, 8, 78), (60_000, 8, 100), (20, 1, 8)]
+)
+def test_parts_of_a_short_list_are_small(tmp_path: Path, rows: int, in_work: int, expected: int) -> None:
+    """Those in work hold a thirty-second of the rows, but each has eight rows or more."""
+    staging = Staging(str(tmp_path / "s"), 1000, 100)
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"url": [f"http://b/{row}" for row in range(rows)], "caption": ["c"] * rows}), path)
+    plan = plan_crawl([str(path)], Columns(), None, [], staging, HERE, parts_in_work=in_work)
+    assert plan.part_rows == expected
+    parts = plan.parts(replace(staging, part_rows=plan.part_rows), NEW + np.array([3]))
+    assert sum(part.rows for part in parts) == rows - 1
+    assert {part.rows for part in parts[1:-1]} <= {expected, 1000 % expected}
 
 
 def test_a_column_without_values_fits_every_type(tmp_path: Path) -> None:
     lists = [write_list(tmp_path, n=[None, None]), write_list(tmp_path, n=[1, 2])]
-    plan = plan_crawl(lists, Columns(), None, [], Staging(str(tmp_path / "s"), 10, 5), here)
+    plan = plan_crawl(lists, Columns(), None, [], Staging(str(tmp_path / "s"), 10, 5), HERE)
     assert plan.columns == {"n": "int64"}

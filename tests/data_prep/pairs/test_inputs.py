@@ -10,7 +10,7 @@ import pytest
 from pyarrow import fs
 
 from data_prep import storage, tables
-from data_prep.pairs import inputs
+from data_prep.pairs import inputs, staging
 from data_prep.pairs.inputs import Columns, Source
 from data_prep.pairs.staging import Part, Staging, partition_name
 from ovd_models.errors import InputError
@@ -385,6 +385,7 @@ def test_cuts_are_exact_at_the_boundaries(
 ) -> None:
     path = written(tmp_path / "list.tsv", tsv(rows))
     monkeypatch.setattr(inputs, "BLOCK_BYTES", block)
+    monkeypatch.setattr(staging, "ROWS_PER_GROUP", 3)
     source = cut(path, tmp_path, partition=6, part=2)
     assert source == Source(digest=inputs.file_digest(str(path)), rows=rows, rows_per_partition=6, columns={})
     files = sorted((tmp_path / "rows").iterdir())
@@ -392,10 +393,9 @@ def test_cuts_are_exact_at_the_boundaries(
     numbers = list(range(rows))
     for start, (name, count) in zip(range(0, rows, 6), source.partitions.items(), strict=True):
         with pq.ParquetFile(Staging(str(tmp_path), 6, 2).rows_uri(name)) as file:
-            sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)][:-1] in ([], [3])
             assert file.read()["row"].to_pylist() == numbers[start : start + 6]
-        assert sizes == [len(range(at, min(at + 2, count))) for at in range(0, count, 2)]
-        for number in range(len(sizes)):
+        for number in range(-(-count // 2)):
             part = Staging(str(tmp_path), 6, 2).read_part(Part(name, number))
             assert part["row"].to_pylist() == numbers[start : start + count][2 * number : 2 * number + 2]
             assert part["source"].to_pylist() == [source.digest] * part.num_rows

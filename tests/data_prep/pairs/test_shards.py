@@ -19,7 +19,7 @@ from data_prep.pairs.fetch import Fetched, with_fetch_status
 from data_prep.pairs.filters import FilterConfig, filter_rows
 from data_prep.pairs.inputs import Columns
 from data_prep.pairs.rows import LIGHT, RowNumbering
-from data_prep.pairs.shards import PartitionJob, WrittenPartition, runs_of_size, write_partition
+from data_prep.pairs.shards import PartitionJob, PartitionPart, WrittenPartition, runs_of_size, write_partition
 from data_prep.pairs.staging import Part, Staging
 
 SAMPLES = [("000", b"first", "one"), ("001", b"x" * 512, "zwei \u00e4"), ("002", b"", "")]
@@ -147,7 +147,7 @@ def decisions(order: RowNumbering, rows: Sequence[int] = tuple(range(10, 20))) -
 
 
 def write(shared: PartitionJob, *, samples: bool = False) -> WrittenPartition:
-    return write_partition(shared, PARTITION, decisions(shared.order), CATS, samples)
+    return write_partition(shared, CATS, PartitionPart(PARTITION, decisions(shared.order), samples))
 
 
 def published(shared: PartitionJob, written: WrittenPartition) -> tuple[pa.Table, pa.Table]:
@@ -248,7 +248,7 @@ def test_mentions_are_staged_for_the_groups(tmp_path: Path) -> None:
     assert mentions.select(shards.GROUP_COLUMNS).to_pylist() == pairs.select(shards.GROUP_COLUMNS).to_pylist()
     storage.remove_folder(f"{shared.staging.uri}/mentions")
     index = next(entry.path for entry in tables.read_manifest(shared.storage, "pairs", "t").files if entry.rows)
-    shards.stage_published_mentions(shared, index, CATS)
+    shards.stage_published_mentions(shared, CATS, index)
     assert shared.staging.open("mentions", shards.MENTIONS).to_table().equals(mentions)
 
 
@@ -336,7 +336,7 @@ def test_no_shard_of_several_images_is_larger_than_the_limit(tmp_path: Path) -> 
 def test_a_partition_without_kept_rows_has_rejects_and_statistics_alone(tmp_path: Path) -> None:
     shared = job(tmp_path)
     stage_crawl(shared.staging, listed(11, 13))
-    written = write_partition(shared, PARTITION, DECISIONS.empty_table(), CATS, True)
+    written = write_partition(shared, CATS, PartitionPart(PARTITION, DECISIONS.empty_table(), True))
     assert written.rejected == {"dns": 1, "not_an_image": 1, "too_small": 1}
     assert (written.kept, [entry.path for entry in written.files["pairs"]]) == (0, [f"stats/{PARTITION}.json"])
     assert shared.staging.files("mentions") == []
@@ -367,7 +367,7 @@ def test_a_row_of_unknown_fate_is_an_error(tmp_path: Path) -> None:
     shared = job(tmp_path)
     stage_crawl(shared.staging)
     with pytest.raises(AssertionError, match="neither staged nor rejected"):
-        write_partition(shared, PARTITION, decisions(shared.order, [14]), CATS, False)
+        write_partition(shared, CATS, PartitionPart(PARTITION, decisions(shared.order, [14]), False))
     assert not (tmp_path / "out").exists()
 
 
@@ -422,7 +422,7 @@ def test_rows_that_are_tried_again_join_the_earlier_rejects(tmp_path: Path) -> N
     fetched = [Fetched(content=photo(seed), http_status=200, attempts=1) for seed in (11, 12)]
     rows = outcome(rows, [*fetched, Fetched(reason="timeout", attempts=2)])
     again.staging.write_part(rows, Part(PARTITION, 0))
-    written = write_partition(again, PARTITION, DECISIONS.empty_table(), CATS, False)
+    written = write_partition(again, CATS, PartitionPart(PARTITION, DECISIONS.empty_table(), False))
     assert (written.kept, written.rejected) == (2, {"timeout": 1})
     pairs, rejects = published(again, written)
     assert pairs["row"].to_pylist() == [11, 12]

@@ -111,10 +111,10 @@ def test_the_cache_equals_sams_embeddings_and_resumes_by_shard(drawn: str, tmp_p
     name = features.cache_name(drawn, "s-train", teacher)
     rows = tables.read_table(drawn, "boxes", "s-train", ["image_id", "uri"])
     # an interrupted run left one whole shard, and another without its receipt; one before it had shards of another size
-    features.FeatureWriter(drawn, name, rows, folder, 2, False).write(0)
+    features.FeatureWriter(drawn, name, rows, folder, 2, False)(0)
     worker = features.FeatureWriter(drawn, name, rows, folder, 3, False)
-    worker.write(1)
-    worker.write(2)
+    worker(1)
+    worker(2)
     Path(features.receipt_uri(drawn, name, features.part_name(3, 2))).unlink()
     whole = Path(drawn) / "features" / name / "part-3-00001.f16"
     before = whole.stat().st_mtime_ns

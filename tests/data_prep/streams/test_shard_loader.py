@@ -11,9 +11,9 @@ import ray.data
 from PIL import Image
 
 from data_prep import storage, tables
-from data_prep.object_store import get_shared
 from data_prep.pairs import shards
 from data_prep.streams import shard_loader as module
+from data_prep.streams.object_store import get_shared
 from data_prep.streams.plans import DriverStream, StreamShape, plan_epochs, stream
 from data_prep.streams.shard_loader import (
     GAP_BYTES,

@@ -1,0 +1,184 @@
+"""One way to run the parts of a job: inside the driver, or in a pool of Ray Data's actors.
+
+    for number, result in run_parts(partial(Embedder, checkpoint), parts, Pool(workers=4, gpus=1)):
+        ...
+
+A worker reads a part, works on it and saves what it makes; only a small result comes back. So images never pass
+through Ray's object store, and a job that is run again leaves out the parts that are saved.
+"""
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from tqdm import tqdm
+
+from ovd_models.errors import InputError
+
+PAUSE_SECONDS = 0.05
+MAX_BLOCKS = 4096
+"""Ray Data plans about a millisecond for each block of parts."""
+LINE_SECONDS = 5.0
+LINE_SHARE = 0.02
+"""Lines of progress are at least `LINE_SECONDS` apart, and this share of the time so far."""
+P = TypeVar("P")
+R = TypeVar("R")
+Worker: TypeAlias = Callable[[P], R]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Processes that work on parts."""
+
+    workers: int
+    """Number of processes; 0 works inside the driver."""
+    grows: bool = False
+    """Start more workers when the cluster gets more machines."""
+    parts_at_a_time: int = 1
+    """Parts of a worker that run side by side, each in a thread."""
+    cpus: float = 0.5
+    """CPUs that Ray reserves for a worker."""
+    gpus: float = 0.0
+
+
+HERE = Pool(workers=0)
+"""Inside the driver, one part after the other."""
+
+
+def run_parts(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool: Pool) -> Iterator[tuple[int, R]]:
+    """Yield the number and the result of each part as it is done.
+
+    Each process calls `make_worker` once. Parts of a process that is lost are done again elsewhere.
+
+    Raises:
+        InputError, OSError: a worker raised it; the parts that are running are finished or repeated by the next run.
+    """
+    if not parts:
+        return
+    yield from _run_on_ray(make_worker, parts, pool) if pool.workers else _run_here(make_worker, parts, pool)
+
+
+def collect_parts(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool: Pool) -> list[R]:
+    """The results of all parts in their order."""
+    done = dict(run_parts(make_worker, parts, pool))
+    return [done[number] for number in range(len(parts))]
+
+
+def _run_here(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool: Pool) -> Iterator[tuple[int, R]]:
+    worker, todo = make_worker(), iter(enumerate(parts))
+    running: dict[Future[R], int] = {}
+    with ThreadPoolExecutor(pool.parts_at_a_time) as threads:
+        while True:
+            for number, part in todo:
+                running[threads.submit(worker, part)] = number
+                if len(running) == pool.parts_at_a_time:
+                    break
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+
+def _run_on_ray(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool: Pool) -> Iterator[tuple[int, R]]:
+    rows = [{"number": number, "part": pickle.dumps(part)} for number, part in enumerate(parts)]
+    size = min(pool.workers, len(parts))
+    done = ray.data.from_items(rows, override_num_blocks=min(len(parts), MAX_BLOCKS)).map_batches(
+        _RayWorker,
+        fn_constructor_args=(make_worker,),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1 if pool.grows else size,
+            initial_size=size,
+            max_size=None if pool.grows else size,
+            max_concurrent_calls_per_actor=pool.parts_at_a_time,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+    )
+    done.context.custom_execution_callback_classes = [ExecutorPause]
+    batches: Iterator[pa.Table] = iter(done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    for batch in batches:
+        for number, content in zip(batch["number"].to_pylist(), batch["result"].to_pylist(), strict=True):
+            result = pickle.loads(content)
+            if isinstance(result, InputError | OSError):
+                raise result
+            yield number, result
+
+
+class _RayWorker:
+    """A worker as Ray Data calls it: a part is a row, and so is its result, pickled."""
+
+    def __init__(self, make_worker: Callable[[], Worker[Any, Any]]) -> None:
+        self.worker = make_worker()
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Work on one part."""
+        try:
+            result = self.worker(pickle.loads(rows["part"][0].as_py()))
+        except (InputError, OSError) as error:  # Ray would change its type and add lines to its message
+            result = error
+        return pa.table({"number": rows["number"], "result": [pickle.dumps(result)]})
+
+
+class ExecutorPause(ExecutionCallback):
+    """Pauses Ray Data's executor in each turn of its loop; else it would take up to a whole core from the workers.
+
+    The loop does not wait while there are ready blocks that limits keep it from taking.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        """Pause."""
+        time.sleep(PAUSE_SECONDS)
+
+
+class Progress:
+    """How far a job is, its rate and the time left: a bar on a terminal, lines of text elsewhere."""
+
+    def __init__(self, label: str, unit: str, total: int) -> None:
+        """Start the clock; `total` counts units such as "rows"."""
+        self.label, self.unit, self.total, self.done = label, unit, total, 0
+        self.started = self._shown = time.monotonic()
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", disable=None, dynamic_ncols=True)
+
+    def add(self, count: int, note: str = "") -> bool:
+        """Count finished units; returns whether a line was due. The note is added to it."""
+        self.done += count
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(count)
+        now = time.monotonic()
+        due = now - self._shown >= max(LINE_SECONDS, LINE_SHARE * (now - self.started))
+        if due:
+            self._shown = now
+            if self._bar.disable:
+                print(self._line(note), flush=True)
+        return due
+
+    def close(self, note: str = "") -> None:
+        """End the bar, and print the last line."""
+        self._bar.close()
+        print(self._line(note), flush=True)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self.started
+
+    def _line(self, note: str) -> str:
+        rate = self.done / max(self.seconds, 1e-9)
+        if self.done >= self.total:
+            state = f"{self.done:,} {self.unit} in {tqdm.format_interval(self.seconds)}"
+        else:
+            state = f"{self.done:,} of {self.total:,} {self.unit} ({self.done / self.total:.0%})"
+        entries = [state, f"{rate:,.1f} {self.unit}/s"]
+        if 0 < self.done < self.total:
+            entries.append(f"{tqdm.format_interval((self.total - self.done) / rate)} left")
+        return f"{self.label}: {', '.join([*entries, *filter(None, [note])])}"
