@@ -1,6 +1,10 @@
 """The four trainings: their functions, the settings of their stages, short runs, and the weights they leave."""
 
+import atexit
 import dataclasses
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,17 @@ TRAIN: dict[str, Callable[[Any], runs.Trained[Any]]] = {
     "codet": codet.train,
     "ovsam": ovsam.train,
 }
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "clip": clip_configs.smoke,
+    "vild": vild_configs.smoke,
+    "codet": codet_configs.smoke,
+    "ovsam": ovsam_configs.smoke,
+}
+PREPARE: dict[str, Callable[[Any], Any]] = {
+    "vild": vild.prepare_data,
+    "codet": codet.prepare_data,
+    "ovsam": ovsam.prepare_data,
+}
 STAGES = {
     "clip": ("optimisation",),
     "vild": ("rpn_stage", "detector_stage"),
@@ -33,18 +48,33 @@ LAST = {"clip": "train", "vild": "detector", "codet": "joint", "ovsam": "clip2sa
 """Folder of a method's last stage; OV-SAM's text head, where it is trained, comes after it."""
 
 
+def prepared(method: str, storage: str) -> Any:
+    """The smoke config of a method in a storage with its tables, which the session makes once."""
+    shutil.copytree(_prepared(method), storage, dirs_exist_ok=True)
+    run = dataclasses.replace(CONFIGS[method](), storage=storage)
+    return PREPARE[method](run) if method in PREPARE else run
+
+
+@functools.cache
+def _prepared(method: str) -> str:
+    folder = tempfile.TemporaryDirectory(prefix=f"{method}-smoke-")
+    atexit.register(folder.cleanup)
+    run = dataclasses.replace(CONFIGS[method](), storage=folder.name)
+    if method in PREPARE:
+        PREPARE[method](run)
+    else:
+        prepare_pairs.prepare_smoke(run.storage)
+    return folder.name
+
+
 def smoke(method: str, storage: str, shuffle: str = "") -> Any:
     """The smoke config of a method with its tables, 10 steps a stage and a checkpoint after 5."""
+    run = prepared(method, storage)
     if method == "clip":
         order: Any = {"shuffle": shuffle, "buffer_pairs": 50} if shuffle else {}
-        run: Any = dataclasses.replace(clip_configs.smoke(), storage=storage, eval_every=0, **order)
-        prepare_pairs.prepare_smoke(storage)
-    elif method == "vild":
-        run = vild.prepare_data(dataclasses.replace(vild_configs.smoke(), storage=storage))
-    elif method == "codet":
-        run = codet.prepare_data(dataclasses.replace(codet_configs.smoke(), storage=storage))
-    else:
-        run = ovsam.prepare_data(dataclasses.replace(ovsam_configs.smoke(), storage=storage, text_to_mask=False))
+        run = dataclasses.replace(run, eval_every=0, **order)
+    elif method == "ovsam":
+        run = dataclasses.replace(run, text_to_mask=False)
     stages = {name: in_two_parts(getattr(run, name)) for name in STAGES[method]}
     return dataclasses.replace(run, **stages)
 

@@ -19,7 +19,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_prep import storage, tables
+from data_prep import storage
 from data_prep.embeddings.crops import FITS
 from data_prep.pictograms.world import PICTURES, World, single_objects
 from data_prep.streams.collate import PairCollate
@@ -239,7 +239,7 @@ def main() -> None:
     """Read -> train -> evaluate; prints the accuracy and the next command."""
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)
-    if run.config == "smoke" and tables.find_manifest(run.storage, "pairs", run.pairs) is None:
+    if run.config == "smoke":
         prepare_pairs.prepare_smoke(run.storage)
     if run.dry_run:
         dry_run(run)

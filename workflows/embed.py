@@ -308,8 +308,7 @@ def make_smoke_tables(run: Run) -> Run:
     from workflows.common.teacher import untrained_teacher
 
     prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
-    if tables.find_manifest(run.storage, "pairs", run.pairs) is None:
-        prepare_pairs.prepare_smoke(run.storage)
+    prepare_pairs.prepare_smoke(run.storage)
     return dataclasses.replace(run, teacher=untrained_teacher(run.storage))
 
 

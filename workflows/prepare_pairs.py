@@ -414,10 +414,11 @@ def pictogram_site(run: Run) -> Iterator[Run]:
         yield dataclasses.replace(run, urls=str(root / "urls.tsv"))
 
 
-def prepare_smoke(storage_uri: str) -> Summary:
-    """Prepare the tables of `smoke` in the driver."""
-    with pictogram_site(dataclasses.replace(smoke(), storage=storage_uri, crawlers=0)) as run:
-        return prepare(run)
+def prepare_smoke(storage_uri: str) -> None:
+    """Prepare the tables of `smoke` in the driver, if they are missing."""
+    if tables.find_manifest(storage_uri, "pairs", "smoke") is None:
+        with pictogram_site(dataclasses.replace(smoke(), storage=storage_uri, crawlers=0)) as run:
+            prepare(run)
 
 
 def main() -> None:

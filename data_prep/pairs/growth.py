@@ -22,7 +22,7 @@ from data_prep.pairs import inputs
 from data_prep.pairs.rows import EMBEDDING, LIGHT, STATUS, RowNumbering
 from data_prep.pairs.shards import WrittenPartition
 from data_prep.pairs.staging import Part, Staging, partition_name
-from data_prep.parts import Pool, collect_parts
+from data_prep.parts import HERE, Pool, collect_parts
 from data_prep.tables import FileEntry, TableName
 from ovd_models.errors import InputError
 
@@ -224,7 +224,8 @@ def plan_crawl(
     saved = CrawlPlan.load(staging)
     if saved is not None:
         return saved
-    new = collect_parts(lambda: functools.partial(inputs.cut_file, columns=columns, staging=staging), lists, pool)
+    cut = functools.partial(inputs.cut_file, columns=columns, staging=staging)
+    new = collect_parts(lambda: cut, lists, pool if len(lists) > 1 else HERE)
     kinds = dict(published.pairs.details["columns"]) if published else {}
     for source in new:
         for name, kind in source.columns.items():

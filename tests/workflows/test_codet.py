@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trainings
 from PIL import Image
 from reference_data import LVIS, PHOTOS, needs
 
@@ -43,7 +44,8 @@ SCRIPT = Path(codet.__file__)
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The smoke config with its tables and its untrained teacher."""
-    return codet.prepare_data(dataclasses.replace(codet_configs.smoke(), storage=str(tmp_path_factory.mktemp("codet"))))
+    run: Run = trainings.prepared("codet", str(tmp_path_factory.mktemp("codet")))
+    return run
 
 
 @pytest.fixture(scope="module")

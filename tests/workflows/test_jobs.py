@@ -110,6 +110,7 @@ def test_codet_trains_as_a_job(head: Head, tmp_path: Path) -> None:
     assert {config["method"] for config in configs} == {"codet"}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_bad_arguments_fail_the_job_and_are_the_last_line(head: Head) -> None:
     job = submit(head, "python", "workflows/codet.py", "--config", "unheard")

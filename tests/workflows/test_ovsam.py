@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 import torch
+import trainings
 from PIL import Image
 
 import ovd_models
@@ -32,7 +33,8 @@ from workflows.reports.pointing import SegmentationReport
 
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return ovsam.prepare_data(dataclasses.replace(ovsam_configs.smoke(), storage=str(tmp_path_factory.mktemp("ovsam"))))
+    run: Run = trainings.prepared("ovsam", str(tmp_path_factory.mktemp("ovsam")))
+    return run
 
 
 @pytest.fixture(scope="module")

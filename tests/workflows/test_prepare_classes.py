@@ -58,6 +58,7 @@ def names_file(root: Path) -> str:
     return str(root / "names.tsv")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_codet_trains_from_a_folder_of_classes(ray_cluster: None, tmp_path: Path) -> None:
     columns = dataclasses.replace(configs.classes().columns, class_names=names_file(tmp_path))

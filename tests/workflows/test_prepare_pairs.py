@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_a_crawl_inside_the_driver_gives_the_same_bytes_and_starts_no_ray(
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, env=alone)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[-1] == f"{summary.kept} False"
-    rates = [int(line.split()[-2].replace(",", "")) for line in found.stdout.splitlines() if line.endswith("rows/s")]
+    rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,.]+) rows/s", found.stdout)]
     assert rates
     assert max(rates) < 10_000  # they tell of the whole crawl
     assert rows_of(tmp_path)["groups"] == rows_of(run.storage)["groups"]
@@ -195,11 +196,11 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
 ) -> None:
     undisturbed, _ = crawled
     run = dataclasses.replace(undisturbed, storage=str(tmp_path))
-    staged = kill_after_parts(run, 2)
+    staged = kill_after_parts(run, 4)
     before = requests_of(served_site)
     prepare(run)
     after = requests_of(served_site)
-    assert 2 <= len(staged) < 13
+    assert 4 <= len(staged) < 26
     done = [url.removeprefix(served_site) for url in staged_urls(staged)]
     assert len(done) >= 20
     assert [path for path in done if after.get(path) != before.get(path)] == []

@@ -227,6 +227,7 @@ def test_scores_are_a_table_and_low_ones_are_rejected(ray_cluster: None, shop: S
     assert not any(name.startswith("score_") for row in rows(run, "pairs") for name in row)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_added_images_of_like_meaning_fall_to_published_ones(ray_cluster: None, shop: Shop, tmp_path: Path) -> None:
     save_clip(Clip(ClipConfig()), tmp_path / "clip")

@@ -20,8 +20,8 @@ from workflows.common import runs, training
 from workflows.common.session import Session, step_seed
 
 ROOT = Path(__file__).parents[2]
-QUICK = [("clip", ""), ("vild", ""), ("codet", "")]
-LONGER = [("ovsam", ""), ("clip", "shards")]
+QUICK = [("clip", ""), ("codet", "")]
+LONGER = [("vild", ""), ("ovsam", ""), ("clip", "shards")]
 """Methods, and how they shuffle where it is not the default."""
 
 

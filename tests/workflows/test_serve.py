@@ -460,6 +460,7 @@ def processes_of_session(session: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_script_serves_until_it_is_stopped_and_leaves_nothing(checkpoint: Path) -> None:
     command = [sys.executable, serve.__file__, "--model", str(checkpoint), "--port", "0"]
     script = subprocess.Popen(

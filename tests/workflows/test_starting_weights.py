@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import timm
 import torch
+import trainings
 from reference_data import needs
 from torch import Tensor
 from torch.nn import functional as F
@@ -193,7 +194,7 @@ def test_the_joint_stage_starts_from_a_released_box_model(
 ) -> None:
     release = small_releases()["r50_c4"]
     monkeypatch.setattr(releases, "released_architectures", small_releases)
-    prepared = codet.prepare_data(dataclasses.replace(codet_configs.smoke(), storage=str(tmp_path)))
+    prepared = trainings.prepared("codet", str(tmp_path))
     categories = tables.read_table(str(tmp_path), "categories", "smoke").to_pylist()
     in_order = [row["name"] for row in sorted(categories, key=lambda row: row["category_id"])]
     table_KD = load_encoder(prepared.teacher).embed_names(in_order)

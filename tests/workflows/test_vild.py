@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trainings
 from PIL import Image
 
 import ovd_models
@@ -32,7 +33,8 @@ NOVEL = 17
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The smoke config with its tables and its untrained teacher."""
-    return vild.prepare_data(dataclasses.replace(vild_configs.smoke(), storage=str(tmp_path_factory.mktemp("vild"))))
+    run: Run = trainings.prepared("vild", str(tmp_path_factory.mktemp("vild")))
+    return run
 
 
 @pytest.fixture(scope="module")

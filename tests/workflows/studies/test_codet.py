@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trainings
 from PIL import Image
 
 from data_prep.pictograms.world import World
@@ -22,7 +23,7 @@ from workflows.studies.study import Result
 def test_a_study_measures_once_and_continues(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = codet.prepare_data(replace(codet_configs.smoke(), storage=str(tmp_path)))
+    prepared = trainings.prepared("codet", str(tmp_path))
     run = replace(codet_study.smoke(), storage=prepared.storage, teacher=prepared.teacher)
     first = study.run_study(codet_study.codet_study(run))
     names = ["box-stage", "region-region", "max-size", "both-guided"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+import trainings
 from pretend_device import DEVICE, pretended
 
 from data_prep import tables
@@ -31,7 +32,8 @@ from workflows.studies.study import Metrics, Result
 
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return ovsam.prepare_data(replace(ovsam_configs.smoke(), storage=str(tmp_path_factory.mktemp("ovsam"))))
+    run: Run = trainings.prepared("ovsam", str(tmp_path_factory.mktemp("ovsam")))
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trainings
 from pretend_device import DEVICE, pretended
 
 import ovd_models
@@ -13,7 +14,6 @@ from ovd_models.evaluation import DetectionMetrics
 from ovd_models.vild.model import Variant, ViLD
 from workflows import evaluate, vild
 from workflows.common.runs import Trained
-from workflows.configs import vild as vild_configs
 from workflows.configs.vild import Run
 from workflows.studies import study, vild_sweep
 from workflows.studies import vild as vild_study
@@ -21,7 +21,8 @@ from workflows.studies import vild as vild_study
 
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return vild.prepare_data(replace(vild_configs.smoke(), storage=str(tmp_path_factory.mktemp("vild"))))
+    run: Run = trainings.prepared("vild", str(tmp_path_factory.mktemp("vild")))
+    return run
 
 
 @pytest.fixture(scope="module")
