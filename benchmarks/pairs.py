@@ -9,15 +9,18 @@ one at a time (`--pairs 1`, repeated).
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow.parquet as pq
 from measure import BENCH, REPOSITORY, Cost, measure, provenance, update_figures
@@ -61,8 +64,8 @@ class Job:
     """Retries of img2dataset; ours retries temporary errors by itself, within one deadline."""
 
 
-def ours(job: Job, options: Options) -> Cost:
-    """Crawl with this project."""
+def ours(job: Job, options: Options, crawlers: int = 0) -> Cost:
+    """Crawl with this project, inside the driver or with crawlers on Ray Data."""
     storage = fresh(WORK / "ours")
     flags = {
         "config": "web",
@@ -76,6 +79,7 @@ def ours(job: Job, options: Options) -> Cost:
         "decode.max-side": SIDE,
         "decode.jpeg-quality": QUALITY,
         "rows-per-shard": options.rows_per_shard,
+        "crawlers": crawlers,
         "corpus.near-bits": None,  # these images have similar shapes
     }
     command = [sys.executable, "workflows/prepare_pairs.py", *as_flags(flags)]
@@ -117,21 +121,22 @@ def kept_by_theirs() -> int:
     return sum(json.loads(path.read_text())["successes"] for path in reports)
 
 
-TOOLS: dict[str, tuple[Callable[[Job, Options], Cost], Callable[[], int]]] = {
-    "ours": (ours, kept_by_ours),
-    "theirs": (theirs, kept_by_theirs),
-}
+Tool: TypeAlias = tuple[Callable[[Job, Options], Cost], Callable[[], int]]
+THEIRS: dict[str, Tool] = {"theirs": (theirs, kept_by_theirs)}
+TOOLS: dict[str, Tool] = {"ours": (ours, kept_by_ours), **THEIRS}
+CRAWLERS = (1, 2)
+ON_RAY: dict[str, Tool] = {f"ray{count}": (partial(ours, crawlers=count), kept_by_ours) for count in CRAWLERS}
 
 
-def alternate(job: Job, options: Options) -> dict[str, list[Cost]]:
-    """Run both tools alternately.
+def alternate(job: Job, options: Options, tools: Mapping[str, Tool] = TOOLS) -> dict[str, list[Cost]]:
+    """Run the tools alternately.
 
     Raises:
         SystemExit: a tool failed, or kept another number of rows than it should.
     """
-    costs = earlier_costs(job, options)
+    costs = {tool: earlier_costs(job, options, tool) for tool in tools}
     for number in range(options.pairs):
-        for tool, (crawl, count) in TOOLS.items():
+        for tool, (crawl, count) in tools.items():
             cost = crawl(job, options)
             kept = count()
             label = f"{job.name} {number + 1}/{options.pairs} {tool:6}"
@@ -158,14 +163,11 @@ def run_of(job: Job, options: Options) -> dict[str, object]:
     }
 
 
-def earlier_costs(job: Job, options: Options) -> dict[str, list[Cost]]:
-    """Costs of runs in earlier calls, by tool."""
-    costs: dict[str, list[Cost]] = {tool: [] for tool in TOOLS}
-    for line in COSTS.read_text().splitlines() if COSTS.exists() else []:
-        run = json.loads(line)
-        if run_of(job, options).items() <= run.items():
-            costs[run["tool"]].append(Cost(**run["cost"]))
-    return costs
+def earlier_costs(job: Job, options: Options, tool: str) -> list[Cost]:
+    """Costs of a tool in earlier calls."""
+    runs = [json.loads(line) for line in COSTS.read_text().splitlines()] if COSTS.exists() else []
+    wanted = {**run_of(job, options), "tool": tool}
+    return [Cost(**run["cost"]) for run in runs if wanted.items() <= run.items()]
 
 
 def ratio(costs: dict[str, list[Cost]], over: str, under: str, measured: str) -> float:
@@ -193,6 +195,27 @@ def https(site: Addresses, options: Options) -> dict[str, float]:
         "https_ratio": ratio(costs, "theirs", "ours", "cpu_seconds"),
         **medians("https", costs, options.urls),
     }
+
+
+def on_ray(site: Addresses, options: Options, scheme: str) -> dict[str, float]:
+    """CPU time with one and with two crawlers on Ray Data, whose processes count.
+
+    What Ray costs on a list of one URL, beyond a crawl of it inside the driver, is its start-up, and is subtracted.
+    """
+    address = site.https if scheme == "https" else site.http
+    job = good_job(scheme, address, options)
+    costs = alternate(job, options, {**ON_RAY, **THEIRS})
+    one = dataclasses.replace(job, name=f"one_{scheme}", urls=job.urls[:1], kept=1)
+    starts = alternate(one, options, {"ours": TOOLS["ours"], **ON_RAY})
+    median_of = {tool: statistics.median(cost.cpu_seconds for cost in runs) for tool, runs in costs.items()}
+    start_of = {tool: statistics.median(cost.cpu_seconds for cost in runs) for tool, runs in starts.items()}
+    figures: dict[str, float] = medians(f"ray_{scheme}", costs, options.urls)
+    ratios = []
+    for tool in ON_RAY:
+        figures[f"{tool}_{scheme}_start_cpu_s"] = start_of[tool] - start_of["ours"]
+        ratios.append(median_of["theirs"] / (median_of[tool] - figures[f"{tool}_{scheme}_start_cpu_s"]))
+        figures[f"{tool}_{scheme}_ratio"] = ratios[-1]
+    return {**figures, f"ray_{scheme}_ratio": min(ratios)}
 
 
 def hanging(site: Addresses, options: Options, name: str = "hanging", retries: int = 2) -> dict[str, float]:
@@ -266,6 +289,8 @@ def index_rows(site: Addresses, options: Options) -> dict[str, float]:
 PARTS: dict[str, Callable[[Addresses, Options], dict[str, float]]] = {
     "http": http,
     "https": https,
+    "ray_http": partial(on_ray, scheme="http"),
+    "ray_https": partial(on_ray, scheme="https"),
     "hanging": hanging,
     "hanging_once": hanging_once,
     "hostile": hostile,

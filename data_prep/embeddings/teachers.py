@@ -40,6 +40,7 @@ Pixels = npt.NDArray[np.uint8]
 ImageTable = Literal["boxes", "pairs"]
 SHARD_PIXELS = 32 << 20
 """Maximum decoded pixels of a shard: 96 MiB, for each shard that an actor works on. A larger image stands alone."""
+SHARDS, MIN_SHARD_IMAGES = 128, 8
 GPU_SHARDS = 2
 """Shards whose passes share a GPU: one is cropped or saved during the passes of the other."""
 
@@ -60,7 +61,7 @@ class EmbedConfig:
     """Crops or captions in a batch; a few hundred suit a GPU. On a CPU, larger batches of ViT-B/32 need activations
     that the allocator does not keep, so their pages are mapped anew in every layer."""
     images_per_shard: int = 64
-    """Maximum number of images in a shard, the unit of work that a killed run repeats."""
+    """Maximum number of images in a shard; fewer of a small table, since a killed run repeats the shards in work."""
     bfloat16: bool | None = None
     """Compute in bfloat16; None: only on a GPU. On a CPU with bfloat16 instructions it speeds up convolutions, but not
     transformers."""
@@ -87,9 +88,11 @@ class Shard:
 def cut_shards(storage_uri: str, table: ImageTable, name: str, images: int, *, prefix: str = "") -> list[Shard]:
     """Cut a table into shards of consecutive rows of one file, of at most `images` images and `SHARD_PIXELS` pixels.
 
-    Their names are the prefix and a number.
+    A small table still has about `SHARDS` of them, of `MIN_SHARD_IMAGES` or more. Their names are the prefix and a
+    number.
     """
     manifest = tables.read_manifest(storage_uri, table, name)
+    images = min(images, max(MIN_SHARD_IMAGES, manifest.rows // SHARDS))
     root = storage.absolute(tables.table_uri(storage_uri, table, name))
     shards: list[Shard] = []
     for path in tables.parquet_files(manifest):

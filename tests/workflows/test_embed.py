@@ -2,12 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +25,6 @@ from ovd_models.errors import InputError
 from workflows import embed, search
 
 IMAGES = 10
-PROGRAM = """
-import sys
-import ray
-from data_prep.embeddings.teachers import EmbedConfig
-from workflows import embed
-
-storage, teacher, shards = sys.argv[1:]
-embedding = EmbedConfig(actors=2, images_per_shard=int(shards), batch_size=8)
-embed.embed(embed.Run(storage=storage, teacher=teacher, name="t", boxes="t", embed=embedding))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -270,33 +255,3 @@ def test_bad_requests_say_what_is_wrong(root: Path, teacher: str) -> None:
         search.Run(name="t", top=0)
     with pytest.raises(InputError, match=r"workflows/embed\.py"):
         search.search(search.Run(storage=str(root), name="t"))
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path, teacher: str) -> None:
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    make_tables(killed, 120)
-    shutil.copytree(killed, undisturbed)
-
-    def start(root: Path) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(root), teacher, "2"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**environment, "RAY_AUTH_MODE": "disabled"}, start_new_session=True,
-        )  # fmt: skip
-
-    job = start(killed)
-    while job.poll() is None and len(list((killed / "staging").rglob("*.json"))) < 5:
-        time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.communicate()
-    assert not (killed / "regions" / "t" / "manifest.json").exists()
-    for root in (killed, undisturbed):
-        job = start(root)
-        output, _ = job.communicate(timeout=150)
-        assert job.returncode == 0, output
-        assert ("done by an earlier run" in output) == (root == killed)
-    whole = files_of(undisturbed)
-    assert len(whole) == 120
-    assert {name: content for name, content in files_of(killed).items() if name in whole} == whole

@@ -32,7 +32,7 @@ run = configs.pictograms()
 fetch = dataclasses.replace(run.fetch, deadline_seconds=10.0)
 run = dataclasses.replace(
     run, name="t", storage=storage, urls=urls, site_pictures=0, site_scenes=0, fetch=fetch,
-    rows_per_shard=200, rows_per_part=16, crawlers=1, parts_per_crawler=4,
+    rows_per_shard=200, crawlers=1,
 )
 if cpus:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
@@ -102,7 +102,7 @@ def rejects(root: Path) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     site, root = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("undisturbed")
-    website.build_site(site, num_pictures=3000, num_scenes=1000, rates={"hangs": 0.0, "disconnects": 0.0})
+    website.build_site(site, num_pictures=1450, num_scenes=500, rates={"hangs": 0.0, "disconnects": 0.0})
     with webserver.serve_site(site) as base_url:
         finish(start(site / "urls.tsv", root))
         requests = requests_of(base_url)
@@ -139,7 +139,7 @@ def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_
             wait_for_parts(job, tmp_path)
             time.sleep(delay)
             if kind == "actor":
-                for pid in children_named(job, "Crawler"):
+                for pid in children_named(job, "MapWorker"):
                     os.kill(pid, signal.SIGKILL)
                 finish(job)
             else:
