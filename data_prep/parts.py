@@ -7,6 +7,7 @@ A worker reads a part, works on it and saves what it makes; only a small result 
 through Ray's object store, and a job that is run again leaves out the parts that are saved.
 """
 
+import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,8 @@ from tqdm import tqdm
 from ovd_models.errors import InputError
 
 PAUSE_SECONDS = 0.05
-MAX_BLOCKS = 4096
-"""Ray Data plans about a millisecond for each block of parts."""
+MIN_BLOCKS, BLOCKS_PER_WORKER = 128, 64
+"""Parts are sent in blocks: Ray Data takes some 10 ms of CPU time for each, on both sides."""
 LINE_SECONDS = 5.0
 LINE_SHARE = 0.02
 """Lines of progress are at least `LINE_SECONDS` apart, and this share of the time so far."""
@@ -89,16 +90,17 @@ def _run_here(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool:
 def _run_on_ray(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool: Pool) -> Iterator[tuple[int, R]]:
     rows = [{"number": number, "part": pickle.dumps(part)} for number, part in enumerate(parts)]
     size = min(pool.workers, len(parts))
-    done = ray.data.from_items(rows, override_num_blocks=min(len(parts), MAX_BLOCKS)).map_batches(
+    blocks = min(len(parts), max(MIN_BLOCKS, BLOCKS_PER_WORKER * pool.workers))
+    done = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         _RayWorker,
-        fn_constructor_args=(make_worker,),
-        batch_size=1,
+        fn_constructor_args=(make_worker, pool.parts_at_a_time),
+        batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             min_size=1 if pool.grows else size,
             initial_size=size,
             max_size=None if pool.grows else size,
-            max_concurrent_calls_per_actor=pool.parts_at_a_time,
+            max_concurrent_calls_per_actor=1 + math.ceil(pool.parts_at_a_time * blocks / len(parts)),
             enable_true_multi_threading=True,
         ),
         num_cpus=pool.cpus,
@@ -115,18 +117,21 @@ def _run_on_ray(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], poo
 
 
 class _RayWorker:
-    """A worker as Ray Data calls it: a part is a row, and so is its result, pickled."""
+    """A worker as Ray Data calls it, with blocks of parts; all its calls share the threads."""
 
-    def __init__(self, make_worker: Callable[[], Worker[Any, Any]]) -> None:
-        self.worker = make_worker()
+    def __init__(self, make_worker: Callable[[], Worker[Any, Any]], parts_at_a_time: int) -> None:
+        self.worker, self.threads = make_worker(), ThreadPoolExecutor(parts_at_a_time)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Work on one part."""
+        """Work on some parts; a part is a row, and so is its result, pickled."""
+        results = list(self.threads.map(self._work, rows["part"].to_pylist()))
+        return pa.table({"number": rows["number"], "result": results})
+
+    def _work(self, part: bytes) -> bytes:
         try:
-            result = self.worker(pickle.loads(rows["part"][0].as_py()))
+            return pickle.dumps(self.worker(pickle.loads(part)))
         except (InputError, OSError) as error:  # Ray would change its type and add lines to its message
-            result = error
-        return pa.table({"number": rows["number"], "result": [pickle.dumps(result)]})
+            return pickle.dumps(error)
 
 
 class ExecutorPause(ExecutionCallback):

@@ -121,8 +121,10 @@ def test_a_pool_that_may_grow_starts_with_its_size(marked: Callable[[], Marker],
 def test_more_parts_than_blocks_are_all_done(
     marked: Callable[[], Marker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "MAX_BLOCKS", 3)
-    assert collect_parts(marked, range(10), Pool(workers=1)) == [part * part for part in range(10)]
+    monkeypatch.setattr(parts, "MIN_BLOCKS", 3)
+    monkeypatch.setattr(parts, "BLOCKS_PER_WORKER", 1)
+    pool = Pool(workers=1, parts_at_a_time=2)
+    assert collect_parts(marked, range(10), pool) == [part * part for part in range(10)]
 
 
 def test_progress_tells_the_share_the_rate_and_the_time_left(
