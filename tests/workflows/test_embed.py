@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import open_clip
 import pyarrow as pa
 import pytest
 import torch
+from killing import MOST_REPEATED, children_named
 from PIL import Image
 
 from data_prep import storage, tables
@@ -255,3 +257,90 @@ def test_bad_requests_say_what_is_wrong(root: Path, teacher: str) -> None:
         search.Run(name="t", top=0)
     with pytest.raises(InputError, match=r"workflows/embed\.py"):
         search.search(search.Run(storage=str(root), name="t"))
+
+
+# ----------------------------------------------------------------------------------------------------------- kills
+
+PROGRAM = """
+import sys
+from counting_stage import CountingStage
+from data_prep.embeddings.teachers import EmbedConfig
+from workflows import embed
+
+storage, teacher = sys.argv[1:]
+embed.RegionStage = CountingStage
+embed.embed(embed.Run(storage=storage, teacher=teacher, name="t", boxes="t", embed=EmbedConfig(actors=1)))
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A finished job."""
+
+    tables: Path
+    """A storage with the images alone."""
+    teacher: str
+    files: dict[str, bytes]
+    shards: int
+    seconds: float
+
+
+def start(root: Path, teacher: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    tests = str(Path(__file__).parents[1])
+    paths = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
+    ours = {"RAY_AUTH_MODE": "disabled", "COUNTED": str(root / "counted"), "PYTHONPATH": paths}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(root), teacher],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**environment, **ours}, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(job: subprocess.Popen[str]) -> None:
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+
+
+def wait_for_first(job: subprocess.Popen[str], root: Path) -> float:
+    while job.poll() is None and not list((root / "staging").rglob("*.json")):
+        time.sleep(0.01)
+    return time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    images, root, folder = (tmp_path_factory.mktemp(name) for name in ("tables", "finished", "clip"))
+    torch.manual_seed(0)
+    save_clip(Clip(ClipConfig()), folder)
+    make_tables(images, 640)
+    shutil.copytree(images, root, dirs_exist_ok=True)
+    job = start(root, str(folder))
+    first = wait_for_first(job, root)
+    finish(job)
+    shards = (root / "counted").read_text().splitlines()
+    assert len(shards) == len(set(shards)) == 80
+    return Job(images, str(folder), files_of(root), len(shards), time.monotonic() - first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(20))
+def test_a_kill_at_a_random_point_changes_nothing(finished: Job, tmp_path: Path, trial: int) -> None:
+    root, kind = tmp_path / "storage", ("driver", "actor")[trial % 2]
+    shutil.copytree(finished.tables, root)
+    job = start(root, finished.teacher)
+    wait_for_first(job, root)
+    time.sleep(random.Random(trial).uniform(0.0, 0.8) * finished.seconds)
+    if kind == "actor":
+        for pid in children_named(job, "MapWorker"):
+            os.kill(pid, signal.SIGKILL)
+    else:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+        job = start(root, finished.teacher)
+    finish(job)
+    again = len((root / "counted").read_text().splitlines()) / finished.shards - 1
+    print(f"{kind} killed: {again:.2%} of the shards were embedded again")
+    assert files_of(root) == finished.files
+    assert again <= MOST_REPEATED
+    assert not list(root.rglob("*.tmp"))

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from killing import MOST_REPEATED, children_named
 
 from data_prep import tables
 from data_prep.pictograms import webserver, website
 
 pytestmark = pytest.mark.slow
 TABLES = ("pairs", "rejects", "concepts", "groups")
-MOST_REFETCHED = 0.05
 PROGRAM = """
 import dataclasses, sys, threading, time
 from pathlib import Path
@@ -109,19 +109,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return Undisturbed(site, root, requests)
 
 
-def children_named(job: subprocess.Popen[str], words: str) -> list[int]:
-    """Processes of the job's session whose command line holds the words."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if words in (entry / "cmdline").read_text() and os.getsid(int(entry.name)) == job.pid:
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
 def wait_for_parts(job: subprocess.Popen[str], root: Path) -> None:
     while job.poll() is None and not list(root.glob("staging/pairs/t/*/parts/*.parquet")):
         time.sleep(0.02)
@@ -154,7 +141,7 @@ def test_a_kill_at_a_random_point_changes_nothing(undisturbed: Undisturbed, tmp_
     assert [name for name in expected if found[name] != expected[name]] == []
     assert totals(tmp_path) == totals(undisturbed.root)
     assert rejects(tmp_path) == rejects(undisturbed.root)
-    assert refetched <= MOST_REFETCHED
+    assert refetched <= MOST_REPEATED
     assert not list(tmp_path.rglob("*.tmp"))
 
 
