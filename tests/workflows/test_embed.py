@@ -2,7 +2,13 @@
 
 import dataclasses
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
