@@ -22,7 +22,7 @@ TableName = Literal[
     "pairs", "rejects", "scores", "concepts", "groups", "categories", "boxes", "regions", "embeddings", "features",
     "texts",
 ]  # fmt: skip
-RejectStage = Literal["fetch", "decode", "filter", "dedup"]
+RejectStage = Literal["input", "fetch", "decode", "filter", "dedup"]
 
 FetchReason = Literal[
     "bad_url", "forbidden_address", "dns", "connect", "tls", "timeout", "http_status", "too_many_redirects",
@@ -33,6 +33,7 @@ FilterReason = Literal[
     "too_small", "aspect", "blank", "caption_length", "caption_characters", "caption_boilerplate", "low_score",
 ]  # fmt: skip
 REASONS: dict[RejectStage, tuple[str, ...]] = {
+    "input": ("bad_row",),
     "fetch": get_args(FetchReason),
     "decode": get_args(DecodeReason),
     "filter": get_args(FilterReason),

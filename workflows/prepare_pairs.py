@@ -1,6 +1,6 @@
 """Pairs: crawl lists of image URLs with captions into clean image-text pairs and concept groups.
 
-URL lists (tsv, csv, jsonl, parquet), tar shards, or folders of classes
+URL lists (tsv, csv, jsonl, parquet), WebDataset shards, or folders of classes
    | cut into partitions; drop repeated URLs
    v
 fetch --> decode --> filter          saved part by part: a killed run resumes from these
@@ -14,7 +14,7 @@ concepts, groups
 python workflows/prepare_pairs.py --config smoke
 python workflows/prepare_pairs.py --config web --name mine --urls list.tsv
 python workflows/prepare_pairs.py --config laion --urls 's3://bucket/laion/*.parquet' --storage s3://bucket/ovd
-python workflows/prepare_pairs.py --config cc3m --urls 'cc3m/*.tar' --wordnet /usr/share/wordnet
+python workflows/prepare_pairs.py --config cc3m --shards 'cc3m/{00000..00331}.tar' --wordnet /usr/share/wordnet
 python workflows/prepare_pairs.py --config classes --images imagenet/train --columns.class-names names.tsv
 python workflows/prepare_pairs.py --config web --name mine --urls more.tsv --add
 python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --retry timeout connect
@@ -41,10 +41,11 @@ from data_prep.concepts.names import Extractor, NameMatcher
 from data_prep.concepts.nouns import NounExtractor
 from data_prep.concepts.wordnet import read_wordnet
 from data_prep.pairs import growth, inputs, scores, shards
-from data_prep.pairs.crawl import DECODERS, Crawler, CrawlSteps, FileReader, watch
+from data_prep.pairs.crawl import DECODERS, Crawler, CrawlSteps, watch
 from data_prep.pairs.decode import decode_body
 from data_prep.pairs.dedup import Corpus
 from data_prep.pairs.fetch import Fetcher
+from data_prep.pairs.files import FileReader
 from data_prep.pairs.filters import filter_rows
 from data_prep.pairs.growth import CrawlPlan, Published
 from data_prep.pairs.labels import class_rows, read_class_names
@@ -99,7 +100,7 @@ class Job:
 
 
 def prepare(run: Run) -> Summary:
-    """Crawl URL lists and publish `pairs`, `rejects`, `concepts` and `groups` under the run's name.
+    """Crawl URL lists, or read shards, and publish `pairs`, `rejects`, `concepts` and `groups` under the run's name.
 
     Raises:
         InputError: a list or the vocabulary is missing or malformed, or the tables of that name have another config or
@@ -107,19 +108,22 @@ def prepare(run: Run) -> Summary:
     """
     if run.images:
         return prepare_classes(run)
-    files = inputs.find_files(run.urls)
-    with ThreadPoolExecutor(8) as pool:
+    if run.shards and run.urls:
+        raise InputError("--urls: given beside --shards, expected one of them")
+    files = inputs.find_shards(run.shards) if run.shards else inputs.find_lists(run.urls)
+    with ThreadPoolExecutor(inputs.FILES_AT_A_TIME) as pool:
         digests = list(pool.map(inputs.file_digest, files))
     for number, digest in enumerate(digests):
         if digest in digests[:number]:
             raise InputError(f"{files[number]}: holds the same as {files[digests.index(digest)]}, expected it once")
-    return _prepare(run, dict(zip(digests, files, strict=True)), are_files=inputs.is_tar(files[0]))
+    return _prepare(run, dict(zip(digests, files, strict=True)), are_files=bool(run.shards))
 
 
 def prepare_classes(run: Run) -> Summary:
     """`prepare` for a folder of class folders."""
-    if run.urls or not run.columns.label:
-        wrong = "--urls: given beside --images" if run.urls else "--columns.label: empty"
+    given = [f"--{name}: given beside --images" for name in ("urls", "shards") if getattr(run, name)]
+    if given or not run.columns.label:
+        wrong = given[0] if given else "--columns.label: empty"
         raise InputError(f"{wrong}, expected --config classes --images FOLDER")
     columns = dataclasses.replace(run.columns, label=LABEL, url="url", caption="caption")
     rows = class_rows(run.images, columns.class_names)
@@ -378,6 +382,7 @@ def result_hash(run: Run, vocabulary: NameMatcher, nouns: NounExtractor) -> str:
         run,
         storage="",
         urls="",
+        shards="",
         images="",
         columns=dataclasses.replace(run.columns, class_names=""),
         wordnet="",
@@ -425,7 +430,8 @@ def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
     config = "smoke" if run.name == "smoke" else "pictograms"
-    training = f"--config {config} --pairs {run.name}" + (" --max-side None" if run.urls or run.images else "")
+    is_real = run.urls or run.shards or run.images
+    training = f"--config {config} --pairs {run.name}" + (" --max-side None" if is_real else "")
     with pictogram_site(run) as run:
         summary = prepare(run)
     print(f"pairs: {summary.kept:,} of {summary.input:,} rows kept, {summary.concepts} concepts, {summary.seconds:g} s")

@@ -8,7 +8,6 @@ that have arrived are decoded in threads; OpenCV releases the GIL.
 """
 
 import asyncio
-import contextlib
 import ctypes
 import itertools
 import threading
@@ -24,19 +23,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from data_prep import storage
 from data_prep.pairs.decode import Decoded, with_images
 from data_prep.pairs.fetch import Fetched, Fetcher, with_fetch_status
+from data_prep.pairs.files import FileReader
 from data_prep.pairs.rows import Rejection
 from data_prep.pairs.staging import Part, Staging
-from data_prep.pairs.tars import locate
 from data_prep.parts import Progress
 
 ALARMING_FAILURES = 0.5
 """Share of failed fetches that causes a warning."""
 PATIENCE_SECONDS = 1.0
 """When no row of a part has finished for this time, its finished rows are saved without waiting for the others."""
-FILES_AT_A_TIME = 16
 DECODERS = 2
 """Decoding threads of a process, as many as the cores it should keep busy."""
 SAVERS = 4
@@ -61,28 +58,6 @@ class PartCounts:
         return PartCounts(
             rows=self.rows + other.rows, good=self.good + other.good, unfetched=self.unfetched + other.unfetched
         )
-
-
-class FileReader:
-    """Like `fetch.Fetcher`, for files that are known to exist, by path or URI, and for images in tar files."""
-
-    def __init__(self) -> None:
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self._slots = asyncio.Semaphore(FILES_AT_A_TIME)
-
-    def open(self) -> contextlib.nullcontext[None]:
-        """Do nothing: there are no connections."""
-        return contextlib.nullcontext()
-
-    async def fetch(self, url: str | None) -> Fetched:
-        """Read a file."""
-        if url is None:
-            return Fetched(reason="bad_url", detail="a sample without an image")
-        uri, offset, size = locate(url)
-        async with self._slots:
-            await self.gate.wait()
-            return Fetched(content=await asyncio.to_thread(storage.read_bytes, uri, offset=offset, size=size))
 
 
 @dataclass(frozen=True, kw_only=True)

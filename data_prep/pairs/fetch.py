@@ -23,7 +23,7 @@ from yarl import URL
 from data_prep.pairs import robots
 from data_prep.pairs.addresses import CheckedResolver, FetchError, Lookup, look_up, parse_url
 from data_prep.pairs.hosts import Host, Hosts
-from data_prep.pairs.rows import STATUS, append_columns
+from data_prep.pairs.rows import STATUS, append_columns, fill_nulls
 from data_prep.tables import FetchReason
 
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -367,8 +367,9 @@ class Fetcher:
 
 
 def with_fetch_status(rows: pa.Table, fetched: Sequence[Fetched]) -> pa.Table:
-    """Append `STATUS`; `stage` is "fetch" for failures, else null."""
+    """Append `STATUS`; `stage` is "fetch" for failures, else null. Values that rows have already stay."""
     values = {name: [getattr(result, name) for result in fetched] for name in STATUS if name != "stage"}
     stages = ["fetch" if result.reason else None for result in fetched]
-    columns = {"stage": stages, **values}
-    return append_columns(rows, {name: pa.array(column, STATUS[name]) for name, column in columns.items()})
+    columns = {name: pa.array({"stage": stages, **values}[name], kind) for name, kind in STATUS.items()}
+    given = {name: columns.pop(name) for name in STATUS if name in rows.column_names}
+    return append_columns(fill_nulls(rows, given), columns)

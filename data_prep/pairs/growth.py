@@ -109,6 +109,8 @@ def find_published(
     for reason in retry:
         if reason not in {known for reasons in tables.REASONS.values() for known in reasons}:
             raise InputError(f"--retry {reason}: unknown reason, expected those of `rejects`, such as timeout")
+        if reason in tables.REASONS["input"]:
+            raise InputError(f"--retry {reason}: a sample of a shard stays as it is, expected another reason")
     published = Published.find(storage_uri, name)
     uri = tables.table_uri(storage_uri, "pairs", name)
     if published is None:

@@ -1,6 +1,6 @@
-"""Input lists: files of URLs and captions, or tar shards, read in a stream and cut into partitions of rows.
+"""Input lists: files of URLs and captions, or WebDataset shards, read in a stream and cut into partitions of rows.
 
-files = find_files("s3://bucket/lists/*.parquet")
+files = find_lists("s3://bucket/lists/*.parquet")
 source = cut_file(files[0], Columns(), Staging("s3://bucket/staging", partition_rows=1000, part_rows=100))
 """
 
@@ -8,10 +8,11 @@ import hashlib
 import io
 import json
 import re
-import tarfile
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -20,19 +21,24 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
+from braceexpand import braceexpand
 from pyarrow import fs
 
 from data_prep import storage, tables
 from data_prep.pairs.labels import label_caption, name_classes
-from data_prep.pairs.rows import INPUT_COLUMNS, LABEL, RESERVED, SCORE
+from data_prep.pairs.rows import INPUT_COLUMNS, LABEL, RESERVED, SCORE, STATUS
 from data_prep.pairs.staging import Staging, partition_name
-from data_prep.pairs.tars import read_tar
+from data_prep.pairs.tars import PROBLEM, read_samples
 from ovd_models.errors import InputError
 
-SUFFIXES = ("tsv", "csv", "jsonl", "parquet", "tar")
+LISTS = {"tsv", "csv", "jsonl", "parquet"}
+FORMATS = ".tsv, .csv, .jsonl or .parquet; for .tar shards: --shards"
+SHARDS = {"tar"}
 BLOCK_BYTES = 1 << 20
+SHARD_BYTES = 4 << 20
+"""Bytes of a shard that are read at a time."""
+FILES_AT_A_TIME = 8
 DIGEST_DIGITS = 16
-FORMATS = ".tsv, .csv, .jsonl, .parquet or .tar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +75,42 @@ class Source:
         return {partition_name(self.digest, start // size): min(size, self.rows - start) for start in starts}
 
 
-def find_files(uri: str) -> list[str]:
+def find_lists(uri: str) -> list[str]:
     """The lists of a file name, a folder or a pattern such as `lists/*.parquet`, in alphabetical order.
-
-    Beside .tar files, others are left out: img2dataset writes lists of what they hold.
 
     Raises:
         InputError: there are none, or a file has an unknown suffix.
     """
     if not uri:
-        raise InputError(f"--urls: missing, expected a file, folder or pattern of {FORMATS} files")
+        raise InputError(f"--urls: missing, expected a file, folder or pattern of URL lists ({FORMATS})")
+    return _find_files(uri, LISTS, f"a URL list ({FORMATS})")
+
+
+def find_shards(pattern: str) -> list[str]:
+    """The .tar files of a pattern such as `s3://bucket/{00000..01242}.tar` or `shards/*.tar`, a file name or a folder.
+
+    Braces are expanded as `webdataset` does, and each result may be what `find_lists` takes.
+
+    Raises:
+        InputError: there are none, braces do not match, or a shell command (`pipe:`) is given.
+    """
+    try:
+        uris = list(braceexpand(pattern))
+    except ValueError as error:
+        raise InputError(f"--shards {pattern}: {one_line(error)}") from error
+    if commands := [uri for uri in uris if uri.lower().startswith("pipe:")]:
+        raise InputError(f"--shards {commands[0]}: a command, which is never run; expected a path or URI")
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        found = pool.map(lambda uri: _find_files(uri, SHARDS, "an uncompressed .tar shard"), uris)
+        return list(dict.fromkeys(file for files in found for file in files))
+
+
+def _find_files(uri: str, suffixes: set[str], expected: str) -> list[str]:
     filesystem, path = storage.resolve(uri)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.File:
-        if _suffix(path) not in SUFFIXES:
-            raise InputError(f"{uri}: unknown format, expected {FORMATS}")
+        if _suffix(path) not in suffixes:
+            raise InputError(f"{uri}: unknown format, expected {expected}")
         return [uri]
     if kind == fs.FileType.Directory:
         folder, pattern = path, re.compile(re.escape(path) + r"/.*[^/]")
@@ -91,27 +118,21 @@ def find_files(uri: str) -> list[str]:
         folder = re.split("[*?]", path)[0].rpartition("/")[0]
         pattern = re.compile(re.escape(path).replace(r"\*", "[^/]*").replace(r"\?", "[^/]"))
     else:
-        raise InputError(f"{uri}: cannot be read, expected a URL list ({FORMATS})")
+        raise InputError(f"{uri}: cannot be read, expected {expected}")
     entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
     paths = sorted(
         entry.path
         for entry in entries
         if entry.type == fs.FileType.File
         and pattern.fullmatch(entry.path)
-        and _suffix(entry.path) in SUFFIXES
+        and _suffix(entry.path) in suffixes
         and not entry.base_name.startswith((".", "_"))
     )
     if not paths:
-        raise InputError(f"{uri}: cannot be read, expected a URL list ({FORMATS})")
-    paths = [path for path in paths if is_tar(path)] or paths
+        raise InputError(f"{uri}: cannot be read, expected {expected}")
     if isinstance(filesystem, fs.LocalFileSystem):
         return paths
     return [f"{uri.partition('://')[0]}://{quote(path)}" for path in paths]
-
-
-def is_tar(uri: str) -> bool:
-    """Whether a list is a tar file, which holds its images."""
-    return _suffix(uri) == "tar"
 
 
 def _suffix(name: str) -> str:
@@ -126,16 +147,16 @@ def file_digest(uri: str) -> str:
     """
     filesystem, path = storage.resolve(uri)
     try:
-        with filesystem.open_input_stream(path) as stream:
+        with filesystem.open_input_stream(path, buffer_size=SHARD_BYTES) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()[:DIGEST_DIGITS]
     except OSError as error:
-        raise InputError(f"{uri}: cannot be read, expected a URL list ({one_line(error)})") from error
+        raise InputError(f"{uri}: cannot be read ({one_line(error)})") from error
 
 
 def read_blocks(uri: str, columns: Columns) -> Iterator[pa.Table]:
     """Read a list block by block.
 
-    All columns of .tsv and .csv files are text; .tsv files have no quoting.
+    All columns of .tsv and .csv files are text; .tsv files have no quoting. Rows of a shard: see `tars.read_samples`.
 
     Raises:
         InputError: the file is malformed.
@@ -149,33 +170,34 @@ def read_blocks(uri: str, columns: Columns) -> Iterator[pa.Table]:
                     for batch in file.iter_batches():
                         yield pa.Table.from_batches([batch])
             case "jsonl":
-                yield from _read_json(filesystem, path, columns)
+                with filesystem.open_input_file(path) as lines:
+                    yield from _read_json(lines, columns)
             case "tar":
-                yield from _read_tar(filesystem, path, uri, columns)
+                yield from _read_shard(filesystem, path, uri, columns)
             case _:
                 yield from _read_text(filesystem, path, suffix, columns)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, OSError, tarfile.TarError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{uri}: not a readable {suffix} file ({one_line(error)})") from error
 
 
-def _read_tar(filesystem: fs.FileSystem, path: str, uri: str, columns: Columns) -> Iterator[pa.Table]:
-    """Tar files under the names of `columns`; labels only if they are asked for."""
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    names = {columns.url: "url", columns.caption: "caption", "web_url": "web_url"}
-    names |= {columns.label: "label"} if columns.label else {}
-    with filesystem.open_input_file(path) if local else filesystem.open_input_stream(path) as stream:
-        for rows in read_tar(stream, storage.absolute(uri), seekable=local):
-            yield pa.table({ours: rows[name] for ours, name in names.items()})
+def _read_shard(filesystem: fs.FileSystem, path: str, uri: str, columns: Columns) -> Iterator[pa.Table]:
+    """A shard by way of a temporary .jsonl file, so that the types of its columns are inferred from all samples."""
+    names = {"url": columns.url, "caption": columns.caption, "label": columns.label}
+    with filesystem.open_input_file(path) as file, tempfile.TemporaryFile() as lines:
+        stream = io.BufferedReader(file, SHARD_BYTES)
+        for row in read_samples(stream, storage.absolute(uri), **names):
+            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        yield from _read_json(lines, columns)
 
 
-def _read_json(filesystem: fs.FileSystem, path: str, columns: Columns) -> Iterator[pa.Table]:
+def _read_json(file: BinaryIO, columns: Columns) -> Iterator[pa.Table]:
     """Two passes: the types of further columns are inferred from the whole file, not from its first lines."""
     schema = pa.schema({columns.url: pa.string(), columns.caption: pa.string()})
     named: set[str] = set()
     lines = 0
-    for block in _whole_lines(filesystem, path):
+    for block in _whole_lines(file):
         try:
-            inferred = pyarrow.json.read_json(io.BytesIO(block)).schema
+            inferred = _parse_lines(block).schema
         except pa.ArrowInvalid as error:
             raise pa.ArrowInvalid(f"{error}, rows counted from line {lines + 1}") from error
         lines += block.count(b"\n")
@@ -184,8 +206,13 @@ def _read_json(filesystem: fs.FileSystem, path: str, columns: Columns) -> Iterat
         schema = pa.unify_schemas([schema, pa.schema(further)], promote_options="permissive")
     schema = pa.schema([entry for entry in schema if entry.name in named])
     exact = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
-    for block in _whole_lines(filesystem, path):
-        yield pyarrow.json.read_json(io.BytesIO(block), parse_options=exact)
+    for block in _whole_lines(file):
+        yield _parse_lines(block, exact)
+
+
+def _parse_lines(block: bytes, options: pyarrow.json.ParseOptions | None = None) -> pa.Table:
+    whole = pyarrow.json.ReadOptions(block_size=len(block))  # a line must not be longer
+    return pyarrow.json.read_json(io.BytesIO(block), whole, options)
 
 
 def _dates_as_text(field: pa.Field) -> pa.Field:
@@ -200,16 +227,16 @@ def _dates_as_text(field: pa.Field) -> pa.Field:
     return field.with_type(kind)
 
 
-def _whole_lines(filesystem: fs.FileSystem, path: str) -> Iterator[bytes]:
-    """A file in blocks of whole lines."""
-    with filesystem.open_input_stream(path) as stream:
-        rest = b""
-        while block := stream.read(BLOCK_BYTES):
-            lines, newline, rest = (rest + block).rpartition(b"\n")
-            if newline:
-                yield lines + newline
-        if rest.strip():
-            yield rest
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """A file from its start, in blocks of whole lines."""
+    file.seek(0)
+    rest = b""
+    while block := file.read(BLOCK_BYTES):
+        lines, newline, rest = (rest + block).rpartition(b"\n")
+        if newline:
+            yield lines + newline
+    if rest.strip():
+        yield rest
 
 
 def _read_text(filesystem: fs.FileSystem, path: str, suffix: str, columns: Columns) -> Iterator[pa.Table]:
@@ -233,8 +260,8 @@ def normalize_columns(rows: pa.Table, columns: Columns, source: str, first: int,
 
     Returns:
         `source`, `row`, `url` (null if missing or empty), `raw_caption`, the names of classes as `label` if
-        `columns.label` is given, and the further columns of the list; those whose names our tables use get the prefix
-        `input_`.
+        `columns.label` is given, the rejection of samples with a `PROBLEM`, and the further columns of the list; those
+        whose names our tables use get the prefix `input_`.
 
     Raises:
         InputError: a column is missing or repeated, or does not hold text, or a class has no name.
@@ -265,9 +292,16 @@ def normalize_columns(rows: pa.Table, columns: Columns, source: str, first: int,
         "raw_caption": texts[columns.caption],
     }
     if columns.label:
-        labels = pa.array(name_classes(texts[columns.label].to_pylist(), columns.class_names, uri, first), pa.string())
-        ours["raw_caption"] = pc.coalesce(texts[columns.caption], pa.array(map(label_caption, labels.to_pylist())))
-        ours[LABEL] = labels
+        classes = texts[columns.label].to_pylist()
+        labels = name_classes(classes, columns.class_names, uri, first, optional=PROBLEM in rows.column_names)
+        captions = [label and label_caption(label) for label in labels]
+        ours["raw_caption"] = pc.coalesce(texts[columns.caption], pa.array(captions, pa.string()))
+        ours[LABEL] = pa.array(labels, pa.string())
+    if PROBLEM in rows.column_names:
+        detail = rows[PROBLEM].cast(pa.string())
+        for name, value in (("stage", "input"), ("reason", "bad_row"), ("detail", detail)):
+            ours[name] = pc.if_else(pc.is_valid(detail), value, pa.scalar(None, pa.string()))
+        rows = rows.drop_columns(PROBLEM)
     taken = {*ours, *tables.SCHEMAS["pairs"].names, *RESERVED}
     for column in rows.column_names:
         if column not in texts:
@@ -300,7 +334,7 @@ def cut_file(uri: str, columns: Columns, staging: Staging) -> Source:
     for block in read_blocks(uri, columns):
         rows = normalize_columns(block, columns, source, count, uri)
         count += rows.num_rows
-        further = list(rows.schema)[len(INPUT_COLUMNS) :]
+        further = [entry for entry in rows.schema if entry.name not in (*INPUT_COLUMNS, *STATUS)]
         kinds |= {entry.name: str(entry.type) for entry in further if not pa.types.is_null(entry.type)}
         waiting = pa.concat_tables([waiting, rows]) if waiting.num_rows else rows
         whole = waiting.num_rows // size * size

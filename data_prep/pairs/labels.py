@@ -38,7 +38,9 @@ def class_rows(folder: str, names: str = "") -> pa.Table:
     return pa.table({"url": [storage.join(root, path) for path in paths], "label": labels})
 
 
-def name_classes(classes: Sequence[str | None], names: str, origin: str, first: int = 0) -> list[str]:
+def name_classes(
+    classes: Sequence[str | None], names: str, origin: str, first: int = 0, *, optional: bool = False
+) -> list[str | None]:
     """The name of each row's class in lower case, without its synonyms after commas.
 
     Args:
@@ -46,12 +48,13 @@ def name_classes(classes: Sequence[str | None], names: str, origin: str, first: 
         names: path or URI of that file, see `read_class_names`; empty if there is none.
         origin: of the rows, for messages.
         first: number of the first row, for messages.
+        optional: whether None stands for a row without a class.
 
     Raises:
         InputError: a row has no class, or its class has no name.
     """
     name_of = read_class_names(names) if names else {}
-    found: dict[str | None, str] = {}
+    found: dict[str | None, str | None] = {None: None} if optional else {}
     for row, entry in enumerate(classes, first):
         if entry in found:
             continue

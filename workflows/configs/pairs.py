@@ -22,8 +22,10 @@ class Run:
     name: str
     """Name of the tables."""
     urls: str = ""
-    """The URL lists: a .tsv, .csv, .jsonl or .parquet file, a folder of them, or a pattern; by path or URI. Or .tar
-    shards as img2dataset writes them, whose images are not fetched again."""
+    """The URL lists: a .tsv, .csv, .jsonl or .parquet file, a folder of them, or a pattern; by path or URI."""
+    shards: str = ""
+    """Instead of `urls`: WebDataset shards, whose images are not fetched; a .tar file, a folder of them, or a pattern
+    such as `s3://bucket/{00000..01242}.tar`."""
     images: str = ""
     """Instead of `urls`: a folder or URI with a folder of images for each class, such as ImageNet's."""
     columns: Columns = field(default_factory=Columns)
@@ -68,12 +70,12 @@ def web() -> Run:
 
 
 def cc3m() -> Run:
-    """Conceptual Captions as published: captions and URLs in a .tsv file without a header; or .tar shards of them."""
+    """Conceptual Captions as published: captions and URLs in a .tsv file without a header; or shards of them."""
     return dataclasses.replace(web(), name="cc3m", columns=Columns(header=("caption", "url")), min_images=20)
 
 
 def classes() -> Run:
-    """Images with a class each: a folder of class folders (`--images`), or lists or .tar shards (`--urls`)."""
+    """Images with a class each: a folder of class folders (`--images`), or lists or shards with classes."""
     return Run(name="classes", columns=Columns(label="label"), decode=DecodeConfig(max_side=512))
 
 

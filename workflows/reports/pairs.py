@@ -33,7 +33,10 @@ NUM_LISTED, NUM_COMPARED, NUM_ILLUSTRATED, NUM_IMAGES = 60, 20, 12, 8
 """Number of concepts that are listed, compared, and shown with `NUM_IMAGES` images each."""
 MAX_TEXT, MAX_URL = 300, 2000
 """Maximum characters of a displayed text and URL."""
-COLOURS = {"kept": "#0b6e4f", "fetch": "#c8553d", "decode": "#d9972b", "filter": "#5b7db1", "dedup": "#8a6fae"}
+COLOURS = {
+    "kept": "#0b6e4f", "input": "#6b6b6b", "fetch": "#c8553d", "decode": "#d9972b", "filter": "#5b7db1",
+    "dedup": "#8a6fae",
+}  # fmt: skip
 
 
 def write_pairs_report(storage_uri: str, name: str, samples: pa.Table | None = None) -> str:

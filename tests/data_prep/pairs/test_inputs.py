@@ -308,26 +308,28 @@ def test_files_of_a_folder_or_a_pattern_come_in_alphabetical_order(tmp_path: Pat
         written(tmp_path / name, "x")
 
     def found(pattern: str) -> list[str]:
-        files = inputs.find_files(pattern)
+        files = inputs.find_lists(pattern)
         return [file.rpartition(f"{tmp_path}/")[2] for file in files]
 
     assert found(f"{tmp_path}/b.tsv") == ["b.tsv"]
     assert found(str(tmp_path)) == found(f"{tmp_path}/") == ["B.CSV", "a.jsonl", "b.tsv", "sub/d.parquet"]
     assert found(f"{tmp_path}/?.tsv") == ["b.tsv"]
     assert found(f"{tmp_path}/*/*.parquet") == ["sub/d.parquet"]
-    assert inputs.find_files(f"{tmp_path.as_uri()}/*.tsv") == [f"{tmp_path}/b.tsv"]
-    assert inputs.find_files(f"{tmp_path.as_uri()}/b.tsv") == [f"{tmp_path.as_uri()}/b.tsv"]
+    assert inputs.find_lists(f"{tmp_path.as_uri()}/*.tsv") == [f"{tmp_path}/b.tsv"]
+    assert inputs.find_lists(f"{tmp_path.as_uri()}/b.tsv") == [f"{tmp_path.as_uri()}/b.tsv"]
 
 
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("", "--urls: missing, expected a file, folder or pattern of .tsv, .csv, .jsonl, .parquet or .tar files"),
-        ("missing.tsv", "missing.tsv: cannot be read, expected a URL list (.tsv, .csv, .jsonl, .parquet or .tar)"),
+        ("", f"--urls: missing, expected a file, folder or pattern of URL lists ({inputs.FORMATS})"),
+        ("missing.tsv", f"missing.tsv: cannot be read, expected a URL list ({inputs.FORMATS})"),
         ("*.parquet", "*.parquet: cannot be read, expected a URL list"),
         ("no/such/folder/*.tsv", "cannot be read, expected a URL list"),
-        ("list.txt", "list.txt: unknown format, expected .tsv, .csv, .jsonl, .parquet or .tar"),
+        ("list.txt", f"list.txt: unknown format, expected a URL list ({inputs.FORMATS})"),
         ("list", "list: unknown format"),
+        ("a.tar", f"a.tar: unknown format, expected a URL list ({inputs.FORMATS})"),
+        ("*.tar", f"*.tar: cannot be read, expected a URL list ({inputs.FORMATS})"),
         ("none://bucket/list.tsv", "none://bucket/list.tsv: not a storage location"),
     ],
 )
@@ -335,8 +337,9 @@ def test_a_missing_list_is_reported(tmp_path: Path, uri: str, message: str, monk
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "list.txt", "http://a/1")
     written(tmp_path / "list", "http://a/1")
+    written(tmp_path / "a.tar", b"")
     with pytest.raises(InputError) as caught:
-        inputs.find_files(uri)
+        inputs.find_lists(uri)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -345,28 +348,28 @@ def test_a_folder_may_have_brackets_in_its_name(tmp_path: Path) -> None:
     (tmp_path / "lists[1]").mkdir()
     path = written(tmp_path / "lists[1]/a.tsv", "x")
     for uri in ("lists[1]", "lists[1]/*.tsv", "list*[1]/?.tsv"):
-        assert inputs.find_files(f"{tmp_path}/{uri}") == [str(path)]
+        assert inputs.find_lists(f"{tmp_path}/{uri}") == [str(path)]
 
 
 @pytest.mark.parametrize("name", ["my list.tsv", "100%25.tsv", "é.tsv", "[1].tsv", "a#b.tsv"])
 def test_files_behind_a_uri_can_be_opened_whatever_their_name(tmp_path: Path, name: str) -> None:
     written(tmp_path / name, "x")
-    assert [storage.read_bytes(file) for file in inputs.find_files(tmp_path.as_uri())] == [b"x"]
+    assert [storage.read_bytes(file) for file in inputs.find_lists(tmp_path.as_uri())] == [b"x"]
 
 
 def test_files_of_an_object_store_are_uris_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path / "my list.tsv", "x")
     bucket = fs.SubTreeFileSystem(str(tmp_path.parent), fs.LocalFileSystem())
     monkeypatch.setattr(storage, "resolve", lambda uri: (bucket, uri.removeprefix("s3://")))
-    assert inputs.find_files(f"s3://{tmp_path.name}/*.tsv") == [f"s3://{tmp_path.name}/my%20list.tsv"]
+    assert inputs.find_lists(f"s3://{tmp_path.name}/*.tsv") == [f"s3://{tmp_path.name}/my%20list.tsv"]
 
 
 def test_a_star_stays_within_a_folder(tmp_path: Path) -> None:
     for name in ("a.tsv", "sub/b.tsv", ".hidden.tsv", "_unfinished.tsv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         written(tmp_path / name, "x")
-    assert inputs.find_files(f"{tmp_path}/*.tsv") == [f"{tmp_path}/a.tsv"]
-    assert inputs.find_files(str(tmp_path)) == [f"{tmp_path}/a.tsv", f"{tmp_path}/sub/b.tsv"]
+    assert inputs.find_lists(f"{tmp_path}/*.tsv") == [f"{tmp_path}/a.tsv"]
+    assert inputs.find_lists(str(tmp_path)) == [f"{tmp_path}/a.tsv", f"{tmp_path}/sub/b.tsv"]
 
 
 def test_a_digest_is_that_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +377,7 @@ def test_a_digest_is_that_of_the_content(tmp_path: Path, monkeypatch: pytest.Mon
     path = written(tmp_path / "a.parquet", content)
     monkeypatch.setattr(inputs, "BLOCK_BYTES", 64)
     assert inputs.file_digest(str(path)) == inputs.file_digest(path.as_uri()) == storage.sha256(content)[:16]
-    with pytest.raises(InputError, match=r"none\.tsv: cannot be read, expected a URL list"):
+    with pytest.raises(InputError, match=r"none\.tsv: cannot be read"):
         inputs.file_digest(str(tmp_path / "none.tsv"))
 
 
