@@ -19,6 +19,7 @@ from tyro._errors import (
     on_parse_error,
 )
 
+from data_prep import storage
 from ovd_models.errors import InputError
 
 R = TypeVar("R")
@@ -26,16 +27,23 @@ BATCHES = ("batch_size", "detection_batch")
 """The field of a training's run that says how many images a step has."""
 
 
-def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Sequence[str] | None = None) -> R:
-    """Read a run from the command line: a named config, with any field changed by its flag.
+def parse(
+    configs: Mapping[str, Callable[[], R]],
+    doc: str | None,
+    arguments: Sequence[str] | None = None,
+    *,
+    writes: bool = True,
+) -> R:
+    """Read a run from the command line: a named config, with any field changed by its flag; check its storage.
 
     Args:
         configs: name -> function that returns a complete run; the first one is the default.
         doc: the script's docstring, shown by `--help`.
         arguments: what to parse, `sys.argv[1:]` unless given.
+        writes: whether the script writes to its storage.
 
     Raises:
-        InputError: the config's name is unknown, or a flag is unknown or malformed.
+        InputError: the config's name is unknown, a flag is unknown or malformed, or the storage cannot be used.
         SystemExit: `--help` (0).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -58,6 +66,8 @@ def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Se
         run = with_stage_flags(run, known)
     with on_parse_error(_raise_input_error):
         parsed = tyro.cli(type(run), args=rest, default=run, description=description)
+    if uri := getattr(parsed, "storage", ""):
+        parsed = dataclasses.replace(parsed, storage=storage.open_storage(uri, writes=writes))  # type: ignore[type-var]
     return scale_rates(parsed, run, rest) if stages else parsed
 
 
@@ -171,8 +181,10 @@ STORAGE_FAILURES = (
     "Read-only file system",
     "Permission denied",
     "AWS Error",
+    "S3 error",
+    "An error occurred (",
 )
-"""Parts of messages of the operating system, SQLite and pyarrow's object stores."""
+"""Parts of messages of the operating system, SQLite, pyarrow's object stores, ours and boto3."""
 
 
 def storage_failure(error: BaseException) -> str | None:
