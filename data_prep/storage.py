@@ -176,7 +176,8 @@ def _write_and_move(uri: str, chunks: Iterable[bytes]) -> None:
 def remove_temporary(uri: str) -> None:
     """Delete what killed processes left of unfinished files below a folder, where nothing may be writing."""
     if uri.startswith(s3.SCHEME):
-        s3.abort_uploads(uri)
+        with contextlib.suppress(OSError):  # a key that may not list uploads; a bucket's own rules can remove them
+            s3.abort_uploads(uri)
         return
     filesystem, path = resolve(uri)
     for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True)):

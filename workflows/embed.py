@@ -23,7 +23,7 @@ import ray
 import ray.data
 from ray.exceptions import RayTaskError
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from data_prep.embeddings import stores, teachers
 from data_prep.embeddings.crops import FITS, CropConfig, Fit
 from data_prep.embeddings.stores import ArrayTable, EmbeddingJob, SavedShard, save_shard
@@ -132,6 +132,7 @@ class EmbeddingTask:
     """Arguments of the stage."""
 
 
+@locks.exclusive("regions", "embeddings")
 def embed(run: Run) -> list[Manifest]:
     """Publish `regions/<name>` if the run has boxes, and `embeddings/<name>` if it has pairs.
 

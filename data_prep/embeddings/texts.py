@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from data_prep.tables import Manifest
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, clean_names
@@ -27,6 +27,8 @@ from ovd_models.vocabulary import EmbeddingTable, TextEncoder, clean_names
 PRODUCER = "workflows/embed_texts.py"
 PART = 16_384
 """Names embedded and published at a time: those of one file."""
+WAIT_SECONDS = 60.0
+"""For other jobs that add a part to the same store."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -120,11 +122,15 @@ class TextStore:
         return len(new)
 
     def append(self, names: Sequence[str], prompt_set: str, rows_KD: Floats) -> None:
-        """Publish unit rows in addition to those in the store.
+        """Publish unit rows in addition to those in the store; jobs that fill one store do so in turn.
 
         Raises:
             InputError: their width is another.
         """
+        with locks.hold(self.storage, f"texts/{self.name}", wait_seconds=WAIT_SECONDS):
+            self._append(names, prompt_set, rows_KD)
+
+    def _append(self, names: Sequence[str], prompt_set: str, rows_KD: Floats) -> None:
         published = self.manifest()
         width = rows_KD.shape[1]
         if published is not None and published.details["width"] != width:
@@ -137,10 +143,9 @@ class TextStore:
                 "embedding": pa.ListArray.from_arrays(np.arange(len(names) + 1, dtype=np.int32) * width, flat),
             }
         )
-        # The file is named by its content, so that two concurrent jobs never write to one file.
+        # The file is named by its content, so that a part that is written again is the same file.
         key = storage.sha256(json.dumps([prompt_set, *names]).encode())[:16]
         entry = tables.write_part(self.storage, "texts", self.name, f"{key}.parquet", table)
-        published = self.manifest()  # another job may have published since
         files = {file.path: file for file in published.files} if published else {}
         prompt_sets: list[str] = published.details["prompt_sets"] if published else []
         tables.publish(
