@@ -21,6 +21,7 @@ from tyro._errors import (
 
 from data_prep import storage
 from ovd_models.errors import InputError
+from workflows.common.quiet import is_storage_failure
 
 R = TypeVar("R")
 BATCHES = ("batch_size", "detection_batch")
@@ -174,19 +175,6 @@ def outcome(job: Callable[[], object]) -> int:
     return 0
 
 
-STORAGE_FAILURES = (
-    "No space left on device",
-    "disk is full",
-    "Disk quota exceeded",
-    "Read-only file system",
-    "Permission denied",
-    "AWS Error",
-    "S3 error",
-    "An error occurred (",
-)
-"""Parts of messages of the operating system, SQLite, pyarrow's object stores, ours and boto3."""
-
-
 def storage_failure(error: BaseException) -> str | None:
     """The first line about storage in an error or in one that caused it; None if storage is not the reason.
 
@@ -199,7 +187,7 @@ def storage_failure(error: BaseException) -> str | None:
         found = getattr(found, "cause", None) or found.__cause__ or found.__context__
     for each in reversed(seen):
         for line in str(each).splitlines():
-            if any(part in line for part in STORAGE_FAILURES):
+            if is_storage_failure(line):
                 return line.strip()
     return None
 
