@@ -1,17 +1,25 @@
 """Files under a storage URI: a local folder, `s3://`, `gs://` or anything else that pyarrow opens."""
 
+import atexit
 import contextlib
 import hashlib
 import posixpath
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pyarrow import fs
 
+from data_prep import s3
 from ovd_models.errors import InputError
 
+TEMPORARY = ".tmp"
+"""End of the names of local files that are being written."""
+RANGE_BYTES, RANGES_AT_A_TIME = 8 << 20, 8
+"""Large objects are read in ranges of this size, several at a time, since a store limits each connection."""
 MARKERS = ("clip.json", "table.json", "config.json", "progress.pt")
 """Files whose presence marks a checkpoint folder as complete."""
 
@@ -24,11 +32,52 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    if uri.startswith(s3.SCHEME):
+        return s3.filesystem(uri)
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
         raise InputError(f"{uri}: not a storage location pyarrow can open ({error})") from error
     return filesystem, path
+
+
+def open_storage(uri: str, *, writes: bool = True) -> str:
+    """Check within seconds that a job can use its storage; returns the URI without the options of its query.
+
+    Those go to the environment, from which other libraries and processes take them.
+
+    Args:
+        uri: of the storage; a local folder need not exist.
+        writes: whether the job writes there.
+
+    Raises:
+        InputError: it cannot be read or written; the message says why.
+    """
+    try:
+        if uri.startswith(s3.SCHEME):
+            uri = s3.adopt(uri)
+            s3.check(uri, writes=writes)
+        filesystem, path = resolve(uri)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            _check_local(Path(path), writes)
+        else:
+            filesystem.get_file_info(path)
+    except InputError as error:
+        raise InputError(f"--storage {error}") from error
+    except OSError as error:
+        expected = f"a folder that this user may {'write to' if writes else 'read'}"
+        raise InputError(f"--storage {uri}: {error.strerror or error}, expected {expected}") from error
+    return uri
+
+
+def _check_local(folder: Path, writes: bool) -> None:
+    """Raise OSError or InputError if a folder, or the one in which it would be made, cannot be used."""
+    place = next(each for each in (folder, *folder.parents) if each.exists())
+    if not place.is_dir():
+        raise InputError(f"{folder}: {place} is a file, expected a folder")
+    if writes:
+        with tempfile.TemporaryFile(dir=place) as probe:  # has no name, so that a kill leaves nothing
+            probe.write(b"x")
 
 
 def absolute(uri: str) -> str:
@@ -57,53 +106,96 @@ def list_files(uri: str, extension: str) -> list[str]:
 
 
 def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
-    """The bytes of a file, or `size` of them from `offset` as one range read.
+    """The bytes of a file, or `size` of them from `offset`, in one request unless they are many.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
     filesystem, path = resolve(uri)
     with filesystem.open_input_file(path) as file:
-        return bytes(file.read_at(size if size is not None else file.size() - offset, offset))
+        size = size if size is not None else file.size() - offset
+        if size <= RANGE_BYTES or isinstance(filesystem, fs.LocalFileSystem):
+            return bytes(file.read_at(size, offset))
+        starts = range(offset, offset + size, RANGE_BYTES)
+        with ThreadPoolExecutor(RANGES_AT_A_TIME) as pool:
+            return b"".join(pool.map(lambda at: file.read_at(min(RANGE_BYTES, offset + size - at), at), starts))
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write a file under a temporary name and move it, so that readers see all of it or none."""
+    """Write a file so that readers see all of it or none."""
     write_chunks(uri, [content])
 
 
 def write_chunks(uri: str, chunks: Iterable[bytes]) -> tuple[int, str]:
     """`write_bytes` for content that need not fit in memory at once.
 
+    An object of S3 is written in place, since it appears whole. Elsewhere a file has a temporary name until it is
+    complete; a killed process leaves it, see `remove_temporary`.
+
     Returns:
         The file's size and its SHA-256.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left of it.
     """
+    size, digest = 0, hashlib.sha256()
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
+
+    try:
+        if uri.startswith(s3.SCHEME):
+            s3.upload(uri, counted())
+        else:
+            _write_and_move(uri, counted())
+    except OSError as error:
+        raise error if str(error).startswith(uri) else OSError(f"{uri}: cannot be written: {error}") from error
+    return size, digest.hexdigest()
+
+
+def _write_and_move(uri: str, chunks: Iterable[bytes]) -> None:
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):  # an object store would get empty objects
         filesystem.create_dir(posixpath.dirname(path), recursive=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    size, digest = 0, hashlib.sha256()
+    temporary = f"{path}.{uuid.uuid4().hex}{TEMPORARY}"
     try:
         with filesystem.open_output_stream(temporary) as stream:
             for chunk in chunks:
                 stream.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
         filesystem.move(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             filesystem.delete_file(temporary)
-        if isinstance(error, OSError):
-            raise OSError(f"{uri}: cannot be written: {error}") from error
         raise
-    return size, digest.hexdigest()
+
+
+def remove_temporary(uri: str) -> None:
+    """Delete what killed processes left of unfinished files below a folder, where nothing may be writing."""
+    if uri.startswith(s3.SCHEME):
+        with contextlib.suppress(OSError):  # a key that may not list uploads; a bucket's own rules can remove them
+            s3.abort_uploads(uri)
+        return
+    filesystem, path = resolve(uri)
+    for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True)):
+        if info.type == fs.FileType.File and info.path.endswith(TEMPORARY):
+            filesystem.delete_file(info.path)
 
 
 def upload_folder(local: Path, uri: str) -> None:
     """Copy every file below a local folder to `uri`, those that mark it as complete (`MARKERS`) last."""
     files = [path for path in sorted(local.rglob("*")) if path.is_file()]
     for path in sorted(files, key=lambda path: MARKERS.index(path.name) + 1 if path.name in MARKERS else 0):
-        write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
+        write_chunks(join(uri, path.relative_to(local).as_posix()), _file_chunks(path))
+
+
+def _file_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(RANGE_BYTES):
+            yield chunk
 
 
 def sha256(content: bytes) -> str:
@@ -112,13 +204,28 @@ def sha256(content: bytes) -> str:
 
 
 def download_folder(uri: str, local: Path) -> None:
-    """Copy every file below `uri` to a local folder."""
+    """Copy every file below `uri` to a local folder; large objects in ranges, several at a time."""
     filesystem, path = resolve(uri)
-    fs.copy_files(path, str(local), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    files = [info for info in found if info.type == fs.FileType.File]
+
+    def copy(task: tuple[fs.FileInfo, int]) -> None:
+        info, start = task
+        with filesystem.open_input_file(info.path) as source, targets[info.path].open("r+b") as target:
+            target.seek(start)
+            target.write(source.read_at(min(RANGE_BYTES, info.size - start), start))
+
+    targets = {info.path: local / posixpath.relpath(info.path, path) for info in files}
+    for target in targets.values():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"")
+    tasks = [(info, start) for info in files for start in range(0, info.size, RANGE_BYTES)]
+    with ThreadPoolExecutor(RANGES_AT_A_TIME) as pool:
+        list(pool.map(copy, tasks))
 
 
 def local_folder(uri: str) -> Path:
-    """The path of a local folder, or of a temporary copy of a remote one.
+    """The path of a local folder, or of a copy of a remote one that is deleted when this process ends.
 
     Raises:
         InputError: a remote folder cannot be read.
@@ -127,6 +234,7 @@ def local_folder(uri: str) -> Path:
     if isinstance(filesystem, fs.LocalFileSystem):
         return Path(path)
     target = Path(tempfile.mkdtemp(prefix="ovd-"))
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
     try:
         download_folder(uri, target)
     except OSError as error:
@@ -136,6 +244,9 @@ def local_folder(uri: str) -> Path:
 
 def remove_folder(uri: str) -> None:
     """Delete a folder if it exists."""
+    if uri.startswith(s3.SCHEME):
+        s3.remove_folder(uri)
+        return
     filesystem, path = resolve(uri)
     if exists(uri):
         filesystem.delete_dir(path)

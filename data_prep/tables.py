@@ -265,7 +265,11 @@ def publish(
     config_hash: str,
     details: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write the manifest, which makes the table visible to readers."""
+    """Write the manifest, which makes the table visible to readers; nothing else may be writing the table.
+
+    Temporary files that killed processes left in its folder are removed.
+    """
+    storage.remove_temporary(table_uri(storage_uri, table, name))
     manifest = Manifest(
         table=table,
         name=name,

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from data_prep.embeddings import stores, teachers
 from data_prep.embeddings.crops import FITS, CropConfig, Fit
 from data_prep.embeddings.stores import ArrayTable, EmbeddingJob, SavedShard
@@ -128,6 +128,7 @@ class EmbeddingTask:
     """Arguments of the stage."""
 
 
+@locks.exclusive("regions", "embeddings")
 def embed(run: Run) -> list[Manifest]:
     """Publish `regions/<name>` if the run has boxes, and `embeddings/<name>` if it has pairs.
 

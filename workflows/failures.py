@@ -73,7 +73,7 @@ def find_failures(run: Run) -> gallery.Failures:
 
 def main() -> None:
     """Find the failures, write the page and print the counts."""
-    run = cli.parse(CONFIGS, __doc__)
+    run = cli.parse(CONFIGS, __doc__, writes=False)
     failures = find_failures(run)
     gallery.write_gallery(Path(run.output), failures, asdict(run), run.shown)
     print(", ".join(f"{name} {count:,}" for name, count in failures.counts.items()))

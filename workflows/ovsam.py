@@ -25,7 +25,7 @@ import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 from torch import Tensor, nn
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from data_prep.embeddings import features
 from data_prep.embeddings.texts import StoredEncoder, TextStore
 from data_prep.streams.collate import FeatureCollate, MaskCollate
@@ -181,17 +181,18 @@ def distillation_table(run: Run) -> str:
 def train_adapter(run: Run, model: OvSam, sam_folder: str, sam_name: str, active: ActiveRun) -> None:
     """Cache the SAM's embeddings, then train the adapter to predict them from CLIP's levels."""
     settings, name = run.sam2clip_stage, distillation_table(run)
-    features.cache_features(
-        run.storage,
-        name,
-        sam_folder,
-        sam_name,
-        model.config.sam,
-        rows_per_shard=run.rows_per_shard,
-        workers=settings.workers,
-        gpus=float(settings.use_gpu),
-    )
     cache = features.cache_name(run.storage, name, sam_name)
+    with locks.hold(run.storage, f"features/{cache}"):
+        features.cache_features(
+            run.storage,
+            name,
+            sam_folder,
+            sam_name,
+            model.config.sam,
+            rows_per_shard=run.rows_per_shard,
+            workers=settings.workers,
+            gpus=float(settings.use_gpu),
+        )
     side = model.config.sam.image_size
     load = feature_loader(run.storage, name, cache, sam_name, seed=settings.seed, side=side)
     task = Task(partial(build_adapter_training, model.config), FeatureCollate(load.shape))

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from data_prep.boxes import annotations, folders
 from data_prep.boxes.coco import (
     BoxSet,
@@ -106,6 +106,7 @@ def coco() -> Run:
 CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "coco": coco}
 
 
+@locks.exclusive("boxes", "categories")
 def prepare(run: Run) -> None:
     """Publish `categories`, `boxes` for training and `boxes` for evaluation.
 
@@ -148,6 +149,7 @@ def publish_rows(run: Run, table: tables.TableName, name: str, rows: pa.Table, c
     tables.publish(run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash)
 
 
+@locks.exclusive("boxes", "categories")
 def prepare_full(run: Run) -> None:
     """Publish `boxes/<name>-full`, training images with boxes of base and novel categories, and `boxes/<name>-mixed`.
 
@@ -220,6 +222,7 @@ def draw_pictograms(run: Run) -> tuple[BoxSet, BoxSet]:
 def draw_in_parallel(run: Run, part: str, count: int, *, seed: int, base_only: bool) -> pa.Table:
     """Scenes 0 to `count` as rows of `boxes`, in the order of their numbers."""
     uri, name, world = storage.absolute(run.storage), f"{run.name}-{part}", World.create(run.seed)
+    storage.remove_temporary(storage.join(uri, "images", name))
 
     def draw(numbers: range) -> pa.Table:
         rows = list(annotations.draw_scenes(uri, name, world, numbers, seed=seed, base_only=base_only))

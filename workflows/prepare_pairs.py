@@ -35,7 +35,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from data_prep.concepts.groups import write_groups
 from data_prep.concepts.names import Extractor, NameMatcher
 from data_prep.concepts.nouns import NounExtractor
@@ -99,6 +99,7 @@ class Job:
     pool: Pool
 
 
+@locks.exclusive("pairs", "rejects", "scores", "concepts", "groups")
 def prepare(run: Run) -> Summary:
     """Crawl URL lists, or read shards, and publish `pairs`, `rejects`, `concepts` and `groups` under the run's name.
 
@@ -146,6 +147,7 @@ def prepare_local(run: Run, rows: pa.Table) -> Summary:
     return _prepare_files(run, rows.set_column(rows.schema.get_field_index("url"), "url", pa.array(uris, pa.string())))
 
 
+@locks.exclusive("pairs", "rejects", "scores", "concepts", "groups")
 def _prepare_files(run: Run, rows: pa.Table) -> Summary:
     """Run all steps for files that exist, by their `url`."""
     content = tables.parquet_bytes(rows)

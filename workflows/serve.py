@@ -159,7 +159,7 @@ def free_port(host: str, port: int) -> int:
 
 def main() -> None:
     """Serve until Ctrl-C."""
-    run = cli.parse(CONFIGS, __doc__)
+    run = cli.parse(CONFIGS, __doc__, writes=False)
     check_model(run)
     free_port(run.host, run.port)
     with contextlib.suppress(KeyboardInterrupt):  # the normal way to stop

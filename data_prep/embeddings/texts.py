@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from data_prep.parts import HERE, Pool, Progress, run_parts
 from data_prep.tables import FileEntry, Manifest
 from ovd_models.errors import InputError
@@ -28,6 +28,8 @@ from ovd_models.vocabulary import EmbeddingTable, TextEncoder, clean_names
 PRODUCER = "workflows/embed_texts.py"
 PART = 16_384
 """Names embedded and published at a time: those of one file."""
+WAIT_SECONDS = 60.0
+"""For other jobs that add a part to the same store."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -136,7 +138,7 @@ class TextStore:
         return len(new)
 
     def append(self, names: Sequence[str], prompt_set: str, rows_KD: Floats) -> None:
-        """Publish unit rows in addition to those in the store.
+        """Publish unit rows in addition to those in the store; jobs that fill one store do so in turn.
 
         Raises:
             InputError: their width is another.
@@ -161,28 +163,29 @@ class TextStore:
                 "embedding": pa.ListArray.from_arrays(np.arange(len(names) + 1, dtype=np.int32) * width, flat),
             }
         )
-        # The file is named by its content, so that two concurrent jobs never write to one file.
+        # The file is named by its content, so that a part that is written again is the same file.
         key = storage.sha256(json.dumps([prompt_set, *names]).encode())[:16]
         return tables.write_part(self.storage, "texts", self.name, f"{key}.parquet", table)
 
     def _publish(self, entry: FileEntry, prompt_set: str, width: int) -> None:
-        published = self.manifest()  # another job may have published since
-        files = {file.path: file for file in published.files} if published else {}
-        prompt_sets: list[str] = published.details["prompt_sets"] if published else []
-        tables.publish(
-            self.storage,
-            "texts",
-            self.name,
-            list((files | {entry.path: entry}).values()),
-            producer=PRODUCER,
-            config_hash=storage.sha256(self.teacher.encode())[:16],
-            details={
-                "teacher": self.teacher,
-                "width": width,
-                "prompt_sets": sorted({*prompt_sets, prompt_set}),
-                "generation": published.details["generation"] + 1 if published else 0,
-            },
-        )
+        with locks.hold(self.storage, f"texts/{self.name}", wait_seconds=WAIT_SECONDS):
+            published = self.manifest()  # another job may have published since
+            files = {file.path: file for file in published.files} if published else {}
+            prompt_sets: list[str] = published.details["prompt_sets"] if published else []
+            tables.publish(
+                self.storage,
+                "texts",
+                self.name,
+                list((files | {entry.path: entry}).values()),
+                producer=PRODUCER,
+                config_hash=storage.sha256(self.teacher.encode())[:16],
+                details={
+                    "teacher": self.teacher,
+                    "width": width,
+                    "prompt_sets": sorted({*prompt_sets, prompt_set}),
+                    "generation": published.details["generation"] + 1 if published else 0,
+                },
+            )
 
     def _stored(self, prompt_set: str) -> Iterator[tuple[str, pa.Array]]:
         """The URI of every file, with its names of a prompt set."""

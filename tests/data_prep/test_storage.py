@@ -28,6 +28,17 @@ def test_a_file_whose_writing_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    assert storage.open_storage(str(tmp_path / "new/store")) == str(tmp_path / "new/store")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"--storage .*file/store: .*/file is a file, expected a folder"):
+        storage.open_storage(str(tmp_path / "file/store"))
+    with pytest.raises(InputError, match=r"--storage /proc/store: .*expected a folder that this user may write to"):
+        storage.open_storage("/proc/store")
+    assert storage.open_storage("/proc", writes=False) == "/proc"
+
+
 def test_a_local_folder_is_its_own_copy_whether_path_or_uri(tmp_path: Path) -> None:
     assert storage.local_folder(str(tmp_path)) == storage.local_folder(tmp_path.as_uri()) == tmp_path
 
@@ -48,8 +59,8 @@ def test_the_file_that_marks_a_whole_folder_comes_last(tmp_path: Path, monkeypat
         (tmp_path / "local" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "local" / name).write_text(name)
     written: list[str] = []
-    write = storage.write_bytes
-    monkeypatch.setattr(storage, "write_bytes", lambda uri, content: (written.append(uri), write(uri, content)))
+    write = storage.write_chunks
+    monkeypatch.setattr(storage, "write_chunks", lambda uri, chunks: (written.append(uri), write(uri, chunks)))
     storage.upload_folder(tmp_path / "local", str(tmp_path / "there"))
     there = [uri.removeprefix(f"{tmp_path}/there/") for uri in written]
     assert there == ["model.bin", "text/table.json", "config.json"]

@@ -1,5 +1,6 @@
 """Jobs on a disk that fills up, a tmpfs in a namespace of its own: one line, exit 1, no half-written file."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RAY = re.compile(r"PlacementGroupCleaner|core_worker\.cc|\(raylet\)")
+"""Lines of Ray's own: about other Rays of this machine, and about actors that the job ends."""
 ENTER = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 
 
@@ -24,16 +27,19 @@ def can_mount(place: Path) -> bool:
     [
         ("1500k", "prepare_pairs.py"),  # while parts are saved
         ("12m", "clip.py"),  # at a checkpoint; MLflow's database is on the same disk
+        pytest.param("1500k", "prepare_pairs.py --crawlers 1", marks=pytest.mark.slow),
+        pytest.param("12m", "clip.py --workers 1", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_ends_a_job_in_one_line(size: str, job: str, tmp_path: Path) -> None:
     if not can_mount(tmp_path):
         pytest.skip("no file system can be mounted here, expected user namespaces")
-    command = shlex.join([sys.executable, str(ROOT / "workflows" / job), "--config", "smoke", "--storage", "store"])
+    command = f"{shlex.quote(sys.executable)} {ROOT}/workflows/{job} --config smoke --storage store"
     place = shlex.quote(str(tmp_path))
     script = f"mount -t tmpfs -o size={size} tmpfs {place}; cd {place}; {command}; echo $?; find . -name '*.tmp'"
     done = subprocess.run([*ENTER, script], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.splitlines()[-1] == "1"  # and no temporary file after it
-    assert "Traceback" not in done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = [line for line in done.stderr.splitlines() if not RAY.search(line)]
+    (line,) = errors
+    assert line.startswith("error: ")
     assert "No space left on device" in line

@@ -1,9 +1,7 @@
 """Lists of many kinds, tables that grow, rows that are tried again, scores, other storage."""
 
-import contextlib
 import dataclasses
 import io
-import logging
 import os
 import subprocess
 import sys
@@ -14,8 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.fs
+import object_storage
 import pytest
 from PIL import Image
 
@@ -255,36 +252,13 @@ def test_a_missing_model_is_told_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@contextlib.contextmanager
-def s3_server() -> Iterator[dict[str, str]]:
-    """A server with S3's API and the variables that point to it."""
-    moto = pytest.importorskip("moto.server")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    try:
-        yield {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-    finally:
-        server.stop()
-
-
 def test_lists_and_tables_may_lie_in_object_storage(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crawl_of(shop, tmp_path, range(6))
-    with s3_server() as variables:
+    with object_storage.s3_server() as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        filesystem = pa.fs.S3FileSystem(
-            endpoint_override=variables["AWS_ENDPOINT_URL"], scheme="http", allow_bucket_creation=True
-        )
-        filesystem.create_dir("bucket")
         storage.write_bytes("s3://bucket/lists/a.tsv", (tmp_path / "list.tsv").read_bytes())
         flags = ["--config", "web", "--name", "t", "--storage", "s3://bucket/ovd", "--urls", "s3://bucket/lists/*.tsv"]
         flags += ["--fetch.allow-networks", "127.0.0.1/32", "--rows-per-shard", "4"]
@@ -301,9 +275,7 @@ def test_lists_and_tables_may_lie_in_object_storage(
             image = storage.read_bytes(shard, offset=row["offset"], size=row["size"])
             assert storage.sha256(image) == row["image_id"]
         assert len(pairs) == 6
-        left = filesystem.get_file_info(pa.fs.FileSelector("bucket/ovd", recursive=True))
-        paths = [info.path for info in left if info.type == pa.fs.FileType.File]
-        assert not [path for path in paths if "staging" in path or path.endswith(".tmp")]
+        assert not [key for key in object_storage.keys(variables) if "staging" in key or key.endswith(".tmp")]
 
 
 def test_published_corpora_have_configs() -> None:

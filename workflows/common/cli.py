@@ -19,23 +19,32 @@ from tyro._errors import (
     on_parse_error,
 )
 
+from data_prep import storage
 from ovd_models.errors import InputError
+from workflows.common.quiet import is_storage_failure
 
 R = TypeVar("R")
 BATCHES = ("batch_size", "detection_batch")
 """The field of a training's run that says how many images a step has."""
 
 
-def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Sequence[str] | None = None) -> R:
-    """Read a run from the command line: a named config, with any field changed by its flag.
+def parse(
+    configs: Mapping[str, Callable[[], R]],
+    doc: str | None,
+    arguments: Sequence[str] | None = None,
+    *,
+    writes: bool = True,
+) -> R:
+    """Read a run from the command line: a named config, with any field changed by its flag; check its storage.
 
     Args:
         configs: name -> function that returns a complete run; the first one is the default.
         doc: the script's docstring, shown by `--help`.
         arguments: what to parse, `sys.argv[1:]` unless given.
+        writes: whether the script writes to its storage.
 
     Raises:
-        InputError: the config's name is unknown, or a flag is unknown or malformed.
+        InputError: the config's name is unknown, a flag is unknown or malformed, or the storage cannot be used.
         SystemExit: `--help` (0).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -58,6 +67,8 @@ def parse(configs: Mapping[str, Callable[[], R]], doc: str | None, arguments: Se
         run = with_stage_flags(run, known)
     with on_parse_error(_raise_input_error):
         parsed = tyro.cli(type(run), args=rest, default=run, description=description)
+    if uri := getattr(parsed, "storage", ""):
+        parsed = dataclasses.replace(parsed, storage=storage.open_storage(uri, writes=writes))  # type: ignore[type-var]
     return scale_rates(parsed, run, rest) if stages else parsed
 
 
@@ -164,17 +175,6 @@ def outcome(job: Callable[[], object]) -> int:
     return 0
 
 
-STORAGE_FAILURES = (
-    "No space left on device",
-    "disk is full",
-    "Disk quota exceeded",
-    "Read-only file system",
-    "Permission denied",
-    "AWS Error",
-)
-"""Parts of messages of the operating system, SQLite and pyarrow's object stores."""
-
-
 def storage_failure(error: BaseException) -> str | None:
     """The first line about storage in an error or in one that caused it; None if storage is not the reason.
 
@@ -187,7 +187,7 @@ def storage_failure(error: BaseException) -> str | None:
         found = getattr(found, "cause", None) or found.__cause__ or found.__context__
     for each in reversed(seen):
         for line in str(each).splitlines():
-            if any(part in line for part in STORAGE_FAILURES):
+            if is_storage_failure(line):
                 return line.strip()
     return None
 

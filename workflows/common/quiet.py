@@ -1,8 +1,38 @@
-"""Set-up of the worker processes of a Ray that was started on this machine; imports nothing heavy."""
+"""What the console does not show of a job's libraries and processes; imports nothing heavy."""
 
 import logging
 
+STORAGE_FAILURES = (
+    "No space left on device",
+    "disk is full",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Permission denied",
+    "AWS Error",
+    "S3 error",
+    "An error occurred (",
+)
+"""Parts of messages of the operating system, SQLite, pyarrow's object stores, ours and boto3."""
+
 
 def setup() -> None:
-    """Log only errors, so that the console shows the job's own lines."""
+    """Set up a worker process of a Ray that was started on this machine: log only errors."""
     logging.disable(logging.WARNING)
+
+
+def is_storage_failure(text: str) -> bool:
+    """Whether a message says that storage failed."""
+    return any(part in text for part in STORAGE_FAILURES)
+
+
+def hide_storage_failures(*loggers: str) -> None:
+    """Drop what loggers say about storage that failed, since the job ends with one line about it."""
+    for name in loggers:
+        logger = logging.getLogger(name)
+        if _is_about_something_else not in logger.filters:
+            logger.addFilter(_is_about_something_else)
+
+
+def _is_about_something_else(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not is_storage_failure(f"{record.getMessage()} {error}")

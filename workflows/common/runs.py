@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pyarrow import fs
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from workflows.common import cli, tracking, training
@@ -161,18 +161,23 @@ def open_run(
         stages: settings of all stages.
 
     Raises:
-        InputError: the run to resume or a table is missing, or an input differs from the resumed run's.
+        InputError: the run to resume or a table is missing, an input differs from the resumed run's, or another
+            process works on the run.
     """
     folder = run_folder(run.storage, workflow, run.config, run.resume)
     digests: dict[str, str] = {
         table: tables.read_manifest(run.storage, table, name).digest for table, name in tables_read.items()
     }
-    hold_to_settings(folder, cli.flatten(run))
-    hold_to_inputs(folder, {**digests, **inputs})
-    training.start_ray_for(*stages, wait_minutes=run.wait_minutes)
-    with tracking.run(
-        run.storage, experiment=workflow, name=run.config, params=cli.flatten(run), tags=digests
-    ) as tracked:
+    name = folder.rpartition("/")[2]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locks.hold(run.storage, f"runs/{workflow}/{name}"))
+        storage.remove_temporary(folder)
+        hold_to_settings(folder, cli.flatten(run))
+        hold_to_inputs(folder, {**digests, **inputs})
+        training.start_ray_for(*stages, wait_minutes=run.wait_minutes)
+        tracked = stack.enter_context(
+            tracking.run(run.storage, experiment=workflow, name=run.config, params=cli.flatten(run), tags=digests)
+        )
         tracked.log_text(cli.to_json(run), "run.json")
         yield ActiveRun(workflow=workflow, folder=folder, tracked=tracked)
 

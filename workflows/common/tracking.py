@@ -26,6 +26,7 @@ from pyarrow import fs
 
 from data_prep import storage
 from ovd_models.errors import InputError
+from workflows.common import quiet
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it while it is imported
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it names every table of a new database
@@ -301,6 +302,7 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
     The first client of a new database creates its tables, and several at once fail: drivers go in turn.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    quiet.hide_storage_failures("mlflow.store.db.utils")
     folder = _local_folder(storage_uri)
     with contextlib.ExitStack() as stack:
         if folder is not None:

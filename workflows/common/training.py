@@ -10,6 +10,7 @@ import numpy as np
 import ray
 import ray.data
 import ray.train
+import ray.train.v2._internal.execution.context
 import torch
 import torch.distributed
 from ray.train.torch import TorchTrainer
@@ -18,7 +19,7 @@ from torch import Tensor
 from data_prep import storage
 from data_prep.streams.plans import Stream, StreamShape, stream
 from ovd_models.errors import InputError
-from workflows.common import cluster
+from workflows.common import cluster, quiet
 from workflows.common.optimisation import Optimisation
 
 DRIVER_CHECKPOINTS = ("driver_checkpoint/a", "driver_checkpoint/b")
@@ -97,6 +98,8 @@ def final_weights(folder: str) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------------------------- Ray Train
 
 
+RAY_LOGGERS = ("ray.train.v2._internal.util", ray.train.v2._internal.execution.context.__file__)
+"""Those of the errors of a loop and of the uploads of its checkpoints."""
 CPUS_PER_WORKER = 0.5
 """Leaves room for the data tasks that feed a worker; threads are set by `prepare_worker`."""
 
@@ -210,10 +213,11 @@ Fit = Callable[[Callable[[], None], Stage, Mapping[str, Feed]], dict[str, Tensor
 
 
 def prepare_worker(settings: Optimisation) -> torch.device:
-    """Set the seed and the threads of this worker; returns its device.
+    """Set the seed, the threads and the logging of this worker; returns its device.
 
     Threads: this worker's share of the node's cores, where Ray would leave it a single one.
     """
+    quiet.hide_storage_failures(*RAY_LOGGERS)
     context = ray.train.get_context()
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // max(1, context.get_local_world_size())))
