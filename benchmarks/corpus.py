@@ -1,12 +1,13 @@
 """The decisions about a whole corpus on one machine: time, memory and disk by number of rows.
 
 make bench-corpus
-python benchmarks/corpus.py 1000000 10000000 --memory 1GB
+python benchmarks/corpus.py 10000000 --memory 250MB
+python benchmarks/corpus.py 1000000 --cluster       # by Ray Data's shuffle; memory and disk are the driver's
 
 The corpus is synthetic: the columns that the decisions read, without images. Of its rows, 5 % repeat an earlier row's
 URL, 5 % its image, 5 % differ from it in two bits of the perceptual hash, 10 % have one of 1,000 captions, and each
-mentions up to three concepts. Time and disk at 10^8 and 10^9 rows are extrapolated from the last two sizes, by the
-exponent of the growth between them.
+mentions up to three concepts. Time at 10^8 and 10^9 rows is extrapolated from the last two sizes by the exponent of the
+growth between them, that of near-duplicates by the number of comparisons; disk is in proportion to the last size.
 """
 
 import argparse
@@ -27,11 +28,13 @@ import pyarrow.dataset as ds
 from measure import BENCH, reset_peak, resident_mb, update_figures
 
 from data_prep import tables
-from data_prep.concepts.groups import write_groups
-from data_prep.pairs.dedup import Corpus
+from data_prep.concepts.groups import shuffle_groups, write_groups
+from data_prep.pairs.dedup import SHARED_BANDS, Corpus, search_cost
 from data_prep.pairs.growth import URLS
 from data_prep.pairs.rows import LIGHT, RowNumbering
 from data_prep.pairs.shards import MENTIONS
+from data_prep.pairs.shuffle import ShuffledCorpus
+from workflows.common import cluster
 
 SIZES = (1_000_000, 10_000_000)
 FAR = (10**8, 10**9)
@@ -39,6 +42,8 @@ FAR = (10**8, 10**9)
 FILE_ROWS = 10_000
 SOURCE = "0" * 16
 SAMPLE_SECONDS = 0.1
+BITS = 4
+MEMORY = "1GB"
 Kind = Literal["urls", "light", "mentions"]
 
 IMAGES = """
@@ -122,10 +127,13 @@ def cost(scratch: Path, decide: Callable[[], object]) -> Cost:
     return Cost(time.perf_counter() - started, resident_mb("VmHWM") / 1e3, disk[0])
 
 
-def measure_size(count: int, memory: str) -> dict[str, Cost]:
+def measure_size(count: int, memory: str, with_cluster: bool) -> dict[str, Cost]:
     """All decisions about a corpus of `count` rows, by name, in the order of a crawl."""
     costs: dict[str, Cost] = {}
     order = RowNumbering.of({SOURCE: count})
+    kind, write = (ShuffledCorpus, shuffle_groups) if with_cluster else (Corpus, write_groups)
+    if with_cluster:
+        cluster.start_ray()
     with tempfile.TemporaryDirectory(dir=BENCH) as folder:
         data, scratch = Path(folder, "data"), Path(folder, "scratch")
         data.mkdir()
@@ -140,15 +148,15 @@ def measure_size(count: int, memory: str) -> dict[str, Cost]:
             print(f"{count:>13,} rows  {name:12} {costs[name]}", flush=True)
 
         def decide_urls() -> None:
-            urls = Corpus(order, opened("urls"), memory=memory)
+            urls = kind(order, opened("urls"), memory=memory)
             decide("urls", lambda: urls.reject_repeats("url", "duplicate_url"))
             print(f"{'':>13} rejected {urls.decisions().num_rows:,}")
 
         def decide_images() -> None:
-            corpus = Corpus(order, opened("light"), memory=memory)
+            corpus = kind(order, opened("light"), memory=memory)
             decide("boilerplate", lambda: corpus.reject_boilerplate(50))
             decide("bytes", lambda: corpus.reject_repeats("image_id", "duplicate_bytes"))
-            decide("near", lambda: corpus.reject_near_duplicates(4))
+            decide("near", lambda: corpus.reject_near_duplicates(BITS))
             decide("decisions", corpus.decisions)
             print(f"{'':>13} rejected {corpus.decisions().num_rows:,}")
 
@@ -156,32 +164,34 @@ def measure_size(count: int, memory: str) -> dict[str, Cost]:
         decide_images()
         mentions = opened("mentions")
         store = str(data / "store")
-        decide("groups", lambda: write_groups(mentions, store, "bench", "part", min_images=2, memory=memory))
+        decide("groups", lambda: write(mentions, store, "bench", "part", min_images=2, memory=memory))
         tempfile.tempdir = None
     return costs
 
 
-def extrapolate(small: float, large: float, sizes: tuple[int, int], count: int) -> float:
-    """A quantity at `count` rows, by the exponent (at least 1) of its growth between two sizes."""
-    exponent = math.log(large / small) / math.log(sizes[1] / sizes[0]) if small > 0 and large > 0 else 1.0
-    return large * (count / sizes[1]) ** max(1.0, exponent)
+def extrapolated_seconds(name: str, measured: dict[int, dict[str, Cost]], count: int) -> float:
+    """The time of a decision about `count` rows."""
+    (small, few), (large, many) = ((size, costs[name].seconds) for size, costs in list(measured.items())[-2:])
+    if name == "near":
+        fewest = [min(search_cost(BITS, shared, rows) for shared in SHARED_BANDS) for rows in (large, count)]
+        return many * count / large * fewest[1] / fewest[0]
+    return many * (count / large) ** max(1.0, math.log(many / few) / math.log(large / small))
 
 
 def show(measured: dict[int, dict[str, Cost]]) -> None:
     """Print the table of measured and extrapolated costs."""
-    sizes = tuple(measured)[-2:]
+    last = max(measured)
     print(f"\n{'decision':12} {'rows':>13} {'seconds':>11} {'rows/s':>10} {'memory GB':>9} {'disk GB':>9}")
-    for name in measured[sizes[-1]]:
+    for name in measured[last]:
         for count in measured:
             found = measured[count][name]
             rate = count / found.seconds
             print(
                 f"{name:12} {count:13,} {found.seconds:11.1f} {rate:10,.0f} {found.peak_gb:9.2f} {found.disk_gb:9.2f}"
             )
-        for count in FAR if len(sizes) == 2 else ():
-            small, large = (measured[size][name] for size in sizes)
-            seconds = extrapolate(small.seconds, large.seconds, sizes, count)
-            disk = extrapolate(small.disk_gb, large.disk_gb, sizes, count)
+        for count in FAR if len(measured) > 1 else ():
+            seconds = extrapolated_seconds(name, measured, count)
+            disk = measured[last][name].disk_gb * count / last
             print(f"{name:12} {count:13,} {seconds:11,.0f} {count / seconds:10,.0f} {'':9} {disk:9.1f}  extrapolated")
 
 
@@ -189,16 +199,19 @@ def main() -> None:
     """Measure all sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", type=int, nargs="*", default=list(SIZES), help="numbers of rows, ascending")
-    parser.add_argument("--memory", default="1GB", help="DuckDB's memory")
+    parser.add_argument("--memory", default=MEMORY, help="DuckDB's memory")
+    parser.add_argument("--cluster", action="store_true", help="by Ray, on the cluster or this machine")
     options = parser.parse_args()
     BENCH.mkdir(parents=True, exist_ok=True)
-    measured = {count: run_apart(measure_size, count, options.memory) for count in options.sizes}
+    measured = {count: run_apart(measure_size, count, options.memory, options.cluster) for count in options.sizes}
     show(measured)
+    prefix = "cluster_" if options.cluster else ""
     figures = {}
     for count, costs in measured.items():
         for name, found in costs.items():
-            figures |= {f"{name}_{count:.0e}_{key}": value for key, value in vars(found).items()}
-    update_figures("corpus", figures)
+            figures |= {f"{prefix}{name}_{count:.0e}_{key}": value for key, value in vars(found).items()}
+    if options.memory == MEMORY:
+        update_figures("corpus", figures)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     corpus = ShuffledCorpus(order, staged)      # decides as Corpus does
 
 A query needs all rows of the same key together, and no others. So every key goes to the partition of its hash, where
-DuckDB runs the query. Only ids and keys are shuffled, at most 33 bytes a row and search. The driver holds what was found: decisions,
-pairs of near-duplicates, of which it keeps the first in order, and one bit for each row that was rejected.
+DuckDB runs the query. Only ids and keys are shuffled, at most 33 bytes a row and search. The driver holds what was
+found: decisions, pairs of near-duplicates, of which it keeps the first in order, and one bit for each new row.
 """
 
 import tempfile

@@ -86,7 +86,7 @@ def test_a_cluster_decides_as_one_machine_row_by_row(
     ray_cluster: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shuffle, "PARTITION_ROWS", 1200)  # 3 partitions, and 10 for the bands of hashes
+    monkeypatch.setattr(shuffle, "PARTITION_ROWS", 1500)  # 2 partitions, and 8 for the bands of hashes
     monkeypatch.setattr(DataContext.get_current(), "max_hash_shuffle_aggregators", 2)  # each is a process
     monkeypatch.setattr(dedup, "SHARED_BANDS", range(3, 4))
     new, published = corpus_rows(seed=0)
