@@ -33,10 +33,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import ray
 
 from data_prep import locks, storage, tables
-from data_prep.concepts.groups import write_groups
+from data_prep.concepts.groups import shuffle_groups, write_groups
 from data_prep.concepts.names import Extractor, NameMatcher
 from data_prep.concepts.nouns import NounExtractor
 from data_prep.concepts.wordnet import read_wordnet
@@ -51,6 +52,7 @@ from data_prep.pairs.growth import CrawlPlan, Published
 from data_prep.pairs.labels import class_rows, read_class_names
 from data_prep.pairs.rows import EMBEDDING, LABEL, LIGHT
 from data_prep.pairs.scores import ScoreStage
+from data_prep.pairs.shuffle import ShuffledCorpus
 from data_prep.pairs.staging import Staging
 from data_prep.parts import Pool, collect_parts, run_parts
 from data_prep.pictograms import webserver, website
@@ -187,8 +189,7 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
     job = Job(run=run, config_hash=config_hash, published=published, plan=plan, staging=staging, pool=pool)
     repeated_urls = find_repeated_urls(job)
     progress = crawl(job, repeated_urls, are_files=are_files)
-    decisions = pa.concat_tables([repeated_urls, deduplicate(job)])
-    written = write_shards(job, decisions, extractor)
+    written = write_shards(job, deduplicate(job, repeated_urls), extractor)
 
     summary = publish(job, written, progress, started)
     from workflows.reports.pairs import write_pairs_report  # imported here to save its memory during the crawl
@@ -264,9 +265,23 @@ def find_repeated_urls(job: Job) -> pa.Table:
     names = [name for name in job.plan.partitions if name not in job.plan.earlier_rejects]
     new = tables.open_parquet([job.staging.rows_uri(name) for name in names], growth.URLS)
     published = job.published.urls() if job.published else None
-    corpus = Corpus(job.plan.order, new, published, memory=job.run.corpus.memory)
+    corpus = open_corpus(job, new, published)
     corpus.reject_repeats("url", "duplicate_url")
     return corpus.decisions()
+
+
+def is_shuffled(job: Job) -> bool:
+    """Whether there are so many rows that a cluster compares them; if so, joins it."""
+    if job.plan.order.rows <= job.run.corpus.shuffle_rows:
+        return False
+    cluster.start_ray()
+    return True
+
+
+def open_corpus(job: Job, new: ds.Dataset, published: ds.Dataset | None, decided: pa.Table | None = None) -> Corpus:
+    """The rows to compare, and earlier decisions about them."""
+    kind = ShuffledCorpus if is_shuffled(job) else Corpus
+    return kind(job.plan.order, new, published, memory=job.run.corpus.memory, decided=decided)
 
 
 def crawl(job: Job, repeated_urls: pa.Table, *, are_files: bool) -> list[tuple[float, int]]:
@@ -292,12 +307,12 @@ def crawl(job: Job, repeated_urls: pa.Table, *, are_files: bool) -> list[tuple[f
         return watch((counts for _, counts in results), sum(part.rows for part in parts))
 
 
-def deduplicate(job: Job) -> pa.Table:
-    """Corpus-wide rejections: boilerplate captions, repeated images, near-duplicates and semantic duplicates."""
+def deduplicate(job: Job, repeated_urls: pa.Table) -> pa.Table:
+    """All corpus-wide rejections by id: also boilerplate captions, repeated images, near- and semantic duplicates."""
     config, published = job.run.corpus, job.published
     schema = LIGHT.append(growth.EMBEDDINGS.field(EMBEDDING)) if config.semantic_model else LIGHT
     new = job.staging.open("parts", schema)
-    corpus = Corpus(job.plan.order, new, published.images() if published else None, memory=config.memory)
+    corpus = open_corpus(job, new, published.images() if published else None, repeated_urls)
     if config.max_caption_uses is not None:
         corpus.reject_boilerplate(config.max_caption_uses)
     corpus.reject_repeats("image_id", "duplicate_bytes")
@@ -320,7 +335,6 @@ def write_shards(job: Job, decisions: pa.Table, extractor: Extractor) -> list[sh
         suffix=f"-retry{published.generation + 1}" if published and run.retry else "",
         earlier_rejects=plan.earlier_rejects,
     )
-    decisions = decisions.sort_by("id")
     ids = decisions["id"].to_numpy()
     parts: list[shards.PartitionPart] = []
     for count, name in enumerate(plan.partitions):
@@ -341,7 +355,7 @@ def publish(
     """Group the kept pairs by concept and publish all tables."""
     run, plan, published = job.run, job.plan, job.published
     generation = published.generation + 1 if published else 0
-    grouped = write_groups(
+    grouped = (shuffle_groups if is_shuffled(job) else write_groups)(
         job.staging.open("mentions", shards.MENTIONS),
         run.storage,
         run.name,
@@ -397,7 +411,7 @@ def result_hash(run: Run, vocabulary: NameMatcher, nouns: NounExtractor) -> str:
         parts_per_crawler=0,
         waiting_bytes=0,
         rows_per_part=0,
-        corpus=dataclasses.replace(run.corpus, memory=""),
+        corpus=dataclasses.replace(run.corpus, memory="", shuffle_rows=0),
         scores=dataclasses.replace(run.scores, actors=0, gpus=0),
     )
     parts = f"{cli.config_hash(neutral)} {sorted(vocabulary.phrases.items())} {vocabulary.names}"

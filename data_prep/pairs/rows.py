@@ -85,17 +85,26 @@ class RowNumbering:
     """Numbers the rows of all sources: the source's base plus the row number."""
 
     bases: dict[str, int]
+    rows: int
+    """Number of rows of all sources."""
 
     @classmethod
     def of(cls, rows: dict[str, int]) -> Self:
         """Order sources by digest, given the number of rows of each."""
         digests = sorted(rows)
         starts = itertools.accumulate((rows[digest] for digest in digests), initial=0)
-        return cls(dict(zip(digests, starts, strict=False)))
+        return cls(dict(zip(digests, starts, strict=False)), sum(rows.values()))
 
     def ids(self, source: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Ids of new rows of a source."""
         return rows + (self.bases[source] + NEW)
+
+    def number(self, batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+        """The base plus the row number of rows with `source` and `row`, as published ones have it for an id."""
+        bases = pa.array(self.bases.values(), pa.int64())
+        base = bases.take(pc.index_in(batch["source"], pa.array(self.bases, pa.string())))
+        numbers: npt.NDArray[np.int64] = pc.add(base, batch["row"]).to_numpy(zero_copy_only=False)
+        return numbers
 
     def locate(self, ids: pa.Array) -> pa.StructArray:
         """`{source, row}` of ids, published or not; null for null."""

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import storage, tables
+from data_prep.pairs import shuffle
 from data_prep.pictograms import webserver, website
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
@@ -188,6 +189,19 @@ def test_rows_do_not_depend_on_partitions_or_on_the_kind_of_storage(
                 if table == "rejects":
                     row.pop("detail")  # may tell how long something took
         assert one[table] == other[table]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_rows_compared_by_a_cluster_are_the_same(
+    crawled: tuple[Run, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shuffle, "PARTITION_ROWS", 100)
+    run, _ = crawled
+    prepare(dataclasses.replace(run, storage=str(tmp_path), corpus=dataclasses.replace(run.corpus, shuffle_rows=0)))
+    assert outcomes_of(rows_of(tmp_path)) == outcomes_of(rows_of(run.storage))
+    for table in ("pairs", "concepts", "groups"):
+        assert rows_of(tmp_path)[table] == rows_of(run.storage)[table]
 
 
 @pytest.mark.ray

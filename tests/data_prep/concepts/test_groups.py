@@ -7,7 +7,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import tables
+from data_prep import storage, tables
 from data_prep.concepts import groups
 from data_prep.concepts.groups import build_groups
 from data_prep.pairs import shards
@@ -170,3 +170,34 @@ def test_less_memory_gives_the_same_groups() -> None:
     assert wide[1].num_rows > 100_000
     assert wide[0].equals(narrow[0])
     assert wide[1].equals(narrow[1])
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("min_images", [2, 1000])
+def test_a_cluster_writes_the_same_groups_row_by_row(
+    min_images: int, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "FILE_ROWS", 300)
+    monkeypatch.setattr(groups, "TASK_FILES", 2)
+    rows = random_mentions(3, 800)
+    digests = [storage.sha256(image.encode()) for image in rows["image_id"].to_pylist()]
+    rows = rows.set_column(0, rows.schema.field("image_id"), pa.array(digests))
+    for number, start in enumerate(range(0, 800, 150)):
+        pq.write_table(rows.slice(start, 150), tmp_path / f"{number}.parquet")
+    files = tables.open_parquet(sorted(map(str, tmp_path.glob("*.parquet"))), shards.MENTIONS)
+    found = {}
+    for write in (groups.write_groups, groups.shuffle_groups):
+        written = write(files, str(tmp_path), write.__name__, "part", min_images=min_images, memory="1GB")
+        read: list[pa.Table] = []
+        for table, entries in (("concepts", written.concepts), ("groups", written.groups)):
+            folder = tmp_path / table / write.__name__
+            assert [entry.path for entry in entries] == sorted(path.name for path in folder.iterdir())
+            parts = [pq.read_table(folder / entry.path) for entry in entries]
+            assert [entry.rows for entry in entries] == [part.num_rows for part in parts]
+            read.append(pa.concat_tables(parts))
+        found[write] = (read, len(written.groups))
+    (alone, _), (together, num_files) = found.values()
+    assert together[0].equals(alone[0])
+    assert together[1].equals(alone[1])
+    assert num_files == (1 if min_images == 1000 else 7)
+    assert alone[1].num_rows == (0 if min_images == 1000 else 1884)

@@ -1,5 +1,6 @@
 import io
 import itertools
+import math
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from reference_data import PHOTOS, needs
 from data_prep import storage
 from data_prep.pairs import dedup
 from data_prep.pairs.decode import DecodeConfig, Decoded, decode_body
-from data_prep.pairs.dedup import DECISIONS, DISTANCES, Corpus, band_masks, first_kept
+from data_prep.pairs.dedup import DECISIONS, Corpus, band_masks, first_kept, near_searches, search_cost
 from data_prep.pairs.rows import LIGHT, NEW, RowNumbering
 
 KEY = "image_id"
@@ -209,8 +210,9 @@ def planted_hashes(rng: np.random.Generator, count: int, flips: int) -> list[int
     return found
 
 
-@pytest.mark.parametrize("bits", range(9))
-def test_near_duplicates_are_those_of_a_greedy_loop(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "shared"), [*((bits, 2) for bits in range(9)), (1, 3), (4, 3), (4, 4), (5, 3)])
+def test_near_duplicates_are_those_of_a_greedy_loop(bits: int, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedup, "SHARED_BANDS", [shared])
     hashes = planted_hashes(np.random.default_rng(bits), 600, bits + 2)
     found = corpus(table(phash=hashes))
     found.reject_near_duplicates(bits)
@@ -250,26 +252,30 @@ def test_published_images_are_never_rejected_but_reject_others() -> None:
     assert places.to_pylist() == [{"source": "a", "row": 5}] * 2
 
 
-def test_masks_leave_no_pair_out() -> None:
+@pytest.mark.parametrize("shared", [2, 3, 4])
+def test_masks_leave_no_pair_out(shared: int) -> None:
     rng = np.random.default_rng(0)
     for bits in range(9):
-        masks = band_masks(bits)
-        assert len(masks) == (bits + 2) * (bits + 1) // 2
-        for _ in range(300):
+        masks = band_masks(bits, shared)
+        assert len(masks) == math.comb(bits + shared, shared)
+        assert all(band & mask == band and mask & -mask == band & -band for band, mask in masks)
+        for _ in range(100):
             changed = sum(1 << bit for bit in rng.choice(64, bits, replace=False).tolist())
-            assert any(changed & mask == 0 for mask in masks)
+            assert any(changed & mask == 0 for _, mask in masks)
+
+
+def test_more_rows_are_compared_by_more_bits() -> None:
+    first = near_searches(4, 10**6)
+    assert [len(queries) for queries in first.values()] == [5, 4, 3, 2, 1]  # 6 bands, of which 2 are equal
+    assert [len(queries) for queries in near_searches(4, 10**9).values()] == [15, 10, 6, 3, 1]  # 7 bands, 3
+    assert search_cost(0, 2, 10**6) == 8 + 10**6 / 2**64
+    assert search_cost(4, 4, 2**33) == 70 * (8 + 2)
 
 
 def test_a_row_falls_to_the_first_kept_one() -> None:
     pairs = [(1, 3, 2.0), (1, 4, 3.0), (4, 5, 0.0), (2, 9, 4.0), (2, 9, 4.0), (3, 9, 1.0), (5, 9, 1.0)]
-    found = first_kept(iter(pairs))
-    assert found.schema.equals(DISTANCES)
-    assert found.to_pylist() == [
-        {"first": 1, "second": 3, "distance": 2},
-        {"first": 1, "second": 4, "distance": 3},
-        {"first": 2, "second": 9, "distance": 4},
-    ]
-    assert first_kept([]).equals(DISTANCES.empty_table())
+    assert list(first_kept(iter(pairs))) == [(1, 3, 2.0), (1, 4, 3.0), (2, 9, 4.0)]
+    assert list(first_kept([])) == []
 
 
 def test_little_memory_gives_the_same() -> None:
@@ -410,3 +416,23 @@ def test_planted_copies_of_like_meaning_are_found_and_nothing_else(monkeypatch: 
     assert right / 500 >= 0.95
     assert right / len(rejected) >= 0.99
     assert not set(rejected) & set(rejected.values())
+
+
+def test_decisions_stay_readable_without_their_corpus() -> None:
+    found = corpus(table(image_id=["x", "x", "y"]))
+    found.reject_repeats("image_id", "duplicate_bytes")
+    first = found.decisions()
+    assert found.decisions().equals(first)
+    del found
+    assert first["id"].to_pylist() == [NEW + 1001]
+
+
+def test_earlier_decisions_count() -> None:
+    rows = table(image_id=["x", "x", "x"])
+    first = corpus(rows)
+    first.reject_repeats("image_id", "duplicate_bytes")
+    earlier = first.decisions().slice(0, 1)
+    again = Corpus(RowNumbering.of({"a": 1000, "s": 100_000, "z": 1000}), rows, decided=earlier)
+    assert again.decisions().equals(earlier)
+    again.reject_repeats("image_id", "duplicate_bytes")
+    assert fates(again) == {1: 0, 2: 0}
