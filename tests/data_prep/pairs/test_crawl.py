@@ -19,9 +19,10 @@ from PIL import Image
 
 from data_prep import parts, tables
 from data_prep.pairs import crawl, inputs
-from data_prep.pairs.crawl import DECODERS, Crawler, CrawlSteps, FileReader, PartCounts, watch
+from data_prep.pairs.crawl import DECODERS, Crawler, CrawlSteps, PartCounts, watch
 from data_prep.pairs.decode import DecodeConfig, Decoded, decode_body
 from data_prep.pairs.fetch import Fetched
+from data_prep.pairs.files import FileReader
 from data_prep.pairs.filters import FilterConfig, filter_rows
 from data_prep.pairs.inputs import Columns
 from data_prep.pairs.rows import Rejection
@@ -159,12 +160,6 @@ def test_a_slow_row_does_not_hold_up_the_results_of_the_others(tmp_path: Path, m
     assert SlowReader.asked == [SlowReader.slow]
     (resumed,) = [file.read() for file in staging.open_parts("p", 4)]
     assert resumed == whole
-
-
-def test_local_files_are_read_in_the_place_of_urls(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"content")
-    found = asyncio.run(FileReader().fetch(str(tmp_path / "a")))
-    assert (found.content, found.reason) == (b"content", None)
 
 
 def test_a_crawl_of_which_most_fetches_fail_warns(

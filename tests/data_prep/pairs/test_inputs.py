@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from formats import write_tar
 from pyarrow import fs
 
 from data_prep import storage, tables
@@ -269,6 +270,69 @@ def test_empty_lines_and_those_longer_than_a_block_of_jsonl_are_read(
     long = line.replace("x", "many words " * 9)
     path = written(tmp_path / "list.jsonl", f"\n{line}\n{long}{line}\r\n\n{line.strip()}")
     assert read(path)["raw_caption"].to_pylist() == ["x", "many words " * 9, "x", "x"]
+
+
+def test_a_line_of_jsonl_may_be_longer_than_a_block(tmp_path: Path) -> None:
+    lines = [json.dumps({"url": "u", "caption": letter * (5 << 19)}) for letter in "ab"]
+    path = written(tmp_path / "list.jsonl", "\n".join(lines))
+    assert [caption[0] for caption in read(path)["raw_caption"].to_pylist()] == ["a", "b"]
+
+
+def test_samples_of_a_shard_are_rows_and_those_that_cannot_be_used_are_rejected(tmp_path: Path) -> None:
+    members = {"0.jpg": b"x", "0.cls": b"cat", "1.jpg": b"y", "2.txt": b"a dog", "3.jpg": b"z", "3.json": b"["}
+    path = write_tar(tmp_path / "a.tar", members | {"4.jpg": b"w", "4.json": b'{"kind": "Dog", "reason": "r", "n": 2}'})
+    found = read(path, Columns(label="kind")).to_pylist()
+    assert [(row["label"], row["raw_caption"], row["url"] is None) for row in found] == [
+        ("cat", "a photo of a cat", False), (None, None, True), (None, "a dog", True), (None, None, True),
+        ("dog", "a photo of a dog", False),
+    ]  # fmt: skip
+    assert [(row["stage"], row["reason"]) for row in found] == [
+        (None, None), ("input", "bad_row"), ("input", "bad_row"), ("input", "bad_row"), (None, None),
+    ]  # fmt: skip
+    assert [row["detail"] and row["detail"].partition(":")[0] for row in found] == [None, "1", "2", "3", None]
+    assert [(row["n"], row["input_reason"]) for row in found] == [(None, None)] * 4 + [(2, "r")]
+    assert cut(path, tmp_path, partition=10, part=10).columns == {
+        "input_reason": "string", "kind": "string", "n": "int64",
+    }  # fmt: skip
+    unlabelled = read(path)
+    assert unlabelled["kind"].to_pylist() == [None] * 4 + ["Dog"]
+    assert [row["reason"] for row in unlabelled.to_pylist()] == [None, None, "bad_row", "bad_row", None]
+
+
+def test_fields_of_a_shard_may_differ_between_samples(tmp_path: Path) -> None:
+    members = {
+        "0.jpg": b"x",
+        "1.jpg": b"x",
+        "1.json": b'{"n": 1}',
+        "2.jpg": b"x",
+        "2.json": b'{"n": 0.5, "t": "2020-01-01"}',
+    }
+    found = read(write_tar(tmp_path / "a.tar", members))
+    assert found["n"].to_pylist() == [None, 1.0, 0.5]
+    assert found["t"].to_pylist() == [None, None, "2020-01-01"]
+    assert "stage" not in found.column_names
+
+
+def test_shards_are_found_by_braces_patterns_and_folders(tmp_path: Path) -> None:
+    for name in ("00000.tar", "00001.tar", "00002.TAR", "00000.parquet", "00000_stats.json", "sub/00003.tar", "_x.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        written(tmp_path / name, "x")
+
+    def found(pattern: str) -> list[str]:
+        return [file.rpartition(f"{tmp_path}/")[2] for file in inputs.find_shards(f"{tmp_path}/{pattern}")]
+
+    assert found("{00000..00001}.tar") == ["00000.tar", "00001.tar"]
+    assert found("{00001,00000}.tar") == ["00001.tar", "00000.tar"]
+    assert found("{00000..00001..1}.{tar,tar}") == ["00000.tar", "00001.tar"]
+    assert found("{*,sub/*}.tar") == ["00000.tar", "00001.tar", "sub/00003.tar"]
+    assert found("") == ["00000.tar", "00001.tar", "00002.TAR", "sub/00003.tar"]
+    assert inputs.find_shards(f"{tmp_path.as_uri()}/0000{{0,1}}.tar")[1] == f"{tmp_path.as_uri()}/00001.tar"
+    for pattern, message in (("{00000..00009}.tar", "00002.tar: cannot be read"), ("{a", "Unbalanced braces")):
+        with pytest.raises(InputError, match=message):
+            found(pattern)
+    for pattern in ("pipe:cat a.tar", "PIPE:cat {a,b}.tar", "{a.tar,pipe:cat b.tar}"):
+        with pytest.raises(InputError, match="a command, which is never run; expected a path or URI"):
+            inputs.find_shards(pattern)
 
 
 def test_further_columns_stay_and_those_that_clash_with_ours_are_renamed() -> None:
