@@ -131,7 +131,7 @@ def measure_size(count: int, memory: str, with_cluster: bool) -> dict[str, Cost]
     """All decisions about a corpus of `count` rows, by name, in the order of a crawl."""
     costs: dict[str, Cost] = {}
     order = RowNumbering.of({SOURCE: count})
-    kind, write = (ShuffledCorpus, shuffle_groups) if with_cluster else (Corpus, write_groups)
+    corpus_type, write = (ShuffledCorpus, shuffle_groups) if with_cluster else (Corpus, write_groups)
     if with_cluster:
         cluster.start_ray()
     with tempfile.TemporaryDirectory(dir=BENCH) as folder:
@@ -148,12 +148,12 @@ def measure_size(count: int, memory: str, with_cluster: bool) -> dict[str, Cost]
             print(f"{count:>13,} rows  {name:12} {costs[name]}", flush=True)
 
         def decide_urls() -> None:
-            urls = kind(order, opened("urls"), memory=memory)
+            urls = corpus_type(order, opened("urls"), memory=memory)
             decide("urls", lambda: urls.reject_repeats("url", "duplicate_url"))
             print(f"{'':>13} rejected {urls.decisions().num_rows:,}")
 
         def decide_images() -> None:
-            corpus = kind(order, opened("light"), memory=memory)
+            corpus = corpus_type(order, opened("light"), memory=memory)
             decide("boilerplate", lambda: corpus.reject_boilerplate(50))
             decide("bytes", lambda: corpus.reject_repeats("image_id", "duplicate_bytes"))
             decide("near", lambda: corpus.reject_near_duplicates(BITS))

@@ -125,7 +125,8 @@ def shuffle_groups(
     tasks = max(1, len(mentions.files) // TASK_FILES)
     with tempfile.TemporaryDirectory(prefix="ovd-") as scratch, open_database(memory, scratch) as sql:
         sql.execute("create table counts (name varchar, images bigint)")
-        for counts in map_files({"": mentions}, _count_names, tasks=tasks).iter_batches(batch_format="pyarrow"):
+        found = map_files({"": mentions}, _count_names, tasks=tasks)
+        for counts in found.iter_batches(batch_size=None, batch_format="pyarrow"):
             sql.register("batch", counts)
             sql.execute("insert into counts select name, images from batch")
         total = "from (select name, sum(images)::bigint as images from counts group by all)"
@@ -135,8 +136,8 @@ def shuffle_groups(
     group_files = []
     if partitions:
         rows = map_files({"": mentions}, partial(_partition, ray.put(concepts), FILE_ROWS), tasks=tasks)
-        for found in shuffle(rows, partial(_write_partition, storage_uri, name, stem, memory), partitions):
-            group_files += [tables.FileEntry(**entry) for entry in found.to_pylist()]
+        for entries in shuffle(rows, partial(_write_partition, storage_uri, name, stem, memory), partitions):
+            group_files += [tables.FileEntry(**entry) for entry in entries.to_pylist()]
     else:
         group_files.append(_write_file(storage_uri, name, stem, 0, tables.SCHEMAS["groups"].empty_table()))
     group_files.sort(key=lambda entry: entry.path)
