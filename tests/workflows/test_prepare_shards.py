@@ -166,7 +166,7 @@ def test_samples_that_cannot_be_used_are_rejects_with_their_reasons(tmp_path: Pa
     ]
     assert problems[4].startswith("the shard is cut off or damaged from byte ")
     assert summary.kept == 1
-    assert "bad_row" in (tmp_path / "out/reports/pairs-t.html").read_text()
+    assert "rejected: input" in (tmp_path / "out/reports/pairs-t.html").read_text()
     with pytest.raises(InputError, match=r"--retry bad_row: a sample of a shard stays as it is"):
         prepare(dataclasses.replace(run, retry=("bad_row",)))
 
