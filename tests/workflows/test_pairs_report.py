@@ -170,7 +170,7 @@ def test_equal_tables_give_equal_pages(crawled: str) -> None:
 def test_rejected_rows_are_counted_by_stage_reason_status_and_requests(crawled: str) -> None:
     with pairs.open_tables(crawled, "t") as crawl:
         found = pairs.count_outcomes(crawl, 10)
-    assert found["stages"] == {"kept": 10, "fetch": 3, "decode": 0, "filter": 1, "dedup": 2}
+    assert found["stages"] == {"kept": 10, "input": 0, "fetch": 3, "decode": 0, "filter": 1, "dedup": 2}
     assert found["reasons"] == [
         ("fetch", "http_status", 2),
         ("fetch", "timeout", 1),

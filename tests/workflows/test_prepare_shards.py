@@ -1,21 +1,18 @@
 """WebDataset shards take the path of local files: the same rows come out, whatever wrote the shards."""
 
-import contextlib
 import dataclasses
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import object_storage
 import pyarrow as pa
-import pyarrow.fs
 import pytest
 import webdataset
 from formats import write_tar
@@ -258,38 +255,15 @@ def test_commands_are_refused_and_never_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@contextlib.contextmanager
-def s3_server() -> Iterator[dict[str, str]]:
-    """A server with S3's API and the variables that point to it."""
-    moto = pytest.importorskip("moto.server")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    try:
-        yield {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-    finally:
-        server.stop()
-
-
 def test_shards_in_object_storage_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = samples()
     local = run_of(tmp_path, "t", shards=str(tmp_path / "{00000..00001}.tar"))
     write_shard(tmp_path / "00000.tar", content[:11])
     write_shard(tmp_path / "00001.tar", content[11:])
     summary = prepare(local)
-    with s3_server() as variables:
+    with object_storage.s3_server() as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        filesystem = pa.fs.S3FileSystem(
-            endpoint_override=variables["AWS_ENDPOINT_URL"], scheme="http", allow_bucket_creation=True
-        )
-        filesystem.create_dir("bucket")
         for number in range(2):
             uri = f"s3://bucket/my%20shards/{number:05d}.tar"
             storage.write_bytes(uri, (tmp_path / f"{number:05d}.tar").read_bytes())
