@@ -66,8 +66,9 @@ class CorpusConfig:
     """Minimum cosine between the embeddings of semantic duplicates."""
     memory: str = "1GB"
     """Memory that the search may use before it uses the disk; on a cluster, in each task."""
-    shuffle_rows: int = 100_000_000
-    """With more rows, the cluster compares them in partitions, instead of the driver; the results are the same."""
+    shuffle_rows: int = 20_000_000
+    """With more rows, the cluster compares them in partitions, instead of the driver; the results are the same. The
+    default is what 1 GB of `memory` suffices for."""
 
 
 class Corpus:
