@@ -130,7 +130,7 @@ def exclusive(*names: tables.TableName) -> Callable[[Callable[Concatenate[R, P],
 
     def decorate(job: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
         @functools.wraps(job)
-        def locked(run: R, *arguments: P.args, **options: P.kwargs) -> T:
+        def locked(run: R, /, *arguments: P.args, **options: P.kwargs) -> T:
             with hold(run.storage, f"{names[0]}/{run.name}"):
                 for table in names:
                     storage.remove_temporary(tables.table_uri(run.storage, table, run.name))
