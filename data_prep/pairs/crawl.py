@@ -8,15 +8,16 @@ that have arrived are decoded in threads; OpenCV releases the GIL.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import cv2
 import pyarrow as pa
@@ -41,6 +42,7 @@ SAVERS = 4
 MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """Parameters of glibc's mallopt(3)."""
 KEPT_BYTES = 32 << 20
+T = TypeVar("T")
 Result: TypeAlias = tuple[Fetched, Decoded | Rejection | None]
 """The fetch result of a row without its body, and the decoded image, if there was a body."""
 
@@ -96,13 +98,15 @@ class Crawler:
 
     async def _crawl(self, part: Part) -> PartCounts:
         in_thread = partial(self._loop.run_in_executor, self._savers)
-        async with self._fetcher.open():
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._fetcher.open())
             async with self._places:
                 rows, saved = await in_thread(self._staging.read_part, part), list[pa.Table]()
                 if part.has_early:
                     saved = [await in_thread(self._staging.read_early, part)]
                     rows = rows.filter(pc.invert(pc.is_in(rows["row"], saved[0]["row"].combine_chunks())))
-                tasks = [asyncio.create_task(self._fetch_and_decode(url)) for url in rows["url"].to_pylist()]
+                urls = rows["url"].to_pylist()
+                tasks = await stack.enter_async_context(run_tasks(map(self._fetch_and_decode, urls)))
                 done = await wait_for_most(tasks)
                 if not all(done):
                     results = [task.result() for task in itertools.compress(tasks, done)]
@@ -141,6 +145,18 @@ class Crawler:
             self._fetcher.gate.set()
         else:
             self._fetcher.gate.clear()
+
+
+@contextlib.asynccontextmanager
+async def run_tasks(coroutines: Iterable[Coroutine[Any, Any, T]]) -> AsyncIterator[list[asyncio.Task[T]]]:
+    """Run coroutines side by side; those that have not ended with the block are cancelled."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def wait_for_most(tasks: "Sequence[asyncio.Task[Any]]") -> list[bool]:

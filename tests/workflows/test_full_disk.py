@@ -43,3 +43,5 @@ def test_a_full_disk_ends_a_job_in_one_line(size: str, job: str, tmp_path: Path)
     (line,) = errors
     assert line.startswith("error: ")
     assert "No space left on device" in line
+    if job.startswith("prepare_pairs.py"):
+        assert re.match(r"error: /.+: cannot be written: ", line)

@@ -88,7 +88,7 @@ def crawl_of(shop: Shop, root: Path, numbers: range, name: str = "list.tsv") -> 
     lines = [f"{shop.url}/{number}.jpg\t{CAPTIONS[number % len(CAPTIONS)]}\n" for number in numbers]
     (root / name).write_text("url\tcaption\n" + "".join(lines))
     fetch = FetchConfig(allow_networks=("127.0.0.1/32",), deadline_seconds=5.0, max_attempts=1)
-    return Run(name="t", storage=str(root / "out"), urls=str(root / name), fetch=fetch, rows_per_shard=4, crawlers=1)
+    return Run(name="t", storage=str(root / "out"), urls=str(root / name), fetch=fetch, rows_per_shard=4, crawlers=0)
 
 
 def rows(run: Run, table: str) -> list[dict[str, object]]:

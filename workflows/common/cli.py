@@ -176,16 +176,20 @@ def outcome(job: Callable[[], object]) -> int:
 
 
 def storage_failure(error: BaseException) -> str | None:
-    """The first line about storage in an error or in one that caused it; None if storage is not the reason.
+    """A line about storage in an error or in one that caused it; None if storage is not the reason.
 
-    A later error may hide the first one, such as MLflow's when its database is on the same full disk.
+    Our own errors name the file. Another may hide the first one, such as MLflow's when its database is on the same full
+    disk.
     """
     seen: list[BaseException] = []
     found: BaseException | None = error
     while found is not None and found not in seen:
         seen.append(found)
         found = getattr(found, "cause", None) or found.__cause__ or found.__context__
-    for each in reversed(seen):
+    named = [
+        each for each in seen if isinstance(each, OSError) and "cannot be written: " in str(each).partition("\n")[0]
+    ]
+    for each in (*named, *reversed(seen)):
         for line in str(each).splitlines():
             if is_storage_failure(line):
                 return line.strip()
