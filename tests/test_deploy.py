@@ -127,6 +127,8 @@ def test_names_of_images_agree() -> None:
     assert named == {f"your-registry/ovd-ray:{version}-{kind}" for kind in ("cpu", "gpu")}
     built = dict(re.findall(r"docker build .*?(?:PLATFORM=(\w+) )?-t \S+-(cpu|gpu) \.", DOCKERFILE))
     assert built == {"": "cpu", cuda(): "gpu"}
+    page = (ROOT / "docs/cluster.md").read_text()
+    assert all(command in page for command in re.findall(r"docker build .*", DOCKERFILE))
 
 
 def cuda() -> str:
