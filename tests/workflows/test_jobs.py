@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -67,8 +68,9 @@ def end(folder: str) -> None:
             time.sleep(0.2)
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+@contextlib.contextmanager
+def started_head(variables: dict[str, str]) -> Iterator[Head]:
+    """A head node; `variables` are added to the environment in which it is started and asked."""
     folder = tempfile.mkdtemp(prefix="ovdjob", dir="/tmp")  # socket paths below it must stay short
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     names += ("metrics-export-port", "runtime-env-agent-port", "ray-client-server-port", "node-manager-port")
@@ -78,9 +80,9 @@ def head() -> Iterator[Head]:
     environment = {
         **kept,
         "PATH": f"{RAY.parent}{os.pathsep}{kept['PATH']}",  # as in an activated environment: the jobs' `python`
-        "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        **variables,
     }
     command = [str(RAY), "start", "--head", f"--temp-dir={folder}", "--num-cpus=4", "--disable-usage-stats"]
     command += [f"--{name}={port}" for name, port in ports.items()]
@@ -92,6 +94,12 @@ def head() -> Iterator[Head]:
     finally:
         end(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with started_head({"RAY_AUTH_MODE": "disabled"}) as started:
+        yield started
 
 
 def submit(head: Head, *entrypoint: str) -> subprocess.CompletedProcess[str]:
@@ -116,6 +124,24 @@ def test_bad_arguments_fail_the_job_and_are_the_last_line(head: Head) -> None:
     job = submit(head, "python", "workflows/codet.py", "--config", "unheard")
     assert job.returncode == 1  # Ray's, for any failure
     assert "--config unheard: unknown" in job.stdout
+
+
+@pytest.mark.slow
+def test_with_a_token_file_the_client_needs_the_token_mode_too(tmp_path: Path) -> None:
+    # As docs/cluster.md says. Any local ray.init() writes such a file.
+    token = tmp_path / ".ray/auth_token"
+    token.parent.mkdir()
+    token.write_text("f" * 64)
+    with started_head({"HOME": str(tmp_path)}) as guarded:
+        refused = submit(guarded, "echo", "done")
+        assert refused.returncode == 1
+        assert "Missing authentication token" in refused.stderr
+        assert "RAY_AUTH_MODE is currently 'disabled'" in refused.stderr
+        with_mode = Head(guarded.address, {**guarded.environment, "RAY_AUTH_MODE": "token"})
+        accepted = submit(with_mode, "echo", "done")
+        assert accepted.returncode == 0, accepted.stderr
+        stranger = Head(guarded.address, {**with_mode.environment, "RAY_AUTH_TOKEN": "0" * 64})
+        assert "Invalid authentication token" in submit(stranger, "echo", "done").stderr
 
 
 def test_job_carries_the_code_and_nothing_else(tmp_path: Path) -> None:
