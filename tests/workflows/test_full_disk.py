@@ -26,7 +26,8 @@ def can_mount(place: Path) -> bool:
     ("size", "job"),
     [
         ("1500k", "prepare_pairs.py"),  # while parts are saved
-        ("12m", "clip.py"),  # at a checkpoint; MLflow's database is on the same disk
+        # at a checkpoint; MLflow's database is on the same disk
+        pytest.param("12m", "clip.py", marks=pytest.mark.slow),
         pytest.param("1500k", "prepare_pairs.py --crawlers 1", marks=pytest.mark.slow),
         pytest.param("12m", "clip.py --workers 1", marks=pytest.mark.slow),
     ],

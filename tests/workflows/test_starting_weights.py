@@ -188,6 +188,7 @@ def write_release(path: Path, model: CoDet, release: releases.Release, table_KD:
     torch.save({"model": state, "iteration": 90_000}, path)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_joint_stage_starts_from_a_released_box_model(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

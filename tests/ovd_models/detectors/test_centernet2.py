@@ -335,6 +335,7 @@ def test_a_transformer_can_be_the_backbone() -> None:
         assert without_gradient(model, losses) == []
 
 
+@pytest.mark.slow
 def test_two_images_are_overfitted() -> None:
     torch.manual_seed(0)
     text, batch = torch.eye(16)[:2], blocks()

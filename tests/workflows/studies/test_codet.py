@@ -19,6 +19,7 @@ from workflows.studies import study
 from workflows.studies.study import Result
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_study_measures_once_and_continues(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
