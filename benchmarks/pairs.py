@@ -125,6 +125,8 @@ Tool: TypeAlias = tuple[Callable[[Job, Options], Cost], Callable[[], int]]
 THEIRS: dict[str, Tool] = {"theirs": (theirs, kept_by_theirs)}
 TOOLS: dict[str, Tool] = {"ours": (ours, kept_by_ours), **THEIRS}
 CRAWLERS = (1, 2)
+FEW = 32
+"""URLs of the list that measures start-up."""
 ON_RAY: dict[str, Tool] = {f"ray{count}": (partial(ours, crawlers=count), kept_by_ours) for count in CRAWLERS}
 
 
@@ -200,13 +202,15 @@ def https(site: Addresses, options: Options) -> dict[str, float]:
 def on_ray(site: Addresses, options: Options, scheme: str) -> dict[str, float]:
     """CPU time with one and with two crawlers on Ray Data, whose processes count.
 
-    What Ray costs on a list of one URL, beyond a crawl of it inside the driver, is its start-up, and is subtracted.
+    What Ray and its workers cost on a list of a few URLs, beyond a crawl of it inside the driver, is their start-up,
+    and is subtracted. The list has parts and shards enough for all of them.
     """
     address = site.https if scheme == "https" else site.http
     job = good_job(scheme, address, options)
     costs = alternate(job, options, {**ON_RAY, **THEIRS})
-    one = dataclasses.replace(job, name=f"one_{scheme}", urls=job.urls[:1], kept=1)
-    starts = alternate(one, options, {"ours": TOOLS["ours"], **ON_RAY})
+    few = dataclasses.replace(job, name=f"few_{scheme}", urls=job.urls[:FEW], kept=FEW)
+    small = dataclasses.replace(options, rows_per_shard=FEW // max(CRAWLERS))
+    starts = alternate(few, small, {"ours": TOOLS["ours"], **ON_RAY})
     median_of = {tool: statistics.median(cost.cpu_seconds for cost in runs) for tool, runs in costs.items()}
     start_of = {tool: statistics.median(cost.cpu_seconds for cost in runs) for tool, runs in starts.items()}
     figures: dict[str, float] = medians(f"ray_{scheme}", costs, options.urls)
