@@ -72,6 +72,18 @@ class Holder:
             started=_start_time(os.getpid()),
         )
 
+    @classmethod
+    def parse(cls, text: str) -> "Holder | None":
+        """The holder in the first line of a text that begins with one's `to_json`; None if there is none."""
+        try:
+            return cls(**json.loads(text.partition("\n")[0]))
+        except (ValueError, TypeError):
+            return None
+
+    def to_json(self) -> str:
+        """As one line."""
+        return json.dumps(asdict(self))
+
     def is_dead(self) -> bool:
         """Whether it was a process of this machine that has ended."""
         return self.machine == Holder.this_process().machine and _start_time(self.pid) != self.started
@@ -155,12 +167,12 @@ def _hold_file(path: Path, name: str, deadline: float) -> Iterator[None]:
     created = [each for each in (path.parent, path.parent.parent) if not each.exists()]
     while (file := _try_file(path)) is None:
         if time.monotonic() > deadline:
-            holder = _parse(path.read_text()) if path.exists() else None
+            holder = Holder.parse(path.read_text()) if path.exists() else None
             raise _refusal(name, holder)
         time.sleep(POLL_SECONDS)
     with file:  # its end ends the lock
         file.truncate(0)
-        file.write(json.dumps(asdict(Holder.this_process())))
+        file.write(Holder.this_process().to_json())
         file.flush()
         try:
             yield
@@ -184,14 +196,6 @@ def _try_file(path: Path) -> TextIO | None:
             return None
         stack.pop_all()
         return file
-
-
-def _parse(text: str) -> Holder | None:
-    """The holder in the first line of a lock's content."""
-    try:
-        return Holder(**json.loads(text.partition("\n")[0]))
-    except (ValueError, TypeError):
-        return None
 
 
 # ----------------------------------------------------------------------------------------------------------- objects
@@ -242,7 +246,7 @@ class ObjectLock:
                 found = self._client.get_object(**self._object)
             except self._client.exceptions.NoSuchKey:
                 return False  # released just now
-            self.holder = _parse(found["Body"].read().decode())
+            self.holder = Holder.parse(found["Body"].read().decode())
         answered = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])  # by the server's clock
         is_old = (answered - found["LastModified"]).total_seconds() > EXPIRES_SECONDS
         is_dead = self.holder is not None and self.holder.is_dead()
@@ -267,7 +271,7 @@ class ObjectLock:
         from botocore.exceptions import ClientError
 
         self._writes += 1  # another content each time, and so another tag
-        body = f"{json.dumps(asdict(Holder.this_process()))}\n{self._writes}"
+        body = f"{Holder.this_process().to_json()}\n{self._writes}"
         with s3.errors(self._uri, "cannot be written"):
             try:
                 written: Any = self._client.put_object(**self._object, Body=body.encode(), **condition)

@@ -176,7 +176,14 @@ def open_run(
         hold_to_inputs(folder, {**digests, **inputs})
         training.start_ray_for(*stages, wait_minutes=run.wait_minutes)
         tracked = stack.enter_context(
-            tracking.run(run.storage, experiment=workflow, name=run.config, params=cli.flatten(run), tags=digests)
+            tracking.run(
+                run.storage,
+                experiment=workflow,
+                name=run.config,
+                params=cli.flatten(run),
+                tags=digests,
+                key=f"{workflow}/{name}",
+            )
         )
         tracked.log_text(cli.to_json(run), "run.json")
         yield ActiveRun(workflow=workflow, folder=folder, tracked=tracked)

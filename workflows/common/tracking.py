@@ -24,7 +24,7 @@ import PIL.Image
 import ray
 from pyarrow import fs
 
-from data_prep import storage
+from data_prep import locks, storage
 from ovd_models.errors import InputError
 from workflows.common import quiet
 
@@ -32,7 +32,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it whi
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it names every table of a new database
 
 import mlflow.artifacts
-from mlflow.entities import Metric, Param, RunStatus
+from mlflow.entities import Metric, Param, RunInfo, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.async_logging.run_operations import RunOperations
@@ -41,6 +41,8 @@ MODEL_SCHEME = "models:/"
 CHAMPION = "champion"
 PARAMS_PER_REQUEST, METRICS_PER_REQUEST, PARAM_CHARACTERS = 100, 1000, 6000
 """MLflow's limits."""
+KEY_TAG, PROCESS_TAG = "run", "process"
+"""Tags of a run: what it is continued by, and the process that writes it."""
 
 
 def tracking_uri(storage_uri: str) -> str:
@@ -177,8 +179,12 @@ def run(
     name: str,
     params: Mapping[str, object],
     tags: Mapping[str, str] | None = None,
+    key: str = "",
 ) -> Iterator[TrackedRun]:
-    """Start a run that ends with the block: FINISHED, FAILED on an exception, KILLED on Ctrl-C or `ray job stop`.
+    """Start or continue a run that ends with the block.
+
+    Its status is then FINISHED, FAILED after an exception, or KILLED after Ctrl-C or `ray job stop`. Runs of processes
+    of this machine that ended without this are ended as KILLED.
 
     Args:
         storage_uri: where the job keeps its files; decides where the run is tracked.
@@ -186,18 +192,20 @@ def run(
         name: the config's name.
         params: `cli.flatten(run)`.
         tags: digests of the data sets, and what else a search should find; git commit and Ray job are added.
+        key: a run of the experiment that was started with the same key, if not empty, is continued: the parameters
+            that it began with stay.
 
     Raises:
         InputError: see `tracking_uri`.
     """
     uri = tracking_uri(storage_uri)
     client, experiment_id = _open(uri, storage_uri, experiment)
-    all_tags = {"mlflow.source.name": sys.argv[0], **_git_tags(), **_ray_tags(), **(tags or {})}
-    created = client.create_run(experiment_id, run_name=name, tags=all_tags)
-    tracked = TrackedRun(uri, created.info.run_id, str(created.info.artifact_uri), client)
-    entries = [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in params.items()]
-    for start in range(0, len(entries), PARAMS_PER_REQUEST):
-        client.log_batch(tracked.run_id, params=entries[start : start + PARAMS_PER_REQUEST])
+    end_dead_runs(client)
+    own_tags = {"mlflow.source.name": sys.argv[0], PROCESS_TAG: locks.Holder.this_process().to_json()}
+    keys = {KEY_TAG: key} if key else {}
+    all_tags = {**own_tags, **keys, **_git_tags(), **_ray_tags(), **(tags or {})}
+    info = _start(client, experiment_id, name, params, all_tags)
+    tracked = TrackedRun(uri, info.run_id, str(info.artifact_uri), client)
     status = RunStatus.FAILED
     try:
         yield tracked
@@ -321,6 +329,34 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
             location = (folder / "mlartifacts").as_uri() if folder else storage.join(storage_uri, "mlartifacts")
             location = f"{location}/{experiment}"
         return client, client.create_experiment(experiment, artifact_location=location)
+
+
+def _start(
+    client: MlflowClient, experiment_id: str, name: str, params: Mapping[str, object], tags: Mapping[str, str]
+) -> RunInfo:
+    """The run of the experiment with the same key, running again, or a new one."""
+    key = tags.get(KEY_TAG)
+    found = client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{key}'", max_results=1) if key else []
+    if found:
+        (run,) = found
+        client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        client.update_run(run.info.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+    else:
+        run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
+    entries = [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in params.items() if key not in run.data.params]
+    for start in range(0, len(entries), PARAMS_PER_REQUEST):
+        client.log_batch(run.info.run_id, params=entries[start : start + PARAMS_PER_REQUEST])
+    return run.info
+
+
+def end_dead_runs(client: MlflowClient) -> None:
+    """End the running runs whose process was one of this machine and has ended, as KILLED."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for run in client.search_runs(experiments, "attributes.status = 'RUNNING'") if experiments else []:
+        holder = locks.Holder.parse(run.data.tags.get(PROCESS_TAG, ""))
+        if holder is not None and holder.is_dead():
+            with contextlib.suppress(MlflowException):  # another user's
+                client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
 
 
 def _champion(client: MlflowClient, name: str) -> Any:

@@ -1,4 +1,7 @@
+import multiprocessing
+import os
 import pickle
+import signal
 import sqlite3
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -174,3 +177,46 @@ def test_first_runs_of_a_storage_may_start_together(tmp_path: Path, monkeypatch:
     with ProcessPoolExecutor(4) as pool:
         for opened in [pool.submit(open_run, str(tmp_path)) for _ in range(4)]:
             opened.result()
+
+
+def start_and_die(storage: str) -> None:
+    with tracking.run(storage, experiment="codet", name="killed", params={}):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_runs_of_killed_processes_end_with_the_next_one(storage: str) -> None:
+    killed = [multiprocessing.Process(target=start_and_die, args=(storage,)) for _ in range(2)]
+    for process in killed:
+        process.start()
+        process.join()
+    with (
+        tracking.run(storage, experiment="vild", name="alive", params={}) as alive,
+        tracking.run(storage, experiment="codet", name="smoke", params={}),
+    ):
+        runs = alive.client.search_runs([each.experiment_id for each in alive.client.search_experiments()])
+        assert sorted(run.info.status for run in runs if run.info.run_name == "killed") == ["KILLED", "KILLED"]
+        assert found(alive).info.status == "RUNNING"
+
+
+def test_a_run_goes_on_in_the_run_of_its_key(storage: str) -> None:
+    with (
+        pytest.raises(ValueError),
+        tracking.run(
+            storage, experiment="codet", name="smoke", params={"seed": 1, "resume": ""}, key="codet/a"
+        ) as first,
+    ):
+        first.log_metrics({"train/loss": 2.0}, step=5)
+        raise ValueError
+    assert found(first).info.status == "FAILED"
+    with tracking.run(
+        storage, experiment="codet", name="smoke", params={"seed": 1, "resume": "a", "new": 2}, key="codet/a"
+    ) as second:
+        second.log_metrics({"train/loss": 1.0}, step=10)
+        assert found(second).info.status == "RUNNING"
+    assert second.run_id == first.run_id
+    run = found(second)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "1", "resume": "", "new": "2"}
+    assert tracking.metric_history(second.uri, second.run_id, "train/") == {"train/loss": [(5, 2.0), (10, 1.0)]}
+    with tracking.run(storage, experiment="codet", name="smoke", params={}, key="codet/b") as other:
+        assert other.run_id != first.run_id
