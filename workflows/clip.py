@@ -38,7 +38,7 @@ from ovd_models.clip.towers import trim_tokens
 from ovd_models.clip.zero_shot import calibration_error, fit_temperature
 from ovd_models.vocabulary import build_vocabulary
 from workflows import prepare_pairs
-from workflows.common import cli, runs, tracking, training
+from workflows.common import cli, descriptions, runs, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import Evaluation, Trained
 from workflows.common.session import Session
@@ -187,11 +187,13 @@ def train(run: Run) -> Trained[Accuracy]:
     Raises:
         InputError: the pairs or the pretrained weights are missing or do not fit.
     """
-    pretrained = read_pretrained(run)
+    title, pretrained = descriptions.run_name("clip", run, CONFIGS), read_pretrained(run)
     if pretrained is not None:
         run = dataclasses.replace(run, model=pretrained.config)
     settings = run.optimisation
-    with runs.open_run(run, "clip", tables_read={"pairs": run.pairs}, inputs={}, stages=(settings,)) as active:
+    with runs.open_run(
+        run, "clip", title=title, tables_read={"pairs": run.pairs}, inputs={}, stages=(settings,)
+    ) as active:
         first = active.save("first", partial(save_clip, pretrained)) if pretrained is not None else ""
         stage = Stage(
             job="clip",

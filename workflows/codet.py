@@ -39,7 +39,7 @@ from ovd_models.importers.backbones import adopt_config, fit_config, load_backbo
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
 from workflows import evaluate, prepare_boxes, prepare_pairs
-from workflows.common import cli, runs, starting_weights, tracking, training
+from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
@@ -182,11 +182,13 @@ def train(run: Run) -> Trained[Metrics]:
     Raises:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
+    title = descriptions.run_name("codet", run, CONFIGS)
     run, encoder, names, weights = read_inputs(run)
     boxes, joint = run.box_stage, run.joint_stage
     with runs.open_run(
         run,
         "codet",
+        title=title,
         tables_read={
             "boxes": f"{run.boxes}-train",
             "categories": run.boxes,

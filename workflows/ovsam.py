@@ -41,7 +41,7 @@ from ovd_models.sam.model import SamConfig, SamModel, load_sam
 from ovd_models.sam.training import SamTraining
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import prepare_boxes
-from workflows.common import cli, runs, tracking, training
+from workflows.common import cli, descriptions, runs, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
@@ -315,6 +315,7 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
     with runs.open_run(
         run,
         "ovsam",
+        title=descriptions.run_name("ovsam", run, CONFIGS),
         tables_read={"boxes": f"{run.boxes}-train", "categories": run.boxes},
         inputs=inputs,
         stages=(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage),

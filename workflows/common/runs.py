@@ -15,7 +15,7 @@ from pyarrow import fs
 from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
-from workflows.common import cli, tracking, training
+from workflows.common import cli, descriptions, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.tracking import TrackedRun
 from workflows.common.training import Stage
@@ -147,6 +147,7 @@ def open_run(
     run: TrainingConfig,
     workflow: str,
     *,
+    title: str = "",
     tables_read: Mapping[tables.TableName, str],
     inputs: Mapping[str, str],
     stages: Sequence[Optimisation],
@@ -156,6 +157,7 @@ def open_run(
     Args:
         run: the resolved config.
         workflow: such as `codet`.
+        title: name in MLflow, see `descriptions.run_name`.
         tables_read: table -> name of each table that the training reads.
         inputs: ids of further inputs, such as the teacher's.
         stages: settings of all stages.
@@ -179,13 +181,16 @@ def open_run(
             tracking.run(
                 run.storage,
                 experiment=workflow,
-                name=run.config,
+                name=title or f"{workflow} {run.config}",
                 params=cli.flatten(run),
                 tags=digests,
                 key=f"{workflow}/{name}",
             )
         )
         tracked.log_text(cli.to_json(run), "run.json")
+        teacher = str(getattr(run, "teacher", ""))
+        teacher_run = tracked.link_to(descriptions.teacher_key(teacher))
+        tracked.describe(descriptions.description(storage.join(folder, "model"), teacher, teacher_run))
         yield ActiveRun(workflow=workflow, folder=folder, tracked=tracked)
 
 

@@ -41,8 +41,10 @@ MODEL_SCHEME = "models:/"
 CHAMPION = "champion"
 PARAMS_PER_REQUEST, METRICS_PER_REQUEST, PARAM_CHARACTERS = 100, 1000, 6000
 """MLflow's limits."""
-KEY_TAG, PROCESS_TAG = "run", "process"
-"""Tags of a run: what it is continued by, and the process that writes it."""
+KEY_TAG, PROCESS_TAG, NOTE_TAG = "run", "process", "mlflow.note.content"
+"""Tags of a run: what it is continued by, the process that writes it, and its description."""
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""With these the UI opens an experiment on model training."""
 
 
 def tracking_uri(storage_uri: str) -> str:
@@ -161,6 +163,19 @@ class TrackedRun:
         """Log a text file."""
         self.client.log_text(self.run_id, text, path)
 
+    def describe(self, text: str) -> None:
+        """Set the description, in Markdown, unless there is one."""
+        if NOTE_TAG not in self.client.get_run(self.run_id).data.tags:
+            self.client.set_tag(self.run_id, NOTE_TAG, text)
+
+    def link_to(self, key: str) -> str:
+        """A link in Markdown to the run with a key, in any experiment; empty if there is none."""
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        found = self.client.search_runs(experiments, f"tags.{KEY_TAG} = '{key}'", max_results=1) if key else []
+        return "".join(
+            f"[{run.info.run_name}](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})" for run in found
+        )
+
 
 def metric_history(uri: str, run_id: str, prefix: str) -> dict[str, list[tuple[int, float]]]:
     """(step, value) pairs of every metric of a run whose name starts with `prefix`, in order of their steps."""
@@ -189,7 +204,7 @@ def run(
     Args:
         storage_uri: where the job keeps its files; decides where the run is tracked.
         experiment: the workflow's name.
-        name: the config's name.
+        name: of the run, see `descriptions.run_name`.
         params: `cli.flatten(run)`.
         tags: digests of the data sets, and what else a search should find; git commit and Ray job are added.
         key: a run of the experiment that was started with the same key, if not empty, is continued: the parameters
@@ -323,12 +338,15 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
         except MlflowException as error:
             raise InputError(f"{uri}: no MLflow tracking there ({str(error).splitlines()[0]})") from error
         if found is not None:
+            for tag, value in EXPERIMENT_TAGS.items():
+                if found.tags.get(tag, "_inferred").endswith("_inferred"):  # as the UI does by itself
+                    client.set_experiment_tag(found.experiment_id, tag, value)
             return client, str(found.experiment_id)
         location = None  # a server has its own
         if not uri.startswith(("http", "databricks")):
             location = (folder / "mlartifacts").as_uri() if folder else storage.join(storage_uri, "mlartifacts")
             location = f"{location}/{experiment}"
-        return client, client.create_experiment(experiment, artifact_location=location)
+        return client, client.create_experiment(experiment, location, EXPERIMENT_TAGS)
 
 
 def _start(

@@ -220,3 +220,24 @@ def test_a_run_goes_on_in_the_run_of_its_key(storage: str) -> None:
     assert tracking.metric_history(second.uri, second.run_id, "train/") == {"train/loss": [(5, 2.0), (10, 1.0)]}
     with tracking.run(storage, experiment="codet", name="smoke", params={}, key="codet/b") as other:
         assert other.run_id != first.run_id
+
+
+def test_experiments_open_on_model_training(storage: str) -> None:
+    client, old = tracking._open(tracking.tracking_uri(storage), storage, "empty")
+    assert client.get_experiment(old).tags["mlflow.experimentKind"] == "custom_model_development"
+    client.set_experiment_tag(old, "mlflow.experimentKind", "genai_development_inferred")
+    tracking._open(tracking.tracking_uri(storage), storage, "empty")
+    assert client.get_experiment(old).tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_description_links_to_the_run_of_a_key_and_is_not_overwritten(storage: str) -> None:
+    with tracking.run(storage, experiment="clip", name="clip smoke", params={}, key="clip/a") as teacher:
+        pass
+    with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
+        link = tracked.link_to("clip/a")
+        assert link.startswith("[clip smoke](#/experiments/")
+        assert link.endswith(f"/runs/{teacher.run_id})")
+        assert tracked.link_to("clip/b") == tracked.link_to("") == ""
+        tracked.describe("first")
+        tracked.describe("second")
+    assert found(tracked).data.tags["mlflow.note.content"] == "first"
