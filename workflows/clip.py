@@ -56,7 +56,7 @@ class Accuracy:
 
     def named(self) -> dict[str, float]:
         """The values under MLflow's names."""
-        return {"eval/pictograms/top1_base": self.top1_base, "eval/pictograms/top1_novel": self.top1_novel}
+        return {"eval/accuracy_base": self.top1_base, "eval/accuracy_novel": self.top1_novel}
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,13 @@ def train(run: Run) -> Trained[Accuracy]:
         run = dataclasses.replace(run, model=pretrained.config)
     settings = run.optimisation
     with runs.open_run(
-        run, "clip", title=title, tables_read={"pairs": run.pairs}, inputs={}, stages=(settings,)
+        run,
+        "clip",
+        title=title,
+        data_set=run.pairs,
+        tables_read={"pairs": run.pairs},
+        inputs={},
+        stages=(settings,),
     ) as active:
         first = active.save("first", partial(save_clip, pretrained)) if pretrained is not None else ""
         stage = Stage(
@@ -220,9 +226,9 @@ def train(run: Run) -> Trained[Accuracy]:
         def log(folder: str) -> Evaluation[Accuracy]:
             scores = accuracy.named() | {f"calibration/{name}": value for name, value in calibration.items()}
             active.tracked.log_metrics(scores, settings.steps)
-            return Evaluation(metrics=accuracy, headline="eval/pictograms/top1_novel", value=accuracy.top1_novel)
+            return Evaluation(metrics=accuracy, headline="eval/accuracy_novel", value=accuracy.top1_novel)
 
-        return active.finish(write, log, f"ovd-clip-{run.config}")
+        return active.finish(write, log)
 
 
 def dry_run(run: Run) -> None:

@@ -189,6 +189,7 @@ def train(run: Run) -> Trained[Metrics]:
         run,
         "codet",
         title=title,
+        data_set=run.boxes,
         tables_read={
             "boxes": f"{run.boxes}-train",
             "categories": run.boxes,
@@ -208,15 +209,15 @@ def train(run: Run) -> Trained[Metrics]:
             boxes_model = active.save("boxes_model", partial(save, run, weights, names, encoder))
         active.outputs["boxes_model"] = boxes_model
         with active.timing("evaluate"):
-            supervised = evaluate_model(run, active, boxes_model, f"eval/{run.boxes}/box_supervised", boxes)
+            supervised = evaluate_model(run, active, boxes_model, "eval/box_supervised", boxes)
         with active.timing("joint"):
             weights = train_stage(run, active.stage("joint", joint), names, encoder_folder, weights, logger)
 
         def evaluate_joint(model: str) -> Evaluation[Metrics]:
-            found = evaluate_model(run, active, model, f"eval/{run.boxes}", joint)
+            found = evaluate_model(run, active, model, "eval", joint)
             return found.of(Metrics(supervised.metrics, found.metrics))
 
-        return active.finish(partial(save, run, weights, names, encoder), evaluate_joint, f"ovd-codet-{run.boxes}")
+        return active.finish(partial(save, run, weights, names, encoder), evaluate_joint)
 
 
 def read_inputs(run: Run) -> tuple[Run, TextEncoder, CodetNames, dict[str, Tensor]]:

@@ -150,7 +150,12 @@ def teach_sam(run: Run) -> str:
         InputError: the table of masks is missing.
     """
     with runs.open_run(
-        run, "ovsam", tables_read={"boxes": f"{run.boxes}-train"}, inputs={}, stages=(run.sam_stage,)
+        run,
+        "ovsam",
+        data_set=run.boxes,
+        tables_read={"boxes": f"{run.boxes}-train"},
+        inputs={},
+        stages=(run.sam_stage,),
     ) as active:
         return train_sam(run, active)
 
@@ -316,6 +321,7 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
         run,
         "ovsam",
         title=descriptions.run_name("ovsam", run, CONFIGS),
+        data_set=run.boxes,
         tables_read={"boxes": f"{run.boxes}-train", "categories": run.boxes},
         inputs=inputs,
         stages=(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage),
@@ -339,7 +345,7 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
                 text = train_text(run, model.config, sam, clip, names, active)
                 active.outputs["text"] = active.save("text_model", partial(save, run, text, encoder, names))
         evaluation = partial(evaluate_models, run, model.eval(), sam, text, names, active)
-        return active.finish(partial(save, run, model, encoder, names), evaluation, f"ovd-ovsam-{run.boxes}")
+        return active.finish(partial(save, run, model, encoder, names), evaluation)
 
 
 def dry_run(run: Run) -> None:
@@ -382,11 +388,10 @@ def evaluate_models(
         limit=run.eval_images,
         device=training.device_of(run.clip2sam_stage),
     )
-    report.log(active.tracked, f"eval/{run.boxes}", run.clip2sam_stage.steps)
+    active.tracked.log_data_set(run.storage, "boxes", f"{run.boxes}-eval", "evaluation")
+    report.log(active.tracked, "eval", run.clip2sam_stage.steps)
     metric = "accuracy_novel" if "novel" in names.splits.values() else "accuracy_all"
-    return Evaluation(
-        metrics=report, headline=f"eval/{run.boxes}/ovsam/box/{metric}", value=report.rows["ovsam", "box"][metric]
-    )
+    return Evaluation(metrics=report, headline=f"eval/{metric}", value=report.rows["ovsam", "box"][metric])
 
 
 def prepare_data(run: Run) -> Run:

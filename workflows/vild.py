@@ -131,7 +131,7 @@ def train(run: Run) -> Trained[DetectionMetrics]:
         model = ViLD(run.model)
         model.load_state_dict(weights)
         evaluation = partial(evaluate_model, run, active)
-        return active.finish(partial(save, run, model, encoder, names), evaluation, f"ovd-vild-{run.boxes}")
+        return active.finish(partial(save, run, model, encoder, names), evaluation)
 
 
 def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
@@ -148,6 +148,7 @@ def open_vild_run(run: Run, title: str, encoder: TextEncoder) -> AbstractContext
         run,
         "vild",
         title=title,
+        data_set=run.boxes,
         tables_read={"boxes": run.train_table, "categories": run.boxes},
         inputs={"teacher": encoder.teacher, "backbone": starting_weights.digest_of(run.backbone_weights)},
         stages=(run.rpn_stage, run.detector_stage),
@@ -276,7 +277,7 @@ def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[Detect
         synonyms=run.synonyms,
         device=training.device_of(run.detector_stage),
     )
-    return evaluate.evaluate_and_log(settings, active.tracked, f"eval/{run.boxes}", run.detector_stage.steps)
+    return evaluate.evaluate_and_log(settings, active.tracked, "eval", run.detector_stage.steps)
 
 
 def save(run: Run, model: ViLD, encoder: TextEncoder, names: VildNames, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Experiments in MLflow: the only file that imports it.
+"""Runs in MLflow; `registry.py` has the models. No other file imports MLflow.
 
 The driver opens a run with `run(...)`; rank 0 of a training job writes its losses through a `MetricLogger`, which
 travels to the worker. Local storage needs no server: everything lies in `<storage>/mlflow.db` and
@@ -7,38 +7,37 @@ travels to the worker. Local storage needs no server: everything lies in `<stora
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import subprocess
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import PIL.Image
 import ray
 from pyarrow import fs
 
-from data_prep import locks, storage
+from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
 from workflows.common import quiet
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it while it is imported
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it names every table of a new database
 
-import mlflow.artifacts
-from mlflow.entities import Metric, Param, RunInfo, RunStatus, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunInfo, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.async_logging.run_operations import RunOperations
 
-MODEL_SCHEME = "models:/"
-CHAMPION = "champion"
+DataContext = Literal["training", "evaluation"]
+"""What a run does with a data set."""
 PARAMS_PER_REQUEST, METRICS_PER_REQUEST, PARAM_CHARACTERS = 100, 1000, 6000
 """MLflow's limits."""
 KEY_TAG, PROCESS_TAG, NOTE_TAG = "run", "process", "mlflow.note.content"
@@ -55,7 +54,7 @@ def tracking_uri(storage_uri: str) -> str:
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
-    folder = _local_folder(storage_uri)
+    folder = local_folder(storage_uri)
     if folder is None:
         raise InputError(f"--storage {storage_uri}: not a local folder, expected MLFLOW_TRACKING_URI to be set")
     return f"sqlite:///{folder / 'mlflow.db'}"
@@ -159,6 +158,23 @@ class TrackedRun:
             warnings.simplefilter("ignore", DeprecationWarning)  # pandas', on MLflow's use of it
             self.client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)
 
+    def log_data_set(self, storage_uri: str, table: tables.TableName, name: str, context: DataContext) -> None:
+        """Log a table as an input of the run; again does nothing.
+
+        Raises:
+            InputError: there is no such table.
+        """
+        manifest, uri = tables.read_manifest(storage_uri, table, name), tables.table_uri(storage_uri, table, name)
+        data_set = Dataset(
+            name=f"{table}/{name}",
+            digest=manifest.digest,
+            source_type="table",
+            source=json.dumps({"uri": storage.absolute(uri)}),
+            profile=json.dumps({"rows": manifest.rows}),
+        )
+        entry = DatasetInput(data_set, [InputTag("mlflow.data.context", context)])
+        self.client.log_inputs(self.run_id, [entry])
+
     def log_text(self, text: str, path: str) -> None:
         """Log a text file."""
         self.client.log_text(self.run_id, text, path)
@@ -203,7 +219,7 @@ def run(
 
     Args:
         storage_uri: where the job keeps its files; decides where the run is tracked.
-        experiment: the workflow's name.
+        experiment: the data set's name.
         name: of the run, see `descriptions.run_name`.
         params: `cli.flatten(run)`.
         tags: digests of the data sets, and what else a search should find; git commit and Ray job are added.
@@ -232,88 +248,7 @@ def run(
         client.set_terminated(tracked.run_id, RunStatus.to_string(status))
 
 
-@dataclass(frozen=True)
-class ModelVersion:
-    """A registered checkpoint."""
-
-    uri: str
-    """`models:/<name>/<version>`, which `model_folder` resolves."""
-    is_champion: bool
-    """Whether the alias `champion` moved to it."""
-
-
-def register(tracked: TrackedRun, folder: Path, *, name: str, metric: str, value: float) -> ModelVersion:
-    """Store a checkpoint folder as a new version of a registered model; the best one gets the alias `champion`.
-
-    Args:
-        tracked: the run that made the checkpoint.
-        folder: the checkpoint.
-        name: the registered model, as `ovd-codet-pictograms`.
-        metric: the data set's headline metric, higher is better.
-        value: this checkpoint's. Versions measured by another metric do not compete with it.
-    """
-    client, path = tracked.client, f"models/{name}/{uuid.uuid4().hex[:8]}"
-    tracked.log_artifact(folder, path)
-    with contextlib.suppress(MlflowException):  # there already
-        client.create_registered_model(name)
-    version = client.create_model_version(
-        name,
-        source=f"{tracked.artifact_uri}/{path}",
-        run_id=tracked.run_id,
-        tags={"metric": metric, "value": repr(float(value))},
-    )
-    best = _champion(client, name)
-    beaten = best is None or best.tags.get("metric") != metric or float(value) > float(best.tags["value"])
-    if beaten and not np.isnan(value):
-        client.set_registered_model_alias(name, CHAMPION, version.version)
-        return ModelVersion(f"{MODEL_SCHEME}{name}/{version.version}", True)
-    return ModelVersion(f"{MODEL_SCHEME}{name}/{version.version}", False)
-
-
-def local_model(uri: str, storage_uri: str) -> Path:
-    """The local folder of a checkpoint given as a folder, a URI, or `models:/<name>@<alias>`.
-
-    Raises:
-        InputError: there is no such checkpoint.
-    """
-    if not uri:
-        raise InputError("--model: missing, expected a checkpoint folder or models:/<name>@<alias>")
-    return model_folder(uri, storage_uri) if uri.startswith(MODEL_SCHEME) else storage.local_folder(uri)
-
-
-def model_folder(uri: str, storage_uri: str = "store") -> Path:
-    """The local folder of a registered checkpoint, downloaded if it is not on this machine.
-
-    Args:
-        uri: `models:/<name>@<alias>` or `models:/<name>/<version>`.
-        storage_uri: decides where runs are tracked, see `tracking_uri`.
-
-    Raises:
-        InputError: no such model, version or alias, or the URI is malformed.
-    """
-    tracking = tracking_uri(storage_uri)
-    name, separator, alias = uri.removeprefix(MODEL_SCHEME).partition("@")
-    version = "" if separator else name.rpartition("/")[2]
-    name = name if separator else name.rpartition("/")[0]
-    if not uri.startswith(MODEL_SCHEME) or not name or not (alias or version):
-        raise InputError(f"{uri}: not a model URI, expected models:/<name>@<alias> or models:/<name>/<version>")
-    folder = _local_folder(storage_uri)
-    if tracking.startswith("sqlite") and folder is not None and "MLFLOW_TRACKING_URI" not in os.environ:
-        database = folder / "mlflow.db"
-        if not database.exists():  # opening it would create it
-            raise InputError(f"{uri}: no registered models, {database} does not exist")
-    try:
-        client = MlflowClient(tracking)
-        if alias:
-            version = client.get_model_version_by_alias(name, alias).version
-        source = client.get_model_version_download_uri(name, version)
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking))
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{uri}: not found in {tracking} ({reason})") from error
-
-
-def _local_folder(storage_uri: str) -> Path | None:
+def local_folder(storage_uri: str) -> Path | None:
     """The storage's folder if it is on this machine, else None."""
     filesystem, path = storage.resolve(storage_uri)
     return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
@@ -326,7 +261,7 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     quiet.hide_storage_failures("mlflow.store.db.utils")
-    folder = _local_folder(storage_uri)
+    folder = local_folder(storage_uri)
     with contextlib.ExitStack() as stack:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -375,14 +310,6 @@ def end_dead_runs(client: MlflowClient) -> None:
         if holder is not None and holder.is_dead():
             with contextlib.suppress(MlflowException):  # another user's
                 client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
-
-
-def _champion(client: MlflowClient, name: str) -> Any:
-    """The model version with the alias, or None."""
-    try:
-        return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
-        return None
 
 
 def _metrics(metrics: Mapping[str, float], step: int) -> list[Metric]:

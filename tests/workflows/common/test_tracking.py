@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import pickle
@@ -9,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 from mlflow.tracking import MlflowClient
 
+from data_prep import tables
 from ovd_models.errors import InputError
-from workflows.common import tracking
+from workflows.common import registry, tracking
 
-METRIC = "eval/pictograms/ap50_novel"
+METRIC = "eval/ap50_novel"
 MODEL = "ovd-codet-pictograms"
 
 
@@ -129,25 +132,57 @@ def test_champion_moves_only_to_a_better_version(storage: str, tmp_path: Path) -
     with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
         for number, value in enumerate([0.5, 0.4, 0.5, 0.6, float("nan")]):
             folder = checkpoint(tmp_path / str(number), str(value))
-            version = tracking.register(tracked, folder, name=MODEL, metric=METRIC, value=value)
+            version = registry.register(
+                tracked, folder, method="codet", data_set="pictograms", metric=METRIC, value=value
+            )
             moved.append(version.is_champion)
     assert moved == [True, False, False, True, False]
-    assert (tracking.model_folder(f"models:/{MODEL}@champion", storage) / "model.json").read_text() == "0.6"
-    assert (tracking.model_folder(f"models:/{MODEL}/2", storage) / "model.json").read_text() == "0.4"
+    assert (registry.model_folder(f"models:/{MODEL}@champion", storage) / "model.json").read_text() == "0.6"
+    assert (registry.model_folder(f"models:/{MODEL}/2", storage) / "model.json").read_text() == "0.4"
     best = MlflowClient(tracked.uri).get_model_version_by_alias(MODEL, "champion")
     assert best.tags == {"metric": METRIC, "value": "0.6"}
+
+
+def test_a_model_is_linked_to_its_run_and_metrics(storage: str, tmp_path: Path) -> None:
+    with tracking.run(storage, experiment="pictograms", name="codet smoke", params={}) as tracked:
+        tracked.log_metrics({METRIC: 0.4, "train/loss": 1.0}, step=5)
+        tracked.log_metrics({METRIC: 0.5}, step=10)
+        folder = checkpoint(tmp_path / "model", "{}")
+        registry.register(tracked, folder, method="codet", data_set="pictograms", metric=METRIC, value=0.5)
+    (output,) = found(tracked).outputs.model_outputs
+    assert output.step == 10
+    model = tracked.client.get_logged_model(output.model_id)
+    assert (model.source_run_id, model.model_type, model.status) == (tracked.run_id, "codet", "READY")
+    assert [(each.key, each.value, each.step) for each in model.metrics] == [(METRIC, 0.5, 10)]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": MODEL, "version": 1}]
+    assert tracked.client.get_model_version(MODEL, "1").run_id == tracked.run_id
+    history = tracking.metric_history(tracked.uri, tracked.run_id, "eval/")
+    assert history == {METRIC: [(5, 0.4), (10, 0.5)]}
+
+
+def test_data_sets_are_inputs_with_their_digests(storage: str) -> None:
+    schema = tables.SCHEMAS["concepts"]
+    rows = pa.table([pa.array([], entry.type) for entry in schema], schema=schema)
+    part = tables.write_part(storage, "concepts", "x", "part.parquet", rows)
+    manifest = tables.publish(storage, "concepts", "x", [part], producer="test", config_hash="")
+    with tracking.run(storage, experiment="x", name="smoke", params={}) as tracked:
+        for _ in range(2):
+            tracked.log_data_set(storage, "concepts", "x", "training")
+    (entry,) = found(tracked).inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("concepts/x", manifest.digest)
+    assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
 
 
 @pytest.mark.parametrize("uri", ["models:/", "models:/x", "models:/x@champion", "models:/x/1", "runs:/x/y"])
 def test_unknown_model_is_bad_input(storage: str, uri: str) -> None:
     with pytest.raises(InputError, match=uri):
-        tracking.model_folder(uri, storage)
+        registry.model_folder(uri, storage)
 
 
 def test_model_lookup_creates_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(InputError, match=r"mlflow\.db does not exist"):
-        tracking.model_folder("models:/x@champion", str(tmp_path))
+        registry.model_folder("models:/x@champion", str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
