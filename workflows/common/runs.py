@@ -131,14 +131,18 @@ class ActiveRun:
             storage.upload_folder(Path(folder), model)
             with self.timing("evaluate"):  # the local copy, which need not be downloaded again
                 found = evaluate(folder)
-                registry.register(
-                    self.tracked,
-                    Path(folder),
-                    method=self.workflow,
-                    data_set=self.data_set,
-                    metric=found.headline,
-                    value=found.value,
-                )
+
+                def register() -> None:
+                    registry.register(
+                        self.tracked,
+                        Path(folder) if Path(folder).is_dir() else storage.local_folder(model),
+                        method=self.workflow,
+                        data_set=self.data_set,
+                        metric=found.headline,
+                        value=found.value,
+                    )
+
+                self.tracked.outbox.send(register)
         return Trained(
             model=model,
             metrics=found.metrics,

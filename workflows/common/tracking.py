@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +28,10 @@ from pyarrow import fs
 from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
 from workflows.common import quiet
+from workflows.common.outbox import Outbox
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it while it is imported
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # then `Outbox` tries again
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it names every table of a new database
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunInfo, RunStatus, RunTag
@@ -40,6 +43,8 @@ DataContext = Literal["training", "evaluation"]
 """What a run does with a data set."""
 PARAMS_PER_REQUEST, METRICS_PER_REQUEST, PARAM_CHARACTERS = 100, 1000, 6000
 """MLflow's limits."""
+OUTAGES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+"""Error codes of a server that does not answer, as of one that is not there."""
 KEY_TAG, PROCESS_TAG, NOTE_TAG = "run", "process", "mlflow.note.content"
 """Tags of a run: what it is continued by, the process that writes it, and its description."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -78,7 +83,7 @@ class MetricLogger:
         self._buffer: list[Metric] = []
         self._pictures: list[tuple[PIL.Image.Image, str, int]] = []
         self._pending: list[RunOperations] = []
-        self._client: MlflowClient | None = None
+        self._client: BackgroundClient | None = None
 
     def __reduce__(self) -> tuple[type["MetricLogger"], tuple[str, str]]:
         """Pickle without unsent metrics and open connections."""
@@ -101,7 +106,7 @@ class MetricLogger:
         if self._client is None:
             if not (self._buffer or self._pictures):
                 return  # opening the database of a new storage takes seconds
-            self._client = MlflowClient(self.uri)
+            self._client = BackgroundClient(self.uri)
         for start in range(0, len(self._buffer), METRICS_PER_REQUEST):
             part = self._buffer[start : start + METRICS_PER_REQUEST]
             sent = self._client.log_batch(self.run_id, metrics=part, synchronous=False)
@@ -115,6 +120,34 @@ class MetricLogger:
             self._pending.pop(0).wait()  # type: ignore[no-untyped-call]
 
 
+class BackgroundClient:
+    """What a `MetricLogger` uses of MLflow's client; calls wait while the server is away."""
+
+    def __init__(self, uri: str) -> None:
+        self._client, self._outbox = MlflowClient(uri), open_outbox(uri)
+
+    def log_batch(self, run_id: str, metrics: Sequence[Metric], *, synchronous: Literal[False]) -> RunOperations:
+        """As the client's."""
+        sent = self._outbox.put(partial(self._client.log_batch, run_id, metrics=metrics, synchronous=True))
+        return RunOperations([sent])  # type: ignore[no-untyped-call]
+
+    def log_image(self, run_id: str, image: PIL.Image.Image, *, key: str, step: int) -> None:
+        """As the client's."""
+        self._outbox.put(partial(self._client.log_image, run_id, image, key=key, step=step))
+
+
+def open_outbox(uri: str) -> Outbox:
+    """An outbox for calls to the tracking server."""
+    return Outbox(f"MLflow at {uri}", is_outage)
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether an error of a call means that the server or its storage is away."""
+    if isinstance(error, MlflowException):
+        return error.error_code in OUTAGES
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """An open run, written to by the driver."""
@@ -124,6 +157,8 @@ class TrackedRun:
     run_id: str
     artifact_uri: str
     client: MlflowClient = field(repr=False)
+    outbox: Outbox = field(repr=False)
+    """Takes calls, which then may wait for the server."""
 
     def logger(self) -> MetricLogger:
         """A logger with which a worker writes this run's metrics."""
@@ -131,21 +166,21 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics immediately."""
-        self.client.log_batch(self.run_id, metrics=_metrics(metrics, step))
+        self.outbox.send(partial(self.client.log_batch, self.run_id, metrics=_metrics(metrics, step)))
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Copy a file, or all files below a folder, to the run's artifacts, into `folder` if given."""
         if Path(path).is_dir():
-            self.client.log_artifacts(self.run_id, str(path), folder)
+            self.outbox.send(partial(self.client.log_artifacts, self.run_id, str(path), folder))
         else:
-            self.client.log_artifact(self.run_id, str(path), folder)
+            self.outbox.send(partial(self.client.log_artifact, self.run_id, str(path), folder))
 
     def log_image(self, image: PIL.Image.Image | np.ndarray, name: str, step: int | None = None) -> None:
         """Log a picture: the file `name`.jpg or, with a step, one of a series that MLflow shows with a slider."""
         if step is None:
-            self.client.log_image(self.run_id, image, artifact_file=f"{name}.jpg")
+            self.outbox.send(partial(self.client.log_image, self.run_id, image, artifact_file=f"{name}.jpg"))
         else:
-            self.client.log_image(self.run_id, image, key=name, step=step)
+            self.outbox.send(partial(self.client.log_image, self.run_id, image, key=name, step=step))
 
     def log_pictures(self, images: Sequence[PIL.Image.Image], prefix: str) -> None:
         """Log numbered pictures below `prefix`."""
@@ -156,7 +191,8 @@ class TrackedRun:
         """Log a table that MLflow can compare between runs; `path` ends in `.json`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # pandas', on MLflow's use of it
-            self.client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)
+            table = {name: list(values) for name, values in columns.items()}
+            self.outbox.send(partial(self.client.log_table, self.run_id, table, path))
 
     def log_data_set(self, storage_uri: str, table: tables.TableName, name: str, context: DataContext) -> None:
         """Log a table as an input of the run; again does nothing.
@@ -173,11 +209,11 @@ class TrackedRun:
             profile=json.dumps({"rows": manifest.rows}),
         )
         entry = DatasetInput(data_set, [InputTag("mlflow.data.context", context)])
-        self.client.log_inputs(self.run_id, [entry])
+        self.outbox.send(partial(self.client.log_inputs, self.run_id, [entry]))
 
     def log_text(self, text: str, path: str) -> None:
         """Log a text file."""
-        self.client.log_text(self.run_id, text, path)
+        self.outbox.send(partial(self.client.log_text, self.run_id, text, path))
 
     def describe(self, text: str) -> None:
         """Set the description, in Markdown, unless there is one."""
@@ -236,7 +272,7 @@ def run(
     keys = {KEY_TAG: key} if key else {}
     all_tags = {**own_tags, **keys, **_git_tags(), **_ray_tags(), **(tags or {})}
     info = _start(client, experiment_id, name, params, all_tags)
-    tracked = TrackedRun(uri, info.run_id, str(info.artifact_uri), client)
+    tracked = TrackedRun(uri, info.run_id, str(info.artifact_uri), client, open_outbox(uri))
     status = RunStatus.FAILED
     try:
         yield tracked
@@ -245,7 +281,8 @@ def run(
         status = RunStatus.KILLED
         raise
     finally:
-        client.set_terminated(tracked.run_id, RunStatus.to_string(status))
+        tracked.outbox.send(partial(client.set_terminated, tracked.run_id, RunStatus.to_string(status)))
+        tracked.outbox.wait()
 
 
 def local_folder(storage_uri: str) -> Path | None:

@@ -12,11 +12,12 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from data_prep import tables
 from ovd_models.errors import InputError
-from workflows.common import registry, tracking
+from workflows.common import outbox, registry, tracking
 
 METRIC = "eval/ap50_novel"
 MODEL = "ovd-codet-pictograms"
@@ -276,3 +277,54 @@ def test_a_description_links_to_the_run_of_a_key_and_is_not_overwritten(storage:
         tracked.describe("first")
         tracked.describe("second")
     assert found(tracked).data.tags["mlflow.note.content"] == "first"
+
+
+class Server:
+    """MLflow's tracking, which can be away."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_away = False
+        for name in ("log_batch", "log_image", "log_text", "set_terminated"):
+            monkeypatch.setattr(MlflowClient, name, self.unless_away(getattr(MlflowClient, name)))
+
+    def unless_away(self, method: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.is_away:
+                raise MlflowException("API request failed: connection refused")
+            return method(*arguments, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_an_outage_ends_neither_a_loop_nor_a_run(
+    returns: bool, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(outbox, "END_SECONDS", 1.0)
+    server = Server(monkeypatch)
+    with tracking.run(storage, experiment="x", name="smoke", params={}) as tracked:
+        logger = tracked.logger()
+        logger.log({"train/loss": 2.0}, 5)
+        logger.flush(wait=True)
+        server.is_away = True
+        logger.log({"train/loss": 1.0}, 10)
+        logger.log_image(PIL.Image.new("RGB", (4, 4)), "scene", 10)
+        logger.flush()
+        tracked.log_metrics({METRIC: 0.5}, 10)
+        tracked.log_text("text", "a.txt")
+        if not returns:
+            logger.flush(wait=True)
+            tracked.outbox.wait()
+        server.is_away = False
+        logger.flush(wait=True)
+    printed = capsys.readouterr().out.splitlines()
+    history = tracking.metric_history(tracked.uri, tracked.run_id, "")
+    assert found(tracked).info.status == "FINISHED"
+    if returns:
+        assert history == {METRIC: [(10, 0.5)], "train/loss": [(5, 2.0), (10, 1.0)]}
+        assert list(Path(storage).rglob("a.txt"))
+        assert not printed
+    else:
+        assert history == {"train/loss": [(5, 2.0)]}
+        assert [line.startswith(f"MLflow at {tracked.uri} is away: 2 results") for line in printed] == [True, True]
