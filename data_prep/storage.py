@@ -6,10 +6,12 @@ import hashlib
 import posixpath
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty, Queue
 
 from pyarrow import fs
 
@@ -20,6 +22,7 @@ TEMPORARY = ".tmp"
 """End of the names of local files that are being written."""
 RANGE_BYTES, RANGES_AT_A_TIME = 8 << 20, 8
 """Large objects are read in ranges of this size, several at a time, since a store limits each connection."""
+ANSWER_SECONDS = 10.0
 MARKERS = ("clip.json", "table.json", "config.json", "progress.pt")
 """Files whose presence marks a checkpoint folder as complete."""
 
@@ -61,7 +64,7 @@ def open_storage(uri: str, *, writes: bool = True) -> str:
         if isinstance(filesystem, fs.LocalFileSystem):
             _check_local(Path(path), writes)
         else:
-            filesystem.get_file_info(path)
+            _check_remote(filesystem, path)
     except InputError as error:
         raise InputError(f"--storage {error}") from error
     except OSError as error:
@@ -78,6 +81,26 @@ def _check_local(folder: Path, writes: bool) -> None:
     if writes:
         with tempfile.TemporaryFile(dir=place) as probe:  # has no name, so that a kill leaves nothing
             probe.write(b"x")
+
+
+def _check_remote(filesystem: fs.FileSystem, path: str) -> None:
+    """Raise OSError if an object store does not answer: pyarrow would try for a quarter of an hour."""
+    answers: Queue[OSError | None] = Queue()
+
+    def ask() -> None:
+        try:
+            filesystem.get_file_info(path)
+            answers.put(None)
+        except OSError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        failure = answers.get(timeout=ANSWER_SECONDS)
+    except Empty:
+        raise OSError(f"no answer in {ANSWER_SECONDS:g} s") from None
+    if failure is not None:
+        raise failure
 
 
 def absolute(uri: str) -> str:

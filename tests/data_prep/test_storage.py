@@ -1,3 +1,4 @@
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--storage /proc/store: .*expected a folder that this user may write to"):
         storage.open_storage("/proc/store")
     assert storage.open_storage("/proc", writes=False) == "/proc"
+
+
+def test_an_object_store_that_does_not_answer_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        uri = f"gs://anonymous@bucket/ovd?endpoint_override=127.0.0.1:{port}&scheme=http"
+        with pytest.raises(
+            InputError, match=r"--storage gs://.*: no answer in 0.5 s, expected a folder that this user"
+        ):
+            storage.open_storage(uri)
 
 
 def test_a_local_folder_is_its_own_copy_whether_path_or_uri(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from object_storage import BUCKET, s3_server
 from PIL import Image
 
 from data_prep import tables
@@ -234,6 +235,8 @@ def test_remote_storage_without_tracking_is_refused_before_any_work(
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(evaluate, "evaluate", never)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--storage", "gs://anonymous@bucket/x", "--model", run.model])
-    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI"):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--storage", f"s3://{BUCKET}/x", "--model", run.model])
+    with s3_server() as variables, pytest.raises(InputError, match="MLFLOW_TRACKING_URI"):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         evaluate.main()

@@ -40,7 +40,8 @@ def run(script: str, *flags: str, cwd: Path, expected: int = 0) -> str:
     """The output of a script that ends with an exit code; its errors if that is not 0."""
     done = subprocess.run(command(script, *flags), capture_output=True, text=True, cwd=cwd, timeout=600)
     assert done.returncode == expected, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if "PlacementGroupCleaner" not in line]  # other Rays here
+    assert "Traceback" not in "\n".join(errors)
     return done.stderr if expected else done.stdout
 
 
@@ -85,8 +86,7 @@ def test_a_smoke_training_reads_and_writes_a_bucket(method: str, server: dict[st
     assert left_over(server) == []
     if method != "clip":
         assert "metrics, pictures" in run("evaluate.py", "--model", model, "--boxes", "smoke-eval", cwd=tmp_path)
-    registered = "models:/ovd-clip-smoke@champion" if method == "clip" else f"models:/ovd-{method}-smoke@champion"
-    assert any("mlartifacts" in key for key in object_storage.keys(server)), registered
+    assert any(f"/models/ovd-{method}-smoke/" in key for key in object_storage.keys(server, "ovd/mlartifacts/"))
     if method == "codet":
         check_serving(model, tmp_path)
 
@@ -102,7 +102,7 @@ def check_serving(model: str, cwd: Path) -> None:
         with urllib.request.urlopen(f"{url}/v1/model", timeout=60) as answer:
             assert json.load(answer)["method"] == "codet"
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(timeout=120)
 
 
@@ -123,7 +123,7 @@ def test_a_killed_training_resumes_from_a_bucket(workers: int, server: dict[str,
         for name, value in settings.items():
             flags += [f"--{stage.replace('_', '-')}.{name}", str(value)]
     whole = model_of(run("codet.py", *flags, cwd=tmp_path))
-    first = runs.find_run(STORE, "codet", "smoke")
+    first = whole.split("/")[-2]
     killed = subprocess.Popen(
         command("codet.py", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path,
         start_new_session=True,

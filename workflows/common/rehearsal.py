@@ -37,7 +37,7 @@ class Rehearsal(MetricLogger):
     def log_image(self, *_: object) -> None:
         """Do nothing."""
 
-    def flush(self, *, wait: bool = False) -> None:
+    def flush(self, *, until: int | None = None, wait: bool = False) -> None:
         """Do nothing."""
 
     def fit(self, worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ import ray.train
 import torch
 import torch.distributed
 from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.train import CheckpointConsistencyMode, CheckpointUploadMode
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,6 +57,7 @@ class Session:
         self.stage, self.settings, self.device, self.logger, self.step = stage, stage.settings, device, logger, 0
         self.meter = Meter()
         self._replaced = 0
+        self._uploading = self._committed = 0  # steps of the last checkpoint and of the last one that is committed
         self._first_broken = torch.tensor(-1, device=device)  # the first step whose loss is not finite
         self._part = 0  # of the batch, from 0 to `accumulate` - 1
         if device.type == "cuda" and self.world > 1:
@@ -188,7 +190,7 @@ class Session:
     def end_step(self, losses: Mapping[str, Tensor], images: int) -> None:
         """Log and checkpoint when due, after the last part of the batch.
 
-        Metrics are sent after the checkpoint is committed: steps that a crash undoes are never logged.
+        Metrics are sent when the checkpoint after them is committed: steps that a crash undoes are never logged.
 
         Args:
             losses: of the step or its part.
@@ -212,8 +214,8 @@ class Session:
             print_progress(self.stage.job, self.step, self.settings.steps, metrics)
         if self.due:
             with self.meter.timing("checkpoint"):
-                self.checkpoint()
-            self.logger.flush(wait=self.done)
+                committed = self.checkpoint()
+            self.logger.flush(until=committed, wait=self.done)
 
     @property
     def due(self) -> bool:
@@ -225,34 +227,54 @@ class Session:
         """Whether the last step is done."""
         return self.step >= self.settings.steps
 
-    def checkpoint(self) -> None:
-        """Save from rank 0 and report from all ranks; returns when the checkpoint is committed.
+    def checkpoint(self) -> int:
+        """Save from rank 0 and report from all ranks; returns the last step whose checkpoint is committed.
+
+        Ray Train uploads what was saved to a local folder beside the next steps. First the upload before is waited
+        for, so that at most one is under way, and at the end of the training the last one.
 
         Raises:
             FloatingPointError: a loss was not finite; nothing is saved.
         """
         self._check_losses()
+        self._wait_for_upload()
         report = {"step": self.step}
         if self.rank != 0:
-            ray.train.report(report)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(self.module.state_dict(), Path(folder) / "model.pt")
-            if self.average is not None:
-                torch.save(self.average.module.state_dict(), Path(folder) / "average.pt")
-            progress = {
-                "average": {} if self.average is None else self.average.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "step": self.step,
-            }
-            torch.save(progress, Path(folder) / "progress.pt")
-            if not self.settings.workers:  # Ray Train keeps no checkpoints of a loop inside the driver
+            ray.train.report(report, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+        elif self.settings.workers:
+            folder = tempfile.mkdtemp(prefix="ovd-")
+            self._write(Path(folder))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)  # deleted after its upload
+            ray.train.report(report, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+        else:  # Ray Train keeps no checkpoints of a loop inside the driver
+            with tempfile.TemporaryDirectory() as folder:
+                self._write(Path(folder))
                 storage.upload_folder(Path(folder), storage.join(self.stage.folder, self._next))
-                self._next = other_than(self._next)
-                return
-            ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            self._next = other_than(self._next)
+        self._uploading = self.step
+        if self.done or not self.settings.workers:
+            self._wait_for_upload()
+        return self._committed
+
+    def _write(self, folder: Path) -> None:
+        """Write the files of a checkpoint."""
+        torch.save(self.module.state_dict(), folder / "model.pt")
+        if self.average is not None:
+            torch.save(self.average.module.state_dict(), folder / "average.pt")
+        progress = {
+            "average": {} if self.average is None else self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+        }
+        torch.save(progress, folder / "progress.pt")
+
+    def _wait_for_upload(self) -> None:
+        """Return when the last reported checkpoint is committed; the other ranks wait for rank 0 at their next one."""
+        if self.rank == 0 and self.settings.workers and self._uploading > self._committed:
+            ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        self._committed = self._uploading
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

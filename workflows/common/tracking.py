@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -74,7 +75,7 @@ class MetricLogger:
     Example:
         >>> logger.log({"train/loss": 0.7}, step=20)
         >>> ray.train.report(metrics, checkpoint=checkpoint)
-        >>> logger.flush()
+        >>> logger.flush(until=20)
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
@@ -97,8 +98,12 @@ class MetricLogger:
         """Add a picture of a series that MLflow shows with a slider."""
         self._pictures.append((image, name, step))
 
-    def flush(self, *, wait: bool = False) -> None:
+    def flush(self, *, until: int | None = None, wait: bool = False) -> None:
         """Send what was added, in the background unless `wait`; a loop's last flush should wait.
+
+        Args:
+            until: the last step to send; all if None.
+            wait: whether to return only when everything is sent.
 
         Raises:
             MlflowException: on `wait`, the tracking server refused something sent since the last one.
@@ -107,15 +112,18 @@ class MetricLogger:
             if not (self._buffer or self._pictures):
                 return  # opening the database of a new storage takes seconds
             self._client = BackgroundClient(self.uri)
-        for start in range(0, len(self._buffer), METRICS_PER_REQUEST):
-            part = self._buffer[start : start + METRICS_PER_REQUEST]
+        limit = math.inf if until is None else until
+        due = [metric for metric in self._buffer if metric.step <= limit]
+        for start in range(0, len(due), METRICS_PER_REQUEST):
+            part = due[start : start + METRICS_PER_REQUEST]
             sent = self._client.log_batch(self.run_id, metrics=part, synchronous=False)
             if sent is not None:
                 self._pending.append(sent)
-        self._buffer.clear()
+        self._buffer = [metric for metric in self._buffer if metric.step > limit]
         for image, name, step in self._pictures:
-            self._client.log_image(self.run_id, image, key=name, step=step)
-        self._pictures.clear()
+            if step <= limit:
+                self._client.log_image(self.run_id, image, key=name, step=step)
+        self._pictures = [picture for picture in self._pictures if picture[2] > limit]
         while wait and self._pending:
             self._pending.pop(0).wait()  # type: ignore[no-untyped-call]
 
