@@ -116,7 +116,7 @@ def hold(storage_uri: str, name: str, *, wait_seconds: float = WAIT_SECONDS) -> 
     Raises:
         InputError: another process holds it and goes on to for `wait_seconds`.
     """
-    uri = storage.absolute(storage.join(storage_uri, "locks", f"{name.replace('/', '-')}.lock"))
+    uri = _lock_uri(storage_uri, name)
     if uri in _held:
         yield
         return
@@ -132,6 +132,19 @@ def hold(storage_uri: str, name: str, *, wait_seconds: float = WAIT_SECONDS) -> 
             yield
         finally:
             _held.discard(uri)
+
+
+def is_free(storage_uri: str, name: str) -> bool:
+    """Whether no process holds the lock of a name, on any machine; False where the storage has no locks."""
+    uri = _lock_uri(storage_uri, name)
+    has_locks = isinstance(storage.resolve(uri)[0], fs.LocalFileSystem) or uri.startswith(s3.SCHEME)
+    if uri in _held or not has_locks:
+        return False
+    try:
+        with hold(storage_uri, name, wait_seconds=0):
+            return True
+    except InputError:
+        return False
 
 
 def exclusive(*names: tables.TableName) -> Callable[[Callable[Concatenate[R, P], T]], Callable[Concatenate[R, P], T]]:
@@ -152,6 +165,10 @@ def exclusive(*names: tables.TableName) -> Callable[[Callable[Concatenate[R, P],
         return locked
 
     return decorate
+
+
+def _lock_uri(storage_uri: str, name: str) -> str:
+    return storage.absolute(storage.join(storage_uri, "locks", f"{name.replace('/', '-')}.lock"))
 
 
 def _refusal(name: str, holder: Holder | None) -> InputError:

@@ -259,7 +259,7 @@ def run(
     """Start or continue a run that ends with the block.
 
     Its status is then FINISHED, FAILED after an exception, or KILLED after Ctrl-C or `ray job stop`. Runs of processes
-    of this machine that ended without this are ended as KILLED.
+    that ended without this are ended as KILLED, see `end_dead_runs`.
 
     Args:
         storage_uri: where the job keeps its files; decides where the run is tracked.
@@ -275,7 +275,7 @@ def run(
     """
     uri = tracking_uri(storage_uri)
     client, experiment_id = _open(uri, storage_uri, experiment)
-    end_dead_runs(client)
+    end_dead_runs(client, storage_uri)
     own_tags = {"mlflow.source.name": sys.argv[0], PROCESS_TAG: locks.Holder.this_process().to_json()}
     keys = {KEY_TAG: key} if key else {}
     all_tags = {**own_tags, **keys, **_git_tags(), **_ray_tags(), **(tags or {})}
@@ -347,12 +347,17 @@ def _start(
     return run.info
 
 
-def end_dead_runs(client: MlflowClient) -> None:
-    """End the running runs whose process was one of this machine and has ended, as KILLED."""
+def end_dead_runs(client: MlflowClient, storage_uri: str) -> None:
+    """End the running runs whose process has ended, as KILLED.
+
+    These are runs of processes of this machine, and trainings on this storage whose lock nobody holds.
+    """
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     for run in client.search_runs(experiments, "attributes.status = 'RUNNING'") if experiments else []:
         holder = locks.Holder.parse(run.data.tags.get(PROCESS_TAG, ""))
-        if holder is not None and holder.is_dead():
+        job = f"runs/{run.data.tags.get(KEY_TAG, '')}"
+        is_here = KEY_TAG in run.data.tags and storage.exists(storage.join(storage_uri, job))
+        if holder is not None and (holder.is_dead() or (is_here and locks.is_free(storage_uri, job))):
             with contextlib.suppress(MlflowException):  # another user's
                 client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
 

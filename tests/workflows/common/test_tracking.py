@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -5,6 +6,7 @@ import pickle
 import signal
 import sqlite3
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from data_prep import tables
+from data_prep import locks, tables
 from ovd_models.errors import InputError
 from workflows.common import outbox, registry, tracking
 
@@ -232,6 +234,33 @@ def test_runs_of_killed_processes_end_with_the_next_one(storage: str) -> None:
         runs = alive.client.search_runs([each.experiment_id for each in alive.client.search_experiments()])
         assert sorted(run.info.status for run in runs if run.info.run_name == "killed") == ["KILLED", "KILLED"]
         assert found(alive).info.status == "RUNNING"
+
+
+def hold_lock(storage: str, name: str, held: Event, ended: Event) -> None:
+    with locks.hold(storage, name):
+        held.set()
+        ended.wait()
+
+
+def test_a_training_of_another_machine_ends_if_nobody_holds_its_lock(storage: str) -> None:
+    Path(storage, "runs/codet/a").mkdir(parents=True)
+    held, ended = multiprocessing.Event(), multiprocessing.Event()
+    holder = multiprocessing.Process(target=hold_lock, args=(storage, "runs/codet/a", held, ended))
+    holder.start()
+    held.wait()
+    elsewhere = dataclasses.replace(locks.Holder.this_process(), machine="another boot")
+    with tracking.run(storage, experiment="x", name="x", params={}) as tracked:
+        client, experiment = tracked.client, found(tracked).info.experiment_id
+        ids = {}
+        for key in ("codet/a", "codet/on another storage"):
+            ids[key] = client.create_run(experiment, tags={"process": elsewhere.to_json(), "run": key}).info.run_id
+        tracking.end_dead_runs(client, storage)
+        assert {client.get_run(each).info.status for each in ids.values()} == {"RUNNING"}
+        ended.set()
+        holder.join()
+        tracking.end_dead_runs(client, storage)
+        assert [client.get_run(each).info.status for each in ids.values()] == ["KILLED", "RUNNING"]
+        assert found(tracked).info.status == "RUNNING"
 
 
 def test_a_run_goes_on_in_the_run_of_its_key(storage: str) -> None:
