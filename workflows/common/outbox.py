@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 RETRY_SECONDS = 5.0
 """Pause after a call that got no answer."""
-END_SECONDS = 60.0
-"""How long the end of a job waits for a server that is away."""
+END_SECONDS, FILE_END_SECONDS = 60.0, 5.0
+"""How long the end of a job waits for a server, and for a database on a disk, that is away."""
 
 
 @dataclass
@@ -38,14 +38,15 @@ class Outbox:
         >>> outbox.wait()  # at the end of the job
     """
 
-    def __init__(self, server: str, is_outage: Callable[[Exception], bool]) -> None:
+    def __init__(self, server: str, is_outage: Callable[[Exception], bool], patience: float) -> None:
         """Start empty.
 
         Args:
             server: its name in the message about calls that were given up.
             is_outage: whether an error means that the server is away, not that it refuses the call.
+            patience: how many seconds `wait` waits for a server that is away.
         """
-        self._server, self._is_outage = server, is_outage
+        self._server, self._is_outage, self._patience = server, is_outage, patience
         self._waiting: deque[Delivery] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -104,7 +105,7 @@ class Outbox:
 
     def wait(self) -> None:
         """Return when all calls are made; if the server stays away, give them up and say so in one line."""
-        deadline = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + self._patience
         with self._changed:
             while self._waiting and (self._outage is None or time.monotonic() < deadline):
                 self._changed.wait(0.1)

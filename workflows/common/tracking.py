@@ -28,7 +28,7 @@ from pyarrow import fs
 
 from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
-from workflows.common import quiet
+from workflows.common import outbox, quiet
 from workflows.common.outbox import Outbox
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it while it is imported
@@ -146,7 +146,8 @@ class BackgroundClient:
 
 def open_outbox(uri: str) -> Outbox:
     """An outbox for calls to the tracking server."""
-    return Outbox(f"MLflow at {uri}", is_outage)
+    patience = outbox.END_SECONDS if uri.startswith(("http", "databricks")) else outbox.FILE_END_SECONDS
+    return Outbox(f"MLflow at {uri}", is_outage, patience)
 
 
 def is_outage(error: Exception) -> bool:

@@ -24,13 +24,12 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.02)
-    monkeypatch.setattr(outbox, "END_SECONDS", 0.3)
     return Server()
 
 
 @pytest.fixture
 def box(server: Server) -> Outbox:
-    return Outbox("the server", lambda error: isinstance(error, ConnectionError))
+    return Outbox("the server", lambda error: isinstance(error, ConnectionError), patience=0.3)
 
 
 def test_calls_are_kept_in_order_until_the_server_answers(

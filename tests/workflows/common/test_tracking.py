@@ -330,7 +330,7 @@ def test_an_outage_ends_neither_a_loop_nor_a_run(
     returns: bool, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(outbox, "END_SECONDS", 1.0)
+    monkeypatch.setattr(outbox, "FILE_END_SECONDS", 1.0)
     server = Server(monkeypatch)
     with tracking.run(storage, experiment="x", name="smoke", params={}) as tracked:
         logger = tracked.logger()
