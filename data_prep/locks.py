@@ -72,6 +72,18 @@ class Holder:
             started=_start_time(os.getpid()),
         )
 
+    @classmethod
+    def parse(cls, text: str) -> "Holder | None":
+        """The holder in the first line of a text that begins with one's `to_json`; None if there is none."""
+        try:
+            return cls(**json.loads(text.partition("\n")[0]))
+        except (ValueError, TypeError):
+            return None
+
+    def to_json(self) -> str:
+        """As one line."""
+        return json.dumps(asdict(self))
+
     def is_dead(self) -> bool:
         """Whether it was a process of this machine that has ended."""
         return self.machine == Holder.this_process().machine and _start_time(self.pid) != self.started
@@ -104,7 +116,7 @@ def hold(storage_uri: str, name: str, *, wait_seconds: float = WAIT_SECONDS) -> 
     Raises:
         InputError: another process holds it and goes on to for `wait_seconds`.
     """
-    uri = storage.absolute(storage.join(storage_uri, "locks", f"{name.replace('/', '-')}.lock"))
+    uri = _lock_uri(storage_uri, name)
     if uri in _held:
         yield
         return
@@ -120,6 +132,19 @@ def hold(storage_uri: str, name: str, *, wait_seconds: float = WAIT_SECONDS) -> 
             yield
         finally:
             _held.discard(uri)
+
+
+def is_free(storage_uri: str, name: str) -> bool:
+    """Whether no process holds the lock of a name, on any machine; False where the storage has no locks."""
+    uri = _lock_uri(storage_uri, name)
+    has_locks = isinstance(storage.resolve(uri)[0], fs.LocalFileSystem) or uri.startswith(s3.SCHEME)
+    if uri in _held or not has_locks:
+        return False
+    try:
+        with hold(storage_uri, name, wait_seconds=0):
+            return True
+    except InputError:
+        return False
 
 
 def exclusive(*names: tables.TableName) -> Callable[[Callable[Concatenate[R, P], T]], Callable[Concatenate[R, P], T]]:
@@ -142,6 +167,10 @@ def exclusive(*names: tables.TableName) -> Callable[[Callable[Concatenate[R, P],
     return decorate
 
 
+def _lock_uri(storage_uri: str, name: str) -> str:
+    return storage.absolute(storage.join(storage_uri, "locks", f"{name.replace('/', '-')}.lock"))
+
+
 def _refusal(name: str, holder: Holder | None) -> InputError:
     who = holder or "a process that has not said who it is"
     return InputError(f"{name}: being written by {who}, expected one job of a name at a time")
@@ -155,12 +184,12 @@ def _hold_file(path: Path, name: str, deadline: float) -> Iterator[None]:
     created = [each for each in (path.parent, path.parent.parent) if not each.exists()]
     while (file := _try_file(path)) is None:
         if time.monotonic() > deadline:
-            holder = _parse(path.read_text()) if path.exists() else None
+            holder = Holder.parse(path.read_text()) if path.exists() else None
             raise _refusal(name, holder)
         time.sleep(POLL_SECONDS)
     with file:  # its end ends the lock
         file.truncate(0)
-        file.write(json.dumps(asdict(Holder.this_process())))
+        file.write(Holder.this_process().to_json())
         file.flush()
         try:
             yield
@@ -184,14 +213,6 @@ def _try_file(path: Path) -> TextIO | None:
             return None
         stack.pop_all()
         return file
-
-
-def _parse(text: str) -> Holder | None:
-    """The holder in the first line of a lock's content."""
-    try:
-        return Holder(**json.loads(text.partition("\n")[0]))
-    except (ValueError, TypeError):
-        return None
 
 
 # ----------------------------------------------------------------------------------------------------------- objects
@@ -242,7 +263,7 @@ class ObjectLock:
                 found = self._client.get_object(**self._object)
             except self._client.exceptions.NoSuchKey:
                 return False  # released just now
-            self.holder = _parse(found["Body"].read().decode())
+            self.holder = Holder.parse(found["Body"].read().decode())
         answered = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])  # by the server's clock
         is_old = (answered - found["LastModified"]).total_seconds() > EXPIRES_SECONDS
         is_dead = self.holder is not None and self.holder.is_dead()
@@ -267,7 +288,7 @@ class ObjectLock:
         from botocore.exceptions import ClientError
 
         self._writes += 1  # another content each time, and so another tag
-        body = f"{json.dumps(asdict(Holder.this_process()))}\n{self._writes}"
+        body = f"{Holder.this_process().to_json()}\n{self._writes}"
         with s3.errors(self._uri, "cannot be written"):
             try:
                 written: Any = self._client.put_object(**self._object, Body=body.encode(), **condition)

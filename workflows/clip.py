@@ -38,7 +38,7 @@ from ovd_models.clip.towers import trim_tokens
 from ovd_models.clip.zero_shot import calibration_error, fit_temperature
 from ovd_models.vocabulary import build_vocabulary
 from workflows import prepare_pairs
-from workflows.common import cli, runs, tracking, training
+from workflows.common import cli, descriptions, runs, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import Evaluation, Trained
 from workflows.common.session import Session
@@ -56,7 +56,7 @@ class Accuracy:
 
     def named(self) -> dict[str, float]:
         """The values under MLflow's names."""
-        return {"eval/pictograms/top1_base": self.top1_base, "eval/pictograms/top1_novel": self.top1_novel}
+        return {"eval/accuracy_base": self.top1_base, "eval/accuracy_novel": self.top1_novel}
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,19 @@ def train(run: Run) -> Trained[Accuracy]:
     Raises:
         InputError: the pairs or the pretrained weights are missing or do not fit.
     """
-    pretrained = read_pretrained(run)
+    title, pretrained = descriptions.run_name("clip", run, CONFIGS), read_pretrained(run)
     if pretrained is not None:
         run = dataclasses.replace(run, model=pretrained.config)
     settings = run.optimisation
-    with runs.open_run(run, "clip", tables_read={"pairs": run.pairs}, inputs={}, stages=(settings,)) as active:
+    with runs.open_run(
+        run,
+        "clip",
+        title=title,
+        data_set=run.pairs,
+        tables_read={"pairs": run.pairs},
+        inputs={},
+        stages=(settings,),
+    ) as active:
         first = active.save("first", partial(save_clip, pretrained)) if pretrained is not None else ""
         stage = Stage(
             job="clip",
@@ -218,9 +226,9 @@ def train(run: Run) -> Trained[Accuracy]:
         def log(folder: str) -> Evaluation[Accuracy]:
             scores = accuracy.named() | {f"calibration/{name}": value for name, value in calibration.items()}
             active.tracked.log_metrics(scores, settings.steps)
-            return Evaluation(metrics=accuracy, headline="eval/pictograms/top1_novel", value=accuracy.top1_novel)
+            return Evaluation(metrics=accuracy, headline="eval/accuracy_novel", value=accuracy.top1_novel)
 
-        return active.finish(write, log, f"ovd-clip-{run.config}")
+        return active.finish(write, log)
 
 
 def dry_run(run: Run) -> None:

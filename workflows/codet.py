@@ -39,7 +39,7 @@ from ovd_models.importers.backbones import adopt_config, fit_config, load_backbo
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
 from workflows import evaluate, prepare_boxes, prepare_pairs
-from workflows.common import cli, runs, starting_weights, tracking, training
+from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
@@ -182,11 +182,14 @@ def train(run: Run) -> Trained[Metrics]:
     Raises:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
+    title = descriptions.run_name("codet", run, CONFIGS)
     run, encoder, names, weights = read_inputs(run)
     boxes, joint = run.box_stage, run.joint_stage
     with runs.open_run(
         run,
         "codet",
+        title=title,
+        data_set=run.boxes,
         tables_read={
             "boxes": f"{run.boxes}-train",
             "categories": run.boxes,
@@ -206,15 +209,15 @@ def train(run: Run) -> Trained[Metrics]:
             boxes_model = active.save("boxes_model", partial(save, run, weights, names, encoder))
         active.outputs["boxes_model"] = boxes_model
         with active.timing("evaluate"):
-            supervised = evaluate_model(run, active, boxes_model, f"eval/{run.boxes}/box_supervised", boxes)
+            supervised = evaluate_model(run, active, boxes_model, "eval/box_supervised", boxes)
         with active.timing("joint"):
             weights = train_stage(run, active.stage("joint", joint), names, encoder_folder, weights, logger)
 
         def evaluate_joint(model: str) -> Evaluation[Metrics]:
-            found = evaluate_model(run, active, model, f"eval/{run.boxes}", joint)
+            found = evaluate_model(run, active, model, "eval", joint)
             return found.of(Metrics(supervised.metrics, found.metrics))
 
-        return active.finish(partial(save, run, weights, names, encoder), evaluate_joint, f"ovd-codet-{run.boxes}")
+        return active.finish(partial(save, run, weights, names, encoder), evaluate_joint)
 
 
 def read_inputs(run: Run) -> tuple[Run, TextEncoder, CodetNames, dict[str, Tensor]]:

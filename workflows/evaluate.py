@@ -25,7 +25,7 @@ from ovd_models.evaluation import DetectionMetrics, evaluate_detections
 from ovd_models.predictors import load_segmenter
 from ovd_models.sam.model import SamModel
 from ovd_models.vocabulary import SynonymRule
-from workflows.common import cli, tracking
+from workflows.common import cli, registry, tracking
 from workflows.common.runs import Evaluation
 from workflows.common.tracking import TrackedRun
 from workflows.reports.detections import DetectorRun, draw_comparison, read_box_images
@@ -115,7 +115,7 @@ def evaluate_segmenter(run: Run) -> SegmentationReport:
     Raises:
         InputError: a model or a table is missing, or no object has a mask.
     """
-    segmenter = load_segmenter(tracking.local_model(run.model, run.storage), run.device)
+    segmenter = load_segmenter(registry.local_model(run.model, run.storage), run.device)
     categories, _ = run.read_categories()
     return evaluate_ovsam(
         run.storage,
@@ -149,6 +149,7 @@ def evaluate_and_log(run: Run, tracked: TrackedRun, prefix: str, step: int) -> E
         InputError: the model or a table is missing.
     """
     metrics, pictures = evaluate(run)
+    tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
     log_detection_metrics(tracked, metrics, pictures, prefix, step)
     return Evaluation(
         metrics=metrics, headline=f"{prefix}/{metrics.headline}", value=metrics.summary()[metrics.headline]
@@ -160,18 +161,28 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__)
     tracking.tracking_uri(run.storage)  # refuses a wrong storage before any work
     started = time.perf_counter()
-    folder = tracking.local_model(run.model, run.storage)
+    folder = registry.local_model(run.model, run.storage)
     local = replace(run, model=str(folder))
-    start_run = partial(tracking.run, run.storage, experiment="evaluate", name=run.boxes, params=cli.flatten(run))
-    if read_info(folder).method == "ovsam":
+    method = read_info(folder).method
+    start_run = partial(
+        tracking.run,
+        run.storage,
+        experiment=run.boxes.removesuffix("-eval"),
+        name=f"{method} evaluated, {run.boxes}",
+        params=cli.flatten(run),
+        tags={"method": method},
+    )
+    if method == "ovsam":
         report = evaluate_segmenter(local)
         with start_run() as tracked:
-            report.log(tracked, f"eval/{run.boxes}", 0)
+            tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
+            report.log(tracked, "eval", 0)
         print(report.table())
     else:
         metrics, pictures = evaluate(local)
         with start_run() as tracked:
-            log_detection_metrics(tracked, metrics, pictures, f"eval/{run.boxes}", 0)
+            tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
+            log_detection_metrics(tracked, metrics, pictures, "eval", 0)
         for name, value in metrics.summary().items():
             print(f"{name:12} {value:.3f}")
     print(f"{time.perf_counter() - started:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}")

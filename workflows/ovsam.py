@@ -41,7 +41,7 @@ from ovd_models.sam.model import SamConfig, SamModel, load_sam
 from ovd_models.sam.training import SamTraining
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import prepare_boxes
-from workflows.common import cli, runs, tracking, training
+from workflows.common import cli, descriptions, runs, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
@@ -150,7 +150,12 @@ def teach_sam(run: Run) -> str:
         InputError: the table of masks is missing.
     """
     with runs.open_run(
-        run, "ovsam", tables_read={"boxes": f"{run.boxes}-train"}, inputs={}, stages=(run.sam_stage,)
+        run,
+        "ovsam",
+        data_set=run.boxes,
+        tables_read={"boxes": f"{run.boxes}-train"},
+        inputs={},
+        stages=(run.sam_stage,),
     ) as active:
         return train_sam(run, active)
 
@@ -315,6 +320,8 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
     with runs.open_run(
         run,
         "ovsam",
+        title=descriptions.run_name("ovsam", run, CONFIGS),
+        data_set=run.boxes,
         tables_read={"boxes": f"{run.boxes}-train", "categories": run.boxes},
         inputs=inputs,
         stages=(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage),
@@ -338,7 +345,7 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
                 text = train_text(run, model.config, sam, clip, names, active)
                 active.outputs["text"] = active.save("text_model", partial(save, run, text, encoder, names))
         evaluation = partial(evaluate_models, run, model.eval(), sam, text, names, active)
-        return active.finish(partial(save, run, model, encoder, names), evaluation, f"ovd-ovsam-{run.boxes}")
+        return active.finish(partial(save, run, model, encoder, names), evaluation)
 
 
 def dry_run(run: Run) -> None:
@@ -381,11 +388,10 @@ def evaluate_models(
         limit=run.eval_images,
         device=training.device_of(run.clip2sam_stage),
     )
-    report.log(active.tracked, f"eval/{run.boxes}", run.clip2sam_stage.steps)
+    active.tracked.log_data_set(run.storage, "boxes", f"{run.boxes}-eval", "evaluation")
+    report.log(active.tracked, "eval", run.clip2sam_stage.steps)
     metric = "accuracy_novel" if "novel" in names.splits.values() else "accuracy_all"
-    return Evaluation(
-        metrics=report, headline=f"eval/{run.boxes}/ovsam/box/{metric}", value=report.rows["ovsam", "box"][metric]
-    )
+    return Evaluation(metrics=report, headline=f"eval/{metric}", value=report.rows["ovsam", "box"][metric])
 
 
 def prepare_data(run: Run) -> Run:

@@ -30,7 +30,7 @@ from ray.serve.schema import LoggingConfig
 
 from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
-from workflows.common import cli, cluster, tracking
+from workflows.common import cli, cluster, registry
 from workflows.serving.api import Endpoint
 from workflows.serving.requests import RETRY_AFTER_SECONDS, Limits
 
@@ -73,7 +73,7 @@ def check_model(run: Run) -> None:
     Raises:
         InputError: there is no such checkpoint, or its method is not served.
     """
-    method = read_info(tracking.local_model(run.model, run.storage)).method
+    method = read_info(registry.local_model(run.model, run.storage)).method
     if method not in SERVED_METHODS:
         raise InputError(f"{run.model}: a checkpoint of method {method!r}, expected one of {', '.join(SERVED_METHODS)}")
 

@@ -31,7 +31,7 @@ from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_co
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, evaluate, prepare_boxes
-from workflows.common import cli, runs, starting_weights, tracking, training
+from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
@@ -112,10 +112,11 @@ def train(run: Run) -> Trained[DetectionMetrics]:
     Raises:
         InputError: a table, the teacher or the embeddings are missing or do not fit.
     """
+    title = descriptions.run_name("vild", run, CONFIGS)
     run, names, encoder = read_inputs(run)
     if run.proposals:
         check_proposals(run)
-    with open_vild_run(run, encoder) as active:
+    with open_vild_run(run, title, encoder) as active:
         logger = active.tracked.logger()
         with active.timing("rpn"):
             proposals = run.proposals or train_proposals(run, names, encoder, active)
@@ -130,7 +131,7 @@ def train(run: Run) -> Trained[DetectionMetrics]:
         model = ViLD(run.model)
         model.load_state_dict(weights)
         evaluation = partial(evaluate_model, run, active)
-        return active.finish(partial(save, run, model, encoder, names), evaluation, f"ovd-vild-{run.boxes}")
+        return active.finish(partial(save, run, model, encoder, names), evaluation)
 
 
 def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
@@ -141,11 +142,13 @@ def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
     return complete(run, names), names, encoder
 
 
-def open_vild_run(run: Run, encoder: TextEncoder) -> AbstractContextManager[ActiveRun]:
+def open_vild_run(run: Run, title: str, encoder: TextEncoder) -> AbstractContextManager[ActiveRun]:
     """Open or resume the run of either stage."""
     return runs.open_run(
         run,
         "vild",
+        title=title,
+        data_set=run.boxes,
         tables_read={"boxes": run.train_table, "categories": run.boxes},
         inputs={"teacher": encoder.teacher, "backbone": starting_weights.digest_of(run.backbone_weights)},
         stages=(run.rpn_stage, run.detector_stage),
@@ -158,8 +161,9 @@ def train_rpn(run: Run) -> str:
     Raises:
         InputError: a table or the teacher is missing.
     """
+    title = descriptions.run_name("vild", run, CONFIGS)
     run, names, encoder = read_inputs(run)
-    with open_vild_run(run, encoder) as active:
+    with open_vild_run(run, title, encoder) as active:
         return train_proposals(run, names, encoder, active)
 
 
@@ -273,7 +277,7 @@ def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[Detect
         synonyms=run.synonyms,
         device=training.device_of(run.detector_stage),
     )
-    return evaluate.evaluate_and_log(settings, active.tracked, f"eval/{run.boxes}", run.detector_stage.steps)
+    return evaluate.evaluate_and_log(settings, active.tracked, "eval", run.detector_stage.steps)
 
 
 def save(run: Run, model: ViLD, encoder: TextEncoder, names: VildNames, folder: Path) -> None:

@@ -67,11 +67,14 @@ def test_the_second_job_is_told_who_works_and_a_killed_one_holds_nothing(place: 
             pass
         with locks.hold(place, "pairs/other", wait_seconds=0):
             pass
+        assert not locks.is_free(place, "pairs/mine")
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert locks.is_free(place, "pairs/mine")
         started = time.monotonic()
         with locks.hold(place, "pairs/mine"):
             assert time.monotonic() - started < 3
+            assert not locks.is_free(place, "pairs/mine")
 
 
 def test_a_job_waits_for_one_that_ends_soon(place: str) -> None:

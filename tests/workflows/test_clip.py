@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 from data_prep import tables
@@ -16,7 +17,7 @@ from ovd_models.clip.model import Clip, load_clip, load_text_encoder
 from ovd_models.errors import InputError
 from workflows import clip, prepare_pairs
 from workflows.clip import Accuracy, held_out, random_shift, read_pretrained
-from workflows.common import cli, tracking, training
+from workflows.common import cli, registry, tracking, training
 from workflows.common.runs import Trained
 from workflows.common.session import Session
 from workflows.configs import clip as clip_configs
@@ -105,15 +106,23 @@ def test_losses_and_accuracy_are_tracked(prepared: Run, trained: Trained[Accurac
     uri = tracking.tracking_uri(prepared.storage)
     losses = tracking.metric_history(uri, trained.run_id, "train/loss")["train/loss_contrastive"]
     assert [step for step, _ in losses] == [10]
-    during = tracking.metric_history(uri, trained.run_id, "eval/")["eval/pictograms/top1_base"]
+    during = tracking.metric_history(uri, trained.run_id, "eval/")["eval/accuracy_base"]
     assert [step for step, _ in during] == [5, 10]
     assert tracking.metric_history(uri, trained.run_id, "calibration/")["calibration/temperature"][0][1] > 0
     assert 0 < losses[0][1] < 2 * math.log(32)  # chance is the logarithm of the batch
     assert set(tracking.metric_history(uri, trained.run_id, "eval/")) == {
-        "eval/pictograms/top1_base",
-        "eval/pictograms/top1_novel",
+        "eval/accuracy_base",
+        "eval/accuracy_novel",
     }
-    assert tracking.model_folder(f"models:/ovd-clip-smoke@{tracking.CHAMPION}", prepared.storage).is_dir()
+    run = MlflowClient(uri).get_run(trained.run_id)
+    assert run.info.run_name is not None
+    assert run.info.run_name.startswith("clip smoke")
+    assert MlflowClient(uri).get_experiment(run.info.experiment_id).name == "smoke"
+    assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["pairs/smoke"]
+    assert f"model: `{trained.model}`" in run.data.tags["mlflow.note.content"]
+    assert run.data.metrics["train/total_loss"] == pytest.approx(losses[0][1])
+    assert 0 < run.data.metrics["train/learning_rate"] <= prepared.optimisation.learning_rate
+    assert registry.model_folder(f"models:/ovd-clip-smoke@{registry.CHAMPION}", prepared.storage).is_dir()
 
 
 @pytest.mark.ray

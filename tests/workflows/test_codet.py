@@ -449,7 +449,7 @@ def test_photographs_train_checkpoint_evaluate_and_draw(tmp_path: Path) -> None:
     answer.draw(tmp_path / "drawn.png")
     with Image.open(picture) as opened:
         assert (answer.width, answer.height) == opened.size
-    assert list(tmp_path.glob("mlartifacts/codet/*/artifacts/eval/photos/picture_*.jpg"))
+    assert list(tmp_path.glob("mlartifacts/photos/*/artifacts/eval/picture_*.jpg"))
 
 
 @pytest.mark.ray

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from object_storage import BUCKET, s3_server
 from PIL import Image
 
@@ -192,9 +193,13 @@ def test_the_script_prints_and_tracks(
         *("ap50_base", "ap50_novel", "ap50_all", "ap_base", "ap_novel", "ap_all")
     ]
     assert tracking.tracking_uri(run.storage) in lines[-1]
-    (table,) = Path(run.storage).glob("mlartifacts/evaluate/*/artifacts/eval/t-eval/per_class.json")
+    client = MlflowClient(tracking.tracking_uri(run.storage))
+    (tracked,) = client.search_runs([client.get_experiment_by_name("t").experiment_id])
+    assert {"eval/ap50_novel", "eval/ap50_base", "eval/ap_all"} <= tracked.data.metrics.keys()
+    assert [entry.dataset.name for entry in tracked.inputs.dataset_inputs] == ["boxes/t-eval"]
+    (table,) = Path(run.storage).glob("mlartifacts/t/*/artifacts/eval/per_class.json")
     assert len(json.loads(table.read_text())["data"]) == 68
-    assert len(list(Path(run.storage).glob("mlartifacts/evaluate/*/artifacts/eval/t-eval/picture_*.jpg"))) == 1
+    assert len(list(Path(run.storage).glob("mlartifacts/t/*/artifacts/eval/picture_*.jpg"))) == 1
 
 
 @pytest.mark.parametrize(

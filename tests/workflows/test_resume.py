@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from trainings import LAST, STAGES, TRAIN, largest_difference, smoke, weights_of
 
 from ovd_models.errors import InputError
 from workflows import codet
-from workflows.common import runs, training
+from workflows.common import runs, tracking, training
 from workflows.common.session import Session, step_seed
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,10 @@ def test_a_run_that_ends_in_the_middle_resumes_exactly(
     assert training.committed_step(f"{tmp_path}/runs/{method}/{name}/{LAST[method]}") == 5
     resumed = TRAIN[method](dataclasses.replace(run, resume=name))
     assert largest_difference(weights_of(whole.model), weights_of(resumed.model)) <= 1e-5
+    client = MlflowClient(tracking.tracking_uri(str(tmp_path)))
+    tracked = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert [run.info.status for run in tracked] == ["FINISHED", "FINISHED"]
+    assert {run.info.run_id for run in tracked} == {whole.run_id, resumed.run_id}
 
 
 @pytest.mark.ray

@@ -33,7 +33,7 @@ from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import EmbeddingTable
 from workflows import serve
-from workflows.common import tracking
+from workflows.common import registry, tracking
 from workflows.serving.api import Endpoint, build_api
 from workflows.serving.requests import Limits
 
@@ -403,9 +403,9 @@ def test_checkpoint_is_found_by_folder_uri_or_registered_name(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with tracking.run(str(tmp_path), experiment="codet", name="smoke", params={}) as tracked:
-        tracking.register(tracked, checkpoint, name="ovd-codet-x", metric="ap50_novel", value=0.5)
+        registry.register(tracked, checkpoint, method="codet", data_set="x", metric="ap50_novel", value=0.5)
     for model in (str(checkpoint), checkpoint.as_uri(), "models:/ovd-codet-x@champion"):
-        folder = tracking.local_model(model, str(tmp_path))
+        folder = registry.local_model(model, str(tmp_path))
         assert (folder / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
 
 

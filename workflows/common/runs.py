@@ -15,7 +15,7 @@ from pyarrow import fs
 from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
-from workflows.common import cli, tracking, training
+from workflows.common import cli, descriptions, registry, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.tracking import TrackedRun
 from workflows.common.training import Stage
@@ -83,6 +83,8 @@ class ActiveRun:
     """An open training run."""
 
     workflow: str
+    data_set: str
+    """Name of the data set that it trains on."""
     folder: str
     """Folder or URI of its checkpoints."""
     tracked: TrackedRun
@@ -116,15 +118,12 @@ class ActiveRun:
             storage.upload_folder(Path(local), target)
         return target
 
-    def finish(
-        self, write: Callable[[Path], object], evaluate: Callable[[str], Evaluation[M]], registered: str
-    ) -> Trained[M]:
+    def finish(self, write: Callable[[Path], object], evaluate: Callable[[str], Evaluation[M]]) -> Trained[M]:
         """Save the final checkpoint, evaluate it and register it.
 
         Args:
             write: writes the checkpoint folder.
             evaluate: evaluates and logs the checkpoint at a local folder.
-            registered: name of the registered model, as `ovd-codet-pictograms`.
         """
         model = storage.join(self.folder, "model")
         with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +131,18 @@ class ActiveRun:
             storage.upload_folder(Path(folder), model)
             with self.timing("evaluate"):  # the local copy, which need not be downloaded again
                 found = evaluate(folder)
-                tracking.register(self.tracked, Path(folder), name=registered, metric=found.headline, value=found.value)
+
+                def register() -> None:
+                    registry.register(
+                        self.tracked,
+                        Path(folder) if Path(folder).is_dir() else storage.local_folder(model),
+                        method=self.workflow,
+                        data_set=self.data_set,
+                        metric=found.headline,
+                        value=found.value,
+                    )
+
+                self.tracked.outbox.send(register)
         return Trained(
             model=model,
             metrics=found.metrics,
@@ -147,6 +157,8 @@ def open_run(
     run: TrainingConfig,
     workflow: str,
     *,
+    title: str = "",
+    data_set: str,
     tables_read: Mapping[tables.TableName, str],
     inputs: Mapping[str, str],
     stages: Sequence[Optimisation],
@@ -156,6 +168,8 @@ def open_run(
     Args:
         run: the resolved config.
         workflow: such as `codet`.
+        title: name in MLflow, see `descriptions.run_name`.
+        data_set: name of the data set, which is that of the experiment and in that of the registered model.
         tables_read: table -> name of each table that the training reads.
         inputs: ids of further inputs, such as the teacher's.
         stages: settings of all stages.
@@ -176,10 +190,22 @@ def open_run(
         hold_to_inputs(folder, {**digests, **inputs})
         training.start_ray_for(*stages, wait_minutes=run.wait_minutes)
         tracked = stack.enter_context(
-            tracking.run(run.storage, experiment=workflow, name=run.config, params=cli.flatten(run), tags=digests)
+            tracking.run(
+                run.storage,
+                experiment=data_set,
+                name=title or f"{workflow} {run.config}",
+                params=cli.flatten(run),
+                tags={"method": workflow, **digests},
+                key=f"{workflow}/{name}",
+            )
         )
         tracked.log_text(cli.to_json(run), "run.json")
-        yield ActiveRun(workflow=workflow, folder=folder, tracked=tracked)
+        for table, table_name in tables_read.items():
+            tracked.log_data_set(run.storage, table, table_name, "training")
+        teacher = str(getattr(run, "teacher", ""))
+        teacher_run = tracked.link_to(descriptions.teacher_key(teacher))
+        tracked.describe(descriptions.description(storage.join(folder, "model"), teacher, teacher_run))
+        yield ActiveRun(workflow=workflow, data_set=data_set, folder=folder, tracked=tracked)
 
 
 def run_folder(storage_uri: str, workflow: str, config: str, resume: str) -> str:

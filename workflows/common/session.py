@@ -208,7 +208,8 @@ class Session:
         replaced = self._all_replaced() if logs else 0
         if self.rank == 0 and logs:
             metrics = self.meter.collect()
-            logged = {**metrics, **({"train/replaced_images": replaced} if replaced else {})}
+            logged = {**metrics, "train/learning_rate": max(map(float, self.schedule.get_last_lr()))}
+            logged |= {"train/replaced_images": replaced} if replaced else {}
             self.logger.log({f"{self.stage.metric_prefix}{key}": value for key, value in logged.items()}, self.step)
             print_progress(self.stage.job, self.step, self.settings.steps, metrics)
         if self.due:
@@ -359,6 +360,7 @@ class Meter:
         seconds = max(1e-9, time.perf_counter() - self._since)
         totals = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         result = {f"train/loss_{name}": total / self._parts for name, total in zip(self._sums, totals, strict=True)}
+        result["train/total_loss"] = sum(totals) / max(1, self._parts)
         result["train/images_per_second"] = self._images / seconds
         result |= {f"train/{what}_fraction": min(1.0, spent / seconds) for what, spent in self._spent.items()}
         self._sums, self._parts, self._images, self._spent = {}, 0, 0.0, dict.fromkeys(self._spent, 0.0)

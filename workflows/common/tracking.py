@@ -1,4 +1,4 @@
-"""Experiments in MLflow: the only file that imports it.
+"""Runs in MLflow; `registry.py` has the models. No other file imports MLflow.
 
 The driver opens a run with `run(...)`; rank 0 of a training job writes its losses through a `MetricLogger`, which
 travels to the worker. Local storage needs no server: everything lies in `<storage>/mlflow.db` and
@@ -7,41 +7,49 @@ travels to the worker. Local storage needs no server: everything lies in `<stora
 
 import contextlib
 import fcntl
+import json
 import logging
 import math
 import os
 import subprocess
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import PIL.Image
 import ray
 from pyarrow import fs
 
-from data_prep import storage
+from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
-from workflows.common import quiet
+from workflows.common import outbox, quiet
+from workflows.common.outbox import Outbox
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it while it is imported
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # then `Outbox` tries again
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it names every table of a new database
 
-import mlflow.artifacts
-from mlflow.entities import Metric, Param, RunStatus
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunInfo, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.async_logging.run_operations import RunOperations
 
-MODEL_SCHEME = "models:/"
-CHAMPION = "champion"
+DataContext = Literal["training", "evaluation"]
+"""What a run does with a data set."""
 PARAMS_PER_REQUEST, METRICS_PER_REQUEST, PARAM_CHARACTERS = 100, 1000, 6000
 """MLflow's limits."""
+OUTAGES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+"""Error codes of a server that does not answer, as of one that is not there."""
+KEY_TAG, PROCESS_TAG, NOTE_TAG = "run", "process", "mlflow.note.content"
+"""Tags of a run: what it is continued by, the process that writes it, and its description."""
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""With these the UI opens an experiment on model training."""
 
 
 def tracking_uri(storage_uri: str) -> str:
@@ -52,7 +60,7 @@ def tracking_uri(storage_uri: str) -> str:
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
-    folder = _local_folder(storage_uri)
+    folder = local_folder(storage_uri)
     if folder is None:
         raise InputError(f"--storage {storage_uri}: not a local folder, expected MLFLOW_TRACKING_URI to be set")
     return f"sqlite:///{folder / 'mlflow.db'}"
@@ -76,7 +84,7 @@ class MetricLogger:
         self._buffer: list[Metric] = []
         self._pictures: list[tuple[PIL.Image.Image, str, int]] = []
         self._pending: list[RunOperations] = []
-        self._client: MlflowClient | None = None
+        self._client: BackgroundClient | None = None
 
     def __reduce__(self) -> tuple[type["MetricLogger"], tuple[str, str]]:
         """Pickle without unsent metrics and open connections."""
@@ -103,7 +111,7 @@ class MetricLogger:
         if self._client is None:
             if not (self._buffer or self._pictures):
                 return  # opening the database of a new storage takes seconds
-            self._client = MlflowClient(self.uri)
+            self._client = BackgroundClient(self.uri)
         limit = math.inf if until is None else until
         due = [metric for metric in self._buffer if metric.step <= limit]
         for start in range(0, len(due), METRICS_PER_REQUEST):
@@ -120,6 +128,35 @@ class MetricLogger:
             self._pending.pop(0).wait()  # type: ignore[no-untyped-call]
 
 
+class BackgroundClient:
+    """What a `MetricLogger` uses of MLflow's client; calls wait while the server is away."""
+
+    def __init__(self, uri: str) -> None:
+        self._client, self._outbox = MlflowClient(uri), open_outbox(uri)
+
+    def log_batch(self, run_id: str, metrics: Sequence[Metric], *, synchronous: Literal[False]) -> RunOperations:
+        """As the client's."""
+        sent = self._outbox.put(partial(self._client.log_batch, run_id, metrics=metrics, synchronous=True))
+        return RunOperations([sent])  # type: ignore[no-untyped-call]
+
+    def log_image(self, run_id: str, image: PIL.Image.Image, *, key: str, step: int) -> None:
+        """As the client's."""
+        self._outbox.put(partial(self._client.log_image, run_id, image, key=key, step=step))
+
+
+def open_outbox(uri: str) -> Outbox:
+    """An outbox for calls to the tracking server."""
+    patience = outbox.END_SECONDS if uri.startswith(("http", "databricks")) else outbox.FILE_END_SECONDS
+    return Outbox(f"MLflow at {uri}", is_outage, patience)
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether an error of a call means that the server or its storage is away."""
+    if isinstance(error, MlflowException):
+        return error.error_code in OUTAGES
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """An open run, written to by the driver."""
@@ -129,6 +166,8 @@ class TrackedRun:
     run_id: str
     artifact_uri: str
     client: MlflowClient = field(repr=False)
+    outbox: Outbox = field(repr=False)
+    """Takes calls, which then may wait for the server."""
 
     def logger(self) -> MetricLogger:
         """A logger with which a worker writes this run's metrics."""
@@ -136,21 +175,21 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics immediately."""
-        self.client.log_batch(self.run_id, metrics=_metrics(metrics, step))
+        self.outbox.send(partial(self.client.log_batch, self.run_id, metrics=_metrics(metrics, step)))
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Copy a file, or all files below a folder, to the run's artifacts, into `folder` if given."""
         if Path(path).is_dir():
-            self.client.log_artifacts(self.run_id, str(path), folder)
+            self.outbox.send(partial(self.client.log_artifacts, self.run_id, str(path), folder))
         else:
-            self.client.log_artifact(self.run_id, str(path), folder)
+            self.outbox.send(partial(self.client.log_artifact, self.run_id, str(path), folder))
 
     def log_image(self, image: PIL.Image.Image | np.ndarray, name: str, step: int | None = None) -> None:
         """Log a picture: the file `name`.jpg or, with a step, one of a series that MLflow shows with a slider."""
         if step is None:
-            self.client.log_image(self.run_id, image, artifact_file=f"{name}.jpg")
+            self.outbox.send(partial(self.client.log_image, self.run_id, image, artifact_file=f"{name}.jpg"))
         else:
-            self.client.log_image(self.run_id, image, key=name, step=step)
+            self.outbox.send(partial(self.client.log_image, self.run_id, image, key=name, step=step))
 
     def log_pictures(self, images: Sequence[PIL.Image.Image], prefix: str) -> None:
         """Log numbered pictures below `prefix`."""
@@ -161,11 +200,42 @@ class TrackedRun:
         """Log a table that MLflow can compare between runs; `path` ends in `.json`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # pandas', on MLflow's use of it
-            self.client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)
+            table = {name: list(values) for name, values in columns.items()}
+            self.outbox.send(partial(self.client.log_table, self.run_id, table, path))
+
+    def log_data_set(self, storage_uri: str, table: tables.TableName, name: str, context: DataContext) -> None:
+        """Log a table as an input of the run; again does nothing.
+
+        Raises:
+            InputError: there is no such table.
+        """
+        manifest, uri = tables.read_manifest(storage_uri, table, name), tables.table_uri(storage_uri, table, name)
+        data_set = Dataset(
+            name=f"{table}/{name}",
+            digest=manifest.digest,
+            source_type="table",
+            source=json.dumps({"uri": storage.absolute(uri)}),
+            profile=json.dumps({"rows": manifest.rows}),
+        )
+        entry = DatasetInput(data_set, [InputTag("mlflow.data.context", context)])
+        self.outbox.send(partial(self.client.log_inputs, self.run_id, [entry]))
 
     def log_text(self, text: str, path: str) -> None:
         """Log a text file."""
-        self.client.log_text(self.run_id, text, path)
+        self.outbox.send(partial(self.client.log_text, self.run_id, text, path))
+
+    def describe(self, text: str) -> None:
+        """Set the description, in Markdown, unless there is one."""
+        if NOTE_TAG not in self.client.get_run(self.run_id).data.tags:
+            self.client.set_tag(self.run_id, NOTE_TAG, text)
+
+    def link_to(self, key: str) -> str:
+        """A link in Markdown to the run with a key, in any experiment; empty if there is none."""
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        found = self.client.search_runs(experiments, f"tags.{KEY_TAG} = '{key}'", max_results=1) if key else []
+        return "".join(
+            f"[{run.info.run_name}](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})" for run in found
+        )
 
 
 def metric_history(uri: str, run_id: str, prefix: str) -> dict[str, list[tuple[int, float]]]:
@@ -185,27 +255,33 @@ def run(
     name: str,
     params: Mapping[str, object],
     tags: Mapping[str, str] | None = None,
+    key: str = "",
 ) -> Iterator[TrackedRun]:
-    """Start a run that ends with the block: FINISHED, FAILED on an exception, KILLED on Ctrl-C or `ray job stop`.
+    """Start or continue a run that ends with the block.
+
+    Its status is then FINISHED, FAILED after an exception, or KILLED after Ctrl-C or `ray job stop`. Runs of processes
+    that ended without this are ended as KILLED, see `end_dead_runs`.
 
     Args:
         storage_uri: where the job keeps its files; decides where the run is tracked.
-        experiment: the workflow's name.
-        name: the config's name.
+        experiment: the data set's name.
+        name: of the run, see `descriptions.run_name`.
         params: `cli.flatten(run)`.
         tags: digests of the data sets, and what else a search should find; git commit and Ray job are added.
+        key: a run of the experiment that was started with the same key, if not empty, is continued: the parameters
+            that it began with stay.
 
     Raises:
         InputError: see `tracking_uri`.
     """
     uri = tracking_uri(storage_uri)
     client, experiment_id = _open(uri, storage_uri, experiment)
-    all_tags = {"mlflow.source.name": sys.argv[0], **_git_tags(), **_ray_tags(), **(tags or {})}
-    created = client.create_run(experiment_id, run_name=name, tags=all_tags)
-    tracked = TrackedRun(uri, created.info.run_id, str(created.info.artifact_uri), client)
-    entries = [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in params.items()]
-    for start in range(0, len(entries), PARAMS_PER_REQUEST):
-        client.log_batch(tracked.run_id, params=entries[start : start + PARAMS_PER_REQUEST])
+    end_dead_runs(client, storage_uri)
+    own_tags = {"mlflow.source.name": sys.argv[0], PROCESS_TAG: locks.Holder.this_process().to_json()}
+    keys = {KEY_TAG: key} if key else {}
+    all_tags = {**own_tags, **keys, **_git_tags(), **_ray_tags(), **(tags or {})}
+    info = _start(client, experiment_id, name, params, all_tags)
+    tracked = TrackedRun(uri, info.run_id, str(info.artifact_uri), client, open_outbox(uri))
     status = RunStatus.FAILED
     try:
         yield tracked
@@ -214,91 +290,11 @@ def run(
         status = RunStatus.KILLED
         raise
     finally:
-        client.set_terminated(tracked.run_id, RunStatus.to_string(status))
+        tracked.outbox.send(partial(client.set_terminated, tracked.run_id, RunStatus.to_string(status)))
+        tracked.outbox.wait()
 
 
-@dataclass(frozen=True)
-class ModelVersion:
-    """A registered checkpoint."""
-
-    uri: str
-    """`models:/<name>/<version>`, which `model_folder` resolves."""
-    is_champion: bool
-    """Whether the alias `champion` moved to it."""
-
-
-def register(tracked: TrackedRun, folder: Path, *, name: str, metric: str, value: float) -> ModelVersion:
-    """Store a checkpoint folder as a new version of a registered model; the best one gets the alias `champion`.
-
-    Args:
-        tracked: the run that made the checkpoint.
-        folder: the checkpoint.
-        name: the registered model, as `ovd-codet-pictograms`.
-        metric: the data set's headline metric, higher is better.
-        value: this checkpoint's. Versions measured by another metric do not compete with it.
-    """
-    client, path = tracked.client, f"models/{name}/{uuid.uuid4().hex[:8]}"
-    tracked.log_artifact(folder, path)
-    with contextlib.suppress(MlflowException):  # there already
-        client.create_registered_model(name)
-    version = client.create_model_version(
-        name,
-        source=f"{tracked.artifact_uri}/{path}",
-        run_id=tracked.run_id,
-        tags={"metric": metric, "value": repr(float(value))},
-    )
-    best = _champion(client, name)
-    beaten = best is None or best.tags.get("metric") != metric or float(value) > float(best.tags["value"])
-    if beaten and not np.isnan(value):
-        client.set_registered_model_alias(name, CHAMPION, version.version)
-        return ModelVersion(f"{MODEL_SCHEME}{name}/{version.version}", True)
-    return ModelVersion(f"{MODEL_SCHEME}{name}/{version.version}", False)
-
-
-def local_model(uri: str, storage_uri: str) -> Path:
-    """The local folder of a checkpoint given as a folder, a URI, or `models:/<name>@<alias>`.
-
-    Raises:
-        InputError: there is no such checkpoint.
-    """
-    if not uri:
-        raise InputError("--model: missing, expected a checkpoint folder or models:/<name>@<alias>")
-    return model_folder(uri, storage_uri) if uri.startswith(MODEL_SCHEME) else storage.local_folder(uri)
-
-
-def model_folder(uri: str, storage_uri: str = "store") -> Path:
-    """The local folder of a registered checkpoint, downloaded if it is not on this machine.
-
-    Args:
-        uri: `models:/<name>@<alias>` or `models:/<name>/<version>`.
-        storage_uri: decides where runs are tracked, see `tracking_uri`.
-
-    Raises:
-        InputError: no such model, version or alias, or the URI is malformed.
-    """
-    tracking = tracking_uri(storage_uri)
-    name, separator, alias = uri.removeprefix(MODEL_SCHEME).partition("@")
-    version = "" if separator else name.rpartition("/")[2]
-    name = name if separator else name.rpartition("/")[0]
-    if not uri.startswith(MODEL_SCHEME) or not name or not (alias or version):
-        raise InputError(f"{uri}: not a model URI, expected models:/<name>@<alias> or models:/<name>/<version>")
-    folder = _local_folder(storage_uri)
-    if tracking.startswith("sqlite") and folder is not None and "MLFLOW_TRACKING_URI" not in os.environ:
-        database = folder / "mlflow.db"
-        if not database.exists():  # opening it would create it
-            raise InputError(f"{uri}: no registered models, {database} does not exist")
-    try:
-        client = MlflowClient(tracking)
-        if alias:
-            version = client.get_model_version_by_alias(name, alias).version
-        source = client.get_model_version_download_uri(name, version)
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking))
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{uri}: not found in {tracking} ({reason})") from error
-
-
-def _local_folder(storage_uri: str) -> Path | None:
+def local_folder(storage_uri: str) -> Path | None:
     """The storage's folder if it is on this machine, else None."""
     filesystem, path = storage.resolve(storage_uri)
     return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
@@ -311,7 +307,7 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     quiet.hide_storage_failures("mlflow.store.db.utils")
-    folder = _local_folder(storage_uri)
+    folder = local_folder(storage_uri)
     with contextlib.ExitStack() as stack:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -323,20 +319,48 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
         except MlflowException as error:
             raise InputError(f"{uri}: no MLflow tracking there ({str(error).splitlines()[0]})") from error
         if found is not None:
+            for tag, value in EXPERIMENT_TAGS.items():
+                if found.tags.get(tag, "_inferred").endswith("_inferred"):  # as the UI does by itself
+                    client.set_experiment_tag(found.experiment_id, tag, value)
             return client, str(found.experiment_id)
         location = None  # a server has its own
         if not uri.startswith(("http", "databricks")):
             location = (folder / "mlartifacts").as_uri() if folder else storage.join(storage_uri, "mlartifacts")
             location = f"{location}/{experiment}"
-        return client, client.create_experiment(experiment, artifact_location=location)
+        return client, client.create_experiment(experiment, location, EXPERIMENT_TAGS)
 
 
-def _champion(client: MlflowClient, name: str) -> Any:
-    """The model version with the alias, or None."""
-    try:
-        return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
-        return None
+def _start(
+    client: MlflowClient, experiment_id: str, name: str, params: Mapping[str, object], tags: Mapping[str, str]
+) -> RunInfo:
+    """The run of the experiment with the same key, running again, or a new one."""
+    key = tags.get(KEY_TAG)
+    found = client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{key}'", max_results=1) if key else []
+    if found:
+        (run,) = found
+        client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        client.update_run(run.info.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+    else:
+        run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
+    entries = [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in params.items() if key not in run.data.params]
+    for start in range(0, len(entries), PARAMS_PER_REQUEST):
+        client.log_batch(run.info.run_id, params=entries[start : start + PARAMS_PER_REQUEST])
+    return run.info
+
+
+def end_dead_runs(client: MlflowClient, storage_uri: str) -> None:
+    """End the running runs whose process has ended, as KILLED.
+
+    These are runs of processes of this machine, and trainings on this storage whose lock nobody holds.
+    """
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for run in client.search_runs(experiments, "attributes.status = 'RUNNING'") if experiments else []:
+        holder = locks.Holder.parse(run.data.tags.get(PROCESS_TAG, ""))
+        job = f"runs/{run.data.tags.get(KEY_TAG, '')}"
+        is_here = KEY_TAG in run.data.tags and storage.exists(storage.join(storage_uri, job))
+        if holder is not None and (holder.is_dead() or (is_here and locks.is_free(storage_uri, job))):
+            with contextlib.suppress(MlflowException):  # another user's
+                client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
 
 
 def _metrics(metrics: Mapping[str, float], step: int) -> list[Metric]:

@@ -15,7 +15,7 @@ from data_prep.streams.images import read_image
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.predictors import Detector
-from workflows.common import tracking
+from workflows.common import registry
 from workflows.common.teacher import read_categories, read_synonyms
 
 
@@ -41,7 +41,7 @@ class DetectorRun:
             InputError: there is no such checkpoint or device.
         """
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        return ovd_models.load(tracking.local_model(self.model, self.storage), self.device)
+        return ovd_models.load(registry.local_model(self.model, self.storage), self.device)
 
     def read_categories(self) -> tuple[dict[int, str], dict[str, str]]:
         """`workflows.common.teacher.read_categories` of the set."""

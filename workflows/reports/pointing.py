@@ -70,14 +70,14 @@ class SegmentationReport:
     pictures: tuple[Image.Image, ...]
 
     def log(self, tracked: TrackedRun, prefix: str, step: int) -> None:
-        """Log pictures and finite metrics under `prefix`."""
+        """Log pictures and finite metrics under `prefix`; OV-SAM's with boxes as prompts also as the headline."""
         metrics = {
             f"{prefix}/{variant.replace(' ', '_').replace(',', '')}/{kind}/{name}": value
             for (variant, kind), values in self.rows.items()
             for name, value in values.items()
-            if np.isfinite(value)
         }
-        tracked.log_metrics(metrics, step)
+        metrics |= {f"{prefix}/{name}": value for name, value in self.rows["ovsam", "box"].items()}
+        tracked.log_metrics({name: value for name, value in metrics.items() if np.isfinite(value)}, step)
         tracked.log_pictures(self.pictures, prefix)
 
     def table(self) -> str:

@@ -20,7 +20,7 @@ from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
 from ovd_models.predictors import Detector, Segmenter
 from ovd_models.preprocess import to_tensor
-from workflows.common import tracking
+from workflows.common import registry
 from workflows.serving.requests import (
     Limits,
     ProblemError,
@@ -120,7 +120,7 @@ class Endpoint:
     ) -> None:
         """Load the checkpoint `model`; with `texts`, embeddings of known names are read from the teacher's `texts`."""
         self.checkpoint, self.limits = model, limits
-        folder = tracking.local_model(model, storage_uri)
+        folder = registry.local_model(model, storage_uri)
         load = ovd_models.load_segmenter if read_info(folder).method == "ovsam" else ovd_models.load
         self.served: Detector | Segmenter = load(folder, device=device)
         if texts:

@@ -1,18 +1,27 @@
+import dataclasses
+import json
+import multiprocessing
+import os
 import pickle
+import signal
 import sqlite3
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from data_prep import locks, tables
 from ovd_models.errors import InputError
-from workflows.common import tracking
+from workflows.common import outbox, registry, tracking
 
-METRIC = "eval/pictograms/ap50_novel"
+METRIC = "eval/ap50_novel"
 MODEL = "ovd-codet-pictograms"
 
 
@@ -126,25 +135,57 @@ def test_champion_moves_only_to_a_better_version(storage: str, tmp_path: Path) -
     with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
         for number, value in enumerate([0.5, 0.4, 0.5, 0.6, float("nan")]):
             folder = checkpoint(tmp_path / str(number), str(value))
-            version = tracking.register(tracked, folder, name=MODEL, metric=METRIC, value=value)
+            version = registry.register(
+                tracked, folder, method="codet", data_set="pictograms", metric=METRIC, value=value
+            )
             moved.append(version.is_champion)
     assert moved == [True, False, False, True, False]
-    assert (tracking.model_folder(f"models:/{MODEL}@champion", storage) / "model.json").read_text() == "0.6"
-    assert (tracking.model_folder(f"models:/{MODEL}/2", storage) / "model.json").read_text() == "0.4"
+    assert (registry.model_folder(f"models:/{MODEL}@champion", storage) / "model.json").read_text() == "0.6"
+    assert (registry.model_folder(f"models:/{MODEL}/2", storage) / "model.json").read_text() == "0.4"
     best = MlflowClient(tracked.uri).get_model_version_by_alias(MODEL, "champion")
     assert best.tags == {"metric": METRIC, "value": "0.6"}
+
+
+def test_a_model_is_linked_to_its_run_and_metrics(storage: str, tmp_path: Path) -> None:
+    with tracking.run(storage, experiment="pictograms", name="codet smoke", params={}) as tracked:
+        tracked.log_metrics({METRIC: 0.4, "train/loss": 1.0}, step=5)
+        tracked.log_metrics({METRIC: 0.5}, step=10)
+        folder = checkpoint(tmp_path / "model", "{}")
+        registry.register(tracked, folder, method="codet", data_set="pictograms", metric=METRIC, value=0.5)
+    (output,) = found(tracked).outputs.model_outputs
+    assert output.step == 10
+    model = tracked.client.get_logged_model(output.model_id)
+    assert (model.source_run_id, model.model_type, model.status) == (tracked.run_id, "codet", "READY")
+    assert [(each.key, each.value, each.step) for each in model.metrics] == [(METRIC, 0.5, 10)]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": MODEL, "version": 1}]
+    assert tracked.client.get_model_version(MODEL, "1").run_id == tracked.run_id
+    history = tracking.metric_history(tracked.uri, tracked.run_id, "eval/")
+    assert history == {METRIC: [(5, 0.4), (10, 0.5)]}
+
+
+def test_data_sets_are_inputs_with_their_digests(storage: str) -> None:
+    schema = tables.SCHEMAS["concepts"]
+    rows = pa.table([pa.array([], entry.type) for entry in schema], schema=schema)
+    part = tables.write_part(storage, "concepts", "x", "part.parquet", rows)
+    manifest = tables.publish(storage, "concepts", "x", [part], producer="test", config_hash="")
+    with tracking.run(storage, experiment="x", name="smoke", params={}) as tracked:
+        for _ in range(2):
+            tracked.log_data_set(storage, "concepts", "x", "training")
+    (entry,) = found(tracked).inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("concepts/x", manifest.digest)
+    assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
 
 
 @pytest.mark.parametrize("uri", ["models:/", "models:/x", "models:/x@champion", "models:/x/1", "runs:/x/y"])
 def test_unknown_model_is_bad_input(storage: str, uri: str) -> None:
     with pytest.raises(InputError, match=uri):
-        tracking.model_folder(uri, storage)
+        registry.model_folder(uri, storage)
 
 
 def test_model_lookup_creates_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(InputError, match=r"mlflow\.db does not exist"):
-        tracking.model_folder("models:/x@champion", str(tmp_path))
+        registry.model_folder("models:/x@champion", str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -174,3 +215,145 @@ def test_first_runs_of_a_storage_may_start_together(tmp_path: Path, monkeypatch:
     with ProcessPoolExecutor(4) as pool:
         for opened in [pool.submit(open_run, str(tmp_path)) for _ in range(4)]:
             opened.result()
+
+
+def start_and_die(storage: str) -> None:
+    with tracking.run(storage, experiment="codet", name="killed", params={}):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_runs_of_killed_processes_end_with_the_next_one(storage: str) -> None:
+    killed = [multiprocessing.Process(target=start_and_die, args=(storage,)) for _ in range(2)]
+    for process in killed:
+        process.start()
+        process.join()
+    with (
+        tracking.run(storage, experiment="vild", name="alive", params={}) as alive,
+        tracking.run(storage, experiment="codet", name="smoke", params={}),
+    ):
+        runs = alive.client.search_runs([each.experiment_id for each in alive.client.search_experiments()])
+        assert sorted(run.info.status for run in runs if run.info.run_name == "killed") == ["KILLED", "KILLED"]
+        assert found(alive).info.status == "RUNNING"
+
+
+def hold_lock(storage: str, name: str, held: Event, ended: Event) -> None:
+    with locks.hold(storage, name):
+        held.set()
+        ended.wait()
+
+
+def test_a_training_of_another_machine_ends_if_nobody_holds_its_lock(storage: str) -> None:
+    Path(storage, "runs/codet/a").mkdir(parents=True)
+    held, ended = multiprocessing.Event(), multiprocessing.Event()
+    holder = multiprocessing.Process(target=hold_lock, args=(storage, "runs/codet/a", held, ended))
+    holder.start()
+    held.wait()
+    elsewhere = dataclasses.replace(locks.Holder.this_process(), machine="another boot")
+    with tracking.run(storage, experiment="x", name="x", params={}) as tracked:
+        client, experiment = tracked.client, found(tracked).info.experiment_id
+        ids = {}
+        for key in ("codet/a", "codet/on another storage"):
+            ids[key] = client.create_run(experiment, tags={"process": elsewhere.to_json(), "run": key}).info.run_id
+        tracking.end_dead_runs(client, storage)
+        assert {client.get_run(each).info.status for each in ids.values()} == {"RUNNING"}
+        ended.set()
+        holder.join()
+        tracking.end_dead_runs(client, storage)
+        assert [client.get_run(each).info.status for each in ids.values()] == ["KILLED", "RUNNING"]
+        assert found(tracked).info.status == "RUNNING"
+
+
+def test_a_run_goes_on_in_the_run_of_its_key(storage: str) -> None:
+    with (
+        pytest.raises(ValueError),
+        tracking.run(
+            storage, experiment="codet", name="smoke", params={"seed": 1, "resume": ""}, key="codet/a"
+        ) as first,
+    ):
+        first.log_metrics({"train/loss": 2.0}, step=5)
+        raise ValueError
+    assert found(first).info.status == "FAILED"
+    with tracking.run(
+        storage, experiment="codet", name="smoke", params={"seed": 1, "resume": "a", "new": 2}, key="codet/a"
+    ) as second:
+        second.log_metrics({"train/loss": 1.0}, step=10)
+        assert found(second).info.status == "RUNNING"
+    assert second.run_id == first.run_id
+    run = found(second)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "1", "resume": "", "new": "2"}
+    assert tracking.metric_history(second.uri, second.run_id, "train/") == {"train/loss": [(5, 2.0), (10, 1.0)]}
+    with tracking.run(storage, experiment="codet", name="smoke", params={}, key="codet/b") as other:
+        assert other.run_id != first.run_id
+
+
+def test_experiments_open_on_model_training(storage: str) -> None:
+    client, old = tracking._open(tracking.tracking_uri(storage), storage, "empty")
+    assert client.get_experiment(old).tags["mlflow.experimentKind"] == "custom_model_development"
+    client.set_experiment_tag(old, "mlflow.experimentKind", "genai_development_inferred")
+    tracking._open(tracking.tracking_uri(storage), storage, "empty")
+    assert client.get_experiment(old).tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_description_links_to_the_run_of_a_key_and_is_not_overwritten(storage: str) -> None:
+    with tracking.run(storage, experiment="clip", name="clip smoke", params={}, key="clip/a") as teacher:
+        pass
+    with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
+        link = tracked.link_to("clip/a")
+        assert link.startswith("[clip smoke](#/experiments/")
+        assert link.endswith(f"/runs/{teacher.run_id})")
+        assert tracked.link_to("clip/b") == tracked.link_to("") == ""
+        tracked.describe("first")
+        tracked.describe("second")
+    assert found(tracked).data.tags["mlflow.note.content"] == "first"
+
+
+class Server:
+    """MLflow's tracking, which can be away."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_away = False
+        for name in ("log_batch", "log_image", "log_text", "set_terminated"):
+            monkeypatch.setattr(MlflowClient, name, self.unless_away(getattr(MlflowClient, name)))
+
+    def unless_away(self, method: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.is_away:
+                raise MlflowException("API request failed: connection refused")
+            return method(*arguments, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_an_outage_ends_neither_a_loop_nor_a_run(
+    returns: bool, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(outbox, "FILE_END_SECONDS", 1.0)
+    server = Server(monkeypatch)
+    with tracking.run(storage, experiment="x", name="smoke", params={}) as tracked:
+        logger = tracked.logger()
+        logger.log({"train/loss": 2.0}, 5)
+        logger.flush(wait=True)
+        server.is_away = True
+        logger.log({"train/loss": 1.0}, 10)
+        logger.log_image(PIL.Image.new("RGB", (4, 4)), "scene", 10)
+        logger.flush()
+        tracked.log_metrics({METRIC: 0.5}, 10)
+        tracked.log_text("text", "a.txt")
+        if not returns:
+            logger.flush(wait=True)
+            tracked.outbox.wait()
+        server.is_away = False
+        logger.flush(wait=True)
+    printed = capsys.readouterr().out.splitlines()
+    history = tracking.metric_history(tracked.uri, tracked.run_id, "")
+    assert found(tracked).info.status == "FINISHED"
+    if returns:
+        assert history == {METRIC: [(10, 0.5)], "train/loss": [(5, 2.0), (10, 1.0)]}
+        assert list(Path(storage).rglob("a.txt"))
+        assert not printed
+    else:
+        assert history == {"train/loss": [(5, 2.0)]}
+        assert [line.startswith(f"MLflow at {tracked.uri} is away: 2 results") for line in printed] == [True, True]

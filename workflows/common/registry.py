@@ -1,0 +1,143 @@
+"""Checkpoints in MLflow: logged models of their runs, and versions of registered models."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep import storage
+from ovd_models.errors import InputError
+from workflows.common import tracking
+from workflows.common.tracking import TrackedRun
+
+# After `tracking`, which sets what MLflow reads while it is imported.
+import mlflow.artifacts  # isort: skip
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric  # isort: skip
+from mlflow.exceptions import MlflowException  # isort: skip
+from mlflow.tracking import MlflowClient  # isort: skip
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS  # isort: skip
+
+MODEL_SCHEME = "models:/"
+CHAMPION = "champion"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered checkpoint."""
+
+    uri: str
+    """`models:/<name>/<version>`, which `model_folder` resolves."""
+    is_champion: bool
+    """Whether the alias `champion` moved to it."""
+
+
+def register(
+    tracked: TrackedRun, folder: Path, *, method: str, data_set: str, metric: str, value: float
+) -> ModelVersion:
+    """Store a checkpoint folder as a logged model of its run, and register it as `ovd-<method>-<data set>`.
+
+    The model is linked to the run and to its `eval/` metrics. The best version gets the alias `champion`.
+
+    Args:
+        tracked: the run that made the checkpoint.
+        folder: the checkpoint.
+        method: such as `codet`.
+        data_set: that it was trained on.
+        metric: the data set's headline metric, higher is better.
+        value: this checkpoint's. Versions measured by another metric do not compete with it.
+    """
+    client, name = tracked.client, f"ovd-{method}-{data_set}"
+    model = _log_model(tracked, folder, name, method)
+    with contextlib.suppress(MlflowException):  # there already
+        client.create_registered_model(name)
+    version = client.create_model_version(
+        name,
+        source=str(model.artifact_location),
+        run_id=tracked.run_id,
+        tags={"metric": metric, "value": repr(float(value))},
+        model_id=str(model.model_id),
+    )
+    versions = json.dumps([{"name": name, "version": version.version}])
+    client.set_logged_model_tags(str(model.model_id), {MLFLOW_MODEL_VERSIONS: versions})  # the UI's link to the version
+    best = _champion(client, name)
+    beaten = best is None or not _same_metric(best.tags, metric) or float(value) > float(best.tags["value"])
+    is_champion = beaten and not math.isnan(value)
+    if is_champion:
+        client.set_registered_model_alias(name, CHAMPION, version.version)
+    return ModelVersion(f"{MODEL_SCHEME}{name}/{version.version}", is_champion)
+
+
+def _log_model(tracked: TrackedRun, folder: Path, name: str, method: str) -> LoggedModel:
+    """Store a checkpoint folder as a logged model with the run's `eval/` metrics."""
+    client = tracked.client
+    run = client.get_run(tracked.run_id)
+    model = client.create_logged_model(run.info.experiment_id, name, tracked.run_id, model_type=method)
+    model_id = str(model.model_id)
+    client.log_model_artifacts(model_id, str(folder))
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+    last = [client.get_metric_history(tracked.run_id, key)[-1] for key in run.data.metrics if key.startswith("eval/")]
+    if last:  # with the same time they are no new values of the run
+        metrics = [Metric(each.key, each.value, each.timestamp, each.step, model_id=model_id) for each in last]
+        client.log_batch(tracked.run_id, metrics=metrics)
+    client.log_outputs(tracked.run_id, [LoggedModelOutput(model_id, max((each.step for each in last), default=0))])
+    return model
+
+
+def local_model(uri: str, storage_uri: str) -> Path:
+    """The local folder of a checkpoint given as a folder, a URI, or `models:/<name>@<alias>`.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    if not uri:
+        raise InputError("--model: missing, expected a checkpoint folder or models:/<name>@<alias>")
+    return model_folder(uri, storage_uri) if uri.startswith(MODEL_SCHEME) else storage.local_folder(uri)
+
+
+def model_folder(uri: str, storage_uri: str = "store") -> Path:
+    """The local folder of a registered checkpoint, downloaded if it is not on this machine.
+
+    Args:
+        uri: `models:/<name>@<alias>` or `models:/<name>/<version>`.
+        storage_uri: decides where runs are tracked, see `tracking.tracking_uri`.
+
+    Raises:
+        InputError: no such model, version or alias, or the URI is malformed.
+    """
+    uri_of_runs = tracking.tracking_uri(storage_uri)
+    name, separator, alias = uri.removeprefix(MODEL_SCHEME).partition("@")
+    version = "" if separator else name.rpartition("/")[2]
+    name = name if separator else name.rpartition("/")[0]
+    if not uri.startswith(MODEL_SCHEME) or not name or not (alias or version):
+        raise InputError(f"{uri}: not a model URI, expected models:/<name>@<alias> or models:/<name>/<version>")
+    folder = tracking.local_folder(storage_uri)
+    if uri_of_runs.startswith("sqlite") and folder is not None and "MLFLOW_TRACKING_URI" not in os.environ:
+        database = folder / "mlflow.db"
+        if not database.exists():  # opening it would create it
+            raise InputError(f"{uri}: no registered models, {database} does not exist")
+    try:
+        client = MlflowClient(uri_of_runs)
+        if alias:
+            version = client.get_model_version_by_alias(name, alias).version
+        source = client.get_model_version_download_uri(name, version)
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=uri_of_runs))
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{uri}: not found in {uri_of_runs} ({reason})") from error
+
+
+def _same_metric(tags: Mapping[str, str], metric: str) -> bool:
+    """Whether a version was ranked by the metric, under this prefix or another."""
+    return tags.get("metric", "").rpartition("/")[2] == metric.rpartition("/")[2]
+
+
+def _champion(client: MlflowClient, name: str) -> Any:
+    """The model version with the alias, or None."""
+    try:
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException:
+        return None
