@@ -146,6 +146,7 @@ class BackgroundClient:
 
 def open_outbox(uri: str) -> Outbox:
     """An outbox for calls to the tracking server."""
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # warns of every attempt
     patience = outbox.END_SECONDS if uri.startswith(("http", "databricks")) else outbox.FILE_END_SECONDS
     return Outbox(f"MLflow at {uri}", is_outage, patience)
 
