@@ -108,13 +108,22 @@ class Crawler:
                 urls = rows["url"].to_pylist()
                 tasks = await stack.enter_async_context(run_tasks(map(self._fetch_and_decode, urls)))
                 done = await wait_for_most(tasks)
-                if not all(done):
-                    results = [task.result() for task in itertools.compress(tasks, done)]
-                    saved.append(await in_thread(self._finish, rows.filter(pa.array(done)), results))
-                    await in_thread(self._staging.write_early, join_rows(saved), part)
-                    waiting = [not is_done for is_done in done]
-                    rows, tasks = rows.filter(pa.array(waiting)), list(itertools.compress(tasks, waiting))
-            results = await asyncio.gather(*tasks)
+                if all(done):
+                    return await self._save(part, saved, rows, tasks)
+                results = [task.result() for task in itertools.compress(tasks, done)]
+                saved.append(await in_thread(self._finish, rows.filter(pa.array(done)), results))
+                await in_thread(self._staging.write_early, join_rows(saved), part)
+            waiting = [not is_done for is_done in done]
+            return await self._save(
+                part, saved, rows.filter(pa.array(waiting)), list(itertools.compress(tasks, waiting))
+            )
+
+    async def _save(
+        self, part: Part, saved: Sequence[pa.Table], rows: pa.Table, tasks: "Sequence[asyncio.Task[Result]]"
+    ) -> PartCounts:
+        """Wait for the rows that are left of a part, and save it."""
+        in_thread = partial(self._loop.run_in_executor, self._savers)
+        results = await asyncio.gather(*tasks)
         rows = join_rows([*saved, await in_thread(self._finish, rows, results)])
         await in_thread(self._staging.write_part, rows, part)
         unfetched = pc.sum(pc.equal(rows["stage"], "fetch")).as_py() or 0
