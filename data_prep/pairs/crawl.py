@@ -102,8 +102,9 @@ class Crawler:
             await stack.enter_async_context(self._fetcher.open())
             async with self._places:
                 rows, saved = await in_thread(self._staging.read_part, part), list[pa.Table]()
-                if part.has_early:
-                    saved = [await in_thread(self._staging.read_early, part)]
+                early = await in_thread(self._staging.read_early, part)
+                if early is not None:
+                    saved = [early]
                     rows = rows.filter(pc.invert(pc.is_in(rows["row"], saved[0]["row"].combine_chunks())))
                 urls = rows["url"].to_pylist()
                 tasks = await stack.enter_async_context(run_tasks(map(self._fetch_and_decode, urls)))

@@ -26,7 +26,7 @@ from data_prep.parts import HERE, Pool, collect_parts
 from data_prep.tables import FileEntry, TableName
 from ovd_models.errors import InputError
 
-SHARE_IN_WORK = 1 / 25
+SHARE_IN_WORK = 1 / 32
 MIN_PART_ROWS = 8
 URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
 IMAGES = LIGHT.remove(LIGHT.get_field_index("reason"))

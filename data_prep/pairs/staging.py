@@ -29,8 +29,6 @@ class Part:
     """Positions of rows that need no work."""
     rows: int = 0
     """Number of rows to work on."""
-    has_early: bool = False
-    """A killed run saved results of some of its rows."""
 
     @property
     def name(self) -> str:
@@ -79,9 +77,10 @@ class Staging:
         """Write those results of a part that do not wait for its slow rows; only `read_early` reads them."""
         self.write("early", part.name, rows)
 
-    def read_early(self, part: Part) -> pa.Table:
-        """The early results of a part that a killed run saved."""
-        return tables.read_parquet(storage.join(self.uri, "early", part.name))
+    def read_early(self, part: Part) -> pa.Table | None:
+        """The early results of a part, if a killed run or process saved some."""
+        uri = storage.join(self.uri, "early", part.name)
+        return tables.read_parquet(uri) if storage.exists(uri) else None
 
     def write(self, kind: str, name: str, rows: pa.Table) -> None:
         """Write a Parquet file of a kind (a subfolder), completely or not at all."""

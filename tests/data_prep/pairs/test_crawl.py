@@ -147,6 +147,7 @@ def test_a_slow_row_does_not_hold_up_the_results_of_the_others(tmp_path: Path, m
         while not staging.files("early"):
             time.sleep(0.01)
         early = staging.read_early(Part("p", 0))
+        assert early is not None
         assert (early["row"].to_pylist(), staging.files("parts")) == ([0, 2, 3], [])
         SlowReader.answer.set()
         assert killed.result() == PartCounts(rows=4, good=4)
@@ -156,7 +157,7 @@ def test_a_slow_row_does_not_hold_up_the_results_of_the_others(tmp_path: Path, m
     (tmp_path / "parts" / Part("p", 0).name).unlink()  # as if the run had been killed before
     SlowReader.asked.clear()
     again = Crawler(replace(steps(), fetcher=SlowReader), staging, 1 << 20)
-    assert again(Part("p", 0, has_early=True)) == PartCounts(rows=4, good=4)
+    assert again(Part("p", 0)) == PartCounts(rows=4, good=4)
     assert SlowReader.asked == [SlowReader.slow]
     (resumed,) = [file.read() for file in staging.open_parts("p", 4)]
     assert resumed == whole
