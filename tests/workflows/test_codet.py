@@ -267,7 +267,7 @@ def test_the_detector_of_lvis_trains_with_masks_and_is_evaluated(prepared: Run) 
 
 @pytest.mark.ray
 def test_where_the_model_looks_is_tracked_as_pictures(prepared: Run, trained: Trained[Metrics]) -> None:
-    (folder,) = (Path(prepared.storage) / "mlartifacts/codet").glob(f"{trained.run_id}/artifacts/images")
+    (folder,) = (Path(prepared.storage) / "mlartifacts/smoke").glob(f"{trained.run_id}/artifacts/images")
     for name in ("attention", "similarity"):
         (path,) = folder.glob(f"{name}*.png")
         with Image.open(path) as picture:
