@@ -172,10 +172,15 @@ def earlier_costs(job: Job, options: Options, tool: str) -> list[Cost]:
     return [Cost(**run["cost"]) for run in runs if wanted.items() <= run.items()]
 
 
+def median_of(costs: dict[str, list[Cost]], measured: str) -> dict[str, float]:
+    """A tool's median of a field of `Cost`."""
+    return {tool: statistics.median(getattr(cost, measured) for cost in runs) for tool, runs in costs.items()}
+
+
 def ratio(costs: dict[str, list[Cost]], over: str, under: str, measured: str) -> float:
     """Ratio of the medians."""
-    median_of = {tool: statistics.median(getattr(cost, measured) for cost in runs) for tool, runs in costs.items()}
-    return median_of[over] / median_of[under]
+    medians_of = median_of(costs, measured)
+    return medians_of[over] / medians_of[under]
 
 
 def http(site: Addresses, options: Options) -> dict[str, float]:
@@ -211,13 +216,12 @@ def on_ray(site: Addresses, options: Options, scheme: str) -> dict[str, float]:
     few = dataclasses.replace(job, name=f"few_{scheme}", urls=job.urls[:FEW], kept=FEW)
     small = dataclasses.replace(options, rows_per_shard=FEW // max(CRAWLERS))
     starts = alternate(few, small, {"ours": TOOLS["ours"], **ON_RAY})
-    median_of = {tool: statistics.median(cost.cpu_seconds for cost in runs) for tool, runs in costs.items()}
-    start_of = {tool: statistics.median(cost.cpu_seconds for cost in runs) for tool, runs in starts.items()}
+    cpu_of, start_of = median_of(costs, "cpu_seconds"), median_of(starts, "cpu_seconds")
     figures: dict[str, float] = medians(f"ray_{scheme}", costs, options.urls)
     ratios = []
     for tool in ON_RAY:
         figures[f"{tool}_{scheme}_start_cpu_s"] = start_of[tool] - start_of["ours"]
-        ratios.append(median_of["theirs"] / (median_of[tool] - figures[f"{tool}_{scheme}_start_cpu_s"]))
+        ratios.append(cpu_of["theirs"] / (cpu_of[tool] - figures[f"{tool}_{scheme}_start_cpu_s"]))
         figures[f"{tool}_{scheme}_ratio"] = ratios[-1]
     return {**figures, f"ray_{scheme}_ratio": min(ratios)}
 

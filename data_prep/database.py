@@ -1,12 +1,14 @@
 """DuckDB over Parquet files, in bounded memory."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
+
+from data_prep.parts import ahead
 
 FILES_AHEAD = 8
 """Files that `stream` reads at a time."""
@@ -27,14 +29,10 @@ def stream(rows: ds.Dataset | pa.Table, columns: Sequence[str]) -> pa.RecordBatc
         return rows.select(list(columns)).to_reader()
 
     def batches() -> Iterator[pa.RecordBatch]:
-        waiting: deque[Future[pa.Table]] = deque()
-        with ThreadPoolExecutor(FILES_AHEAD) as pool:
-            for fragment in rows.get_fragments():
-                waiting.append(pool.submit(fragment.to_table, schema=rows.schema, columns=list(columns)))
-                if len(waiting) == FILES_AHEAD:
-                    yield from waiting.popleft().result().to_batches()
-            while waiting:
-                yield from waiting.popleft().result().to_batches()
+        read = (partial(part.to_table, schema=rows.schema, columns=list(columns)) for part in rows.get_fragments())
+        with ThreadPoolExecutor(FILES_AHEAD) as threads:
+            for table in ahead(read, threads, FILES_AHEAD):
+                yield from table.to_batches()
 
     schema = pa.schema([rows.schema.field(name) for name in columns])
     return pa.RecordBatchReader.from_batches(schema, batches())

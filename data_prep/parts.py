@@ -10,7 +10,8 @@ through Ray's object store, and a job that is run again leaves out the parts tha
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -132,6 +133,17 @@ class _RayWorker:
             return pickle.dumps(self.worker(pickle.loads(part)))
         except (InputError, OSError) as error:  # Ray would change its type and add lines to its message
             return pickle.dumps(error)
+
+
+def ahead(calls: Iterable[Callable[[], R]], threads: ThreadPoolExecutor, depth: int) -> Iterator[R]:
+    """The results of calls made in threads, in order; at most `depth` of them are running or waiting."""
+    waiting: deque[Future[R]] = deque()
+    for call in calls:
+        waiting.append(threads.submit(call))
+        if len(waiting) >= depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 class ExecutorPause(ExecutionCallback):

@@ -9,9 +9,8 @@ actors nor on where a run was killed.
 import contextlib
 import tempfile
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -29,6 +28,7 @@ from data_prep.embeddings.crops import Colour, CropConfig, Fit, crop_squares, cr
 from data_prep.embeddings.stores import ROWS, EmbeddingJob, SavedShard, save_shard
 from data_prep.pairs.rows import append_columns
 from data_prep.pairs.shards import runs_of_size
+from data_prep.parts import ahead
 from data_prep.streams.images import read_image
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image
@@ -250,17 +250,6 @@ def margin_of(mean: Sequence[float]) -> Colour:
     """The colour that a teacher's normalisation maps to zero: the mean of its training images."""
     red, green, blue = (round(255 * value) for value in mean)
     return red, green, blue
-
-
-def ahead(batches: Iterable[Callable[[], Pixels]], pool: ThreadPoolExecutor, depth: int) -> Iterator[Pixels]:
-    """The results of functions run in a pool, in order; at most `depth` of them are running or waiting."""
-    waiting: deque[Future[Pixels]] = deque()
-    for batch in batches:
-        waiting.append(pool.submit(batch))
-        if len(waiting) >= depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def embed_regions(

@@ -89,6 +89,7 @@ class Crawler:
         self._decoders, self._savers = ThreadPoolExecutor(DECODERS), ThreadPoolExecutor(SAVERS)
         self._scorers, self._places = itertools.cycle(steps.scorers), asyncio.Semaphore(parts_at_a_time)
         self._loop = asyncio.new_event_loop()
+        self._in_thread = partial(self._loop.run_in_executor, self._savers)
         threading.Thread(target=self._loop.run_forever, name="network", daemon=True).start()
         weakref.finalize(self, _stop, self._loop)
 
@@ -97,23 +98,22 @@ class Crawler:
         return asyncio.run_coroutine_threadsafe(self._crawl(part), self._loop).result()
 
     async def _crawl(self, part: Part) -> PartCounts:
-        in_thread = partial(self._loop.run_in_executor, self._savers)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._fetcher.open())
             async with self._places:
-                rows, saved = await in_thread(self._staging.read_part, part), list[pa.Table]()
-                early = await in_thread(self._staging.read_early, part)
+                rows, saved = await self._in_thread(self._staging.read_part, part), list[pa.Table]()
+                early = await self._in_thread(self._staging.read_early, part)
                 if early is not None:
                     saved = [early]
-                    rows = rows.filter(pc.invert(pc.is_in(rows["row"], saved[0]["row"].combine_chunks())))
+                    rows = rows.filter(pc.invert(pc.is_in(rows["row"], early["row"].combine_chunks())))
                 urls = rows["url"].to_pylist()
                 tasks = await stack.enter_async_context(run_tasks(map(self._fetch_and_decode, urls)))
                 done = await wait_for_most(tasks)
                 if all(done):
                     return await self._save(part, saved, rows, tasks)
                 results = [task.result() for task in itertools.compress(tasks, done)]
-                saved.append(await in_thread(self._finish, rows.filter(pa.array(done)), results))
-                await in_thread(self._staging.write_early, join_rows(saved), part)
+                saved.append(await self._in_thread(self._finish, rows.filter(pa.array(done)), results))
+                await self._in_thread(self._staging.write_early, join_rows(saved), part)
             waiting = [not is_done for is_done in done]
             return await self._save(
                 part, saved, rows.filter(pa.array(waiting)), list(itertools.compress(tasks, waiting))
@@ -123,10 +123,9 @@ class Crawler:
         self, part: Part, saved: Sequence[pa.Table], rows: pa.Table, tasks: "Sequence[asyncio.Task[Result]]"
     ) -> PartCounts:
         """Wait for the rows that are left of a part, and save it."""
-        in_thread = partial(self._loop.run_in_executor, self._savers)
         results = await asyncio.gather(*tasks)
-        rows = join_rows([*saved, await in_thread(self._finish, rows, results)])
-        await in_thread(self._staging.write_part, rows, part)
+        rows = join_rows([*saved, await self._in_thread(self._finish, rows, results)])
+        await self._in_thread(self._staging.write_part, rows, part)
         unfetched = pc.sum(pc.equal(rows["stage"], "fetch")).as_py() or 0
         return PartCounts(rows=rows.num_rows, good=rows["reason"].null_count, unfetched=unfetched)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import tables
+from data_prep import parts, tables
 from data_prep.embeddings import teachers
 from data_prep.embeddings.crops import CropConfig, Fit, crop_windows
 from data_prep.embeddings.teachers import EmbedConfig, PairStage, RegionStage, Teacher, embed_regions
@@ -142,7 +142,7 @@ def test_work_ahead_keeps_its_order_and_its_bound() -> None:
         return np.full(1, number, np.uint8)
 
     with ThreadPoolExecutor(4) as pool:
-        for found in teachers.ahead((partial(work, number) for number in range(20)), pool, 3):
+        for found in parts.ahead((partial(work, number) for number in range(20)), pool, 3):
             seen.append(int(found[0]))
             assert len(running) <= len(seen) + 3
     assert seen == list(range(20))
