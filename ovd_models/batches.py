@@ -30,6 +30,15 @@ class TensorRecord:
         return replace(self, **{name: _mapped(value, change) for name, value in vars(self).items()})  # type: ignore[type-var]
 
 
+def num_bytes(value: Any) -> int:
+    """Bytes of the tensors in a record, a tuple or a tensor."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, TensorRecord):
+        return sum(num_bytes(entry) for entry in vars(value).values())
+    return sum(map(num_bytes, value)) if isinstance(value, tuple) else 0
+
+
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
@@ -153,9 +162,17 @@ class Detections(TensorRecord):
         return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], masks=masks)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """`[{"box": [x0, y0, x1, y1], "label": name, "score": s}]`, the form of the HTTP endpoint."""
+        """`[{"box": [x0, y0, x1, y1], "label": name, "score": s}]`, the form of the HTTP endpoint.
+
+        With masks, each entry has also `"mask": {"size": [height, width], "counts": ...}`, COCO's RLE.
+        """
         rows = zip(self.boxes.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True)
-        return [{"box": box, "label": self.names[label], "score": score} for box, label, score in rows]
+        found: list[dict[str, Any]] = [
+            {"box": box, "label": self.names[label], "score": score} for box, label, score in rows
+        ]
+        for entry, counts in zip(found, self.masks or (), strict=False):
+            entry["mask"] = {"size": [self.height, self.width], "counts": counts}
+        return found
 
     def draw(self, path: str | Path | None = None, *, image: Image.Image | None = None) -> Image.Image:
         """The picture with its boxes, saved to `path` if given.
