@@ -6,8 +6,9 @@ text/                 the text tower, or a table of embedded names; a SAM has no
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -33,6 +34,8 @@ METHODS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "text_to_mask": (TextToMask, TextToMaskModelConfig),
 }
 """Model and config classes by method."""
+MAX_DEPTH = 1_000
+"""Maximum number of layers of one kind in a checkpoint's config."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -117,10 +120,42 @@ def load_model(folder: str | Path, *kinds: type[M]) -> M:
         raise InputError(f"{folder}: checkpoint of method {info.method!r}, expected {expected}")
     kind, config = METHODS[info.method]
     with as_input_error(f"{folder}: not a readable {info.method} checkpoint"):
-        model = kind(from_json(config, info.model))
+        check_depth(info.model)
+        settings = from_json(config, info.model)
+        check_size(partial(kind, settings), Path(folder) / "model.safetensors")
+        model = kind(settings)
         model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     assert isinstance(model, kinds)
     return model.eval()
+
+
+def check_depth(value: Any, key: str = "model") -> None:
+    """Check that an untrusted config does not ask for millions of layers, which take memory even without weights.
+
+    Raises:
+        InputError: it does.
+    """
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            check_depth(entry, str(name))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            check_depth(entry, key)
+    elif isinstance(value, int) and value > MAX_DEPTH and any(word in key for word in ("depth", "layers", "convs")):
+        raise InputError(f"{key}: {value:,}, expected at most {MAX_DEPTH:,}")
+
+
+def check_size(build: Callable[[], nn.Module], weights: Path) -> None:
+    """Check that a model fits its file of weights before memory is taken for it.
+
+    Raises:
+        InputError: the model is far larger than the file.
+    """
+    with torch.device("meta"):
+        size = sum(value.nbytes for value in build().state_dict().values())
+    most = 4 * weights.stat().st_size + 1_000_000  # the file may hold half precision
+    if size > most:
+        raise InputError(f"config.json: a model of {size:,} bytes, {weights.name} has {weights.stat().st_size:,}")
 
 
 def sam_id(model: SamModel) -> str:

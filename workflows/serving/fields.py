@@ -108,7 +108,7 @@ async def read_request(request: Request, kind: type[F]) -> tuple[bytes, F]:
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     values: dict[str, Any] = dict(request.query_params)
     if media == "multipart/form-data":
-        form = await request.form(max_files=1, max_fields=20)
+        form = await request.form(max_files=4, max_fields=20)
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) != (name == "image"):
                 raise refusal(name, "expected a file" if name == "image" else "a file, expected text")
