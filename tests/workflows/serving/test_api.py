@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,8 +132,8 @@ def test_waiting_images_of_one_size_are_encoded_together_with_equal_answers(
     def slow(self: Any, tensors: Any) -> Any:
         sizes.append([tuple(tensor.shape[1:]) for tensor in tensors])
         if len(sizes) == 1:
-            while len(opened.worker._waiting) < 5:
-                pass
+            while len(opened.worker._waiting) + len(tensors) < len(images):
+                time.sleep(0.005)
         return encode(self, tensors)
 
     monkeypatch.setattr(type(model), "encode", slow)

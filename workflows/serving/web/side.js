@@ -47,7 +47,6 @@ export class Side {
 
   /** Names that are sent; none means the model's own. */
   vocabulary() {
-    this._take(false);
     return this.names;
   }
 
@@ -78,13 +77,13 @@ export class Side {
     }
   }
 
-  _take(notify = true) {
+  _take() {
     const fresh = this.input.value.split(/[,;\n]/).map((name) => name.trim()).filter(Boolean);
     this.input.value = "";
     if (!fresh.length) return;
     this.names = [...new Set([...this.names, ...fresh])];
     this._chips();
-    if (notify) this.onChange();
+    this.onChange();
   }
 
   _chips() {
