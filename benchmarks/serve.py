@@ -32,17 +32,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from measure import BENCH, REPOSITORY, cpu_seconds, descendants, pss_bytes, write_figures
+from measure import BENCH, REPOSITORY, cpu_seconds, descendants, pss_bytes, update_figures
 from PIL import Image
 
 CLIENTS = 16
 NAMES = ("umbrella", "anchor", "snowman", "telephone", "scissors", "cat", "cow", "star")
 OTHER_NAMES = ("heart", "moon", "sun", "flower", "key", "gear", "cloud", "cup")
+PARTS = ["overhead", "throughput", "overload", "kill", "swap"]
 TARGETS = {
     "overhead_p50_ms": "at most 12",
     "throughput_fraction": "at least 0.9",
@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--model", default="runs/demo/codet", help="a detector's checkpoint folder")
     parser.add_argument("--seconds", type=float, default=60, help="length of the overload")
     parser.add_argument("--clients", type=int, default=4 * (CLIENTS + 1), help="clients of the overload")
+    parser.add_argument("--only", default="", help=f"some of {','.join(PARTS)}; the other figures stay")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
@@ -287,20 +288,28 @@ def main() -> None:
         return
     if not Path(arguments.model, "config.json").is_file():
         raise SystemExit(f"{arguments.model}: no checkpoint; `make demo` trains one, or give --model FOLDER")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it has started
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     Image.open(io.BytesIO(draw_pictures(1)[0])).load()
     BENCH.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {}
+    figures: dict[str, float] = {}
+    parts = arguments.only.split(",") if arguments.only else PARTS
     with tempfile.TemporaryDirectory() as storage:
-        with endpoint(arguments.model, Path(storage)) as (url, seconds):
-            figures["start_seconds"] = seconds
-            figures |= measure_overhead(url, arguments.model, 105)
-            figures |= measure_throughput(url, arguments.model, 15)
-            figures |= measure_overload(url, arguments.seconds, arguments.clients)
-            figures |= measure_kill(url)
-        figures |= measure_swap(arguments.model, Path(storage))
+        with endpoint(arguments.model, Path(storage)) if parts != ["swap"] else contextlib.nullcontext() as opened:
+            if opened is not None:
+                url, figures["start_seconds"] = opened
+            if "overhead" in parts:
+                figures |= measure_overhead(url, arguments.model, 105)
+            if "throughput" in parts:
+                figures |= measure_throughput(url, arguments.model, 15)
+            if "overload" in parts:
+                figures |= measure_overload(url, arguments.seconds, arguments.clients)
+            if "kill" in parts:
+                figures |= measure_kill(url)
+        if "swap" in parts:
+            figures |= measure_swap(arguments.model, Path(storage))
     figures = {name: round(value, 3) for name, value in figures.items()}
-    write_figures("serve", figures)
+    update_figures("serve", figures)
     for name, value in figures.items():
         print(f"{name:32} {value:>12}   {TARGETS.get(name, '')}")
 

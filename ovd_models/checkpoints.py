@@ -7,7 +7,7 @@ text/                 the text tower, or a table of embedded names; a SAM has no
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ovd_models.checkpoint_info import FORMAT, CheckpointInfo, read_info
 from ovd_models.clip.model import ClipTextEncoder, load_text_encoder, save_text_encoder, weights_digest
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError, as_input_error
@@ -25,7 +26,15 @@ from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.vild.model import ViLD, ViLDConfig
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder
 
-FORMAT = 1
+__all__ = [
+    "CheckpointInfo",
+    "load_encoder",
+    "load_model",
+    "read_info",
+    "sam_id",
+    "save_checkpoint",
+    "save_encoder",
+]
 METHODS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "codet": (CoDet, CoDetConfig),
     "vild": (ViLD, ViLDConfig),
@@ -39,21 +48,6 @@ MAX_DEPTH = 1_000
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """The contents of `config.json`."""
-
-    method: str
-    model: dict[str, Any]
-    """The model's config."""
-    vocabulary: tuple[str, ...]
-    """Default names."""
-    splits: dict[str, str]
-    """`base` or `novel` by name, as in training."""
-    run: dict[str, Any]
-    """The resolved run of the training."""
 
 
 def save_checkpoint(
@@ -87,24 +81,6 @@ def save_checkpoint(
         "run": run,
     }
     (target / "config.json").write_text(json.dumps(info, indent=1, default=str))
-
-
-def read_info(folder: str | Path) -> CheckpointInfo:
-    """The contents of a checkpoint's `config.json`.
-
-    Raises:
-        InputError: the folder holds no checkpoint, or one of another format.
-    """
-    source = Path(folder)
-    path = source / "config.json"
-    if not path.is_file():
-        other = " (it holds a CLIP model, not a detector)" if (source / "clip.json").is_file() else ""
-        raise InputError(f"{source}: no detector checkpoint, expected config.json and model.safetensors{other}")
-    with as_input_error(f"{path}: not a checkpoint config"):
-        raw = json.loads(path.read_text())
-        if raw.get("format") != FORMAT:
-            raise InputError(f"{path}: format {raw.get('format')!r}, this program reads format {FORMAT}")
-        return CheckpointInfo(raw["method"], raw["model"], tuple(raw["vocabulary"]), raw["splits"], raw["run"])
 
 
 def load_model(folder: str | Path, *kinds: type[M]) -> M:

@@ -19,8 +19,9 @@ from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskModelConfig
 from ovd_models.sam.model import SamConfig
 from ovd_models.vocabulary import EmbeddingTable
 from workflows.serving.api import Endpoint
-from workflows.serving.deployment import Settings, open_endpoint
 from workflows.serving.limits import Limits
+from workflows.serving.opening import open_endpoint
+from workflows.serving.settings import Settings
 
 NAMES = ("anchor", "umbrella", "snowman")
 LIMITS = Limits(

@@ -26,9 +26,7 @@ from typing import Any
 from workflows.serving.deployment import (  # isort: skip  # before Ray Serve is imported elsewhere
     LOOPBACK,
     TOKEN_VARIABLE,
-    Settings,
     build,
-    check_models,
     digest_of_token,
 )
 
@@ -41,6 +39,8 @@ from ray.serve.schema import LoggingConfig
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
 from workflows.serving.limits import Limits
+from workflows.serving.settings import Settings
+from workflows.serving.sources import check_models
 
 
 @dataclass(frozen=True, kw_only=True)

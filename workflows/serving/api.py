@@ -319,8 +319,11 @@ async def _send_page(path: Path, request: Request) -> Response:
     return FileResponse(path, headers={"cache-control": "no-cache"})
 
 
-def build_api(endpoint: Endpoint, token_digest: str = "") -> FastAPI:
-    """Build the HTTP interface of one replica: routes of its models, pages, limits."""
+def build_api(endpoint: Endpoint, token_digest: str = "", *, adds_ids: bool = True) -> FastAPI:
+    """Build the HTTP interface of one replica: routes of its models, pages, limits.
+
+    Ray Serve itself adds the header `x-request-id`; elsewhere `adds_ids` does.
+    """
     api = FastAPI(
         title="ovd-ray",
         description="Open-vocabulary vision: name what is to be found.",
@@ -364,5 +367,7 @@ def build_api(endpoint: Endpoint, token_digest: str = "") -> FastAPI:
 
     for kind in (RequestValidationError, HTTPException):
         api.add_exception_handler(kind, problem)
-    api.add_middleware(Gate, limits=endpoint.limits, metrics=endpoint.metrics, token_digest=token_digest)
+    api.add_middleware(
+        Gate, limits=endpoint.limits, metrics=endpoint.metrics, token_digest=token_digest, adds_ids=adds_ids
+    )
     return api

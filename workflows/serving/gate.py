@@ -45,9 +45,12 @@ class Gate:
     bounded whatever clients send.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, token_digest: str = "") -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits, metrics: Metrics, token_digest: str = "", *, adds_ids: bool = True
+    ) -> None:
         """Wrap `app`; with the SHA-256 of a token, requests under `/v1/` and `/metrics` must bear it."""
         self.app, self.limits, self.metrics, self.token_digest = app, limits, metrics, token_digest
+        self.adds_ids = adds_ids
         self.uploads = self.held_bytes = self.requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +68,9 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = [*SECURITY_HEADERS, (b"x-request-id", journal.request_id.encode())]
+                own = list(SECURITY_HEADERS)
+                if self.adds_ids:
+                    own.append((b"x-request-id", journal.request_id.encode()))
                 present = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in own if pair[0] not in present)]
             await send(message)

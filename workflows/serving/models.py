@@ -13,12 +13,10 @@ from torch import Tensor
 
 import ovd_models
 from data_prep.embeddings.texts import PreloadedEncoder, TextStore
-from ovd_models.checkpoints import read_info
 from ovd_models.detectors.region_query import RegionQuery, build_query
-from ovd_models.errors import InputError
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
-from workflows.common import registry
 from workflows.serving.limits import refusal
+from workflows.serving.sources import local_folder, method_of, resolve_version
 from workflows.serving.texts import CachedEncoder, TextCache, Words
 
 Predictor = Detector | Segmenter | TextSegmenter | Classifier
@@ -38,37 +36,6 @@ TASKS: Mapping[str, tuple[str, ...]] = {
     "clip": ("classify",),
 }
 """Routes by method."""
-
-
-def parse_models(text: str) -> dict[str, str]:
-    """Names and URIs of `URI` or `NAME=URI,NAME=URI`; a model without a name bears that of its method.
-
-    Raises:
-        InputError: there is no URI, or two models have one name.
-    """
-    models: dict[str, str] = {}
-    for entry in filter(None, (part.strip() for part in text.split(","))):
-        name, separator, uri = entry.partition("=")
-        if not separator or not name.replace("-", "").replace("_", "").isalnum():
-            name, uri = "", entry
-        if name in models:
-            raise InputError(f"--model {text}: two models named {name!r}, expected NAME=URI with different names")
-        models[name] = uri
-    if not models:
-        raise InputError("--model: missing, expected a checkpoint folder or models:/<name>@<alias>")
-    return models
-
-
-def method_of(folder: Path) -> str:
-    """The method of a checkpoint folder.
-
-    Raises:
-        InputError: the folder holds no checkpoint, or one of a method that is not served.
-    """
-    method = "clip" if (folder / "clip.json").is_file() else read_info(folder).method
-    if method not in LOADERS:
-        raise InputError(f"{folder}: a checkpoint of method {method!r}, expected one of {', '.join(LOADERS)}")
-    return method
 
 
 @dataclass(frozen=True)
@@ -148,8 +115,8 @@ def load_served(name: str, uri: str, storage_uri: str, *, texts: bool, device: s
     Raises:
         InputError: there is no such checkpoint, or it is broken.
     """
-    resolved = registry.resolve_model(uri, storage_uri) if uri.startswith(registry.MODEL_SCHEME) else None
-    folder = registry.local_model(uri, storage_uri)
+    version, run_id = resolve_version(uri, storage_uri)
+    folder = local_folder(uri, storage_uri)
     method = method_of(folder)
     predictor = LOADERS[method](folder, device=device)
     if texts:
@@ -160,8 +127,8 @@ def load_served(name: str, uri: str, storage_uri: str, *, texts: bool, device: s
         uri,
         predictor,
         weights_digest(folder),
-        resolved.version if resolved else "",
-        resolved.run_id if resolved else "",
+        version,
+        run_id,
         licence.read_text()[:2_000] if licence.is_file() else "",
     )
 
