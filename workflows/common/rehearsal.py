@@ -75,7 +75,7 @@ def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehea
             own = getattr(share, field)
             train(
                 share,
-                Stage(job=f"dry run, {name}", name=name, settings=own, folder=f"{folder}/{name}", metric_prefix=""),
+                Stage(job=f"dry run, {name}", name=name, settings=own, folder=f"{folder}/{name}"),
                 stand_in,
             )
         step, loading = stand_in.costs()

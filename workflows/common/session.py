@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,7 @@ import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed
+from PIL import Image
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.train import CheckpointConsistencyMode, CheckpointUploadMode
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -38,6 +40,16 @@ from workflows.common.tracking import MetricLogger
 from workflows.common.training import DRIVER_CHECKPOINTS, Stage, last_checkpoint, load_weights, other_than
 
 R = TypeVar("R", bound=TensorRecord)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model reached between two steps."""
+
+    metrics: Mapping[str, float]
+    """Under MLflow's names without `eval/`."""
+    pictures: Sequence[Image.Image] = ()
+    """Results on the same images every time."""
 
 
 class Session:
@@ -210,12 +222,40 @@ class Session:
             metrics = self.meter.collect()
             logged = {**metrics, "train/learning_rate": max(map(float, self.schedule.get_last_lr()))}
             logged |= {"train/replaced_images": replaced} if replaced else {}
-            self.logger.log({f"{self.stage.metric_prefix}{key}": value for key, value in logged.items()}, self.step)
+            self.logger.log(logged, self.run_step)
             print_progress(self.stage.job, self.step, self.settings.steps, metrics)
         if self.due:
             with self.meter.timing("checkpoint"):
                 committed = self.checkpoint()
-            self.logger.flush(until=committed, wait=self.done)
+            self.logger.flush(until=self.stage.first_step + committed, wait=self.done)
+
+    def validate(self, every: int, measure: Callable[[nn.Module], "Measured"]) -> None:
+        """Measure the weights, or their average, and log the results under `eval/`.
+
+        Rank 0 does so while the others wait at their next exchange of gradients; not after the last step, when the
+        evaluation of the trained model follows.
+
+        Args:
+            every: steps from one measurement to the next; 0 for none.
+            measure: gets the model in evaluation mode.
+        """
+        if self.rank or self._part or not every or self.step % every or self.done:
+            return
+        model = self.module if self.average is None else self.average.module
+        model.eval()
+        with torch.no_grad(), self.autocast():
+            found = measure(model)
+        model.train()
+        self.logger.log({f"eval/{name}": value for name, value in found.metrics.items()}, self.run_step)
+        for number, picture in enumerate(found.pictures):
+            self.logger.log_image(picture, f"validation_{number}", self.run_step)
+        values = " ".join(f"{name} {value:.3f}" for name, value in found.metrics.items())
+        print(f"{self.stage.job} {self.step}/{self.settings.steps}  {values}", flush=True)
+
+    @property
+    def run_step(self) -> int:
+        """Steps done, with those of the stages before."""
+        return self.stage.first_step + self.step
 
     @property
     def due(self) -> bool:

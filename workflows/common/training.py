@@ -36,8 +36,8 @@ class Stage:
     settings: Optimisation
     folder: str
     """Folder or URI of its checkpoints."""
-    metric_prefix: str
-    """Start of its metrics' names in MLflow."""
+    first_step: int = 0
+    """Steps of the stages before it; metrics of all stages share one axis of steps."""
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

@@ -31,7 +31,7 @@ NOWHERE = MetricLogger("", "")
 
 
 def stage_of(settings: Optimisation, folder: Path) -> Stage:
-    return Stage(job="test", name="test", settings=settings, folder=str(folder), metric_prefix="")
+    return Stage(job="test", name="test", settings=settings, folder=str(folder))
 
 
 # ------------------------------------------------------------------------------------------------ configuration
