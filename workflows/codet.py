@@ -186,7 +186,7 @@ def train_stage(
             sampling=run.sampling,
             augmentation=run.caption_augmentation,
         )
-        streams["groups"] = training.feed(groups, run.groups_per_step, settings, every)
+        streams["groups"] = training.feed(groups, run.groups_per_step, settings, every, every - 1)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, logger)
     return fit(loop, stage, streams)
 

@@ -166,6 +166,9 @@ def outcome(job: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         reason = storage_failure(error)
         if reason is None:
