@@ -236,7 +236,7 @@ def dry_run(run: Run) -> None:
 def main() -> None:
     """Read -> train -> evaluate; prints the accuracy and the next command."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)
+    tracking.check_server(run.storage)
     if run.config == "smoke":
         prepare_pairs.prepare_smoke(run.storage)
     if run.dry_run:

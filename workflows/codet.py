@@ -413,7 +413,7 @@ def prepare_data(run: Run) -> Run:
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)
+    tracking.check_server(run.storage)
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)
