@@ -20,8 +20,8 @@ install: $(INSTALLED)  ## Create .venv with the pinned dependencies
 demo: $(INSTALLED)  ## Crawl, train, evaluate and serve on a small drawn world; results in runs/demo
 	$(BIN)/python workflows/demo.py
 
-test: $(INSTALLED)  ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## Run the tests, without the slow ones, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## Run the slow tests
 	$(BIN)/python -m pytest -m slow

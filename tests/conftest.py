@@ -1,4 +1,4 @@
-"""What the tests share: one Ray instance and one small pictogram web site a session."""
+"""What the tests of a process share: one Ray instance and one small pictogram web site."""
 
 import os
 import tempfile

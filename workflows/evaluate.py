@@ -159,7 +159,7 @@ def evaluate_and_log(run: Run, tracked: TrackedRun, prefix: str, step: int) -> E
 def main() -> None:
     """Evaluate, log to MLflow and print the metrics."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)  # refuses a wrong storage before any work
+    tracking.check_server(run.storage)
     started = time.perf_counter()
     folder = registry.local_model(run.model, run.storage)
     local = replace(run, model=str(folder))

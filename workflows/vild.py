@@ -39,6 +39,7 @@ from workflows.common.teacher import find_teacher, open_encoder, read_categories
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
 from workflows.configs.vild import CONFIGS, Run
+from workflows.reports.validation import ValidationSet
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class VildNames:
     """Category ids of the names with training boxes."""
     splits: dict[str, str]
     """`base` or `novel` by name."""
+    categories: dict[int, str]
+    """Category id -> name, for categories with a split."""
     vocabulary: Vocabulary
     """All names."""
 
@@ -61,20 +64,34 @@ class VildNames:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def train_worker(
-    run: Run, stage: Stage, start: dict[str, Tensor], text_KD: Tensor, trained_K: Tensor, logger: MetricLogger
-) -> None:
+def train_worker(run: Run, stage: Stage, start: dict[str, Tensor], names: VildNames, logger: MetricLogger) -> None:
     """The loop of both stages: batches -> losses -> step."""
     device = training.prepare_worker(stage.settings)
     model = build_model(run, stage.name)
     model.load_state_dict(start)
     session = Session(model, stage, device, logger)
-    names = (text_KD.to(device), trained_K.to(device)) if isinstance(model, ViLD) else ()
+    is_detector = isinstance(model, ViLD)
+    given = (names.vocabulary.embeddings.to(device), names.trained.to(device)) if is_detector else ()
+    validation = validation_set(run, names)
     for batch in session.batches("boxes", run.detection_batch, DetectionCollate()):
         with session.autocast():
-            losses = session.model(batch, *names)
+            losses = session.model(batch, *given)
         session.update(losses)
+        session.validate(run.validate_every if is_detector else 0, validation.measure)
         session.end_step(losses, run.detection_batch)
+
+
+def validation_set(run: Run, names: VildNames) -> ValidationSet:
+    """The images on which the detector is measured during training."""
+    return ValidationSet(
+        storage=storage.absolute(run.storage),
+        boxes=f"{run.boxes}-eval",
+        images=run.validate_images,
+        categories=names.categories,
+        splits=names.splits,
+        vocabulary=names.vocabulary,
+        max_detections=run.max_detections,
+    )
 
 
 def build_model(run: Run, stage: str) -> ProposalNetwork | ViLD:
@@ -102,7 +119,7 @@ def train_stage(
         repeat_threshold=run.repeat_threshold,
         regions=regions,
     )
-    loop = partial(train_worker, run, stage, start, names.vocabulary.embeddings, names.trained, logger)
+    loop = partial(train_worker, run, stage, start, names, logger)
     return fit(loop, stage, {"boxes": training.feed(loader, run.detection_batch, stage.settings)})
 
 
@@ -277,7 +294,7 @@ def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[Detect
         synonyms=run.synonyms,
         device=training.device_of(run.detector_stage),
     )
-    return evaluate.evaluate_and_log(settings, active.tracked, "eval", run.detector_stage.steps)
+    return evaluate.evaluate_and_log(settings, active.tracked, "eval", active.last_step)
 
 
 def save(run: Run, model: ViLD, encoder: TextEncoder, names: VildNames, folder: Path) -> None:
@@ -299,7 +316,7 @@ def read_names(run: Run, encoder: TextEncoder) -> VildNames:
     others = [key for key in categories if key not in set(trained)]
     ordered = [categories[key] for key in (*trained, *others)]
     words = read_synonyms(run.storage, run.boxes) if run.synonyms == "mean" else None
-    return VildNames(trained, splits, build_vocabulary(encoder, ordered, splits, words))
+    return VildNames(trained, splits, categories, build_vocabulary(encoder, ordered, splits, words))
 
 
 def find_weights(run: Run) -> Run:
@@ -356,7 +373,7 @@ def prepare_data(run: Run) -> Run:
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)
+    tracking.check_server(run.storage)
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)

@@ -47,7 +47,13 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
-        ray.init(runtime_env={"env_vars": {"OMP_WAIT_POLICY": ENVIRONMENT["OMP_WAIT_POLICY"]}})
+        ray.init(
+            logging_level=logging.WARNING,
+            runtime_env={
+                "env_vars": {name: os.environ[name] for name in ENVIRONMENT},  # its processes have not inherited them
+                "worker_process_setup_hook": "workflows.common.quiet.setup_on_cluster",
+            },
+        )
         return
     # Oversubscribed CPUs: training, data tasks and serving wait on each other most of the time, and a pool of exactly
     # the machine's size can deadlock them.
