@@ -9,7 +9,6 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from workflows.serving import environment  # noqa: F401  # isort: skip  # before Ray Serve reads it
@@ -69,9 +68,8 @@ class Replica:
 
 def listening_host() -> str:
     """The address on which Ray Serve listens, wherever it was set."""
-    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    get: Callable[[Any], Any] = ray.get
-    options = get(controller.get_http_config.remote())
+    controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    options: Any = ray.get(controller.get_http_config.remote())
     return str(options.host or "0.0.0.0")
 
 
