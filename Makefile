@@ -45,4 +45,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing the pinned dependencies into $(VENV); the first time takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@# lvis brings opencv-python, whose files replace the headless ones and need a display's libraries.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --force-reinstall \
+		opencv-python-headless
 	@touch $@

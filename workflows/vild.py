@@ -290,7 +290,7 @@ def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[Detect
         boxes=f"{run.boxes}-eval",
         score_threshold=run.score_threshold,
         max_detections=run.max_detections,
-        masks=run.measure_masks,
+        iou_type="segm" if run.measure_masks else "bbox",
         synonyms=run.synonyms,
         device=training.device_of(run.detector_stage),
     )

@@ -15,8 +15,9 @@ from mlflow.tracking import MlflowClient
 from object_storage import BUCKET, s3_server
 from PIL import Image
 
-from data_prep import tables
+from data_prep import predictions, tables
 from data_prep.boxes import annotations
+from data_prep.parts import HERE
 from data_prep.pictograms.world import World
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import save_checkpoint
@@ -64,23 +65,26 @@ def names_of(run: Run) -> dict[int, str]:
 
 
 def test_an_untrained_detector_scores_near_zero(run: Run) -> None:
-    metrics, pictures = evaluate.evaluate(run)
-    assert len(pictures) == 3
-    assert [entry.name for entry in metrics.categories] == list(WORLD.names)
-    summary = metrics.summary()
+    evaluated = evaluate.evaluate(run)
+    assert evaluated.protocol == "coco-ovd"
+    assert [entry.name for entry in evaluated.metrics.categories] == list(WORLD.names)
+    summary = evaluated.metrics.summary()
     assert all(0 <= summary[f"ap50_{split}"] < 0.05 for split in ("base", "novel", "all"))
+    assert summary["ap50_novel"] == pytest.approx(evaluated.measured.numbers["AP50_novel"])
+    assert len(evaluate.draw_pictures(run, evaluated.table)) == 3
 
 
-def test_the_annotations_score_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, names = iter(rows_of(run)), names_of(run)
+def test_the_annotations_score_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run.storage, tmp_path / "store")
+    run = dataclasses.replace(run, storage=str(tmp_path / "store"), score_threshold=0.02)  # not yet predicted
+    names, rows = names_of(run), {tuple(read_box_image(run.storage, row).tobytes()[:999]): row for row in rows_of(run)}
 
     def detect_truth(_: Detector, images: list[Image.Image], vocabulary: list[str], **__: object) -> list[Detections]:
         nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), tuple(vocabulary), 128, 128)
-        shown = [annotations_as_detections(next(rows), names, nothing) for _ in images]
-        return [dataclasses.replace(entry, image=image) for entry, image in zip(shown, images, strict=True)]
+        return [annotations_as_detections(rows[tuple(image.tobytes()[:999])], names, nothing) for image in images]
 
     monkeypatch.setattr(Detector, "detect", detect_truth)
-    metrics, _ = evaluate.evaluate(run)
+    metrics = evaluate.evaluate(run).metrics
     assert metrics.mean("ap50") == metrics.mean("ap") == pytest.approx(1.0)
     present = {key for row in rows_of(run) for key in row["category_ids"]}
     unseen = [entry.name for entry in metrics.categories if math.isnan(entry.ap50)]
@@ -88,28 +92,23 @@ def test_the_annotations_score_one(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_image_that_cannot_be_read_keeps_its_truth_and_is_named(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(run.storage, tmp_path / "store")
-    broken = dataclasses.replace(run, storage=str(tmp_path / "store"))
-    rows, seen = rows_of(run), []
+    shutil.copytree(run.storage, tmp_path / "store", ignore=shutil.ignore_patterns("predictions"))
+    broken = dataclasses.replace(run, storage=str(tmp_path / "store"), score_threshold=0.0)
+    rows = rows_of(run)
     (tmp_path / "store" / rows[1]["uri"]).unlink()
-
-    def keep(given: list[dict[str, Any]], found: list[Detections], *_: object) -> None:
-        seen.extend(zip(given, found, strict=True))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "evaluate_detections", keep)
-        _, pictures = evaluate.evaluate(dataclasses.replace(broken, score_threshold=0.0))
-    assert [row["image_id"] for row, _ in seen] == [row["image_id"] for row in rows]
-    assert [len(entry) > 0 for _, entry in seen] == [number != 1 for number in range(10)]
-    assert len(pictures) == 2  # of the first three images
+    evaluated = evaluate.evaluate(broken)
+    assert len(evaluated.truth.labels) == sum(len(row["boxes"]) for row in rows)
+    found = tables.read_table(broken.storage, "predictions", evaluated.table).to_pylist()
+    assert [row["image_id"] for row in found] == [row["image_id"] for row in rows]
+    assert [len(row["scores"]) > 0 for row in found] == [number != 1 for number in range(10)]
+    assert len(evaluate.draw_pictures(broken, evaluated.table)) == 2  # of the first three images
     assert f"left out: 1 images that cannot be read ({broken.storage}/{rows[1]['uri']}" in capsys.readouterr().out
-    assert evaluate.evaluate(broken)[0].categories
     for row in rows:
         (tmp_path / "store" / row["uri"]).write_bytes(b"no image")
     with pytest.raises(InputError, match=r"^no image can be read: 10 images that cannot be read \(.*not an image"):
-        evaluate.evaluate(broken)
+        evaluate.evaluate(dataclasses.replace(broken, score_threshold=0.01))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -132,7 +131,7 @@ def test_every_script_that_runs_a_model_takes_a_device(run: Run, tmp_path: Path)
 
 
 def test_batch_size_does_not_change_the_metrics(run: Run) -> None:
-    one, all_at_once = (evaluate.evaluate(dataclasses.replace(run, batch_size=size))[0] for size in (1, 10))
+    one, all_at_once = (evaluate.evaluate(dataclasses.replace(run, batch_size=size)).metrics for size in (1, 10))
     for first, second in zip(one.categories, all_at_once.categories, strict=True):
         assert first.ap50 == pytest.approx(second.ap50, abs=1e-3, nan_ok=True)
 
@@ -154,15 +153,54 @@ def test_synonyms_of_the_categories_may_count(run: Run, monkeypatch: pytest.Monk
     ]
 
 
-def test_only_drawn_images_are_kept_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[int] = []
+def bytes_of(run: Run, table: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(Path(run.storage, "predictions", table).glob("*.parquet"))]
 
-    def count(_: object, found: list[Detections], *__: object) -> None:
-        kept.append(sum(entry.image is not None for entry in found))
 
-    monkeypatch.setattr(evaluate, "evaluate_detections", count)
-    evaluate.evaluate(run)
-    assert kept == [3]
+def fresh(run: Run, folder: Path) -> Run:
+    shutil.copytree(run.storage, folder, ignore=shutil.ignore_patterns("predictions"))
+    return dataclasses.replace(run, storage=str(folder), model=str(folder / "model"), batch_size=1)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_table_is_the_same_for_any_number_of_actors_and_is_made_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+) -> None:
+    alone, shared = fresh(run, tmp_path / "alone"), fresh(run, tmp_path / "shared")
+    one, two = evaluate.evaluate(alone), evaluate.evaluate(dataclasses.replace(shared, workers=2))
+    assert one.table == two.table
+    assert len(bytes_of(alone, one.table)) == 3  # parts of four images
+    assert bytes_of(alone, one.table) == bytes_of(shared, two.table)
+    assert one.measured.numbers == two.measured.numbers
+    monkeypatch.setattr(Detector, "detect", None)  # a second run predicts nothing
+    assert evaluate.evaluate(alone).measured.numbers == one.measured.numbers
+
+
+def test_a_stopped_prediction_continues_with_its_saved_parts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, stopped = fresh(run, tmp_path / "whole"), fresh(run, tmp_path / "stopped")
+    expected = bytes_of(whole, evaluate.evaluate(whole).table)
+    detect, calls = Detector.detect, []
+
+    def detect_some(self: Detector, *arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise InputError("stopped")
+        return detect(self, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predictions, "pool_of", lambda *_: HERE)
+        patch.setattr(evaluate, "pool_of", lambda *_: HERE)
+        patch.setattr(Detector, "detect", detect_some)
+        with pytest.raises(InputError, match="stopped"):
+            evaluate.evaluate(stopped)
+        assert not list(Path(stopped.storage, "predictions").glob("*/manifest.json"))
+        capsys.readouterr()
+        assert bytes_of(stopped, evaluate.evaluate(stopped).table) == expected
+    assert "1 of 3 parts are there already" in capsys.readouterr().out
+    assert len(calls) == 6 + 6  # two parts of four and of two images
 
 
 def test_annotations_and_detections_are_drawn_side_by_side(run: Run) -> None:
@@ -187,15 +225,24 @@ def main(monkeypatch: pytest.MonkeyPatch, run: Run, *flags: str) -> int:
 def test_the_script_prints_and_tracks(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(monkeypatch, run, "--model", run.model, "--num-pictures", "1") == 0
+    output, export = Path(run.storage, "metrics.json"), Path(run.storage, "dt.json")
+    flags = ["--num-pictures", "1", "--output", str(output), "--export", str(export)]
+    assert main(monkeypatch, run, "--model", run.model, *flags) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == [
-        *("ap50_base", "ap50_novel", "ap50_all", "ap_base", "ap_novel", "ap_all")
-    ]
+    assert "AP50_novel" in [line.split()[0] for line in lines]
+    numbers = json.loads(output.read_text())
+    assert list(numbers)[:3] == ["AP50_novel", "AP50_base", "AP50_all"]
+    rows = json.loads(export.read_text())
+    assert {row["image_id"] for row in rows} <= {row["source_id"] for row in rows_of(run)}
     assert tracking.tracking_uri(run.storage) in lines[-1]
     client = MlflowClient(tracking.tracking_uri(run.storage))
     (tracked,) = client.search_runs([client.get_experiment_by_name("t").experiment_id])
-    assert {"eval/ap50_novel", "eval/ap50_base", "eval/ap_all"} <= tracked.data.metrics.keys()
+    assert {
+        "eval/ap50_novel",
+        "eval/ap50_base",
+        "eval/ap_all",
+        "eval/coco-ovd/AR_100_novel",
+    } <= tracked.data.metrics.keys()
     assert [entry.dataset.name for entry in tracked.inputs.dataset_inputs] == ["boxes/t-eval"]
     (table,) = Path(run.storage).glob("mlartifacts/t/*/artifacts/eval/per_class.json")
     assert len(json.loads(table.read_text())["data"]) == 68

@@ -91,6 +91,27 @@ def read_box_images(
         print(f"left out: {skipped}", flush=True)
 
 
+def detections_of_row(row: Mapping[str, Any], names: Mapping[int, str], image: Image.Image | None) -> Detections:
+    """A row of `predictions` as detections.
+
+    Args:
+        row: of `predictions`.
+        names: category id -> name; the vocabulary.
+        image: the picture, or None.
+    """
+    label_of = {key: label for label, key in enumerate(names)}
+    return Detections(
+        boxes=torch.tensor(row["boxes"]).view(-1, 4),
+        scores=torch.tensor(row["scores"]),
+        labels=torch.tensor([label_of[key] for key in row["category_ids"]], dtype=torch.int64),
+        names=tuple(names.values()),
+        width=image.width if image is not None else 0,
+        height=image.height if image is not None else 0,
+        image=image,
+        masks=tuple(row["masks"]) if row["masks"] else None,
+    )
+
+
 def annotations_as_detections(row: Mapping[str, Any], names: Mapping[int, str], detections: Detections) -> Detections:
     """Give the annotated boxes of an image the form of its detections, each with score 1.
 
