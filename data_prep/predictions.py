@@ -26,11 +26,11 @@ from data_prep import locks, storage, tables
 from data_prep.boxes.cleaning import SkipReport
 from data_prep.parts import Pool, Progress, run_parts
 from data_prep.streams.images import read_image
-from data_prep.tables import FileEntry, Manifest
+from data_prep.tables import FileEntry
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
-from ovd_models.vocabulary import SynonymRule
+from ovd_models.prompts import SynonymRule
 
 PRODUCER = "workflows/evaluate.py"
 BATCHES_PER_PART = 4
@@ -162,14 +162,13 @@ def predict(job: PredictionJob, storage_uri: str, pool: Pool) -> str:
     storage_uri = storage.absolute(storage_uri)
     digest, name = job_digest(job, storage_uri)
     with locks.hold(storage_uri, f"predictions/{name}"):
-        manifest = tables.find_manifest(storage_uri, "predictions", name)
-        if manifest is None:
+        if tables.find_manifest(storage_uri, "predictions", name) is None:
             entries = _predict_parts(job, storage_uri, name, pool)
             details = {"model": job.model, "boxes": job.boxes, "names": list(job.categories.values())}
-            manifest = tables.publish(
+            tables.publish(
                 storage_uri, "predictions", name, entries, producer=PRODUCER, config_hash=digest, details=details
             )
-    report_unreadable(storage_uri, name, manifest)
+    report_unreadable(storage_uri, name)
     return name
 
 
@@ -247,14 +246,14 @@ def model_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def report_unreadable(storage_uri: str, name: str, manifest: Manifest) -> None:
+def report_unreadable(storage_uri: str, name: str) -> None:
     """Name the images that could not be read.
 
     Raises:
         InputError: none of them could be read.
     """
     skipped, count = SkipReport(), 0
-    for rows in read_predictions(storage_uri, name, manifest, ["error"]):
+    for rows in tables.read_parts(storage_uri, "predictions", name, ["error"]):
         count += rows.num_rows
         for error in filter(None, rows["error"].to_pylist()):
             skipped.add("images that cannot be read", error)
@@ -263,15 +262,6 @@ def report_unreadable(storage_uri: str, name: str, manifest: Manifest) -> None:
         raise InputError(f"no image can be read: {skipped}")
     if skipped:
         print(f"left out: {skipped}", flush=True)
-
-
-def read_predictions(
-    storage_uri: str, name: str, manifest: Manifest, columns: Sequence[str] | None = None
-) -> Iterator[pa.Table]:
-    """The rows of a `predictions` table, a part at a time."""
-    root = tables.table_uri(storage_uri, "predictions", name)
-    for path in tables.parquet_files(manifest):
-        yield tables.read_parquet(storage.join(root, path), columns)
 
 
 def pool_of(workers: int, device: str) -> Pool:

@@ -6,7 +6,7 @@ without a manifest is not a table, so readers never see an incomplete one. Publi
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -346,3 +346,16 @@ def read_table(storage_uri: str, table: TableName, name: str, columns: Iterable[
         return pa.concat_tables(parts, promote_options="default")
     schema = SCHEMAS[table]
     return (schema if names is None else pa.schema([schema.field(entry) for entry in names])).empty_table()
+
+
+def read_parts(
+    storage_uri: str, table: TableName, name: str, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of a table, a file at a time, in published order.
+
+    Raises:
+        InputError: there is no such table.
+    """
+    root = table_uri(storage_uri, table, name)
+    for path in parquet_files(read_manifest(storage_uri, table, name)):
+        yield read_parquet(storage.join(root, path), columns)

@@ -30,8 +30,8 @@ from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_config, load_backbone, read_backbone
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
-from workflows import embed, evaluate, prepare_boxes
-from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
+from workflows import embed, prepare_boxes
+from workflows.common import cli, descriptions, evaluation, runs, starting_weights, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
@@ -284,7 +284,7 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
 
 def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[DetectionMetrics]:
     """Evaluate the checkpoint and log the results."""
-    settings = evaluate.Run(
+    settings = evaluation.Run(
         storage=run.storage,
         model=model,
         boxes=f"{run.boxes}-eval",
@@ -292,9 +292,8 @@ def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[Detect
         max_detections=run.max_detections,
         iou_type="segm" if run.measure_masks else "bbox",
         synonyms=run.synonyms,
-        device=training.device_of(run.detector_stage),
     )
-    return evaluate.evaluate_and_log(settings, active.tracked, "eval", active.last_step)
+    return evaluation.evaluate_trained(settings, active, run.detector_stage, "eval")
 
 
 def save(run: Run, model: ViLD, encoder: TextEncoder, names: VildNames, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Ground truth and predictions by their names: files of any tool, or our tables."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import BinaryIO, Literal
@@ -11,7 +12,6 @@ import pyarrow.parquet as pq
 
 from data_prep import storage, tables
 from data_prep.boxes.coco import coco_splits
-from data_prep.predictions import read_predictions
 from ovd_models.errors import InputError, as_input_error
 from ovd_models.metrics import files
 from ovd_models.metrics.protocols import Protocol
@@ -38,7 +38,8 @@ def open_file(uri: str, expected: str) -> BinaryIO:
         filesystem, path = storage.resolve(uri)
         return filesystem.open_input_stream(path)  # type: ignore[no-any-return]
     except OSError as error:
-        raise InputError(f"{uri}: cannot be read ({error.strerror or error}), expected {expected}") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise InputError(f"{uri}: cannot be read ({reason}), expected {expected}") from error
 
 
 def read_truth_file(uri: str, kind: IouType, novel: str = "") -> GroundTruth:
@@ -118,12 +119,11 @@ def read_tables(
         InputError: a table is missing.
     """
     truth, number_of = read_truth_table(storage_uri, boxes, categories, images)
-    manifest = tables.read_manifest(storage_uri, "predictions", predictions)
     columns = ["source_id", "boxes", "category_ids", "scores", *(["masks"] if kind == "segm" else [])]
     origin = f"predictions/{predictions}"
     parts = [
         predictions_of_rows(rows, truth, number_of, origin)
-        for rows in read_predictions(storage_uri, predictions, manifest, columns)
+        for rows in tables.read_parts(storage_uri, "predictions", predictions, columns)
     ]
     return truth, _checked(concatenate(parts), kind, origin)
 
