@@ -48,6 +48,7 @@ from workflows.common.teacher import CodetNames, find_teacher, open_encoder, rea
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
 from workflows.configs.codet import CONFIGS, Run
+from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.reports.validation import ValidationSet
 
 SAME_TEACHER = 0.5
@@ -270,7 +271,7 @@ def evaluate_model(
     run: Run, active: ActiveRun, model: str, prefix: str, stage: Optimisation
 ) -> Evaluation[DetectionMetrics]:
     """Evaluate a checkpoint and log the results under `prefix`."""
-    settings = evaluation.Run(
+    settings = EvaluationRun(
         storage=run.storage,
         model=model,
         boxes=f"{run.boxes}-eval",

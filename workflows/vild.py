@@ -38,6 +38,7 @@ from workflows.common.session import Session
 from workflows.common.teacher import find_teacher, open_encoder, read_categories, read_synonyms
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
+from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.configs.vild import CONFIGS, Run
 from workflows.reports.validation import ValidationSet
 
@@ -284,7 +285,7 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
 
 def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[DetectionMetrics]:
     """Evaluate the checkpoint and log the results."""
-    settings = evaluation.Run(
+    settings = EvaluationRun(
         storage=run.storage,
         model=model,
         boxes=f"{run.boxes}-eval",

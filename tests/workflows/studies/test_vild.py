@@ -15,6 +15,7 @@ from ovd_models.vild.model import Variant, ViLD
 from workflows import vild
 from workflows.common import evaluation
 from workflows.common.runs import Trained
+from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.configs.vild import Run
 from workflows.studies import study, vild_sweep
 from workflows.studies import vild as vild_study
@@ -39,7 +40,7 @@ def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
     run = vild_sweep.Run(storage=prepared.storage, boxes="smoke-eval", score_threshold=prepared.score_threshold)
     recorded = vild_sweep.record(detector, run)
     own = vild_sweep.measure(recorded, load_model(trained.model, ViLD).config.scoring, run)
-    settings = evaluation.Run(storage=prepared.storage, model=trained.model, boxes="smoke-eval")
+    settings = EvaluationRun(storage=prepared.storage, model=trained.model, boxes="smoke-eval")
     metrics = evaluation.evaluate(settings).metrics
     for name, value in metrics.summary().items():
         assert own.summary()[name] == pytest.approx(value, nan_ok=True)
