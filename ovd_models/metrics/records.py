@@ -149,6 +149,12 @@ def limit_per_image(predictions: Predictions, limit: int) -> Predictions:
     return predictions.take(_best_of_each(predictions.images, predictions.scores, limit))
 
 
+def limit_per_image_and_category(predictions: Predictions, limit: int) -> Predictions:
+    """The `limit` best predictions of each category in each image."""
+    width = int(predictions.labels.max(initial=0)) + 1
+    return predictions.take(_best_of_each(predictions.images * width + predictions.labels, predictions.scores, limit))
+
+
 def limit_per_category(predictions: Predictions, limit: int) -> Predictions:
     """The `limit` best predictions of each category in the whole set."""
     return predictions.take(_best_of_each(predictions.labels, predictions.scores, limit))
