@@ -14,10 +14,11 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from data_prep import tables
+from data_prep import storage, tables
 from ovd_models.errors import InputError
 from ovd_models.metrics.official import evaluate_official
-from ovd_models.metrics.protocols import measure
+from ovd_models.metrics.protocols import Measured, Protocol, measure
+from ovd_models.metrics.records import GroundTruth, Predictions
 from workflows.common import cli, measured
 from workflows.configs.evaluation import Run
 
@@ -38,17 +39,33 @@ def evaluate_files(run: Run) -> tuple[dict[str, float], str]:
         raise InputError(f"{lacking}: missing, expected both --ground-truth and --predictions")
     truth = measured.read_truth_file(run.ground_truth, run.iou_type, run.novel)
     protocol = measured.choose_protocol(truth, run.protocol)
+    if run.page and (run.engine == "lvis" or protocol == "ovsam"):
+        raise InputError("--page: shows curves, which --engine lvis and --protocol ovsam do not give")
     if run.engine == "lvis" and protocol != "lvis":
         raise InputError(f"--engine lvis: evaluates --protocol lvis only, not {protocol}")
     found = measured.read_prediction_file(run.predictions, truth, run.iou_type)
     if run.engine == "lvis":
         numbers = evaluate_official(run.ground_truth, run.predictions, run.iou_type)
     else:
-        numbers = dict(measure(truth, found, protocol, run.iou_type).numbers)
+        result = measure(truth, found, protocol, run.iou_type)
+        numbers = dict(result.numbers)
+    if run.page:
+        write_page(run, truth, found, protocol, result)
     return numbers, (
         f"{protocol}, {run.iou_type}: {len(truth.image_ids):,} images, {len(truth.labels):,} objects, "
         f"{len(found):,} predictions; {time.perf_counter() - started:.1f} s"
     )
+
+
+def write_page(run: Run, truth: GroundTruth, found: Predictions, protocol: Protocol, result: Measured) -> None:
+    """Write the page that explains an evaluation of files, without pictures."""
+    from workflows.reports.evaluation import explain, render  # here, since it takes torch to draw
+
+    explained = explain(truth, found, protocol, run.iou_type)
+    title = f"Evaluation on {run.ground_truth.rpartition('/')[2]}"
+    html = render(explained, result, title=title, subject=run.predictions, protocol=protocol, kind=run.iou_type)
+    storage.write_bytes(run.page, html.encode())
+    print(f"page: {run.page}")
 
 
 def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
@@ -84,13 +101,15 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
         numbers = dict(report.rows["ovsam", "box"])
     else:
         evaluated = evaluation.evaluate(local)
+        uri, page = evaluation.write_page(run, evaluated)
         with start_run() as tracked:
             tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
-            evaluation.log(evaluated, tracked, evaluation.draw_pictures(local, evaluated.table), "eval", 0)
+            evaluation.log(evaluated, tracked, evaluation.draw_pictures(local, evaluated.table), page, "eval", 0)
         numbers = dict(evaluated.measured.numbers)
         if run.export:
             rows = tables.read_parts(run.storage, "predictions", evaluated.table)
             measured.export(evaluated.predictions, evaluated.truth, run.export, rows)
+        print(f"page: {uri}")
     seconds = time.perf_counter() - started
     return numbers, f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}"
 

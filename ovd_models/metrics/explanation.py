@@ -103,12 +103,13 @@ def _mended(truth: GroundTruth, matches: Matches, errors: Errors, number: int) -
             hits[best], away[best] = True, False
             labels[best] = truth.labels[errors.targets[best]]
     positives = np.bincount(truth.labels[wanted], minlength=len(truth.categories))
-    order = np.argsort(-predictions.scores, kind="stable")
+    kept = np.flatnonzero(~away)
+    kept = kept[np.lexsort((-predictions.scores[kept], labels[kept]))]
+    starts = np.searchsorted(labels[kept], np.arange(len(truth.categories) + 1))
     values = []
     for label in np.flatnonzero(positives).tolist():
-        ranked = order[(labels[order] == label) & ~away[order]]
-        right = hits[ranked][None].astype(np.float64)
-        values.append(interpolated_ap(right, 1 - right, float(positives[label]))[0])
+        right = hits[kept[starts[label] : starts[label + 1]]][None].astype(np.float64)
+        values.append(float(interpolated_ap(right, 1 - right, positives[label : label + 1])[0]))
     return float(np.mean(values)) if values else float("nan")
 
 

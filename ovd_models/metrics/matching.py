@@ -25,6 +25,8 @@ from ovd_models.metrics.records import (
 )
 
 RECALLS = np.linspace(0, 1, 101)
+ELEMENTS = 2_000_000
+"""Of arrays that bootstraps compute at a time."""
 
 
 @dataclass(frozen=True)
@@ -117,43 +119,57 @@ def average_precisions(truth: GroundTruth, matches: Matches, weights: Floats | N
     Args:
         truth: all images of the set.
         matches: of it.
-        weights: [I] how often each image counts; once if None. A bootstrap's draws are such weights.
+        weights: [I] how often each image counts; once if None.
     """
     once = np.ones(len(truth.image_ids)) if weights is None else weights
-    result = np.full((len(THRESHOLDS), len(truth.categories)), np.nan)
-    for label, ranked, own in _ranked_categories(truth, matches):
-        positives = once[own].sum()
-        if positives:
-            shown = once[matches.predictions.images[ranked]]
-            right = matches.hits[:, ranked] * shown
-            wrong = (~matches.hits[:, ranked] & ~matches.ignored[:, ranked]) * shown
-            result[:, label] = interpolated_ap(right, wrong, positives)
-    return result
+    return np.stack([ap_TK[0] for ap_TK in _weighted_aps(truth, matches, once[None])], axis=-1)
 
 
-def _ranked_categories(truth: GroundTruth, matches: Matches) -> list[tuple[int, Ints, Ints]]:
-    """Each category with its predictions, best first, and the images of its objects."""
-    rows = []
-    for label, objects, found in by_category(truth, matches.predictions):
+def _weighted_aps(truth: GroundTruth, matches: Matches, weights: Floats) -> list[Floats]:
+    """[W, T] AP of each of K categories under weights [W, I]; NaN without objects."""
+    shape = (len(weights), len(THRESHOLDS))
+    results = []
+    for _, objects, found in by_category(truth, matches.predictions):
         own = objects[matches.counted[objects]]
-        if len(own):
-            ranked = found[np.argsort(-matches.predictions.scores[found], kind="stable")]
-            rows.append((label, ranked, truth.images[own]))
-    return rows
+        ranked = found[np.argsort(-matches.predictions.scores[found], kind="stable")]
+        hits = matches.hits[:, ranked]
+        stop = int(hits.any(0).nonzero()[0].max(initial=-1)) + 1  # what comes after the last hit changes nothing
+        ranked, hits = ranked[:stop], hits[:, :stop]
+        wrong = ~hits & ~matches.ignored[:, ranked]
+        values = np.full(shape, np.nan)
+        step = max(1, ELEMENTS // max(1, hits.size))
+        for first in range(0, len(weights) if len(own) else 0, step):
+            some = weights[first : first + step]
+            shown = some[:, matches.predictions.images[ranked]][:, None]
+            positives = some[:, truth.images[own]].sum(1)[:, None]
+            values[first : first + step] = interpolated_ap(hits * shown, wrong * shown, positives)
+        results.append(values)
+    return results
 
 
-def interpolated_ap(right: Floats, wrong: Floats, positives: float) -> Floats:
-    """[T] AP over 101 recall levels, from weights [T, P] of right and wrong predictions, best first."""
-    if not right.shape[1]:
-        return np.zeros(len(right))
-    true, false = right.cumsum(1), wrong.cumsum(1)
-    recall = true / positives
+def interpolated_ap(right: Floats, wrong: Floats, positives: Floats) -> Floats:
+    """AP over 101 recall levels, one for each row; NaN without objects.
+
+    Args:
+        right: [..., P] weights of right predictions, best first.
+        wrong: [..., P] weights of wrong ones.
+        positives: [...] weights of the objects to be found, or of fewer dimensions.
+    """
+    shape, count = right.shape[:-1], right.shape[-1]
+    positives = np.broadcast_to(positives, shape)
+    if not count:
+        return np.where(positives > 0, 0.0, np.nan)
+    true, false = right.cumsum(-1), wrong.cumsum(-1)
+    recall = true / np.maximum(positives, 1e-9)[..., None]
     precision = true / (true + false + np.spacing(1))
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    padded = np.concatenate([precision, np.zeros((len(right), 1))], axis=1)
-    places = np.stack([np.searchsorted(row, RECALLS, side="left") for row in recall])
-    result: Floats = np.take_along_axis(padded, places, axis=1).mean(1)
-    return result
+    precision = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
+    rows = recall.reshape(-1, count)
+    offsets = 2.0 * np.arange(len(rows))[:, None]  # one search for all rows: recall is at most 1
+    places = np.searchsorted((np.minimum(rows, 1.5) + offsets).ravel(), (RECALLS + offsets).ravel(), side="left")
+    places = places.reshape(len(rows), -1) - count * np.arange(len(rows))[:, None]
+    padded = np.concatenate([precision.reshape(-1, count), np.zeros((len(rows), 1))], axis=1)
+    ap = np.take_along_axis(padded, np.clip(places, 0, count), axis=1).mean(1).reshape(shape)
+    return np.where(positives > 0, ap, np.nan)
 
 
 def bootstrap(
@@ -173,14 +189,13 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     count = len(truth.image_ids)
-    results: dict[str, list[float]] = {f"{name} {group}": [] for group in groups for name in ("AP", "AP50")}
-    for _ in range(draws):
-        weights = np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
-        ap_TK = average_precisions(truth, matches, weights)
-        for group, chosen in groups.items():
-            results[f"AP {group}"].append(mean_of(ap_TK[:, chosen]))
-            results[f"AP50 {group}"].append(mean_of(ap_TK[0, chosen]))
-    return {name: np.array(values) for name, values in results.items()}
+    weights = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)])
+    ap_WTK = np.stack(_weighted_aps(truth, matches, weights.astype(np.float64)), axis=-1)
+    results = {}
+    for group, chosen in groups.items():
+        results[f"AP {group}"] = np.array([mean_of(ap_TK[:, chosen]) for ap_TK in ap_WTK])
+        results[f"AP50 {group}"] = np.array([mean_of(ap_TK[0, chosen]) for ap_TK in ap_WTK])
+    return results
 
 
 def mean_of(values: Floats) -> float:

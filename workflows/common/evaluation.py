@@ -8,6 +8,7 @@ from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.predictions import PredictionJob, list_parts, pool_of, predict
+from data_prep.streams.images import read_image
 from ovd_models.checkpoints import load_model
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, detection_metrics
@@ -22,6 +23,7 @@ from workflows.common.runs import ActiveRun, Evaluation
 from workflows.common.tracking import TrackedRun
 from workflows.configs.evaluation import Run
 from workflows.reports.detections import detections_of_row, draw_comparison, read_box_images
+from workflows.reports.evaluation import explain, render
 from workflows.reports.pointing import SegmentationReport, evaluate_ovsam
 
 
@@ -135,8 +137,35 @@ def draw_pictures(run: Run, table: str) -> list[Image.Image]:
     ]
 
 
-def log(evaluated: Evaluated, tracked: TrackedRun, pictures: Sequence[Image.Image], prefix: str, step: int) -> None:
-    """Log a detector's metrics, per-class table and pictures under `prefix`."""
+def write_page(run: Run, evaluated: Evaluated) -> tuple[str, str]:
+    """Write the page that explains an evaluation to `<storage>/reports`; returns its URI and its HTML."""
+    uris = tables.read_table(run.storage, "boxes", run.boxes, ["uri"])["uri"].to_pylist()
+
+    def read(number: int) -> Image.Image | None:
+        try:
+            return read_image(storage.join(run.storage, uris[number]))
+        except InputError:  # it has been reported
+            return None
+
+    html = render(
+        explain(evaluated.truth, evaluated.predictions, evaluated.protocol, run.iou_type),
+        evaluated.measured,
+        title=f"Evaluation on {run.boxes}",
+        subject=run.model,
+        protocol=evaluated.protocol,
+        kind=run.iou_type,
+        read=read,
+    )
+    uri = storage.join(run.storage, "reports", f"eval-{evaluated.table}.html")
+    storage.write_bytes(uri, html.encode())
+    return uri, html
+
+
+def log(
+    evaluated: Evaluated, tracked: TrackedRun, pictures: Sequence[Image.Image], page: str, prefix: str, step: int
+) -> None:
+    """Log a detector's metrics, per-class table, page and pictures under `prefix`."""
+    tracked.log_text(page, f"{prefix}/page.html")
     metrics = evaluated.metrics
     official = {
         f"{evaluated.protocol}/{name.replace('@', '_')}": value for name, value in evaluated.measured.numbers.items()
@@ -159,7 +188,8 @@ def evaluate_and_log(run: Run, tracked: TrackedRun, prefix: str, step: int) -> E
     evaluated = evaluate(run)
     metrics = evaluated.metrics
     tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
-    log(evaluated, tracked, draw_pictures(run, evaluated.table), prefix, step)
+    _, page = write_page(run, evaluated)
+    log(evaluated, tracked, draw_pictures(run, evaluated.table), page, prefix, step)
     return Evaluation(
         metrics=metrics, headline=f"{prefix}/{metrics.headline}", value=metrics.summary()[metrics.headline]
     )

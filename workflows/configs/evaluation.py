@@ -77,6 +77,8 @@ class Run(DetectorRun):
     set."""
     output: str = ""
     """File for the protocol's numbers: a flat JSON object with their official names."""
+    page: str = ""
+    """With `ground_truth`: file for a page that explains the numbers; a model's is in `<storage>/reports`."""
     export: str = ""
     """File for the model's predictions: a results file (.json), or rows of `predictions` (.parquet)."""
     engine: Literal["fast", "lvis"] = "fast"
