@@ -204,11 +204,15 @@ def mean_of(values: Floats) -> float:
     return float(finite.mean()) if len(finite) else float("nan")
 
 
-def interval(values: Floats, confidence: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of a bootstrap's draws; NaN if there are none."""
+def interval(values: Floats, estimate: float, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of an estimate from a bootstrap's draws: their percentiles, without their bias.
+
+    The bias is that of rare categories: draws without their few images leave them out, the others hold these images
+    more than once. NaN if there are no draws.
+    """
     finite = values[np.isfinite(values)]
     if not len(finite):
         return float("nan"), float("nan")
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(finite, [tail, 100 - tail])
+    low, high = np.percentile(finite, [tail, 100 - tail]) - (finite.mean() - estimate)
     return float(low), float(high)

@@ -137,15 +137,17 @@ def draw_pictures(run: Run, table: str) -> list[Image.Image]:
     ]
 
 
+def read_picture(storage_uri: str, uri: str) -> Image.Image | None:
+    """The image of a `boxes` row; None if it cannot be read."""
+    try:
+        return read_image(storage.join(storage_uri, uri))
+    except InputError:  # prediction has named it
+        return None
+
+
 def write_page(run: Run, evaluated: Evaluated) -> tuple[str, str]:
     """Write the page that explains an evaluation to `<storage>/reports`; returns its URI and its HTML."""
     uris = tables.read_table(run.storage, "boxes", run.boxes, ["uri"])["uri"].to_pylist()
-
-    def read(number: int) -> Image.Image | None:
-        try:
-            return read_image(storage.join(run.storage, uris[number]))
-        except InputError:  # it has been reported
-            return None
 
     html = render(
         explain(evaluated.truth, evaluated.predictions, evaluated.protocol, run.iou_type),
@@ -154,7 +156,7 @@ def write_page(run: Run, evaluated: Evaluated) -> tuple[str, str]:
         subject=run.model,
         protocol=evaluated.protocol,
         kind=run.iou_type,
-        read=read,
+        read=lambda number: read_picture(run.storage, uris[number]),
     )
     uri = storage.join(run.storage, "reports", f"eval-{evaluated.table}.html")
     storage.write_bytes(uri, html.encode())

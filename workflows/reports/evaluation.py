@@ -26,7 +26,7 @@ from ovd_models.metrics.explanation import (
 )
 from ovd_models.metrics.matching import Matches, average_precisions, bootstrap, interval, match, mean_of
 from ovd_models.metrics.protocols import Measured, Protocol
-from ovd_models.metrics.records import Bools, GroundTruth, Ints, IouType, Predictions, xyxy
+from ovd_models.metrics.records import Bools, Floats, GroundTruth, Ints, IouType, Predictions, xyxy
 from workflows.reports.page import GREEN, INK, new_plot, plot_data_uri, render_page
 
 DRAWS = 100
@@ -56,8 +56,8 @@ class Explained:
     calibration: Calibration
     groups: Mapping[str, Bools]
     """Groups of categories [K]: all, and by split or frequency."""
-    intervals: Mapping[str, tuple[float, float]]
-    """`AP <group>` and `AP50 <group>`: 95 % intervals over images."""
+    draws: Mapping[str, Floats]
+    """`AP <group>` and `AP50 <group>` in the draws of a bootstrap over images."""
 
 
 def explain(truth: GroundTruth, predictions: Predictions, protocol: Protocol, kind: IouType) -> Explained:
@@ -77,7 +77,7 @@ def explain(truth: GroundTruth, predictions: Predictions, protocol: Protocol, ki
         gains={str(name): value for name, value in gains(truth, matches, errors).items()},
         calibration=calibrate(truth, matches),
         groups=groups,
-        intervals={name: interval(values) for name, values in draws.items()},
+        draws=draws,
     )
 
 
@@ -145,8 +145,8 @@ def _tiles(explained: Explained) -> list[dict[str, Any]]:
     tiles = []
     for group, chosen in explained.groups.items():
         for name, values in (("AP", ap_TK[:, chosen]), ("AP50", ap_TK[0, chosen])):
-            low, high = explained.intervals[f"{name} {group}"]
             if np.isfinite(mean_of(values)):
+                low, high = interval(explained.draws[f"{name} {group}"], mean_of(values))
                 tiles.append({"name": f"{name}, {group}", "value": mean_of(values), "low": low, "high": high})
     return tiles
 
@@ -316,19 +316,27 @@ def _drawn(explained: Explained, read: ReadImage, order: Ints, f1: Any, counts: 
 
 def draw_pair(explained: Explained, number: int, image: Image.Image) -> Image.Image:
     """The annotated objects of an image on the left, its predictions above the best threshold on the right."""
-    truth, predictions = explained.truth, explained.matches.predictions
-    own = np.flatnonzero((truth.images == number) & explained.matches.counted)
-    found = np.flatnonzero((predictions.images == number) & (predictions.scores >= explained.calibration.threshold))
-    left = draw_columns(image, truth, own, [truth.names[label] for label in truth.labels[own].tolist()])
-    texts = [
-        f"{truth.names[label]} {score:.2f}"
-        for label, score in zip(predictions.labels[found].tolist(), predictions.scores[found].tolist(), strict=True)
-    ]
-    right = draw_columns(image, predictions, found, texts)
+    left, right = draw_annotated(explained, number, image), draw_predicted(explained, number, image)
     pair = Image.new("RGB", (left.width + right.width + 6, left.height), "white")
     pair.paste(left, (0, 0))
     pair.paste(right, (left.width + 6, 0))
     return pair
+
+
+def draw_annotated(explained: Explained, number: int, image: Image.Image) -> Image.Image:
+    """An image with its annotated objects."""
+    truth = explained.truth
+    own = np.flatnonzero((truth.images == number) & explained.matches.counted)
+    return draw_columns(image, truth, own, [truth.names[label] for label in truth.labels[own].tolist()])
+
+
+def draw_predicted(explained: Explained, number: int, image: Image.Image) -> Image.Image:
+    """An image with its predictions above the best threshold."""
+    predictions = explained.matches.predictions
+    found = np.flatnonzero((predictions.images == number) & (predictions.scores >= explained.calibration.threshold))
+    rows = zip(predictions.labels[found].tolist(), predictions.scores[found].tolist(), strict=True)
+    texts = [f"{explained.truth.names[label]} {score:.2f}" for label, score in rows]
+    return draw_columns(image, predictions, found, texts)
 
 
 def draw_columns(
