@@ -7,6 +7,7 @@ OV-SAM,   boxes/<name> --every object by its box, by a click--> named masks -> I
 python workflows/evaluate.py --model runs/demo/codet --storage runs/demo --boxes pictograms-eval
 python workflows/evaluate.py --model MODEL --boxes lvis-eval --workers 8 --device cuda --export dt.json
 python workflows/evaluate.py --ground-truth gt.json --predictions dt.json --protocol lvis --output metrics.json
+python workflows/evaluate.py --model MODEL --boxes pictograms2-eval   # transfer: another set, by its names alone
 python workflows/evaluate.py --model store/runs/ovsam/<run>/model --sam store/runs/ovsam/<run>/sam_model
 """
 
@@ -110,6 +111,11 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
             rows = tables.read_parts(run.storage, "predictions", evaluated.table)
             measured.export(evaluated.predictions, evaluated.truth, run.export, rows)
         print(f"page: {uri}")
+        if evaluated.transfer:
+            print("transfer, by what the training knew of the names:")
+            for group in ("base", "novel", "new"):
+                count, ap50, ap = (evaluated.transfer[f"{name}_{group}"] for name in ("names", "AP50", "AP"))
+                print(f"  {group:6} {count:4.0f} names  AP50 {ap50:.3f}  AP {ap:.3f}")
     seconds = time.perf_counter() - started
     return numbers, f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}"
 

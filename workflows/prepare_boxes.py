@@ -44,7 +44,7 @@ from data_prep.boxes.coco import (
 from data_prep.boxes.splits import frequency_split, named_split
 from data_prep.pairs.dedup import CorpusConfig
 from data_prep.pairs.filters import FilterConfig
-from data_prep.pictograms.world import World
+from data_prep.pictograms.world import SCENES, SECOND_STYLE, World
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
 from workflows.common import cli, cluster
@@ -96,6 +96,8 @@ class Run:
     """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
     """Drawn scenes for evaluation, or images of `data` held out for it."""
+    style: Literal["first", "second"] = "first"
+    """Of drawn scenes; the second, outlined on stripes, is for the transfer of detectors trained on the first."""
     seed: int = 0
 
 
@@ -114,7 +116,17 @@ def coco() -> Run:
     return Run(name="photos", train_images=0, eval_images=20)
 
 
-CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "coco": coco}
+def second_style() -> Run:
+    """The pictogram world in another style: a test set for detectors that were trained on the first."""
+    return Run(name="pictograms2", style="second", train_images=48)
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "second_style": second_style,
+    "coco": coco,
+}
 
 
 @locks.exclusive("boxes", "categories")
@@ -130,6 +142,9 @@ def prepare(run: Run) -> None:
     settings = dataclasses.asdict(dataclasses.replace(run, storage=""))
     for other in ("eval_data", "captions", "min_images", "wordnet"):  # the digests of annotation files count instead
         del settings[other]
+    for name, default in (("split", "published"), ("novel", ""), ("style", "first")):
+        if settings[name] == default:  # tables from before these settings stay those of the same config
+            del settings[name]
     digests = [file_digest(annotation_file(data)) for data in (run.data, run.eval_data) if data]
     digests += [file_digest(Path(run.novel))] if run.novel else []
     config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
@@ -255,10 +270,11 @@ def draw_pictograms(run: Run) -> tuple[BoxSet, BoxSet]:
 def draw_in_parallel(run: Run, part: str, count: int, *, seed: int, base_only: bool) -> pa.Table:
     """Scenes 0 to `count` as rows of `boxes`, in the order of their numbers."""
     uri, name, world = storage.absolute(run.storage), f"{run.name}-{part}", World.create(run.seed)
+    style = SCENES if run.style == "first" else SECOND_STYLE
     storage.remove_temporary(storage.join(uri, "images", name))
 
     def draw(numbers: range) -> pa.Table:
-        rows = list(annotations.draw_scenes(uri, name, world, numbers, seed=seed, base_only=base_only))
+        rows = list(annotations.draw_scenes(uri, name, world, numbers, seed=seed, base_only=base_only, style=style))
         return pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
 
     if count <= SCENES_PER_TASK:  # faster than starting a process

@@ -274,6 +274,25 @@ def test_bad_input_is_one_line(
     assert message in lines[0]
 
 
+def test_names_of_another_set_are_matched_with_those_of_the_training(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.model, tmp_path / "model")
+    info = json.loads((tmp_path / "model/config.json").read_text())
+    base, novel = (
+        WORLD.names[0],
+        next(n for n, split in zip(WORLD.names, WORLD.splits, strict=True) if split == "novel"),
+    )
+    info["splits"], info["run"] = {base.upper(): "base", novel: "novel", "unicorn": "base"}, {"boxes": "other"}
+    (tmp_path / "model/config.json").write_text(json.dumps(info))
+    assert main(monkeypatch, run, "--model", str(tmp_path / "model")) == 0
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line[2:] == ["names"]] == [
+        *(["base", "1", "names"], ["novel", "1", "names"], ["new", "66", "names"])
+    ]
+    assert evaluation.evaluate(run).transfer == {}
+
+
 TRUTH = lvis_like(4, 6, 9)
 
 

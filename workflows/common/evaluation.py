@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
 from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.predictions import PredictionJob, list_parts, pool_of, predict
 from data_prep.streams.images import read_image
-from ovd_models.checkpoints import load_model
+from ovd_models.checkpoints import load_model, read_info
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, detection_metrics
-from ovd_models.metrics.average_precision import LVIS_LIMIT
+from ovd_models.metrics.average_precision import LVIS_LIMIT, Curves
 from ovd_models.metrics.protocols import Measured, Protocol, measure
 from ovd_models.metrics.records import GroundTruth, Predictions
 from ovd_models.predictors import load_segmenter
@@ -39,6 +40,8 @@ class Evaluated:
     """Average precision of each category."""
     table: str
     """Name of the `predictions` table."""
+    transfer: Mapping[str, float]
+    """On another set than that of the training: AP of its names that the training knew, and of new ones; else empty."""
 
 
 def evaluate(run: Run) -> Evaluated:
@@ -64,7 +67,27 @@ def evaluate(run: Run) -> Evaluated:
         measured=result,
         metrics=detection_metrics(truth, result.curves),
         table=table,
+        transfer=transfer_numbers(run, truth, result.curves),
     )
+
+
+def transfer_numbers(run: Run, truth: GroundTruth, curves: Curves) -> dict[str, float]:
+    """AP by what the training knew of the names of another data set: `base`, `novel` or nothing.
+
+    Names are matched as they are written, whatever their case. -1 without objects.
+    """
+    info = read_info(registry.local_model(run.model, run.storage))
+    if info.run.get("boxes", run.category_table) == run.category_table:
+        return {}
+    split_of = {name.casefold(): split for name, split in info.splits.items()}
+    known = np.array([split_of.get(name.casefold(), "new") for name in truth.names])
+    numbers = {}
+    for group in ("base", "novel", "new"):
+        chosen = known == group
+        numbers[f"names_{group}"] = float(chosen.sum())
+        numbers[f"AP50_{group}"] = curves.ap(0.5, categories=chosen) if chosen.any() else -1.0
+        numbers[f"AP_{group}"] = curves.ap(categories=chosen) if chosen.any() else -1.0
+    return numbers
 
 
 def predict_boxes(run: Run) -> str:
@@ -172,7 +195,8 @@ def log(
     official = {
         f"{evaluated.protocol}/{name.replace('@', '_')}": value for name, value in evaluated.measured.numbers.items()
     }
-    values: Mapping[str, float] = metrics.summary() | official
+    transfer = {f"transfer/{name}": value for name, value in evaluated.transfer.items()}
+    values: Mapping[str, float] = metrics.summary() | official | transfer
     tracked.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, step)
     columns: dict[str, Sequence[object]] = {
         column: [getattr(entry, column) for entry in metrics.categories] for column in ("name", "split", "ap", "ap50")

@@ -132,7 +132,7 @@ def render(
         "sizes": [] if measured.curves is None else _sizes(explained, measured.curves),
         "errors": _error_rows(explained),
         "calibration": found,
-        "calibration_plots": [_calibration_plot(found), _threshold_plot(found)],
+        "calibration_plots": [plot_reliability(found.edges, found.precision, "score"), _threshold_plot(found)],
         "confusions": _confusion_rows(explained, read),
         "pictures": pictures,
         "classes": _class_rows(explained),
@@ -208,10 +208,10 @@ def _error_rows(explained: Explained) -> list[dict[str, Any]]:
     return [{**row, "share": 100 * max(0.0, row["gain"]) / most if most > 0 else 0} for row in rows]
 
 
-def _calibration_plot(found: Calibration) -> str:
-    figure, axes = new_plot("score", "share that is right", 4.6)
-    centres, widths = (found.edges[1:] + found.edges[:-1]) / 2, np.diff(found.edges)
-    axes.bar(centres, np.nan_to_num(found.precision), 0.9 * widths, color=GREEN, alpha=0.75)
+def plot_reliability(edges: Floats, share: Floats, label: str) -> str:
+    """Plot the share that is right in bins of a score; NaN for empty ones."""
+    figure, axes = new_plot(label, "share that is right", 4.6)
+    axes.bar((edges[1:] + edges[:-1]) / 2, np.nan_to_num(share), 0.9 * np.diff(edges), color=GREEN, alpha=0.75)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--")
     _unit_axes(axes)
     return plot_data_uri(figure)
