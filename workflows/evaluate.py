@@ -11,6 +11,7 @@ python workflows/evaluate.py --model MODEL --boxes pictograms2-eval   # transfer
 python workflows/evaluate.py --model store/runs/ovsam/<run>/model --sam store/runs/ovsam/<run>/sam_model
 """
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -99,7 +100,7 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
             tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
             report.log(tracked, "eval", 0)
         print(report.table())
-        numbers = dict(report.rows["ovsam", "box"])
+        numbers = {name: value if math.isfinite(value) else -1.0 for name, value in report.rows["ovsam", "box"].items()}
     else:
         evaluated = evaluation.evaluate(local)
         uri, page = evaluation.write_page(run, evaluated)

@@ -306,7 +306,6 @@ def _checked(
         areas: Floats = boxes[:, 2] * boxes[:, 3]
     else:
         boxes = np.asarray(rle.toBbox(encoded), np.float64).reshape(-1, 4)
-        areas = boxes[:, 2] * boxes[:, 3] if kind == "bbox" else np.asarray(rle.area(encoded), np.float64)
         areas = np.asarray(rle.area(encoded), np.float64)
     scores = np.array([row.score for row in rows], np.float64)
     _check_numbers(boxes, scores, start, origin)
