@@ -44,7 +44,9 @@ class Answers:
 
     def numbers(self) -> dict[str, float]:
         """`top1`, `topk`, `mean_of_classes` (top-1 of each name, averaged), and calibration."""
-        classes = [float(self.right[self.labels == label].double().mean()) for label in self.labels.unique()]
+        classes = [
+            float(self.right[self.labels == label].double().mean()) for label in sorted(set(self.labels.tolist()))
+        ]
         return {
             "top1": self.top1,
             "topk": float((self.ranked == self.labels[:, None]).any(1).double().mean()),

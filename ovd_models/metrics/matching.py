@@ -6,6 +6,7 @@ T IoU thresholds, P predictions, A objects, I images, K categories.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -133,7 +134,7 @@ def _weighted_aps(truth: GroundTruth, matches: Matches, weights: Floats) -> list
         own = objects[matches.counted[objects]]
         ranked = found[np.argsort(-matches.predictions.scores[found], kind="stable")]
         hits = matches.hits[:, ranked]
-        stop = int(hits.any(0).nonzero()[0].max(initial=-1)) + 1  # what comes after the last hit changes nothing
+        stop = int(np.flatnonzero(hits.any(0)).max(initial=-1)) + 1  # what comes after the last hit changes nothing
         ranked, hits = ranked[:stop], hits[:, :stop]
         wrong = ~hits & ~matches.ignored[:, ranked]
         values = np.full(shape, np.nan)
@@ -147,7 +148,7 @@ def _weighted_aps(truth: GroundTruth, matches: Matches, weights: Floats) -> list
     return results
 
 
-def interpolated_ap(right: Floats, wrong: Floats, positives: Floats) -> Floats:
+def interpolated_ap(right: Floats, wrong: Floats, positives: npt.NDArray[Any]) -> Floats:
     """AP over 101 recall levels, one for each row; NaN without objects.
 
     Args:

@@ -57,8 +57,8 @@ def reliability(found: Answers) -> str:
 
 def confusions(labelled: LabelledSet, numbers: list[int], found: Answers) -> list[dict[str, Any]]:
     """The most frequent confusions, each with its most confident example."""
-    wrong = torch.nonzero(~found.right).squeeze(1)
-    wrong = wrong[torch.argsort(found.confidence[wrong], descending=True, stable=True)].tolist()
+    rows_W = torch.nonzero(~found.right).squeeze(1)
+    wrong: list[int] = rows_W[torch.argsort(found.confidence[rows_W], descending=True, stable=True)].tolist()
     pairs = Counter((int(found.labels[row]), int(found.ranked[row, 0])) for row in wrong)
     rows = []
     for (true, given), count in pairs.most_common(NUM_CONFUSIONS):
@@ -91,7 +91,7 @@ def example_picture(labelled: LabelledSet, number: int) -> Image.Image | None:
 def classes(labelled: LabelledSet, found: Answers) -> list[dict[str, Any]]:
     """Accuracy of each name that has examples, lowest first, with the name that it is most often given instead."""
     rows = []
-    for label in found.labels.unique().tolist():
+    for label in sorted(set(found.labels.tolist())):
         own = found.labels == label
         first = found.ranked[own, 0]
         others = Counter(first[first != label].tolist()).most_common(1)
