@@ -38,8 +38,8 @@ from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import adopt_config, fit_config, load_backbone, read_backbone
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
-from workflows import evaluate, prepare_boxes, prepare_pairs
-from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
+from workflows import prepare_boxes, prepare_pairs
+from workflows.common import cli, descriptions, evaluation, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
@@ -48,6 +48,7 @@ from workflows.common.teacher import CodetNames, find_teacher, open_encoder, rea
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
 from workflows.configs.codet import CONFIGS, Run
+from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.reports.validation import ValidationSet
 
 SAME_TEACHER = 0.5
@@ -270,15 +271,14 @@ def evaluate_model(
     run: Run, active: ActiveRun, model: str, prefix: str, stage: Optimisation
 ) -> Evaluation[DetectionMetrics]:
     """Evaluate a checkpoint and log the results under `prefix`."""
-    settings = evaluate.Run(
+    settings = EvaluationRun(
         storage=run.storage,
         model=model,
         boxes=f"{run.boxes}-eval",
         max_detections=run.max_detections,
         synonyms=run.synonyms,
-        device=training.device_of(stage),
     )
-    return evaluate.evaluate_and_log(settings, active.tracked, prefix, active.last_step)
+    return evaluation.evaluate_trained(settings, active, stage, prefix)
 
 
 def find_weights(run: Run) -> Run:

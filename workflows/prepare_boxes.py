@@ -10,13 +10,18 @@ python workflows/prepare_boxes.py --config coco --name coco --data instances_tra
     --eval-data instances_val2017.json --images coco/ --captions captions_train2017.json    # pairs and groups, too
 """
 
+import atexit
 import dataclasses
+import functools
 import json
 import math
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +29,7 @@ import pyarrow as pa
 import ray
 
 from data_prep import locks, storage, tables
-from data_prep.boxes import annotations, folders
+from data_prep.boxes import annotations, folders, formats
 from data_prep.boxes.coco import (
     BoxSet,
     add_pictures,
@@ -36,9 +41,10 @@ from data_prep.boxes.coco import (
     strip_novel,
     with_split,
 )
+from data_prep.boxes.splits import frequency_split, named_split
 from data_prep.pairs.dedup import CorpusConfig
 from data_prep.pairs.filters import FilterConfig
-from data_prep.pictograms.world import World
+from data_prep.pictograms.world import SCENES, SECOND_STYLE, World
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
 from workflows.common import cli, cluster
@@ -65,11 +71,16 @@ class Run:
     name: str
     """Name of the tables, before `-train` and `-eval`."""
     data: str = ""
-    """A file in COCO's or LVIS's format with `images`, or a folder with `instances.json` and `images/`; the pictogram
-    world if empty.
+    """A file in COCO's or LVIS's format with `images`, or a folder with `instances.json` and `images/`; Objects365's
+    file; Open Images' `*-annotations-bbox.csv`; a folder of YOLO (`data.yaml`) or Pascal VOC (`Annotations/`); the
+    pictogram world if empty.
 
     COCO's names are split into 48 base and 17 novel ones, LVIS's by `frequency` (`r` is novel); others are base.
     """
+    split: Literal["published", "frequency"] = "published"
+    """For `data`: `frequency` makes the names in at most 10 training images novel, as LVIS counts."""
+    novel: str = ""
+    """For `data`: a file with the names of the novel categories, one a line; the others are base."""
     eval_data: str = ""
     """Another such file or folder, with the same categories, for evaluation; if empty, some of `data` are held out."""
     images: str = ""
@@ -85,6 +96,8 @@ class Run:
     """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
     """Drawn scenes for evaluation, or images of `data` held out for it."""
+    style: Literal["first", "second"] = "first"
+    """Of drawn scenes; the second, outlined on stripes, is for the transfer of detectors trained on the first."""
     seed: int = 0
 
 
@@ -103,7 +116,17 @@ def coco() -> Run:
     return Run(name="photos", train_images=0, eval_images=20)
 
 
-CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "coco": coco}
+def second_style() -> Run:
+    """The pictogram world in another style: a test set for detectors that were trained on the first."""
+    return Run(name="pictograms2", style="second", train_images=48)
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "second_style": second_style,
+    "coco": coco,
+}
 
 
 @locks.exclusive("boxes", "categories")
@@ -119,7 +142,11 @@ def prepare(run: Run) -> None:
     settings = dataclasses.asdict(dataclasses.replace(run, storage=""))
     for other in ("eval_data", "captions", "min_images", "wordnet"):  # the digests of annotation files count instead
         del settings[other]
+    for name, default in (("split", "published"), ("novel", ""), ("style", "first")):
+        if settings[name] == default:  # tables from before these settings stay those of the same config
+            del settings[name]
     digests = [file_digest(annotation_file(data)) for data in (run.data, run.eval_data) if data]
+    digests += [file_digest(Path(run.novel))] if run.novel else []
     config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
@@ -172,9 +199,28 @@ def prepare_full(run: Run) -> None:
     print(f"boxes: {full.num_rows:,} images with novel objects, annotated (-full) and not (-mixed)")
 
 
+@functools.cache
 def annotation_file(data: str) -> Path:
-    """The annotation file of `--data`, itself or in the folder."""
-    return Path(data) if data.endswith(".json") else Path(data, "instances.json")
+    """The annotation file of `--data`: itself, in the folder, or, of other formats, a converted copy."""
+    if not formats.needs_conversion(data):
+        return Path(data) if data.endswith(".json") else Path(data, "instances.json")
+    folder = tempfile.mkdtemp(prefix="ovd-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    converted = Path(folder, "instances.json")
+    converted.write_text(json.dumps(formats.convert(data)))
+    return converted
+
+
+def image_folder(run: Run, data: str) -> str:
+    """Folder or URI of the pictures of `--data` or `--eval-data`."""
+    return run.images or str(formats.picture_folder(data))
+
+
+def split_categories(run: Run, categories: list[dict[str, Any]], rows: pa.Table) -> list[dict[str, Any]]:
+    """Rows of `categories` with the split that the run asks for; `rows` are those of all training images."""
+    if run.novel:
+        return named_split(categories, Path(run.novel))
+    return frequency_split(categories, rows) if run.split == "frequency" else categories
 
 
 def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
@@ -187,10 +233,12 @@ def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
     names = [[(row["category_id"], row["name"]) for row in categories] for categories, _ in read.values()]
     if names[0] != names[-1]:
         raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
+    split = split_categories(run, *read[run.data])
+    read = {data: (split, rows) for data, (_, rows) in read.items()}
     sets = {}
     for data in reversed(read):  # the few pictures of the evaluation first, so that a wrong folder is noticed early
         categories, rows = read[data]
-        pictures = add_pictures(rows, run.images or str(Path(data, "images")), str(annotation_file(data)))
+        pictures = add_pictures(rows, image_folder(run, data), str(annotation_file(data)))
         sets[data] = box_set(categories, pictures)
     whole = sets[run.data]
     if run.eval_data:
@@ -222,10 +270,11 @@ def draw_pictograms(run: Run) -> tuple[BoxSet, BoxSet]:
 def draw_in_parallel(run: Run, part: str, count: int, *, seed: int, base_only: bool) -> pa.Table:
     """Scenes 0 to `count` as rows of `boxes`, in the order of their numbers."""
     uri, name, world = storage.absolute(run.storage), f"{run.name}-{part}", World.create(run.seed)
+    style = SCENES if run.style == "first" else SECOND_STYLE
     storage.remove_temporary(storage.join(uri, "images", name))
 
     def draw(numbers: range) -> pa.Table:
-        rows = list(annotations.draw_scenes(uri, name, world, numbers, seed=seed, base_only=base_only))
+        rows = list(annotations.draw_scenes(uri, name, world, numbers, seed=seed, base_only=base_only, style=style))
         return pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
 
     if count <= SCENES_PER_TASK:  # faster than starting a process

@@ -22,7 +22,7 @@ from ovd_models.sam.model import VIT_H, EverythingConfig, SamModel
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import Vocabulary
 from workflows import evaluate, ovsam, prepare_boxes
-from workflows.common import cli, tracking
+from workflows.common import cli, evaluation, tracking
 from workflows.common.runs import Trained
 from workflows.common.teacher import read_categories
 from workflows.configs import ovsam as ovsam_configs
@@ -129,7 +129,7 @@ def test_a_checkpoint_is_measured_again(
         images=prepared.eval_images,
         sam=trained.outputs["sam"],
     )
-    again = evaluate.evaluate_segmenter(run)
+    again = evaluation.evaluate_segmenter(run)
     assert set(again.rows) == {key for key in trained.metrics.rows if key[1] != "text"}
     for key, values in again.rows.items():
         assert values == pytest.approx(trained.metrics.rows[key], abs=1e-3, nan_ok=True)
