@@ -5,7 +5,6 @@ json --msgspec, masks as raw bytes--> pictures, annotations --clip, encode masks
 
 import contextlib
 import hashlib
-import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from faster_coco_eval import mask as rle
-from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.boxes.cleaning import SkipReport, clip_box
 from ovd_models.errors import InputError
-from ovd_models.images import upright_size
+from ovd_models.images import open_picture
 from ovd_models.prompts import clean_name
 
 COCO_NOVEL = (
@@ -375,8 +373,7 @@ def picture_id(uri: str, size: tuple[int, int], origin: str) -> str:
     """
     with reported(uri, f"an image file, named by {origin}"):
         content = storage.read_bytes(uri)
-        with Image.open(io.BytesIO(content)) as opened:
-            found = upright_size(opened)  # as it is decoded
+        found = open_picture(content, uri).size
     if found != size:
         raise InputError(f"{uri}: {found[0]} x {found[1]} pixels, {origin} says {size[0]} x {size[1]}")
     return storage.sha256(content)
