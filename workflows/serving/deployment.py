@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from ovd_models.errors import InputError
@@ -67,8 +67,8 @@ class Replica:
 def listening_host() -> str:
     """The address on which Ray Serve listens, wherever it was set."""
     controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    options: HTTPOptions = ray.get(controller.get_http_config.remote())
-    return options.host or "0.0.0.0"
+    options: Any = ray.get(controller.get_http_config.remote())
+    return str(options.host or "0.0.0.0")
 
 
 def build(
