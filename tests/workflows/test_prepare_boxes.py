@@ -308,3 +308,15 @@ def test_drawn_scenes_do_not_depend_on_their_number(ray_cluster: None, tmp_path:
     fewer = dataclasses.replace(run, name="few", train_images=3)
     prepare(fewer)
     assert [row["image_id"] for row in read(fewer, "train")] == [row["image_id"] for row in train[:3]]
+
+
+def test_the_second_style_has_the_same_names_in_other_pictures(tmp_path: Path) -> None:
+    sets = {}
+    for name, config in (("first", prepare_boxes.pictograms()), ("second", prepare_boxes.second_style())):
+        run = dataclasses.replace(config, storage=str(tmp_path / name), train_images=1, eval_images=3)
+        prepare_boxes.prepare(run)
+        boxes = tables.read_table(run.storage, "boxes", f"{run.name}-eval")
+        names = tables.read_table(run.storage, "categories", run.name)["name"].to_pylist()
+        sets[name] = (names, boxes["image_id"].to_pylist())
+    assert sets["first"][0] == sets["second"][0]
+    assert not set(sets["first"][1]) & set(sets["second"][1])
