@@ -3,47 +3,47 @@
 make bench-eval
 
 Equality is measured on 100 annotated images of LVIS v0.5 with 300 predictions each, boxes and masks; time on 1,000
-synthetic images with 300 predictions each, as whole commands and without their start; memory on 20,000 images.
+synthetic images with 300 predictions each, as whole commands; memory on 20,000 images; and two actors against one.
 """
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from eval_data import lvis_like, predictions_for, write_results
 from measure import REPOSITORY, Cost, measure, write_figures
 
+from data_prep import tables
+from ovd_models.checkpoints import save_checkpoint
+from ovd_models.codet.model import CoDet, CoDetConfig
+from ovd_models.vocabulary import EmbeddingTable
+from workflows import prepare_boxes
+from workflows.common import cluster
+from workflows.configs.evaluation import Run
+from workflows.reports import evaluation
+
 REFERENCE = Path(os.environ.get("OVD_REFERENCE_DATA", REPOSITORY.parent / "shared"))
 TRUTH = REFERENCE / "data/lvis/lvis_val_100.json"
-SCRIPT = REPOSITORY / "workflows/evaluate.py"
+SCRIPT, PEER = REPOSITORY / "workflows/evaluate.py", REPOSITORY / "benchmarks/eval_peer.py"
 IMAGES, PER_IMAGE, CATEGORIES = 1000, 300, 1203
-LARGE_IMAGES = 20_000
+LARGE_IMAGES, SCENES = 20_000, 300
 ROUNDS = int(os.environ.get("OVD_BENCH_ROUNDS", "2"))
 
 
 def main() -> None:
-    if len(sys.argv) == 4:  # the peer's process
-        official(*sys.argv[1:])
-        return
     with tempfile.TemporaryDirectory(prefix="ovd-") as folder:
-        figures = {**equality(Path(folder)), **speed(Path(folder)), **memory(Path(folder))}
+        place = Path(folder)
+        figures = {**equality(place), **speed(place), **memory(place), **actors(place)}
     write_figures("eval", figures)
     print(json.dumps(figures, indent=1))
-
-
-def official(truth: str, results: str, kind: str) -> None:
-    """LVIS's package alone, with the name that NumPy 1.24 removed."""
-    import numpy as np
-    from lvis import LVIS, LVISEval, LVISResults
-
-    np.float = float  # type: ignore[attr-defined]
-    loaded = LVIS(truth)
-    evaluator = LVISEval(loaded, LVISResults(loaded, results), kind)
-    evaluator.run()
-    print(json.dumps({name: float(value) for name, value in evaluator.get_results().items()}))
 
 
 def equality(folder: Path) -> dict[str, float]:
@@ -103,6 +103,30 @@ def memory(folder: Path) -> dict[str, float]:
     return {"eval_peak_gb": round(cost.peak_gb, 2), "eval_seconds": round(cost.wall_seconds, 1)}
 
 
+def actors(folder: Path) -> dict[str, float]:
+    """Seconds of prediction with one actor over those with two, with their start; the tables must be equal."""
+    storage = str(folder / "store")
+    settings = replace(prepare_boxes.pictograms(), storage=storage, train_images=1, eval_images=SCENES)
+    prepare_boxes.prepare(settings)
+    names = {row["name"]: row["split"] for row in tables.read_table(storage, "categories", "pictograms").to_pylist()}
+    torch.manual_seed(0)
+    given = EmbeddingTable.from_array(list(names), np.random.default_rng(0).normal(size=(len(names), 128)), "random")
+    save_checkpoint(CoDet(CoDetConfig()), given, folder / "model", splits=names, run={})
+    cluster.start_ray()
+    seconds, digests = {1: [], 2: []}, set()
+    for workers in (1, 2) * ROUNDS:
+        shutil.rmtree(folder / "store/predictions", ignore_errors=True)
+        run = Run(storage=storage, model=str(folder / "model"), boxes="pictograms-eval", workers=workers, batch_size=4)
+        started = time.perf_counter()
+        table = evaluation.predict_boxes(run)
+        seconds[workers].append(time.perf_counter() - started)
+        digests.add(tables.read_manifest(storage, "predictions", table).digest)
+    assert len(digests) == 1
+    one, two = (statistics.median(seconds[workers]) for workers in (1, 2))
+    print(f"{SCENES} scenes: {one:.1f} s with one actor, {two:.1f} s with two on {os.cpu_count()} cores; equal tables")
+    return {"actors_speedup": round(one / two, 2)}
+
+
 def ours(truth: Path, results: Path, kind: str, output: Path) -> Cost:
     """The cost of our command."""
     flags = ["--ground-truth", str(truth), "--predictions", str(results), "--iou-type", kind, "--output", str(output)]
@@ -112,7 +136,7 @@ def ours(truth: Path, results: Path, kind: str, output: Path) -> Cost:
 def peer(truth: Path, results: Path, kind: str, folder: Path) -> tuple[Cost, str]:
     """The cost and the last line of the same with LVIS's package."""
     log = folder / "peer.log"
-    cost = run([sys.executable, __file__, str(truth), str(results), kind], log)
+    cost = run([sys.executable, str(PEER), str(truth), str(results), kind], log)
     return cost, log.read_text().splitlines()[-1]
 
 

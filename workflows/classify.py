@@ -172,7 +172,7 @@ def numbers_of(answers: dict[str, Answers]) -> Iterator[tuple[str, dict[str, flo
 def main() -> None:
     """Classify, print and log the accuracy, and write the page."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)
+    tracking.check_server(run.storage)
     started = time.perf_counter()
     labelled, numbers, answers, teacher = classify(run)
     name = run.boxes or run.data.rstrip("/").rpartition("/")[2]

@@ -39,7 +39,7 @@ from ovd_models.importers.backbones import adopt_config, fit_config, load_backbo
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
 from workflows import prepare_boxes, prepare_pairs
-from workflows.common import cli, descriptions, evaluation, runs, starting_weights, tracking, training
+from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
@@ -49,6 +49,7 @@ from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
 from workflows.configs.codet import CONFIGS, Run
 from workflows.configs.evaluation import Run as EvaluationRun
+from workflows.reports import evaluation
 from workflows.reports.validation import ValidationSet
 
 SAME_TEACHER = 0.5

@@ -21,11 +21,12 @@ from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
 from ovd_models.metrics.protocols import Measured, Protocol, measure
 from ovd_models.metrics.records import GroundTruth, IouType, Predictions
-from workflows.common import cli, evaluation, measured, registry
+from workflows.common import cli, measured, registry
 from workflows.common.measured import ProtocolChoice
 from workflows.configs.evaluation import Run as EvaluationRun
+from workflows.reports import evaluation
 from workflows.reports.compare import Compared, Entry, compare, console_table, render
-from workflows.reports.evaluation import ReadImage, explain
+from workflows.reports.explanation import ReadImage, explain
 
 FILES = (".json", ".parquet")
 

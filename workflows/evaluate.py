@@ -61,7 +61,7 @@ def evaluate_files(run: Run) -> tuple[dict[str, float], str]:
 
 def write_page(run: Run, truth: GroundTruth, found: Predictions, protocol: Protocol, result: Measured) -> None:
     """Write the page that explains an evaluation of files, without pictures."""
-    from workflows.reports.evaluation import explain, render  # here, since it takes torch to draw
+    from workflows.reports.explanation import explain, render  # here, since it takes torch to draw
 
     explained = explain(truth, found, protocol, run.iou_type)
     title = f"Evaluation on {run.ground_truth.rpartition('/')[2]}"
@@ -78,7 +78,8 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
     """
     # Here, since they take seconds, which predictions made elsewhere do not need.
     from ovd_models.checkpoints import read_info
-    from workflows.common import evaluation, registry, tracking
+    from workflows.common import registry, tracking
+    from workflows.reports import evaluation
 
     tracking.check_server(run.storage)
     started = time.perf_counter()

@@ -31,7 +31,7 @@ from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_co
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, prepare_boxes
-from workflows.common import cli, descriptions, evaluation, runs, starting_weights, tracking, training
+from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
@@ -40,6 +40,7 @@ from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.configs.vild import CONFIGS, Run
+from workflows.reports import evaluation
 from workflows.reports.validation import ValidationSet
 
 

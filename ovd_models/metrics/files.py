@@ -28,8 +28,8 @@ CHUNK_BYTES = 32 << 20
 """Of a results file, decoded at a time."""
 BORDER = 2.0
 """Pixels by which predicted boxes may leave their image before their format is doubted."""
-SUSPECT = 0.1
-"""Share of boxes outside their image from which their format is doubted."""
+SUSPECT, AS_CORNERS = 0.1, 0.9
+"""Shares of boxes from which their format is doubted: outside their image, and inside it if read as corners."""
 
 
 class RunLengths(msgspec.Struct):
@@ -361,7 +361,7 @@ def check_format(predictions: Predictions, truth: GroundTruth, origin: str) -> N
     outside = (predictions.boxes[:, :2] + predictions.boxes[:, 2:] > edges).any(1)
     as_corners = (predictions.boxes[:, 2:] > predictions.boxes[:, :2]).all(1)
     as_corners &= (predictions.boxes[:, 2:] <= edges).all(1)
-    if outside.mean() >= SUSPECT and as_corners.mean() > 0.99:
+    if outside.mean() >= SUSPECT and as_corners.mean() >= AS_CORNERS:
         row = int(np.flatnonzero(outside)[0])
         box = [round(value, 2) for value in predictions.boxes[row].tolist()]
         height, width = truth.sizes[predictions.images[row]].tolist()

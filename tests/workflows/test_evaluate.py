@@ -28,9 +28,10 @@ from ovd_models.errors import InputError
 from ovd_models.predictors import Detector
 from ovd_models.vocabulary import EmbeddingTable
 from workflows import embed_texts, evaluate, failures
-from workflows.common import cli, evaluation, measured, tracking
+from workflows.common import cli, measured, tracking
 from workflows.common.teacher import open_teacher
 from workflows.configs.evaluation import Run
+from workflows.reports import evaluation
 from workflows.reports.detections import annotations_as_detections, draw_comparison, read_box_image
 from workflows.studies import ovsam_boxes, vild_sweep
 

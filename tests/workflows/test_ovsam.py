@@ -22,11 +22,12 @@ from ovd_models.sam.model import VIT_H, EverythingConfig, SamModel
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import Vocabulary
 from workflows import evaluate, ovsam, prepare_boxes
-from workflows.common import cli, evaluation, tracking
+from workflows.common import cli, tracking
 from workflows.common.runs import Trained
 from workflows.common.teacher import read_categories
 from workflows.configs import ovsam as ovsam_configs
 from workflows.configs.ovsam import Run
+from workflows.reports import evaluation
 from workflows.reports import pointing as pointing_report
 from workflows.reports.pointing import SegmentationReport
 

@@ -11,7 +11,7 @@ from data_prep.embeddings.labelled import LabelledSet
 from data_prep.streams.images import read_image
 from ovd_models.clip.classification import Answers
 from ovd_models.errors import InputError
-from workflows.reports.evaluation import crop, plot_reliability
+from workflows.reports.explanation import crop, plot_reliability
 from workflows.reports.page import render_page
 
 NUM_CONFUSIONS = 18

@@ -13,7 +13,7 @@ from PIL import Image
 from ovd_models.metrics.explanation import image_scores
 from ovd_models.metrics.matching import average_precisions, interval, mean_of
 from ovd_models.metrics.protocols import Measured, Protocol
-from workflows.reports.evaluation import Explained, ReadImage, draw_annotated, draw_predicted
+from workflows.reports.explanation import Explained, ReadImage, draw_annotated, draw_predicted
 from workflows.reports.page import render_page
 
 NUM_NAMES, NUM_PICTURES = 12, 8

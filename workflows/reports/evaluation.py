@@ -1,347 +1,238 @@
-"""The page that explains an evaluation: `reports/eval-<name>.html`.
+"""A model's evaluation: its predictions as a table, the metrics from it, and both in MLflow."""
 
-truth, predictions --match--> fates of predictions --> intervals, errors, confusions, calibration, pictures
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
-import torch
-from matplotlib import ticker
 from PIL import Image
 
-from ovd_models.drawing import draw_boxes
-from ovd_models.metrics.average_precision import SIZES, THRESHOLDS, Curves
-from ovd_models.metrics.explanation import (
-    ERROR_KINDS,
-    Calibration,
-    Errors,
-    calibrate,
-    confusions,
-    find_errors,
-    gains,
-    image_scores,
-)
-from ovd_models.metrics.matching import Matches, average_precisions, bootstrap, interval, match, mean_of
-from ovd_models.metrics.protocols import Measured, Protocol
-from ovd_models.metrics.records import Bools, Floats, GroundTruth, Ints, IouType, Predictions, xyxy
-from workflows.reports.page import GREEN, INK, new_plot, plot_data_uri, render_page
-
-DRAWS = 100
-"""Of the bootstrap."""
-NUM_PICTURES, NUM_CONFUSIONS = 6, 12
-COLOURS = (GREEN, "#c2410c", "#2563a8", "#7a5195")
-ReadImage = Callable[[int], Image.Image | None]
-"""The image of a number, or None if it cannot be read."""
-MEANING = {
-    "classification": "fits an object of another name",
-    "localisation": "the right name, but overlaps its object too little",
-    "both": "another name, and too little overlap",
-    "duplicate": "a second box of a found object",
-    "background": "no object there",
-    "missed": "objects that nothing found",
-}
+from data_prep import storage, tables
+from data_prep.predictions import PredictionJob, list_parts, pool_of, predict
+from data_prep.streams.images import read_image
+from ovd_models.checkpoints import load_model, read_info
+from ovd_models.errors import InputError
+from ovd_models.evaluation import DetectionMetrics, detection_metrics
+from ovd_models.metrics.average_precision import LVIS_LIMIT, Curves
+from ovd_models.metrics.protocols import Measured, Protocol, measure
+from ovd_models.metrics.records import GroundTruth, Predictions
+from ovd_models.predictors import load_segmenter
+from ovd_models.sam.model import SamModel
+from workflows.common import cluster, measured, registry, training
+from workflows.common.optimisation import Optimisation
+from workflows.common.runs import ActiveRun, Evaluation
+from workflows.common.tracking import TrackedRun
+from workflows.configs.evaluation import Run
+from workflows.reports.detections import detections_of_row, draw_comparison, read_box_images
+from workflows.reports.explanation import explain, render
+from workflows.reports.pointing import SegmentationReport, evaluate_ovsam
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explained:
-    """All that the page shows."""
+class Evaluated:
+    """A detector's predictions and their metrics."""
 
     truth: GroundTruth
-    matches: Matches
-    errors: Errors
-    gains: Mapping[str, float]
-    calibration: Calibration
-    groups: Mapping[str, Bools]
-    """Groups of categories [K]: all, and by split or frequency."""
-    draws: Mapping[str, Floats]
-    """`AP <group>` and `AP50 <group>` in the draws of a bootstrap over images."""
+    predictions: Predictions
+    protocol: Protocol
+    measured: Measured
+    metrics: DetectionMetrics
+    """Average precision of each category."""
+    table: str
+    """Name of the `predictions` table."""
+    transfer: Mapping[str, float]
+    """On another set than that of the training: AP of its names that the training knew, and of new ones; else empty."""
 
 
-def explain(truth: GroundTruth, predictions: Predictions, protocol: Protocol, kind: IouType) -> Explained:
-    """Match predictions by a protocol's rules, and find what the page shows."""
-    federated = protocol in ("lvis", "lvis-fixed")
-    groups = groups_of(truth)
-    if protocol == "coco-ovd":  # categories in neither split are not evaluated
-        truth = truth.only_categories(groups["all"])
-        predictions = predictions.take(groups["all"][predictions.labels])
-    matches = match(truth, predictions, kind, federated=federated)
-    errors = find_errors(truth, matches, kind)
-    draws = bootstrap(truth, matches, dict(groups), DRAWS)
-    return Explained(
+def evaluate(run: Run) -> Evaluated:
+    """Predict with all names of the set as vocabulary, and evaluate from the published predictions.
+
+    An image that cannot be read is named, and has no detections.
+
+    Raises:
+        InputError: the model or a table is missing, or no image can be read.
+    """
+    table = predict_boxes(run)
+    truth, found = measured.read_tables(
+        run.storage, run.boxes, run.category_table, table, run.iou_type, images=run.images
+    )
+    protocol = measured.choose_protocol(truth, run.protocol)
+    result = measure(truth, found, protocol, run.iou_type)
+    if result.curves is None:
+        raise InputError(f"--protocol {protocol}: has no average precision, expected another for a detector")
+    return Evaluated(
         truth=truth,
-        matches=matches,
-        errors=errors,
-        gains={str(name): value for name, value in gains(truth, matches, errors).items()},
-        calibration=calibrate(truth, matches),
-        groups=groups,
-        draws=draws,
+        predictions=found,
+        protocol=protocol,
+        measured=result,
+        metrics=detection_metrics(truth, result.curves),
+        table=table,
+        transfer=transfer_numbers(run, truth, result.curves),
     )
 
 
-def groups_of(truth: GroundTruth) -> dict[str, Bools]:
-    """The categories that are evaluated, and those of each frequency or split."""
-    frequencies = np.array([entry.frequency for entry in truth.categories])
-    splits = np.array([entry.split for entry in truth.categories])
-    if len(frequencies) and np.isin(frequencies, ["r", "c", "f"]).all():
-        named = {"rare": frequencies == "r", "common": frequencies == "c", "frequent": frequencies == "f"}
-        return {"all": np.ones(len(splits), np.bool_), **named}
-    if (splits == "novel").any():
-        return {"all": splits != "", "base": splits == "base", "novel": splits == "novel"}
-    return {"all": np.ones(len(splits), np.bool_)}
+def transfer_numbers(run: Run, truth: GroundTruth, curves: Curves) -> dict[str, float]:
+    """AP by what the training knew of the names of another data set: `base`, `novel` or nothing.
+
+    Names are matched as they are written, whatever their case. -1 without objects.
+    """
+    info = read_info(registry.local_model(run.model, run.storage))
+    if info.run.get("boxes", run.category_table) == run.category_table:
+        return {}
+    split_of = {name.casefold(): split for name, split in info.splits.items()}
+    known = np.array([split_of.get(name.casefold(), "new") for name in truth.names])
+    numbers = {}
+    for group in ("base", "novel", "new"):
+        chosen = known == group
+        numbers[f"names_{group}"] = float(chosen.sum())
+        numbers[f"AP50_{group}"] = curves.ap(0.5, categories=chosen) if chosen.any() else -1.0
+        numbers[f"AP_{group}"] = curves.ap(categories=chosen) if chosen.any() else -1.0
+    return numbers
 
 
-def render(
-    explained: Explained,
-    measured: Measured,
-    *,
-    title: str,
-    subject: str,
-    protocol: Protocol,
-    kind: IouType,
-    read: ReadImage | None = None,
-) -> str:
-    """The page as HTML.
+def predict_boxes(run: Run) -> str:
+    """Publish the predictions of a detector for `boxes`, or find them; returns the table's name.
+
+    Raises:
+        InputError: the model or a table is missing, or no image can be read.
+    """
+    names, _ = run.read_categories()
+    truth_like = tables.read_table(run.storage, "categories", run.category_table, ["frequency"])
+    lvis = set(truth_like["frequency"].to_pylist()) <= {"r", "c", "f"}
+    job = PredictionJob(
+        model=shared_model(run),
+        boxes=run.boxes,
+        categories=names,
+        images=run.images,
+        batch_size=run.batch_size,
+        score_threshold=run.score_threshold,
+        max_detections=run.max_detections or (LVIS_LIMIT if lvis else 100),
+        synonyms=run.synonyms,
+        other_words=run.read_synonyms() if run.synonyms != "none" else {},
+        device=run.device,
+    )
+    workers = run.workers
+    if workers and run.device == "cpu" and len(list_parts(job, run.storage)) == 1:
+        workers = 0  # sooner done than an actor is started
+    if workers:
+        cluster.start_ray()
+    return predict(job, run.storage, pool_of(workers, run.device))
+
+
+def shared_model(run: Run) -> str:
+    """The checkpoint as actors find it: a folder of this machine, or a URI."""
+    if run.workers and "://" in run.model and not run.model.startswith(registry.MODEL_SCHEME):
+        return run.model
+    return str(registry.local_model(run.model, run.storage).absolute())
+
+
+def evaluate_segmenter(run: Run) -> SegmentationReport:
+    """Evaluate an OV-SAM with all names of the set as vocabulary; names with masks in its training are base.
+
+    Raises:
+        InputError: a model or a table is missing, or no object has a mask.
+    """
+    segmenter = load_segmenter(registry.local_model(run.model, run.storage), run.device)
+    categories, _ = run.read_categories()
+    return evaluate_ovsam(
+        run.storage,
+        run.boxes,
+        {name: category_id for category_id, name in categories.items()},
+        segmenter.names(list(categories.values())),
+        segmenter.model,
+        load_model(storage.local_folder(run.sam), SamModel) if run.sam else None,
+        limit=run.images,
+        num_pictures=run.num_pictures,
+        device=run.device,
+    )
+
+
+def draw_pictures(run: Run, table: str) -> list[Image.Image]:
+    """The first images with their annotations, and with their predictions above a score of 0.3."""
+    names, _ = run.read_categories()
+    rows = tables.read_table(run.storage, "boxes", run.boxes).slice(0, run.num_pictures).to_pylist()
+    found = (row for part in tables.read_parts(run.storage, "predictions", table) for row in part.to_pylist())
+    shown = zip(read_box_images(run.storage, rows), islice(found, len(rows)), strict=False)
+    return [
+        draw_comparison(row, detections_of_row(prediction, names, image), names)
+        for (row, image), prediction in shown
+        if image is not None
+    ]
+
+
+def read_picture(storage_uri: str, uri: str) -> Image.Image | None:
+    """The image of a `boxes` row; None if it cannot be read."""
+    try:
+        return read_image(storage.join(storage_uri, uri))
+    except InputError:  # prediction has named it
+        return None
+
+
+def write_page(run: Run, evaluated: Evaluated) -> tuple[str, str]:
+    """Write the page that explains an evaluation to `<storage>/reports`; returns its URI and its HTML."""
+    uris = tables.read_table(run.storage, "boxes", run.boxes, ["uri"])["uri"].to_pylist()
+
+    html = render(
+        explain(evaluated.truth, evaluated.predictions, evaluated.protocol, run.iou_type),
+        evaluated.measured,
+        title=f"Evaluation on {run.boxes}",
+        subject=run.model,
+        protocol=evaluated.protocol,
+        kind=run.iou_type,
+        read=lambda number: read_picture(run.storage, uris[number]),
+    )
+    uri = storage.join(run.storage, "reports", f"eval-{evaluated.table}.html")
+    storage.write_bytes(uri, html.encode())
+    return uri, html
+
+
+def log(
+    evaluated: Evaluated, tracked: TrackedRun, pictures: Sequence[Image.Image], page: str, prefix: str, step: int
+) -> None:
+    """Log a detector's metrics, per-class table, page and pictures under `prefix`."""
+    tracked.log_text(page, f"{prefix}/page.html")
+    metrics = evaluated.metrics
+    official = {
+        f"{evaluated.protocol}/{name.replace('@', '_')}": value for name, value in evaluated.measured.numbers.items()
+    }
+    transfer = {f"transfer/{name}": value for name, value in evaluated.transfer.items()}
+    values: Mapping[str, float] = metrics.summary() | official | transfer
+    tracked.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, step)
+    columns: dict[str, Sequence[object]] = {
+        column: [getattr(entry, column) for entry in metrics.categories] for column in ("name", "split", "ap", "ap50")
+    }
+    tracked.log_table(columns, f"{prefix}/per_class.json")
+    tracked.log_pictures(pictures, prefix)
+
+
+def evaluate_and_log(run: Run, tracked: TrackedRun, prefix: str, step: int) -> Evaluation[DetectionMetrics]:
+    """Evaluate a detector in training and log the results.
+
+    Raises:
+        InputError: the model or a table is missing.
+    """
+    evaluated = evaluate(run)
+    metrics = evaluated.metrics
+    tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
+    _, page = write_page(run, evaluated)
+    log(evaluated, tracked, draw_pictures(run, evaluated.table), page, prefix, step)
+    return Evaluation(
+        metrics=metrics, headline=f"{prefix}/{metrics.headline}", value=metrics.summary()[metrics.headline]
+    )
+
+
+def evaluate_trained(run: Run, active: ActiveRun, stage: Optimisation, prefix: str) -> Evaluation[DetectionMetrics]:
+    """Evaluate a training's detector on the training's workers and devices, and log the results under `prefix`.
 
     Args:
-        explained: of the evaluation.
-        measured: its numbers and curves.
-        title: name of the page.
-        subject: the model or file that was evaluated.
-        protocol: its rules.
-        kind: boxes or masks.
-        read: the images; None leaves the pictures out.
+        run: of the evaluation; without workers, its model may be a folder of this machine alone.
+        active: the training, whose folder has the checkpoint `model`.
+        stage: settings of the stage that made the detector.
+        prefix: of the metrics' names.
     """
-    truth, matches, found = explained.truth, explained.matches, explained.calibration
-    pictures = _pictures(explained, read) if read is not None else {"best": [], "worst": []}
-    values: dict[str, Any] = {
-        "title": title,
-        "subject": subject,
-        "protocol": protocol,
-        "kind": {"bbox": "boxes", "segm": "masks"}[kind],
-        "counts": {
-            "images": len(truth.image_ids),
-            "objects": int(matches.counted.sum()),
-            "predictions": len(matches.predictions),
-        },
-        "tiles": _tiles(explained),
-        "numbers": list(measured.numbers.items()),
-        "curve_plots": [] if measured.curves is None else _curve_plots(explained, measured.curves),
-        "sizes": [] if measured.curves is None else _sizes(explained, measured.curves),
-        "errors": _error_rows(explained),
-        "calibration": found,
-        "calibration_plots": [plot_reliability(found.edges, found.precision, "score"), _threshold_plot(found)],
-        "confusions": _confusion_rows(explained, read),
-        "pictures": pictures,
-        "classes": _class_rows(explained),
-    }
-    return render_page("evaluation", values)
-
-
-def _tiles(explained: Explained) -> list[dict[str, Any]]:
-    ap_TK = average_precisions(explained.truth, explained.matches)
-    tiles = []
-    for group, chosen in explained.groups.items():
-        for name, values in (("AP", ap_TK[:, chosen]), ("AP50", ap_TK[0, chosen])):
-            if np.isfinite(mean_of(values)):
-                low, high = interval(explained.draws[f"{name} {group}"], mean_of(values))
-                tiles.append({"name": f"{name}, {group}", "value": mean_of(values), "low": low, "high": high})
-    return tiles
-
-
-def _curve_plots(explained: Explained, curves: Curves) -> list[str]:
-    """Precision by recall: of each group at IoU 0.5, and of all categories at several IoUs."""
-    recalls = np.linspace(0, 1, curves.precision.shape[1])
-    precision_TRK = np.where(curves.precision[..., 0, -1] < 0, np.nan, curves.precision[..., 0, -1])
-    by_group = {name: precision_TRK[0][:, chosen] for name, chosen in explained.groups.items()}
-    chosen = explained.groups["all"]
-    by_iou = {f"IoU {THRESHOLDS[at]:.2f}": precision_TRK[at][:, chosen] for at in (0, 5, 8)}
-    plots = []
-    for lines in (by_group, by_iou):
-        figure, axes = new_plot("recall", "precision", 4.6)
-        for colour, (name, values) in zip(COLOURS, lines.items(), strict=False):
-            if np.isfinite(values).any():
-                axes.plot(recalls, np.nanmean(values, axis=1), color=colour, label=name, linewidth=1.6)
-        _unit_axes(axes)
-        axes.legend(fontsize=8, frameon=False)
-        plots.append(plot_data_uri(figure))
-    return plots
-
-
-def _unit_axes(axes: Any) -> None:
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ticker.FormatStrFormatter("%.1f"))
-
-
-def _sizes(explained: Explained, curves: Curves) -> list[dict[str, Any]]:
-    truth = explained.truth
-    own = truth.areas[explained.matches.counted]
-    edges = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
-    rows = []
-    for size in SIZES[1:]:
-        low, high = edges[size]
-        ap = curves.ap(size=size, categories=explained.groups["all"])
-        count = int(((own >= low) & (own <= high)).sum())
-        rows.append({"name": size, "objects": count, "ap": ap if ap >= 0 else None})
-    return rows
-
-
-def _error_rows(explained: Explained) -> list[dict[str, Any]]:
-    counts = np.bincount(explained.errors.kinds[explained.errors.kinds >= 0], minlength=len(ERROR_KINDS))
-    shown = explained.matches.predictions.scores >= explained.calibration.threshold
-    above = np.bincount(explained.errors.kinds[(explained.errors.kinds >= 0) & shown], minlength=len(ERROR_KINDS))
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "meaning": MEANING[name],
-            "gain": explained.gains[name],
-            "count": int(counts[number]),
-            "above": int(above[number]),
-        }
-        for number, name in enumerate(ERROR_KINDS)
-    ]
-    rows[-1] |= {"count": len(explained.errors.missed), "above": None}
-    most = max([row["gain"] for row in rows if np.isfinite(row["gain"])], default=0)
-    return [{**row, "share": 100 * max(0.0, row["gain"]) / most if most > 0 else 0} for row in rows]
-
-
-def plot_reliability(edges: Floats, share: Floats, label: str) -> str:
-    """Plot the share that is right in bins of a score; NaN for empty ones."""
-    figure, axes = new_plot(label, "share that is right", 4.6)
-    axes.bar((edges[1:] + edges[:-1]) / 2, np.nan_to_num(share), 0.9 * np.diff(edges), color=GREEN, alpha=0.75)
-    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--")
-    _unit_axes(axes)
-    return plot_data_uri(figure)
-
-
-def _threshold_plot(found: Calibration) -> str:
-    figure, axes = new_plot("score threshold", "", 4.6)
-    levels = np.linspace(0, 1, found.curve.shape[1])
-    for colour, name, values in zip(COLOURS, ("precision", "recall", "F1"), found.curve, strict=False):
-        axes.plot(levels, values, color=colour, label=name, linewidth=1.6)
-    axes.axvline(found.threshold, color=INK, linewidth=1, linestyle="--")
-    _unit_axes(axes)
-    axes.legend(fontsize=8, frameon=False)
-    return plot_data_uri(figure)
-
-
-def _class_rows(explained: Explained) -> list[dict[str, Any]]:
-    """Each category with its support, worst first; those without objects are left out."""
-    truth, matches = explained.truth, explained.matches
-    ap_TK = average_precisions(truth, matches)
-    labels = truth.labels[matches.counted]
-    objects = np.bincount(labels, minlength=len(truth.categories))
-    pairs = np.unique(np.stack([truth.images[matches.counted], labels]), axis=1)
-    images = np.bincount(pairs[1], minlength=len(truth.categories))
-    predictions = np.bincount(matches.predictions.labels, minlength=len(truth.categories))
-    order = np.argsort(np.where(np.isnan(ap_TK[0]), np.inf, ap_TK[0]), kind="stable")
-    return [
-        {
-            "name": truth.categories[label].name,
-            "split": truth.categories[label].split or truth.categories[label].frequency,
-            "objects": int(objects[label]),
-            "images": int(images[label]),
-            "predictions": int(predictions[label]),
-            "ap": float(ap_TK[:, label].mean()),
-            "ap50": float(ap_TK[0, label]),
-        }
-        for label in order.tolist()
-        if objects[label]
-    ]
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def _confusion_rows(explained: Explained, read: ReadImage | None) -> list[dict[str, Any]]:
-    """The most frequent confusions above the best threshold, each with the crop of its best-scored example."""
-    truth, predictions = explained.truth, explained.matches.predictions
-    threshold = explained.calibration.threshold
-    rows = []
-    for true, given, found in confusions(truth, explained.matches, explained.errors, threshold)[:NUM_CONFUSIONS]:
-        image = read(int(predictions.images[found[0]])) if read is not None else None
-        box = xyxy(predictions.boxes[found[:1]])[0].tolist()
-        rows.append(
-            {
-                "true": truth.categories[true].name,
-                "given": truth.categories[given].name,
-                "count": len(found),
-                "score": float(predictions.scores[found[0]]),
-                "picture": crop(image, box) if image is not None else None,
-            }
-        )
-    return rows
-
-
-def crop(image: Image.Image, box: Sequence[float], margin: float = 0.4, side: int = 220) -> Image.Image:
-    """A box with some of its surroundings, at most `side` pixels wide and high."""
-    x0, y0, x1, y1 = box
-    dx, dy = margin * max(8.0, x1 - x0), margin * max(8.0, y1 - y0)
-    window = (
-        int(max(0, x0 - dx)),
-        int(max(0, y0 - dy)),
-        int(min(image.width, x1 + dx)) or 1,
-        int(min(image.height, y1 + dy)) or 1,
-    )
-    part = image.convert("RGB").crop((*window[:2], max(window[2], window[0] + 1), max(window[3], window[1] + 1)))
-    scale = side / max(part.size)
-    return part.resize((max(1, round(part.width * scale)), max(1, round(part.height * scale))))
-
-
-def _pictures(explained: Explained, read: ReadImage) -> dict[str, list[dict[str, Any]]]:
-    """The images of the lowest and of the highest F1; of equal ones, those with most objects."""
-    f1, counts = image_scores(explained.truth, explained.matches, explained.calibration.threshold)
-    size = counts.sum(1)
-    known = np.flatnonzero(np.isfinite(f1))
-    worst = known[np.lexsort((-size[known], f1[known]))]
-    best = known[np.lexsort((-size[known], -f1[known]))]
-    return {name: _drawn(explained, read, order, f1, counts) for name, order in (("worst", worst), ("best", best))}
-
-
-def _drawn(explained: Explained, read: ReadImage, order: Ints, f1: Any, counts: Ints) -> list[dict[str, Any]]:
-    shown: list[dict[str, Any]] = []
-    for number in order.tolist():
-        if len(shown) == NUM_PICTURES:
-            break
-        image = read(number)
-        if image is not None:
-            right, wrong, missed = counts[number].tolist()
-            entry = {"f1": float(f1[number]), "right": right, "wrong": wrong, "missed": missed}
-            shown.append({**entry, "picture": draw_pair(explained, number, image)})
-    return shown
-
-
-def draw_pair(explained: Explained, number: int, image: Image.Image) -> Image.Image:
-    """The annotated objects of an image on the left, its predictions above the best threshold on the right."""
-    left, right = draw_annotated(explained, number, image), draw_predicted(explained, number, image)
-    pair = Image.new("RGB", (left.width + right.width + 6, left.height), "white")
-    pair.paste(left, (0, 0))
-    pair.paste(right, (left.width + 6, 0))
-    return pair
-
-
-def draw_annotated(explained: Explained, number: int, image: Image.Image) -> Image.Image:
-    """An image with its annotated objects."""
-    truth = explained.truth
-    own = np.flatnonzero((truth.images == number) & explained.matches.counted)
-    return draw_columns(image, truth, own, [truth.names[label] for label in truth.labels[own].tolist()])
-
-
-def draw_predicted(explained: Explained, number: int, image: Image.Image) -> Image.Image:
-    """An image with its predictions above the best threshold."""
-    predictions = explained.matches.predictions
-    found = np.flatnonzero((predictions.images == number) & (predictions.scores >= explained.calibration.threshold))
-    rows = zip(predictions.labels[found].tolist(), predictions.scores[found].tolist(), strict=True)
-    texts = [f"{explained.truth.names[label]} {score:.2f}" for label, score in rows]
-    return draw_columns(image, predictions, found, texts)
-
-
-def draw_columns(
-    image: Image.Image, columns: GroundTruth | Predictions, rows: Ints, texts: Sequence[str]
-) -> Image.Image:
-    """An image with some boxes of a ground truth or of predictions, in the colours of their names."""
-    boxes = torch.from_numpy(xyxy(columns.boxes[rows]).astype(np.float32))
-    return draw_boxes(image.convert("RGB"), boxes, list(texts), columns.labels[rows].tolist())
+    if stage.workers:
+        shared = run.model if run.model.startswith(active.folder) else storage.join(active.folder, "model")
+        run = replace(run, model=shared, workers=stage.workers, device="cuda" if stage.use_gpu else "cpu")
+    else:
+        run = replace(run, device=training.device_of(stage))
+    return evaluate_and_log(run, active.tracked, prefix, active.last_step)

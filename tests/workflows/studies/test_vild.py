@@ -13,10 +13,10 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.vild.model import Variant, ViLD
 from workflows import vild
-from workflows.common import evaluation
 from workflows.common.runs import Trained
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.configs.vild import Run
+from workflows.reports import evaluation
 from workflows.studies import study, vild_sweep
 from workflows.studies import vild as vild_study
 
