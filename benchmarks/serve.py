@@ -34,6 +34,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the replicas, before torch reads it
+
 import numpy as np
 import torch
 from measure import BENCH, REPOSITORY, cpu_seconds, descendants, pss_bytes, update_figures
@@ -198,6 +200,7 @@ def measure_throughput(url: str, model: str, seconds: float) -> dict[str, float]
     import ovd_models
 
     detector, pictures = ovd_models.load(model), draw_pictures(64)
+    torch.set_num_threads(1)  # the most images per CPU-second
     before = time.process_time()
     for start in range(0, len(pictures), 8):
         detector.detect(pictures[start : start + 8], NAMES)
@@ -206,6 +209,7 @@ def measure_throughput(url: str, model: str, seconds: float) -> dict[str, float]
         for start in range(0, len(pictures), 8):
             count += len(detector.detect(pictures[start : start + 8], NAMES))
     bare = count / (time.process_time() - before)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     pids = replicas()
     used = cpu_of(pids)
     statuses = statuses_of(start_load(url, seconds, CLIENTS))
@@ -292,26 +296,28 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     Image.open(io.BytesIO(draw_pictures(1)[0])).load()
     BENCH.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, float] = {}
     parts = arguments.only.split(",") if arguments.only else PARTS
     with tempfile.TemporaryDirectory() as storage:
-        with endpoint(arguments.model, Path(storage)) if parts != ["swap"] else contextlib.nullcontext() as opened:
-            if opened is not None:
-                url, figures["start_seconds"] = opened
-            if "overhead" in parts:
-                figures |= measure_overhead(url, arguments.model, 105)
-            if "throughput" in parts:
-                figures |= measure_throughput(url, arguments.model, 15)
-            if "overload" in parts:
-                figures |= measure_overload(url, arguments.seconds, arguments.clients)
-            if "kill" in parts:
-                figures |= measure_kill(url)
+        if parts != ["swap"]:
+            with endpoint(arguments.model, Path(storage)) as (url, seconds):
+                record({"start_seconds": seconds})
+                if "overhead" in parts:
+                    record(measure_overhead(url, arguments.model, 105))
+                if "throughput" in parts:
+                    record(measure_throughput(url, arguments.model, 15))
+                if "overload" in parts:
+                    record(measure_overload(url, arguments.seconds, arguments.clients))
+                if "kill" in parts:
+                    record(measure_kill(url))
         if "swap" in parts:
-            figures |= measure_swap(arguments.model, Path(storage))
-    figures = {name: round(value, 3) for name, value in figures.items()}
+            record(measure_swap(arguments.model, Path(storage)))
+
+
+def record(figures: dict[str, float]) -> None:
+    """Print figures and write them, since a later part may fail."""
     update_figures("serve", figures)
     for name, value in figures.items():
-        print(f"{name:32} {value:>12}   {TARGETS.get(name, '')}")
+        print(f"{name:32} {value:>12.3f}   {TARGETS.get(name, '')}", flush=True)
 
 
 if __name__ == "__main__":

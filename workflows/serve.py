@@ -66,7 +66,7 @@ class Run:
     cpus: float = 1
     """CPUs that Ray reserves for a replica."""
     threads: int = 0
-    """Threads of a replica's models; 0 uses all cores."""
+    """Threads of a replica's models; 0 chooses one or all cores by a measurement at the start."""
     gpus: float = 0
     """GPUs of a replica, such as 0.5 for two replicas on one."""
     max_batch: int = 8

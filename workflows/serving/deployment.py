@@ -4,6 +4,7 @@ The driver imports this without torch; `opening.py` loads the models in the repl
 """
 
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -45,6 +46,7 @@ class Replica:
             raise InputError(f"host {host}: others can reach it, expected token_file or the variable {TOKEN_VARIABLE}")
         from workflows.serving import opening  # torch and the models: seconds that the driver need not spend
 
+        logging.disable(logging.NOTSET)  # scripts keep the processes of their Ray quiet; this log is a file
         self.opening = opening
         self.endpoint = opening.open_endpoint(settings)
         threading.Thread(target=opening.return_memory, args=(self.endpoint.worker,), daemon=True).start()

@@ -30,7 +30,7 @@ function block(text) {
     setTimeout(() => (button.textContent = "Copy"), 1500);
   };
   const pre = el("pre", { tabIndex: 0 }, el("code", { textContent: text }));
-  return el("div", {}, pre, button);
+  return el("div", { className: "command" }, pre, button);
 }
 
 function kindOf(schema) {

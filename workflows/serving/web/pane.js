@@ -153,9 +153,12 @@ export class Pane {
       pen.globalAlpha = this.single < 0 || this.single === row ? 1 : 0.15;
       if (entry.tint) pen.drawImage(this._mask(entry, index), 0, 0);
       const [x0, y0, x1, y1] = entry.box;
-      pen.strokeStyle = colour(index);
-      pen.lineWidth = (entry.tint ? 1.5 : 2.5) * unit;
-      if (x1 > x0) pen.strokeRect(x0, y0, x1 - x0, y1 - y0);
+      const width = (entry.tint ? 1.5 : 2.5) * unit;
+      for (const [style, more] of [["rgb(255 255 255 / .75)", 2 * unit], [colour(index), 0]]) {
+        pen.strokeStyle = style;
+        pen.lineWidth = width + more;
+        if (x1 > x0) pen.strokeRect(x0, y0, x1 - x0, y1 - y0);
+      }
       this._label(pen, unit, entry, index);
     }
     pen.globalAlpha = 1;
