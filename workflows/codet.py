@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data_prep import storage, tables
 from data_prep.streams.box_loader import detection_loader
 from data_prep.streams.collate import DetectionCollate, GroupCollate
-from data_prep.streams.group_loader import group_loader
+from data_prep.streams.group_loader import GroupLoader, group_loader
 from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_encoder, load_model, save_checkpoint, save_encoder
 from ovd_models.clip.model import ClipTextEncoder
@@ -38,7 +38,7 @@ from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import adopt_config, fit_config, load_backbone, read_backbone
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
-from workflows import evaluate, prepare_boxes, prepare_pairs
+from workflows import prepare_boxes, prepare_pairs
 from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.rehearsal import Rehearsal, rehearse
@@ -48,6 +48,8 @@ from workflows.common.teacher import CodetNames, find_teacher, open_encoder, rea
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
 from workflows.configs.codet import CONFIGS, Run
+from workflows.configs.evaluation import Run as EvaluationRun
+from workflows.reports import evaluation
 from workflows.reports.validation import ValidationSet
 
 SAME_TEACHER = 0.5
@@ -178,17 +180,26 @@ def train_stage(
     every = 2 if run.alternate and uses_captions(run, stage) else 1
     streams = {"boxes": training.feed(boxes, run.detection_batch, settings, every)}
     if uses_captions(run, stage):
-        groups = group_loader(
-            run.storage,
-            run.pairs,
-            seed=settings.seed,
-            group_size=run.group_size,
-            sampling=run.sampling,
-            augmentation=run.caption_augmentation,
-        )
+        groups = caption_groups(run, settings.seed)
         streams["groups"] = training.feed(groups, run.groups_per_step, settings, every, every - 1)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, logger)
     return fit(loop, stage, streams)
+
+
+def caption_groups(run: Run, seed: int) -> GroupLoader:
+    """The stream of caption groups.
+
+    Raises:
+        InputError: a table is missing, or no concept has enough images.
+    """
+    return group_loader(
+        run.storage,
+        run.pairs,
+        seed=seed,
+        group_size=run.group_size,
+        sampling=run.sampling,
+        augmentation=run.caption_augmentation,
+    )
 
 
 def train(run: Run) -> Trained[Metrics]:
@@ -243,6 +254,8 @@ def read_inputs(run: Run) -> tuple[Run, TextEncoder, CodetNames, dict[str, Tenso
     run = find_weights(run)
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
     names = read_codet_names(run.storage, run.boxes, run.pairs, encoder, run.synonyms)
+    if run.model.supervision != "boxes":
+        caption_groups(run, run.joint_stage.seed)  # its tables are checked before the hours of the first stage
     run, weights = initial_weights(run, names, encoder.teacher)
     return run, encoder, names, weights
 
@@ -270,15 +283,14 @@ def evaluate_model(
     run: Run, active: ActiveRun, model: str, prefix: str, stage: Optimisation
 ) -> Evaluation[DetectionMetrics]:
     """Evaluate a checkpoint and log the results under `prefix`."""
-    settings = evaluate.Run(
+    settings = EvaluationRun(
         storage=run.storage,
         model=model,
         boxes=f"{run.boxes}-eval",
         max_detections=run.max_detections,
         synonyms=run.synonyms,
-        device=training.device_of(stage),
     )
-    return evaluate.evaluate_and_log(settings, active.tracked, prefix, active.last_step)
+    return evaluation.evaluate_trained(settings, active, stage, prefix)
 
 
 def find_weights(run: Run) -> Run:

@@ -30,7 +30,7 @@ from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_config, load_backbone, read_backbone
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
-from workflows import embed, evaluate, prepare_boxes
+from workflows import embed, prepare_boxes
 from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
@@ -38,7 +38,9 @@ from workflows.common.session import Session
 from workflows.common.teacher import find_teacher, open_encoder, read_categories, read_synonyms
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
+from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.configs.vild import CONFIGS, Run
+from workflows.reports import evaluation
 from workflows.reports.validation import ValidationSet
 
 
@@ -284,17 +286,16 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
 
 def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[DetectionMetrics]:
     """Evaluate the checkpoint and log the results."""
-    settings = evaluate.Run(
+    settings = EvaluationRun(
         storage=run.storage,
         model=model,
         boxes=f"{run.boxes}-eval",
         score_threshold=run.score_threshold,
         max_detections=run.max_detections,
-        masks=run.measure_masks,
+        iou_type="segm" if run.measure_masks else "bbox",
         synonyms=run.synonyms,
-        device=training.device_of(run.detector_stage),
     )
-    return evaluate.evaluate_and_log(settings, active.tracked, "eval", active.last_step)
+    return evaluation.evaluate_trained(settings, active, run.detector_stage, "eval")
 
 
 def save(run: Run, model: ViLD, encoder: TextEncoder, names: VildNames, folder: Path) -> None:

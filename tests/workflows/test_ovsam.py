@@ -27,6 +27,7 @@ from workflows.common.runs import Trained
 from workflows.common.teacher import read_categories
 from workflows.configs import ovsam as ovsam_configs
 from workflows.configs.ovsam import Run
+from workflows.reports import evaluation
 from workflows.reports import pointing as pointing_report
 from workflows.reports.pointing import SegmentationReport
 
@@ -129,7 +130,7 @@ def test_a_checkpoint_is_measured_again(
         images=prepared.eval_images,
         sam=trained.outputs["sam"],
     )
-    again = evaluate.evaluate_segmenter(run)
+    again = evaluation.evaluate_segmenter(run)
     assert set(again.rows) == {key for key in trained.metrics.rows if key[1] != "text"}
     for key, values in again.rows.items():
         assert values == pytest.approx(trained.metrics.rows[key], abs=1e-3, nan_ok=True)

@@ -68,8 +68,9 @@ class Replica:
 
 def listening_host() -> str:
     """The address on which Ray Serve listens, wherever it was set."""
-    controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    options: Any = ray.get(controller.get_http_config.remote())
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    asked: Any = controller.get_http_config.remote()
+    options = ray.get(asked)
     return str(options.host or "0.0.0.0")
 
 

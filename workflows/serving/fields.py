@@ -1,6 +1,5 @@
 """What requests hold: fields of each route, from a multipart form or from the query beside a raw image, and images."""
 
-import io
 import json
 from typing import Any, Literal, TypeVar
 
@@ -11,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from ovd_models.errors import InputError
-from ovd_models.images import FORMATS, has_image_magic, to_rgb, upright
+from ovd_models.images import FORMATS, ImageError, has_image_magic, open_picture
 from ovd_models.segments import Prompts
 from workflows.serving.limits import MAX_SIDE, Limits, ProblemError, refusal
 
@@ -185,16 +184,15 @@ def decode_upload(content: bytes, max_pixels: int) -> PIL.Image.Image:
     """
     if not has_image_magic(content):
         raise ProblemError(415, "Not an image", f"image: expected one of {', '.join(FORMATS)}")
+    most = f"at most {max_pixels:,} pixels are accepted, {MAX_SIDE:,} a side"
     try:
-        image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
-        size = f"{image.width} x {image.height} pixels"
-        fits = image.width * image.height <= max_pixels and max(image.size) <= MAX_SIDE
-        picture = to_rgb(upright(image)) if fits else None
-    except PIL.Image.DecompressionBombError:
-        picture, size = None, "too many pixels"
-    except Exception as error:  # decoders raise many kinds of exceptions
-        raise ProblemError(400, "Undecodable image", f"image: broken or truncated ({type(error).__name__})") from error
-    if picture is None:
-        most = f"at most {max_pixels:,} pixels are accepted, {MAX_SIDE:,} a side"
-        raise ProblemError(413, "Image too large", f"image: {size}, {most}")
-    return picture
+        picture = open_picture(content, max_pixels=max_pixels)
+        if max(picture.size) > MAX_SIDE:
+            size = f"{picture.size[0]} x {picture.size[1]} pixels"
+            raise ProblemError(413, "Image too large", f"image: {size}, {most}")
+        return picture.decode()
+    except ImageError as error:
+        if error.reason == "too_many_pixels":
+            size = str(error).removeprefix("image: ").partition(", at most")[0]
+            raise ProblemError(413, "Image too large", f"image: {size}, {most}") from error
+        raise ProblemError(400, "Undecodable image", "image: broken or truncated, expected a whole file") from error
