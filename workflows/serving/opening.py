@@ -21,7 +21,7 @@ from workflows.serving.worker import Job, ModelWorker
 __all__ = ["build_api", "open_endpoint", "probe_models", "return_memory"]
 LOGGER = logging.getLogger("ray.serve")
 HEALTH_SIDE = 64
-MIN_SPEEDUP = 1.3
+MIN_SPEEDUP = 1.5
 """Least speed-up by all cores for which they are used."""
 
 
