@@ -17,7 +17,8 @@ import pyarrow as pa
 from measure import measure, update_figures
 from PIL import Image
 
-from data_prep.boxes.coco import ROWS, add_pictures, read_annotations
+from data_prep.boxes.coco import ROWS, read_annotations
+from data_prep.boxes.pictures import add_pictures
 
 IMAGES, ANNOTATIONS, CATEGORIES = 100_170, 1_270_141, 1203
 SHAPES = 2000

@@ -2,9 +2,11 @@
 
 import atexit
 import contextlib
+import errno
 import hashlib
 import posixpath
 import shutil
+import stat
 import tempfile
 import threading
 import uuid
@@ -133,8 +135,11 @@ def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it cannot be read, or is a pipe or device, which might never end.
     """
     filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem) and not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
     with filesystem.open_input_file(path) as file:
         size = size if size is not None else file.size() - offset
         if size <= RANGE_BYTES or isinstance(filesystem, fs.LocalFileSystem):

@@ -4,7 +4,7 @@ K names, S their synonyms (a name is one of its own), D embedding width.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -112,18 +112,32 @@ class EmbeddingTable:
         return None
 
 
-def clean_names(names: Sequence[str]) -> tuple[str, ...]:
+def clean_names(names: Iterable[str]) -> tuple[str, ...]:
     """Names trimmed and without repeats, in the given order.
 
     Raises:
-        InputError: there is no name, or one is empty or not text.
+        InputError: there is no name, or one is empty or not text; or `names` is a text itself.
     """
+    if not isinstance(names, Iterable):
+        raise InputError(f"vocabulary: {names!r}, expected a list of names")
+    names = list(listed(names, "vocabulary"))
     if not names:
         raise InputError("vocabulary: empty, expected at least one name")
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise InputError(f"vocabulary[{index}]: {name!r}, expected a non-empty name")
     return tuple(dict.fromkeys(name.strip() for name in names))
+
+
+def listed(words: Iterable[str], field: str) -> Iterable[str]:
+    """The words, if they are not one text, whose letters would be taken one by one.
+
+    Raises:
+        InputError: they are.
+    """
+    if isinstance(words, str | bytes):
+        raise InputError(f"{field}: the text {words!r}, expected a list such as [{words!r}]")
+    return words
 
 
 def build_vocabulary(
@@ -157,7 +171,7 @@ def embed_words(
     """Embeddings of clean names with their synonyms, and the owner of each row: see `Vocabulary`."""
     if not synonyms:
         return embed(names), None
-    words = [clean_names((name, *synonyms.get(name, ()))) for name in names]
+    words = [clean_names((name, *listed(synonyms.get(name, ()), f"synonyms of {name}"))) for name in names]
     rows_SD = embed([word for group in words for word in group])
     owners = torch.repeat_interleave(torch.tensor([len(group) for group in words], device=rows_SD.device))
     if merge == "max":

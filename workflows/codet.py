@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data_prep import storage, tables
 from data_prep.streams.box_loader import detection_loader
 from data_prep.streams.collate import DetectionCollate, GroupCollate
-from data_prep.streams.group_loader import group_loader
+from data_prep.streams.group_loader import GroupLoader, group_loader
 from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_encoder, load_model, save_checkpoint, save_encoder
 from ovd_models.clip.model import ClipTextEncoder
@@ -180,17 +180,26 @@ def train_stage(
     every = 2 if run.alternate and uses_captions(run, stage) else 1
     streams = {"boxes": training.feed(boxes, run.detection_batch, settings, every)}
     if uses_captions(run, stage):
-        groups = group_loader(
-            run.storage,
-            run.pairs,
-            seed=settings.seed,
-            group_size=run.group_size,
-            sampling=run.sampling,
-            augmentation=run.caption_augmentation,
-        )
+        groups = caption_groups(run, settings.seed)
         streams["groups"] = training.feed(groups, run.groups_per_step, settings, every, every - 1)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, logger)
     return fit(loop, stage, streams)
+
+
+def caption_groups(run: Run, seed: int) -> GroupLoader:
+    """The stream of caption groups.
+
+    Raises:
+        InputError: a table is missing, or no concept has enough images.
+    """
+    return group_loader(
+        run.storage,
+        run.pairs,
+        seed=seed,
+        group_size=run.group_size,
+        sampling=run.sampling,
+        augmentation=run.caption_augmentation,
+    )
 
 
 def train(run: Run) -> Trained[Metrics]:
@@ -245,6 +254,8 @@ def read_inputs(run: Run) -> tuple[Run, TextEncoder, CodetNames, dict[str, Tenso
     run = find_weights(run)
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
     names = read_codet_names(run.storage, run.boxes, run.pairs, encoder, run.synonyms)
+    if run.model.supervision != "boxes":
+        caption_groups(run, run.joint_stage.seed)  # its tables are checked before the hours of the first stage
     run, weights = initial_weights(run, names, encoder.teacher)
     return run, encoder, names, weights
 

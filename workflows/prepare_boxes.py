@@ -18,7 +18,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,21 +26,23 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from data_prep import locks, storage, tables
 from data_prep.boxes import annotations, folders, formats
+from data_prep.boxes.cleaning import Account
 from data_prep.boxes.coco import (
     BoxSet,
-    add_pictures,
     box_set,
     file_digest,
     flat_categories,
     read_annotations,
-    read_places,
+    read_names,
     strip_novel,
     with_split,
 )
+from data_prep.boxes.pictures import add_pictures
 from data_prep.boxes.splits import frequency_split, named_split
 from data_prep.pairs.dedup import CorpusConfig
 from data_prep.pairs.filters import FilterConfig
@@ -98,6 +100,8 @@ class Run:
     """Drawn scenes for evaluation, or images of `data` held out for it."""
     style: Literal["first", "second"] = "first"
     """Of drawn scenes; the second, outlined on stripes, is for the transfer of detectors trained on the first."""
+    strict: bool = False
+    """Refuse an annotation file in which anything was mended or left out."""
     seed: int = 0
 
 
@@ -140,7 +144,8 @@ def prepare(run: Run) -> None:
     if not run.data and (run.eval_data or run.captions or not run.train_images):
         raise InputError("--data: missing, expected a folder with instances.json and images/")
     settings = dataclasses.asdict(dataclasses.replace(run, storage=""))
-    for other in ("eval_data", "captions", "min_images", "wordnet"):  # the digests of annotation files count instead
+    # The digests of annotation files count instead of their names.
+    for other in ("eval_data", "captions", "min_images", "wordnet", "strict"):
         del settings[other]
     for name, default in (("split", "published"), ("novel", ""), ("style", "first")):
         if settings[name] == default:  # tables from before these settings stay those of the same config
@@ -150,18 +155,24 @@ def prepare(run: Run) -> None:
     config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
+        uri = tables.table_uri(run.storage, "boxes", f"{run.name}-eval")
         if done.config_hash != config_hash:
-            uri = tables.table_uri(run.storage, "boxes", f"{run.name}-eval")
             raise InputError(f"{uri}: made from another config, expected a new --name or an empty place")
+        if run.strict and done.details.get("account"):
+            raise InputError(f"{uri}: --strict: something was mended or left out, see `account` in its manifest")
         return
-    if run.captions:  # checked before any picture is read
-        places = read_places(annotation_file(run.data))
-        annotations.read_captions([Path(run.captions)], [places[row] for row in split_rows(run, len(places))[0]])
-    train, evaluation = read_folder(run) if run.data else draw_pictograms(run)
+    accounts = [Account(str(annotation_file(data))) for data in dict.fromkeys((run.data, run.eval_data)) if data]
+    train, evaluation = read_folder(run, accounts) if run.data else draw_pictograms(run)
+    check_sets(run, accounts, train, evaluation)
     base_only = strip_novel(train.boxes, train.categories)
+    found = [row for account in accounts for row in account.to_rows()]
     publish_rows(run, "categories", run.name, train.categories, config_hash)
-    publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash)
-    publish_rows(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash)
+    publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash, found)
+    publish_rows(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash, found)
+    if run.data:
+        from workflows.reports.boxes import write_boxes_report  # imported here: it draws
+
+        print(f"report: {write_boxes_report(run.storage, run.name)}")
     splits, used = Counter(train.categories["split"].to_pylist()), len(np.unique(flat_categories(base_only)[0]))
     print(
         f"boxes: {train.boxes.num_rows:,} images for training, {used:,} of them with base boxes, and "
@@ -170,10 +181,38 @@ def prepare(run: Run) -> None:
     )
 
 
-def publish_rows(run: Run, table: tables.TableName, name: str, rows: pa.Table, config_hash: str) -> None:
-    """Publish a table of one part."""
+def check_sets(run: Run, accounts: Sequence[Account], train: BoxSet, evaluation: BoxSet) -> None:
+    """Print what is odd about a box set.
+
+    Raises:
+        InputError: there is no training box of a base category, or, with `run.strict`, anything is odd.
+    """
+    if not accounts:
+        return
+    shared = set(train.boxes["image_id"].to_pylist()) & set(evaluation.boxes["image_id"].to_pylist())
+    for row in evaluation.boxes.select(["image_id", "uri"]).to_pylist() if shared else ():
+        if row["image_id"] in shared:
+            accounts[-1].add("noted", "pictures for evaluation that are also trained on", row["uri"])
+    for account in accounts:
+        account.print()
+        if run.strict:
+            account.check_strict()
+    if not strip_novel(train.boxes, train.categories)["category_ids"].combine_chunks().flatten():
+        raise InputError(f"{accounts[0].origin}: no boxes of base categories for training, expected at least one")
+
+
+def publish_rows(
+    run: Run,
+    table: tables.TableName,
+    name: str,
+    rows: pa.Table,
+    config_hash: str,
+    account: Sequence[Mapping[str, str | int]] = (),
+) -> None:
+    """Publish a table of one part, with the account of what was odd in its files."""
     part = tables.write_part(run.storage, table, name, "part-00000.parquet", rows)
-    tables.publish(run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash)
+    details = {"account": account} if account else {}
+    tables.publish(run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash, details=details)
 
 
 @locks.exclusive("boxes", "categories")
@@ -189,7 +228,7 @@ def prepare_full(run: Run) -> None:
     if tables.find_manifest(run.storage, "boxes", f"{run.name}-mixed") is not None:
         return
     if run.data:
-        full = read_folder(run)[0].boxes
+        full = read_folder(run, [Account(data) for data in dict.fromkeys((run.data, run.eval_data))])[0].boxes
     else:
         full = draw_in_parallel(run, "full", run.train_images, seed=run.seed + 1, base_only=False)
     mixed = strip_novel(full, tables.read_table(run.storage, "categories", run.name))
@@ -223,29 +262,37 @@ def split_categories(run: Run, categories: list[dict[str, Any]], rows: pa.Table)
     return frequency_split(categories, rows) if run.split == "frequency" else categories
 
 
-def read_folder(run: Run) -> tuple[BoxSet, BoxSet]:
+def read_folder(run: Run, accounts: Sequence[Account]) -> tuple[BoxSet, BoxSet]:
     """The training and the evaluation set of a COCO or LVIS folder.
 
     Without `eval_data`, some images are held out (`split_rows`). Of `eval_data`, OV-COCO's images are used, see
-    `with_split`.
+    `with_split`. What is odd goes into the account of each file.
     """
-    read = {data: read_annotations(annotation_file(data)) for data in (run.data, run.eval_data) if data}
+    account_of = dict(zip(dict.fromkeys(filter(None, (run.data, run.eval_data))), accounts, strict=False))
+    images = {data: image_folder(run, data) for data in account_of}
+    read = {
+        data: read_annotations(annotation_file(data), images[data], account) for data, account in account_of.items()
+    }
     names = [[(row["category_id"], row["name"]) for row in categories] for categories, _ in read.values()]
     if names[0] != names[-1]:
         raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
     split = split_categories(run, *read[run.data])
     read = {data: (split, rows) for data, (_, rows) in read.items()}
+    rows = read[run.data][1]
+    kept, held_out = (rows.take(pa.array(numbers)) for numbers in split_rows(run, rows.num_rows))
+    if run.captions:  # before any picture is read
+        annotations.read_captions([Path(run.captions)], kept["file_name"].to_pylist())
     sets = {}
     for data in reversed(read):  # the few pictures of the evaluation first, so that a wrong folder is noticed early
         categories, rows = read[data]
-        pictures = add_pictures(rows, image_folder(run, data), str(annotation_file(data)))
+        pictures = add_pictures(rows, images[data], str(annotation_file(data)), account_of[data])
         sets[data] = box_set(categories, pictures)
     whole = sets[run.data]
     if run.eval_data:
         evaluation = sets[run.eval_data]
         return whole, BoxSet(evaluation.categories, with_split(evaluation.boxes, whole.categories))
-    kept, held_out = split_rows(run, whole.boxes.num_rows)
-    return BoxSet(whole.categories, whole.boxes.take(kept)), BoxSet(whole.categories, whole.boxes.take(held_out))
+    parts = [whole.boxes.filter(pc.is_in(whole.boxes["source_id"], part["source_id"])) for part in (kept, held_out)]
+    return BoxSet(whole.categories, parts[0]), BoxSet(whole.categories, parts[1])
 
 
 def split_rows(run: Run, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -323,7 +370,8 @@ def prepare_captions(run: Run, name: str, config: str = "") -> None:
     boxes = tables.read_table(run.storage, "boxes", f"{run.name}-train")
     uris, names = boxes["uri"].to_pylist(), tuple[str, ...]()
     if files:
-        captions = annotations.read_captions(files, uris)
+        name_of = read_names(annotation_file(run.data))
+        captions = annotations.read_captions(files, [name_of[key] for key in boxes["source_id"].to_pylist()])
     else:
         print(
             f"captions: none in {run.data}; made of the names of each image's base boxes, so no novel name is learned"

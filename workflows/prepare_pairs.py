@@ -167,7 +167,7 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
     started = time.monotonic()
     check(run)
     run = dataclasses.replace(run, storage=storage.absolute(run.storage))
-    vocabulary = NameMatcher.read(run.vocabulary) if run.vocabulary else NameMatcher.parse(run.names)
+    vocabulary = NameMatcher.read(run.vocabulary) if run.vocabulary else NameMatcher.of_names(run.names)
     nouns = NounExtractor(rule=read_wordnet(run.wordnet) if run.wordnet else None)
     extractor: Extractor = vocabulary if vocabulary.names else nouns
     config_hash = result_hash(run, vocabulary, nouns)

@@ -1,18 +1,18 @@
 """Captions of annotated images, and annotated scenes drawn from the pictogram world."""
 
-import csv
-import io
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 from faster_coco_eval import mask as rle
 
 from data_prep import storage
-from data_prep.boxes.coco import category_row, reported
+from data_prep.boxes.cleaning import Account
+from data_prep.boxes.coco import category_row
+from data_prep.boxes.entries import decode_file, inner_path, unique_entries
 from data_prep.pictograms.world import SCENES, Style, World, encode_jpeg, join_phrases
 from ovd_models.errors import InputError
 from ovd_models.prompts import with_article
@@ -35,62 +35,126 @@ def find_captions(data: str | Path) -> list[Path]:
     return [table] if table.is_file() else sorted(folder.glob("captions*.json"))
 
 
-def read_captions(files: Sequence[Path], uris: Sequence[str]) -> list[str]:
+class Caption(msgspec.Struct, gc=False):
+    """An entry of `annotations` in COCO's files of captions."""
+
+    image_id: int
+    caption: str | None
+
+
+class CaptionedPicture(msgspec.Struct, gc=False):
+    """An entry of `images` in these files."""
+
+    id: int
+    file_name: str
+
+    @property
+    def name(self) -> str:
+        """The file, for messages."""
+        return self.file_name
+
+
+class CaptionFile(msgspec.Struct, gc=False):
+    """The parts of such a file that are used."""
+
+    images: list[CaptionedPicture]
+    annotations: list[Caption]
+
+
+def read_captions(files: Sequence[Path], names: Sequence[str]) -> list[str]:
     """The caption of each image, from files of `find_captions`.
 
-    An image is found by its file name, with or without the folders before it. Several captions of an image in COCO's
+    An image is found by its file name with its folders, or by the end of either. Several captions of an image in COCO's
     format are joined, so that its concepts are the nouns of all of them.
 
     Args:
         files: `captions.tsv`, with the tab-separated columns `file_name` and `caption`, or files in COCO's format.
-        uris: of the images.
+        names: paths or URIs of the images, or their file names in the annotation file.
 
     Raises:
-        InputError: a file is malformed, or an image has no caption or shares its with another.
+        InputError: a file is malformed, has two captions for a file name, or an image has no caption or shares its with
+            another.
     """
     captions: dict[str, str] = {}
     for path in files:
-        captions |= _table_captions(path) if path.suffix == ".tsv" else _coco_captions(path)
+        for name, caption in (_table_captions(path) if path.suffix == ".tsv" else _coco_captions(path)).items():
+            if captions.setdefault(name, caption) is not caption:
+                raise InputError(f"{path}: {name} has a caption in another file, expected one a file")
+    by_end = _by_ending(captions)
     taken: dict[str, str] = {}
-    for uri in uris:
-        parts = uri.split("/")
-        name = next((name for start in range(len(parts)) if (name := "/".join(parts[start:])) in captions), None)
-        if name is None:
-            raise InputError(f"{files[0]}: no row for {parts[-1]}, expected a caption for each training image")
+    for image in names:
+        name = _find_caption(inner_path(image), captions, by_end)
+        if not name:
+            last = image.rpartition("/")[2]
+            raise InputError(f"{files[0]}: no row for {last}, expected a caption for each training image")
         if name in taken:
-            raise InputError(f"{files[0]}: {name} may be {taken[name]} or {uri}, expected names with their folders")
-        taken[name] = uri
+            raise InputError(f"{files[0]}: {name} may be {taken[name]} or {image}, expected names with their folders")
+        taken[name] = image
     return [captions[name] for name in taken]
+
+
+def _by_ending(captions: Mapping[str, str]) -> dict[str, str]:
+    """The only file name with captions that ends in a path, by that path."""
+    found: dict[str, str] = {}
+    for name in captions:
+        parts = name.split("/")
+        for start in range(1, len(parts)):
+            ending = "/".join(parts[start:])
+            found[ending] = "" if ending in found else name
+    return found
+
+
+def _find_caption(image: str, captions: Mapping[str, str], by_end: Mapping[str, str]) -> str:
+    parts = image.split("/")
+    endings = ["/".join(parts[start:]) for start in range(len(parts))]
+    return next((name for name in endings if name in captions), "") or by_end.get(image, "")
 
 
 def _table_captions(path: Path) -> dict[str, str]:
     """Captions by file name."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}), expected UTF-8 text") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-    if not {"file_name", "caption"} <= set(reader.fieldnames or ()):
-        raise InputError(f"{path}: columns {reader.fieldnames}, expected file_name and caption, tab-separated")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]  # Python would also split at further characters
+    header = lines[0].split("\t") if lines[0] else []
+    if not {"file_name", "caption"} <= set(header):
+        raise InputError(f"{path}: columns {header}, expected file_name and caption, tab-separated")
     captions: dict[str, str] = {}
-    for number, row in enumerate(reader, 2):
-        if row["file_name"] in captions:
+    for number, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue
+        values = line.split("\t")
+        if len(values) != len(header):
+            raise InputError(f"{path}: line {number}: {len(values)} columns, expected {len(header)}")
+        row = dict(zip(header, values, strict=True))
+        name = inner_path(row["file_name"])
+        if name in captions:
             raise InputError(f"{path}: line {number}: {row['file_name']} has a caption above, expected one a file")
-        captions[row["file_name"]] = row["caption"] or ""
+        captions[name] = row["caption"]
     return captions
 
 
 def _coco_captions(path: Path) -> dict[str, str]:
     """The joined captions of each image, each ending as a sentence, by file name."""
-    with reported(str(path), "captions in COCO's format"):
-        raw = json.loads(path.read_bytes())
-        sentences: dict[int, list[str]] = {int(image["id"]): [] for image in raw["images"]}
-        for entry in raw["annotations"]:
-            caption = " ".join(str(entry["caption"]).split()).rstrip(".")
-            if caption:
-                sentences[int(entry["image_id"])].append(f"{caption}.")
-        joined = {str(image["file_name"]): " ".join(sentences[int(image["id"])]) for image in raw["images"]}
-    return {name: caption for name, caption in joined.items() if caption}
+    expected = "captions in COCO's format"
+    content = decode_file(path, CaptionFile, expected)
+    images = unique_entries(content.images, "images", str(path), Account(str(path)))
+    sentences: dict[int, list[str]] = {image.id: [] for image in images}
+    for number, entry in enumerate(content.annotations):
+        if entry.image_id not in sentences:
+            place = f"annotations[{number}]: image_id {entry.image_id}"
+            raise InputError(f"{path}: {place} is not in images, expected {expected}")
+        caption = " ".join((entry.caption or "").split()).rstrip(".")
+        if caption:
+            sentences[entry.image_id].append(f"{caption}.")
+    captions: dict[str, str] = {}
+    for image in images:
+        name, joined = inner_path(image.file_name), " ".join(sentences[image.id])
+        if name in captions and joined:
+            raise InputError(f"{path}: two images are of the file {image.file_name}, expected an image for each")
+        captions |= {name: joined} if joined else {}
+    return captions
 
 
 def pictogram_categories(world: World) -> list[dict[str, Any]]:

@@ -1,30 +1,34 @@
-"""Annotation files in COCO's or LVIS's format, and the image files that they name.
+"""Annotation files in COCO's or LVIS's format.
 
-json --msgspec, masks as raw bytes--> pictures, annotations --clip, encode masks--> rows --hash pictures--> boxes
+json --entries.py, masks as raw bytes--> pictures, annotations --clip, encode masks--> rows --pictures.py--> boxes
 """
 
 import contextlib
 import hashlib
-import io
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from faster_coco_eval import mask as rle
-from PIL import Image
 
-from data_prep import storage, tables
-from data_prep.boxes.cleaning import SkipReport, clip_box
+from data_prep import tables
+from data_prep.boxes.cleaning import Account, clip_box
+from data_prep.boxes.entries import (
+    EXPECTED,
+    Annotation,
+    AnnotationFile,
+    Category,
+    Picture,
+    inner_path,
+    load_entries,
+    picture_places,
+)
+from data_prep.boxes.masks import encode_mask, mask_box
+from data_prep.boxes.pictures import Absent, Found, PictureFolder, refuse_half
 from ovd_models.errors import InputError
-from ovd_models.images import upright_size
 from ovd_models.prompts import clean_name
 
 COCO_NOVEL = (
@@ -47,55 +51,6 @@ COCO_OTHERS = (
 """The other 15 of COCO's 80 categories, which the split leaves out."""
 ROWS_PER_TABLE = 2000
 """Rows that are Python objects at a time."""
-HASH_THREADS = 4 * (os.cpu_count() or 1)
-"""Readers of image files, which mostly wait for a disk or a network."""
-EXPECTED = "an annotation file in COCO's or LVIS's format"
-
-
-class Picture(msgspec.Struct, gc=False):
-    """An entry of `images`."""
-
-    id: int
-    width: int
-    height: int
-    file_name: str = ""
-    coco_url: str = ""
-    neg_category_ids: list[int] = []
-    not_exhaustive_category_ids: list[int] = []
-
-
-class Annotation(msgspec.Struct, gc=False):
-    """An entry of `annotations`; its mask is decoded when its row is made."""
-
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    iscrowd: bool | int = 0
-    segmentation: msgspec.Raw = msgspec.Raw()
-
-
-class Category(msgspec.Struct, gc=False):
-    """An entry of `categories`."""
-
-    id: int
-    name: str
-    frequency: str | None = None
-    synonyms: list[str] = []
-
-
-class AnnotationFile(msgspec.Struct, gc=False):
-    """The parts of an annotation file that are used."""
-
-    images: list[Picture]
-    annotations: list[Annotation]
-    categories: list[Category]
-
-
-class RunLengths(msgspec.Struct):
-    """A mask in COCO's run-length encoding, compressed or not."""
-
-    size: tuple[int, int]
-    counts: str | list[int]
 
 
 @dataclass(frozen=True)
@@ -106,37 +61,46 @@ class BoxSet:
     boxes: pa.Table
 
 
-def read_annotations(path: str | Path) -> tuple[list[dict[str, Any]], pa.Table]:
+def read_annotations(
+    path: str | Path, images: str = "", account: Account | None = None
+) -> tuple[list[dict[str, Any]], pa.Table]:
     """Rows of `categories`, and rows of `boxes` without `image_id`, with `places` instead of `uri`.
 
     LVIS, whose categories have a frequency, is split by it: rare ones are novel. COCO is split by `COCO_BASE` and
     `COCO_NOVEL`. If a name is not COCO's, or no name is in `COCO_BASE`, all categories are base. Boxes without area
-    or outside their image are skipped; one line reports them. `places` are a picture's possible paths below the folder
-    of all pictures, best first.
+    or outside their image are skipped. `places` are a picture's possible paths below the folder of all pictures, best
+    first.
+
+    Args:
+        path: of the file.
+        images: folder or URI with the pictures, from which sizes are read that the file lacks.
+        account: takes what is odd; printed if None.
 
     Raises:
-        InputError: the file is unreadable, or a field is missing or wrong.
+        InputError: the file is unreadable, or something in it is wrong, see `load_entries`.
     """
-    content = _load(path)
+    own = Account(str(path)) if account is None else account
+    content = load_entries(path, own)
     lvis = any(category.frequency is not None for category in content.categories)
-    order_A, image_A = _by_image(content, str(path))
-    skipped, parts = SkipReport(), []
+    _add_sizes(content, lvis, images, own)
+    order_A, image_A = _by_image(content, own)
+    parts = []
     starts = np.searchsorted(image_A, np.arange(len(content.images) + 1))
     for first in range(0, len(content.images), ROWS_PER_TABLE):
         rows = []
         for number, picture in enumerate(content.images[first : first + ROWS_PER_TABLE], first):
-            own = [content.annotations[row] for row in order_A[starts[number] : starts[number + 1]].tolist()]
-            rows.append(_row(picture, own, lvis, str(path), skipped))
+            annotations = [content.annotations[row] for row in order_A[starts[number] : starts[number + 1]].tolist()]
+            rows.append(_row(picture, annotations, lvis, own))
         parts.append(pa.Table.from_pylist(rows, schema=ROWS))
-    if skipped:
-        print(f"{path}: left out: {skipped}", flush=True)
-    categories = _categories(content.categories, lvis, path)
-    return categories, pa.concat_tables(parts) if parts else ROWS.empty_table()
+    if account is None:
+        own.print()
+    return _categories(content.categories, lvis, path), pa.concat_tables(parts)
 
 
 ROWS = pa.schema(
     [
         pa.field("places", pa.list_(pa.string())),
+        pa.field("file_name", pa.string()),
         *(field for field in tables.SCHEMAS["boxes"] if field.name not in ("image_id", "uri")),
     ]
 )
@@ -153,55 +117,88 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_places(path: str | Path) -> list[str]:
-    """The likeliest path of each picture of an annotation file, below the folder of all pictures."""
-    return [next(iter(_places(picture, lvis=True)), "") for picture in _load(path).images]
+def read_names(path: str | Path) -> dict[int, str]:
+    """The path of each picture as an annotation file has it, by the image's id; the end of its address without one."""
+    return {picture.id: file_name(picture) for picture in load_entries(path, Account(str(path))).images}
 
 
-def _load(path: str | Path) -> AnnotationFile:
-    with reported(str(path), EXPECTED):
-        return msgspec.json.decode(Path(path).read_bytes(), type=AnnotationFile, strict=False)
+def file_name(picture: Picture) -> str:
+    """The path of a picture as its annotation file has it, or the end of its address."""
+    return inner_path(picture.file_name) if picture.file_name else picture_places(picture, lvis=True)[0]
 
 
-def _by_image(content: AnnotationFile, path: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _add_sizes(content: AnnotationFile, lvis: bool, images: str, account: Account) -> None:
+    """Read the sizes that a file lacks from its pictures; those that cannot be read are left out."""
+    unsized = [picture for picture in content.images if not picture.has_size]
+    if not unsized:
+        return
+    if not images:
+        raise InputError(f"{account.origin}: image {unsized[0].id}: no width and height, expected both")
+    folder = PictureFolder(images, account.origin)
+    found = folder.read([picture_places(picture, lvis) for picture in unsized])
+    for picture, one in zip(unsized, found, strict=True):
+        if isinstance(one, Found):
+            picture.width, picture.height = one.size
+            account.add("mended", "images without a size", picture.name)
+    failures = [one for one in found if isinstance(one, Absent)]
+    refuse_half(failures, len(content.images))
+    for one in failures:
+        account.add("left out", one.kind, one.place)
+    lost = {picture.id for picture in unsized if not picture.has_size}
+    content.images = [picture for picture in content.images if picture.id not in lost]
+    content.annotations = [entry for entry in content.annotations if entry.image_id not in lost]
+
+
+def _by_image(content: AnnotationFile, account: Account) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Annotations sorted by the place of their image in `images`: their numbers, and these places.
 
     Raises:
-        InputError: an annotation is of no image or no category.
+        InputError: half of the annotations or more are of no image or no category.
     """
     place_of = {picture.id: place for place, picture in enumerate(content.images)}
     known = {category.id for category in content.categories}
-    place_A = np.empty(len(content.annotations), np.int64)
+    number_A, place_A, first = [], [], ""
     for number, annotation in enumerate(content.annotations):
         place = place_of.get(annotation.image_id)
-        if place is None or annotation.category_id not in known:
-            field, kind = ("image_id", "images") if place is None else ("category_id", "categories")
-            value = getattr(annotation, field)
-            raise InputError(f"{path}: annotations[{number}]: {field} {value} is not in {kind}, expected {EXPECTED}")
-        place_A[number] = place
-    order_A = np.argsort(place_A, kind="stable")
-    return order_A, place_A[order_A]
+        if place is not None and annotation.category_id in known:
+            number_A.append(number)
+            place_A.append(place)
+            continue
+        field, kind = ("image_id", "images") if place is None else ("category_id", "categories")
+        problem = f"annotations[{number}]: {field} {getattr(annotation, field)} is not in {kind}"
+        account.add("left out", f"annotations of unknown {kind}", f"annotations[{number}]")
+        first = first or problem
+    if first and 2 * len(number_A) <= len(content.annotations):
+        raise InputError(f"{account.origin}: {first}, expected {EXPECTED}")
+    numbers, places = np.array(number_A, np.int64), np.array(place_A, np.int64)
+    order = np.argsort(places, kind="stable")
+    return numbers[order], places[order]
 
 
-def _row(
-    picture: Picture, annotations: Sequence[Annotation], lvis: bool, path: str, skipped: SkipReport
-) -> dict[str, Any]:
-    width, height, places = picture.width, picture.height, _places(picture, lvis)
-    if not places:
-        raise InputError(f"{path}: image {picture.id}: no file_name and no coco_url, expected one")
+def _row(picture: Picture, annotations: Sequence[Annotation], lvis: bool, account: Account) -> dict[str, Any]:
+    width, height, places = int(picture.width or 0), int(picture.height or 0), picture_places(picture, lvis)
     boxes, kept, masks = [], [], []
     for annotation in annotations:
-        x, y, w, h = annotation.bbox
+        with reported(f"{account.origin}: image {picture.id}: segmentation", "polygons or an RLE"):
+            mask, odd = encode_mask(annotation.segmentation, height, width)
+        for fate, kind in odd:
+            account.add(fate, kind, places[-1])
+        if not annotation.bbox:
+            if not mask:
+                account.add("left out", "annotations without a box and a mask", places[-1])
+                continue
+            account.add("mended", "boxes taken from their masks", places[-1])
+        x, y, w, h = annotation.bbox or mask_box(mask, height, width)
         box, reason = clip_box((x, y, x + w, y + h), width, height)
         if reason:
-            skipped.add(reason, places[-1])
+            account.add("left out", reason, places[-1])
             continue
         boxes.append(box)
         kept.append(annotation)
-        with reported(f"{path}: image {picture.id}: segmentation", "polygons or an RLE"):
-            masks.append(_rle(annotation.segmentation, height, width))
+        masks.append(mask)
     return {
         "places": places,
+        "file_name": file_name(picture),
         "source_id": picture.id,
         "width": width,
         "height": height,
@@ -209,35 +206,9 @@ def _row(
         "category_ids": [annotation.category_id for annotation in kept],
         "iscrowd": [bool(annotation.iscrowd) for annotation in kept],
         "masks": masks,
-        "neg_category_ids": picture.neg_category_ids,
-        "not_exhaustive_category_ids": picture.not_exhaustive_category_ids,
+        "neg_category_ids": picture.neg_category_ids or [],
+        "not_exhaustive_category_ids": picture.not_exhaustive_category_ids or [],
     }
-
-
-def _places(picture: Picture, lvis: bool) -> list[str]:
-    """A picture's possible paths: LVIS's official files name pictures by their address, whose folder is COCO's."""
-    parts = urlsplit(picture.coco_url).path.split("/")
-    address = ["/".join(parts[-2:]), parts[-1]] if picture.coco_url else []
-    named = [picture.file_name] if picture.file_name else []
-    return list(dict.fromkeys([*address, *named] if lvis else [*address[:1], *named, *address[1:]]))
-
-
-def _rle(segmentation: msgspec.Raw, height: int, width: int) -> str:
-    """COCO RLE counts of polygons or of an RLE, compressed or not; empty without a mask."""
-    if bytes(segmentation) in (b"", b"null", b"[]", b"{}"):
-        return ""
-    shape = msgspec.json.decode(segmentation, type=list[list[float]] | RunLengths)
-    if isinstance(shape, list):
-        merged = rle.merge(rle.frPyObjects(shape, height, width))
-    else:
-        if shape.size != (height, width):
-            raise ValueError(f"size {list(shape.size)} in an image of {height} x {width}")
-        merged = {"size": list(shape.size), "counts": shape.counts}
-        if isinstance(shape.counts, list):
-            merged = rle.frPyObjects(merged, height, width)
-        rle.decode(merged)  # raises if the counts do not fit the size
-    counts = merged["counts"]
-    return counts.decode() if isinstance(counts, bytes) else str(counts)
 
 
 # --------------------------------------------------------------------------------------------------------- categories
@@ -261,16 +232,16 @@ def _categories(entries: Sequence[Category], lvis: bool, path: str | Path) -> li
     ordered = sorted(entries, key=lambda entry: entry.id)
     if lvis:
         return [_lvis_category(entry, path) for entry in ordered]
-    names = [entry.name for entry in ordered]
+    names = [entry.name or "" for entry in ordered]
     splits = coco_splits(names) or dict.fromkeys(names, "base")
-    return [category_row(entry.id, entry.name, splits[entry.name]) for entry in ordered]
+    return [category_row(entry.id, name, splits[name]) for entry, name in zip(ordered, names, strict=True)]
 
 
 def _lvis_category(entry: Category, path: str | Path) -> dict[str, Any]:
     if entry.frequency not in ("r", "c", "f"):
         raise InputError(f"{path}: category {entry.id}: frequency {entry.frequency!r}, expected 'r', 'c' or 'f'")
-    name = clean_name(entry.name)
-    synonyms = dict.fromkeys(clean_name(word) for word in entry.synonyms)
+    name = clean_name(entry.name or "")
+    synonyms = dict.fromkeys(clean_name(word) for word in entry.synonyms or ())
     synonyms.pop(name, None)
     split = "novel" if entry.frequency == "r" else "base"
     return category_row(entry.id, name, split, frequency=entry.frequency, synonyms=list(synonyms))
@@ -331,55 +302,6 @@ def strip_novel(boxes: pa.Table, categories: pa.Table) -> pa.Table:
     """The same images with boxes of base categories only, for training."""
     base = [row["category_id"] for row in categories.to_pylist() if row["split"] == "base"]
     return keep_annotations(boxes, np.isin(flat_categories(boxes)[1], base))
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def add_pictures(rows: pa.Table, images: str, origin: str) -> pa.Table:
-    """Rows of `boxes` from those of `read_annotations`: each picture is found, measured and hashed, many at a time.
-
-    Args:
-        rows: of `read_annotations`.
-        images: folder or URI with the pictures: under their `file_name`, or under the end of their `coco_url`, with its
-            folder (`train2017/000000000009.jpg`) if there is such a folder.
-        origin: the annotation file, for messages.
-
-    Raises:
-        InputError: a picture is missing, unreadable or of another size.
-    """
-    root = storage.absolute(images)
-    places = rows["places"].to_pylist()
-    folders = {folder for folder in {place[0].rpartition("/")[0] for place in places} if folder}
-    absent = {folder for folder in folders if not storage.exists(storage.join(root, folder))}
-    chosen = [next((p for p in options if p.rpartition("/")[0] not in absent), options[-1]) for options in places]
-    uris = [storage.join(root, place) for place in chosen]
-    sizes = zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        ids = list(pool.map(lambda uri, size: picture_id(uri, size, origin), uris, sizes))
-    found = {"image_id": pa.array(ids, pa.string()), "uri": pa.array(uris, pa.string())}
-    schema = tables.SCHEMAS["boxes"]
-    return pa.table({name: found[name] if name in found else rows[name] for name in schema.names}, schema)
-
-
-def picture_id(uri: str, size: tuple[int, int], origin: str) -> str:
-    """The sha256 of an image file.
-
-    Args:
-        uri: of the file.
-        size: its expected width and height, upright.
-        origin: the annotation file, for messages.
-
-    Raises:
-        InputError: the file is missing, unreadable or of another size.
-    """
-    with reported(uri, f"an image file, named by {origin}"):
-        content = storage.read_bytes(uri)
-        with Image.open(io.BytesIO(content)) as opened:
-            found = upright_size(opened)  # as it is decoded
-    if found != size:
-        raise InputError(f"{uri}: {found[0]} x {found[1]} pixels, {origin} says {size[0]} x {size[1]}")
-    return storage.sha256(content)
 
 
 @contextlib.contextmanager

@@ -1,20 +1,17 @@
 """Folders of images without annotations, such as SA-1B's, as rows of the `boxes` table."""
 
-import io
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 from pyarrow import fs
 
 from data_prep import storage, tables
 from data_prep.boxes.cleaning import SkipReport
 from ovd_models.errors import InputError
-from ovd_models.images import FORMATS, upright_size
+from ovd_models.images import EXTENSIONS, open_picture
 
-EXTENSIONS = ("jpg", "jpeg", "png")
 THREADS = 16
 """Files read at a time: their reading takes longer than their hashing."""
 
@@ -55,10 +52,11 @@ def _read_image(uri: str) -> Mapping[str, Any] | str:
     """A row of `boxes`, or why there is none."""
     try:
         content = storage.read_bytes(uri)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = upright_size(image)
-    except Exception as error:  # Pillow's plugins raise anything
-        return f"{uri}: {' '.join(str(error).split())}"
+        width, height = open_picture(content, uri).size
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return f"{uri}: cannot be read ({' '.join(str(error).split())})"
     empty: list[Any] = []
     lists = ("boxes", "category_ids", "iscrowd", "masks", "neg_category_ids", "not_exhaustive_category_ids")
     row = {"image_id": storage.sha256(content), "uri": uri, "width": width, "height": height}

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 from faster_coco_eval import mask as rle
-from PIL import Image
 
 from ovd_models.errors import InputError, as_input_error
-from ovd_models.images import upright_size
+from ovd_models.images import open_picture
 
 DESCRIPTIONS = "class-descriptions"
 """Start of the names of Open Images' files that translate its labels into names."""
@@ -218,8 +217,8 @@ def read_sizes(paths: list[Path]) -> list[tuple[int, int]]:
     """
 
     def read(path: Path) -> tuple[int, int]:
-        with as_input_error(str(path)), Image.open(path) as opened:
-            return upright_size(opened)
+        with as_input_error(str(path)):
+            return open_picture(path.read_bytes(), str(path)).size
 
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(read, paths))

@@ -54,16 +54,29 @@ class NameMatcher:
         Raises:
             InputError: a line has no name, or a name is repeated.
         """
-        entries = [[part.strip() for part in line.split(",")] for line in lines if line.strip()]
+        return cls._build([[part.strip() for part in line.split(",")] for line in lines if line.strip()])
+
+    @classmethod
+    def of_names(cls, names: Iterable[str]) -> Self:
+        """A vocabulary of names without synonyms, which may hold commas: `car, sedan`.
+
+        Raises:
+            InputError: a name has no word, or is repeated.
+        """
+        return cls._build([[name.strip()] for name in names])
+
+    @classmethod
+    def _build(cls, entries: Sequence[Sequence[str]]) -> Self:
         names = tuple(entry[0].replace("_", " ") for entry in entries)
-        used: set[str] = set()
+        used: dict[str, int] = {}
         exact: dict[tuple[str, ...], list[int]] = {}
         for index, entry in enumerate(entries):
             if not WORD.search(entry[0]):
                 raise InputError(f"vocabulary: name {index + 1} is {entry[0]!r}, expected a word")
             if names[index].lower() in used:
-                raise InputError(f"vocabulary: {names[index]!r} is listed twice, expected each name once")
-            used.add(names[index].lower())
+                both = f"names {used[names[index].lower()]} and {index + 1}"
+                raise InputError(f"vocabulary: {names[index]!r} is listed twice ({both}), expected each name once")
+            used[names[index].lower()] = index + 1
             for phrase in entry:
                 if WORD.search(phrase):
                     exact.setdefault(tuple(WORD.findall(phrase.lower())), []).append(index)

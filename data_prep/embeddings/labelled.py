@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep import storage, tables
-from data_prep.boxes.folders import EXTENSIONS
 from ovd_models.errors import InputError, as_input_error
+from ovd_models.images import EXTENSIONS
 from ovd_models.prompts import clean_name
 
 Boxes = npt.NDArray[np.float32]

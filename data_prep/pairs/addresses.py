@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
+from urllib.parse import urljoin
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
@@ -25,6 +26,7 @@ MAX_URL_LENGTH = 8192
 MAX_HOST_LENGTH = 253
 MAX_DETAIL_LENGTH = 500
 HOST_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*", re.ASCII)
+ABSOLUTE = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
 ENDS_IN_NUMBER = re.compile(r"(.*\.)?(\d+|0x[0-9a-f]*)", re.ASCII)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 NOT_PUBLIC = tuple(
@@ -63,6 +65,8 @@ class FetchError(Exception):
     """We refused to make the request."""
     retry_after: float = 0.0
     """Seconds that the server asked to wait."""
+    answered: bool = False
+    """The host answered, though nothing that can be read."""
 
     def __post_init__(self) -> None:
         self.detail = self.detail[:MAX_DETAIL_LENGTH].encode(errors="replace").decode()  # servers send invalid Unicode
@@ -74,7 +78,9 @@ class FetchError(Exception):
 def parse_url(text: str, base: URL | None = None) -> URL:
     """Parse an absolute http or https URL, or a redirect relative to `base`, and bring its host into canonical form.
 
-    The returned object is the one requested later, so no second parser can find another host in it.
+    The path and query are kept as they are, since signed links are compared byte by byte: only spaces, control and
+    non-ASCII characters are percent-encoded. They are the path of the returned object, which has no query of its own.
+    It is the one requested later, so no second parser can find another host in it.
 
     Raises:
         FetchError: `bad_url`.
@@ -82,20 +88,43 @@ def parse_url(text: str, base: URL | None = None) -> URL:
     text = text.strip()
     if len(text) > MAX_URL_LENGTH:
         raise _bad_url(text, f"expected at most {MAX_URL_LENGTH} characters")
+    found = ABSOLUTE.fullmatch(_absolute(text, base) if base else text)
+    if not found or found[1].lower() not in ("http", "https"):
+        raise _bad_url(text, "expected http or https")
+    scheme, authority, target = found[1].lower(), found[2], found[3].partition("#")[0]
+    if not authority or re.search(r"[\s\x00-\x20\x7f\\]", authority):
+        raise _bad_url(text, "expected a host name and no spaces")
     try:
-        url = base.join(URL(text)) if base else URL(text)
+        url = URL(f"{scheme}://{authority}/")
     except ValueError as error:
         raise _bad_url(text, f"{error}") from error
-    if url.scheme not in ("http", "https"):
-        raise _bad_url(text, "expected http or https")
-    if not url.raw_host or re.search(r"[\s\x00-\x1f\x7f\\]", text.partition("?")[0]):
-        raise _bad_url(text, "expected a host name and no spaces")
-    if url.raw_user is not None or url.raw_password is not None:
+    if "@" in authority:
         raise _bad_url(text, "expected no user name or password")
-    host = _canonical_host(url.raw_host)
+    host = _canonical_host(url.raw_host or "")
     if host is None:
         raise _bad_url(text, "expected a host name or address")
-    return url if host == url.raw_host else url.with_host(host)
+    url = url if host == url.raw_host else url.with_host(host)
+    target = target if target.startswith("/") else f"/{target}"
+    return URL.build(scheme=scheme, authority=url.raw_authority, path=quote_bytes(target), encoded=True)
+
+
+def quote_bytes(text: str) -> str:
+    """Percent-encode spaces, control and non-ASCII characters, and bytes of a header that are not UTF-8."""
+    content = text.encode(errors="surrogateescape")
+    return "".join(chr(byte) if 0x20 < byte < 0x7F else f"%{byte:02X}" for byte in content)
+
+
+def _absolute(location: str, base: URL) -> str:
+    """A redirect's address; one with a host or an absolute path is taken as it is."""
+    if ABSOLUTE.fullmatch(location) or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", location):
+        return location
+    if location.startswith("//"):
+        return f"{base.scheme}:{location}"
+    if location.startswith("/"):
+        return f"{base.origin()}{location}"
+    if location.startswith(("?", "#")) or not location:
+        return f"{base.origin()}{base.raw_path.partition('?')[0]}{location}"
+    return urljoin(str(base), location)
 
 
 def _bad_url(text: str, problem: str) -> FetchError:

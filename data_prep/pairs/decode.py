@@ -1,7 +1,5 @@
-"""Decode fetched bytes: every body gives an upright RGB JPEG without metadata, or the reason for its rejection."""
+"""Decode fetched bytes: every body gives an upright sRGB JPEG without metadata, or the reason for its rejection."""
 
-import io
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -10,11 +8,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image, ImageFile
 
 from data_prep import storage, tables
 from data_prep.pairs.rows import Rejection, append_columns, with_rejections
-from ovd_models.images import FORMATS, has_image_magic, orientation, to_rgb, upright, upright_size
+from ovd_models.images import ImageError, Picture, open_picture
+from ovd_models.metadata import strip_jpeg
 
 HASH_SIDE = 32
 END_OF_IMAGE = b"\xff\xd9"
@@ -62,36 +60,29 @@ class Decoded:
 
 def decode_body(content: bytes, config: DecodeConfig) -> Decoded | Rejection:
     """Decode one body. No body raises."""
-    if not has_image_magic(content):
-        return Rejection("not_an_image", f"starts with {content[:16]!r}")
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except Image.DecompressionBombError as error:
-        return Rejection("too_many_pixels", str(error))
-    except Exception as error:
-        return Rejection("not_an_image", f"{type(error).__name__}: {error}")
-    if image.width * image.height > config.max_pixels:
-        return Rejection("too_many_pixels", f"{image.width} x {image.height}, at most {config.max_pixels} pixels")
-    if frames > 1:
-        return Rejection("animated", f"{frames} frames")
-    try:
-        return _normalize(image, content, config)
+        picture = open_picture(content, max_pixels=config.max_pixels)
+        if picture.frames > 1:
+            return Rejection("animated", f"{picture.frames} frames")
+        return _normalize(picture, content, config)
+    except ImageError as error:
+        return Rejection(error.reason, str(error))
     except Exception as error:
         return Rejection("truncated", f"{type(error).__name__}: {error}")
 
 
-def _normalize(image: ImageFile.ImageFile, content: bytes, config: DecodeConfig) -> Decoded:
-    turn, size = orientation(image), upright_size(image)
+def _normalize(picture: Picture, content: bytes, config: DecodeConfig) -> Decoded:
+    size, image = picture.size, picture.image
     scale = min(1.0, (config.max_side or max(size)) / max(size))
     stored_size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    keep = image.format == "JPEG" and image.mode == "RGB" and turn is None and stored_size == size
-    if image.format == "JPEG" and image.mode in ("RGB", "L") and turn is None and _is_whole(content):
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L") and picture.is_plain
+    keep = plain and image.mode == "RGB" and stored_size == size
+    if plain and _is_whole(content):
         pixels = _decode_jpeg(content, (HASH_SIDE, HASH_SIDE) if keep else stored_size, size)
     else:
-        pixels = np.ascontiguousarray(np.asarray(to_rgb(upright(image)))[..., ::-1])
+        pixels = np.ascontiguousarray(np.asarray(picture.decode())[..., ::-1])
     if keep:
-        content = strip_metadata(content)
+        content = strip_jpeg(content)
     else:
         if stored_size != pixels.shape[1::-1]:
             pixels = _resize(pixels, stored_size)
@@ -144,27 +135,6 @@ def perceptual_hash(grey: npt.NDArray[np.float32]) -> int:
     basis = np.cos(np.pi * (2 * position + 1) * frequency / (2 * HASH_SIDE)).astype(np.float32)
     lowest = basis @ grey @ basis.T
     return int.from_bytes(np.packbits(lowest > np.median(lowest)).tobytes(), "big")
-
-
-def strip_metadata(jpeg: bytes) -> bytes:
-    """Remove EXIF, XMP, colour profile and comments from a JPEG file without touching its pixel data.
-
-    Of the application segments, only the JFIF header and Adobe's colour transform remain.
-    """
-    position, kept = 2, [jpeg[:2]]
-    while position + 4 <= len(jpeg) and jpeg[position] == 0xFF:
-        marker = jpeg[position + 1]
-        if marker == 0xFF:  # padding
-            position += 1
-            continue
-        if marker == 0xDA:  # the scan: pixel data follows
-            break
-        stop = position + 2 + struct.unpack_from(">H", jpeg, position + 2)[0]
-        if not (0xE1 <= marker <= 0xED or marker == 0xEF or marker == 0xFE):
-            kept.append(jpeg[position:stop])
-        position = stop
-    kept.append(jpeg[position:])
-    return b"".join(kept)
 
 
 def with_images(rows: pa.Table, results: Sequence[Decoded | Rejection | None]) -> pa.Table:

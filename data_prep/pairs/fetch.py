@@ -10,28 +10,32 @@ addresses, and one request with a deadline, a minimum rate and a maximum size.
 
 import asyncio
 import contextlib
+import http.client
 import random
 import time
-import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import aiohttp
 import pyarrow as pa
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from data_prep.pairs import robots
+from data_prep.pairs import lenient, robots
 from data_prep.pairs.addresses import CheckedResolver, FetchError, Lookup, look_up, parse_url
+from data_prep.pairs.bodies import Body, is_complete
 from data_prep.pairs.hosts import Host, Hosts
 from data_prep.pairs.rows import STATUS, append_columns, fill_nulls
 from data_prep.tables import FetchReason
 
 REDIRECTS = (301, 302, 303, 307, 308)
+MAX_HEADER = 256 << 10
+"""Maximum bytes of a header field and of the status line, as in browsers."""
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
 RETRY_AFTER_STATUSES = (429, 503)
 KEEP_ALIVE_SECONDS = 4.0
 """Idle connections are kept this long; longer, those to a million hosts would use up the open files."""
-UNSUPPORTED_ENCODINGS = ("br", "zstd", "compress")
 ROBOTS_REDIRECTS = 5
 ROBOTS_SHARE = 0.5
 """Share of the deadline that robots.txt may take."""
@@ -114,41 +118,6 @@ class _Visit:
         self.admitted.clear()
 
 
-class _Body:
-    """Receives a body block by block and decodes it, holding at most the limit and one block."""
-
-    def __init__(self, encoding: str, limit: int) -> None:
-        self.content = bytearray()
-        self.received = 0
-        self._encoding, self._limit = encoding.strip().lower().removeprefix("x-"), limit
-        self._stream: zlib._Decompress | None = None
-        if self._encoding in UNSUPPORTED_ENCODINGS or "," in self._encoding:
-            raise FetchError("http_status", f"200, but encoded as {encoding[:100]!r}, which was not requested")
-
-    def feed(self, block: bytes) -> None:
-        """Add the next block received."""
-        self.received += len(block)
-        self.content += self._decode(block) if self._encoding in ("gzip", "deflate") else block
-        if max(self.received, len(self.content)) > self._limit:
-            raise FetchError("too_large", f"more than {self._limit} bytes")
-
-    def _decode(self, block: bytes) -> bytes:
-        if self._stream is None:  # servers send "deflate" with and without a zlib header
-            bits = 31 if self._encoding == "gzip" else 15 if block[0] & 15 == 8 else -15
-            self._stream = zlib.decompressobj(bits)
-        if self._stream.eof:
-            return b""
-        try:
-            return self._stream.decompress(block, self._limit + 1 - len(self.content))
-        except zlib.error as error:
-            raise FetchError("http_status", f"200, but not encoded as {self._encoding}: {error}") from error
-
-    def end(self) -> None:
-        """Check that the body is complete."""
-        if self._stream is not None and not self._stream.eof:
-            raise FetchError("connect", f"the body ends before its {self._encoding} encoding does", transient=True)
-
-
 class Fetcher:
     """Fetches URLs; concurrent fetches share connections, limits and what is known of hosts."""
 
@@ -167,6 +136,11 @@ class Fetcher:
             retry_seconds=config.backoff_seconds,
             get=self._get_robots_txt,
         )
+        self._headers = {
+            "User-Agent": config.user_agent,
+            "Accept": "image/*,*/*;q=0.5",
+            "Accept-Encoding": "gzip, deflate",
+        }
         self._hosts = Hosts(slots=config.per_host, max_failures=config.host_failures)
         self._slots = asyncio.Semaphore(config.concurrency)
         self.gate = asyncio.Event()
@@ -207,13 +181,11 @@ class Fetcher:
                 socket_factory=self._resolver.open_socket,
             ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
-            headers={
-                "User-Agent": self.config.user_agent,
-                "Accept": "image/*,*/*;q=0.5",
-                "Accept-Encoding": "gzip, deflate",
-            },
+            headers=self._headers,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
+            max_line_size=MAX_HEADER,
+            max_field_size=MAX_HEADER,
         )
 
     async def _try(self, url: str | None, visit: _Visit) -> Fetched:
@@ -315,9 +287,11 @@ class Fetcher:
             raise FetchError("connect", "the session is over", refusal=True)
         visit.requested = True
         try:
-            async with self._session.get(url, allow_redirects=False) as response:
-                visit.status = response.status
-                return await self._read(response, visit)
+            try:
+                async with self._session.get(url, allow_redirects=False) as response:
+                    return await self._read(response, visit)
+            except aiohttp.ClientResponseError as error:  # not parsed
+                return await self._request_leniently(url, visit, error)
         except aiohttp.InvalidURL as error:
             raise FetchError("bad_url", f"{error}") from error
         except (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch) as error:
@@ -327,31 +301,85 @@ class Fetcher:
                 raise
             raise FetchError("connect", f"{type(error).__name__}: {error}", transient=True) from error
 
+    async def _request_leniently(self, url: URL, visit: _Visit, error: Exception) -> tuple[bytes, str | None]:
+        """See `lenient`; what it cannot parse either is final, but a sign that the host answers."""
+        limit = self._limit(visit)
+        ask = partial(
+            lenient.get,
+            url,
+            await self._resolver.resolve(url.raw_host or ""),
+            self._headers,
+            limit=limit,
+            seconds=visit.remaining,
+            open_socket=self._resolver.open_socket,
+        )
+        try:
+            response = await asyncio.to_thread(ask)
+        except (http.client.HTTPException, OSError, ValueError):
+            detail = f"{type(error).__name__}: {error}"
+            raise FetchError("connect", " ".join(detail.split()), answered=True) from error
+        location = self._check_head(response.status, response.reason, response.headers, None, visit)
+        if location is not None:
+            return b"", location
+        body = Body(response.headers.get("Content-Encoding", ""), limit)
+        with self._cut_robots_txt(visit):
+            body.feed(response.content)
+            body.end()
+        return bytes(body.content), None
+
     async def _read(self, response: aiohttp.ClientResponse, visit: _Visit) -> tuple[bytes, str | None]:
         """The body of a response, or where it redirects to."""
-        config, status, headers = self.config, response.status, response.headers
+        headers = response.headers
+        location = self._check_head(response.status, response.reason, headers, response.content_length, visit)
+        if location is not None:
+            return b"", location
+        body = Body(headers.get("Content-Encoding", ""), self._limit(visit))
+        with self._cut_robots_txt(visit):
+            await self._receive(response, body)
+        return bytes(body.content), None
+
+    def _limit(self, visit: _Visit) -> int:
+        return robots.MAX_BYTES if visit.is_robots_txt else self.config.max_bytes
+
+    @contextlib.contextmanager
+    def _cut_robots_txt(self, visit: _Visit) -> Iterator[None]:
+        """Take what there is of a robots.txt that is too large."""
+        try:
+            yield
+        except FetchError as error:
+            if error.reason != "too_large" or not visit.is_robots_txt:
+                raise
+
+    def _check_head(
+        self,
+        status: int,
+        reason: str | None,
+        headers: CIMultiDictProxy[str] | CIMultiDict[str],
+        length: int | None,
+        visit: _Visit,
+    ) -> str | None:
+        """Where a response redirects to; None if its body is to be read.
+
+        Raises:
+            FetchError: it is not to be read.
+        """
+        config, visit.status = self.config, status
         if status < 400 and config.respect_opt_out and not visit.is_robots_txt:
             tags, reservation = headers.getall("X-Robots-Tag", []), headers.get("tdm-reservation", "")
             opted_out = robots.opt_out(tags, reservation, config.user_agent)
             if opted_out:
                 raise FetchError("opt_out", opted_out)
         if status in REDIRECTS and "Location" in headers:
-            return b"", headers["Location"]
-        if status != 200:
+            return headers["Location"]
+        if not is_complete(status, headers.get("Content-Range", "")):
             transient = status in TRANSIENT_STATUSES
             wait = robots.retry_after(headers.get("Retry-After", "")) if status in RETRY_AFTER_STATUSES else 0.0
-            raise FetchError("http_status", f"{status} {response.reason}", transient=transient, retry_after=wait)
-        if (response.content_length or 0) > config.max_bytes and not visit.is_robots_txt:
-            raise FetchError("too_large", f"{response.content_length} bytes announced, at most {config.max_bytes}")
-        body = _Body(headers.get("Content-Encoding", ""), robots.MAX_BYTES if visit.is_robots_txt else config.max_bytes)
-        try:
-            await self._receive(response, body)
-        except FetchError as error:
-            if error.reason != "too_large" or not visit.is_robots_txt:
-                raise
-        return bytes(body.content), None
+            raise FetchError("http_status", f"{status} {reason}", transient=transient, retry_after=wait)
+        if (length or 0) > config.max_bytes and not visit.is_robots_txt:
+            raise FetchError("too_large", f"{length} bytes announced, at most {config.max_bytes}")
+        return None
 
-    async def _receive(self, response: aiohttp.ClientResponse, body: _Body) -> None:
+    async def _receive(self, response: aiohttp.ClientResponse, body: Body) -> None:
         rate, grace = self.config.min_bytes_per_second, self.config.grace_seconds
         started = asyncio.get_running_loop().time()
         pace = asyncio.timeout(grace if rate else None)

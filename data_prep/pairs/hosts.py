@@ -83,7 +83,7 @@ class Host:
         Silence counts only if the host answered no other URL since: failures take longest, so they tend to come last.
         """
         now = time.monotonic()
-        if failure is None or failure.reason not in SILENCE:
+        if failure is None or failure.answered or failure.reason not in SILENCE:
             self._failures, self._last_answer = 0, now
             self._notify()
         elif began >= self._last_answer:

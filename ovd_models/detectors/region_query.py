@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 from ovd_models.prompts import prompts_of
-from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, clean_names, embed_words
+from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, clean_names, embed_words, listed
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def build_query(
             return encoder.embed_names(labels)
         return embed_prompts(encoder, [prompts_of(name, prompts) for name in labels])
 
-    top = clean_names(list(names))
+    top = clean_names(names)
     has_split = any(name in splits for name in top)
     is_base = torch.tensor([splits.get(name) == "base" for name in top]) if has_split else None
     embeddings, owners = embed_words(embed, top, synonyms, merge)
@@ -71,7 +71,7 @@ def build_query(
     if isinstance(names, Mapping):
         if len(top) != len(names):
             raise InputError("vocabulary: a name is repeated, expected each parent once")
-        pairs = [(child, row) for row, below in enumerate(names.values()) for child in below]
+        pairs = [(child, row) for row, (name, below) in enumerate(names.items()) for child in listed(below, name)]
         if pairs:
             below = clean_names([child for child, _ in pairs])
             if len(below) != len(pairs):

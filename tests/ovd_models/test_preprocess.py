@@ -88,6 +88,7 @@ def test_sixteen_bits_are_scaled_to_eight() -> None:
 
 def test_transparency_lies_over_white_as_in_the_crawl() -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.putpixel((3, 3), (0, 0, 255, 255))
     assert np.array(decode_image(encoded(clear, "PNG")))[0, 0].tolist() == [255, 255, 255]
 
 

@@ -1,9 +1,11 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ovd_models.detectors.region_query import build_query
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable, Vocabulary, build_vocabulary, clean_names
 
@@ -69,3 +71,25 @@ def test_a_vocabulary_is_a_value() -> None:
     first, second = (Vocabulary(("a",), torch.ones(1, 2)) for _ in range(2))
     assert first.names == second.names
     assert torch.equal(first.embeddings, second.embeddings)
+
+
+@pytest.mark.parametrize("names", ["umbrella", "cat", b"cat", "", None, 7, [["cat"]], ["cat", None], [b"cat"], [7]])
+def test_what_is_no_list_of_names_is_refused(names: Any) -> None:
+    with pytest.raises(InputError, match=r"^vocabulary"):
+        build_vocabulary(table(), names)
+    with pytest.raises(InputError, match=r"^vocabulary"):
+        build_query(table(), names, {})
+
+
+@pytest.mark.parametrize("names", [("cat",), {"cat": ["kitten"]}, (name for name in ["cat"]), np.array(["cat"])])
+def test_any_collection_of_names_is_taken(names: Any) -> None:
+    assert build_query(table(), names, {}).names.names == ("cat",)
+
+
+def test_a_text_in_the_place_of_several_words_is_refused() -> None:
+    with pytest.raises(InputError, match=r"synonyms of cat: the text 'kitten', expected a list such as \['kitten'\]"):
+        build_vocabulary(table(), ["cat"], synonyms={"cat": "kitten"})
+    with pytest.raises(InputError, match="cat: the text 'kitten', expected a list"):
+        build_query(table(), {"cat": "kitten"}, {})
+    with pytest.raises(InputError, match="the text 'cat', expected a list"):
+        build_query(table(), ["cat"], {}, attributes="red cat"[4:])

@@ -42,7 +42,7 @@ occupied = Occupied.remote()  # nodes can be added by the main thread alone, so 
 ray.get(occupied.there.remote())
 
 run = smoke(method, storage)
-every = steps if event == "notice" else 10
+every = 100 if event == "notice" else 10
 settings = {"workers": 2, "steps": steps, "checkpoint_every": every, "log_every": 5}
 stages = {name: dataclasses.replace(getattr(run, name), **settings) for name in STAGES[method]}
 run = dataclasses.replace(run, **stages, resume=resume)
@@ -58,12 +58,12 @@ def workers():
                 names[int(entry.name)] = (entry / "cmdline").read_text()
             except OSError:
                 continue
-    return [pid for pid, name in names.items() if "RayTrainWorker" in name and os.getsid(pid) == os.getpid()]
+    return [pid for pid, name in names.items() if "RayTrainWorker" in name and os.getsid(pid) == os.getsid(0)]
 
 def disturb():
     while not os.path.exists(last_stage()) or len(workers()) < 2:
         time.sleep(0.1)
-    while event != "notice" and not training.committed_step(last_stage()):
+    while not training.committed_step(last_stage()):
         time.sleep(0.02)
     time.sleep(delay)
     print(f"{event} at {time.time()} after step {training.committed_step(last_stage())}", flush=True)
@@ -133,12 +133,14 @@ def test_a_kill_at_a_random_moment_changes_nothing(undisturbed: dict[str, str], 
 
 
 def test_a_notice_that_a_node_goes_is_answered_by_a_checkpoint(tmp_path: Path) -> None:
-    whole = train("clip", tmp_path / "whole", steps=400)
-    output = train("clip", tmp_path / "noticed", "notice", delay=5.0, steps=400)
-    (step,) = map(int, re.findall(r"clip train: a node will be taken away, saving step (\d+)", output))
-    assert 0 < step < 400
+    whole = train("clip", tmp_path / "whole", steps=1000)
+    output = train("clip", tmp_path / "noticed", "notice", delay=2.0, steps=1000)
+    found = re.findall(r"clip train: a node will be taken away, saving step (\d+)", output)
+    assert len(found) == 1, output
+    step = int(found[0])
+    assert 100 < step < 1000
     # Lines of steps that the second group of workers trained: it went on from the step that was saved.
-    steps = [int(found) for found in re.findall(r"clip train (\d+)/400", output)]
+    steps = [int(found) for found in re.findall(r"clip train (\d+)/1000", output)]
     assert steps.count(step) == 1
     assert max(Counter(steps).values()) == 2  # steps between the notice and the node's end are trained again
     assert min(found for found, count in Counter(steps).items() if count == 2) > step

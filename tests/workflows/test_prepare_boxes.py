@@ -268,7 +268,7 @@ def test_cocos_published_captions_become_groups_by_command(
         ("captions_val2017.json", "captions_val2017.json: no row for 000000000010.jpg, expected a caption for each"),
         (
             "instances_train2017.json",
-            "instances_train2017.json: no field 'caption', expected captions in COCO's format",
+            "instances_train2017.json: Object missing required field `caption` - at `$.annotations[0]`",
         ),
         ("none.json", "none.json: cannot be read (No such file or directory), expected captions in COCO's format"),
     ],
@@ -308,6 +308,52 @@ def test_drawn_scenes_do_not_depend_on_their_number(ray_cluster: None, tmp_path:
     fewer = dataclasses.replace(run, name="few", train_images=3)
     prepare(fewer)
     assert [row["image_id"] for row in read(fewer, "train")] == [row["image_id"] for row in train[:3]]
+
+
+def test_what_is_odd_is_in_the_manifest_and_on_the_page_and_refused_if_strict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = photos(tmp_path)
+    path = Path(run.data) / "instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"].append({"image_id": 99, "category_id": 1, "bbox": [1, 1, 5, 5]})
+    del content["images"][0]["width"]
+    content["images"].append({"id": 77, "file_name": "none.png", "width": 64, "height": 64})
+    path.write_text(json.dumps(content))
+    strict = dataclasses.replace(run, strict=True)
+    with pytest.raises(InputError, match=r"--strict: mended: 1 images without a size \(0\.png\); left out: 1 annot"):
+        prepare(strict)
+    assert not Path(run.storage, "boxes").exists()
+    prepare(run)
+    shown = capsys.readouterr().out
+    assert (
+        "instances.json: left out: 1 annotations of unknown images (annotations[9]), 1 missing pictures (none" in shown
+    )
+    account = tables.read_manifest(run.storage, "boxes", "photos-train").details["account"]
+    assert [(row["fate"], row["kind"], row["count"]) for row in account] == [
+        ("mended", "images without a size", 1),
+        ("left out", "annotations of unknown images", 1),
+        ("left out", "missing pictures", 1),
+    ]
+    page = Path(run.storage, "reports/boxes-photos.html").read_text()
+    assert all(row["kind"] in page and row["examples"] in page for row in account)
+    assert page.count("data:image/jpeg") == len(read(run, "train")) + len(read(run, "eval")) == 6
+    with pytest.raises(InputError, match="--strict: something was mended or left out, see `account`"):
+        prepare(strict)
+
+
+def test_pictures_of_both_parts_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = photos(tmp_path, eval_data=str(folder_of(tmp_path / "val", count=3)))
+    prepare(run)
+    assert "noted: 3 pictures for evaluation that are also trained on" in capsys.readouterr().out
+
+
+def test_a_set_without_a_box_to_train_on_is_refused(tmp_path: Path) -> None:
+    run = photos(tmp_path)
+    path = Path(run.data) / "instances.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    with pytest.raises(InputError, match="no boxes of base categories for training, expected at least one"):
+        prepare(run)
 
 
 def test_the_second_style_has_the_same_names_in_other_pictures(tmp_path: Path) -> None:

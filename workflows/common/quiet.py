@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 STORAGE_FAILURES = (
     "No space left on device",
@@ -25,6 +26,7 @@ def setup() -> None:
 def setup_on_cluster() -> None:
     """Set up a worker process of a cluster, whose warnings may concern its owner: log warnings and errors."""
     logging.disable(logging.INFO)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
     _keep_to_cluster()
 
 

@@ -158,7 +158,8 @@ def measure_pointing(
     rows = read_mask_rows(storage_uri, boxes, category_ids, limit)
     label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names) if name in category_ids}
     images = read_objects(storage_uri, rows, label_of, str(device))
-    metrics, pictures = segment_objects(images, vocabulary.to(device), model, None, ("box",), num_pictures=4)
+    kinds: tuple[PromptKind, ...] = ("box",)
+    metrics, pictures = segment_objects(images, vocabulary.to(device), model, None, kinds, num_pictures=4)
     values = metrics["ovsam", "box"].summary()
     return {name: value for name, value in values.items() if np.isfinite(value)}, pictures
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 
 from data_prep import tables
 from ovd_models.codet.model import CoDet
@@ -45,7 +46,8 @@ class ValidationSet:
         device = next(model.parameters()).device
         vocabulary = self.vocabulary.to(device)
         table = tables.read_table(self.storage, "boxes", self.boxes).slice(0, self.images)
-        rows, found, pictures = [], [], []
+        rows, found = [], []
+        pictures: list[Image.Image] = []
         for row, image in read_box_images(self.storage, table.to_pylist()):
             if image is None:
                 continue

@@ -100,3 +100,22 @@ def test_a_vocabulary_is_read_from_a_text_file(tmp_path: Path) -> None:
     assert vocabulary.match("balloons") == ["hot air balloon"]
     with pytest.raises(InputError, match=r"none\.txt: expected a text file of one name a line"):
         NameMatcher.read(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(
+    ("names", "caption", "expected"),
+    [
+        (["car, sedan", "car, suv"], "a car, suv", ["car, suv"]),
+        (["car, sedan", "car, suv"], "two car sedans", ["car, sedan"]),
+        (["car, sedan", "sedan"], "a sedan", ["sedan"]),
+        (["cup (of tea)", "tea"], "a cup of tea", ["cup (of tea)"]),
+        (["ice_cream, cone"], "an ice cream cone", ["ice cream, cone"]),
+    ],
+)
+def test_names_of_a_table_are_no_lines_with_synonyms(names: list[str], caption: str, expected: list[str]) -> None:
+    assert NameMatcher.of_names(names).match(caption) == expected
+
+
+def test_a_repeated_name_is_refused_with_both_rows() -> None:
+    with pytest.raises(InputError, match=r"'Cat' is listed twice \(names 1 and 3\)"):
+        NameMatcher.of_names(["cat", "dog", "Cat"])

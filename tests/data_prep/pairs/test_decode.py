@@ -12,11 +12,11 @@ from data_prep.pairs.decode import (
     Decoded,
     decode_body,
     perceptual_hash,
-    strip_metadata,
     with_images,
 )
 from data_prep.pairs.rows import Rejection
 from data_prep.pictograms.website import png_bomb
+from ovd_models.metadata import strip_jpeg
 
 KEEP = DecodeConfig()
 
@@ -62,7 +62,7 @@ def test_metadata_goes_and_pixel_data_stays() -> None:
     assert b"a camera" in told
     assert b"secret place" in told
     assert good(told).content == plain
-    assert strip_metadata(plain) == plain
+    assert strip_jpeg(plain) == plain
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

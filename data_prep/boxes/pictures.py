@@ -1,0 +1,176 @@
+"""The image files that an annotation file names: looked for in their folder only, measured and hashed."""
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from urllib.parse import unquote
+
+import pyarrow as pa
+from pyarrow import fs
+
+from data_prep import storage, tables
+from data_prep.boxes.cleaning import Account
+from ovd_models.errors import InputError
+from ovd_models.images import ImageError, check_whole, open_picture
+
+READERS = 4 * (os.cpu_count() or 1)
+"""Readers of image files, which mostly wait for a disk or a network."""
+MISSING = "missing pictures"
+UNREADABLE = "pictures that cannot be read"
+OTHER_SIZE = "pictures of another size than the file says"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture's file."""
+
+    uri: str
+    image_id: str
+    """SHA-256 of the file."""
+    size: tuple[int, int]
+    """Upright width and height."""
+    renamed: bool
+    """Whether the annotation file has another path."""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Why a picture is left out."""
+
+    kind: str
+    place: str
+    message: str
+
+
+class PictureFolder:
+    """A folder of pictures. No file outside it is read, whatever an annotation file names."""
+
+    def __init__(self, uri: str, origin: str) -> None:
+        """Name the folder, and the annotation file for messages."""
+        self.root, self._origin = storage.absolute(uri), origin
+
+    def read(self, places: Sequence[Sequence[str]]) -> list[Found | Absent]:
+        """Find, measure and hash pictures, many at a time.
+
+        Args:
+            places: each picture's possible paths below the folder, best first. Those in a subfolder that is not there
+                are skipped. For a picture that is at none, the only file is taken whose path ends in the picture's, or
+                in which the picture's ends (`images/a.jpg` for `a.jpg` and the reverse), in any Unicode form and case.
+        """
+        folders = {folder for options in places for path in options[:-1] if (folder := path.rpartition("/")[0])}
+        absent = {folder for folder in folders if not storage.exists(storage.join(self.root, folder))}
+        chosen = [next((p for p in options if p.rpartition("/")[0] not in absent), options[-1]) for options in places]
+        with ThreadPoolExecutor(READERS) as pool:
+            found = list(pool.map(self._read_file, chosen))
+            missing = [number for number, one in enumerate(found) if isinstance(one, Absent) and one.kind == MISSING]
+            if missing:
+                again = pool.map(lambda number: self._read_alike(places[number], found[number]), missing)
+                for number, one in zip(missing, again, strict=True):
+                    found[number] = one
+        return found
+
+    def _read_file(self, path: str, renamed: bool = False) -> Found | Absent:
+        uri = storage.join(self.root, path)
+        expected = f"expected an image file, named by {self._origin}"
+        try:
+            content = storage.read_bytes(uri)
+            picture = open_picture(content, uri)
+            check_whole(picture)
+        except ImageError as error:
+            return Absent(UNREADABLE, path, f"{error}, named by {self._origin}")
+        except FileNotFoundError as error:
+            return Absent(MISSING, path, f"{uri}: cannot be read ({error.strerror or 'no such file'}), {expected}")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            return Absent(UNREADABLE, path, f"{uri}: cannot be read ({reason}), {expected}")
+        return Found(uri, storage.sha256(content), picture.size, renamed)
+
+    def _read_alike(self, options: Sequence[str], missing: Found | Absent) -> Found | Absent:
+        """The only file whose path ends like a picture's longest one, or the reverse; else `missing`.
+
+        `cam2/1.jpg` is never taken for `cam1/1.jpg`.
+        """
+        longest = [path for path in options if not any(other.endswith(f"/{path}") for other in options)]
+        for path in map(_plain, (*longest, *map(unquote, longest))):
+            alike = [
+                name
+                for name in self._by_name[path.rpartition("/")[2]]
+                if f"/{_plain(name)}".endswith(f"/{path}") or f"/{path}".endswith(f"/{_plain(name)}")
+            ]
+            if len(alike) == 1:
+                return self._read_file(alike[0], renamed=True)
+        return missing
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """Paths of all files by their plain name."""
+        filesystem, root = storage.resolve(self.root)
+        paths: dict[str, list[str]] = defaultdict(list)
+        for info in filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True)):
+            if info.type == fs.FileType.File:
+                paths[_plain(info.base_name)].append(info.path.removeprefix(root).lstrip("/"))
+        return paths
+
+
+def _plain(path: str) -> str:
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def add_pictures(rows: pa.Table, images: str, origin: str, account: Account | None = None) -> pa.Table:
+    """Rows of `boxes` from those of `read_annotations`; pictures that are missing or broken are left out.
+
+    Args:
+        rows: of `read_annotations`.
+        images: folder or URI with the pictures, see `PictureFolder.read`.
+        origin: the annotation file, for messages.
+        account: takes what is odd; printed if None.
+
+    Raises:
+        InputError: half of the pictures or more are missing, unreadable or of another size, or one file is named twice.
+    """
+    own = Account(origin) if account is None else account
+    kept, found = [], []
+    failures = []
+    sizes = zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)
+    pictures = PictureFolder(images, origin).read(rows["places"].to_pylist())
+    for number, (one, size) in enumerate(zip(pictures, sizes, strict=True)):
+        if isinstance(one, Found) and one.size != size:
+            message = f"{one.uri}: {one.size[0]} x {one.size[1]} pixels, {origin} says {size[0]} x {size[1]}"
+            one = Absent(OTHER_SIZE, rows["places"][number][-1].as_py(), message)
+        if isinstance(one, Absent):
+            failures.append(one)
+            own.add("left out", one.kind, one.place)
+            continue
+        if one.renamed:
+            own.add("mended", "paths of pictures", f"{rows['places'][number][0].as_py()} is {one.uri}")
+        kept.append(number)
+        found.append(one)
+    refuse_half(failures, rows.num_rows)
+    _check_distinct(rows.take(pa.array(kept, pa.int64())), [one.uri for one in found], origin)
+    if account is None:
+        own.print()
+    columns = {"image_id": [one.image_id for one in found], "uri": [one.uri for one in found]}
+    schema, rows = tables.SCHEMAS["boxes"], rows.take(pa.array(kept, pa.int64()))
+    arrays = {name: pa.array(columns[name], pa.string()) if name in columns else rows[name] for name in schema.names}
+    return pa.table(arrays, schema)
+
+
+def refuse_half(failures: Sequence[Absent], count: int) -> None:
+    """Raise InputError with the first of some failures if they are half of all or more: the folder is a wrong one."""
+    if failures and 2 * len(failures) >= count:
+        few = f" ({len(failures):,} of {count:,} pictures are left out)" if count > 1 else ""
+        raise InputError(f"{failures[0].message}{few}")
+
+
+def _check_distinct(rows: pa.Table, uris: Sequence[str], origin: str) -> None:
+    first: dict[str, int] = {}
+    for number, uri in enumerate(uris):
+        other = first.setdefault(uri, number)
+        if other != number:
+            ids = rows["source_id"]
+            both = f"images with the ids {ids[other]} and {ids[number]}"
+            raise InputError(f"{origin}: {both} are of the file {uri}, expected a file for each")

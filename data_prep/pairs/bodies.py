@@ -1,0 +1,66 @@
+"""Bodies of HTTP responses: which are whole, and their content decoding."""
+
+import re
+import zlib
+
+from data_prep.pairs.addresses import FetchError
+
+SUCCESSES = (200, 201, 202, 203, 226)
+CONTENT_RANGE = re.compile(r"bytes\s+(\d{1,15})-(\d{1,15})/(\d{1,15})", re.IGNORECASE)
+GZIP = b"\x1f\x8b"
+"""First bytes of a member of a gzip file, which may have several."""
+UNSUPPORTED_ENCODINGS = ("br", "zstd", "compress")
+
+
+class Body:
+    """Receives a body block by block and decodes it, holding at most the limit and one block."""
+
+    def __init__(self, encoding: str, limit: int) -> None:
+        self.content = bytearray()
+        self.received = 0
+        self._encoding, self._limit = encoding.strip().lower().removeprefix("x-"), limit
+        self._stream: zlib._Decompress | None = None
+        self._rest = b""
+        if self._encoding in UNSUPPORTED_ENCODINGS or "," in self._encoding:
+            raise FetchError("http_status", f"200, but encoded as {encoding[:100]!r}, which was not requested")
+
+    def feed(self, block: bytes) -> None:
+        """Add the next block received."""
+        self.received += len(block)
+        self.content += self._decode(block) if self._encoding in ("gzip", "deflate") else block
+        if max(self.received, len(self.content)) > self._limit:
+            raise FetchError("too_large", f"more than {self._limit} bytes")
+
+    def _decode(self, block: bytes) -> bytes:
+        block, self._rest, decoded = self._rest + block, b"", b""
+        while block:
+            if self._stream and self._stream.eof and block == GZIP[:1]:  # perhaps of the next member
+                self._rest = block
+                break
+            if self._stream is None or (self._stream.eof and block.startswith(GZIP)):
+                # Servers send "deflate" with and without a zlib header.
+                bits = 31 if self._encoding == "gzip" else 15 if block[0] & 15 == 8 else -15
+                self._stream = zlib.decompressobj(bits)
+            if self._stream.eof:  # padding
+                break
+            try:
+                decoded += self._stream.decompress(block, max(1, self._limit + 1 - len(self.content) - len(decoded)))
+            except zlib.error as error:
+                raise FetchError("http_status", f"200, but not encoded as {self._encoding}: {error}") from error
+            if len(self.content) + len(decoded) > self._limit:
+                break
+            block = self._stream.unused_data
+        return decoded
+
+    def end(self) -> None:
+        """Check that the body is complete."""
+        if self._stream is not None and not self._stream.eof:
+            raise FetchError("connect", f"the body ends before its {self._encoding} encoding does", transient=True)
+
+
+def is_complete(status: int, content_range: str) -> bool:
+    """Whether a response brings a whole body: any success but an empty one or a part (206) of what is there."""
+    if status == 206:
+        part = CONTENT_RANGE.fullmatch(content_range.strip())
+        return part is not None and part[1] == "0" and int(part[2]) + 1 == int(part[3])
+    return status in SUCCESSES
