@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from eval_data import lvis_like, predictions_for, write_results
-from measure import REPOSITORY, Cost, measure, write_figures
+from measure import REPOSITORY, Cost, measure, update_figures
 
 from data_prep import tables
 from ovd_models.checkpoints import save_checkpoint
@@ -39,11 +39,13 @@ ROUNDS = int(os.environ.get("OVD_BENCH_ROUNDS", "2"))
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="ovd-") as folder:
-        place = Path(folder)
-        figures = {**equality(place), **speed(place), **memory(place), **actors(place)}
-    write_figures("eval", figures)
-    print(json.dumps(figures, indent=1))
+    """Measure all figures, or those named on the command line, and record each as it is measured."""
+    parts = {"equality": equality, "speed": speed, "memory": memory, "actors": actors}
+    for name in sys.argv[1:] or parts:
+        with tempfile.TemporaryDirectory(prefix="ovd-") as folder:
+            figures = parts[name](Path(folder))
+        update_figures("eval", figures)
+        print(json.dumps(figures), flush=True)
 
 
 def equality(folder: Path) -> dict[str, float]:

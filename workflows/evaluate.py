@@ -13,6 +13,7 @@ python workflows/evaluate.py --model store/runs/ovsam/<run>/model --sam store/ru
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -95,6 +96,7 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
         tags={"method": method},
     )
     numbers: dict[str, float] = {}
+    lines: list[str] = []
     if method == "ovsam":
         report = evaluation.evaluate_segmenter(local)
         with start_run() as tracked:
@@ -112,14 +114,19 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
         if run.export:
             rows = tables.read_parts(run.storage, "predictions", evaluated.table)
             measured.export(evaluated.predictions, evaluated.truth, run.export, rows)
-        print(f"page: {uri}")
-        if evaluated.transfer:
-            print("transfer, by what the training knew of the names:")
-            for group in ("base", "novel", "new"):
-                count, ap50, ap = (evaluated.transfer[f"{name}_{group}"] for name in ("names", "AP50", "AP"))
-                print(f"  {group:6} {count:4.0f} names  AP50 {ap50:.3f}  AP {ap:.3f}")
+        lines = [*transfer_table(evaluated.transfer), f"page: {uri}"]
     seconds = time.perf_counter() - started
-    return numbers, f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}"
+    lines.append(f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}")
+    return numbers, "\n".join(lines)
+
+
+def transfer_table(numbers: Mapping[str, float]) -> list[str]:
+    """AP on another data set by what the training knew of its names, for the console; empty if it is the same set."""
+    rows = ["transfer, by what the training knew of the names:"] if numbers else []
+    for group in ("base", "novel", "new") if numbers else ():
+        count, ap50, ap = (numbers[f"{name}_{group}"] for name in ("names", "AP50", "AP"))
+        rows.append(f"  {group:6} {count:4.0f} names  AP50 {ap50:.3f}  AP {ap:.3f}")
+    return rows
 
 
 def main() -> None:
