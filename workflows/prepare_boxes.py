@@ -13,6 +13,7 @@ python workflows/prepare_boxes.py --config coco --name coco --data instances_tra
 import dataclasses
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -381,8 +382,9 @@ def main() -> None:
     if run.captions:
         prepare_captions(run, run.name)
     config = "photos" if run.data else "smoke" if run.name == "smoke" else "pictograms"
-    pairs = run.name if run.captions else "<PAIRS>"
-    flags = f"--config {config} --boxes {run.name} --storage {run.storage} --pairs {pairs} --teacher <CLIP>"
+    name, place = shlex.quote(run.name), shlex.quote(run.storage)
+    pairs = name if run.captions else "<PAIRS>"
+    flags = f"--config {config} --boxes {name} --storage {place} --pairs {pairs} --teacher <CLIP>"
     print(f"next: python workflows/codet.py {flags}")
 
 
