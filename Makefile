@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHMARKS := bench-demo bench-host_waits bench-pairs bench-corpus bench-concepts bench-manifests bench-parity bench-teachers bench-train \
-	bench-alignment bench-group_plan bench-ovsam bench-gpu
+	bench-alignment bench-group_plan bench-ovsam bench-eval bench-gpu bench-serve
 
 .PHONY: help install demo test test-slow lint bench clean
 
@@ -20,8 +20,8 @@ install: $(INSTALLED)  ## Create .venv with the pinned dependencies
 demo: $(INSTALLED)  ## Crawl, train, evaluate and serve on a small drawn world; results in runs/demo
 	$(BIN)/python workflows/demo.py
 
-test: $(INSTALLED)  ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## Run the tests, without the slow ones, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## Run the slow tests
 	$(BIN)/python -m pytest -m slow
@@ -45,4 +45,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing the pinned dependencies into $(VENV); the first time takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@# lvis brings opencv-python, whose files replace the headless ones and need a display's libraries.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --force-reinstall \
+		opencv-python-headless
 	@touch $@

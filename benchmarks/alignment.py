@@ -116,11 +116,11 @@ def data_wait(steps: int) -> dict[str, float]:
     )
     trained = codet.train(run)
     uri = tracking.tracking_uri(run.storage)
-    history = tracking.metric_history(uri, trained.run_id, "joint/train/")
-    later = {name: [value for step, value in points if step > steps // 5] for name, points in history.items()}
+    history = tracking.metric_history(uri, trained.run_id, "train/")
+    later = {name: [value for step, value in points if step > 5 + steps // 5] for name, points in history.items()}
     return {
-        "codet_data_wait": statistics.mean(later["joint/train/data_wait_fraction"]),
-        "codet_images_per_second": statistics.median(later["joint/train/images_per_second"]),
+        "codet_data_wait": statistics.mean(later["train/data_wait_fraction"]),
+        "codet_images_per_second": statistics.median(later["train/images_per_second"]),
     }
 
 

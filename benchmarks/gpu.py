@@ -156,7 +156,7 @@ class Step:
         settings = replace(trial.settings, workers=0)
         self.losses, self.device = trial.losses, device
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(ray.train, "get_context", Alone):
-            stage = Stage(job="gpu", name="gpu", settings=settings, folder=folder, metric_prefix="")
+            stage = Stage(job="gpu", name="gpu", settings=settings, folder=folder)
             self.session = Session(trial.build(), stage, device, MetricLogger("", ""))
 
     def __call__(self) -> Mapping[str, Tensor]:

@@ -245,7 +245,7 @@ def train(trial: Trial, steps: int, device: torch.device = DEVICE, settings: Opt
     """Train a trial for some steps, without checkpoints, as the workflows do."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(ray.train, "get_context", Alone):
-        stage = Stage(job="waits", name="waits", settings=settings, folder=folder, metric_prefix="")
+        stage = Stage(job="waits", name="waits", settings=settings, folder=folder)
         session = Session(trial.model, stage, device, MetricLogger("", ""))
         for _ in range(steps):
             with session.autocast():

@@ -111,7 +111,7 @@ def update_figures(name: str, figures: Mapping[str, float], tree: Path = REPOSIT
     BENCH.mkdir(parents=True, exist_ok=True)
     path = BENCH / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    rounded = {key: round(value, 4) for key, value in figures.items()}
+    rounded = {key: float(f"{value:.6g}") for key, value in figures.items()}
     path.write_text(json.dumps({**earlier, **rounded, **provenance(tree)}, indent=1) + "\n")
 
 

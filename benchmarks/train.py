@@ -89,9 +89,9 @@ def prepare(storage: str) -> Run:
 
 def shares(run: Run, run_id: str) -> dict[str, float]:
     """Fractions of the time after the warm-up, which includes one checkpoint in 100 steps."""
-    history = tracking.metric_history(tracking.tracking_uri(run.storage), run_id, "detector/train/")
+    history = tracking.metric_history(tracking.tracking_uri(run.storage), run_id, "train/")
     column = {
-        name: [value for step, value in history[f"detector/train/{name}"] if step > WARM_UP]
+        name: [value for step, value in history[f"train/{name}"] if step > run.rpn_stage.steps + WARM_UP]
         for name in ("images_per_second", "data_wait_fraction", "checkpoint_fraction")
     }
     seconds = [1 / rate for rate in column["images_per_second"]]  # each window has the same number of images

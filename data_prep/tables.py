@@ -6,7 +6,7 @@ without a manifest is not a table, so readers never see an incomplete one. Publi
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from ovd_models.errors import InputError
 SCHEMA_VERSION = 1
 TableName = Literal[
     "pairs", "rejects", "scores", "concepts", "groups", "categories", "boxes", "regions", "embeddings", "features",
-    "texts",
+    "texts", "predictions",
 ]  # fmt: skip
 RejectStage = Literal["input", "fetch", "decode", "filter", "dedup"]
 
@@ -144,6 +144,15 @@ SCHEMAS: dict[TableName, pa.Schema] = {
         ("prompt_set", pa.string(), "name of its prompt templates"),
         ("embedding", pa.list_(pa.float32()), "unit norm"),
     ),
+    "predictions": _schema(
+        ("image_id", pa.string(), "SHA-256 of the image bytes, hexadecimal"),
+        ("source_id", pa.int64(), "that of the row in boxes"),
+        ("boxes", pa.list_(_BOX), "xyxy, pixels; best first"),
+        ("category_ids", pa.list_(pa.int32()), "one a box"),
+        ("scores", pa.list_(pa.float32()), "in [0, 1]"),
+        ("masks", pa.list_(pa.string()), "COCO RLE counts, one a box; an empty list without masks"),
+        ("error", pa.string(), "why the image could not be read; empty if it was"),
+    ),
 }
 
 PRODUCERS: dict[TableName, str] = {
@@ -158,6 +167,7 @@ PRODUCERS: dict[TableName, str] = {
     "embeddings": "python workflows/embed.py",
     "features": "python workflows/ovsam.py",
     "texts": "python workflows/embed_texts.py",
+    "predictions": "python workflows/evaluate.py",
 }
 """The command that makes each table, for the message about a missing one."""
 
@@ -336,3 +346,16 @@ def read_table(storage_uri: str, table: TableName, name: str, columns: Iterable[
         return pa.concat_tables(parts, promote_options="default")
     schema = SCHEMAS[table]
     return (schema if names is None else pa.schema([schema.field(entry) for entry in names])).empty_table()
+
+
+def read_parts(
+    storage_uri: str, table: TableName, name: str, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of a table, a file at a time, in published order.
+
+    Raises:
+        InputError: there is no such table.
+    """
+    root = table_uri(storage_uri, table, name)
+    for path in parquet_files(read_manifest(storage_uri, table, name)):
+        yield read_parquet(storage.join(root, path), columns)

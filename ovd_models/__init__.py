@@ -12,12 +12,22 @@ if TYPE_CHECKING:
     from ovd_models.batches import Detections
     from ovd_models.detectors.region_scores import Scoring
     from ovd_models.errors import InputError
-    from ovd_models.predictors import Detector, Segmenter, TextSegmenter, load, load_segmenter, load_text_segmenter
+    from ovd_models.predictors import (
+        Classifier,
+        Detector,
+        Segmenter,
+        TextSegmenter,
+        load,
+        load_classifier,
+        load_segmenter,
+        load_text_segmenter,
+    )
     from ovd_models.preprocess import ImageLike
     from ovd_models.segments import Prompts, Segments
     from ovd_models.vocabulary import Vocabulary
 
 __all__ = [
+    "Classifier",
     "Detections",
     "Detector",
     "ImageLike",
@@ -29,6 +39,7 @@ __all__ = [
     "TextSegmenter",
     "Vocabulary",
     "load",
+    "load_classifier",
     "load_segmenter",
     "load_text_segmenter",
 ]

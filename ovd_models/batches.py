@@ -4,12 +4,16 @@ B images, N boxes of one image, M stored regions of one image, G groups, g image
 D embedding width.
 """
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from faster_coco_eval import mask as rle
 from PIL import Image
 from torch import Tensor
 from torchvision.ops import nms
@@ -28,6 +32,15 @@ class TensorRecord:
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same record with all tensors changed, also those in its tuples and records."""
         return replace(self, **{name: _mapped(value, change) for name, value in vars(self).items()})  # type: ignore[type-var]
+
+
+def num_bytes(value: Any) -> int:
+    """Bytes of the tensors in a record, a tuple or a tensor."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, TensorRecord):
+        return sum(num_bytes(entry) for entry in vars(value).values())
+    return sum(map(num_bytes, value)) if isinstance(value, tuple) else 0
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -153,9 +166,42 @@ class Detections(TensorRecord):
         return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], masks=masks)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """`[{"box": [x0, y0, x1, y1], "label": name, "score": s}]`, the form of the HTTP endpoint."""
+        """`[{"box": [x0, y0, x1, y1], "label": name, "score": s}]`, the form of the HTTP endpoint.
+
+        With masks, each entry has also `"mask": {"size": [height, width], "counts": ...}`, COCO's RLE.
+        """
         rows = zip(self.boxes.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True)
-        return [{"box": box, "label": self.names[label], "score": score} for box, label, score in rows]
+        found: list[dict[str, Any]] = [
+            {"box": box, "label": self.names[label], "score": score} for box, label, score in rows
+        ]
+        for entry, counts in zip(found, self.masks or (), strict=False):
+            entry["mask"] = {"size": [self.height, self.width], "counts": counts}
+        return found
+
+    def to_coco(self, file_name: str = "", image_id: int = 1) -> dict[str, Any]:
+        """The detections as a COCO file of one image: `images`, `categories` (ids from 1) and `annotations`."""
+        entries = [(entry["box"], entry["label"], entry["score"], entry.get("mask")) for entry in self.to_list()]
+        return coco_file(entries, self.names, (self.width, self.height), file_name, image_id)
+
+    def to_supervision(self) -> Any:
+        """The detections as `supervision.Detections`, with `class_name` among their data.
+
+        Raises:
+            ImportError: the package supervision is not installed.
+        """
+        import supervision
+
+        return supervision.Detections(
+            xyxy=self.boxes.cpu().numpy(),
+            confidence=self.scores.cpu().numpy(),
+            class_id=self.labels.cpu().numpy(),
+            mask=None if self.masks is None else decode_masks(self.masks, self.height, self.width),
+            data={"class_name": np.array([self.names[label] for label in self.labels.tolist()], dtype=object)},
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """The picture with its boxes, which a notebook shows for a result in a cell's last line."""
+        return png_of(self.draw()) if self.image is not None else None
 
     def draw(self, path: str | Path | None = None, *, image: Image.Image | None = None) -> Image.Image:
         """The picture with its boxes, saved to `path` if given.
@@ -171,3 +217,45 @@ class Detections(TensorRecord):
         if path is not None:
             drawn.save(path)
         return drawn
+
+
+def coco_file(
+    entries: Sequence[tuple[Sequence[float], str | None, float | None, Any]],
+    names: Sequence[str],
+    size: tuple[int, int],
+    file_name: str,
+    image_id: int,
+) -> dict[str, Any]:
+    """A COCO file of one image of (width, height), from boxes (xyxy), labels, scores and RLE masks."""
+    category_of = {name: index for index, name in enumerate(names, start=1)}
+    annotations = []
+    for index, (box, label, score, mask) in enumerate(entries, start=1):
+        x0, y0, x1, y1 = box
+        annotation = {
+            "id": index,
+            "image_id": image_id,
+            "category_id": category_of.get(label or "", 0),
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "area": float(rle.area(mask)) if mask else (x1 - x0) * (y1 - y0),
+            "iscrowd": 0,
+            "score": score,
+        }
+        annotations.append(annotation | ({"segmentation": mask} if mask else {}))
+    return {
+        "images": [{"id": image_id, "file_name": file_name, "width": size[0], "height": size[1]}],
+        "categories": [{"id": index, "name": name} for name, index in category_of.items()],
+        "annotations": annotations,
+    }
+
+
+def decode_masks(counts: Sequence[str], height: int, width: int) -> npt.NDArray[np.bool_]:
+    """COCO RLE counts -> [N, H, W] bool."""
+    masks = [rle.decode({"size": [height, width], "counts": entry.encode()}).astype(bool) for entry in counts]
+    return np.stack(masks) if masks else np.zeros((0, height, width), bool)
+
+
+def png_of(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -6,8 +6,9 @@ text/                 the text tower, or a table of embedded names; a SAM has no
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ovd_models.checkpoint_info import FORMAT, CheckpointInfo, read_info
 from ovd_models.clip.model import ClipTextEncoder, load_text_encoder, save_text_encoder, weights_digest
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError, as_input_error
@@ -24,7 +26,15 @@ from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.vild.model import ViLD, ViLDConfig
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder
 
-FORMAT = 1
+__all__ = [
+    "CheckpointInfo",
+    "load_encoder",
+    "load_model",
+    "read_info",
+    "sam_id",
+    "save_checkpoint",
+    "save_encoder",
+]
 METHODS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "codet": (CoDet, CoDetConfig),
     "vild": (ViLD, ViLDConfig),
@@ -33,24 +43,11 @@ METHODS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "text_to_mask": (TextToMask, TextToMaskModelConfig),
 }
 """Model and config classes by method."""
+MAX_DEPTH = 1_000
+"""Maximum number of layers of one kind in a checkpoint's config."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """The contents of `config.json`."""
-
-    method: str
-    model: dict[str, Any]
-    """The model's config."""
-    vocabulary: tuple[str, ...]
-    """Default names."""
-    splits: dict[str, str]
-    """`base` or `novel` by name, as in training."""
-    run: dict[str, Any]
-    """The resolved run of the training."""
 
 
 def save_checkpoint(
@@ -86,24 +83,6 @@ def save_checkpoint(
     (target / "config.json").write_text(json.dumps(info, indent=1, default=str))
 
 
-def read_info(folder: str | Path) -> CheckpointInfo:
-    """The contents of a checkpoint's `config.json`.
-
-    Raises:
-        InputError: the folder holds no checkpoint, or one of another format.
-    """
-    source = Path(folder)
-    path = source / "config.json"
-    if not path.is_file():
-        other = " (it holds a CLIP model, not a detector)" if (source / "clip.json").is_file() else ""
-        raise InputError(f"{source}: no detector checkpoint, expected config.json and model.safetensors{other}")
-    with as_input_error(f"{path}: not a checkpoint config"):
-        raw = json.loads(path.read_text())
-        if raw.get("format") != FORMAT:
-            raise InputError(f"{path}: format {raw.get('format')!r}, this program reads format {FORMAT}")
-        return CheckpointInfo(raw["method"], raw["model"], tuple(raw["vocabulary"]), raw["splits"], raw["run"])
-
-
 def load_model(folder: str | Path, *kinds: type[M]) -> M:
     """The model of a checkpoint folder, in evaluation mode; `kinds` are the accepted classes, such as `ViLD`.
 
@@ -117,10 +96,42 @@ def load_model(folder: str | Path, *kinds: type[M]) -> M:
         raise InputError(f"{folder}: checkpoint of method {info.method!r}, expected {expected}")
     kind, config = METHODS[info.method]
     with as_input_error(f"{folder}: not a readable {info.method} checkpoint"):
-        model = kind(from_json(config, info.model))
+        check_depth(info.model)
+        settings = from_json(config, info.model)
+        check_size(partial(kind, settings), Path(folder) / "model.safetensors")
+        model = kind(settings)
         model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     assert isinstance(model, kinds)
     return model.eval()
+
+
+def check_depth(value: Any, key: str = "model") -> None:
+    """Check that an untrusted config does not ask for millions of layers, which take memory even without weights.
+
+    Raises:
+        InputError: it does.
+    """
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            check_depth(entry, str(name))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            check_depth(entry, key)
+    elif isinstance(value, int) and value > MAX_DEPTH and any(word in key for word in ("depth", "layers", "convs")):
+        raise InputError(f"{key}: {value:,}, expected at most {MAX_DEPTH:,}")
+
+
+def check_size(build: Callable[[], nn.Module], weights: Path) -> None:
+    """Check that a model fits its file of weights before memory is taken for it.
+
+    Raises:
+        InputError: the model is far larger than the file.
+    """
+    with torch.device("meta"):
+        size = sum(value.nbytes for value in build().state_dict().values())
+    most = 4 * weights.stat().st_size + 1_000_000  # the file may hold half precision
+    if size > most:
+        raise InputError(f"config.json: a model of {size:,} bytes, {weights.name} has {weights.stat().st_size:,}")
 
 
 def sam_id(model: SamModel) -> str:

@@ -1,18 +1,25 @@
-"""Average precision of detections, by base, novel and all categories, with faster-coco-eval.
-
-T IoU thresholds, R recall levels, K categories, L limits on the number of detections.
-"""
+"""Average precision of a detector's detections, by base, novel and all categories."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
+import pyarrow as pa
 from torch import Tensor
 
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
+from ovd_models.metrics.average_precision import Curves, accumulate
+from ovd_models.metrics.records import (
+    Category,
+    GroundTruth,
+    IouType,
+    Predictions,
+    concatenate,
+    truth_of_rows,
+    xywh,
+)
 
 Measure = Literal["ap50", "ap"]
 
@@ -53,48 +60,12 @@ class DetectionMetrics:
         return "ap50_novel" if any(entry.split == "novel" for entry in self.categories) else "ap50_all"
 
 
-def coco_truth(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> dict[str, Any]:
-    """Rows of a `boxes` table as COCO json, without boxes of categories outside `names` (by category id)."""
-    annotations: list[dict[str, Any]] = []
-    for number, row in enumerate(rows):
-        masks = row.get("masks") or [""] * len(row["boxes"])
-        for box, category, crowd, mask in zip(row["boxes"], row["category_ids"], row["iscrowd"], masks, strict=True):
-            if category in names:
-                _, _, width, height = bbox = _xywh(box)
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": number,
-                        "category_id": category,
-                        "bbox": bbox,
-                        "area": width * height,
-                        "iscrowd": int(crowd),
-                        **_segmentation(row, mask),
-                    }
-                )
-    return {
-        "images": [{"id": n, "width": row["width"], "height": row["height"]} for n, row in enumerate(rows)],
-        "categories": [{"id": key, "name": name} for key, name in names.items()],
-        "annotations": annotations,
-    }
-
-
-def _xywh(box: Sequence[float]) -> list[float]:
-    x0, y0, x1, y1 = box
-    return [x0, y0, x1 - x0, y1 - y0]
-
-
-def _segmentation(row: Mapping[str, Any], counts: str) -> dict[str, Any]:
-    """COCO's field for a mask in an image of the row's size; empty without a mask."""
-    return {"segmentation": {"size": [row["height"], row["width"]], "counts": counts}} if counts else {}
-
-
 def evaluate_detections(
     rows: Sequence[Mapping[str, Any]],
     detections: Sequence[Detections],
     names: Mapping[int, str],
     splits: Mapping[str, str],
-    kind: Literal["bbox", "segm"] = "bbox",
+    kind: IouType = "bbox",
 ) -> DetectionMetrics:
     """COCO's AP of boxes or of masks, up to 100 detections per image.
 
@@ -108,39 +79,41 @@ def evaluate_detections(
     Raises:
         InputError: a mask is missing.
     """
-    truth, masked = coco_truth(rows, names), kind == "segm"
-    if masked and not (
-        all("segmentation" in entry for entry in truth["annotations"])
-        and all(entry.masks is not None for entry in detections)
-    ):
-        raise InputError("masks: a box or a detection has none, expected a mask for each")
-    ids = {name: key for key, name in names.items()}
-    results = [
-        {
-            "image_id": number,
-            "category_id": ids[found["label"]],
-            "bbox": _xywh(found["box"]),
-            "score": found["score"],
-            **(_segmentation(rows[number], mask) if masked else {}),
-        }
-        for number, entry in enumerate(detections)
-        for found, mask in zip(entry.to_list(), entry.masks or [""] * len(entry), strict=True)
-    ]
-    if not results:
-        annotated = {entry["category_id"] for entry in truth["annotations"] if not entry["iscrowd"]}
-        zeros = {key: 0.0 if key in annotated else float("nan") for key in names}
-        return DetectionMetrics(tuple(CategoryResult(n, splits[n], zeros[k], zeros[k]) for k, n in names.items()))
-    evaluator = _accumulate(truth, results, kind)
-    # [IoU thresholds, recalls, categories, areas, limits]: all areas, 100 detections; -1 for no box.
-    precision_TRK = np.asarray(evaluator.eval["precision"])[:, :, :, 0, -1]
-    precision_TRK = np.where(precision_TRK < 0, np.nan, precision_TRK)
-    column = {int(key): precision_TRK[:, :, k] for k, key in enumerate(evaluator.params.catIds)}
-    return DetectionMetrics(
-        tuple(
-            CategoryResult(name, splits[name], _nanmean(column[key]), _nanmean(column[key][0]))
-            for key, name in names.items()
-        )
+    truth = truth_of_rows(rows, [Category(key, name, split=splits[name]) for key, name in names.items()])
+    found = predictions_of_detections(truth, detections)
+    if kind == "segm":
+        complete = truth.masks is not None and all(truth.masks.to_pylist())
+        if (len(truth.labels) and not complete) or (len(found) and found.masks is None):
+            raise InputError("masks: a box or a detection has none, expected a mask for each")
+    return detection_metrics(truth, accumulate(truth, found, kind))
+
+
+def detection_metrics(truth: GroundTruth, curves: Curves) -> DetectionMetrics:
+    """Average precision of the categories of a ground truth."""
+    values = zip(
+        truth.categories, curves.ap_of_categories().tolist(), curves.ap_of_categories(0.5).tolist(), strict=True
     )
+    return DetectionMetrics(tuple(CategoryResult(entry.name, entry.split, ap, ap50) for entry, ap, ap50 in values))
+
+
+def predictions_of_detections(truth: GroundTruth, detections: Sequence[Detections]) -> Predictions:
+    """Detections of the images of a ground truth, in their order, as columns; labels are found by name."""
+    label_of = {name: label for label, name in enumerate(truth.names)}
+    parts = []
+    for image, entry in enumerate(detections):
+        known = np.array([label_of[name] for name in entry.names], np.int64)
+        boxes = xywh(entry.boxes.numpy().astype(np.float64).reshape(-1, 4))
+        parts.append(
+            Predictions(
+                images=np.full(len(entry), image, np.int64),
+                labels=known[entry.labels.numpy().astype(np.int64)],
+                boxes=boxes,
+                scores=entry.scores.numpy().astype(np.float64),
+                areas=boxes[:, 2] * boxes[:, 3],
+                masks=pa.array(entry.masks, pa.large_string()) if entry.masks else None,
+            )
+        )
+    return concatenate(parts)
 
 
 def evaluate_proposals(
@@ -160,33 +133,21 @@ def evaluate_proposals(
     Returns:
         AR by limit; NaN if there is no box to find.
     """
-    truth = coco_truth(rows, dict.fromkeys(category_ids, "object"))
-    for annotation in truth["annotations"]:
-        annotation["category_id"] = 1
-    truth["categories"] = [{"id": 1, "name": "object"}]
-    results = [
-        {"image_id": number, "category_id": 1, "bbox": _xywh(box), "score": score}
-        for number, (boxes, scores) in enumerate(proposals)
-        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
+    truth = truth_of_rows(rows, [Category(key, str(key)) for key in category_ids]).class_agnostic()
+    parts = [
+        Predictions(
+            images=np.full(len(boxes), image, np.int64),
+            labels=np.zeros(len(boxes), np.int64),
+            boxes=xywh(boxes.numpy().astype(np.float64).reshape(-1, 4)),
+            scores=scores.numpy().astype(np.float64),
+            areas=np.zeros(len(boxes)),
+        )
+        for image, (boxes, scores) in enumerate(proposals)
     ]
-    if not truth["annotations"] or not results:
-        return dict.fromkeys(limits, 0.0 if truth["annotations"] else float("nan"))
-    evaluator = _accumulate(truth, results, "bbox", limits)
-    recall_TL = np.asarray(evaluator.eval["recall"])[:, 0, 0, :]  # [IoU thresholds, categories, areas, limits]
-    return {limit: float(recall_TL[:, column].mean()) for column, limit in enumerate(limits)}
-
-
-def _accumulate(
-    truth: dict[str, Any], results: list[dict[str, Any]], kind: Literal["bbox", "segm"], limits: Sequence[int] = ()
-) -> COCOeval_faster:
-    """COCO's evaluation with its `eval` filled."""
-    loaded = COCO(truth, print_function=lambda *_: None)
-    evaluator = COCOeval_faster(loaded, loaded.loadRes(results), kind, print_function=lambda *_: None)
-    if limits:
-        evaluator.params.maxDets = list(limits)
-    evaluator.evaluate()
-    evaluator.accumulate()
-    return evaluator
+    if not len(truth.labels):
+        return dict.fromkeys(limits, float("nan"))
+    curves = accumulate(truth, concatenate(parts), "bbox", limits=sorted(limits))
+    return {limit: curves.ar(limit) for limit in limits}
 
 
 def _nanmean(values: Any) -> float:

@@ -11,17 +11,21 @@ from torch import Tensor, nn
 
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import CheckpointInfo, load_encoder, load_model, read_info
+from ovd_models.clip.model import Clip, ClipTextEncoder, load_clip
+from ovd_models.clip.zero_shot import TopNames
 from ovd_models.codet.model import CoDet
+from ovd_models.detectors.centernet2 import CenterNet2
+from ovd_models.detectors.encoded import EncodedRegions
 from ovd_models.detectors.rcnn import ProposalNetwork
-from ovd_models.detectors.region_query import build_query
+from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.ovsam.model import OvSam
 from ovd_models.ovsam.text_to_mask import TextToMask
 from ovd_models.preprocess import ImageLike, to_tensor
-from ovd_models.sam.model import EverythingConfig
+from ovd_models.sam.model import EncodedImage, EverythingConfig
 from ovd_models.segments import Prompts, Segments
-from ovd_models.vild.model import ViLD
+from ovd_models.vild.model import EncodedViLD, ViLD
 from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, build_vocabulary, clean_names
 
 Names = Sequence[str] | Mapping[str, Sequence[str]]
@@ -131,7 +135,8 @@ class Detector(Predictor[CoDet | ViLD]):
         """Find named things.
 
         Args:
-            image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB), or a list of them.
+            image: a path, a file's bytes, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB), or a list of
+                them, such as the frames of a video.
             names: any names; the default vocabulary if None. ViLD also takes names with the children of each.
             attributes: for ViLD, words that hold whatever the name is: `["red", "blue"]` gives "red anchor" ...
             prompts: a prompt set for this request, or templates such as `a drawing of {a}|{name}`; the checkpoint's
@@ -163,20 +168,49 @@ class Detector(Predictor[CoDet | ViLD]):
         tensors = [self.read(entry) for entry in images]
         if not tensors:
             return []
+        found = [
+            self.find(each, query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring)
+            for each in self.encode(tensors)
+        ]
+        detections = [_with_image(result, tensor) for tensor, result in zip(tensors, found, strict=True)]
+        return detections if isinstance(image, list | tuple) else detections[0]
+
+    @property
+    def predicts_masks(self) -> bool:
+        """Whether detections have masks."""
         if isinstance(self.model, ViLD):
-            results = self.model.detect(
-                tensors, query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
+            return self.model.config.detector.masks
+        return isinstance(self.model.detector, CenterNet2) and self.model.detector.config.mask_convs > 0
+
+    def encode(self, images: Sequence[Tensor]) -> Sequence[EncodedRegions | EncodedViLD]:
+        """Encode images [3, H, W] uint8 on the model's device as one batch; `find` searches them for any names."""
+        return self.model.encode(images)
+
+    def find(
+        self,
+        encoded: EncodedRegions | EncodedViLD,
+        query: RegionQuery,
+        *,
+        score_threshold: float = 0.05,
+        max_detections: int = 100,
+        scoring: Scoring | None = None,
+    ) -> Detections:
+        """Find a query's names in an encoded image; arguments as for `detect`. The result is on the model's device.
+
+        Raises:
+            InputError: the method cannot answer such a query.
+        """
+        if isinstance(self.model, ViLD):
+            assert isinstance(encoded, EncodedViLD)
+            return self.model.find(
+                encoded, query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
             )
-        elif attributes or query.children is not None or scoring is not None:
+        if query.attributes is not None or query.children is not None or scoring is not None:
             raise InputError(
                 f"attributes, children, scoring: not of method {self.method!r}, expected a ViLD checkpoint"
             )
-        else:
-            results = self.model.detect(
-                tensors, query.names, score_threshold=score_threshold, max_detections=max_detections
-            )
-        detections = [_with_image(result, tensor) for tensor, result in zip(tensors, results, strict=True)]
-        return detections if isinstance(image, list | tuple) else detections[0]
+        assert isinstance(encoded, EncodedRegions)
+        return self.model.find(encoded, query.names, score_threshold=score_threshold, max_detections=max_detections)
 
     def propose(self, images: Sequence[ImageLike], limit: int) -> list[tuple[Tensor, Tensor]]:
         """Class-agnostic proposals: boxes [N, 4] (xyxy, pixels), best first, and their objectness [N], on the CPU.
@@ -211,7 +245,7 @@ class Segmenter(Predictor[OvSam]):
         """One named mask for each prompt.
 
         Args:
-            image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB).
+            image: a path, a file's bytes, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB).
             prompts: in pixels of the image.
             names: any names; the default vocabulary if None.
 
@@ -242,7 +276,7 @@ class TextSegmenter(Predictor[TextToMask]):
         Training uses names of objects in the image only, so a name of something absent gets a mask too.
 
         Args:
-            image: a path, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB).
+            image: a path, a file's bytes, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB).
             names: any names; the default vocabulary if None.
 
         Raises:
@@ -251,9 +285,78 @@ class TextSegmenter(Predictor[TextToMask]):
         tensor = self.read(image)
         chosen = names if names is not None else self.vocabulary
         vocabulary = build_vocabulary(self.encoder, chosen, self.info.splits).to(self.device)
-        segments = self.model.segment_text(tensor, vocabulary.embeddings)
+        return _with_image(self.find(tensor, vocabulary), tensor)
+
+    def find(self, image: Tensor | EncodedImage, vocabulary: Vocabulary) -> Segments:
+        """One mask of an image ([3, H, W] uint8, or encoded by the model's SAM) for each name of a vocabulary."""
+        segments = self.model.segment_text(image, vocabulary.embeddings)
         labels = torch.arange(len(vocabulary), device=self.device)
-        return _with_image(replace(segments, labels=labels, scores=segments.ious, names=vocabulary.names), tensor)
+        return replace(segments, labels=labels, scores=segments.ious, names=vocabulary.names)
+
+
+class Classifier:
+    """A CLIP: names in, probabilities of a whole image out."""
+
+    method = "clip"
+
+    def __init__(self, model: Clip, teacher: str, device: str = "cpu") -> None:
+        self.device = find_device(device)
+        self.model = model.to(self.device).eval()
+        self.encoder: TextEncoder = ClipTextEncoder(model.config, model.model.text, teacher)
+
+    @property
+    def teacher(self) -> str:
+        """The model and its weights."""
+        return self.encoder.teacher
+
+    @property
+    def prompt_set(self) -> str:
+        """The templates that names are put into."""
+        return self.encoder.prompt_set
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """No default names: a CLIP is trained with none."""
+        return ()
+
+    def read(self, image: ImageLike) -> Tensor:
+        """[3, S, S] uint8 of the model's size, on its device.
+
+        Raises:
+            InputError: the image cannot be read.
+        """
+        picture = Image.fromarray(to_tensor(image).permute(1, 2, 0).cpu().numpy())
+        return self.model.prepare([picture])[0].to(self.device)
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Unit rows [D] of images that `read` returns, as one batch."""
+        return list(self.model.encode_images(torch.stack(list(images))))
+
+    @torch.no_grad()
+    def find(self, encoded: Tensor, vocabulary: Vocabulary, top: int = 5) -> TopNames:
+        """The most probable names of an encoded image [D]."""
+        cosine_1S = encoded[None] @ vocabulary.embeddings.to(encoded).T
+        logits_1K = vocabulary.strongest(self.model.model.logit_scale.exp() * cosine_1S)
+        scores, rows = logits_1K.softmax(1)[0].topk(min(top, len(vocabulary)))
+        return TopNames(tuple(vocabulary.names[row] for row in rows.tolist()), tuple(scores.tolist()))
+
+    def classify(
+        self,
+        image: ImageLike,
+        names: Sequence[str],
+        *,
+        prompts: str = "",
+        synonyms: Synonyms | None = None,
+        top: int = 5,
+    ) -> TopNames:
+        """The most probable of any names; `prompts` and `synonyms` as for `Detector.detect`.
+
+        Raises:
+            InputError: the image cannot be read, or a name is empty.
+        """
+        vocabulary = build_query(self.encoder, names, {}, prompts=prompts, synonyms=synonyms).names
+        return self.find(self.encode([self.read(image)])[0], vocabulary, top)
 
 
 def _with_image(found: Found, tensor: Tensor) -> Found:
@@ -288,3 +391,12 @@ def load_text_segmenter(folder: str | Path, device: str = "cpu") -> TextSegmente
         InputError: the folder holds no such checkpoint that this program reads.
     """
     return TextSegmenter(load_model(folder, TextToMask), load_encoder(Path(folder) / "text"), read_info(folder), device)
+
+
+def load_classifier(folder: str | Path, device: str = "cpu") -> Classifier:
+    """The CLIP of a checkpoint folder (`clip.json`), ready for any names.
+
+    Raises:
+        InputError: the folder holds no whole CLIP that this program reads.
+    """
+    return Classifier(*load_clip(folder), device)

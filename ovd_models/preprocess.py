@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovd_models.errors import InputError
-from ovd_models.images import open_image, to_rgb, upright
+from ovd_models.images import decode_image, open_image, to_rgb, upright
 
-ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
+ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8] | Tensor
 
 
 def to_tensor(image: ImageLike) -> Tensor:
     """[3, H, W] uint8 RGB, upright.
 
     Args:
-        image: a path, a PIL image, an array [H, W, 3] or [H, W] uint8, or a tensor [3, H, W] uint8.
+        image: a path, the bytes of a file, a PIL image, an array [H, W, 3] or [H, W] uint8, or a tensor [3, H, W]
+            uint8. Nothing is downloaded: an address is no path.
 
     Raises:
         InputError: it is none of these, or the file cannot be decoded.
@@ -39,7 +40,7 @@ def to_tensor(image: ImageLike) -> Tensor:
     if isinstance(image, Image.Image):
         pixels = np.array(to_rgb(upright(image)))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-    return to_tensor(open_image(image))
+    return to_tensor(decode_image(image) if isinstance(image, bytes) else open_image(image))
 
 
 def add_edge(image: Tensor, side: int, pixels: int = 1) -> Tensor:

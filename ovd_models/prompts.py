@@ -14,6 +14,8 @@ from ovd_models.errors import InputError
 COLOURS = ("red", "green", "blue", "orange", "purple", "brown", "black", "white")
 FIELD = re.compile(r"\{(?:name|a(?::([^{}]*))?)\}")
 Article = Literal["a/an", "a"]
+SynonymRule = Literal["none", "mean", "max"]
+"""Use of synonyms in evaluation: none, the mean of their embeddings, or the maximum of their scores."""
 
 
 @dataclass(frozen=True)

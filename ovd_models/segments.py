@@ -14,7 +14,7 @@ from faster_coco_eval import mask as rle
 from PIL import Image
 from torch import Tensor
 
-from ovd_models.batches import ImageBatch, TensorRecord
+from ovd_models.batches import ImageBatch, TensorRecord, coco_file, png_of
 from ovd_models.drawing import colour_of, draw_boxes
 from ovd_models.errors import InputError
 
@@ -205,6 +205,33 @@ class Segments(TensorRecord):
             }
             for mask, box, label, score, iou in zip(encoded, *columns, strict=True)
         ]
+
+    def to_coco(self, file_name: str = "", image_id: int = 1) -> dict[str, Any]:
+        """The segments as a COCO file of one image; segments without a name have category 0."""
+        entries = [(entry["box"], entry["label"], entry["score"], entry["mask"]) for entry in self.to_list()]
+        height, width = self.masks.shape[1:]
+        return coco_file(entries, self.names, (width, height), file_name, image_id)
+
+    def to_supervision(self) -> Any:
+        """The segments as `supervision.Detections`, with `class_name` among their data.
+
+        Raises:
+            ImportError: the package supervision is not installed.
+        """
+        import supervision
+
+        names = [self.names[label] if label >= 0 else "" for label in self.labels.tolist()]
+        return supervision.Detections(
+            xyxy=self.boxes.cpu().numpy(),
+            confidence=self.scores.cpu().numpy(),
+            class_id=self.labels.cpu().numpy(),
+            mask=self.masks.cpu().numpy(),
+            data={"class_name": np.array(names, dtype=object)},
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """The image with its masks, which a notebook shows for a result in a cell's last line."""
+        return png_of(self.draw()) if self.image is not None else None
 
     def draw(self, path: str | Path | None = None, *, image: Image.Image | None = None) -> Image.Image:
         """The image with its masks tinted and named, saved to `path` if given.

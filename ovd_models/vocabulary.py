@@ -22,8 +22,6 @@ Merge = Literal["mean", "max"]
 """Whether a name's embedding is the mean of its synonyms', or its score the maximum of theirs."""
 SynonymMean = Literal["none", "mean"]
 """Use of synonyms in training: none, or the mean of their embeddings."""
-SynonymRule = Literal["none", "mean", "max"]
-"""Use of synonyms in evaluation."""
 
 
 @dataclass(frozen=True)

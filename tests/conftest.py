@@ -1,4 +1,4 @@
-"""What the tests share: one Ray instance and one small pictogram web site a session."""
+"""What the tests of a process share: one Ray instance and one small pictogram web site."""
 
 import os
 import tempfile
@@ -14,6 +14,7 @@ os.environ.update(  # before anything imports ray
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_TMPDIR": tempfile.gettempdir(),  # socket paths must stay short
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "OVD_REQUEST_SECONDS": "5",  # time limit of HAProxy on a request's arrival
     }
 )
 

@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import os
 import re
 import shlex
 import tomllib
@@ -19,6 +20,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from workflows import serve
+from workflows.serving import environment
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -118,6 +120,17 @@ def test_the_service_serves_the_same_application() -> None:
     assert yaml.safe_load(SERVICE["spec"]["serveConfigV2"]) == APPLICATION
     ports = SERVICE["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
     assert {"name": "serve", "containerPort": APPLICATION["http_options"]["port"]} in ports
+
+
+def test_the_service_sets_haproxy_as_one_machine_does() -> None:
+    own = environment.haproxy_environment()
+    (container,) = SPECS["RayService"]["headGroupSpec"]["template"]["spec"]["containers"]
+    given = {entry["name"]: entry["value"] for entry in container["env"] if entry["name"].startswith("RAY_SERVE_")}
+    assert given.keys() <= own.keys()
+    script = ROOT / Path(given.pop("RAY_SERVE_HAPROXY_BINARY_PATH")).relative_to("/home/ray/ovd-ray")
+    assert os.access(script, os.X_OK)
+    del given["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"]  # longer: other nodes have proxies too
+    assert given == {name: own[name] for name in given}
 
 
 def test_names_of_images_agree() -> None:

@@ -72,7 +72,7 @@ def smoke(method: str, storage: str, shuffle: str = "") -> Any:
     run = prepared(method, storage)
     if method == "clip":
         order: Any = {"shuffle": shuffle, "buffer_pairs": 50} if shuffle else {}
-        run = dataclasses.replace(run, eval_every=0, **order)
+        run = dataclasses.replace(run, validate_every=0, **order)
     elif method == "ovsam":
         run = dataclasses.replace(run, text_to_mask=False)
     stages = {name: in_two_parts(getattr(run, name)) for name in STAGES[method]}

@@ -7,7 +7,6 @@ python workflows/clip.py --config pictograms --model.name ViT-B-32 --pretrained 
 ray job submit --working-dir . -- python workflows/clip.py --config pictograms --storage s3://bucket/ovd
 """
 
-import copy
 import dataclasses
 import json
 import shlex
@@ -42,7 +41,7 @@ from workflows import prepare_pairs
 from workflows.common import cli, descriptions, runs, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import Evaluation, Trained
-from workflows.common.session import Session
+from workflows.common.session import Session, Validated
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Stage
 from workflows.configs.clip import CONFIGS, Run
@@ -56,8 +55,8 @@ class Accuracy:
     top1_novel: float
 
     def named(self) -> dict[str, float]:
-        """The values under MLflow's names."""
-        return {"eval/accuracy_base": self.top1_base, "eval/accuracy_novel": self.top1_novel}
+        """The values under MLflow's names, without `eval/`."""
+        return {"accuracy_base": self.top1_base, "accuracy_novel": self.top1_novel}
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,7 @@ def train_worker(run: Run, stage: Stage, pretrained: str, logger: MetricLogger) 
         losses = {"contrastive": contrast(*(value.float() for value in features))}
         session.update(losses)
         clip.clamp_scale()
-        if session.rank == 0 and run.eval_every and session.step % run.eval_every == 0 and not session.done:
-            current = copy.deepcopy(clip if session.average is None else session.average.module)
-            assert isinstance(current, Clip)
-            accuracy = held_out(current.eval(), run).accuracy()
-            logger.log(accuracy.named(), session.step)
-            print_accuracy(f"clip {session.step}  ", accuracy)
+        session.validate(run.validate_every, partial(measure, run))
         session.end_step(losses, run.batch_size)
 
 
@@ -160,6 +154,12 @@ def held_out(clip: Clip, run: Run) -> HeldOut:
     return HeldOut(torch.cat(parts).cpu(), torch.from_numpy(labels), novel[torch.from_numpy(labels)])
 
 
+def measure(run: Run, clip: nn.Module) -> Validated:
+    """The zero-shot test of a model in training."""
+    assert isinstance(clip, Clip)
+    return Validated(held_out(clip, run).accuracy().named())
+
+
 def open_pairs(run: Run) -> PairLoader | ShardLoader:
     """The pairs in the run's order.
 
@@ -175,11 +175,6 @@ def open_pairs(run: Run) -> PairLoader | ShardLoader:
         fit=FITS[run.model.resize_mode],
         max_side=run.max_side,
     )
-
-
-def print_accuracy(start: str, accuracy: Accuracy) -> None:
-    """One line."""
-    print(f"{start}zero-shot top-1: base {accuracy.top1_base:.3f}, novel {accuracy.top1_novel:.3f}", flush=True)
 
 
 def train(run: Run) -> Trained[Accuracy]:
@@ -202,13 +197,7 @@ def train(run: Run) -> Trained[Accuracy]:
         stages=(settings,),
     ) as active:
         first = active.save("first", partial(save_clip, pretrained)) if pretrained is not None else ""
-        stage = Stage(
-            job="clip",
-            name="train",
-            settings=settings,
-            folder=storage.join(active.folder, "train"),
-            metric_prefix="",
-        )
+        stage = active.stage("train", settings)
         loader = open_pairs(run)
         with active.timing("train"):
             loop = partial(train_worker, run, stage, first, active.tracked.logger())
@@ -225,7 +214,8 @@ def train(run: Run) -> Trained[Accuracy]:
             (folder / "calibration.json").write_text(json.dumps(calibration))
 
         def log(folder: str) -> Evaluation[Accuracy]:
-            scores = accuracy.named() | {f"calibration/{name}": value for name, value in calibration.items()}
+            scores = {f"eval/{name}": value for name, value in accuracy.named().items()}
+            scores |= {f"calibration/{name}": value for name, value in calibration.items()}
             active.tracked.log_metrics(scores, settings.steps)
             return Evaluation(metrics=accuracy, headline="eval/accuracy_novel", value=accuracy.top1_novel)
 
@@ -247,7 +237,7 @@ def dry_run(run: Run) -> None:
 def main() -> None:
     """Read -> train -> evaluate; prints the accuracy and the next command."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)
+    tracking.check_server(run.storage)
     if run.config == "smoke":
         prepare_pairs.prepare_smoke(run.storage)
     if run.dry_run:

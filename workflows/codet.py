@@ -39,7 +39,7 @@ from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import adopt_config, fit_config, load_backbone, read_backbone
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
-from workflows import evaluate, prepare_boxes, prepare_pairs
+from workflows import prepare_boxes, prepare_pairs
 from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.rehearsal import Rehearsal, rehearse
@@ -49,6 +49,9 @@ from workflows.common.teacher import CodetNames, find_teacher, open_encoder, rea
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
 from workflows.configs.codet import CONFIGS, Run
+from workflows.configs.evaluation import Run as EvaluationRun
+from workflows.reports import evaluation
+from workflows.reports.validation import ValidationSet
 
 SAME_TEACHER = 0.5
 """Mean cosine of a teacher's and a released detector's embeddings of the same names, if it is its teacher."""
@@ -78,7 +81,7 @@ def train_worker(
         model.detector.set_image_counts(torch.tensor(names.base_image_counts))
     session = Session(model, stage, device, logger)
     base_KD, concepts_CD = names.base_embeddings.to(device), names.concept_embeddings.to(device)
-
+    validation = validation_set(run, names)
     detections = session.batches("boxes", run.detection_batch, DetectionCollate())
     groups: Iterator[ConceptBatch] = iter(())
     sentences = None
@@ -94,9 +97,23 @@ def train_worker(
             losses = session.model(detection, concepts, base_KD, concepts_CD)
         session.update(losses)
         if session.due and session.rank == 0 and concepts is not None:
-            log_attention(session.module, concepts, names, session.step, logger)
+            log_attention(session.module, concepts, names, session.run_step, logger)
+        session.validate(run.validate_every, validation.measure)
         images = run.detection_batch * with_boxes + run.groups_per_step * run.group_size * with_captions
         session.end_step(losses, images)
+
+
+def validation_set(run: Run, names: CodetNames) -> ValidationSet:
+    """The images on which the detector is measured during training."""
+    return ValidationSet(
+        storage=storage.absolute(run.storage),
+        boxes=f"{run.boxes}-eval",
+        images=run.validate_images,
+        categories=names.categories,
+        splits=names.splits,
+        vocabulary=names.vocabulary,
+        max_detections=run.max_detections,
+    )
 
 
 def caption_encoder(run: Run, folder: str, device: torch.device) -> ClipTextEncoder | None:
@@ -165,7 +182,7 @@ def train_stage(
     streams = {"boxes": training.feed(boxes, run.detection_batch, settings, every)}
     if uses_captions(run, stage):
         groups = caption_groups(run, settings.seed)
-        streams["groups"] = training.feed(groups, run.groups_per_step, settings, every)
+        streams["groups"] = training.feed(groups, run.groups_per_step, settings, every, every - 1)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, logger)
     return fit(loop, stage, streams)
 
@@ -220,6 +237,9 @@ def train(run: Run) -> Trained[Metrics]:
         active.outputs["boxes_model"] = boxes_model
         with active.timing("evaluate"):
             supervised = evaluate_model(run, active, boxes_model, "eval/box_supervised", boxes)
+            if not run.box_model:
+                scores = {f"eval/{name}": value for name, value in supervised.metrics.summary().items()}
+                active.tracked.log_metrics(scores, active.last_step)
         with active.timing("joint"):
             weights = train_stage(run, active.stage("joint", joint), names, encoder_folder, weights, logger)
 
@@ -264,15 +284,14 @@ def evaluate_model(
     run: Run, active: ActiveRun, model: str, prefix: str, stage: Optimisation
 ) -> Evaluation[DetectionMetrics]:
     """Evaluate a checkpoint and log the results under `prefix`."""
-    settings = evaluate.Run(
+    settings = EvaluationRun(
         storage=run.storage,
         model=model,
         boxes=f"{run.boxes}-eval",
         max_detections=run.max_detections,
         synonyms=run.synonyms,
-        device=training.device_of(stage),
     )
-    return evaluate.evaluate_and_log(settings, active.tracked, prefix, stage.steps)
+    return evaluation.evaluate_trained(settings, active, stage, prefix)
 
 
 def find_weights(run: Run) -> Run:
@@ -407,7 +426,7 @@ def prepare_data(run: Run) -> Run:
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)
+    tracking.check_server(run.storage)
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)

@@ -141,8 +141,7 @@ def run_demo(run: Run, folder: Path) -> dict[str, Any]:
             checkpoints=(trained.outputs["boxes_model"], trained.model),
             curves={
                 "CLIP": tracking.metric_history(uri, teacher.run_id, "train/loss"),
-                "Box supervision": tracking.metric_history(uri, trained.run_id, "boxes/train/loss"),
-                "CoDet": tracking.metric_history(uri, trained.run_id, "joint/train/loss"),
+                "CoDet": tracking.metric_history(uri, trained.run_id, "train/loss"),
             },
             request=request,
             response=response,

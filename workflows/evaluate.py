@@ -1,168 +1,91 @@
-"""Evaluate a checkpoint on an annotated set, by base, novel and all names, with pictures.
+"""Evaluate a detector, an OV-SAM or any predictions by LVIS's, COCO's, OV-COCO's or OV-SAM's rules.
 
-detector, boxes/<name> --detect every image--> Detections -> faster-coco-eval -> AP, per-class table, pictures
+detector, boxes/<name> --parts on actors--> predictions --+
+ground truth, results of any tool (COCO's JSON) ----------+--> protocol --> metrics, page, pictures
 OV-SAM,   boxes/<name> --every object by its box, by a click--> named masks -> IoU, accuracy, cost, pictures
 
 python workflows/evaluate.py --model runs/demo/codet --storage runs/demo --boxes pictograms-eval
+python workflows/evaluate.py --model MODEL --boxes lvis-eval --workers 8 --device cuda --export dt.json
+python workflows/evaluate.py --ground-truth gt.json --predictions dt.json --protocol lvis --output metrics.json
+python workflows/evaluate.py --model MODEL --boxes pictograms2-eval   # transfer: another set, by its names alone
 python workflows/evaluate.py --model store/runs/ovsam/<run>/model --sam store/runs/ovsam/<run>/sam_model
 """
 
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from itertools import islice
-from typing import Any
-
-import torch
-from PIL import Image
 
 from data_prep import storage, tables
-from ovd_models.batches import Detections
-from ovd_models.checkpoints import load_model, read_info
 from ovd_models.errors import InputError
-from ovd_models.evaluation import DetectionMetrics, evaluate_detections
-from ovd_models.predictors import load_segmenter
-from ovd_models.sam.model import SamModel
-from ovd_models.vocabulary import SynonymRule
-from workflows.common import cli, registry, tracking
-from workflows.common.runs import Evaluation
-from workflows.common.tracking import TrackedRun
-from workflows.reports.detections import DetectorRun, draw_comparison, read_box_images
-from workflows.reports.pointing import SegmentationReport, evaluate_ovsam
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run(DetectorRun):
-    """One evaluation of a detector or an OV-SAM; requires `--model`."""
-
-    sam: str = ""
-    """For OV-SAM: folder or URI of a SAM to compare with, also by naming its masks with CLIP."""
-    images: int = 0
-    """Number of images, from the start of the table; 0 means all."""
-    batch_size: int = 16
-    """For detectors only, as are the three settings below."""
-    score_threshold: float = 0.01
-    max_detections: int = 100
-    masks: bool = False
-    """Evaluate masks instead of boxes; the detector must predict them."""
-    synonyms: SynonymRule = "none"
-    """Use of the synonyms in `categories`: none, the mean of their embeddings, or the maximum of their scores."""
-    num_pictures: int = 8
-    """Number of images to draw."""
-
+from ovd_models.metrics.official import evaluate_official
+from ovd_models.metrics.protocols import Measured, Protocol, measure
+from ovd_models.metrics.records import GroundTruth, Predictions
+from workflows.common import cli, measured
+from workflows.configs.evaluation import Run
 
 CONFIGS = {"default": Run}
 
 
-def evaluate(run: Run) -> tuple[DetectionMetrics, list[Image.Image]]:
-    """Evaluate a detector with all names of the set as vocabulary.
+def evaluate_files(run: Run) -> tuple[dict[str, float], str]:
+    """Evaluate predictions made elsewhere against an annotation file; returns the numbers and what was read.
 
-    An image that cannot be read is named, and has no detections.
+    Raises:
+        InputError: a file is unreadable or malformed, or lacks what the protocol needs.
+    """
+    started = time.perf_counter()
+    if run.model or run.export:
+        raise InputError(f"--{'model' if run.model else 'export'}: not with --predictions, expected one of them")
+    if not (run.ground_truth and run.predictions):
+        lacking = "--predictions" if run.ground_truth else "--ground-truth"
+        raise InputError(f"{lacking}: missing, expected both --ground-truth and --predictions")
+    truth = measured.read_truth_file(run.ground_truth, run.iou_type, run.novel)
+    protocol = measured.choose_protocol(truth, run.protocol)
+    if run.page and (run.engine == "lvis" or protocol == "ovsam"):
+        raise InputError("--page: shows curves, which --engine lvis and --protocol ovsam do not give")
+    if run.engine == "lvis" and protocol != "lvis":
+        raise InputError(f"--engine lvis: evaluates --protocol lvis only, not {protocol}")
+    found = measured.read_prediction_file(run.predictions, truth, run.iou_type)
+    if run.engine == "lvis":
+        numbers = evaluate_official(run.ground_truth, run.predictions, run.iou_type)
+    else:
+        result = measure(truth, found, protocol, run.iou_type)
+        numbers = dict(result.numbers)
+    if run.page:
+        write_page(run, truth, found, protocol, result)
+    return numbers, (
+        f"{protocol}, {run.iou_type}: {len(truth.image_ids):,} images, {len(truth.labels):,} objects, "
+        f"{len(found):,} predictions; {time.perf_counter() - started:.1f} s"
+    )
 
-    Returns:
-        The metrics, and drawings of the first images' detections with scores above 0.3.
+
+def write_page(run: Run, truth: GroundTruth, found: Predictions, protocol: Protocol, result: Measured) -> None:
+    """Write the page that explains an evaluation of files, without pictures."""
+    from workflows.reports.explanation import explain, render  # here, since it takes torch to draw
+
+    explained = explain(truth, found, protocol, run.iou_type)
+    title = f"Evaluation on {run.ground_truth.rpartition('/')[2]}"
+    html = render(explained, result, title=title, subject=run.predictions, protocol=protocol, kind=run.iou_type)
+    storage.write_bytes(run.page, html.encode())
+    print(f"page: {run.page}")
+
+
+def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
+    """Evaluate a model on a `boxes` table and log to MLflow; returns the numbers and where they are.
 
     Raises:
         InputError: the model or a table is missing, or no image can be read.
     """
-    if run.batch_size < 1:
-        raise InputError(f"batch_size: {run.batch_size}, expected at least 1")
-    detector = run.load_detector()
-    rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.images or None]
-    names, splits = run.read_categories()
-    words = None if run.synonyms == "none" else run.read_synonyms()
-    detections: list[Detections] = []
-    read = read_box_images(run.storage, rows)
-    while batch := list(islice(read, run.batch_size)):
-        images = [image for _, image in batch if image is not None]
-        found = iter(
-            detector.detect(
-                images,
-                list(names.values()),
-                score_threshold=run.score_threshold,
-                max_detections=run.max_detections,
-                synonyms=words,
-                merge="max" if run.synonyms == "max" else "mean",
-            )
-            if images
-            else ()
-        )
-        results = [no_detections(row, names) if image is None else next(found) for row, image in batch]
-        drawn = max(0, run.num_pictures - len(detections))  # keeping all images would fill the memory
-        detections += [*results[:drawn], *(replace(result, image=None) for result in results[drawn:])]
-    shown = zip(rows[: run.num_pictures], detections, strict=False)
-    pictures = [draw_comparison(row, result, names) for row, result in shown if result.image is not None]
-    return evaluate_detections(rows, detections, names, splits, "segm" if run.masks else "bbox"), pictures
+    # Here, since they take seconds, which predictions made elsewhere do not need.
+    from ovd_models.checkpoints import read_info
+    from workflows.common import registry, tracking
+    from workflows.reports import evaluation
 
-
-def no_detections(row: Mapping[str, Any], names: Mapping[int, str]) -> Detections:
-    """The detections of an image that cannot be read."""
-    return Detections(
-        boxes=torch.zeros(0, 4),
-        scores=torch.zeros(0),
-        labels=torch.zeros(0, dtype=torch.int64),
-        names=tuple(names.values()),
-        width=row["width"],
-        height=row["height"],
-        masks=(),
-    )
-
-
-def evaluate_segmenter(run: Run) -> SegmentationReport:
-    """Evaluate an OV-SAM with all names of the set as vocabulary; names with masks in its training are base.
-
-    Raises:
-        InputError: a model or a table is missing, or no object has a mask.
-    """
-    segmenter = load_segmenter(registry.local_model(run.model, run.storage), run.device)
-    categories, _ = run.read_categories()
-    return evaluate_ovsam(
-        run.storage,
-        run.boxes,
-        {name: category_id for category_id, name in categories.items()},
-        segmenter.names(list(categories.values())),
-        segmenter.model,
-        load_model(storage.local_folder(run.sam), SamModel) if run.sam else None,
-        limit=run.images,
-        num_pictures=run.num_pictures,
-        device=run.device,
-    )
-
-
-def log_detection_metrics(
-    tracked: TrackedRun, metrics: DetectionMetrics, pictures: Sequence[Image.Image], prefix: str, step: int
-) -> None:
-    """Log a detector's metrics, per-class table and pictures under `prefix`."""
-    tracked.log_metrics({f"{prefix}/{name}": value for name, value in metrics.summary().items()}, step)
-    columns: dict[str, Sequence[object]] = {
-        column: [getattr(entry, column) for entry in metrics.categories] for column in ("name", "split", "ap", "ap50")
-    }
-    tracked.log_table(columns, f"{prefix}/per_class.json")
-    tracked.log_pictures(pictures, prefix)
-
-
-def evaluate_and_log(run: Run, tracked: TrackedRun, prefix: str, step: int) -> Evaluation[DetectionMetrics]:
-    """Evaluate a detector in training and log the results.
-
-    Raises:
-        InputError: the model or a table is missing.
-    """
-    metrics, pictures = evaluate(run)
-    tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
-    log_detection_metrics(tracked, metrics, pictures, prefix, step)
-    return Evaluation(
-        metrics=metrics, headline=f"{prefix}/{metrics.headline}", value=metrics.summary()[metrics.headline]
-    )
-
-
-def main() -> None:
-    """Evaluate, log to MLflow and print the metrics."""
-    run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)  # refuses a wrong storage before any work
+    tracking.check_server(run.storage)
     started = time.perf_counter()
     folder = registry.local_model(run.model, run.storage)
-    local = replace(run, model=str(folder))
+    local = run if run.workers else replace(run, model=str(folder))
     method = read_info(folder).method
     start_run = partial(
         tracking.run,
@@ -172,20 +95,49 @@ def main() -> None:
         params=cli.flatten(run),
         tags={"method": method},
     )
+    numbers: dict[str, float] = {}
+    lines: list[str] = []
     if method == "ovsam":
-        report = evaluate_segmenter(local)
+        report = evaluation.evaluate_segmenter(local)
         with start_run() as tracked:
             tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
             report.log(tracked, "eval", 0)
         print(report.table())
+        numbers = {name: value if math.isfinite(value) else -1.0 for name, value in report.rows["ovsam", "box"].items()}
     else:
-        metrics, pictures = evaluate(local)
+        evaluated = evaluation.evaluate(local)
+        uri, page = evaluation.write_page(run, evaluated)
         with start_run() as tracked:
             tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
-            log_detection_metrics(tracked, metrics, pictures, "eval", 0)
-        for name, value in metrics.summary().items():
-            print(f"{name:12} {value:.3f}")
-    print(f"{time.perf_counter() - started:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}")
+            evaluation.log(evaluated, tracked, evaluation.draw_pictures(local, evaluated.table), page, "eval", 0)
+        numbers = dict(evaluated.measured.numbers)
+        if run.export:
+            rows = tables.read_parts(run.storage, "predictions", evaluated.table)
+            measured.export(evaluated.predictions, evaluated.truth, run.export, rows)
+        lines = [*transfer_table(evaluated.transfer), f"page: {uri}"]
+    seconds = time.perf_counter() - started
+    lines.append(f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}")
+    return numbers, "\n".join(lines)
+
+
+def transfer_table(numbers: Mapping[str, float]) -> list[str]:
+    """AP on another data set by what the training knew of its names, for the console; empty if it is the same set."""
+    rows = ["transfer, by what the training knew of the names:"] if numbers else []
+    for group in ("base", "novel", "new") if numbers else ():
+        count, ap50, ap = (numbers[f"{name}_{group}"] for name in ("names", "AP50", "AP"))
+        rows.append(f"  {group:6} {count:4.0f} names  AP50 {ap50:.3f}  AP {ap:.3f}")
+    return rows
+
+
+def main() -> None:
+    """Evaluate and print the metrics; those with nothing to measure are -1."""
+    run = cli.parse(CONFIGS, __doc__)
+    numbers, summary = evaluate_files(run) if run.ground_truth or run.predictions else evaluate_model(run)
+    for name, value in numbers.items():
+        print(f"{name:16} {value:.3f}")
+    if run.output:
+        measured.write_metrics(run.output, numbers)
+    print(summary)
 
 
 if __name__ == "__main__":

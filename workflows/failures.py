@@ -16,8 +16,9 @@ from ovd_models.errors import InputError
 from ovd_models.vocabulary import build_vocabulary
 from workflows.common import cli
 from workflows.common.teacher import open_teacher
+from workflows.configs.evaluation import DetectorRun
 from workflows.reports import failures as gallery
-from workflows.reports.detections import DetectorRun, read_box_images
+from workflows.reports.detections import read_box_images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ from workflows import prepare_boxes
 from workflows.common import cli, descriptions, runs, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
-from workflows.common.session import Session
+from workflows.common.session import Session, Validated
 from workflows.common.teacher import find_teacher, read_categories
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
@@ -78,6 +78,8 @@ class Task:
     """Further arguments of its `forward`, after the batch."""
     seeded: bool = False
     """Whether its `forward` draws at random, and so takes a generator as its last argument."""
+    measure: Callable[[nn.Module], Validated] | None = None
+    """Measures it during training."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def train_worker(run: Run, stage: Stage, task: Task, start: dict[str, Tensor], l
         with session.autocast():
             losses = session.model(batch, *extra, *generators)
         session.update(losses)
+        if task.measure is not None:
+            session.validate(run.validate_every, task.measure)
         session.end_step(losses, run.batch_size)
 
 
@@ -131,11 +135,11 @@ def sam_feeding(run: Run) -> Feeding:
 
 def train_sam(run: Run, active: ActiveRun) -> str:
     """Train a SAM on the masks of base categories; returns its checkpoint folder."""
-    target = storage.join(active.folder, "sam_model")
+    target, stage = storage.join(active.folder, "sam_model"), active.stage("sam", run.sam_stage)
     if storage.exists(storage.join(target, "config.json")):
         return target
     feeding = sam_feeding(run)
-    train_stage(run, active.stage("sam", run.sam_stage), feeding, active.tracked.logger())
+    train_stage(run, stage, feeding, active.tracked.logger())
     return active.save("sam_model", partial(write_sam, run, feeding.module.model))
 
 
@@ -227,8 +231,28 @@ def head_feeding(run: Run, model: OvSam, names: OvSamNames) -> Feeding:
         side=model.config.sam.image_size,
     )
     build = partial(build_head_training, model.config, run.clip2sam)
-    task = Task(build, MaskCollate(), extra=(names.base.embeddings[:, None],), seeded=True)
+    task = Task(
+        build,
+        MaskCollate(),
+        extra=(names.base.embeddings[:, None],),
+        seeded=True,
+        measure=partial(measure_head, run, names),
+    )
     return Feeding(task, load, Clip2SamTraining(model, run.clip2sam))
+
+
+def measure_head(run: Run, names: OvSamNames, module: nn.Module) -> Validated:
+    """IoU and accuracy of an OV-SAM in training, with boxes as prompts."""
+    assert isinstance(module, Clip2SamTraining)
+    values, pictures = pointing_report.measure_pointing(
+        storage.absolute(run.storage),
+        f"{run.boxes}-eval",
+        names.ids,
+        names.vocabulary,
+        module.model,
+        limit=run.validate_images,
+    )
+    return Validated(values, pictures)
 
 
 def build_text_training(sam: SamConfig, tower: TowerConfig, settings: TextToMaskConfig) -> nn.Module:
@@ -390,7 +414,7 @@ def evaluate_models(
         device=training.device_of(run.clip2sam_stage),
     )
     active.tracked.log_data_set(run.storage, "boxes", f"{run.boxes}-eval", "evaluation")
-    report.log(active.tracked, "eval", run.clip2sam_stage.steps)
+    report.log(active.tracked, "eval", active.last_step)
     metric = "accuracy_novel" if "novel" in names.splits.values() else "accuracy_all"
     return Evaluation(metrics=report, headline=f"eval/{metric}", value=report.rows["ovsam", "box"][metric])
 
@@ -407,7 +431,7 @@ def prepare_data(run: Run) -> Run:
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)
+    tracking.check_server(run.storage)
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)

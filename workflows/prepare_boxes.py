@@ -10,14 +10,19 @@ python workflows/prepare_boxes.py --config coco --name coco --data instances_tra
     --eval-data instances_val2017.json --images coco/ --captions captions_train2017.json    # pairs and groups, too
 """
 
+import atexit
 import dataclasses
+import functools
 import json
 import math
 import shlex
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +31,7 @@ import pyarrow.compute as pc
 import ray
 
 from data_prep import locks, storage, tables
-from data_prep.boxes import annotations, folders
+from data_prep.boxes import annotations, folders, formats
 from data_prep.boxes.cleaning import Account
 from data_prep.boxes.coco import (
     BoxSet,
@@ -39,9 +44,10 @@ from data_prep.boxes.coco import (
     with_split,
 )
 from data_prep.boxes.pictures import add_pictures
+from data_prep.boxes.splits import frequency_split, named_split
 from data_prep.pairs.dedup import CorpusConfig
 from data_prep.pairs.filters import FilterConfig
-from data_prep.pictograms.world import World
+from data_prep.pictograms.world import SCENES, SECOND_STYLE, World
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
 from workflows.common import cli, cluster
@@ -68,11 +74,16 @@ class Run:
     name: str
     """Name of the tables, before `-train` and `-eval`."""
     data: str = ""
-    """A file in COCO's or LVIS's format with `images`, or a folder with `instances.json` and `images/`; the pictogram
-    world if empty.
+    """A file in COCO's or LVIS's format with `images`, or a folder with `instances.json` and `images/`; Objects365's
+    file; Open Images' `*-annotations-bbox.csv`; a folder of YOLO (`data.yaml`) or Pascal VOC (`Annotations/`); the
+    pictogram world if empty.
 
     COCO's names are split into 48 base and 17 novel ones, LVIS's by `frequency` (`r` is novel); others are base.
     """
+    split: Literal["published", "frequency"] = "published"
+    """For `data`: `frequency` makes the names in at most 10 training images novel, as LVIS counts."""
+    novel: str = ""
+    """For `data`: a file with the names of the novel categories, one a line; the others are base."""
     eval_data: str = ""
     """Another such file or folder, with the same categories, for evaluation; if empty, some of `data` are held out."""
     images: str = ""
@@ -88,6 +99,8 @@ class Run:
     """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
     """Drawn scenes for evaluation, or images of `data` held out for it."""
+    style: Literal["first", "second"] = "first"
+    """Of drawn scenes; the second, outlined on stripes, is for the transfer of detectors trained on the first."""
     strict: bool = False
     """Refuse an annotation file in which anything was mended or left out."""
     seed: int = 0
@@ -108,7 +121,17 @@ def coco() -> Run:
     return Run(name="photos", train_images=0, eval_images=20)
 
 
-CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "coco": coco}
+def second_style() -> Run:
+    """The pictogram world in another style: a test set for detectors that were trained on the first."""
+    return Run(name="pictograms2", style="second", train_images=48)
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "second_style": second_style,
+    "coco": coco,
+}
 
 
 @locks.exclusive("boxes", "categories")
@@ -125,7 +148,11 @@ def prepare(run: Run) -> None:
     # The digests of annotation files count instead of their names.
     for other in ("eval_data", "captions", "min_images", "wordnet", "strict"):
         del settings[other]
+    for name, default in (("split", "published"), ("novel", ""), ("style", "first")):
+        if settings[name] == default:  # tables from before these settings stay those of the same config
+            del settings[name]
     digests = [file_digest(annotation_file(data)) for data in (run.data, run.eval_data) if data]
+    digests += [file_digest(Path(run.novel))] if run.novel else []
     config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
@@ -212,9 +239,28 @@ def prepare_full(run: Run) -> None:
     print(f"boxes: {full.num_rows:,} images with novel objects, annotated (-full) and not (-mixed)")
 
 
+@functools.cache
 def annotation_file(data: str) -> Path:
-    """The annotation file of `--data`, itself or in the folder."""
-    return Path(data) if data.endswith(".json") else Path(data, "instances.json")
+    """The annotation file of `--data`: itself, in the folder, or, of other formats, a converted copy."""
+    if not formats.needs_conversion(data):
+        return Path(data) if data.endswith(".json") else Path(data, "instances.json")
+    folder = tempfile.mkdtemp(prefix="ovd-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    converted = Path(folder, "instances.json")
+    converted.write_text(json.dumps(formats.convert(data)))
+    return converted
+
+
+def image_folder(run: Run, data: str) -> str:
+    """Folder or URI of the pictures of `--data` or `--eval-data`."""
+    return run.images or str(formats.picture_folder(data))
+
+
+def split_categories(run: Run, categories: list[dict[str, Any]], rows: pa.Table) -> list[dict[str, Any]]:
+    """Rows of `categories` with the split that the run asks for; `rows` are those of all training images."""
+    if run.novel:
+        return named_split(categories, Path(run.novel))
+    return frequency_split(categories, rows) if run.split == "frequency" else categories
 
 
 def read_folder(run: Run, accounts: Sequence[Account]) -> tuple[BoxSet, BoxSet]:
@@ -224,13 +270,15 @@ def read_folder(run: Run, accounts: Sequence[Account]) -> tuple[BoxSet, BoxSet]:
     `with_split`. What is odd goes into the account of each file.
     """
     account_of = dict(zip(dict.fromkeys(filter(None, (run.data, run.eval_data))), accounts, strict=False))
-    images = {data: run.images or str(Path(data, "images")) for data in account_of}
+    images = {data: image_folder(run, data) for data in account_of}
     read = {
         data: read_annotations(annotation_file(data), images[data], account) for data, account in account_of.items()
     }
     names = [[(row["category_id"], row["name"]) for row in categories] for categories, _ in read.values()]
     if names[0] != names[-1]:
         raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
+    split = split_categories(run, *read[run.data])
+    read = {data: (split, rows) for data, (_, rows) in read.items()}
     rows = read[run.data][1]
     kept, held_out = (rows.take(pa.array(numbers)) for numbers in split_rows(run, rows.num_rows))
     if run.captions:  # before any picture is read
@@ -270,10 +318,11 @@ def draw_pictograms(run: Run) -> tuple[BoxSet, BoxSet]:
 def draw_in_parallel(run: Run, part: str, count: int, *, seed: int, base_only: bool) -> pa.Table:
     """Scenes 0 to `count` as rows of `boxes`, in the order of their numbers."""
     uri, name, world = storage.absolute(run.storage), f"{run.name}-{part}", World.create(run.seed)
+    style = SCENES if run.style == "first" else SECOND_STYLE
     storage.remove_temporary(storage.join(uri, "images", name))
 
     def draw(numbers: range) -> pa.Table:
-        rows = list(annotations.draw_scenes(uri, name, world, numbers, seed=seed, base_only=base_only))
+        rows = list(annotations.draw_scenes(uri, name, world, numbers, seed=seed, base_only=base_only, style=style))
         return pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
 
     if count <= SCENES_PER_TASK:  # faster than starting a process

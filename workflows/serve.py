@@ -1,10 +1,10 @@
-"""Serve a trained detector or OV-SAM over HTTP; each request names the objects to find.
+"""Serve trained models over HTTP, with a web page; each request names the objects to find.
 
-checkpoint folder or models:/ URI --> replicas of Endpoint (Ray Serve)
-multipart image, names --> RequestLimiter (bytes, queue) --> decode --> detect, or segment by prompts --> JSON
+checkpoint folder or models:/ URI --> replicas (Ray Serve) behind HAProxy
+image, names --> gate (token, bytes, queue) --> decode --> encode, batched --> detect, segment, classify --> JSON
 
 python workflows/serve.py --model runs/demo/codet --port 8000
-python workflows/serve.py --model models:/ovd-codet-pictograms@champion --storage store
+python workflows/serve.py --model detector=models:/ovd-codet-pictograms@champion,pointer=runs/ovsam --storage store
 serve run workflows.serve:app model=runs/demo/codet
 
 curl -F image=@street.jpg -F 'vocabulary=["red umbrella", "anchor"]' http://127.0.0.1:8000/v1/detect
@@ -15,26 +15,32 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from workflows.serving.deployment import (  # isort: skip  # before Ray Serve is imported elsewhere
+    LOOPBACK,
+    TOKEN_VARIABLE,
+    build,
+    digest_of_token,
+)
 
 import ray
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
-from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
-from workflows.common import cli, cluster, registry
-from workflows.serving.api import Endpoint
-from workflows.serving.requests import RETRY_AFTER_SECONDS, Limits
-
-SERVED_METHODS = ("codet", "vild", "ovsam")
+from workflows.common import cli, cluster
+from workflows.serving.limits import Limits
+from workflows.serving.settings import Settings
+from workflows.serving.sources import check_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +48,37 @@ class Run:
     """One endpoint."""
 
     model: str = ""
-    """The checkpoint: a folder, its URI, or models:/<name>@<alias>."""
+    """The checkpoint: a folder, its URI, or models:/<name>@<alias>; several as NAME=URI, separated by commas."""
     storage: str = "store"
-    """Storage of models:/ URIs and of the teacher's `texts`."""
+    """Storage of models:/ URIs, of the teacher's `texts` and of vocabularies that clients store."""
     texts: bool = True
     """Read embeddings of names from the teacher's `texts`, held in memory by each replica; embed only other names."""
     host: str = "127.0.0.1"
+    """On another host than this machine alone, a token is required."""
     port: int = 8000
     """0 chooses a free port."""
+    token_file: str = ""
+    """File with the bearer token that requests must have; or set the variable OVD_TOKEN."""
     replicas: int = 1
-    """Copies of the model; each answers one request at a time, with all its threads."""
+    """Copies of the models, at least."""
+    max_replicas: int = 0
+    """Copies at most: under load, Ray Serve adds some; 0 for no more than `replicas`."""
+    cpus: float = 1
+    """CPUs that Ray reserves for a replica."""
     threads: int = 0
-    """Threads of a replica; 0 uses all cores."""
+    """Threads of a replica's models; 0 chooses one or all cores by a measurement at the start."""
     gpus: float = 0
-    """GPUs of a replica."""
+    """GPUs of a replica, such as 0.5 for two replicas on one."""
+    max_batch: int = 8
+    """Images of waiting requests that are encoded together at most."""
+    image_cache_mb: int = 64
+    """Encoded images that a replica keeps: other names or prompts for a seen image skip the encoder."""
+    text_cache_mb: int = 64
+    """Embedded names that a replica keeps."""
+    refresh_seconds: float = 15.0
+    """How often a new version behind a models:/<name>@<alias> is looked for; 0 for never."""
+    log_requests: bool = True
+    """Log one JSON line per request to Ray's log of the replica."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -67,38 +90,58 @@ def local() -> Run:
 CONFIGS = {"local": local}
 
 
-def check_model(run: Run) -> None:
-    """Check the checkpoint before any work; in a replica the error would be a failed deployment.
+def check(run: Run) -> None:
+    """Check the models and the token before any work.
 
     Raises:
-        InputError: there is no such checkpoint, or its method is not served.
+        InputError: a checkpoint is missing or not served, or strangers could reach the endpoint.
     """
-    method = read_info(registry.local_model(run.model, run.storage)).method
-    if method not in SERVED_METHODS:
-        raise InputError(f"{run.model}: a checkpoint of method {method!r}, expected one of {', '.join(SERVED_METHODS)}")
+    check_models(run.model, run.storage)
+    if run.host not in LOOPBACK and not read_token(run):
+        raise InputError(
+            f"--host {run.host}: others can reach it, expected --token-file or the variable {TOKEN_VARIABLE}"
+        )
+
+
+def read_token(run: Run) -> str:
+    """The bearer token; empty for none.
+
+    Raises:
+        InputError: the file cannot be read or is empty.
+    """
+    if not run.token_file:
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
+    try:
+        token = Path(run.token_file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--token-file {run.token_file}: cannot be read ({type(error).__name__})") from error
+    if not token:
+        raise InputError(f"--token-file {run.token_file}: empty, expected a token")
+    return token
 
 
 def build_application(run: Run) -> Application:
     """Configure the Ray Serve application."""
-    # Torch's threads wait for each other asleep: spinning, they answer 30 times slower on a busy machine.
-    environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
-    deploy = serve.deployment(
-        name="Endpoint",
-        num_replicas=run.replicas,
-        ray_actor_options={"num_cpus": 1, "num_gpus": run.gpus, "runtime_env": environment},
-        # RequestLimiter counts the requests of a replica and lets /healthz pass; these limits are only a second guard.
-        max_ongoing_requests=run.limits.max_queued + 64,
-        max_queued_requests=run.limits.max_queued + 64,
-        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_SECONDS),
-        graceful_shutdown_wait_loop_s=0.2,
-    )
-    return deploy(serve.ingress()(Endpoint)).bind(
-        run.model,
-        run.storage,
+    settings = Settings(
+        model=run.model,
+        storage=run.storage,
         texts=run.texts,
         threads=run.threads,
         device="cuda" if run.gpus else "cpu",
+        max_batch=run.max_batch,
+        image_cache_mb=run.image_cache_mb,
+        text_cache_mb=run.text_cache_mb,
+        refresh_seconds=run.refresh_seconds,
+        token_digest=digest_of_token(read_token(run)),
         limits=run.limits,
+    )
+    return build(
+        settings,
+        replicas=run.replicas,
+        max_replicas=run.max_replicas,
+        gpus=run.gpus,
+        cpus=run.cpus,
+        log_requests=run.log_requests,
     )
 
 
@@ -117,7 +160,7 @@ def app(args: dict[str, Any]) -> Application:
     except ValidationError as error:
         fault = error.errors()[0]
         raise InputError(f"{fault['loc'][0]}: {fault['msg']}") from error
-    check_model(run)
+    check(run)
     return build_application(run)
 
 
@@ -128,14 +171,14 @@ def serve_model(run: Run) -> Iterator[str]:
     Raises:
         InputError: there is no such checkpoint, or the port is taken.
     """
-    check_model(run)
+    check(run)
     port = free_port(run.host, run.port)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         options = {"host": run.host, "port": port, "request_timeout_s": 120}
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
-        serve.run(build_application(run), name="ovd", logging_config=quiet)
+        serve.run(build_application(run), name="ovd")
         yield f"http://{run.host}:{port}"
     finally:
         with contextlib.redirect_stdout(io.StringIO()):  # Ray prints there that its own controller ends
@@ -160,7 +203,7 @@ def free_port(host: str, port: int) -> int:
 def main() -> None:
     """Serve until Ctrl-C."""
     run = cli.parse(CONFIGS, __doc__, writes=False)
-    check_model(run)
+    check(run)
     free_port(run.host, run.port)
     with contextlib.suppress(KeyboardInterrupt):  # the normal way to stop
         cluster.start_ray()

@@ -31,7 +31,7 @@ from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_config, load_backbone, read_backbone
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
-from workflows import embed, evaluate, prepare_boxes
+from workflows import embed, prepare_boxes
 from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
@@ -39,7 +39,10 @@ from workflows.common.session import Session
 from workflows.common.teacher import find_teacher, open_encoder, read_categories, read_synonyms
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
+from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.configs.vild import CONFIGS, Run
+from workflows.reports import evaluation
+from workflows.reports.validation import ValidationSet
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class VildNames:
     """Category ids of the names with training boxes."""
     splits: dict[str, str]
     """`base` or `novel` by name."""
+    categories: dict[int, str]
+    """Category id -> name, for categories with a split."""
     vocabulary: Vocabulary
     """All names."""
 
@@ -62,20 +67,34 @@ class VildNames:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def train_worker(
-    run: Run, stage: Stage, start: dict[str, Tensor], text_KD: Tensor, trained_K: Tensor, logger: MetricLogger
-) -> None:
+def train_worker(run: Run, stage: Stage, start: dict[str, Tensor], names: VildNames, logger: MetricLogger) -> None:
     """The loop of both stages: batches -> losses -> step."""
     device = training.prepare_worker(stage.settings)
     model = build_model(run, stage.name)
     model.load_state_dict(start)
     session = Session(model, stage, device, logger)
-    names = (text_KD.to(device), trained_K.to(device)) if isinstance(model, ViLD) else ()
+    is_detector = isinstance(model, ViLD)
+    given = (names.vocabulary.embeddings.to(device), names.trained.to(device)) if is_detector else ()
+    validation = validation_set(run, names)
     for batch in session.batches("boxes", run.detection_batch, DetectionCollate()):
         with session.autocast():
-            losses = session.model(batch, *names)
+            losses = session.model(batch, *given)
         session.update(losses)
+        session.validate(run.validate_every if is_detector else 0, validation.measure)
         session.end_step(losses, run.detection_batch)
+
+
+def validation_set(run: Run, names: VildNames) -> ValidationSet:
+    """The images on which the detector is measured during training."""
+    return ValidationSet(
+        storage=storage.absolute(run.storage),
+        boxes=f"{run.boxes}-eval",
+        images=run.validate_images,
+        categories=names.categories,
+        splits=names.splits,
+        vocabulary=names.vocabulary,
+        max_detections=run.max_detections,
+    )
 
 
 def build_model(run: Run, stage: str) -> ProposalNetwork | ViLD:
@@ -103,7 +122,7 @@ def train_stage(
         repeat_threshold=run.repeat_threshold,
         regions=regions,
     )
-    loop = partial(train_worker, run, stage, start, names.vocabulary.embeddings, names.trained, logger)
+    loop = partial(train_worker, run, stage, start, names, logger)
     return fit(loop, stage, {"boxes": training.feed(loader, run.detection_batch, stage.settings)})
 
 
@@ -268,17 +287,16 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
 
 def evaluate_model(run: Run, active: ActiveRun, model: str) -> Evaluation[DetectionMetrics]:
     """Evaluate the checkpoint and log the results."""
-    settings = evaluate.Run(
+    settings = EvaluationRun(
         storage=run.storage,
         model=model,
         boxes=f"{run.boxes}-eval",
         score_threshold=run.score_threshold,
         max_detections=run.max_detections,
-        masks=run.measure_masks,
+        iou_type="segm" if run.measure_masks else "bbox",
         synonyms=run.synonyms,
-        device=training.device_of(run.detector_stage),
     )
-    return evaluate.evaluate_and_log(settings, active.tracked, "eval", run.detector_stage.steps)
+    return evaluation.evaluate_trained(settings, active, run.detector_stage, "eval")
 
 
 def save(run: Run, model: ViLD, encoder: TextEncoder, names: VildNames, folder: Path) -> None:
@@ -300,7 +318,7 @@ def read_names(run: Run, encoder: TextEncoder) -> VildNames:
     others = [key for key in categories if key not in set(trained)]
     ordered = [categories[key] for key in (*trained, *others)]
     words = read_synonyms(run.storage, run.boxes) if run.synonyms == "mean" else None
-    return VildNames(trained, splits, build_vocabulary(encoder, ordered, splits, words))
+    return VildNames(trained, splits, categories, build_vocabulary(encoder, ordered, splits, words))
 
 
 def find_weights(run: Run) -> Run:
@@ -357,7 +375,7 @@ def prepare_data(run: Run) -> Run:
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
     run = cli.parse(CONFIGS, __doc__)
-    tracking.tracking_uri(run.storage)
+    tracking.check_server(run.storage)
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)

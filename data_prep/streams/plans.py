@@ -92,6 +92,14 @@ class StreamShape:
         count = rounds * self.steps_per_block * self.rows_per_step
         return start_step * self.rows_per_step, count, rounds * self.workers
 
+    def of_step(self, step: int) -> Integers:
+        """Positions of a step's rows, worker by worker: each takes one block of a round."""
+        workers = max(1, self.workers)
+        block = self.steps_per_block if self.workers else 1
+        share, (cycle, inside) = self.rows_per_step // workers, divmod(step, block)
+        first = cycle * block * self.rows_per_step + inside * share
+        return (first + np.arange(workers)[:, None] * block * share + np.arange(share)).ravel()
+
 
 @dataclass(frozen=True)
 class DriverStream:

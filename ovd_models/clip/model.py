@@ -328,6 +328,8 @@ def _read(folder: str | Path) -> tuple[ClipConfig, str, dict[str, Tensor]]:
         raw = json.loads((source / "clip.json").read_text())
         triples = {name: tuple(raw["config"][name]) for name in ("mean", "std")}
         config = ClipConfig(**{**raw["config"], **triples})
+        if not config.name and any(key.startswith("hf_") for key in (*config.text, *config.vision)):
+            raise InputError(f"{source}: its towers are on a hub, expected those that open_clip builds")
         weights = load_file(source / "clip.safetensors")  # mapped: processes that load the same file share its memory
         state = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
         return config, str(raw["teacher"]), state

@@ -99,9 +99,14 @@ def calibration_error(probabilities_BK: Tensor, labels_B: Tensor, bins: int = 15
     """
     _check(probabilities_BK, labels_B)
     confidence_B, guess_B = probabilities_BK.double().max(1)
-    gap_B = (guess_B == labels_B).double() - confidence_B
-    bin_B = (confidence_B * bins).ceil().long().clamp(1, bins) - 1
-    return float(gap_B.new_zeros(bins).index_add(0, bin_B, gap_B).abs().sum()) / len(labels_B)
+    return calibration_error_of(confidence_B, guess_B == labels_B, bins)
+
+
+def calibration_error_of(confidence_B: Tensor, right_B: Tensor, bins: int = 15) -> float:
+    """`calibration_error` from the probability of each first guess, and whether it is right."""
+    gap_B = right_B.double() - confidence_B.double()
+    bin_B = (confidence_B.double() * bins).ceil().long().clamp(1, bins) - 1
+    return float(gap_B.new_zeros(bins).index_add(0, bin_B, gap_B).abs().sum()) / len(right_B)
 
 
 def _check(scores_BK: Tensor, labels_B: Tensor) -> None:

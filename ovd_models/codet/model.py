@@ -29,6 +29,7 @@ from ovd_models.codet.alignment import (
 )
 from ovd_models.detectors.c4 import C4
 from ovd_models.detectors.centernet2 import CenterNet2, CenterNet2Config
+from ovd_models.detectors.encoded import EncodedRegions
 from ovd_models.detectors.rcnn import RCNN, RCNNConfig
 from ovd_models.detectors.resizing import ResizedImages, annotated_targets, resize_images
 from ovd_models.errors import InputError
@@ -293,6 +294,16 @@ class CoDet(nn.Module):
             attention = [row[: len(box)] for row, box in zip(attention_BN[rows], boxes[rows], strict=True)]
             groups.append(GroupAttention(original[rows], attention, unit_MD * guidance_D @ unit_MD.T))
         return groups
+
+    def encode(self, images: Sequence[Tensor]) -> list[EncodedRegions]:
+        """Regions of uint8 images [3, H, W]; `find` searches them for any names without another forward pass."""
+        return self.detector.encode(images)
+
+    def find(
+        self, encoded: EncodedRegions, vocabulary: Vocabulary, *, score_threshold: float, max_detections: int
+    ) -> Detections:
+        """Find the vocabulary's names in an encoded image."""
+        return self.detector.find(encoded, vocabulary, score_threshold=score_threshold, max_detections=max_detections)
 
     def detect(
         self,

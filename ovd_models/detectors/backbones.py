@@ -1,5 +1,6 @@
 """Backbones from timm."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import timm
@@ -8,9 +9,24 @@ from timm.models import FeatureInfo
 from timm.models.resnet import Bottleneck
 from torch import nn
 
+from ovd_models.errors import InputError
+
 BottleneckStride = Literal["default", "1x1", "3x3"]
 """The convolution of a ResNet's bottleneck that takes its stride: the first one in the original ResNet (MSRA's weights,
 detectors released on them), the 3x3 one in torchvision and timm. `default` is 1x1 in `C4` and 3x3 elsewhere."""
+
+
+def check_offline(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a timm model whose name or options open a file or a connection: a checkpoint's config is not trusted.
+
+    Raises:
+        InputError: it would.
+    """
+    if ":" in name or "/" in name:
+        raise InputError(f"backbone {name!r}: an address, expected a name that timm knows")
+    for option in options:
+        if option.startswith("pretrained") or option in ("checkpoint_path", "cache_dir"):
+            raise InputError(f"backbone_options: {option!r} loads weights, expected options of the architecture alone")
 
 
 def build_backbone(
@@ -29,7 +45,11 @@ def build_backbone(
         strides: of the maps, finest first.
         freeze_norm: whether batch norms keep their statistics and have no parameters.
         stride: the convolution of a bottleneck that takes its stride; `default` is timm's, 3x3.
+
+    Raises:
+        InputError: see `check_offline`.
     """
+    check_offline(name, options)
     reductions = feature_info(timm.create_model(name, features_only=True, **options)).reduction()
     indices = tuple(reductions.index(reduction) for reduction in strides)
     backbone = timm.create_model(name, features_only=True, out_indices=indices, **options)
@@ -38,6 +58,7 @@ def build_backbone(
 
 def build_last_stage(name: str, options: dict[str, Any], *, freeze_norm: bool, stride: BottleneckStride) -> nn.Module:
     """The last stage of a ResNet; arguments as for `build_backbone`."""
+    check_offline(name, options)
     classifier: Any = timm.create_model(name, num_classes=0, **options)
     return arrange(classifier.layer4, freeze_norm=freeze_norm, stride=stride)
 

@@ -27,6 +27,7 @@ from ovd_models.detectors.centernet import (
     decode_proposals,
     flatten_levels,
 )
+from ovd_models.detectors.encoded import EncodedRegions, split_images
 from ovd_models.detectors.eva import EvaConfig, EvaPyramid
 from ovd_models.detectors.feature_pyramid import Pyramid, SwinMaps, TimmMaps, pool_regions
 from ovd_models.detectors.masks import with_masks
@@ -253,6 +254,33 @@ class CenterNet2(nn.Module):
         return loss / max(1, target_RSS.numel())
 
     @torch.no_grad()
+    def encode(self, images: Sequence[Tensor]) -> list[EncodedRegions]:
+        """Regions of uint8 images [3, H, W]; `find` searches them for any names without another forward pass."""
+        resized = self.preprocess(images)
+        features = self.features(resized)
+        proposals = self.propose(resized, features)
+        outputs = self.cascade(features, proposals.boxes, resized.image_sizes)
+        refined = self.stages[-1].refined(outputs[-1])  # type: ignore[operator]
+        stages = [each.embeddings for each in outputs]
+        pooled = dict(list(features.items())[: len(self.config.strides)]) if self.config.mask_convs else None
+        return split_images(resized, refined, stages, proposals.scores, pooled)
+
+    @torch.no_grad()
+    def find(
+        self, encoded: EncodedRegions, vocabulary: Vocabulary, *, score_threshold: float, max_detections: int
+    ) -> Detections:
+        """Find the vocabulary's names in an encoded image, with masks if learned.
+
+        A score is the root of the mean class probability of all stages times the proposal's.
+        """
+        assert encoded.proposal_scores is not None
+        logits_RS = [cosine_logits(each, vocabulary.embeddings, self.config.temperature) for each in encoded.stages]
+        stage_SRK = torch.stack([vocabulary.strongest(logits).sigmoid() for logits in logits_RS])
+        score_RK = combine_scores(stage_SRK, encoded.proposal_scores)
+        selection = Selection(self.config.box_nms, score_threshold, max_detections)
+        found, boxes = encoded.sizes.detections([encoded.boxes], [score_RK], vocabulary.names, selection)
+        return with_masks(found, self.mask_logits(encoded.features, boxes))[0] if self.config.mask_convs else found[0]
+
     def detect(
         self,
         images: Sequence[Tensor],
@@ -261,22 +289,11 @@ class CenterNet2(nn.Module):
         score_threshold: float = 0.02,
         max_detections: int = 300,
     ) -> list[Detections]:
-        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` per image, with masks if learned.
-
-        A score is the root of the mean class probability of all stages times the proposal's.
-        """
-        selection = Selection(self.config.box_nms, score_threshold, max_detections)
-        resized = self.preprocess(images)
-        features = self.features(resized)
-        proposals = self.propose(resized, features)
-        outputs = self.cascade(features, proposals.boxes, resized.image_sizes)
-        logits_RS = [cosine_logits(each.embeddings, vocabulary.embeddings, self.config.temperature) for each in outputs]
-        stage_SRK = torch.stack([vocabulary.strongest(logits).sigmoid() for logits in logits_RS])
-        score_RK = combine_scores(stage_SRK, torch.cat(proposals.scores))
-        refined = self.stages[-1].refined(outputs[-1])  # type: ignore[operator]
-        scores = torch.split(score_RK, [len(entry) for entry in proposals.boxes])
-        detections, boxes = resized.detections(refined, scores, vocabulary.names, selection)
-        return with_masks(detections, self.mask_logits(features, boxes)) if self.config.mask_convs else detections
+        """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` per image, with masks if learned."""
+        return [
+            self.find(each, vocabulary, score_threshold=score_threshold, max_detections=max_detections)
+            for each in self.encode(images)
+        ]
 
 
 def build_pyramid(config: CenterNet2Config) -> nn.Module:

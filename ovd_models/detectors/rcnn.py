@@ -21,6 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ovd_models.batches import DetectionBatch, Detections
 from ovd_models.detectors.backbones import BottleneckStride, build_backbone, feature_info
+from ovd_models.detectors.encoded import EncodedRegions, split_images
 from ovd_models.detectors.masks import MaskHead
 from ovd_models.detectors.region_pool import POOLED, RegionPool
 from ovd_models.detectors.resizing import ResizedImages, Selection, annotated_targets, build_transform, resize_images
@@ -263,6 +264,24 @@ class RCNN(ProposalNetwork):
         return list(torch.split(refined, [len(entry) for entry in boxes]))
 
     @torch.no_grad()
+    def encode(self, images: Sequence[Tensor]) -> list[EncodedRegions]:
+        """Regions of uint8 images [3, H, W]; `find` searches them for any names without another forward pass."""
+        resized = self.preprocess(images)
+        features = self.features(resized)
+        boxes = self.propose(resized, features).boxes
+        region_RF = self.region_features(features, boxes)
+        return split_images(resized, self.refine(region_RF, boxes), [self.projection(region_RF)], None, None)
+
+    @torch.no_grad()
+    def find(
+        self, encoded: EncodedRegions, vocabulary: Vocabulary, *, score_threshold: float, max_detections: int
+    ) -> Detections:
+        """Find the vocabulary's names in an encoded image."""
+        logits_RS = cosine_logits(encoded.stages[0], vocabulary.embeddings, self.config.temperature)
+        scores_RK = vocabulary.strongest(logits_RS).sigmoid()
+        selection = Selection(self.config.box_nms, score_threshold, max_detections)
+        return encoded.sizes.detections([encoded.boxes], [scores_RK], vocabulary.names, selection)[0][0]
+
     def detect(
         self,
         images: Sequence[Tensor],
@@ -272,15 +291,10 @@ class RCNN(ProposalNetwork):
         max_detections: int = 100,
     ) -> list[Detections]:
         """Find the vocabulary's names in uint8 images [3, H, W]; one `Detections` per image."""
-        selection = Selection(self.config.box_nms, score_threshold, max_detections)
-        resized = self.preprocess(images)
-        features = self.features(resized)
-        boxes = self.propose(resized, features).boxes
-        region_RF = self.region_features(features, boxes)
-        refined = self.refine(region_RF, boxes)
-        logits_RS = cosine_logits(self.projection(region_RF), vocabulary.embeddings, self.config.temperature)
-        scores = torch.split(vocabulary.strongest(logits_RS).sigmoid(), [len(entry) for entry in boxes])
-        return resized.detections(refined, scores, vocabulary.names, selection)[0]
+        return [
+            self.find(each, vocabulary, score_threshold=score_threshold, max_detections=max_detections)
+            for each in self.encode(images)
+        ]
 
 
 def build_rpn(

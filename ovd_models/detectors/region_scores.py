@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ovd_models.batches import Detections
+from ovd_models.batches import Detections, TensorRecord
 from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.detectors.resizing import Selection, select_detections
 from ovd_models.losses import cosine_logits
@@ -39,7 +39,7 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class RegionRecord:
+class RegionRecord(TensorRecord):
     """Regions of one image as a detector embeds them, independent of any names."""
 
     boxes: Tensor

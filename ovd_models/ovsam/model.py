@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
+from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 from ovd_models.ovsam.adapter import Sam2Clip
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
@@ -75,7 +76,7 @@ class OvSamConfig:
 
 
 @dataclass(frozen=True)
-class EncodedOvSam:
+class EncodedOvSam(TensorRecord):
     """An encoded image, for any number of prompts and vocabularies."""
 
     sam: EncodedImage
@@ -234,9 +235,14 @@ class OvSam(nn.Module):
         return head_PK, clip_PK, segments.masks.flatten(1).any(1)
 
     def everything(
-        self, image: Tensor, vocabulary: Vocabulary | None = None, settings: EverythingConfig | None = None
+        self,
+        image: Tensor | EncodedOvSam,
+        vocabulary: Vocabulary | None = None,
+        settings: EverythingConfig | None = None,
     ) -> Segments:
         """The masks of a whole image, best first by predicted IoU, named if a vocabulary is given.
+
+        The image is [3, H, W] uint8, or the result of `encode`.
 
         As in the package's automatic mask generator, prompts are a grid of clicks, and masks of low predicted IoU, low
         stability or high overlap with a better one are dropped.
@@ -247,7 +253,7 @@ class OvSam(nn.Module):
         if not self.config.iou_head:
             raise InputError("everything: this model has no IoU head to choose masks by")
         settings = settings or EverythingConfig()
-        encoded = self.encode(image)
+        encoded = self.encode(image) if isinstance(image, Tensor) else image
         height, width = encoded.sam.size
         grid = torch.from_numpy(build_point_grid(settings.points_per_side)).float()
         points = grid * grid.new_tensor([width, height])
@@ -260,7 +266,7 @@ class OvSam(nn.Module):
             # not the masks: before suppression there are hundreds, each of the image's size
             parts.append((part.low_res[good], part.ious[good], part.boxes[good]))
         low_PLL, ious_P, boxes_P4 = map(torch.cat, zip(*parts, strict=True))
-        best = nms(boxes_P4, ious_P, settings.nms_iou)
+        best = nms(boxes_P4, ious_P, settings.nms_iou)[: settings.max_masks]
         segments = unnamed(self.full_size(low_PLL[best], encoded.sam), ious_P[best], low_PLL[best])
         return segments if vocabulary is None else self.name(encoded, segments, vocabulary)
 

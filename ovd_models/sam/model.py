@@ -16,6 +16,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 from ovd_models.images import fitted_size
 from ovd_models.preprocess import add_edge
@@ -189,7 +190,7 @@ def run_decoder(
 
 
 @dataclass(frozen=True)
-class EncodedImage:
+class EncodedImage(TensorRecord):
     """An encoded image, for any number of prompts."""
 
     embedding: Tensor
@@ -244,6 +245,8 @@ class EverythingConfig:
     min_stability: float = 0.95
     """Minimum IoU of the masks at a higher and a lower threshold."""
     nms_iou: float = 0.7
+    max_masks: int = 1024
+    """Maximum number of masks, the best by predicted IoU."""
 
 
 class SamModel(nn.Module):
@@ -315,6 +318,7 @@ class SamModel(nn.Module):
             box_nms_thresh=settings.nms_iou,
         )
         records = sorted(generator.generate(pixels), key=lambda record: -float(record["predicted_iou"]))
+        records = records[: settings.max_masks]
         masks = np.zeros((len(records), height, width), bool)
         for row, record in enumerate(records):
             masks[row] = record["segmentation"][:height, :width]

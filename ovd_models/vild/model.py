@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd_models.batches import DetectionBatch, Detections
+from ovd_models.batches import DetectionBatch, Detections, TensorRecord
 from ovd_models.detectors.masks import mask_loss, with_masks
 from ovd_models.detectors.rcnn import RCNN, RCNNConfig, RegionSample, build_box_head, sample_regions
 from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.detectors.region_scores import RegionRecord, Scoring, detect_in_record
-from ovd_models.detectors.resizing import ResizedImages, Selection, annotated_targets
+from ovd_models.detectors.resizing import ResizedImages, Selection, Size, annotated_targets
 from ovd_models.errors import InputError
 from ovd_models.losses import cosine_logits, distillation_loss, softmax_loss
 from ovd_models.vocabulary import Vocabulary
@@ -54,6 +54,24 @@ class ViLDConfig:
     def distils(self) -> bool:
         """Whether a head learns from stored embeddings."""
         return self.variant in ("image", "vild", "ensemble")
+
+
+@dataclass(frozen=True)
+class EncodedViLD(TensorRecord):
+    """An encoded image, to be searched for any number of vocabularies."""
+
+    record: RegionRecord
+    levels: tuple[Tensor, ...]
+    """Pyramid levels [1, F, H, W] from which masks are pooled; empty if the detector predicts none."""
+    resized_size: Size
+    wide_size: Size
+
+    @property
+    def sizes(self) -> ResizedImages:
+        """The image's sizes, without its pixels."""
+        no_pixels = self.record.boxes.new_zeros((1, 3, 0, 0))
+        original = (self.record.height, self.record.width)
+        return ResizedImages(no_pixels, [self.resized_size], [self.wide_size], [original])
 
 
 class ViLD(nn.Module):
@@ -186,6 +204,42 @@ class ViLD(nn.Module):
         ]
 
     @torch.no_grad()
+    def encode(self, images: Sequence[Tensor]) -> list[EncodedViLD]:
+        """Regions of uint8 images [3, H, W], with the features that masks are pooled from; `find` searches them."""
+        resized = self.detector.preprocess(images)
+        features = self.detector.features(resized)
+        masks = self.config.detector.masks
+        return [
+            EncodedViLD(
+                record,
+                tuple(level[index : index + 1] for level in features.values()) if masks else (),
+                resized.image_sizes[index],
+                resized.wide_sizes[index],
+            )
+            for index, record in enumerate(self._region_records(resized, features))
+        ]
+
+    @torch.no_grad()
+    def find(
+        self,
+        encoded: EncodedViLD,
+        vocabulary: Vocabulary | RegionQuery,
+        *,
+        score_threshold: float,
+        max_detections: int,
+        scoring: Scoring | None = None,
+    ) -> Detections:
+        """Find the labels of a vocabulary or query in an encoded image, with masks if learned."""
+        query = vocabulary if isinstance(vocabulary, RegionQuery) else RegionQuery(vocabulary)
+        found = self.find_in_records(
+            [encoded.record], query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
+        )
+        if not self.config.detector.masks:
+            return found[0]
+        boxes = encoded.sizes.resized_boxes([found[0].boxes])  # masks are pooled from the final boxes
+        features = {str(index): level for index, level in enumerate(encoded.levels)}
+        return with_masks(found, self.detector.mask_head(features, boxes))[0]
+
     def detect(
         self,
         images: Sequence[Tensor],
@@ -196,20 +250,10 @@ class ViLD(nn.Module):
         scoring: Scoring | None = None,
     ) -> list[Detections]:
         """Find the labels of a vocabulary or query in uint8 images [3, H, W]; one `Detections` per image."""
-        query = vocabulary if isinstance(vocabulary, RegionQuery) else RegionQuery(vocabulary)
-        resized = self.detector.preprocess(images)
-        features = self.detector.features(resized)
-        detections = self.find_in_records(
-            self._region_records(resized, features),
-            query,
-            score_threshold=score_threshold,
-            max_detections=max_detections,
-            scoring=scoring,
-        )
-        if self.config.detector.masks:  # pooled from the final boxes
-            boxes = resized.resized_boxes([entry.boxes for entry in detections])
-            detections = with_masks(detections, self.detector.mask_head(features, boxes))
-        return detections
+        return [
+            self.find(each, vocabulary, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring)
+            for each in self.encode(images)
+        ]
 
     def find_in_records(
         self,

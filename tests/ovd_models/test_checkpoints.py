@@ -1,5 +1,6 @@
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 
 import ovd_models
-from ovd_models.checkpoints import from_json, load_encoder, read_info, save_checkpoint
-from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, save_clip
+from ovd_models.checkpoints import from_json, load_encoder, load_model, read_info, save_checkpoint
+from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.errors import InputError
@@ -321,3 +322,46 @@ def test_a_table_survives_its_folder(folder: Path) -> None:
     assert (encoder.teacher, encoder.prompt_set) == (table().teacher, "given")
     moved = Vocabulary(NAMES, encoder.embed_names(NAMES)).to(torch.device("cpu"))
     assert moved.is_base is None
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    change(raw["model"])
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda model: model["detector"]["backbone_options"].update(pretrained_cfg={"url": "http://x/y"}),
+            "pretrained_cfg",
+        ),
+        (lambda model: model["detector"]["backbone_options"].update(checkpoint_path="/etc/passwd"), "checkpoint_path"),
+        (lambda model: model["detector"]["backbone_options"].update(pretrained=True), "pretrained"),
+        (lambda model: model["detector"].update(backbone="hf-hub:evil/model"), "an address"),
+        (lambda model: model["detector"].update(backbone="local-dir:/tmp/x"), "an address"),
+        (lambda model: model["detector"].update(head_width=1_000_000), "a model of"),
+        (lambda model: model["detector"].update(head_convs=10**9), "head_convs"),
+    ],
+)
+def test_an_untrusted_config_opens_nothing_and_takes_no_memory(
+    change: Callable[[dict[str, Any]], None], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(CoDet(CONFIG), table(), tmp_path, splits={}, run={})
+    change_config(tmp_path, change)
+    opened: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *arguments: opened.append(arguments))
+    with pytest.raises(InputError, match=expected):
+        load_model(tmp_path, CoDet)
+    assert opened == []
+
+
+def test_a_text_tower_on_a_hub_is_refused(tmp_path: Path) -> None:
+    clip = Clip(ClipConfig())
+    save_clip(clip, tmp_path)
+    raw = json.loads((tmp_path / "clip.json").read_text())
+    raw["config"]["text"]["hf_model_name"] = "evil/model"
+    (tmp_path / "clip.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="on a hub"):
+        load_clip(tmp_path)

@@ -9,7 +9,8 @@ from faster_coco_eval import mask as rle
 
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
-from ovd_models.evaluation import DetectionMetrics, coco_truth, evaluate_detections, evaluate_proposals
+from ovd_models.evaluation import DetectionMetrics, evaluate_detections, evaluate_proposals
+from ovd_models.metrics.records import Category, truth_of_rows
 
 NAMES = {3: "cat", 7: "dog", 9: "cow"}
 SPLITS = {"cat": "base", "dog": "novel", "cow": "novel"}
@@ -107,10 +108,10 @@ def test_crowds_are_neither_objects_nor_false_positives() -> None:
 
 
 def test_boxes_of_categories_outside_the_names_are_left_out() -> None:
-    truth = coco_truth([row([BOX, OTHER], [3, 99])], NAMES)
-    assert [entry["bbox"] for entry in truth["annotations"]] == [[10.0, 10.0, 40.0, 40.0]]
-    assert truth["annotations"][0]["area"] == 1600
-    assert [entry["id"] for entry in truth["annotations"]] == [1]
+    truth = truth_of_rows([row([BOX, OTHER], [3, 99])], [Category(key, name) for key, name in NAMES.items()])
+    assert truth.boxes.tolist() == [[10.0, 10.0, 40.0, 40.0]]
+    assert truth.areas.tolist() == [1600]
+    assert truth.labels.tolist() == [0]
 
 
 def test_detections_are_matched_within_their_own_image() -> None:

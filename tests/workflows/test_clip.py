@@ -193,7 +193,7 @@ def test_captions_are_tokenised_outside_the_loop(prepared: Run, monkeypatch: pyt
 
     monkeypatch.setattr(Session, "batches", guarded)
     once = dataclasses.replace(prepared.optimisation, steps=5, checkpoint_every=5, warmup=0.0, schedule="cosine")
-    assert clip.train(dataclasses.replace(prepared, config="tokens", eval_every=0, optimisation=once)).model
+    assert clip.train(dataclasses.replace(prepared, config="tokens", validate_every=0, optimisation=once)).model
 
 
 @pytest.mark.ray

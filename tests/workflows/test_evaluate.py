@@ -11,12 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from eval_data import lvis_like, predictions_for, write_results
 from mlflow.tracking import MlflowClient
 from object_storage import BUCKET, s3_server
 from PIL import Image
 
 from data_prep import tables
 from data_prep.boxes import annotations
+from data_prep.parts import HERE
 from data_prep.pictograms.world import World
 from ovd_models.batches import Detections
 from ovd_models.checkpoints import save_checkpoint
@@ -26,9 +28,10 @@ from ovd_models.errors import InputError
 from ovd_models.predictors import Detector
 from ovd_models.vocabulary import EmbeddingTable
 from workflows import embed_texts, evaluate, failures
-from workflows.common import cli, tracking
+from workflows.common import cli, measured, tracking
 from workflows.common.teacher import open_teacher
-from workflows.evaluate import Run
+from workflows.configs.evaluation import Run
+from workflows.reports import evaluation
 from workflows.reports.detections import annotations_as_detections, draw_comparison, read_box_image
 from workflows.studies import ovsam_boxes, vild_sweep
 
@@ -64,23 +67,26 @@ def names_of(run: Run) -> dict[int, str]:
 
 
 def test_an_untrained_detector_scores_near_zero(run: Run) -> None:
-    metrics, pictures = evaluate.evaluate(run)
-    assert len(pictures) == 3
-    assert [entry.name for entry in metrics.categories] == list(WORLD.names)
-    summary = metrics.summary()
+    evaluated = evaluation.evaluate(run)
+    assert evaluated.protocol == "coco-ovd"
+    assert [entry.name for entry in evaluated.metrics.categories] == list(WORLD.names)
+    summary = evaluated.metrics.summary()
     assert all(0 <= summary[f"ap50_{split}"] < 0.05 for split in ("base", "novel", "all"))
+    assert summary["ap50_novel"] == pytest.approx(evaluated.measured.numbers["AP50_novel"])
+    assert len(evaluation.draw_pictures(run, evaluated.table)) == 3
 
 
-def test_the_annotations_score_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, names = iter(rows_of(run)), names_of(run)
+def test_the_annotations_score_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run.storage, tmp_path / "store")
+    run = dataclasses.replace(run, storage=str(tmp_path / "store"), score_threshold=0.02)  # not yet predicted
+    names, rows = names_of(run), {tuple(read_box_image(run.storage, row).tobytes()[:999]): row for row in rows_of(run)}
 
     def detect_truth(_: Detector, images: list[Image.Image], vocabulary: list[str], **__: object) -> list[Detections]:
         nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), tuple(vocabulary), 128, 128)
-        shown = [annotations_as_detections(next(rows), names, nothing) for _ in images]
-        return [dataclasses.replace(entry, image=image) for entry, image in zip(shown, images, strict=True)]
+        return [annotations_as_detections(rows[tuple(image.tobytes()[:999])], names, nothing) for image in images]
 
     monkeypatch.setattr(Detector, "detect", detect_truth)
-    metrics, _ = evaluate.evaluate(run)
+    metrics = evaluation.evaluate(run).metrics
     assert metrics.mean("ap50") == metrics.mean("ap") == pytest.approx(1.0)
     present = {key for row in rows_of(run) for key in row["category_ids"]}
     unseen = [entry.name for entry in metrics.categories if math.isnan(entry.ap50)]
@@ -88,28 +94,23 @@ def test_the_annotations_score_one(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_image_that_cannot_be_read_keeps_its_truth_and_is_named(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(run.storage, tmp_path / "store")
-    broken = dataclasses.replace(run, storage=str(tmp_path / "store"))
-    rows, seen = rows_of(run), []
+    shutil.copytree(run.storage, tmp_path / "store", ignore=shutil.ignore_patterns("predictions"))
+    broken = dataclasses.replace(run, storage=str(tmp_path / "store"), score_threshold=0.0)
+    rows = rows_of(run)
     (tmp_path / "store" / rows[1]["uri"]).unlink()
-
-    def keep(given: list[dict[str, Any]], found: list[Detections], *_: object) -> None:
-        seen.extend(zip(given, found, strict=True))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "evaluate_detections", keep)
-        _, pictures = evaluate.evaluate(dataclasses.replace(broken, score_threshold=0.0))
-    assert [row["image_id"] for row, _ in seen] == [row["image_id"] for row in rows]
-    assert [len(entry) > 0 for _, entry in seen] == [number != 1 for number in range(10)]
-    assert len(pictures) == 2  # of the first three images
+    evaluated = evaluation.evaluate(broken)
+    assert len(evaluated.truth.labels) == sum(len(row["boxes"]) for row in rows)
+    found = tables.read_table(broken.storage, "predictions", evaluated.table).to_pylist()
+    assert [row["image_id"] for row in found] == [row["image_id"] for row in rows]
+    assert [len(row["scores"]) > 0 for row in found] == [number != 1 for number in range(10)]
+    assert len(evaluation.draw_pictures(broken, evaluated.table)) == 2  # of the first three images
     assert f"left out: 1 images that cannot be read ({broken.storage}/{rows[1]['uri']}" in capsys.readouterr().out
-    assert evaluate.evaluate(broken)[0].categories
     for row in rows:
         (tmp_path / "store" / row["uri"]).write_bytes(b"no image")
     with pytest.raises(InputError, match=r"^no image can be read: 10 images that cannot be read \(.*not an image"):
-        evaluate.evaluate(broken)
+        evaluation.evaluate(dataclasses.replace(broken, score_threshold=0.01))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -117,7 +118,7 @@ def test_every_script_that_runs_a_model_takes_a_device(run: Run, tmp_path: Path)
     given: dict[str, Any] = {"storage": run.storage, "model": run.model, "boxes": run.boxes, "device": "cuda"}
     save_clip(Clip(ClipConfig()), tmp_path)
     jobs: list[Callable[[], object]] = [
-        lambda: evaluate.evaluate(dataclasses.replace(run, device="cuda")),
+        lambda: evaluation.evaluate(dataclasses.replace(run, device="cuda")),
         lambda: failures.find_failures(failures.Run(**given, teacher="clip")),
         vild_sweep.Run(**given).load_detector,
         lambda: ovsam_boxes.mask_ap(ovsam_boxes.Run(**given, sam="sam"), run.model),
@@ -128,11 +129,11 @@ def test_every_script_that_runs_a_model_takes_a_device(run: Run, tmp_path: Path)
         with pytest.raises(InputError, match=r"^--device cuda.*: not on this machine \(.*\), expected cpu"):
             job()
     with pytest.raises(InputError, match=r"^--device gpu: not on this machine"):
-        evaluate.evaluate(dataclasses.replace(run, device="gpu"))
+        evaluation.evaluate(dataclasses.replace(run, device="gpu"))
 
 
 def test_batch_size_does_not_change_the_metrics(run: Run) -> None:
-    one, all_at_once = (evaluate.evaluate(dataclasses.replace(run, batch_size=size))[0] for size in (1, 10))
+    one, all_at_once = (evaluation.evaluate(dataclasses.replace(run, batch_size=size)).metrics for size in (1, 10))
     for first, second in zip(one.categories, all_at_once.categories, strict=True):
         assert first.ap50 == pytest.approx(second.ap50, abs=1e-3, nan_ok=True)
 
@@ -148,21 +149,59 @@ def test_synonyms_of_the_categories_may_count(run: Run, monkeypatch: pytest.Monk
     monkeypatch.setattr(Detector, "detect", recorded)
     monkeypatch.setattr(Run, "read_synonyms", lambda _: {"anchor": ["grapnel"]})
     for rule in ("none", "mean", "max"):
-        evaluate.evaluate(dataclasses.replace(run, synonyms=rule, images=1))
+        evaluation.evaluate(dataclasses.replace(run, synonyms=rule, images=1))
     assert [(entry["synonyms"], entry["merge"]) for entry in given] == [
         *[(None, "mean"), ({"anchor": ["grapnel"]}, "mean"), ({"anchor": ["grapnel"]}, "max")]
     ]
 
 
-def test_only_drawn_images_are_kept_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[int] = []
+def bytes_of(run: Run, table: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(Path(run.storage, "predictions", table).glob("*.parquet"))]
 
-    def count(_: object, found: list[Detections], *__: object) -> None:
-        kept.append(sum(entry.image is not None for entry in found))
 
-    monkeypatch.setattr(evaluate, "evaluate_detections", count)
-    evaluate.evaluate(run)
-    assert kept == [3]
+def fresh(run: Run, folder: Path) -> Run:
+    shutil.copytree(run.storage, folder, ignore=shutil.ignore_patterns("predictions"))
+    return dataclasses.replace(run, storage=str(folder), model=str(folder / "model"), batch_size=1)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_table_is_the_same_for_any_number_of_actors_and_is_made_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+) -> None:
+    alone, shared = fresh(run, tmp_path / "alone"), fresh(run, tmp_path / "shared")
+    one, two = evaluation.evaluate(alone), evaluation.evaluate(dataclasses.replace(shared, workers=2))
+    assert one.table == two.table
+    assert len(bytes_of(alone, one.table)) == 3  # parts of four images
+    assert bytes_of(alone, one.table) == bytes_of(shared, two.table)
+    assert one.measured.numbers == two.measured.numbers
+    monkeypatch.setattr(Detector, "detect", None)  # a second run predicts nothing
+    assert evaluation.evaluate(alone).measured.numbers == one.measured.numbers
+
+
+def test_a_stopped_prediction_continues_with_its_saved_parts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, stopped = fresh(run, tmp_path / "whole"), fresh(run, tmp_path / "stopped")
+    expected = bytes_of(whole, evaluation.evaluate(whole).table)
+    detect, calls = Detector.detect, []
+
+    def detect_some(self: Detector, *arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise InputError("stopped")
+        return detect(self, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "pool_of", lambda *_: HERE)
+        patch.setattr(Detector, "detect", detect_some)
+        with pytest.raises(InputError, match="stopped"):
+            evaluation.evaluate(stopped)
+        assert not list(Path(stopped.storage, "predictions").glob("*/manifest.json"))
+        capsys.readouterr()
+        assert bytes_of(stopped, evaluation.evaluate(stopped).table) == expected
+    assert "1 of 3 parts are there already" in capsys.readouterr().out
+    assert len(calls) == 6 + 6  # two parts of four and of two images
 
 
 def test_annotations_and_detections_are_drawn_side_by_side(run: Run) -> None:
@@ -187,15 +226,24 @@ def main(monkeypatch: pytest.MonkeyPatch, run: Run, *flags: str) -> int:
 def test_the_script_prints_and_tracks(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(monkeypatch, run, "--model", run.model, "--num-pictures", "1") == 0
+    output, export = Path(run.storage, "metrics.json"), Path(run.storage, "dt.json")
+    flags = ["--num-pictures", "1", "--output", str(output), "--export", str(export)]
+    assert main(monkeypatch, run, "--model", run.model, *flags) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == [
-        *("ap50_base", "ap50_novel", "ap50_all", "ap_base", "ap_novel", "ap_all")
-    ]
+    assert "AP50_novel" in [line.split()[0] for line in lines]
+    numbers = json.loads(output.read_text())
+    assert list(numbers)[:3] == ["AP50_novel", "AP50_base", "AP50_all"]
+    rows = json.loads(export.read_text())
+    assert {row["image_id"] for row in rows} <= {row["source_id"] for row in rows_of(run)}
     assert tracking.tracking_uri(run.storage) in lines[-1]
     client = MlflowClient(tracking.tracking_uri(run.storage))
     (tracked,) = client.search_runs([client.get_experiment_by_name("t").experiment_id])
-    assert {"eval/ap50_novel", "eval/ap50_base", "eval/ap_all"} <= tracked.data.metrics.keys()
+    assert {
+        "eval/ap50_novel",
+        "eval/ap50_base",
+        "eval/ap_all",
+        "eval/coco-ovd/AR_100_novel",
+    } <= tracked.data.metrics.keys()
     assert [entry.dataset.name for entry in tracked.inputs.dataset_inputs] == ["boxes/t-eval"]
     (table,) = Path(run.storage).glob("mlartifacts/t/*/artifacts/eval/per_class.json")
     assert len(json.loads(table.read_text())["data"]) == 68
@@ -227,14 +275,120 @@ def test_bad_input_is_one_line(
     assert message in lines[0]
 
 
+def test_names_of_another_set_are_matched_with_those_of_the_training(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.model, tmp_path / "model")
+    info = json.loads((tmp_path / "model/config.json").read_text())
+    base, novel = (
+        WORLD.names[0],
+        next(n for n, split in zip(WORLD.names, WORLD.splits, strict=True) if split == "novel"),
+    )
+    info["splits"], info["run"] = {base.upper(): "base", novel: "novel", "unicorn": "base"}, {"boxes": "other"}
+    (tmp_path / "model/config.json").write_text(json.dumps(info))
+    assert main(monkeypatch, run, "--model", str(tmp_path / "model")) == 0
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line[2:] == ["names"]] == [
+        *(["base", "1", "names"], ["novel", "1", "names"], ["new", "66", "names"])
+    ]
+    assert evaluation.evaluate(run).transfer == {}
+
+
+TRUTH = lvis_like(4, 6, 9)
+
+
+@pytest.fixture
+def annotated(tmp_path: Path) -> list[str]:
+    """Flags with an annotation file and results of another tool."""
+    (tmp_path / "gt.json").write_text(json.dumps(TRUTH))
+    write_results(predictions_for(TRUTH, 20, masks=True), tmp_path / "dt.json")
+    return ["--ground-truth", str(tmp_path / "gt.json"), "--predictions", str(tmp_path / "dt.json")]
+
+
+def on_files(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    return cli.outcome(evaluate.main)
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_predictions_made_elsewhere_are_evaluated_by_either_engine(
+    annotated: list[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    monkeypatch.chdir(tmp_path)
+    for engine in ("fast", "lvis"):
+        flags = ["--iou-type", kind, "--engine", engine, "--output", f"{engine}.json"]
+        assert on_files(monkeypatch, *annotated, *flags) == 0
+        found[engine] = json.loads((tmp_path / f"{engine}.json").read_text())
+    assert len(found["fast"]) == 13
+    assert list(found["fast"]) == list(found["lvis"])
+    assert found["fast"] == pytest.approx(found["lvis"], abs=1e-6)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["AP", f"{found['fast']['AP']:.3f}"]
+    assert lines[13].startswith(f"lvis, {kind}: 4 images, {len(TRUTH['annotations'])} objects, 80 predictions; ")
+    assert not (tmp_path / "store").exists()
+
+
+def test_our_predictions_are_evaluated_as_anybody_elses(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluation.evaluate(run)
+    rows, names = rows_of(run), names_of(run)
+    splits = {entry.name: entry.split for entry in expected.truth.categories}
+    truth = {
+        "images": [{"id": row["source_id"], "width": row["width"], "height": row["height"]} for row in rows],
+        "annotations": [
+            {"image_id": row["source_id"], "category_id": key, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+            for row in rows
+            for key, (x0, y0, x1, y1) in zip(row["category_ids"], row["boxes"], strict=True)
+        ],
+        "categories": [{"id": key, "name": name} for key, name in names.items()],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    (tmp_path / "novel.txt").write_text("\n".join(name for name in names.values() if splits[name] == "novel"))
+    for ending in ("json", "parquet"):
+        rows_out = tables.read_parts(run.storage, "predictions", expected.table)
+        file = str(tmp_path / f"dt.{ending}")
+        measured.export(expected.predictions, expected.truth, file, rows_out)
+        flags = ["--ground-truth", str(tmp_path / "gt.json"), "--predictions", file, "--output", f"{file}.out"]
+        assert on_files(monkeypatch, *flags, "--novel", str(tmp_path / "novel.txt")) == 0
+        assert json.loads(Path(f"{file}.out").read_text()) == pytest.approx(dict(expected.measured.numbers))
+    with pytest.raises(InputError, match=r"^--export x.csv: expected a name that ends with .json or .parquet"):
+        measured.export(expected.predictions, expected.truth, "x.csv", iter(()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--protocol", "voc"], "--protocol: 'voc', expected one of auto, lvis, lvis-fixed, coco, coco-ovd, ovsam"),
+        (["--protocol", "coco-ovd", "--novel", "none.txt"], "none.txt: cannot be read"),
+        (["--protocol", "coco", "--engine", "lvis"], "--engine lvis: evaluates --protocol lvis only, not coco"),
+        (["--predictions", "none.json"], "none.json: cannot be read (No such file or directory), expected a results"),
+        (["--ground-truth", "none.json"], "none.json: cannot be read (No such file or directory), expected an annot"),
+        (["--predictions", ""], "--predictions: missing, expected both"),
+        (["--export", "dt.json"], "--export: not with --predictions"),
+    ],
+)
+def test_bad_files_are_one_line(
+    annotated: list[str],
+    flags: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert on_files(monkeypatch, *annotated, *flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 def test_remote_storage_without_tracking_is_refused_before_any_work(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def never(_: Run) -> None:
+    def never(*_: object) -> None:
         raise AssertionError("evaluation began")
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(evaluate, "evaluate", never)
+    monkeypatch.setattr(evaluation, "evaluate", never)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--storage", f"s3://{BUCKET}/x", "--model", run.model])
     with s3_server() as variables, pytest.raises(InputError, match="MLFLOW_TRACKING_URI"):
         for name, value in variables.items():

@@ -102,10 +102,53 @@ def head() -> Iterator[Head]:
         yield started
 
 
-def submit(head: Head, *entrypoint: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit` from the project's folder, until the job ends."""
-    command = [str(RAY), "job", "submit", "--address", head.address, "--working-dir", ".", "--", *entrypoint]
-    return subprocess.run(command, env=head.environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def submit(head: Head, *entrypoint: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` of the project, from its folder or another one, until the job ends."""
+    code = "." if folder == ROOT else str(ROOT)
+    command = [str(RAY), "job", "submit", "--address", head.address, "--working-dir", code, "--", *entrypoint]
+    return subprocess.run(command, env=head.environment, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+NOISE = ("Traceback", "WARNING", "INFO worker.py", "Tip:", "FutureWarning", "DeprecationWarning", "Found multiple")
+"""Parts of lines that say nothing to the person who submitted a job."""
+
+
+def lines_of(job: subprocess.CompletedProcess[str]) -> list[str]:
+    """What the job itself printed."""
+    _, _, printed = job.stdout.partition("Tailing logs until the job exits")
+    return [line for line in printed.splitlines()[1:] if line and not line.startswith("---")]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_every_script_runs_as_a_job_and_is_quiet(head: Head, tmp_path: Path) -> None:
+    home, elsewhere = f"file://{tmp_path}/store", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def job(script: str, *flags: str) -> str:
+        done = submit(head, "python", f"workflows/{script}.py", *flags, "--storage", home, folder=elsewhere)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        lines = lines_of(done)
+        assert not [line for line in lines if any(part in line for part in NOISE)], lines
+        return "\n".join(lines)
+
+    job("prepare_pairs", "--config", "smoke")
+    job("prepare_boxes", "--config", "smoke")
+    for method in ("clip", "vild", "codet", "ovsam"):
+        printed = job(method, "--config", "smoke")
+        assert "model: " in printed
+        if method == "vild":
+            model = next(line for line in printed.splitlines() if line.startswith("model: "))
+    job("evaluate", "--model", model.removeprefix("model: "), "--boxes", "smoke-eval", "--images", "4")
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_refuses_a_storage_that_is_deleted_with_it(head: Head) -> None:
+    job = submit(head, "python", "workflows/codet.py", "--config", "smoke")
+    assert job.returncode == 1  # Ray's, for any failure
+    assert lines_of(job)[0].startswith("error: --storage store: relative, expected a URI or an absolute path")
 
 
 @pytest.mark.ray

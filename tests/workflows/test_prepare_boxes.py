@@ -354,3 +354,15 @@ def test_a_set_without_a_box_to_train_on_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
     with pytest.raises(InputError, match="no boxes of base categories for training, expected at least one"):
         prepare(run)
+
+
+def test_the_second_style_has_the_same_names_in_other_pictures(tmp_path: Path) -> None:
+    sets = {}
+    for name, config in (("first", prepare_boxes.pictograms()), ("second", prepare_boxes.second_style())):
+        run = dataclasses.replace(config, storage=str(tmp_path / name), train_images=1, eval_images=3)
+        prepare_boxes.prepare(run)
+        boxes = tables.read_table(run.storage, "boxes", f"{run.name}-eval")
+        names = tables.read_table(run.storage, "categories", run.name)["name"].to_pylist()
+        sets[name] = (names, boxes["image_id"].to_pylist())
+    assert sets["first"][0] == sets["second"][0]
+    assert not set(sets["first"][1]) & set(sets["second"][1])

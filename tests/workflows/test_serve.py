@@ -4,102 +4,59 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-import torch
 from PIL import Image
+from serving import (
+    LIMITS,
+    NAMES,
+    encoded,
+    endpoint,
+    picture,
+    png_that_declares,
+    post,
+    problem,
+    save_detector,
+    save_segmenter,
+)
 from starlette.testclient import TestClient
 
 import ovd_models
 from data_prep.embeddings.texts import TextStore
 from ovd_models.checkpoints import save_checkpoint
-from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
-from ovd_models.ovsam.model import OvSam, OvSamConfig
 from ovd_models.predictors import Segmenter
 from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.segments import Prompts
-from ovd_models.vocabulary import EmbeddingTable
 from workflows import serve
 from workflows.common import registry, tracking
-from workflows.serving.api import Endpoint, build_api
-from workflows.serving.requests import Limits
-
-NAMES = ("anchor", "umbrella", "snowman")
-LIMITS = Limits(
-    max_queued=3, max_bytes=600_000, max_pixels=4_000_000, max_names=20, body_seconds=3.0, max_mask_pixels=8_000_000
-)
+from workflows.serving.api import build_api
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    rows = np.random.default_rng(0).normal(size=(len(NAMES), CoDetConfig().detector.embed_dim))
-    table = EmbeddingTable.from_array(NAMES, rows.astype(np.float32), "table")
-    save_checkpoint(CoDet(CoDetConfig()), table, folder, splits=dict.fromkeys(NAMES, "base"), run={})
-    return folder
+    return save_detector(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
-def client(ray_cluster: None, checkpoint: Path) -> Iterator[httpx.Client]:
-    run = serve.Run(model=str(checkpoint), port=0, limits=LIMITS)
+def client(ray_cluster: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    storage = str(tmp_path_factory.mktemp("storage"))
+    run = serve.Run(model=str(checkpoint), storage=storage, port=0, limits=LIMITS)
     with serve.serve_model(run) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 
-def open_endpoint(checkpoint: Path, storage: str | Path = "store", *, texts: bool = True) -> Endpoint:
-    return Endpoint(str(checkpoint), str(storage), texts=texts, threads=0, device="cpu", limits=LIMITS)
-
-
-def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-def picture(width: int = 96, height: int = 64) -> bytes:
-    pixels = np.random.default_rng(1).integers(0, 255, (8, 12, 3), np.uint8)
-    return encoded(Image.fromarray(pixels).resize((width, height)))
-
-
-def png_that_declares(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises any number of pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
 def detect(client: httpx.Client, content: bytes | None = None, **fields: Any) -> httpx.Response:
-    files = {"image": ("picture.jpg", picture() if content is None else content, "image/jpeg")}
-    return client.post("/v1/detect", files=files, data=fields)
-
-
-def problem(response: httpx.Response, status: int) -> str:
-    """The detail of a well-formed problem."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    body = response.json()
-    assert body["status"] == status
-    assert body["title"]
-    assert "Traceback" not in response.text
-    return str(body["detail"])
+    return post(client, "detect", content, **fields)
 
 
 @pytest.mark.ray
@@ -130,10 +87,10 @@ def test_model_describes_the_checkpoint(client: httpx.Client, checkpoint: Path) 
 
 @pytest.mark.ray
 def test_the_api_has_an_openapi_description(client: httpx.Client) -> None:
-    assert client.get("/").headers["location"] == "/docs"
+    assert "text/html" in client.get("/").headers["content-type"]
     assert client.get("/docs").status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/healthz", "/v1/model", "/v1/detect"}
+    assert set(paths) == {"/healthz", "/v1/model", "/v1/models", "/v1/vocabularies", "/v1/detect"}
     assert {"400", "413", "415", "422", "503"} <= set(paths["/v1/detect"]["post"]["responses"])
 
 
@@ -275,44 +232,40 @@ def test_a_full_queue_answers_503_with_retry_after_while_health_answers(client: 
     assert detect(client).status_code == 200
 
 
-def test_unexpected_errors_reveal_no_details(checkpoint: Path) -> None:
-    endpoint = open_endpoint(checkpoint)
+def test_unexpected_errors_reveal_no_details(checkpoint: Path, tmp_path: Path) -> None:
+    opened = endpoint(checkpoint, tmp_path)
+    (model,) = opened.models
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret")
 
-    endpoint.served.detect = broken  # type: ignore[method-assign]
-    with TestClient(build_api(endpoint)) as client:
+    model.predictor.find = broken
+    with TestClient(build_api(opened)) as client:
         response = detect(client)
         assert "secret" not in problem(response, 500)
         assert client.get("/healthz").status_code == 200
 
 
 def test_embeddings_are_read_from_the_teachers_store(checkpoint: Path, tmp_path: Path) -> None:
-    teacher = open_endpoint(checkpoint, tmp_path).served.encoder
+    (model,) = endpoint(checkpoint, tmp_path).models
+    teacher = model.predictor.encoder
     known_KD = teacher.embed_names(NAMES[:1])
     TextStore(str(tmp_path), teacher.teacher).append(["parasol"], teacher.prompt_set, known_KD.numpy())
-    with TestClient(build_api(open_endpoint(checkpoint, tmp_path))) as client:
+    with TestClient(build_api(endpoint(checkpoint, tmp_path))) as client:
         answers = [detect(client, vocabulary=json.dumps([name])).json() for name in (NAMES[0], "parasol")]
         assert [entry["score"] for entry in answers[0]["detections"]] == [
             entry["score"] for entry in answers[1]["detections"]
         ]
         assert {entry["label"] for entry in answers[1]["detections"]} == {"parasol"}
-    without = open_endpoint(checkpoint, tmp_path, texts=False)
+    (without,) = endpoint(checkpoint, tmp_path, texts=False).models
     with pytest.raises(InputError, match="parasol"):
-        without.served.encoder.embed_names(["parasol"])
+        without.predictor.encoder.embed_names(["parasol"])
 
 
 @pytest.fixture(scope="module")
 def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, Segmenter]]:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("segmenter")
-    sam = SamConfig(image_size=64, patch_size=8, width=32, depth=1, heads=2, window=4, global_blocks=())
-    model = OvSam(OvSamConfig(sam=sam))
-    rows = np.random.default_rng(0).normal(size=(len(NAMES), model.config.tower.embed_dim))
-    table = EmbeddingTable.from_array(NAMES, rows.astype(np.float32), "table")
-    save_checkpoint(model, table, folder, splits=dict.fromkeys(NAMES, "base"), run={})
-    with TestClient(build_api(open_endpoint(folder))) as client:
+    folder = save_segmenter(tmp_path_factory.mktemp("segmenter"))
+    with TestClient(build_api(endpoint(folder, folder / "storage"))) as client:
         yield client, ovd_models.load_segmenter(folder)
 
 
@@ -325,7 +278,10 @@ def segment(client: httpx.Client, prompts: object, **fields: Any) -> httpx.Respo
 def test_prompts_are_segmented_and_named(segmenting: tuple[TestClient, Segmenter]) -> None:
     client, segmenter = segmenting
     assert client.get("/v1/model").json()["method"] == "ovsam"
-    assert set(client.get("/openapi.json").json()["paths"]) == {"/healthz", "/v1/model", "/v1/segment"}
+    assert set(client.get("/openapi.json").json()["paths"]) == {
+        *("/healthz", "/v1/model", "/v1/models", "/v1/vocabularies"),
+        *("/v1/segment", "/v1/everything"),
+    }
     pixels = Image.open(io.BytesIO(picture()))
     for given in ({"points": [[40, 30], [90, 60]]}, {"boxes": [[10, 5, 60, 50]]}):
         answer = segment(client, given, vocabulary=json.dumps(["anchor", "snowman"]))
@@ -374,12 +330,12 @@ def test_a_segmenters_names_and_images_are_checked_too(segmenting: tuple[TestCli
 def test_a_checkpoint_without_a_route_is_refused(tmp_path: Path) -> None:
     save_checkpoint(SamModel(SamConfig(depth=1, global_blocks=())), None, tmp_path, splits={}, run={})
     with pytest.raises(InputError, match="a checkpoint of method 'sam', expected one of codet, vild, ovsam"):
-        serve.check_model(serve.Run(model=str(tmp_path)))
+        serve.check(serve.Run(model=str(tmp_path)))
 
 
-def test_a_disconnected_client_frees_its_place(checkpoint: Path) -> None:
-    endpoint = open_endpoint(checkpoint)
-    api = build_api(endpoint)
+def test_a_disconnected_client_frees_its_place(checkpoint: Path, tmp_path: Path) -> None:
+    opened = endpoint(checkpoint, tmp_path)
+    api = build_api(opened)
     scope = {"type": "http", "method": "POST", "path": "/v1/detect", "raw_path": b"/v1/detect", "query_string": b""}
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
     messages: list[Any] = []
@@ -391,7 +347,7 @@ def test_a_disconnected_client_frees_its_place(checkpoint: Path) -> None:
         messages.append(message)
 
     async def send_requests() -> None:
-        for _ in range(endpoint.limits.max_queued + 5):
+        for _ in range(opened.limits.max_queued + 5):
             await api({**scope, "headers": headers}, receive, send)
 
     asyncio.run(send_requests())

@@ -33,7 +33,8 @@ from workflows.common.teacher import CodetNames
 from workflows.configs import codet as codet_configs
 from workflows.configs import vild as vild_configs
 
-NAMES = CodetNames({1: "cat"}, {"cat": "base"}, torch.eye(16)[:1], torch.eye(16)[:1], ("cat",), (1,))
+CAT = Vocabulary(("cat",), torch.eye(16)[:1], torch.tensor([True]))
+NAMES = CodetNames({1: "cat"}, {"cat": "base"}, CAT, torch.eye(16)[:1], ("cat",), (1,))
 OPTIONS = {"channels": [8, 8, 16, 16], "stem_width": 8}
 SMALL = RCNNConfig(backbone="resnet26", backbone_options=OPTIONS, freeze_norm=True)
 DETECTORS = {
@@ -107,7 +108,7 @@ def test_every_detector_of_codet_starts_from_the_file(architecture: str, classif
 
 def test_both_stages_of_vild_start_from_the_file(classifier: Path) -> None:
     run = dataclasses.replace(vild_configs.smoke(), model=ViLDConfig(detector=SMALL), start_from_proposals=False)
-    names = vild.VildNames([1], {"cat": "base"}, Vocabulary(("cat",), torch.eye(16)[:1]))
+    names = vild.VildNames([1], {"cat": "base"}, {1: "cat"}, Vocabulary(("cat",), torch.eye(16)[:1]))
     given = vild.find_weights(dataclasses.replace(run, backbone_weights=str(classifier)))
     completed = vild.complete(given, names)
     assert completed.model.detector.freeze_norm
@@ -124,7 +125,7 @@ def test_given_proposals_bring_their_own_norms(tmp_path: Path) -> None:
     table = EmbeddingTable(("cat",), torch.eye(16)[:1], "teacher", "name")
     save_checkpoint(ViLD(ViLDConfig(detector=detector)), table, tmp_path, splits={"cat": "base"}, run={})
     run = dataclasses.replace(vild_configs.lvis_r50_short(), model=ViLDConfig(detector=SMALL), proposals=str(tmp_path))
-    names = vild.VildNames([1], {"cat": "base"}, Vocabulary(("cat",), torch.eye(16)[:1]))
+    names = vild.VildNames([1], {"cat": "base"}, {1: "cat"}, Vocabulary(("cat",), torch.eye(16)[:1]))
     completed = vild.complete(vild.find_weights(run), names)
     assert (completed.model.detector.freeze_norm, completed.model.detector.bottleneck_stride) == (False, "1x1")
     vild.check_proposals(completed)
@@ -228,7 +229,9 @@ def test_the_joint_stage_starts_from_a_released_box_model(
     with pytest.raises(InputError, match=r"BoxSup.pth: the teacher embeds names otherwise .* expected the file's"):
         codet.train(run)
     write_release(path, boxes, release, table_KD[:3])
-    codet.read_box_model(run, dataclasses.replace(NAMES, base_embeddings=torch.eye(128)[:1]), "teacher")
+    codet.read_box_model(
+        run, dataclasses.replace(NAMES, vocabulary=dataclasses.replace(CAT, embeddings=torch.eye(128)[:1])), "teacher"
+    )
     assert "BoxSup.pth: records no teacher; Detic and CoDet used CLIP ViT-B/32" in capsys.readouterr().out
     torch.save({"conv1.weight": torch.zeros(1)}, path)
     with pytest.raises(InputError, match=r"BoxSup.pth: holds no released detector"):
@@ -254,7 +257,9 @@ def test_detics_box_model_starts_the_published_config(tmp_path: Path) -> None:
         NAMES,
         categories={at: str(at) for at in range(1, count + 1)},
         splits={str(at): "base" for at in range(1, count + 1)},
-        base_embeddings=F.normalize(column.T[:-1], dim=1),
+        vocabulary=Vocabulary(
+            tuple(map(str, range(1, count + 1))), F.normalize(column.T[:-1], dim=1), torch.ones(count, dtype=torch.bool)
+        ),
     )
     run = dataclasses.replace(codet_configs.lvis_r50(), storage=str(tmp_path), box_model=str(tmp_path / "BoxSup.pth"))
     found, weights = codet.initial_weights(codet.find_weights(run), names, "teacher")

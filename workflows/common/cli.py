@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -24,6 +26,8 @@ from ovd_models.errors import InputError
 from workflows.common.quiet import is_storage_failure
 
 R = TypeVar("R")
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the driver of a submitted job."""
 BATCHES = ("batch_size", "detection_batch")
 """The field of a training's run that says how many images a step has."""
 
@@ -68,6 +72,9 @@ def parse(
     with on_parse_error(_raise_input_error):
         parsed = tyro.cli(type(run), args=rest, default=run, description=description)
     if uri := getattr(parsed, "storage", ""):
+        if JOB in os.environ and "://" not in uri and not Path(uri).is_absolute():
+            expected = "a URI or an absolute path that all nodes reach: the job's folder is deleted with it"
+            raise InputError(f"--storage {uri}: relative, expected {expected}")
         parsed = dataclasses.replace(parsed, storage=storage.open_storage(uri, writes=writes))  # type: ignore[type-var]
     return scale_rates(parsed, run, rest) if stages else parsed
 
@@ -166,6 +173,9 @@ def outcome(job: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         reason = storage_failure(error)
         if reason is None:

@@ -85,7 +85,13 @@ def join(address: str) -> None:
         except (OSError, OverflowError, UnicodeError) as error:
             raise InputError(f"{wrong}: no answer ({error}), expected a running cluster, or no RAY_ADDRESS") from error
     try:
-        ray.init(runtime_env={"env_vars": {"OMP_WAIT_POLICY": ENVIRONMENT["OMP_WAIT_POLICY"]}})
+        ray.init(
+            logging_level=logging.WARNING,
+            runtime_env={
+                "env_vars": {name: os.environ[name] for name in ENVIRONMENT},  # its processes have not inherited them
+                "worker_process_setup_hook": "workflows.common.quiet.setup_on_cluster",
+            },
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{wrong}: no cluster ({reason}), expected a running one, or no RAY_ADDRESS") from error

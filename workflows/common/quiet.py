@@ -1,6 +1,8 @@
 """What the console does not show of a job's libraries and processes; imports nothing heavy."""
 
 import logging
+import os
+import warnings
 
 STORAGE_FAILURES = (
     "No space left on device",
@@ -18,6 +20,24 @@ STORAGE_FAILURES = (
 def setup() -> None:
     """Set up a worker process of a Ray that was started on this machine: log only errors."""
     logging.disable(logging.WARNING)
+    _keep_to_cluster()
+
+
+def setup_on_cluster() -> None:
+    """Set up a worker process of a cluster, whose warnings may concern its owner: log warnings and errors."""
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
+    _keep_to_cluster()
+
+
+def _keep_to_cluster() -> None:
+    """Let this process ask its own cluster, also where another Ray runs on the machine.
+
+    Ray Train has an actor that looks for a cluster by itself and, in another one, takes this training for dead.
+    """
+    import ray
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def is_storage_failure(text: str) -> bool:

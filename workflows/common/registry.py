@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,23 @@ def local_model(uri: str, storage_uri: str) -> Path:
     return model_folder(uri, storage_uri) if uri.startswith(MODEL_SCHEME) else storage.local_folder(uri)
 
 
-def model_folder(uri: str, storage_uri: str = "store") -> Path:
-    """The local folder of a registered checkpoint, downloaded if it is not on this machine.
+@dataclass(frozen=True)
+class Resolved:
+    """A version that a `models:/` URI names at the moment."""
+
+    name: str
+    version: str
+    run_id: str
+    """The MLflow run that made it; empty if unknown."""
+    source: str
+    """URI of its files."""
+
+
+def resolve_model(uri: str, storage_uri: str = "store") -> Resolved:
+    """The version that `models:/<name>@<alias>` or `models:/<name>/<version>` names at the moment.
 
     Args:
-        uri: `models:/<name>@<alias>` or `models:/<name>/<version>`.
+        uri: of the model.
         storage_uri: decides where runs are tracked, see `tracking.tracking_uri`.
 
     Raises:
@@ -119,12 +131,29 @@ def model_folder(uri: str, storage_uri: str = "store") -> Path:
         database = folder / "mlflow.db"
         if not database.exists():  # opening it would create it
             raise InputError(f"{uri}: no registered models, {database} does not exist")
-    try:
+    with _as_missing(uri, uri_of_runs):
         client = MlflowClient(uri_of_runs)
         if alias:
             version = client.get_model_version_by_alias(name, alias).version
-        source = client.get_model_version_download_uri(name, version)
+        run_id = client.get_model_version(name, version).run_id or ""
+        return Resolved(name, str(version), run_id, client.get_model_version_download_uri(name, version))
+
+
+def model_folder(uri: str, storage_uri: str = "store") -> Path:
+    """The local folder of a registered checkpoint, downloaded if it is not on this machine; see `resolve_model`.
+
+    Raises:
+        InputError: no such model, version or alias, or the URI is malformed.
+    """
+    source, uri_of_runs = resolve_model(uri, storage_uri).source, tracking.tracking_uri(storage_uri)
+    with _as_missing(uri, uri_of_runs):
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=uri_of_runs))
+
+
+@contextlib.contextmanager
+def _as_missing(uri: str, uri_of_runs: str) -> Iterator[None]:
+    try:
+        yield
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{uri}: not found in {uri_of_runs} ({reason})") from error

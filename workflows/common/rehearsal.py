@@ -5,6 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,6 +30,9 @@ class Rehearsal(MetricLogger):
         super().__init__("", "")
         self._logged: list[tuple[float, Mapping[str, float]]] = []
         self._loading = 0.0
+        self.bytes_per_step = 0.0
+        """Rows of a step as they go to the worker."""
+        self.checkpoint_bytes = 0
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep them with the time."""
@@ -43,7 +47,10 @@ class Rehearsal(MetricLogger):
     def fit(self, worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> dict[str, Tensor]:
         """As `training.fit`; measures the loading of a step before."""
         self._loading = sum(map(loading_seconds, feeds.values()))
-        return training.fit(worker, stage, feeds)
+        self.bytes_per_step = sum(loaded_bytes(feed) / feed.every for feed in feeds.values())
+        weights = training.fit(worker, stage, feeds)
+        self.checkpoint_bytes = sum(file.stat().st_size for file in Path(stage.folder).rglob("*.pt"))
+        return weights
 
     def costs(self) -> tuple[float, float]:
         """Seconds of a step without its loading, and CPU seconds of its loading."""
@@ -60,8 +67,13 @@ def loading_seconds(feed: Feed) -> float:
     return (time.process_time() - started) / 2
 
 
+def loaded_bytes(feed: Feed) -> int:
+    """Bytes of the rows of one batch of a stream."""
+    return int(feed.load(feed.positions(feed.first)).nbytes)
+
+
 def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehearsal], Any]) -> None:
-    """Run some steps of each stage in this process, and print what they cost and what their workers need.
+    """Print the resolved run; run some steps of each stage in this process, and print their costs and needs.
 
     Args:
         run: of a training.
@@ -69,22 +81,29 @@ def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehea
         train: feeds a stage of a run that is one worker's share to its loop, through `Rehearsal.fit`.
     """
     cluster.configure_ray()
+    print(cli.to_json(run))
     for name, field in stages.items():
         settings, share, stand_in = getattr(run, field), one_worker(run, field), Rehearsal()
         with tempfile.TemporaryDirectory(prefix="ovd-") as folder:
             own = getattr(share, field)
             train(
                 share,
-                Stage(job=f"dry run, {name}", name=name, settings=own, folder=f"{folder}/{name}", metric_prefix=""),
+                Stage(job=f"dry run, {name}", name=name, settings=own, folder=f"{folder}/{name}"),
                 stand_in,
             )
         step, loading = stand_in.costs()
         workers = max(1, settings.workers)
         device = torch.cuda.get_device_name() if training.device_of(settings) == "cuda" else "this CPU"
         cores, hours = math.ceil(workers * loading / step), settings.steps * step / 3600
+        each, gigabytes = (
+            "GPU" if settings.use_gpu else "worker",
+            settings.steps * workers * stand_in.bytes_per_step / 1e9,
+        )
         lines = (
             f"dry run, {name}: a worker's share takes {step:.3g} s a step on {device}, its loading {loading:.3g} CPU s",
             f"    workers: {workers}, cores for loading: {cores}, hours for {settings.steps:,} steps: {hours:.3g}",
+            f"    {each}-hours: {workers * hours:.3g}, images to the workers: {gigabytes:.3g} GB, "
+            f"a checkpoint every {settings.checkpoint_every:,} steps: {stand_in.checkpoint_bytes / 1e6:.3g} MB",
         )
         print("\n".join(lines), flush=True)
 

@@ -92,6 +92,8 @@ class ActiveRun:
     """Time of each finished stage."""
     outputs: dict[str, str] = field(default_factory=dict)
     """Further checkpoints and tables by name."""
+    stages: list[Stage] = field(default_factory=list)
+    """The stages so far."""
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -101,14 +103,21 @@ class ActiveRun:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def stage(self, name: str, settings: Optimisation) -> Stage:
-        """A stage with a folder, progress lines and metrics under its name."""
-        return Stage(
+        """The next stage, with a folder and progress lines under its name."""
+        stage = Stage(
             job=f"{self.workflow} {name}",
             name=name,
             settings=settings,
             folder=storage.join(self.folder, name),
-            metric_prefix=f"{name}/",
+            first_step=self.last_step,
         )
+        self.stages.append(stage)
+        return stage
+
+    @property
+    def last_step(self) -> int:
+        """Steps of all stages so far."""
+        return sum(stage.settings.steps for stage in self.stages)
 
     def save(self, name: str, write: Callable[[Path], object]) -> str:
         """Write a checkpoint folder to the run's folder; returns its URI."""

@@ -12,10 +12,12 @@ The loop itself stays visible in each workflow:
 
 import contextlib
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +26,7 @@ import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed
+from PIL import Image
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.train import CheckpointConsistencyMode, CheckpointUploadMode
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -33,11 +36,30 @@ from torch.optim.swa_utils import AveragedModel
 
 from data_prep import storage
 from ovd_models.batches import TensorRecord
-from workflows.common.optimisation import Precision, build_optimiser, build_schedule, moving_average
+from workflows.common.optimisation import STEPS_PER_BLOCK, Precision, build_optimiser, build_schedule, moving_average
 from workflows.common.tracking import MetricLogger
-from workflows.common.training import DRIVER_CHECKPOINTS, Stage, last_checkpoint, load_weights, other_than
+from workflows.common.training import (
+    DRIVER_CHECKPOINTS,
+    NotFiniteError,
+    Stage,
+    last_checkpoint,
+    load_weights,
+    other_than,
+)
 
 R = TypeVar("R", bound=TensorRecord)
+CHECKPOINT_STEPS = 2 * STEPS_PER_BLOCK
+"""A stream resumes exactly at multiples of this, also one that comes every second step."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What a model reached between two steps."""
+
+    metrics: Mapping[str, float]
+    """Under MLflow's names without `eval/`."""
+    pictures: Sequence[Image.Image] = ()
+    """Results on the same images every time."""
 
 
 class Session:
@@ -58,7 +80,8 @@ class Session:
         self.meter = Meter()
         self._replaced = 0
         self._uploading = self._committed = 0  # steps of the last checkpoint and of the last one that is committed
-        self._first_broken = torch.tensor(-1, device=device)  # the first step whose loss is not finite
+        self._unchecked: list[tuple[int, tuple[str, ...], Tensor]] = []  # steps with the names and values of losses
+        self._notice, self._saved_on_notice = False, False  # of the end of a node
         self._part = 0  # of the batch, from 0 to `accumulate` - 1
         if device.type == "cuda" and self.world > 1:
             model = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -149,10 +172,9 @@ class Session:
 
         Whether the sum is finite is read where the host waits anyway: before the next log line and checkpoint.
         """
-        loss = torch.stack(list(losses.values())).sum()
-        self._first_broken = torch.where(
-            torch.isfinite(loss.detach()) | (self._first_broken >= 0), self._first_broken, self.step
-        )
+        values = torch.stack(list(losses.values()))
+        self._unchecked.append((self.step, tuple(losses), values.detach()))
+        loss = values.sum()
         if not self._part:
             self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss / self.settings.accumulate).backward()  # type: ignore[no-untyped-call]
@@ -173,11 +195,18 @@ class Session:
 
     def _check_losses(self) -> None:
         """Refuse to go on after a loss that is not finite, on all ranks at once; every rank calls this."""
+        sums = torch.stack([torch.tensor(0.0, device=self.device), *(values.sum() for *_, values in self._unchecked)])
+        broken = ~torch.isfinite(sums)  # counted from 1, so that 0 stands for none
+        first = torch.where(broken.any(), broken.int().argmax(), len(sums))
         if self.world > 1:
-            torch.distributed.all_reduce(self._first_broken, torch.distributed.ReduceOp.MAX)
-        first = int(self._first_broken)
-        if first >= 0:
-            raise FloatingPointError(f"{self.stage.job}: the loss is not finite at step {first}")
+            torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+        number = int(first) - 1
+        if number >= len(self._unchecked):
+            self._unchecked.clear()
+            return
+        step, names, values = self._unchecked[number]
+        own = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
+        raise NotFiniteError(self.stage.job, step, own)
 
     def _all_replaced(self) -> int:
         """The replaced images of all ranks since the training or its last resume began; every rank calls this."""
@@ -197,7 +226,7 @@ class Session:
             images: of the step, over all workers.
 
         Raises:
-            FloatingPointError: a loss since the last log line was not finite.
+            NotFiniteError: a loss since the last log line was not finite.
         """
         self.meter.add(losses, images / self.settings.accumulate)
         if self._part:
@@ -210,12 +239,55 @@ class Session:
             metrics = self.meter.collect()
             logged = {**metrics, "train/learning_rate": max(map(float, self.schedule.get_last_lr()))}
             logged |= {"train/replaced_images": replaced} if replaced else {}
-            self.logger.log({f"{self.stage.metric_prefix}{key}": value for key, value in logged.items()}, self.step)
+            self.logger.log(logged, self.run_step)
             print_progress(self.stage.job, self.step, self.settings.steps, metrics)
-        if self.due:
+        if self.due or (logs and self._must_save()):
             with self.meter.timing("checkpoint"):
                 committed = self.checkpoint()
-            self.logger.flush(until=committed, wait=self.done)
+            self.logger.flush(until=self.stage.first_step + committed, wait=self.done)
+
+    def validate(self, every: int, measure: Callable[[nn.Module], "Validated"]) -> None:
+        """Measure the weights, or their average, and log the results under `eval/`.
+
+        Rank 0 does so while the others wait at their next exchange of gradients; not after the last step, when the
+        evaluation of the trained model follows.
+
+        Args:
+            every: steps from one measurement to the next; 0 for none.
+            measure: gets the model in evaluation mode.
+        """
+        if self.rank or self._part or not every or self.step % every or self.done:
+            return
+        model = self.module if self.average is None else self.average.module
+        model.eval()
+        with torch.no_grad(), self.autocast():
+            found = measure(model)
+        model.train()
+        self.logger.log({f"eval/{name}": value for name, value in found.metrics.items()}, self.run_step)
+        for number, picture in enumerate(found.pictures):
+            self.logger.log_image(picture, f"validation_{number}", self.run_step)
+        values = " ".join(f"{name} {value:.3f}" for name, value in found.metrics.items())
+        print(f"{self.stage.job} {self.step}/{self.settings.steps}  {values}", flush=True)
+
+    def _must_save(self) -> bool:
+        """Whether a node is about to be taken away, as spot nodes are, and this step can end with a checkpoint.
+
+        Once for each group of workers: Ray Train replaces the group when the node goes. Every rank calls this.
+        """
+        if not self.settings.workers or self._saved_on_notice:
+            return False
+        self._notice = self._notice or ray.train.get_preemption_info() is not None
+        if not self._notice or self.step % CHECKPOINT_STEPS:
+            return False
+        if self.rank == 0:
+            print(f"{self.stage.job}: a node will be taken away, saving step {self.step}", flush=True)
+        self._saved_on_notice = True
+        return True
+
+    @property
+    def run_step(self) -> int:
+        """Steps done, with those of the stages before."""
+        return self.stage.first_step + self.step
 
     @property
     def due(self) -> bool:
@@ -234,7 +306,7 @@ class Session:
         for, so that at most one is under way, and at the end of the training the last one.
 
         Raises:
-            FloatingPointError: a loss was not finite; nothing is saved.
+            NotFiniteError: a loss was not finite; nothing is saved.
         """
         self._check_losses()
         self._wait_for_upload()

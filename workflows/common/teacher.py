@@ -13,7 +13,7 @@ from ovd_models.checkpoints import load_encoder
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
 from ovd_models.predictors import find_device
-from ovd_models.vocabulary import SynonymMean, TextEncoder, build_vocabulary
+from ovd_models.vocabulary import SynonymMean, TextEncoder, Vocabulary, build_vocabulary
 
 EXPECTED_TEACHER = (
     "a checkpoint of `python workflows/clip.py`, an architecture of open_clip with --pretrained TAG|FILE, or --texts"
@@ -28,8 +28,8 @@ class CodetNames:
     """Category id -> name, for categories with a split."""
     splits: dict[str, str]
     """`base` or `novel` by name."""
-    base_embeddings: Tensor
-    """[K, D] embeddings of the names of training boxes."""
+    vocabulary: Vocabulary
+    """All names, in the order of `categories`."""
     concept_embeddings: Tensor
     """[C, D] embeddings of the concepts."""
     concepts: tuple[str, ...]
@@ -39,8 +39,13 @@ class CodetNames:
 
     @property
     def base_ids(self) -> list[int]:
-        """Category ids in the order of `base_embeddings`."""
+        """Category ids of the K names of training boxes."""
         return [key for key, name in self.categories.items() if self.splits[name] == "base"]
+
+    @property
+    def base_embeddings(self) -> Tensor:
+        """[K, D] embeddings of the names of training boxes."""
+        return self.vocabulary.embeddings[self.vocabulary.is_base]
 
 
 def read_categories(storage_uri: str, boxes: str) -> tuple[dict[int, str], dict[str, str]]:
@@ -86,7 +91,7 @@ def read_codet_names(
     return CodetNames(
         categories,
         splits,
-        build_vocabulary(encoder, base, synonyms=words).embeddings,
+        build_vocabulary(encoder, list(categories.values()), splits, words),
         build_vocabulary(encoder, concepts).embeddings,
         tuple(concepts),
         tuple(images[name] for name in base),

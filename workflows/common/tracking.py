@@ -67,6 +67,24 @@ def tracking_uri(storage_uri: str) -> str:
     return f"sqlite:///{path}"
 
 
+def check_server(storage_uri: str) -> None:
+    """Check before any work that runs on this storage can be tracked.
+
+    Raises:
+        InputError: see `tracking_uri`, or `MLFLOW_TRACKING_URI` names a server that does not answer.
+    """
+    uri = tracking_uri(storage_uri)
+    if uri.startswith("http"):
+        try:
+            MlflowClient(uri).search_experiments(max_results=1)
+        except MlflowException as error:
+            raise _no_tracking(uri, error) from error
+
+
+def _no_tracking(uri: str, error: MlflowException) -> InputError:
+    return InputError(f"{uri}: no MLflow tracking there ({str(error).splitlines()[0]})")
+
+
 class MetricLogger:
     """Writes metrics of an open run from another process; pickles to a few bytes.
 
@@ -319,7 +337,7 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
             client = MlflowClient(uri)
             found = client.get_experiment_by_name(experiment)
         except MlflowException as error:
-            raise InputError(f"{uri}: no MLflow tracking there ({str(error).splitlines()[0]})") from error
+            raise _no_tracking(uri, error) from error
         if found is not None:
             for tag, value in EXPERIMENT_TAGS.items():
                 if found.tags.get(tag, "_inferred").endswith("_inferred"):  # as the UI does by itself

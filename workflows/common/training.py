@@ -1,8 +1,11 @@
 """A stage of a training: its call of Ray Train, and its checkpoints. `session.py` has the parts of the loop."""
 
+import io
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +16,20 @@ import ray.train
 import ray.train.v2._internal.execution.context
 import torch
 import torch.distributed
+from pyarrow import parquet
 from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from data_prep import storage
-from data_prep.streams.plans import Stream, StreamShape, stream
+from data_prep.streams.plans import Integers, Stream, StreamShape, stream
 from ovd_models.errors import InputError
 from workflows.common import cluster, quiet
 from workflows.common.optimisation import Optimisation
 
 DRIVER_CHECKPOINTS = ("driver_checkpoint/a", "driver_checkpoint/b")
 """Written in turn, so that one of them is complete at any time."""
+NOT_FINITE = "not_finite.json"
+"""Written by a worker whose loss is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +42,26 @@ class Stage:
     settings: Optimisation
     folder: str
     """Folder or URI of its checkpoints."""
-    metric_prefix: str
-    """Start of its metrics' names in MLflow."""
+    first_step: int = 0
+    """Steps of the stages before it; metrics of all stages share one axis of steps."""
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss is infinite or no number."""
+
+    def __init__(self, job: str, step: int, losses: Sequence[str], saved: Sequence[str] = ()) -> None:
+        """Name the step.
+
+        Args:
+            job: start of the message.
+            step: of the stage, from 0.
+            losses: those of this worker that are not finite.
+            saved: URIs of the batches of the step.
+        """
+        names = ", ".join(losses) or "the loss"
+        places = f"; its rows are in {', '.join(saved)}" if saved else ""
+        super().__init__(f"{job}: {names} not finite at step {step}{places}")
+        self.job, self.step, self.losses = job, step, tuple(losses)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -129,13 +153,21 @@ class Feed:
     """Number of its batches."""
     every: int
     """Steps from one batch of this stream to the next."""
+    first: int = 0
+    """The first step with a batch of it."""
+
+    def positions(self, step: int) -> Integers:
+        """Positions of a step's rows, none if the step has no batch of this stream."""
+        return self.shape.of_step(step // self.every) if step % self.every == self.first else np.zeros(0, np.int64)
 
     def __call__(self, step: int) -> Stream:
         """The stream from a step on."""
         return stream(self.load, self.shape, step // self.every, self.last)
 
 
-def feed(load: Callable[[Any], Any], rows_per_step: int, settings: Optimisation, every: int = 1) -> Feed:
+def feed(
+    load: Callable[[Any], Any], rows_per_step: int, settings: Optimisation, every: int = 1, first: int = 0
+) -> Feed:
     """The stream of a stage.
 
     Args:
@@ -143,13 +175,14 @@ def feed(load: Callable[[Any], Any], rows_per_step: int, settings: Optimisation,
         rows_per_step: rows in a batch, over all workers.
         settings: of the stage.
         every: steps from one batch of this stream to the next.
+        first: the first step with a batch of it.
 
     Raises:
         InputError: no image of the table can be read.
     """
     load(np.zeros(1, np.int64))  # here, where a person sees the message, before any worker starts
     shape = StreamShape(rows_per_step=rows_per_step, workers=settings.workers)
-    return Feed(load, shape, -(-settings.steps // every), every)
+    return Feed(load, shape, -(-settings.steps // every), every, first)
 
 
 class Trainer(TorchTrainer):
@@ -171,6 +204,9 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
         worker: the loop, run by every worker.
         stage: steps, workers and folder.
         feeds: the stream of each data set.
+
+    Raises:
+        NotFiniteError: a loss is not finite; the rows of its step are saved in the stage's folder.
     """
     settings = stage.settings
     if committed_step(stage.folder) >= settings.steps:
@@ -188,7 +224,7 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
     )
     options = ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits)
     Trainer(
-        worker,
+        partial(run_loop, worker, stage),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
             use_gpu=settings.use_gpu,
@@ -205,7 +241,35 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
         datasets={key: from_committed(make) for key, make in feeds.items()},  # type: ignore[misc]
         dataset_config=ray.train.DataConfig(enable_shard_locality=False, execution_options=options),
     ).fit()
+    raise_if_not_finite(stage, feeds)
     return final_weights(stage.folder)
+
+
+def run_loop(worker: Callable[[], None], stage: Stage) -> None:
+    """Run a loop; if a loss is not finite, record it and end in order, since another attempt would meet it again."""
+    try:
+        worker()
+    except NotFiniteError as error:
+        if error.losses:  # this worker's
+            record = json.dumps({"step": error.step, "losses": error.losses})
+            storage.write_bytes(storage.join(stage.folder, NOT_FINITE), record.encode())
+
+
+def raise_if_not_finite(stage: Stage, feeds: Mapping[str, Feed]) -> None:
+    """Save the rows of the step that `run_loop` recorded, if any, and raise its error."""
+    filesystem, path = storage.resolve(storage.join(stage.folder, NOT_FINITE))
+    if not storage.exists(storage.join(stage.folder, NOT_FINITE)):
+        return
+    record = json.loads(storage.read_bytes(storage.join(stage.folder, NOT_FINITE)))
+    filesystem.delete_file(path)  # a resumed run may come to another end
+    step, saved = record["step"], []
+    for name, stream_of in feeds.items():
+        if len(positions := stream_of.positions(step)):
+            buffer = io.BytesIO()
+            parquet.write_table(stream_of.load(positions), buffer)
+            saved.append(storage.join(stage.folder, f"not_finite_{step}_{name}.parquet"))
+            storage.write_bytes(saved[-1], buffer.getvalue())
+    raise NotFiniteError(stage.job, step, record["losses"], saved)
 
 
 Fit = Callable[[Callable[[], None], Stage, Mapping[str, Feed]], dict[str, Tensor]]

@@ -42,8 +42,8 @@ class Run:
     """Seed of the pictogram world of the zero-shot test."""
     eval_images: int = 4_080
     """Held-out images in the zero-shot test."""
-    eval_every: int = 0
-    """Steps between zero-shot tests during training; 0 tests at the end only."""
+    validate_every: int = 0
+    """Steps between zero-shot tests during training; 0 for none."""
     wait_minutes: float = 20.0
     """Minutes to wait for a cluster that grows to the workers' number."""
     dry_run: bool = False
@@ -70,7 +70,7 @@ def smoke() -> Run:
         max_side=64,
         batch_size=32,
         eval_images=136,
-        eval_every=5,
+        validate_every=5,
         optimisation=Optimisation(steps=10, learning_rate=2e-3, checkpoint_every=10, workers=0),
     )
 

@@ -69,6 +69,9 @@ class Run:
     instead of training the box stage."""
     max_detections: int = 100
     """Detections of an image in evaluation."""
+    validate_every: int = 5000
+    """Steps between measurements on the first `validate_images` of the evaluation set during training; 0 for none."""
+    validate_images: int = 100
     wait_minutes: float = 20.0
     """Minutes to wait for a cluster that grows to the workers' number."""
     dry_run: bool = False
@@ -100,6 +103,8 @@ def smoke() -> Run:
         boxes="smoke",
         pairs="smoke",
         detection_batch=2,
+        validate_every=3,
+        validate_images=4,
         groups_per_step=2,
         group_size=2,
         sampling=Sampling(min_side=100),
@@ -116,6 +121,8 @@ def pictograms() -> Run:
         pairs="pictograms",
         sampling=Sampling(min_side=100),
         groups_per_step=2,
+        validate_every=150,
+        validate_images=60,
         # Small operators parallelise badly: two processes with one thread each use less CPU than one with two.
         box_stage=Optimisation(steps=300, learning_rate=2e-3, workers=2),
         joint_stage=Optimisation(steps=600, learning_rate=2e-3, workers=2),

@@ -70,6 +70,9 @@ class Run:
     text_stage: Optimisation = field(default_factory=lambda: Optimisation(steps=500, learning_rate=1e-3))
     eval_images: int = 0
     """Evaluate on this many first images of the evaluation set; all if 0."""
+    validate_every: int = 5000
+    """Steps between measurements on the first `validate_images` of the evaluation set during training; 0 for none."""
+    validate_images: int = 100
     wait_minutes: float = 20.0
     """Minutes to wait for a cluster that grows to the workers' number."""
     dry_run: bool = False
@@ -99,6 +102,8 @@ def smoke() -> Run:
         text_to_mask=True,
         text_stage=quick,
         eval_images=4,
+        validate_every=3,
+        validate_images=4,
     )
 
 
@@ -127,6 +132,8 @@ def pictograms() -> Run:
         clip2sam_stage=Optimisation(steps=1200, learning_rate=2e-3, optimiser="muon", workers=2),
         text_stage=Optimisation(steps=1200, learning_rate=2e-3, optimiser="muon", workers=2),
         eval_images=100,
+        validate_every=300,
+        validate_images=30,
     )
 
 

@@ -73,6 +73,9 @@ class Run:
     """Detections of an image in evaluation."""
     measure_masks: bool = False
     """Evaluate masks instead of boxes, as is usual on LVIS."""
+    validate_every: int = 5000
+    """Steps between measurements on the first `validate_images` of the evaluation set during training; 0 for none."""
+    validate_images: int = 100
     wait_minutes: float = 20.0
     """Minutes to wait for a cluster that grows to the workers' number."""
     dry_run: bool = False
@@ -104,6 +107,8 @@ def smoke() -> Run:
         max_proposals=8,
         regions_per_step=4,
         detection_batch=2,
+        validate_every=3,
+        validate_images=4,
         embed=EmbedConfig(actors=0),
         rpn_stage=quick,
         detector_stage=quick,
@@ -119,6 +124,8 @@ def pictograms() -> Run:
         model=ViLDConfig(image_weight=0.1, scoring=Scoring(image_temperature=25.0, base_image=0.2, novel_image=0.8)),
         max_proposals=32,
         regions_per_step=32,
+        validate_every=200,
+        validate_images=60,
         # Small operators parallelise badly: two processes with one thread each use less CPU than one with two.
         rpn_stage=Optimisation(steps=200, learning_rate=2e-3, workers=2),
         detector_stage=Optimisation(steps=800, learning_rate=2e-3, workers=2),

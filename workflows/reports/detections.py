@@ -1,60 +1,17 @@
 """Annotated images and drawings of a detector's results beside the annotations."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
-import ovd_models
 from data_prep import storage
 from data_prep.boxes.cleaning import SkipReport
 from data_prep.streams.images import read_image
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
-from ovd_models.predictors import Detector
-from workflows.common import registry
-from workflows.common.teacher import read_categories, read_synonyms
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectorRun:
-    """A detector and the annotated set on which a script runs it."""
-
-    storage: str = "store"
-    """Folder or URI that holds all tables."""
-    model: str = ""
-    """Folder or URI of a checkpoint, or an MLflow `models:/` URI."""
-    boxes: str = "pictograms-eval"
-    """Name of the `boxes` table."""
-    categories: str = ""
-    """Name of the `categories` table; if empty, that of `boxes` up to the last dash."""
-    device: str = "cpu"
-    """Device of all models, such as `cuda`."""
-
-    def load_detector(self) -> Detector:
-        """Load the detector, and let torch use all cores.
-
-        Raises:
-            InputError: there is no such checkpoint or device.
-        """
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        return ovd_models.load(registry.local_model(self.model, self.storage), self.device)
-
-    def read_categories(self) -> tuple[dict[int, str], dict[str, str]]:
-        """`workflows.common.teacher.read_categories` of the set."""
-        return read_categories(self.storage, self.category_table)
-
-    def read_synonyms(self) -> dict[str, list[str]]:
-        """Other words by name, of the set."""
-        return read_synonyms(self.storage, self.category_table)
-
-    @property
-    def category_table(self) -> str:
-        """Name of the `categories` table."""
-        return self.categories or self.boxes.rsplit("-", 1)[0]
 
 
 def read_box_image(storage_uri: str, row: Mapping[str, Any]) -> Image.Image:
@@ -89,6 +46,27 @@ def read_box_images(
         raise InputError(f"no image can be read: {skipped}")
     if skipped:
         print(f"left out: {skipped}", flush=True)
+
+
+def detections_of_row(row: Mapping[str, Any], names: Mapping[int, str], image: Image.Image | None) -> Detections:
+    """A row of `predictions` as detections.
+
+    Args:
+        row: of `predictions`.
+        names: category id -> name; the vocabulary.
+        image: the picture, or None.
+    """
+    label_of = {key: label for label, key in enumerate(names)}
+    return Detections(
+        boxes=torch.tensor(row["boxes"]).view(-1, 4),
+        scores=torch.tensor(row["scores"]),
+        labels=torch.tensor([label_of[key] for key in row["category_ids"]], dtype=torch.int64),
+        names=tuple(names.values()),
+        width=image.width if image is not None else 0,
+        height=image.height if image is not None else 0,
+        image=image,
+        masks=tuple(row["masks"]) if row["masks"] else None,
+    )
 
 
 def annotations_as_detections(row: Mapping[str, Any], names: Mapping[int, str], detections: Detections) -> Detections:

@@ -18,7 +18,10 @@ Numbers = npt.NDArray[Any]
 GREEN, INK = "#0b6e4f", "#1c2430"
 
 
-def render_page(template: Literal["boxes", "demo", "failures", "pairs"], values: Mapping[str, object]) -> str:
+Template = Literal["boxes", "classify", "compare", "demo", "evaluation", "failures", "pairs", "predictions"]
+
+
+def render_page(template: Template, values: Mapping[str, object]) -> str:
     """Render `templates/<template>.html`; all values are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("workflows.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True

@@ -138,6 +138,32 @@ def evaluate_ovsam(
     return SegmentationReport(summarise(metrics), costs, tuple(pictures))
 
 
+def measure_pointing(
+    storage_uri: str, boxes: str, category_ids: Mapping[str, int], vocabulary: Vocabulary, model: OvSam, *, limit: int
+) -> tuple[dict[str, float], list[Image.Image]]:
+    """IoU and accuracy of an OV-SAM in training with boxes as prompts, where finite, and four pictures.
+
+    Args:
+        storage_uri: the storage of the tables.
+        boxes: name of the `boxes` table.
+        category_ids: category id by name.
+        vocabulary: all candidate names, with the base ones marked.
+        model: on its device.
+        limit: number of images.
+
+    Raises:
+        InputError: see `read_mask_rows`.
+    """
+    device = next(model.parameters()).device
+    rows = read_mask_rows(storage_uri, boxes, category_ids, limit)
+    label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names) if name in category_ids}
+    images = read_objects(storage_uri, rows, label_of, str(device))
+    kinds: tuple[PromptKind, ...] = ("box",)
+    metrics, pictures = segment_objects(images, vocabulary.to(device), model, None, kinds, num_pictures=4)
+    values = metrics["ovsam", "box"].summary()
+    return {name: value for name, value in values.items() if np.isfinite(value)}, pictures
+
+
 # -------------------------------------------------------------------------------------------------- annotated objects
 
 

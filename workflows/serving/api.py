@@ -1,223 +1,373 @@
-"""The HTTP API of a detector or an OV-SAM: request fields, responses and routes."""
+"""The HTTP API: one replica's models and the routes to them."""
 
 import asyncio
-import os
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Any, Literal, TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar
 
+import PIL.Image
 import torch
-from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse
-from pydantic import BaseModel
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-import ovd_models
-from data_prep.embeddings.texts import PreloadedEncoder, TextStore
-from ovd_models.checkpoints import read_info
+from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.errors import InputError
-from ovd_models.predictors import Detector, Segmenter
-from ovd_models.preprocess import to_tensor
-from workflows.common import registry
-from workflows.serving.requests import (
-    Limits,
-    ProblemError,
-    RequestLimiter,
-    as_problem,
+from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
+from ovd_models.sam.model import EverythingConfig
+from workflows.serving.fields import (
+    ClassifyFields,
+    DetectFields,
+    EverythingFields,
+    Fields,
+    SegmentFields,
+    TextToMaskFields,
+    body_schema,
     decode_upload,
+    parse_attributes,
     parse_prompts,
-    parse_vocabulary,
+    read_request,
 )
+from workflows.serving.gate import Gate, Journal
+from workflows.serving.limits import Limits, ProblemError, as_problem, refusal
+from workflows.serving.metrics import Metrics
+from workflows.serving.models import ModelSet, ServedModel
+from workflows.serving.schemas import (
+    ClassifyResponse,
+    DetectResponse,
+    HealthResponse,
+    ModelResponse,
+    ModelsResponse,
+    Problem,
+    SegmentResponse,
+    VocabularyResponse,
+)
+from workflows.serving.texts import TextCache, VocabularyStore, Words, is_vocabulary_id, parse_words
+from workflows.serving.worker import Job, ModelWorker
 
-T = TypeVar("T")
+R = TypeVar("R")
+WEB = Path(__file__).parent / "web"
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/problem+json": {}}}
+    status: {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
     for status, text in {
-        400: "undecodable image", 408: "body too slow", 413: "too many bytes or pixels", 415: "not an image",
-        422: "bad vocabulary, prompts or parameter", 503: "queue full",
+        400: "undecodable image", 401: "missing or wrong token", 408: "body too slow", 413: "too many bytes or pixels",
+        415: "not an image", 422: "bad vocabulary, prompts or parameter", 503: "queue full",
     }.items()
 }  # fmt: skip
-
-ImageField = Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")]
-VocabularyField = Annotated[
-    str | None,
-    Form(description='JSON list of names such as ["red umbrella", "anchor"]; default: the model\'s vocabulary'),
-]
-PromptsField = Annotated[
-    str, Form(description='JSON object: "points", optionally with "point_labels", or "boxes", one entry per object')
-]
-
-
-class DetectedObject(BaseModel):
-    """One detected object."""
-
-    box: tuple[float, float, float, float]
-    """x0, y0, x1, y1 in pixels of the image."""
-    label: str
-    score: float
-
-
-class DetectResponse(BaseModel):
-    """Response of `/v1/detect`, best detection first."""
-
-    width: int
-    height: int
-    detections: list[DetectedObject]
-
-
-class RleMask(BaseModel):
-    """A mask in COCO's run-length encoding."""
-
-    size: tuple[int, int]
-    """Height and width of the image."""
-    counts: str
-
-
-class SegmentedObject(BaseModel):
-    """The object of one prompt."""
-
-    mask: RleMask
-    box: tuple[float, float, float, float]
-    """Tight box of the mask: x0, y0, x1, y1 in pixels of the image; zeros for an empty mask."""
-    label: str
-    score: float
-    """Probability of the label among the requested names."""
-    iou: float | None
-    """The model's estimate of the mask's IoU, if it predicts one."""
-
-
-class SegmentResponse(BaseModel):
-    """Response of `/v1/segment`, one entry per prompt, in the order of the prompts."""
-
-    width: int
-    height: int
-    segments: list[SegmentedObject]
-
-
-class ModelResponse(BaseModel):
-    """Response of `/v1/model`."""
-
-    method: str
-    checkpoint: str
-    teacher: str
-    prompt_set: str
-    vocabulary: list[str]
-
-
-class HealthResponse(BaseModel):
-    """Response of `/healthz`."""
-
-    status: Literal["ok"] = "ok"
+MAX_EVERYTHING_PIXELS = 4_000_000
+"""Maximum pixels of an image of which all masks are wanted."""
+MAX_QUERY_BYTES = 64_000_000
 
 
 class Endpoint:
-    """One replica: a detector or segmenter and its routes."""
+    """What one replica needs to answer: its models, its thread for them, caches and metrics."""
 
     def __init__(
-        self, model: str, storage_uri: str, *, texts: bool, threads: int, device: Literal["cpu", "cuda"], limits: Limits
+        self,
+        models: ModelSet,
+        worker: ModelWorker,
+        texts: TextCache,
+        vocabularies: VocabularyStore,
+        metrics: Metrics,
+        limits: Limits,
     ) -> None:
-        """Load the checkpoint `model`; with `texts`, embeddings of known names are read from the teacher's `texts`."""
-        self.checkpoint, self.limits = model, limits
-        folder = registry.local_model(model, storage_uri)
-        load = ovd_models.load_segmenter if read_info(folder).method == "ovsam" else ovd_models.load
-        self.served: Detector | Segmenter = load(folder, device=device)
-        if texts:
-            store = TextStore(storage_uri, self.served.teacher)
-            self.served.encoder = PreloadedEncoder(self.served.encoder, store)
-        threads = threads or len(os.sched_getaffinity(0))
-        # One request at a time on all cores is faster than several that share them; Ray's default is one thread.
-        self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
+        self.models, self.worker, self.texts, self.vocabularies = models, worker, texts, vocabularies
+        self.metrics, self.limits = metrics, limits
+        self._decoding, self._embedding = ThreadPoolExecutor(2, "decode"), ThreadPoolExecutor(2, "texts")
+        self._queries: dict[tuple[Any, ...], RegionQuery] = {}
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Build the routes; Ray Serve calls this after constructing the replica."""
-        return build_api(self)
+    # -------------------------------------------------------------------------------------------------- routes
 
-    async def healthz(self) -> HealthResponse:
-        """Answer as soon as the model is loaded, even while requests wait."""
-        return HealthResponse()
-
-    async def model(self) -> ModelResponse:
-        """Describe the served model."""
-        return ModelResponse(
-            method=self.served.method,
-            checkpoint=self.checkpoint,
-            teacher=self.served.teacher,
-            prompt_set=self.served.prompt_set,
-            vocabulary=list(self.served.vocabulary),
+    async def detect(self, request: Request) -> Response:
+        """Detect objects of the given names."""
+        content, fields = await read_request(request, DetectFields)
+        most = self.limits.max_detections
+        if fields.max_detections > most:
+            raise refusal("max_detections", f"{fields.max_detections}, at most {most}")
+        model = self.models.find(fields.model, "detect")
+        if fields.masks and not masks_of(model):
+            raise refusal("masks", "this model finds boxes only, expected false")
+        query = await self._query(model, fields, request, parse_attributes(fields.attributes))
+        assert isinstance(model.predictor, Detector)
+        find = partial(
+            model.predictor.find,
+            query=query,
+            score_threshold=fields.score_threshold,
+            max_detections=fields.max_detections,
         )
 
-    async def detect(
-        self,
-        image: ImageField,
-        vocabulary: VocabularyField = None,
-        score_threshold: Annotated[float, Form(ge=0, le=1, allow_inf_nan=False)] = 0.05,
-        max_detections: Annotated[int, Form(ge=1)] = 100,
-        masks: Annotated[bool, Form(description="not offered by this model")] = False,
-    ) -> DetectResponse:
-        """Detect objects of the given names."""
-        if masks:
-            raise ProblemError(422, "Bad parameter", "masks: this model finds boxes only, expected false")
-        most = self.limits.max_detections
-        if max_detections > most:
-            raise ProblemError(422, "Bad parameter", f"max_detections: {max_detections}, at most {most}")
-        detector = cast(Detector, self.served)
+        def answer(encoded: Any) -> dict[str, Any]:
+            found = find(encoded).to(torch.device("cpu"))
+            detections = found.to_list()
+            if not fields.masks:
+                for entry in detections:
+                    entry.pop("mask", None)
+            return {"width": found.width, "height": found.height, "detections": detections}
 
-        def run(tensor: torch.Tensor, names: Sequence[str]) -> DetectResponse:
-            found = detector.detect(tensor, names, score_threshold=score_threshold, max_detections=max_detections)
-            detections = [DetectedObject(**entry) for entry in found.to_list()]
-            return DetectResponse(width=found.width, height=found.height, detections=detections)
+        return await self._answer(model, content, answer, request)
 
-        return await self._run(image, vocabulary, run, "Bad vocabulary")
-
-    async def segment(
-        self, image: ImageField, prompts: PromptsField, vocabulary: VocabularyField = None
-    ) -> SegmentResponse:
+    async def segment(self, request: Request) -> Response:
         """Segment and name the object of each prompt."""
-        segmenter, parsed = cast(Segmenter, self.served), parse_prompts(prompts, self.limits)
+        content, fields = await read_request(request, SegmentFields)
+        prompts = parse_prompts(fields.prompts, self.limits)
+        model = self.models.find(fields.model, "segment")
+        query = await self._query(model, fields, request)
+        assert isinstance(model.predictor, Segmenter)
+        segmenter = model.predictor.model
 
-        def run(tensor: torch.Tensor, names: Sequence[str]) -> SegmentResponse:
-            pixels, most = len(parsed) * tensor[0].numel(), self.limits.max_mask_pixels
-            if pixels > most:
-                detail = f"{len(parsed)} masks of the image have {pixels:,} pixels, at most {most:,} are answered"
-                raise ProblemError(422, "Bad prompts", f"prompts: {detail}")
-            segments = [SegmentedObject(**entry) for entry in segmenter.segment(tensor, parsed, names).to_list()]
-            return SegmentResponse(width=tensor.shape[2], height=tensor.shape[1], segments=segments)
+        def answer(encoded: Any) -> dict[str, Any]:
+            height, width = encoded.sam.size
+            self._check_masks(len(prompts), width, height, "prompts")
+            segments = segmenter.segment(encoded, prompts, query.names)
+            return {"width": width, "height": height, "segments": segments.to_list()}
 
-        return await self._run(image, vocabulary, run, "Bad prompts or vocabulary")
+        return await self._answer(model, content, answer, request)
 
-    async def _run(
-        self, image: UploadFile, vocabulary: str | None, run: Callable[[torch.Tensor, Sequence[str]], T], title: str
-    ) -> T:
-        """Run the model on the decoded image and names; its `InputError` becomes a problem with this title."""
-        names = self.served.vocabulary if vocabulary is None else parse_vocabulary(vocabulary, self.limits)
-        content = await image.read()
+    async def everything(self, request: Request) -> Response:
+        """Find and name all masks of an image."""
+        content, fields = await read_request(request, EverythingFields)
+        model = self.models.find(fields.model, "everything")
+        query = await self._query(model, fields, request)
+        assert isinstance(model.predictor, Segmenter)
+        segmenter = model.predictor.model
 
-        def job() -> T:
-            return run(to_tensor(decode_upload(content, self.limits.max_pixels)), names)
+        def answer(encoded: Any) -> dict[str, Any]:
+            height, width = encoded.sam.size
+            if height * width > MAX_EVERYTHING_PIXELS:
+                most = f"at most {MAX_EVERYTHING_PIXELS:,} are accepted here"
+                raise ProblemError(413, "Image too large", f"image: {width} x {height} pixels, {most}")
+            most_masks = max(1, self.limits.max_mask_pixels // (width * height))
+            settings = EverythingConfig(
+                points_per_side=fields.points_per_side, points_per_batch=min(64, most_masks), max_masks=most_masks
+            )
+            segments = segmenter.everything(encoded, query.names, settings)
+            return {"width": width, "height": height, "segments": segments.to_list()}
 
+        return await self._answer(model, content, answer, request)
+
+    async def text_to_mask(self, request: Request) -> Response:
+        """Find the mask of each name."""
+        content, fields = await read_request(request, TextToMaskFields)
+        model = self.models.find(fields.model, "text-to-mask")
+        query = await self._query(model, fields, request)
+        assert isinstance(model.predictor, TextSegmenter)
+        segmenter, names = model.predictor, query.names
+
+        def answer(encoded: Any) -> dict[str, Any]:
+            height, width = encoded.size
+            self._check_masks(len(names), width, height, "vocabulary")
+            segments = segmenter.find(encoded, names)
+            return {"width": width, "height": height, "segments": segments.to_list()}
+
+        return await self._answer(model, content, answer, request)
+
+    async def classify(self, request: Request) -> Response:
+        """Name a whole image."""
+        content, fields = await read_request(request, ClassifyFields)
+        model = self.models.find(fields.model, "classify")
+        query = await self._query(model, fields, request)
+        assert isinstance(model.predictor, Classifier)
+        classifier = model.predictor
+
+        def answer(encoded: Any) -> dict[str, Any]:
+            found = classifier.find(encoded, query.names, fields.top)
+            pairs = zip(found.labels, found.scores, strict=True)
+            return {"labels": [{"label": label, "score": score} for label, score in pairs]}
+
+        return await self._answer(model, content, answer, request)
+
+    async def put_vocabulary(self, request: Request) -> VocabularyResponse:
+        """Store a vocabulary once; the answer's id can be the field `vocabulary` of any request."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, job)
+            text = (await request.body()).decode()
+        except UnicodeDecodeError:
+            raise refusal("vocabulary", "not UTF-8, expected a JSON list of names") from None
+        words = parse_words(text, self.limits)
+        return VocabularyResponse(id=await self._in_pool(self._embedding, self.vocabularies.put, words))
+
+    async def healthz(self) -> HealthResponse:
+        """Answer as soon as the models are loaded, even while requests wait."""
+        return HealthResponse()
+
+    async def model(self, name: str | None = None) -> ModelResponse:
+        """Describe a served model, the first one without a name."""
+        found = [model for model in self.models if name in (None, model.name)]
+        if not found:
+            raise refusal("name", f"{(name or '')[:100]!r} is not served")
+        return describe(found[0])
+
+    async def list_models(self) -> ModelsResponse:
+        """Describe all served models."""
+        return ModelsResponse(models=[describe(model) for model in self.models])
+
+    async def metrics_page(self) -> Response:
+        """Metrics of this machine's replicas, for Prometheus."""
+        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # -------------------------------------------------------------------------------------------------- steps
+
+    def _check_masks(self, count: int, width: int, height: int, field: str) -> None:
+        pixels, most = count * width * height, self.limits.max_mask_pixels
+        if pixels > most:
+            raise refusal(field, f"{count} masks of the image have {pixels:,} pixels, at most {most:,} are answered")
+
+    async def _in_pool(self, pool: ThreadPoolExecutor, job: Callable[..., R], *args: Any) -> R:
+        return await asyncio.get_running_loop().run_in_executor(pool, job, *args)
+
+    async def _query(
+        self, model: ServedModel, fields: Fields, request: Request, attributes: tuple[str, ...] = ()
+    ) -> RegionQuery:
+        """The embedded names of a request; recent queries are kept."""
+        text = fields.vocabulary
+        # Text first: a repeated request need not be parsed again.
+        key = (model.digest, model.predictor.teacher, text, fields.prompt_set, fields.merge, attributes)
+        query = self._queries.get(key)
+        self.metrics.cache.labels("queries", "miss" if query is None else "hit").inc()
+        if query is not None:
+            return query
+        started = time.perf_counter()
+        words: Words | None = None
+        if text is not None and is_vocabulary_id(text):
+            words = await self._in_pool(self._embedding, self.vocabularies.get, text.strip().strip('"'))
+        elif text is not None:
+            words = parse_words(text, self.limits)
+        embed = partial(
+            model.query, words, self.texts, prompt_set=fields.prompt_set, merge=fields.merge, attributes=attributes
+        )
+        try:
+            query = await self._in_pool(self._embedding, embed)
         except InputError as error:
-            raise ProblemError(422, title, str(error)) from error
+            raise ProblemError(422, "Bad vocabulary", f"vocabulary: {error}") from error
+        self._note(request, "text", 1000 * (time.perf_counter() - started))
+        size = len(query.names) * 1_000 + len(text or "")
+        while self._queries and len(self._queries) * size > MAX_QUERY_BYTES:
+            del self._queries[next(iter(self._queries))]
+        self._queries[key] = query
+        return query
+
+    async def _answer(
+        self, model: ServedModel, content: bytes, answer: Callable[[Any], dict[str, Any]], request: Request
+    ) -> Response:
+        """Decode the image unless it is known, queue the job at the models, and answer in time."""
+        key = (model.digest, hashlib.sha256(content).hexdigest())
+        encoded = self.worker.images.get(key)
+        image = None
+        if encoded is None:
+            started = time.perf_counter()
+            image = await self._in_pool(self._decoding, self._decode, model, content)
+            self._note(request, "decode", 1000 * (time.perf_counter() - started))
+        job = Job(model, key, image, encoded, answer)
+        try:
+            future = asyncio.wrap_future(self.worker.submit(job))
+            result = await asyncio.wait_for(future, self.limits.answer_seconds)
+        except TimeoutError:
+            raise ProblemError(503, "Busy", "the answer took too long; try again") from None
+        except InputError as error:
+            raise ProblemError(422, "Bad prompts or vocabulary", str(error)) from error
+        for stage, milliseconds in job.milliseconds.items():
+            self._note(request, stage, milliseconds)
+        journal: Journal = request.state.journal
+        journal.values |= {"model": model.name, "digest": model.digest, "bytes": len(content), "seen": image is None}
+        headers = {"x-model-digest": model.digest}
+        return Response(json.dumps(result, separators=(",", ":")), media_type="application/json", headers=headers)
+
+    def _decode(self, model: ServedModel, content: bytes) -> torch.Tensor:
+        picture: PIL.Image.Image = decode_upload(content, self.limits.max_pixels)
+        return model.read(picture)
+
+    def _note(self, request: Request, stage: str, milliseconds: float) -> None:
+        """Record the time of a stage, in the metrics and in the log."""
+        journal: Journal = request.state.journal
+        journal.values[f"{stage}_ms"] = round(milliseconds, 2)
+        self.metrics.seconds.labels(request.url.path, stage).observe(milliseconds / 1000)
 
 
-def build_api(endpoint: Endpoint) -> FastAPI:
-    """Build the HTTP interface of one replica."""
-    api = FastAPI(title="ovd-ray", description="Open-vocabulary vision", version=version("ovd-ray"))
-    api.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
+def masks_of(model: ServedModel) -> bool:
+    """Whether a model's detections have masks."""
+    if not isinstance(model.predictor, Detector):
+        return False
+    return model.predictor.predicts_masks
+
+
+def describe(model: ServedModel) -> ModelResponse:
+    """What `/v1/model` says of a model."""
+    return ModelResponse(
+        name=model.name,
+        method=model.method,
+        checkpoint=model.uri,
+        digest=model.digest,
+        version=model.version,
+        run_id=model.run_id,
+        licence=model.licence,
+        teacher=model.predictor.teacher,
+        prompt_set=model.predictor.prompt_set,
+        vocabulary=list(model.predictor.vocabulary),
+        routes=[f"/v1/{task}" for task in model.tasks],
+        masks=masks_of(model),
+    )
+
+
+async def _send_page(path: Path, request: Request) -> Response:
+    return FileResponse(path, headers={"cache-control": "no-cache"})
+
+
+def build_api(endpoint: Endpoint, token_digest: str = "", *, adds_ids: bool = True) -> FastAPI:
+    """Build the HTTP interface of one replica: routes of its models, pages, limits.
+
+    Ray Serve itself adds the header `x-request-id`; elsewhere `adds_ids` does.
+    """
+    api = FastAPI(
+        title="ovd-ray",
+        description="Open-vocabulary vision: name what is to be found.",
+        version=version("ovd-ray"),
+        docs_url=None,
+        redoc_url=None,
+    )
+    tasks: dict[str, tuple[Callable[..., Any], type[Fields], Any]] = {
+        "detect": (endpoint.detect, DetectFields, DetectResponse),
+        "segment": (endpoint.segment, SegmentFields, SegmentResponse),
+        "everything": (endpoint.everything, EverythingFields, SegmentResponse),
+        "text-to-mask": (endpoint.text_to_mask, TextToMaskFields, SegmentResponse),
+        "classify": (endpoint.classify, ClassifyFields, ClassifyResponse),
+    }
+    offered = {task for model in endpoint.models for task in model.tasks}
+    for task, (handler, fields, answer) in tasks.items():
+        if task in offered:
+            responses: dict[int | str, dict[str, Any]] = {200: {"model": answer}, **ERRORS}
+            api.add_api_route(
+                f"/v1/{task}", handler, methods=["POST"], responses=responses, openapi_extra=body_schema(fields)
+            )
+    names = {"schema": {"type": "array", "items": {}}, "example": ["red umbrella", "anchor"]}
+    stored = {"requestBody": {"required": True, "content": {"application/json": names}}}
+    own: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 408, 413, 422, 503)}
+    api.add_api_route("/v1/vocabularies", endpoint.put_vocabulary, methods=["PUT"], responses=own, openapi_extra=stored)
+    api.add_api_route("/v1/model", endpoint.model, responses={401: ERRORS[401], 422: ERRORS[422]})
+    api.add_api_route("/v1/models", endpoint.list_models, responses={401: ERRORS[401]})
     api.add_api_route("/healthz", endpoint.healthz)
-    api.add_api_route("/v1/model", endpoint.model)
-    if isinstance(endpoint.served, Segmenter):
-        api.add_api_route("/v1/segment", endpoint.segment, methods=["POST"], responses=ERRORS)
-    else:
-        api.add_api_route("/v1/detect", endpoint.detect, methods=["POST"], responses=ERRORS)
+    api.add_api_route("/metrics", endpoint.metrics_page, include_in_schema=False)
+    for path, page in {"/": "index.html", "/docs": "docs.html"}.items():
+        api.add_route(path, partial(_send_page, WEB / page), include_in_schema=False)
+    api.mount("/web", StaticFiles(directory=WEB))
 
     async def problem(request: Request, error: Exception) -> JSONResponse:
+        path = request.url.path.removeprefix("/v1/")
+        if isinstance(error, HTTPException) and error.status_code == 404 and path in tasks:
+            error = ProblemError(
+                404, "Not served", f"no served model answers /v1/{path}, but {endpoint.models.tasks()}"
+            )
         return as_problem(error).response()
 
     for kind in (RequestValidationError, HTTPException):
         api.add_exception_handler(kind, problem)
-    api.add_middleware(RequestLimiter, limits=endpoint.limits)
+    api.add_middleware(
+        Gate, limits=endpoint.limits, metrics=endpoint.metrics, token_digest=token_digest, adds_ids=adds_ids
+    )
     return api

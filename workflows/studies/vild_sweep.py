@@ -28,7 +28,8 @@ from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import ViLD
 from workflows.common import cli
 from workflows.common.teacher import open_teacher
-from workflows.reports.detections import DetectorRun, read_box_images
+from workflows.configs.evaluation import DetectorRun
+from workflows.reports.detections import read_box_images
 
 
 @dataclass(frozen=True, kw_only=True)

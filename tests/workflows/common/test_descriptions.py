@@ -35,7 +35,7 @@ def test_switches_and_missing_values_are_words() -> None:
     run = dataclasses.replace(clip.pictograms(), max_side=None, pairs="mine", shuffle="shards", dry_run=True, shift=0)
     name = "clip pictograms, pairs mine, max side None, shuffle shards, shift 0, dry run"
     assert run_name("clip", run, clip.CONFIGS) == name
-    long = dataclasses.replace(run, eval_images=1, eval_every=2, chunks=3)
+    long = dataclasses.replace(run, eval_images=1, validate_every=2, chunks=3)
     assert run_name("clip", long, clip.CONFIGS).endswith(", 2 more")
 
 

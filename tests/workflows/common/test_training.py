@@ -12,6 +12,7 @@ import ray.data
 import ray.train
 import torch
 from pretend_device import DEVICE, pretended
+from pyarrow import parquet
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ NOWHERE = MetricLogger("", "")
 
 
 def stage_of(settings: Optimisation, folder: Path) -> Stage:
-    return Stage(job="test", name="test", settings=settings, folder=str(folder), metric_prefix="")
+    return Stage(job="test", name="test", settings=settings, folder=str(folder))
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -204,7 +205,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(alone: None,
         if not running.due:
             running.end_step({}, 4)
     for end in (running.checkpoint, lambda: running.end_step({}, 4)):
-        with pytest.raises(FloatingPointError, match="test: the loss is not finite at step 7"):
+        with pytest.raises(FloatingPointError, match="test: broken not finite at step 7"):
             end()
     assert training.committed_step(str(tmp_path)) == 5
     assert all(torch.equal(weight, saved[name]) for name, weight in training.final_weights(str(tmp_path)).items())
@@ -415,6 +416,49 @@ def run_loop(settings: Optimisation, folder: Path, stop_after: int = 0) -> dict[
 
     stage = stage_of(settings, folder)
     return training.fit(loop(stage, stop_after), stage, {"rows": training.feed(load, 4, settings)})
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("workers", "step", "rows"),
+    [(0, 7, [28, 29, 30, 31]), pytest.param(2, 9, [28, 29, 38, 39], marks=pytest.mark.slow)],
+)
+def test_the_rows_of_a_loss_that_is_not_finite_are_saved_and_the_loop_is_not_tried_again(
+    ray_cluster: None, tmp_path: Path, workers: int, step: int, rows: list[int]
+) -> None:
+    settings = dataclasses.replace(QUICK, workers=workers, log_every=5)
+    stage = stage_of(settings, tmp_path / "run")
+    attempts = tmp_path / "attempts"
+
+    def worker() -> None:
+        training.prepare_worker(settings)
+        with attempts.open("a") as lines:
+            lines.write("began\n")
+        running = Session(nn.Linear(1, 1), stage, torch.device("cpu"), NOWHERE)
+        for batch in running.batches("rows", 4, first_column):
+            fine = running.model(batch.images).square().mean()
+            infinite = fine / (batch.images != 29 / 40).all()
+            running.update({"fine": fine, "broken": infinite})
+            if running.due:
+                running.checkpoint()
+
+    def load(positions: Integers) -> pa.Table:
+        return pa.table({"position": positions})
+
+    with pytest.raises(
+        FloatingPointError, match=rf"^test: broken not finite at step {step}; its rows are in"
+    ) as caught:
+        training.fit(worker, stage, {"rows": training.feed(load, 4, settings)})
+    saved = str(caught.value).rpartition(" ")[2]
+    assert parquet.read_table(saved)["position"].to_pylist() == rows
+    assert attempts.read_text().count("began") == max(1, workers)
+    assert training.committed_step(stage.folder) == 5
+
+
+def test_a_stream_that_comes_every_second_step_has_rows_in_those_steps_alone() -> None:
+    even, odd = (training.feed(lambda positions: positions, 3, QUICK, 2, first) for first in (0, 1))
+    assert [even.positions(step).tolist() for step in range(3)] == [[0, 1, 2], [], [3, 4, 5]]
+    assert [odd.positions(step).tolist() for step in range(3)] == [[], [0, 1, 2], []]
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:

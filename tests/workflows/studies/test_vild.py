@@ -12,9 +12,11 @@ from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.vild.model import Variant, ViLD
-from workflows import evaluate, vild
+from workflows import vild
 from workflows.common.runs import Trained
+from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.configs.vild import Run
+from workflows.reports import evaluation
 from workflows.studies import study, vild_sweep
 from workflows.studies import vild as vild_study
 
@@ -38,7 +40,8 @@ def test_a_sweep_at_the_checkpoints_own_scoring_gives_its_evaluation(
     run = vild_sweep.Run(storage=prepared.storage, boxes="smoke-eval", score_threshold=prepared.score_threshold)
     recorded = vild_sweep.record(detector, run)
     own = vild_sweep.measure(recorded, load_model(trained.model, ViLD).config.scoring, run)
-    metrics, _ = evaluate.evaluate(evaluate.Run(storage=prepared.storage, model=trained.model, boxes="smoke-eval"))
+    settings = EvaluationRun(storage=prepared.storage, model=trained.model, boxes="smoke-eval")
+    metrics = evaluation.evaluate(settings).metrics
     for name, value in metrics.summary().items():
         assert own.summary()[name] == pytest.approx(value, nan_ok=True)
     with pretended():

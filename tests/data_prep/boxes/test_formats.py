@@ -1,0 +1,150 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import tables
+from data_prep.boxes import formats
+from ovd_models.errors import InputError
+from workflows import prepare_boxes
+
+OPEN_IMAGES = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf\n"
+VOC = """<annotation><filename>{name}.jpg</filename><size><width>100</width><height>50</height><depth>3</depth></size>
+<object><name>cat</name><difficult>0</difficult>
+<bndbox><xmin>11</xmin><ymin>6</ymin><xmax>50</xmax><ymax>25</ymax></bndbox></object></annotation>"""
+
+
+def draw(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(number).integers(0, 255, (50, 100, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+
+
+def open_images(folder: Path) -> str:
+    draw(folder / "images", "aa.jpg", "bb.jpg", "cc.jpg")
+    file = folder / "validation-annotations-bbox.csv"
+    rows = ["bb,xclick,/m/2,1,0.1,0.5,0.2,0.6,0,0,0", "aa,xclick,/m/1,1,0,1,0,1,0,0,1"]
+    file.write_text(OPEN_IMAGES + "\n".join(rows) + "\n")
+    (folder / "class-descriptions-boxable.csv").write_text("/m/2,Cat\n/m/1,Dog\n/m/3,Cow\n")
+    labels = "ImageID,Source,LabelName,Confidence\nbb,verification,/m/3,0\ncc,verification,/m/1,0\nbb,v,/m/2,1\n"
+    (folder / "validation-annotations-human-imagelabels-boxable.csv").write_text(labels)
+    return str(file)
+
+
+def yolo(folder: Path) -> str:
+    draw(folder / "images", "a.jpg", "b.jpg", "c.jpg")
+    (folder / "labels").mkdir()
+    (folder / "data.yaml").write_text("names: [cat, dog]\n")
+    (folder / "labels/a.txt").write_text("1 0.5 0.5 0.2 0.4\n0 0.1 0.2 0.2 0.4\n")
+    (folder / "labels/b.txt").write_text("0 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.6\n")
+    return str(folder)
+
+
+def voc(folder: Path) -> str:
+    draw(folder / "JPEGImages", "a.jpg", "b.jpg")
+    (folder / "Annotations").mkdir()
+    for name in ("a", "b"):
+        (folder / f"Annotations/{name}.xml").write_text(VOC.format(name=name))
+    return str(folder)
+
+
+def test_open_images_has_groups_absent_names_and_relative_boxes(tmp_path: Path) -> None:
+    content = formats.convert(open_images(tmp_path))
+    assert [(entry["id"], entry["name"]) for entry in content["categories"]] == [(1, "Dog"), (2, "Cat"), (3, "Cow")]
+    assert [entry["file_name"] for entry in content["images"]] == ["aa.jpg", "bb.jpg", "cc.jpg"]
+    assert [entry["neg_category_ids"] for entry in content["images"]] == [[], [3], [1]]
+    first, second = content["annotations"]
+    assert (first["image_id"], first["category_id"], first["bbox"], first["iscrowd"]) == (1, 1, [0, 0, 100, 50], 1)
+    assert (second["image_id"], second["category_id"], second["bbox"], second["iscrowd"]) == (2, 2, [10, 10, 40, 20], 0)
+
+
+def test_yolo_has_boxes_polygons_and_pictures_without_objects(tmp_path: Path) -> None:
+    content = formats.convert(yolo(tmp_path))
+    assert [entry["file_name"] for entry in content["images"]] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [(entry["image_id"], entry["category_id"], entry["bbox"]) for entry in content["annotations"]] == [
+        (1, 2, pytest.approx([40, 15, 20, 20], abs=0.01)),
+        (1, 1, pytest.approx([0, 0, 20, 20], abs=0.01)),
+        (2, 1, pytest.approx([10, 10, 40, 20], abs=0.01)),
+    ]
+    assert content["annotations"][2]["segmentation"]["size"] == [50, 100]
+    assert "segmentation" not in content["annotations"][0]
+
+
+def test_voc_counts_pixels_from_one(tmp_path: Path) -> None:
+    content = formats.convert(voc(tmp_path))
+    assert content["categories"] == [{"id": 1, "name": "cat"}]
+    assert [entry["bbox"] for entry in content["annotations"]] == [[10, 5, 40, 20]] * 2
+
+
+@pytest.mark.parametrize("make", [open_images, yolo, voc])
+def test_every_format_becomes_tables(make: Callable[[Path], str], tmp_path: Path) -> None:
+    data = make(tmp_path / "data")
+    assert formats.needs_conversion(data)
+    run = prepare_boxes.Run(storage=str(tmp_path / "store"), name="t", data=data, train_images=0, eval_images=1)
+    prepare_boxes.prepare(run)
+    rows = [
+        row for part in ("train", "eval") for row in tables.read_table(run.storage, "boxes", f"t-{part}").to_pylist()
+    ]
+    names = tables.read_table(run.storage, "categories", "t")["name"].to_pylist()
+    assert len(rows) == (2 if make is voc else 3)
+    assert {"cat", "Cat"} & set(names)
+    assert all((row["width"], row["height"]) == (100, 50) for row in rows)
+    prepare_boxes.prepare(run)  # again: the same config
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "message"),
+    [
+        (open_images, lambda f: (f / "class-descriptions-boxable.csv").unlink(), "no class-descriptions"),
+        (open_images, lambda f: (f / "images/aa.jpg").unlink(), "aa.jpg: FileNotFoundError"),
+        (
+            open_images,
+            lambda f: (f / "validation-annotations-bbox.csv").write_text(OPEN_IMAGES + "a,x,/m/9,1,0,1,0,1,0,0,0\n"),
+            "line 2: LabelName '/m/9'",
+        ),
+        (
+            open_images,
+            lambda f: (f / "validation-annotations-bbox.csv").write_text(OPEN_IMAGES + "a,x,/m/1,1,0,90,0,1,0,0,0\n"),
+            "line 2: corners [0.0, 0.0, 90.0, 1.0], expected numbers from 0 to 1",
+        ),
+        (open_images, lambda f: (f / "validation-annotations-bbox.csv").write_text("a,b\n"), "no column ImageID"),
+        (yolo, lambda f: (f / "labels/a.txt").write_text("5 0.5 0.5 0.2 0.4\n"), "class_id 5"),
+        (yolo, lambda f: (f / "labels/a.txt").write_text("0 0.5 x 0.2 0.4\n"), "a.txt"),
+        (yolo, lambda f: (f / "data.yaml").write_text("nc: 2\n"), "names"),
+        (voc, lambda f: (f / "Annotations/a.xml").write_text("<annotation>"), "Annotations: "),
+    ],
+)
+def test_what_is_malformed_is_named_in_one_line(
+    make: Callable[[Path], str], change: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    data = make(tmp_path)
+    change(tmp_path)
+    with pytest.raises(InputError) as raised:
+        formats.convert(data)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_names_of_a_file_or_rare_names_are_novel(tmp_path: Path) -> None:
+    draw(tmp_path / "images", *(f"{number}.jpg" for number in range(14)))
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 50} for n in range(14)],
+        "annotations": [{"image_id": n, "category_id": 1 + (n > 11), "bbox": [1, 1, 9, 9]} for n in range(14)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "rare cat"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    (tmp_path / "novel.txt").write_text("cat\n\n")
+    run = prepare_boxes.Run(storage=str(tmp_path / "a"), name="t", data=str(tmp_path), train_images=0, eval_images=1)
+    for changed, splits in (({"split": "frequency"}, ["base", "novel"]), ({"novel": "novel.txt"}, ["novel", "base"])):
+        changed = {key: str(tmp_path / value) if key == "novel" else value for key, value in changed.items()}
+        storage = str(tmp_path / f"store-{len(splits)}-{splits[0]}")
+        prepare_boxes.prepare(replace(run, storage=storage, **changed))
+        assert tables.read_table(storage, "categories", "t")["split"].to_pylist() == splits
+    (tmp_path / "novel.txt").write_text("cat\ndog\n")
+    with pytest.raises(InputError, match=r"novel.txt: line 2: 'dog' is the name of no category"):
+        prepare_boxes.prepare(replace(run, novel=str(tmp_path / "novel.txt")))

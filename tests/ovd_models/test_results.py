@@ -1,0 +1,67 @@
+"""Results as other tools take them."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from faster_coco_eval import mask as rle
+from PIL import Image
+
+from ovd_models.batches import Detections
+from ovd_models.segments import Segments
+
+SQUARE = np.zeros((6, 8), np.uint8)
+SQUARE[1:3, 2:6] = 1  # 2 rows of 4 pixels
+COUNTS = rle.encode(np.asfortranarray(SQUARE))["counts"].decode()
+BLACK = Image.new("RGB", (8, 6))
+FOUND = Detections(
+    torch.tensor([[2.0, 1, 6, 3]]), torch.tensor([0.75]), torch.tensor([1]), ("anchor", "cat"), 8, 6, BLACK
+)
+MASKED = replace(FOUND, masks=(COUNTS,))
+SEGMENTS = Segments(
+    torch.from_numpy(SQUARE.astype(bool))[None], torch.tensor([0.9]), torch.tensor([1]), torch.tensor([0.75]),
+    ("anchor", "cat"), torch.zeros(1, 4, 4), BLACK,
+)  # fmt: skip
+EMPTY = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), ("cat",), 8, 6)
+
+
+@pytest.mark.parametrize("found", [FOUND, MASKED, SEGMENTS])
+def test_a_coco_file_has_boxes_as_corner_and_size(found: Detections | Segments) -> None:
+    coco = found.to_coco("a.jpg", image_id=7)
+    assert coco["images"] == [{"id": 7, "file_name": "a.jpg", "width": 8, "height": 6}]
+    assert coco["categories"] == [{"id": 1, "name": "anchor"}, {"id": 2, "name": "cat"}]
+    (annotation,) = coco["annotations"]
+    assert annotation["bbox"] == [2, 1, 4, 2]
+    assert (annotation["category_id"], annotation["area"], annotation["score"]) == (2, 8, 0.75)
+    if found is not FOUND:
+        assert annotation["segmentation"] == {"size": [6, 8], "counts": COUNTS}
+
+
+def test_masks_are_in_the_list_where_there_are_some() -> None:
+    assert MASKED.to_list()[0]["mask"] == {"size": [6, 8], "counts": COUNTS}
+    assert "mask" not in FOUND.to_list()[0]
+    assert EMPTY.to_coco()["annotations"] == []
+
+
+@pytest.mark.parametrize("found", [FOUND, MASKED, SEGMENTS, EMPTY])
+def test_supervision_takes_them(found: Detections | Segments) -> None:
+    supervision = pytest.importorskip("supervision")
+    taken = found.to_supervision()
+    assert isinstance(taken, supervision.Detections)
+    assert len(taken) == len(found)
+    if len(found):
+        assert taken.xyxy.tolist() == [[2, 1, 6, 3]]
+        assert taken["class_name"].tolist() == ["cat"]
+        assert (taken.mask is None) == (found is FOUND)
+    if found is MASKED or found is SEGMENTS:
+        assert np.array_equal(taken.mask[0], SQUARE.astype(bool))
+
+
+@pytest.mark.parametrize("found", [FOUND, SEGMENTS])
+def test_a_notebook_shows_them(found: Detections | Segments) -> None:
+    png = found._repr_png_()
+    assert png is not None
+    assert Image.open(io.BytesIO(png)).size == found.draw().size
+    assert replace(found, image=None)._repr_png_() is None

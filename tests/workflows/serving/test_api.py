@@ -1,0 +1,285 @@
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from serving import (
+    LIMITS,
+    NAMES,
+    encoded,
+    endpoint,
+    picture,
+    post,
+    problem,
+    save_classifier,
+    save_detector,
+    save_detector_of_any_name,
+    save_segmenter,
+    save_text_segmenter,
+)
+from starlette.testclient import TestClient
+
+import ovd_models
+from ovd_models.segments import Prompts
+from workflows.serving.api import WEB, Endpoint, build_api
+from workflows.serving.deployment import digest_of_token
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "boxes": save_detector(root / "boxes"),
+        "words": save_detector_of_any_name(root / "words"),
+        "pointer": save_segmenter(root / "pointer"),
+        "masks": save_text_segmenter(root / "masks"),
+        "clip": save_classifier(root / "clip"),
+    }
+
+
+@pytest.fixture(scope="module")
+def opened(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Endpoint:
+    models = ",".join(f"{name}={folder}" for name, folder in folders.items())
+    return endpoint(models, tmp_path_factory.mktemp("storage"))
+
+
+@pytest.fixture(scope="module")
+def client(opened: Endpoint) -> Iterator[TestClient]:
+    with TestClient(build_api(opened)) as client:
+        yield client
+
+
+def test_several_models_answer_by_name(client: TestClient, folders: dict[str, Path]) -> None:
+    listed = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
+    assert list(listed) == list(folders)
+    assert listed["pointer"]["routes"] == ["/v1/segment", "/v1/everything"]
+    digests = {post(client, "detect", model=name).headers["x-model-digest"] for name in ("boxes", "words")}
+    assert digests == {listed["boxes"]["digest"], listed["words"]["digest"]}
+    assert client.get("/v1/model", params={"name": "clip"}).json()["method"] == "clip"
+    assert "'clip' does not answer /v1/detect, but /v1/classify" in problem(post(client, "detect", model="clip"), 422)
+    assert "expected one of boxes, words" in problem(post(client, "detect", model="nobody"), 422)
+    problem(client.get("/v1/model", params={"name": "nobody"}), 422)
+
+
+def test_each_route_answers_as_the_python_call(client: TestClient, folders: dict[str, Path]) -> None:
+    image = picture()
+    found = post(client, "detect", image, model="boxes", score_threshold="0.1").json()
+    expected = ovd_models.load(folders["boxes"]).detect(image, score_threshold=0.1).to_list()
+    assert [entry["label"] for entry in found["detections"]] == [entry["label"] for entry in expected]
+    assert found["detections"][0]["box"] == pytest.approx(expected[0]["box"], abs=1e-3)
+    segmenter = ovd_models.load_segmenter(folders["pointer"])
+    segments = post(client, "segment", image, prompts='{"points": [[40, 30]]}').json()["segments"]
+    assert segments[0]["mask"] == segmenter.segment(image, Prompts.create(points=[[40, 30]])).to_list()[0]["mask"]
+    everything = post(client, "everything", image, points_per_side="4")
+    assert everything.status_code == 200, everything.text
+    masks = post(client, "text-to-mask", image, vocabulary='["anchor", "snowman"]').json()["segments"]
+    assert [entry["label"] for entry in masks] == ["anchor", "snowman"]
+    assert masks[0]["mask"]["size"] == [64, 96]
+    labels = post(client, "classify", image, vocabulary=json.dumps(["cat", "dog", "tree"]), top="2").json()["labels"]
+    best = ovd_models.load_classifier(folders["clip"]).classify(image, ["cat", "dog", "tree"], top=2)
+    assert [entry["label"] for entry in labels] == list(best.labels)
+    assert [entry["score"] for entry in labels] == pytest.approx(best.scores, abs=1e-5)
+    assert "has no default vocabulary" in problem(post(client, "classify", image), 422)
+
+
+def test_a_raw_body_takes_its_fields_from_the_query(client: TestClient) -> None:
+    fields = {"vocabulary": '["anchor"]', "score_threshold": "0.1", "max_detections": "3"}
+    as_form = post(client, "detect", **fields).json()
+    for media in ("image/jpeg", "application/octet-stream"):
+        raw = client.post("/v1/detect", params=fields, content=picture(), headers={"content-type": media})
+        assert raw.json() == as_form
+    problem(client.post("/v1/detect", content=picture(), headers={"content-type": "text/plain"}), 415)
+    assert "treshold" in problem(post(client, "detect", treshold="0.1"), 422)
+    assert "vocabulary" in problem(client.post("/v1/detect", files={"image": picture(), "vocabulary": b"[]"}), 422)
+
+
+def test_another_vocabulary_or_click_on_a_seen_image_skips_the_encoder(
+    opened: Endpoint, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, encoded_sizes = picture(seed=7), []
+    encode = type(next(iter(opened.models))).encode
+
+    def counted(self: Any, images: Any) -> Any:
+        encoded_sizes.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(type(next(iter(opened.models))), "encode", counted)
+    for names in (["anchor"], ["snowman", "umbrella"]):
+        assert post(client, "detect", image, vocabulary=json.dumps(names)).status_code == 200
+    for point in ([10, 10], [50, 30]):
+        assert post(client, "segment", image, prompts=json.dumps({"points": [point]})).status_code == 200
+    assert encoded_sizes == [1, 1]  # once by the detector, once by the segmenter
+
+
+def test_waiting_images_of_one_size_are_encoded_together_with_equal_answers(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = endpoint(folders["boxes"], tmp_path, limits=dataclasses.replace(LIMITS, max_queued=16))
+    (model,) = opened.models
+    sizes, encode = [], type(model).encode
+    images = [picture(seed=seed) for seed in range(5)] + [picture(60, 90, seed=9)]
+    detector = ovd_models.load(folders["boxes"])
+    alone = [detector.detect(image).to_list() for image in images]
+
+    def slow(self: Any, tensors: Any) -> Any:
+        sizes.append([tuple(tensor.shape[1:]) for tensor in tensors])
+        if len(sizes) == 1:
+            while len(opened.worker._waiting) + len(tensors) < len(images):
+                time.sleep(0.005)
+        return encode(self, tensors)
+
+    monkeypatch.setattr(type(model), "encode", slow)
+    with TestClient(build_api(opened)) as client, ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda image: post(client, "detect", image).json()["detections"], images))
+    assert max(map(len, sizes)) > 1
+    assert all(len(set(batch)) == 1 for batch in sizes)
+    for answer, expected in zip(answers, alone, strict=True):
+        assert [entry["label"] for entry in answer] == [entry["label"] for entry in expected]
+        assert [entry["score"] for entry in answer] == pytest.approx([entry["score"] for entry in expected], abs=1e-4)
+
+
+def test_a_name_is_embedded_once(opened: Endpoint, client: TestClient) -> None:
+    before = opened.texts.computed
+    for names in (["a blue door", "zebra"], ["zebra"], ["zebra", "a blue door", "quay"]):
+        assert post(client, "detect", model="words", vocabulary=json.dumps(names)).status_code == 200
+    assert opened.texts.computed - before == 3
+    fields = {"model": "words", "vocabulary": '["zebra"]'}
+    assert post(client, "detect", **fields, prompt_set="a drawing of {a}|{name}").status_code == 200
+    assert opened.texts.computed - before == 4  # another prompt set is another embedding
+    assert "prompt" in problem(post(client, "detect", **fields, prompt_set="no field"), 422)
+
+
+def test_names_have_synonyms_and_base_flags(client: TestClient) -> None:
+    entry = {"name": "sofa", "synonyms": ["couch", "settee"], "base": True}
+    for merge in ("mean", "max"):
+        answer = post(
+            client, "detect", model="words", vocabulary=json.dumps([entry, "zebra"]), merge=merge, score_threshold="0"
+        )
+        assert {found["label"] for found in answer.json()["detections"]} <= {"sofa", "zebra"}
+    wrong = [{"name": "sofa", "synonyms": "couch"}, {"name": 1}, {"nam": "x"}, {"name": "x", "base": 1}]
+    for broken in wrong:
+        assert "entry 0" in problem(post(client, "detect", vocabulary=json.dumps([broken])), 422)
+
+
+def test_a_vocabulary_is_stored_once_and_named_by_its_digest(
+    folders: dict[str, Path], tmp_path: Path, client: TestClient
+) -> None:
+    stored = client.put("/v1/vocabularies", json=["anchor", "snowman"])
+    assert stored.status_code == 200, stored.text
+    digest = stored.json()["id"]
+    assert client.put("/v1/vocabularies", json=["anchor", "snowman"]).json()["id"] == digest
+    for text in (digest, json.dumps(digest)):
+        by_id = post(client, "detect", vocabulary=text)
+        assert by_id.json() == post(client, "detect", vocabulary='["anchor", "snowman"]').json()
+    assert "is not stored" in problem(post(client, "detect", vocabulary="0" * 32), 422)
+    problem(client.put("/v1/vocabularies", content=b"\xff\xfe"), 422)
+    problem(client.put("/v1/vocabularies", json={"a": 1}), 422)
+    # Another replica reads the file; beyond the limit of three, the oldest goes.
+    with TestClient(build_api(endpoint(folders["boxes"], tmp_path))) as first:
+        ids = [first.put("/v1/vocabularies", json=[name]).json()["id"] for name in (*NAMES, "anchor ", "sun")]
+        assert len(set(ids)) == 4
+        with TestClient(build_api(endpoint(folders["boxes"], tmp_path))) as second:
+            assert post(second, "detect", vocabulary=ids[1]).status_code == 200
+        assert len(list((tmp_path / "vocabularies").iterdir())) == 3
+
+
+def test_a_token_guards_everything_but_the_pages(folders: dict[str, Path], tmp_path: Path) -> None:
+    opened = endpoint(folders["boxes"], tmp_path)
+    with TestClient(build_api(opened, digest_of_token("secret"))) as client:
+        for path in ("/", "/docs", "/healthz", "/openapi.json", "/web/app.js"):
+            assert client.get(path).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
+            problem(post(client, "detect") if not headers else client.get("/v1/model", headers=headers), 401)
+        assert client.get("/metrics").headers["www-authenticate"] == "Bearer"
+        client.headers["Authorization"] = "Bearer secret"
+        assert post(client, "detect").status_code == 200
+        assert client.get("/metrics").status_code == 200
+
+
+def test_metrics_count_stages_batches_and_hits_without_user_data(client: TestClient) -> None:
+    post(client, "detect", vocabulary='["anchor"]')
+    client.get("/v1/secret-path")
+    page = client.get("/metrics").text
+    for name in ('stage="decode"', 'stage="encode"', 'stage="queue"', 'stage="answer"', "ovd_batch_images_bucket"):
+        assert name in page
+    assert re.search(r'ovd_cache_total\{cache="images",result="hit"\} [1-9]', page)
+    assert "anchor" not in page
+    assert "secret" not in page
+
+
+def test_requests_bear_an_id_and_are_logged_without_user_data(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="ray.serve")
+    given = post_with(client, {"x-request-id": "abc-1"})
+    assert given.headers["x-request-id"] == "abc-1"
+    made = post_with(client, {"x-request-id": 'bad"id'}).headers["x-request-id"]
+    assert re.fullmatch(r"[0-9a-f]{32}", made)
+    (record,) = [entry for entry in caplog.records if getattr(entry, "request_id", "") == "abc-1"]
+    logged = vars(record)
+    assert logged["route"] == "/v1/detect"
+    assert logged["status"] == 200
+    assert logged["total_ms"] > logged["answer_ms"] > 0
+    assert "anchor" not in str(logged)
+
+
+def post_with(client: httpx.Client, headers: dict[str, str]) -> httpx.Response:
+    files = {"image": ("a.jpg", picture(), "image/jpeg")}
+    return client.post("/v1/detect", files=files, data={"vocabulary": '["anchor"]'}, headers=headers)
+
+
+def test_pages_work_without_another_host_and_forbid_inline_scripts(client: TestClient) -> None:
+    for path in ("/", "/docs"):
+        page = client.get(path)
+        assert page.status_code == 200
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'self'" in policy
+        assert "unsafe" not in policy
+        assert "<script>" not in page.text
+        assert "style=" not in page.text
+        for asset in re.findall(r'(?:src|href)="(/web/[^"]+)"', page.text):
+            assert client.get(asset).status_code == 200
+    for file in WEB.rglob("*.*"):
+        if file.suffix in (".html", ".js", ".css"):
+            assert re.findall(r"https?://(?!www\.w3\.org)", file.read_text()) == []
+    for path in ("/web/../api.py", "/web/%2e%2e/api.py", "/web//etc/passwd"):
+        assert client.get(path).status_code == 404
+    assert "access-control-allow-origin" not in client.get("/v1/model", headers={"Origin": "http://evil"}).headers
+
+
+def test_the_openapi_examples_run_as_they_stand(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    image = (WEB / "samples" / "scene-1.jpg").read_bytes()
+    for path, verbs in paths.items():
+        content = verbs.get("post", {}).get("requestBody", {}).get("content", {})
+        if "multipart/form-data" not in content:
+            continue
+        properties = content["multipart/form-data"]["schema"]["properties"]
+        examples = {name: field["examples"][0] for name, field in properties.items() if "examples" in field}
+        if path != "/v1/classify":  # the others here know the names of a table alone
+            examples["vocabulary"] = '["anchor"]'
+        answer = client.post(path, files={"image": ("a.jpg", image, "image/jpeg")}, data=examples)
+        assert answer.status_code == 200, (path, answer.text)
+
+
+def test_all_masks_of_a_huge_image_are_refused_before_memory_is_taken(client: TestClient) -> None:
+    large = encoded(Image.new("RGB", (2_000, 2_000)), "PNG")
+    answer = post(client, "text-to-mask", large, vocabulary=json.dumps(NAMES))
+    assert "3 masks of the image have 12,000,000 pixels" in problem(answer, 422)
+
+
+def test_model_page_names_the_digest_of_the_weights(client: TestClient, folders: dict[str, Path]) -> None:
+    described = client.get("/v1/model").json()
+    assert described["checkpoint"] == str(folders["boxes"])
+    digest = hashlib.sha256()
+    for path in sorted((*folders["boxes"].glob("*.safetensors"), *folders["boxes"].glob("*.json"))):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    assert described["digest"] == digest.hexdigest()[:16]

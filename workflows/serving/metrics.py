@@ -1,0 +1,43 @@
+"""Prometheus metrics of the replicas of one machine: counts and times, never what a client sent."""
+
+import os
+from pathlib import Path
+
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+"""Variable of the folder in which the replicas of a machine share their metrics; prometheus_client reads it."""
+if DIRECTORY in os.environ:  # before the import below
+    Path(os.environ[DIRECTORY]).mkdir(parents=True, exist_ok=True)
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess  # noqa: E402
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """The metrics of one replica."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("ovd_requests", "Answered requests", ("route", "status"), registry=registry)
+        self.seconds = Histogram(
+            "ovd_seconds", "Seconds of a request by stage: queue, decode, text, encode, answer, total",
+            ("route", "stage"), buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self.batch = Histogram(
+            "ovd_batch_images", "Images encoded at a time", ("model",), buckets=(1, 2, 4, 8, 16, 32), registry=registry
+        )
+        self.cache = Counter(
+            "ovd_cache", "Look-ups of encoded images and embedded names", ("cache", "result"), registry=registry
+        )
+        self.cache_bytes = Gauge(
+            "ovd_cache_bytes", "Bytes in a cache", ("cache",), registry=registry, multiprocess_mode="livesum"
+        )
+        self.swaps = Counter("ovd_model_swaps", "Models replaced by a new version", ("model",), registry=registry)
+
+    def page(self) -> bytes:
+        """Prometheus text of all replicas of this machine."""
+        if DIRECTORY not in os.environ:
+            return generate_latest(self.registry)
+        shared = CollectorRegistry()
+        multiprocess.MultiProcessCollector(shared)  # type: ignore[no-untyped-call]
+        return generate_latest(shared)

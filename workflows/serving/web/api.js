@@ -1,0 +1,84 @@
+// Requests to this server, and the same requests as commands to copy.
+
+export const token = { get: () => sessionStorage.getItem("ovd-token") || "", set: (value) => sessionStorage.setItem("ovd-token", value) };
+
+export class ServerError extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+const TRIES = 4;
+
+/** The answer of a route as an object; waits and tries again while the server is busy. */
+export async function call(path, options = {}, signal = undefined) {
+  for (let attempt = 1; ; attempt++) {
+    let response;
+    try {
+      const headers = token.get() ? { Authorization: `Bearer ${token.get()}` } : {};
+      response = await fetch(path, { ...options, headers, signal });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ServerError(0, "The server cannot be reached. Is it still running?");
+    }
+    if (response.ok) return response.json();
+    if (response.status === 503 && attempt < TRIES) {
+      const seconds = Number(response.headers.get("Retry-After") || 1);
+      await new Promise((wake) => setTimeout(wake, 1000 * seconds));
+      continue;
+    }
+    throw new ServerError(response.status, await sentence(response));
+  }
+}
+
+async function sentence(response) {
+  let detail = "";
+  try {
+    detail = (await response.json()).detail;
+  } catch {
+    detail = response.statusText;
+  }
+  const texts = {
+    401: "This server wants a token.",
+    413: `The picture is too large: ${detail}.`,
+    415: "This file is not a picture that the server reads (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF).",
+    503: "The server is busy. Try again in a moment.",
+  };
+  return texts[response.status] || `The server refused: ${detail}.`;
+}
+
+/** A picture with fields as a form. */
+export function form(picture, fields) {
+  const data = new FormData();
+  data.append("image", picture.blob, picture.name);
+  for (const [name, value] of Object.entries(fields)) data.append(name, value);
+  return { method: "POST", body: data };
+}
+
+const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+export function asCurl(route, picture, fields) {
+  const lines = [`curl ${location.origin}${route}`, `-F image=@${shell(picture.name)}`];
+  if (token.get()) lines.splice(1, 0, '-H "Authorization: Bearer $OVD_TOKEN"');
+  for (const [name, value] of Object.entries(fields)) lines.push(`-F ${shell(`${name}=${value}`)}`);
+  return lines.join(" \\\n  ");
+}
+
+export function asPython(route, picture, fields) {
+  const data = Object.entries(fields).map(([name, value]) => `    ${JSON.stringify(name)}: ${JSON.stringify(String(value))},`);
+  const headers = token.get() ? ["import os", ""] : [];
+  const auth = token.get() ? ', headers={"Authorization": f"Bearer {os.environ[\'OVD_TOKEN\']}"}' : "";
+  return [
+    ...headers,
+    "import requests",
+    "",
+    `fields = {`,
+    ...data,
+    `}`,
+    `with open(${JSON.stringify(picture.name)}, "rb") as image:`,
+    `    answer = requests.post(${JSON.stringify(location.origin + route)}, data=fields, files={"image": image}${auth}, timeout=60)`,
+    "answer.raise_for_status()",
+    "print(answer.json())",
+  ].join("\n");
+}

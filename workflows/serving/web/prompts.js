@@ -1,0 +1,56 @@
+// Clicks and boxes of a picture: one prompt an object.
+
+export class Prompts {
+  constructor() {
+    this.objects = [];
+    this.fresh = true;
+  }
+
+  /** A click belongs to the present object, a box starts one. */
+  add(prompt) {
+    if (prompt.kind === "box") {
+      this.objects.push({ box: prompt.box, points: [] });
+    } else {
+      if (this.fresh || !this.objects.length) this.objects.push({ box: null, points: [] });
+      this.objects.at(-1).points.push({ x: prompt.x, y: prompt.y, on: prompt.on });
+    }
+    this.fresh = prompt.kind === "box";
+  }
+
+  startObject() {
+    this.fresh = true;
+  }
+
+  undo() {
+    const last = this.objects.at(-1);
+    if (!last) return;
+    if (last.points.length) last.points.pop();
+    else this.objects.pop();
+    if (last.points.length === 0 && !last.box) this.objects = this.objects.filter((entry) => entry !== last);
+    this.fresh = !this.objects.length;
+  }
+
+  clear() {
+    this.objects = [];
+    this.fresh = true;
+  }
+
+  /** Requests that the server takes: points and boxes apart, each with the objects' places. */
+  requests() {
+    const requests = [];
+    const boxed = this.objects.flatMap((entry, row) => (entry.box ? [row] : []));
+    const clicked = this.objects.flatMap((entry, row) => (!entry.box && entry.points.some(({ on }) => on) ? [row] : []));
+    const round = (value) => Math.round(value * 100) / 100;
+    if (clicked.length) {
+      requests.push({
+        rows: clicked,
+        prompts: {
+          points: clicked.map((row) => this.objects[row].points.map(({ x, y }) => [round(x), round(y)])),
+          point_labels: clicked.map((row) => this.objects[row].points.map(({ on }) => (on ? 1 : 0))),
+        },
+      });
+    }
+    if (boxed.length) requests.push({ rows: boxed, prompts: { boxes: boxed.map((row) => this.objects[row].box.map(round)) } });
+    return requests;
+  }
+}
