@@ -9,6 +9,7 @@ ray job submit --working-dir . -- python workflows/clip.py --config pictograms -
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -244,7 +245,7 @@ def main() -> None:
         return
     trained = train(run)
     accuracy = f"zero-shot top-1: base {trained.metrics.top1_base:.3f}, novel {trained.metrics.top1_novel:.3f}"
-    flags = f"--config {run.config} --storage {run.storage} --teacher {trained.model}"
+    flags = f"--config {run.config} --storage {shlex.quote(run.storage)} --teacher {shlex.quote(trained.model)}"
     runs.print_results(trained, accuracy, f"python workflows/codet.py {flags}")
 
 

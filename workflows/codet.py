@@ -14,6 +14,7 @@ ray job submit --working-dir . -- python workflows/codet.py --config smoke --sto
 """
 
 import dataclasses
+import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -432,7 +433,7 @@ def main() -> None:
         return
     trained = train(run)
     rows = {"box supervision": trained.metrics.box_supervised, "CoDet": trained.metrics.codet}
-    runs.print_results(trained, runs.ap_table(rows), f"python workflows/serve.py --model {trained.model}")
+    runs.print_results(trained, runs.ap_table(rows), f"python workflows/serve.py --model {shlex.quote(trained.model)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --sto
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -324,7 +325,8 @@ def main() -> None:
             f"{manifest.table}/{manifest.name}: {details['rows']:,} rows of width {details['width']} "
             f"for {details['images']:,} images, teacher {details['teacher']}"
         )
-    print(f"next: python workflows/search.py --storage {run.storage} --name {run.name} --text 'red umbrella'")
+    flags = f"--storage {shlex.quote(run.storage)} --name {shlex.quote(run.name)}"
+    print(f"next: python workflows/search.py {flags} --text 'red umbrella'")
 
 
 if __name__ == "__main__":

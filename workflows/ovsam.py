@@ -15,6 +15,7 @@ ray job submit --working-dir . -- python workflows/ovsam.py --config smoke --sto
 """
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -436,7 +437,8 @@ def main() -> None:
         dry_run(run)
         return
     trained = train(run)
-    runs.print_results(trained, trained.metrics.table(), f"python workflows/serve.py --model {trained.model}")
+    command = f"python workflows/serve.py --model {shlex.quote(trained.model)}"
+    runs.print_results(trained, trained.metrics.table(), command)
 
 
 if __name__ == "__main__":

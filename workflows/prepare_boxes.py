@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -430,8 +431,9 @@ def main() -> None:
     if run.captions:
         prepare_captions(run, run.name)
     config = "photos" if run.data else "smoke" if run.name == "smoke" else "pictograms"
-    pairs = run.name if run.captions else "<PAIRS>"
-    flags = f"--config {config} --boxes {run.name} --storage {run.storage} --pairs {pairs} --teacher <CLIP>"
+    name, place = shlex.quote(run.name), shlex.quote(run.storage)
+    pairs = name if run.captions else "<PAIRS>"
+    flags = f"--config {config} --boxes {name} --storage {place} --pairs {pairs} --teacher <CLIP>"
     print(f"next: python workflows/codet.py {flags}")
 
 

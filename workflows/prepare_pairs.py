@@ -23,6 +23,7 @@ python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --ret
 import contextlib
 import dataclasses
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -446,13 +447,13 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__)
     config = "smoke" if run.name == "smoke" else "pictograms"
     is_real = run.urls or run.shards or run.images
-    training = f"--config {config} --pairs {run.name}" + (" --max-side None" if is_real else "")
+    training = f"--config {config} --pairs {shlex.quote(run.name)}" + (" --max-side None" if is_real else "")
     with pictogram_site(run) as run:
         summary = prepare(run)
     print(f"pairs: {summary.kept:,} of {summary.input:,} rows kept, {summary.concepts} concepts, {summary.seconds:g} s")
     for reason, count in summary.rejected.items():
         print(f"    {reason:20} {count:,}")
-    print(f"next: python workflows/clip.py {training} --storage {run.storage}")
+    print(f"next: python workflows/clip.py {training} --storage {shlex.quote(run.storage)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ python workflows/vild.py --config lvis_r50 --storage s3://bucket/ovd --teacher s
 """
 
 import dataclasses
+import shlex
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -381,7 +382,7 @@ def main() -> None:
         return
     trained = train(run)
     table = runs.ap_table({run.model.variant: trained.metrics})
-    runs.print_results(trained, table, f"python workflows/serve.py --model {trained.model}")
+    runs.print_results(trained, table, f"python workflows/serve.py --model {shlex.quote(trained.model)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ HanTa tags each word. The word lists join compounds, leave out what is not visib
 import functools
 import importlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,11 @@ NOUN_TAGS = frozenset({"NN0", "NN1", "NN2", "UNC", "NOUN"})
 NAME_TAGS = frozenset({"NP0", "PROPN"})
 ABSTRACT = re.compile(r".{2,}(?:ness|ity|tion|sion|ment|ism|ance|ence|ship|ology|hood)")
 """Endings of nouns that name nothing visible, except the nouns in the list `concrete`."""
+SPORT_HEADS = frozenset(
+    {"ball", "bat", "club", "court", "course", "field", "game", "glove", "helmet", "match", "player", "racket", "rink",
+     "stick", "team"}
+)  # fmt: skip
+"""What sports have, and hardly anything else has several of."""
 CACHED_WORDS = 1 << 17
 
 
@@ -91,6 +97,25 @@ def is_visual(noun: str) -> bool:
     return noun in word_set("concrete") or not ABSTRACT.fullmatch(noun)
 
 
+@functools.cache
+def sports() -> frozenset[str]:
+    """Words that name at least two of `SPORT_HEADS` among the compounds: tennis (ball, court, racket)."""
+    pairs = [tuple(phrase.split()) for phrase in read_list("compounds")]
+    counts = Counter(pair[0] for pair in pairs if len(pair) == 2 and pair[1] in SPORT_HEADS)
+    return frozenset(word for word, count in counts.items() if count > 1)
+
+
+def is_compound(first: str, second: str) -> bool:
+    """Whether two nouns in a row are one concept.
+
+    So are a role (bicycle rider), words that are also written together, and a visible thing named by its sport (soccer
+    jersey).
+    """
+    if second in word_set("roles") or lexicon_tag(first + second) == "NN1":
+        return True
+    return first in sports() and is_visual(second)
+
+
 @dataclass(frozen=True)
 class NounExtractor:
     """Finds every noun of an English caption that names something visible; a compound is one concept."""
@@ -112,7 +137,7 @@ class NounExtractor:
         position = 0
         while position < len(nouns):
             first, second = nouns[position], "".join(nouns[position + 1 : position + 2])
-            if first and second and (second in word_set("roles") or lexicon_tag(first + second) == "NN1"):
+            if first and second and is_compound(first, second):
                 visual = is_visual(first + second) if self.rule is None else self.rule.keeps(f"{first} {second}")
                 concepts.update([f"{first} {second}"] if visual else [])
                 position += 2

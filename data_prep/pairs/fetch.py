@@ -22,10 +22,10 @@ import pyarrow as pa
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from data_prep.pairs import lenient, robots
+from data_prep.pairs import robots
 from data_prep.pairs.addresses import CheckedResolver, FetchError, Lookup, look_up, parse_url
-from data_prep.pairs.bodies import Body, is_complete
 from data_prep.pairs.hosts import Host, Hosts
+from data_prep.pairs.responses import Body, get_leniently, is_complete
 from data_prep.pairs.rows import STATUS, append_columns, fill_nulls
 from data_prep.tables import FetchReason
 
@@ -302,10 +302,10 @@ class Fetcher:
             raise FetchError("connect", f"{type(error).__name__}: {error}", transient=True) from error
 
     async def _request_leniently(self, url: URL, visit: _Visit, error: Exception) -> tuple[bytes, str | None]:
-        """See `lenient`; what it cannot parse either is final, but a sign that the host answers."""
+        """See `get_leniently`; what it cannot parse either is final, but a sign that the host answers."""
         limit = self._limit(visit)
         ask = partial(
-            lenient.get,
+            get_leniently,
             url,
             await self._resolver.resolve(url.raw_host or ""),
             self._headers,

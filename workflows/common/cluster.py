@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ from ray.autoscaler.sdk import request_resources
 from ovd_models.errors import InputError
 
 POLL_SECONDS = 1.0
+ANSWER_SECONDS = 10.0
+"""A cluster's address that does not answer for so long is refused."""
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -46,14 +49,8 @@ def start_ray() -> None:
     configure_ray()
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(
-            logging_level=logging.WARNING,
-            runtime_env={
-                "env_vars": {name: os.environ[name] for name in ENVIRONMENT},  # its processes have not inherited them
-                "worker_process_setup_hook": "workflows.common.quiet.setup_on_cluster",
-            },
-        )
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        join(os.environ["RAY_ADDRESS"])
         return
     # Oversubscribed CPUs: training, data tasks and serving wait on each other most of the time, and a pool of exactly
     # the machine's size can deadlock them.
@@ -67,6 +64,37 @@ def start_ray() -> None:
     # Ray has installed a handler that aborts; this one ends the script as Ctrl-C does.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def join(address: str) -> None:
+    """Connect to the cluster at an address.
+
+    Raises:
+        InputError: nothing answers there within seconds (Ray would wait for minutes), or no cluster does.
+    """
+    wrong = f"RAY_ADDRESS={address}"
+    if address != "auto":
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if "://" in address.removeprefix("ray://"):
+            hint = "; jobs are submitted there with `ray job submit`" if address.startswith("http") else ""
+            raise InputError(f"{wrong}: no address of a cluster{hint}, expected HOST:PORT, auto, or none")
+        if not host or not port.isdecimal():
+            raise InputError(f"{wrong}: no address of a cluster, expected HOST:PORT, auto, or none")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise InputError(f"{wrong}: no answer ({error}), expected a running cluster, or no RAY_ADDRESS") from error
+    try:
+        ray.init(
+            logging_level=logging.WARNING,
+            runtime_env={
+                "env_vars": {name: os.environ[name] for name in ENVIRONMENT},  # its processes have not inherited them
+                "worker_process_setup_hook": "workflows.common.quiet.setup_on_cluster",
+            },
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{wrong}: no cluster ({reason}), expected a running one, or no RAY_ADDRESS") from error
 
 
 def require(cpus: float, gpus: float, wait_minutes: float) -> None:
@@ -109,7 +137,7 @@ def resources() -> dict[str, float]:
 
 def is_joined() -> bool:
     """Whether this process has joined a cluster, or its job runs on one."""
-    return ray.is_initialized() or "RAY_ADDRESS" in os.environ
+    return ray.is_initialized() or os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
 def cores() -> int:

@@ -63,7 +63,8 @@ def tracking_uri(storage_uri: str) -> str:
     folder = local_folder(storage_uri)
     if folder is None:
         raise InputError(f"--storage {storage_uri}: not a local folder, expected MLFLOW_TRACKING_URI to be set")
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    path = str(folder / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # MLflow unquotes it
+    return f"sqlite:///{path}"
 
 
 def check_server(storage_uri: str) -> None:

@@ -149,3 +149,18 @@ def test_missing_spacy_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> Non
     nouns.load_spacy.cache_clear()
     with pytest.raises(InputError, match="expected the packages spacy and en_core_web_sm"):
         NounExtractor("spacy").match("a cat")
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a boy in a soccer jersey", ["boy", "soccer jersey"]),
+        ("two baseball uniforms on a chair", ["baseball uniform", "chair"]),
+        ("a tennis skirt and a golf bag", ["golf bag", "tennis skirt"]),
+        ("hockey pads beside a football banner", ["football banner", "hockey pad"]),
+        ("a baseball on a bathroom wall", ["baseball", "bathroom", "wall"]),
+        ("a water pitcher by a train window", ["train", "water pitcher", "window"]),
+    ],
+)
+def test_a_thing_named_by_its_sport_is_one_concept(caption: str, expected: list[str]) -> None:
+    assert NounExtractor().match(caption) == expected

@@ -73,3 +73,36 @@ def test_a_cluster_that_grows_is_waited_for(cpus: int, minutes: float, node: str
     assert last in lines, done.stdout + done.stderr
     waited = f"waiting up to {minutes:g} minutes for the cluster to have {cpus} CPUs"
     assert (waited in lines) == (not last.startswith("InputError"))
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1:8265", "no address of a cluster; jobs are submitted there with `ray job submit`"),
+        ("https://head:8265", "no address of a cluster; jobs are submitted there"),
+        ("tcp://127.0.0.1:6379", "no address of a cluster, expected HOST:PORT, auto, or none"),
+        ("head", "no address of a cluster, expected HOST:PORT"),
+        ("head:", "no address of a cluster, expected HOST:PORT"),
+        ("head:ray", "no address of a cluster, expected HOST:PORT"),
+        (":6379", "no address of a cluster, expected HOST:PORT"),
+        ("127.0.0.1:1", "no answer ([Errno 111] Connection refused)"),
+        ("ray://127.0.0.1:1", "no answer ([Errno 111] Connection refused)"),
+        ("127.0.0.1:99999", "no answer ("),
+        ("no.such.host.invalid:6379", "no answer ("),
+    ],
+)
+def test_a_left_over_address_is_refused_within_seconds(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.5)
+    with pytest.raises(InputError) as caught:
+        cluster.join(address)
+    assert f"RAY_ADDRESS={address}: {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["", "local"])
+def test_an_address_of_this_machine_is_none(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    assert not cluster.is_joined()
