@@ -14,7 +14,7 @@ os.environ.update(  # before anything imports ray
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_TMPDIR": tempfile.gettempdir(),  # socket paths must stay short
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "OVD_REQUEST_SECONDS": "3",  # time limit of HAProxy on a request's arrival
+        "OVD_REQUEST_SECONDS": "5",  # time limit of HAProxy on a request's arrival
     }
 )
 

@@ -86,7 +86,7 @@ def test_every_dependency_is_pinned() -> None:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
 # Runs the scripts one after another in one process, which imports torch and Ray once, as `python -m workflows.x` would.

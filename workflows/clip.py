@@ -40,7 +40,7 @@ from workflows import prepare_pairs
 from workflows.common import cli, descriptions, runs, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import Evaluation, Trained
-from workflows.common.session import Measured, Session
+from workflows.common.session import Session, Validated
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Stage
 from workflows.configs.clip import CONFIGS, Run
@@ -153,10 +153,10 @@ def held_out(clip: Clip, run: Run) -> HeldOut:
     return HeldOut(torch.cat(parts).cpu(), torch.from_numpy(labels), novel[torch.from_numpy(labels)])
 
 
-def measure(run: Run, clip: nn.Module) -> Measured:
+def measure(run: Run, clip: nn.Module) -> Validated:
     """The zero-shot test of a model in training."""
     assert isinstance(clip, Clip)
-    return Measured(held_out(clip, run).accuracy().named())
+    return Validated(held_out(clip, run).accuracy().named())
 
 
 def open_pairs(run: Run) -> PairLoader | ShardLoader:

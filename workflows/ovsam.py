@@ -44,7 +44,7 @@ from workflows import prepare_boxes
 from workflows.common import cli, descriptions, runs, tracking, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
-from workflows.common.session import Measured, Session
+from workflows.common.session import Session, Validated
 from workflows.common.teacher import find_teacher, read_categories
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
@@ -77,7 +77,7 @@ class Task:
     """Further arguments of its `forward`, after the batch."""
     seeded: bool = False
     """Whether its `forward` draws at random, and so takes a generator as its last argument."""
-    measure: Callable[[nn.Module], Measured] | None = None
+    measure: Callable[[nn.Module], Validated] | None = None
     """Measures it during training."""
 
 
@@ -240,7 +240,7 @@ def head_feeding(run: Run, model: OvSam, names: OvSamNames) -> Feeding:
     return Feeding(task, load, Clip2SamTraining(model, run.clip2sam))
 
 
-def measure_head(run: Run, names: OvSamNames, module: nn.Module) -> Measured:
+def measure_head(run: Run, names: OvSamNames, module: nn.Module) -> Validated:
     """IoU and accuracy of an OV-SAM in training, with boxes as prompts."""
     assert isinstance(module, Clip2SamTraining)
     values, pictures = pointing_report.measure_pointing(
@@ -251,7 +251,7 @@ def measure_head(run: Run, names: OvSamNames, module: nn.Module) -> Measured:
         module.model,
         limit=run.validate_images,
     )
-    return Measured(values, pictures)
+    return Validated(values, pictures)
 
 
 def build_text_training(sam: SamConfig, tower: TowerConfig, settings: TextToMaskConfig) -> nn.Module:

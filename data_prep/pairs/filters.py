@@ -11,7 +11,15 @@ import pyarrow.compute as pc
 
 from data_prep.pairs.rows import Rejection, with_rejections
 
-TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
+TAG = re.compile(
+    r"<!--.*?-->|<!doctype[^<>]*>|</?[abipqsu](?:\s[^<>]*=[^<>]*)?\s*/?>|"
+    r"</?(?:abbr|address|article|aside|big|blockquote|body|br|button|caption|center|cite|code|dd|del|div|dl|dt|em|embed|"
+    r"figcaption|figure|font|footer|form|h[1-6]|head|header|hr|html|iframe|img|input|ins|label|li|link|main|mark|meta|"
+    r"nav|noscript|object|ol|option|param|picture|pre|script|section|select|small|source|span|strike|strong|style|sub|"
+    r"sup|svg|table|tbody|td|textarea|tfoot|th|thead|time|title|tr|tt|ul|video|wbr)(?=[\s/>])[^<>]*>",
+    re.IGNORECASE | re.DOTALL,
+)
+"""HTML's elements and comments; other words in brackets are text: `<PERSON>`, `vector<int>`."""
 JOINERS = "\u200c\u200d"  # invisible, but part of words in several scripts
 SPACES = re.compile(r"\s+")
 

@@ -7,7 +7,7 @@ never change: a new manifest lists the old files and the new ones, except those 
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
@@ -22,6 +22,7 @@ from data_prep.pairs import inputs
 from data_prep.pairs.rows import EMBEDDING, LIGHT, STATUS, RowNumbering
 from data_prep.pairs.shards import WrittenPartition
 from data_prep.pairs.staging import Part, Staging, partition_name
+from data_prep.pairs.text_lists import promote
 from data_prep.parts import HERE, Pool, collect_parts
 from data_prep.tables import FileEntry, TableName
 from ovd_models.errors import InputError
@@ -205,6 +206,37 @@ def stage_rejects(
     return partitions, dict(retried), earlier
 
 
+def _promote(first: str, second: str) -> str:
+    """The type, by name, of a column that has two in different lists."""
+    try:
+        return str(promote(pa.type_for_alias(first), pa.type_for_alias(second))) if first != second else first
+    except ValueError:  # lists and the like
+        return "string"
+
+
+def _cast_rows(uri: str, source: inputs.Source, kinds: Mapping[str, str], staging: Staging) -> None:
+    """Change columns of staged rows to the type that they have elsewhere.
+
+    Raises:
+        InputError: a value has no such type.
+    """
+    for partition in source.partitions:
+        rows = tables.read_parquet(staging.rows_uri(partition))
+        for name, kind in kinds.items():
+            if name not in rows.column_names:
+                continue
+            try:
+                column = rows[name].cast(pa.type_for_alias(kind))
+            except (ValueError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                if kind != "string":
+                    message = f"column {name!r} holds {source.columns[name]}, elsewhere {kind}"
+                    raise InputError(f"{uri}: {message} ({' '.join(str(error).split())[:100]})") from error
+                values = [None if value is None else json.dumps(value, default=str) for value in rows[name].to_pylist()]
+                column = pa.array(values, pa.string())
+            rows = rows.set_column(rows.schema.get_field_index(name), name, column)
+        staging.write_rows(partition, rows)
+
+
 def plan_crawl(
     lists: Sequence[str],
     columns: inputs.Columns,
@@ -228,11 +260,17 @@ def plan_crawl(
         return saved
     cut = functools.partial(inputs.cut_file, columns=columns, staging=staging)
     new = collect_parts(lambda: cut, lists, pool if len(lists) > 1 else HERE)
+    if lists and not sum(source.rows for source in new):
+        raise InputError(f"{lists[0]}: holds no rows, expected at least one")
     kinds = dict(published.pairs.details["columns"]) if published else {}
+    fixed = set(kinds)
     for source in new:
         for name, kind in source.columns.items():
-            if kinds.setdefault(name, kind) != kind:
-                raise InputError(f"list {source.digest}: column {name!r} holds {kind}, elsewhere {kinds[name]}")
+            kinds[name] = kinds[name] if name in fixed else _promote(kinds.get(name, kind), kind)
+    for uri, source in zip(lists, new, strict=True):
+        changed = {name: kinds[name] for name, kind in source.columns.items() if kinds[name] != kind}
+        if changed:
+            _cast_rows(uri, source, changed, staging)
     again, retried, earlier = stage_rejects(published, retry, staging) if published and retry else ({}, {}, {})
     partitions = {name: rows for source in new for name, rows in source.partitions.items()} | again
     share = int(SHARE_IN_WORK * sum(partitions.values()) / parts_in_work)

@@ -4,6 +4,7 @@ files = find_lists("s3://bucket/lists/*.parquet")
 source = cut_file(files[0], Columns(), Staging("s3://bucket/staging", partition_rows=1000, part_rows=100))
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -15,11 +16,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 from pyarrow import fs
@@ -29,10 +29,15 @@ from data_prep.pairs.labels import label_caption, name_classes
 from data_prep.pairs.rows import INPUT_COLUMNS, LABEL, RESERVED, SCORE, STATUS
 from data_prep.pairs.staging import Staging, partition_name
 from data_prep.pairs.tars import PROBLEM, read_samples
+from data_prep.pairs.text_lists import BOM, array_lines, read_delimited, read_json
 from ovd_models.errors import InputError
 
-LISTS = {"tsv", "csv", "jsonl", "parquet"}
-FORMATS = ".tsv, .csv, .jsonl or .parquet; for .tar shards: --shards"
+LISTS = {"tsv", "csv", "txt", "jsonl", "json", "parquet"}
+LOOSE = {"txt", "json"}
+"""Suffixes that a pattern must name: a folder of lists may have other such files."""
+COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "lz4": "lz4", "br": "brotli"}
+"""Suffixes behind those of text formats, and pyarrow's names of them."""
+FORMATS = ".tsv, .csv, .txt, .jsonl, .json or .parquet, text also as .gz; for .tar shards: --shards"
 SHARDS = {"tar"}
 BLOCK_BYTES = 1 << 20
 SHARD_BYTES = 4 << 20
@@ -112,6 +117,7 @@ def _find_files(uri: str, suffixes: set[str], expected: str) -> list[str]:
         if _suffix(path) not in suffixes:
             raise InputError(f"{uri}: unknown format, expected {expected}")
         return [uri]
+    suffixes = suffixes if _suffix(path) in suffixes else suffixes - LOOSE
     if kind == fs.FileType.Directory:
         folder, pattern = path, re.compile(re.escape(path) + r"/.*[^/]")
     elif re.search("[*?]", path):
@@ -136,7 +142,9 @@ def _find_files(uri: str, suffixes: set[str], expected: str) -> list[str]:
 
 
 def _suffix(name: str) -> str:
-    return name.rpartition(".")[2].lower()
+    """The suffix of a format, in front of that of a compression."""
+    *_, inner, outer = f"..{name.lower()}".split(".")
+    return inner if outer in COMPRESSIONS and inner in LISTS - {"parquet"} else outer
 
 
 def file_digest(uri: str) -> str:
@@ -156,7 +164,9 @@ def file_digest(uri: str) -> str:
 def read_blocks(uri: str, columns: Columns) -> Iterator[pa.Table]:
     """Read a list block by block.
 
-    All columns of .tsv and .csv files are text; .tsv files have no quoting. Rows of a shard: see `tars.read_samples`.
+    All columns of .tsv and .csv files are text; .tsv files have no quoting; .txt files have an address on each line.
+    Text formats may be compressed (`list.tsv.gz`). A line that cannot be read is a row with a `PROBLEM`. Rows of a
+    shard: see `tars.read_samples`.
 
     Raises:
         InputError: the file is malformed.
@@ -169,14 +179,17 @@ def read_blocks(uri: str, columns: Columns) -> Iterator[pa.Table]:
                 with pq.ParquetFile(path, filesystem=filesystem) as file:
                     for batch in file.iter_batches():
                         yield pa.Table.from_batches([batch])
-            case "jsonl":
-                with filesystem.open_input_file(path) as lines:
-                    yield from _read_json(lines, columns)
+            case "jsonl" | "json":
+                yield from _read_json_list(filesystem, path, columns)
             case "tar":
                 yield from _read_shard(filesystem, path, uri, columns)
             case _:
-                yield from _read_text(filesystem, path, suffix, columns)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, OSError) as error:
+                header = columns.header or ((columns.url,) if suffix == "txt" else ())
+                with _open_text(filesystem, path) as stream:
+                    yield from read_delimited(
+                        stream, quoted=suffix == "csv", header=header, url=columns.url, block_bytes=BLOCK_BYTES
+                    )
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, OSError, msgspec.DecodeError) as error:
         raise InputError(f"{uri}: not a readable {suffix} file ({one_line(error)})") from error
 
 
@@ -187,72 +200,27 @@ def _read_shard(filesystem: fs.FileSystem, path: str, uri: str, columns: Columns
         stream = io.BufferedReader(file, SHARD_BYTES)
         for row in read_samples(stream, storage.absolute(uri), **names):
             lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        yield from _read_json(lines, columns)
+
+        def rewind() -> contextlib.nullcontext[BinaryIO]:
+            lines.seek(0)
+            return contextlib.nullcontext(lines)
+
+        yield from read_json(rewind, (columns.url, columns.caption), BLOCK_BYTES)
 
 
-def _read_json(file: BinaryIO, columns: Columns) -> Iterator[pa.Table]:
-    """Two passes: the types of further columns are inferred from the whole file, not from its first lines."""
-    schema = pa.schema({columns.url: pa.string(), columns.caption: pa.string()})
-    named: set[str] = set()
-    lines = 0
-    for block in _whole_lines(file):
-        try:
-            inferred = _parse_lines(block).schema
-        except pa.ArrowInvalid as error:
-            raise pa.ArrowInvalid(f"{error}, rows counted from line {lines + 1}") from error
-        lines += block.count(b"\n")
-        named.update(inferred.names)
-        further = [_dates_as_text(entry) for entry in inferred if entry.name not in (columns.url, columns.caption)]
-        schema = pa.unify_schemas([schema, pa.schema(further)], promote_options="permissive")
-    schema = pa.schema([entry for entry in schema if entry.name in named])
-    exact = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
-    for block in _whole_lines(file):
-        yield _parse_lines(block, exact)
+def _open_text(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
+    return filesystem.open_input_stream(path, compression=COMPRESSIONS.get(path.lower().rpartition(".")[2]))
 
 
-def _parse_lines(block: bytes, options: pyarrow.json.ParseOptions | None = None) -> pa.Table:
-    whole = pyarrow.json.ReadOptions(block_size=len(block))  # a line must not be longer
-    return pyarrow.json.read_json(io.BytesIO(block), whole, options)
-
-
-def _dates_as_text(field: pa.Field) -> pa.Field:
-    """A field with dates as text: whether Arrow infers dates depends on the block."""
-    kind = field.type
-    if pa.types.is_timestamp(kind):
-        kind = pa.string()
-    elif pa.types.is_struct(kind):
-        kind = pa.struct([_dates_as_text(entry) for entry in kind])
-    elif pa.types.is_list(kind):
-        kind = pa.list_(_dates_as_text(kind.value_field))
-    return field.with_type(kind)
-
-
-def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """A file from its start, in blocks of whole lines."""
-    file.seek(0)
-    rest = b""
-    while block := file.read(BLOCK_BYTES):
-        lines, newline, rest = (rest + block).rpartition(b"\n")
-        if newline:
-            yield lines + newline
-    if rest.strip():
-        yield rest
-
-
-def _read_text(filesystem: fs.FileSystem, path: str, suffix: str, columns: Columns) -> Iterator[pa.Table]:
-    tabs = {"delimiter": "\t", "quote_char": False}
-    plain = pyarrow.csv.ParseOptions(**(tabs if suffix == "tsv" else {"newlines_in_values": True}))
-    names = list(columns.header) or None
-    # Without threads, so that errors name the row.
-    reading = pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names)
-    with filesystem.open_input_stream(path) as stream:
-        head = stream.read(BLOCK_BYTES).lstrip(b"\r\n").partition(b"\n")[0] + b"\n"
-    if names is None:
-        names = pyarrow.csv.read_csv(io.BytesIO(head), reading, plain).column_names
-    text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-    with filesystem.open_input_stream(path) as stream:
-        for batch in pyarrow.csv.open_csv(stream, reading, plain, text):
-            yield pa.Table.from_batches([batch])
+def _read_json_list(filesystem: fs.FileSystem, path: str, columns: Columns) -> Iterator[pa.Table]:
+    texts = (columns.url, columns.caption)
+    with _open_text(filesystem, path) as stream:
+        head = stream.read(BLOCK_BYTES).removeprefix(BOM).lstrip()
+        if head.startswith(b"["):
+            content = array_lines(head + stream.read())
+            yield from read_json(lambda: io.BytesIO(content), texts, BLOCK_BYTES)
+            return
+    yield from read_json(lambda: _open_text(filesystem, path), texts, BLOCK_BYTES)
 
 
 def normalize_columns(rows: pa.Table, columns: Columns, source: str, first: int, uri: str) -> pa.Table:
@@ -270,20 +238,18 @@ def normalize_columns(rows: pa.Table, columns: Columns, source: str, first: int,
     if len(set(rows.column_names)) < rows.num_columns:
         raise InputError(f"{uri}: a column is repeated, expected each once among: {names}")
     texts = {}
-    if columns.label and columns.caption not in rows.column_names:
-        rows = rows.append_column(columns.caption, pa.nulls(rows.num_rows, pa.string()))
+    optional = (columns.caption,) if columns.label or _suffix(uri) == "txt" else ()
+    for column in optional:
+        if column not in rows.column_names:
+            rows = rows.append_column(column, pa.nulls(rows.num_rows, pa.string()))
     for column in filter(None, (columns.url, columns.caption, columns.label)):
         if column not in rows.column_names:
             raise InputError(f"{uri}: no column {column!r}, expected it among: {names}")
         try:
-            texts[column] = rows[column].cast(pa.string())
+            texts[column], rows = _as_text(rows, column)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             kind = rows.schema.field(column).type
             raise InputError(f"{uri}: column {column!r} holds {kind}, expected text") from error
-        try:
-            texts[column].validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{uri}: column {column!r}: {one_line(error)}, expected UTF-8 text") from error
     urls = pc.utf8_trim_whitespace(texts[columns.url])
     ours: dict[str, Any] = {
         "source": pa.array([source], pa.string()).take(pa.array(np.zeros(rows.num_rows, np.int64))),
@@ -312,18 +278,44 @@ def normalize_columns(rows: pa.Table, columns: Columns, source: str, first: int,
     return pa.table(ours)
 
 
+def _as_text(rows: pa.Table, column: str) -> tuple[pa.ChunkedArray, pa.Table]:
+    """A column as text, null where pandas has NaN; rows whose bytes are not UTF-8 get a `PROBLEM`."""
+    values = rows[column]
+    if pa.types.is_floating(values.type):
+        values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    try:
+        text = values.cast(kind).cast(pa.string())
+        text.validate(full=True)
+        return text, rows
+    except pa.ArrowInvalid:
+        raw = values.cast(kind).cast(pa.binary()).to_pylist()
+    decoded: list[str | None] = []
+    problems = rows[PROBLEM].to_pylist() if PROBLEM in rows.column_names else [None] * rows.num_rows
+    for number, content in enumerate(raw):
+        try:
+            decoded.append(None if content is None else content.decode())
+        except UnicodeDecodeError:
+            decoded.append(None)
+            problems[number] = f"{column} is not UTF-8 text: {content[:60]!r}"
+    rows = rows.drop_columns(PROBLEM) if PROBLEM in rows.column_names else rows
+    return pa.chunked_array([pa.array(decoded, pa.string())]), rows.append_column(
+        PROBLEM, pa.array(problems, pa.string())
+    )
+
+
 def cut_file(uri: str, columns: Columns, staging: Staging) -> Source:
-    """Stage a list's rows, cut into partitions, unless that was done before.
+    """Stage a list's rows, cut into partitions, unless that was done before; an empty list has none.
 
     Raises:
-        InputError: the list is malformed or empty.
+        InputError: the list is malformed.
     """
     source = file_digest(uri)
     done = storage.join(staging.uri, "sources", f"{source}.json")
     if storage.exists(done):
         return Source(**json.loads(storage.read_bytes(done)))
     size = staging.partition_rows
-    count, waiting = 0, pa.table({})
+    count, faulty, problem, waiting = 0, 0, "", pa.table({})
     kinds: dict[str, str] = {}
 
     def write(rows: pa.Table) -> None:
@@ -334,15 +326,18 @@ def cut_file(uri: str, columns: Columns, staging: Staging) -> Source:
     for block in read_blocks(uri, columns):
         rows = normalize_columns(block, columns, source, count, uri)
         count += rows.num_rows
+        if "detail" in rows.column_names:
+            faulty += rows.num_rows - rows["detail"].null_count
+            problem = problem or next(filter(None, rows["detail"].to_pylist()), "")
         further = [entry for entry in rows.schema if entry.name not in (*INPUT_COLUMNS, *STATUS)]
         kinds |= {entry.name: str(entry.type) for entry in further if not pa.types.is_null(entry.type)}
-        waiting = pa.concat_tables([waiting, rows]) if waiting.num_rows else rows
+        waiting = pa.concat_tables([waiting, rows], promote_options="permissive") if waiting.num_rows else rows
         whole = waiting.num_rows // size * size
         write(waiting.slice(0, whole))
         waiting = waiting.slice(whole)
     write(waiting)
-    if not count:
-        raise InputError(f"{uri}: holds no rows, expected at least one")
+    if count == faulty and _suffix(uri) != "tar" and problem:
+        raise InputError(f"{uri}: no row can be read, the first has {problem}")
     found = Source(digest=source, rows=count, rows_per_partition=size, columns=kinds)
     storage.write_bytes(done, json.dumps(asdict(found)).encode())
     return found

@@ -53,7 +53,7 @@ CHECKPOINT_STEPS = 2 * STEPS_PER_BLOCK
 
 
 @dataclass(frozen=True)
-class Measured:
+class Validated:
     """What a model reached between two steps."""
 
     metrics: Mapping[str, float]
@@ -246,7 +246,7 @@ class Session:
                 committed = self.checkpoint()
             self.logger.flush(until=self.stage.first_step + committed, wait=self.done)
 
-    def validate(self, every: int, measure: Callable[[nn.Module], "Measured"]) -> None:
+    def validate(self, every: int, measure: Callable[[nn.Module], "Validated"]) -> None:
         """Measure the weights, or their average, and log the results under `eval/`.
 
         Rank 0 does so while the others wait at their next exchange of gradients; not after the last step, when the

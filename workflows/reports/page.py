@@ -18,7 +18,7 @@ Numbers = npt.NDArray[Any]
 GREEN, INK = "#0b6e4f", "#1c2430"
 
 
-Template = Literal["boxes", "classify", "compare", "demo", "evaluation", "failures", "pairs"]
+Template = Literal["boxes", "classify", "compare", "demo", "evaluation", "failures", "pairs", "predictions"]
 
 
 def render_page(template: Template, values: Mapping[str, object]) -> str:

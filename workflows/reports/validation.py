@@ -12,7 +12,7 @@ from ovd_models.evaluation import evaluate_detections
 from ovd_models.preprocess import to_tensor
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import Vocabulary
-from workflows.common.session import Measured
+from workflows.common.session import Validated
 from workflows.reports.detections import draw_comparison, read_box_images
 
 NUM_PICTURES = 4
@@ -36,7 +36,7 @@ class ValidationSet:
     max_detections: int
     """Detections of an image."""
 
-    def measure(self, model: torch.nn.Module) -> Measured:
+    def measure(self, model: torch.nn.Module) -> Validated:
         """AP of a detector, and drawings of the first images. Images that cannot be read are left out.
 
         Raises:
@@ -58,4 +58,4 @@ class ValidationSet:
             if len(pictures) < NUM_PICTURES:
                 pictures.append(draw_comparison(row, replace(found[-1], image=image), self.categories))
         metrics = evaluate_detections(rows, found, self.categories, self.splits)
-        return Measured(metrics.summary(), tuple(pictures))
+        return Validated(metrics.summary(), tuple(pictures))

@@ -68,9 +68,8 @@ class Replica:
 
 def listening_host() -> str:
     """The address on which Ray Serve listens, wherever it was set."""
-    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    asked: Any = controller.get_http_config.remote()
-    options = ray.get(asked)
+    controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    options = ray.get(controller.get_http_config.remote())
     return str(options.host or "0.0.0.0")
 
 

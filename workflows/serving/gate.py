@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -151,7 +152,7 @@ class Gate:
     def _too_large(self) -> ProblemError:
         return ProblemError(413, "Request too large", f"a request may have {self.limits.max_bytes:,} bytes")
 
-    async def _chunks(self, receive: Receive):  # type: ignore[no-untyped-def]  # an async generator of bytes
+    async def _chunks(self, receive: Receive) -> AsyncIterator[bytes]:
         """The parts of a body, while it arrives fast enough."""
         started, received = time.monotonic(), 0
         limit = self.limits.body_seconds

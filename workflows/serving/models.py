@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +146,7 @@ class ModelSet:
 
     def __init__(self, models: Mapping[str, ServedModel], reload: Callable[[ServedModel], ServedModel | None]) -> None:
         """Serve `models`; `reload` returns a model's new version, or None if there is none."""
-        self._models, self._reload = dict(models), reload
+        self._models, self._reload, self._closed = dict(models), reload, threading.Event()
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(list(self._models.values()))
@@ -173,12 +172,15 @@ class ModelSet:
         """Look for new versions every so many seconds, in a thread; requests under way keep the model they have."""
 
         def look() -> None:
-            while True:
-                time.sleep(seconds)
-                for model in list(self):
+            while not self._closed.wait(seconds):
+                for model in self:
                     new = self._reload(model)
                     if new is not None:
                         self._models[model.name] = new
                         swapped(new)
 
         threading.Thread(target=look, name="champions", daemon=True).start()
+
+    def close(self) -> None:
+        """Look for new versions no more."""
+        self._closed.set()

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from PIL import Image
 
+from ovd_models.errors import first_line
 from workflows.serving.api import Endpoint, build_api
 from workflows.serving.metrics import Metrics
 from workflows.serving.models import ModelSet, ServedModel, load_served
@@ -20,7 +21,7 @@ from workflows.serving.worker import Job, ModelWorker
 __all__ = ["build_api", "open_endpoint", "probe_models", "return_memory"]
 LOGGER = logging.getLogger("ray.serve")
 HEALTH_SIDE = 64
-MIN_SPEEDUP = 1.3
+MIN_SPEEDUP = 1.5
 """Least speed-up by all cores for which they are used."""
 
 
@@ -35,13 +36,20 @@ def open_endpoint(settings: Settings) -> Endpoint:
     def load(name: str, uri: str) -> ServedModel:
         return load_served(name, uri, settings.storage, texts=settings.texts, device=settings.device)
 
+    reasons: dict[str, str] = {}
+
     def newer(model: ServedModel) -> ServedModel | None:
+        version = ""
         try:
-            if resolve_version(model.uri, settings.storage)[0] == model.version:
+            version, _ = resolve_version(model.uri, settings.storage)
+            if version == model.version or reasons.get(model.name, "").startswith(f"version {version}: "):
                 return None
             return load(model.name, model.uri)
-        except Exception:  # the registry is away, or the new version broken: the old one stays
-            LOGGER.exception("model %s: no new version could be loaded", model.name)
+        except Exception as error:  # the registry is away, or the new version broken: the old one stays
+            reason = f"version {version or '?'}: {first_line(error)}"
+            if reasons.get(model.name) != reason:
+                reasons[model.name] = reason
+                LOGGER.error("model %s: no new version could be loaded, %s", model.name, reason)
             return None
 
     loaded = [load(name, uri) for name, uri in parse_models(settings.model).items()]

@@ -263,20 +263,64 @@ def test_a_plan_is_made_once_from_new_lists_and_rejected_rows(tmp_path: Path) ->
     assert plan_crawl([], Columns(), None, [], staging, HERE) == plan  # the plan of a killed run
 
 
-def test_lists_with_columns_of_different_types_are_refused(tmp_path: Path) -> None:
-    lists = [write_list(tmp_path, n=[1, 2], m=["x", "y"]), write_list(tmp_path, n=["1", "2"], m=["x", "y"])]
+def staged(staging: Staging, path: str, column: str) -> list[object]:
+    """A column of a list's only partition."""
+    rows = tables.read_parquet(staging.rows_uri(partition_name(inputs.file_digest(path), 0)))
+    found: list[object] = rows[column].to_pylist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind", "expected"),
+    [
+        ([1, 2], [1.5, 2.5], "double", [1.0, 2.0]),
+        ([1, 2], ["x", "y"], "string", ["1", "2"]),
+        ([1.5, None], ["x", "y"], "string", ["1.5", None]),
+        ([True, False], [1, 2], "string", ["true", "false"]),
+        ([["a"], []], ["x", "y"], "string", ['["a"]', "[]"]),
+        ([{"k": 1}, None], ["x", "y"], "string", ['{"k": 1}', None]),
+        ([[1], [2]], [["a"], ["b"]], "string", ["[1]", "[2]"]),
+        (np.array([1, 2], np.int32), [3, 4], "int64", [1, 2]),
+        (np.array([1, 2], np.float32), [3.0, 4.0], "double", [1.0, 2.0]),
+        (np.array([1, 2], np.uint8), [-3, 4], "int64", [1, 2]),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_columns_of_different_types_are_promoted(
+    tmp_path: Path, first: Sequence[object], second: Sequence[object], kind: str, expected: list[object], turned: bool
+) -> None:
+    lists = [write_list(tmp_path, n=first), write_list(tmp_path, n=second)]
     staging = Staging(str(tmp_path / "s"), 10, 5)
-    with pytest.raises(
-        InputError, match=f"^list {inputs.file_digest(lists[1])}: column 'n' holds string, elsewhere int64"
-    ):
-        plan_crawl(lists, Columns(), None, [], staging, HERE)
-    assert CrawlPlan.load(staging) is None
+    plan = plan_crawl(lists[::-1] if turned else lists, Columns(), None, [], staging, HERE)
+    assert plan.columns == {"n": kind}
+    assert staged(staging, lists[0], "n") == expected
 
 
-def test_a_list_whose_columns_differ_from_the_published_ones_is_refused(tmp_path: Path) -> None:
+def test_new_lists_take_the_types_of_published_columns(tmp_path: Path) -> None:
     published, path = publish(tmp_path), write_list(tmp_path, license=[1, 2])
-    with pytest.raises(InputError, match=r"column 'license' holds int64, elsewhere string$"):
-        plan_crawl([path], Columns(), published, [], Staging(str(tmp_path / "s"), 10, 5), HERE)
+    staging = Staging(str(tmp_path / "s"), 10, 5)
+    assert plan_crawl([path], Columns(), published, [], staging, HERE).columns["license"] == "string"
+    assert staged(staging, path, "license") == ["1", "2"]
+
+
+def test_a_value_that_a_published_column_cannot_hold_is_refused_with_its_file(tmp_path: Path) -> None:
+    published, path = publish(tmp_path), write_list(tmp_path, license=["x", "y"])
+    numbers = replace(
+        published, pairs=replace(published.pairs, details={**published.pairs.details, "columns": {"license": "int64"}})
+    )
+    with pytest.raises(InputError, match=rf"^{path}: column 'license' holds string, elsewhere int64"):
+        plan_crawl([path], Columns(), numbers, [], Staging(str(tmp_path / "s"), 10, 5), HERE)
+
+
+def test_empty_lists_are_passed_over_unless_all_are(tmp_path: Path) -> None:
+    empty = str(tmp_path / "empty.tsv")
+    (tmp_path / "empty.tsv").write_text("")
+    path, staging = write_list(tmp_path), Staging(str(tmp_path / "s"), 10, 5)
+    plan = plan_crawl([empty, path], Columns(), None, [], staging, HERE)
+    assert plan.rows == 2
+    assert plan.first_id(partition_name(inputs.file_digest(path), 0), 10) >= 0
+    with pytest.raises(InputError, match=r"empty\.tsv: holds no rows, expected at least one"):
+        plan_crawl([empty], Columns(), None, [], Staging(str(tmp_path / "t"), 10, 5), HERE)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_file_of_other_content_is_refused(tmp_path: Path, file: str, content: 
     [
         (["a.jpg", "dog/1.jpg"], "a.jpg: not in a class folder, expected"),
         (["train/dog/1.jpg"], "train/dog/1.jpg: not in a class folder, expected"),
-        (["dog/notes.txt"], "no images, expected files with the extensions jpg, jpeg, png"),
+        (["dog/notes.txt"], "no images, expected files with the extensions jpg, jpeg, jpe, "),
         (["n01440764/1.jpg"], "class 'n01440764' is an id"),
     ],
 )

@@ -1,0 +1,212 @@
+"""Predict: find named things in pictures of one's own.
+
+model, names, pictures --> drawings, predictions.json (COCO), index.html
+
+python workflows/predict.py --model runs/demo/codet --images photos/ --names "dog, red umbrella"
+python workflows/predict.py --model models:/ovd-codet-pictograms@champion --storage runs/demo --images 'photos/*.jpg'
+python workflows/predict.py --model store/runs/ovsam/<run>/model --images street.jpg    # all masks, named
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import ovd_models
+from data_prep.boxes.cleaning import SkipReport
+from ovd_models.batches import Detections
+from ovd_models.checkpoints import read_info
+from ovd_models.errors import InputError
+from ovd_models.images import EXTENSIONS, open_image
+from ovd_models.predictors import Detector, Segmenter, TextSegmenter
+from ovd_models.segments import Segments
+from workflows.common import cli, registry
+from workflows.reports.page import render_page
+
+Predictor = Detector | Segmenter | TextSegmenter
+LOADERS = {"ovsam": ovd_models.load_segmenter, "text_to_mask": ovd_models.load_text_segmenter}
+"""Of the methods that are no detectors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One prediction; requires `--model` and `--images`."""
+
+    model: str = ""
+    """Folder or URI of a checkpoint, or an MLflow `models:/` URI."""
+    images: str = ""
+    """A folder, which is searched with the folders below it, a file, or a pattern such as `photos/*.jpg`."""
+    names: str = ""
+    """Names to find, separated by commas; the model's own if empty."""
+    output: str = "predictions"
+    """New folder for the results."""
+    score_threshold: float = 0.3
+    """Detections score above it."""
+    device: str = "cpu"
+    """Device of the model, such as `cuda`."""
+    storage: str = "store"
+    """Folder or URI whose MLflow has the model of a `models:/` URI."""
+
+
+CONFIGS = {"default": Run}
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was found in one picture."""
+
+    file_name: str
+    """Relative to the searched folder."""
+    drawing: str
+    """Path of the drawing, relative to the output."""
+    found: dict[str, int]
+    """How often each name was found, most often first."""
+
+
+def find_pictures(images: str) -> list[tuple[Path, str]]:
+    """Paths of pictures, and their names relative to the searched folder, sorted.
+
+    Raises:
+        InputError: there are none.
+    """
+    extensions = ", ".join(EXTENSIONS)
+    if not images:
+        raise InputError("--images: missing, expected a folder, a file or a pattern such as 'photos/*.jpg'")
+    path = Path(images)
+    if path.is_file():
+        return [(path, path.name)]
+    if path.is_dir():
+        files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        found = [(file, str(file.relative_to(path))) for file in files if is_picture(file)]
+    else:
+        files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        found = [(file, file.name) for file in files if is_picture(file)]
+        if repeated := [name for name, count in Counter(name for _, name in found).items() if count > 1]:
+            raise InputError(f"--images {images}: several pictures are called {repeated[0]}, expected their folder")
+    if not found:
+        raise InputError(f"--images {images}: no picture matches, expected files with the extensions {extensions}")
+    return sorted(found, key=lambda entry: entry[1])
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a path is a file with the extension of a picture."""
+    return path.suffix.lower().removeprefix(".") in EXTENSIONS and path.is_file()
+
+
+def read_names(text: str) -> list[str] | None:
+    """Names separated by commas; None for the model's own.
+
+    Raises:
+        InputError: a name is empty or repeated.
+    """
+    if not text:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise InputError(f"--names {text!r}: name {names.index('') + 1} is empty, expected names between the commas")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"--names {text!r}: {repeated[0]!r} is repeated, expected each name once")
+    return names
+
+
+def load_predictor(run: Run) -> Predictor:
+    """The detector, OV-SAM or text-to-mask model that `--model` names.
+
+    Raises:
+        InputError: there is no such model, or it finds nothing, as a CLIP.
+    """
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    folder = registry.local_model(run.model, run.storage)
+    return LOADERS.get(read_info(folder).method, ovd_models.load)(folder, run.device)
+
+
+def predict_one(
+    predictor: Predictor, path: Path, names: Sequence[str] | None, threshold: float
+) -> Detections | Segments:
+    """What a model finds in a picture: boxes, all masks, or a mask for each name.
+
+    Raises:
+        InputError: the picture cannot be read, or a name cannot be embedded.
+    """
+    image = open_image(path)
+    if isinstance(predictor, Detector):
+        return predictor.detect(image, names, score_threshold=threshold).distinct()
+    if isinstance(predictor, Segmenter):
+        return predictor.everything(image, names)
+    return predictor.segment(image, names)
+
+
+def predict(run: Run) -> Iterator[tuple[str, Detections | Segments | InputError]]:
+    """The name of each picture and what is found in it, or why it cannot be read.
+
+    Raises:
+        InputError: a setting is wrong; nothing was predicted.
+    """
+    pictures, names = find_pictures(run.images), read_names(run.names)
+    if Path(run.output).exists():
+        raise InputError(f"--output {run.output}: exists, expected the name of a new folder")
+    if not 0 <= run.score_threshold <= 1:
+        raise InputError(f"--score-threshold {run.score_threshold:g}: expected 0 to 1")
+    predictor = load_predictor(run)
+    for path, name in tqdm(pictures, unit="picture", disable=None):
+        try:
+            yield name, predict_one(predictor, path, names, run.score_threshold)
+        except InputError as error:
+            if not str(error).startswith(str(path)):
+                raise
+            yield name, error
+
+
+def write_results(run: Run) -> tuple[list[Predicted], SkipReport]:
+    """Predict, and write drawings, `predictions.json` and `index.html`; returns what was found and left out.
+
+    Raises:
+        InputError: see `predict`, or no picture can be read.
+    """
+    output, skipped = Path(run.output), SkipReport()
+    shown: list[Predicted] = []
+    merged: dict[str, list[Any]] = {"images": [], "categories": [], "annotations": []}
+    for name, result in predict(run):
+        if isinstance(result, InputError):
+            skipped.add("pictures that cannot be read", str(result))
+            continue
+        drawing = Path("drawn", f"{name}.jpg")
+        (output / drawing).parent.mkdir(parents=True, exist_ok=True)
+        result.draw(output / drawing)
+        one = result.to_coco(name, len(shown) + 1)
+        first = len(merged["annotations"]) + 1
+        merged["images"] += one["images"]
+        merged["categories"] = one["categories"]
+        merged["annotations"] += [entry | {"id": first + at} for at, entry in enumerate(one["annotations"])]
+        found = Counter(entry["label"] or "something" for entry in result.to_list())
+        shown.append(Predicted(name, drawing.as_posix(), dict(found.most_common())))
+    if not shown:
+        raise InputError(f"--images {run.images}: {skipped}, expected at least one readable picture")
+    (output / "predictions.json").write_text(json.dumps(merged))
+    page = render_page("predictions", {"model": run.model, "names": run.names, "pictures": shown, "skipped": skipped})
+    (output / "index.html").write_text(page)
+    return shown, skipped
+
+
+def main() -> None:
+    """Predict, and print what was found and where the results are."""
+    run = cli.parse(CONFIGS, __doc__, writes=False)
+    shown, skipped = write_results(run)
+    total = sum((Counter(entry.found) for entry in shown), Counter())
+    names = ", ".join(f"{count} {name}" for name, count in total.most_common(10)) or "nothing"
+    print(f"{len(shown):,} pictures: {names}")
+    if skipped:
+        print(f"left out: {skipped}")
+    if not total:
+        print(f"nothing scores above --score-threshold {run.score_threshold:g}: try a lower one, or other names")
+    print(f"drawings, predictions.json and page: {Path(run.output, 'index.html').absolute()}")
+
+
+if __name__ == "__main__":
+    cli.execute(main)
