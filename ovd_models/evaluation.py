@@ -102,13 +102,13 @@ def predictions_of_detections(truth: GroundTruth, detections: Sequence[Detection
     parts = []
     for image, entry in enumerate(detections):
         known = np.array([label_of[name] for name in entry.names], np.int64)
-        boxes = xywh(entry.boxes.numpy().astype(np.float64).reshape(-1, 4))
+        boxes = xywh(entry.boxes.cpu().numpy().astype(np.float64).reshape(-1, 4))
         parts.append(
             Predictions(
                 images=np.full(len(entry), image, np.int64),
-                labels=known[entry.labels.numpy().astype(np.int64)],
+                labels=known[entry.labels.cpu().numpy().astype(np.int64)],
                 boxes=boxes,
-                scores=entry.scores.numpy().astype(np.float64),
+                scores=entry.scores.cpu().numpy().astype(np.float64),
                 areas=boxes[:, 2] * boxes[:, 3],
                 masks=pa.array(entry.masks, pa.large_string()) if entry.masks else None,
             )
@@ -138,8 +138,8 @@ def evaluate_proposals(
         Predictions(
             images=np.full(len(boxes), image, np.int64),
             labels=np.zeros(len(boxes), np.int64),
-            boxes=xywh(boxes.numpy().astype(np.float64).reshape(-1, 4)),
-            scores=scores.numpy().astype(np.float64),
+            boxes=xywh(boxes.cpu().numpy().astype(np.float64).reshape(-1, 4)),
+            scores=scores.cpu().numpy().astype(np.float64),
             areas=np.zeros(len(boxes)),
         )
         for image, (boxes, scores) in enumerate(proposals)
