@@ -10,7 +10,7 @@ python workflows/predict.py --model store/runs/ovsam/<run>/model --images street
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ from workflows.common import cli, registry
 from workflows.reports.page import render_page
 
 Predictor = Detector | Segmenter | TextSegmenter
-LOADERS = {"ovsam": ovd_models.load_segmenter, "text_to_mask": ovd_models.load_text_segmenter}
+LOADERS: Mapping[str, Callable[..., Predictor]] = {
+    "ovsam": ovd_models.load_segmenter,
+    "text_to_mask": ovd_models.load_text_segmenter,
+}
 """Of the methods that are no detectors."""
 
 
@@ -123,7 +126,8 @@ def load_predictor(run: Run) -> Predictor:
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     folder = registry.local_model(run.model, run.storage)
-    return LOADERS.get(read_info(folder).method, ovd_models.load)(folder, run.device)
+    load = LOADERS.get(read_info(folder).method, ovd_models.load)
+    return load(folder, run.device)
 
 
 def predict_one(

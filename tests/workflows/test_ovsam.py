@@ -86,7 +86,7 @@ def test_the_adapter_may_learn_from_a_folder_of_images(
     (folder / "sa_3.jpg").write_bytes((folder / "sa_0.jpg").read_bytes())
     with pytest.raises(InputError, match=r"boxes/smoke-distill: made of other images than those of .*sa-1b"):
         ovsam.prepare_data(run)
-    with pytest.raises(InputError, match=r"elsewhere: no images, expected files with the extensions jpg, jpeg, png"):
+    with pytest.raises(InputError, match=r"elsewhere: no images, expected files with the extensions jpg, jpeg, jpe"):
         prepare_boxes.prepare_images(run.storage, "x", str(tmp_path / "elsewhere"))
 
 
