@@ -293,8 +293,8 @@ class Job:
 
 def start(root: Path, teacher: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    tests = str(Path(__file__).parents[1])
-    paths = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
+    tests = Path(__file__).parents[1]  # after the project, or `workflows` would be the tests' folder
+    paths = os.pathsep.join(filter(None, (str(tests.parent), str(tests), os.environ.get("PYTHONPATH"))))
     ours = {"RAY_AUTH_MODE": "disabled", "COUNTED": str(root / "counted"), "PYTHONPATH": paths}
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(root), teacher],
