@@ -217,11 +217,10 @@ def table_files(root: Path) -> dict[str, bytes]:
         ({"shards": "good.tar", "urls": "list.tsv"}, "--urls: given beside --shards, expected one of them"),
         (
             {"urls": "good.tar"},
-            "good.tar: unknown format, expected a URL list (.tsv, .csv, .jsonl or .parquet; for .tar",
+            "good.tar: unknown format, expected a URL list (.tsv, .csv, .txt, .jsonl, .json or .parquet",
         ),
-        ({"urls": "*.tar"}, "*.tar: cannot be read, expected a URL list (.tsv, .csv, .jsonl or .parquet; for"),
+        ({"urls": "*.tar"}, "*.tar: cannot be read, expected a URL list (.tsv, .csv, .txt, .jsonl, .json or .parquet"),
         ({"shards": "none://bucket/0.tar"}, "none://bucket/0.tar: not a storage location"),
-        ({"shards": "mixed.tar"}, "mixed.tar: not a readable tar file (JSON parse error: Column(/n) changed"),
         ({"shards": "{good,copy}.tar"}, "copy.tar: holds the same as good.tar, expected it once"),
     ],
 )
@@ -233,7 +232,6 @@ def test_bad_shards_are_one_line(
     (tmp_path / "copy.tar").write_bytes((tmp_path / "good.tar").read_bytes())
     write_tar(tmp_path / "texts.tar", {"0.txt": b"a cat", "0.json": b"{}"})
     write_tar(tmp_path / "empty.tar", {})
-    write_tar(tmp_path / "mixed.tar", {"0.jpg": b"x", "0.json": b'{"n": 1}', "1.jpg": b"x", "1.json": b'{"n": "1"}'})
     (tmp_path / "page.tar").write_bytes(b"<!doctype html>" * 100)
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists/00000_stats.json").write_text("{}")

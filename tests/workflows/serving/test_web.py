@@ -81,6 +81,7 @@ def test_names_are_found_and_singled_out(page: "playwright.Page") -> None:
     expect(page.locator(".chip")).to_have_count(2)
     page.locator("#threshold").fill("0.05")
     expect(page.locator(".found:visible button").first).to_be_visible()
+    expect(page.locator(".found:visible .name", has_text="umbrella")).to_have_count(0)  # of the answer before
     labels = page.locator(".found:visible .name").all_inner_texts()
     assert set(labels) <= {"anchor", "snowman"}
     page.locator(".found:visible button").first.hover()

@@ -79,6 +79,7 @@ export class Pane {
   }
 
   _fillList() {
+    const focused = [...this.list.querySelectorAll("button")].indexOf(document.activeElement);
     this.list.replaceChildren(
       ...this.objects.map((entry, row) => {
         const swatch = el("span", { className: "swatch" });
@@ -100,6 +101,7 @@ export class Pane {
         return el("li", {}, button);
       }),
     );
+    if (focused >= 0) this.list.querySelectorAll("button")[Math.min(focused, this.objects.length - 1)]?.focus();
     const hidden = this.all.length - this.objects.length;
     this.empty.textContent = this.objects.length ? "" : hidden ? `${hidden} below the threshold.` : "";
     const parts = this.objects.slice(0, 20).map((entry) => `${entry.label ?? "mask"} ${entry.score?.toFixed(2) ?? ""}`);
