@@ -51,7 +51,7 @@ from workflows.common.training import Fit, Stage
 from workflows.configs.codet import CONFIGS, Run
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.reports import evaluation
-from workflows.reports.validation import ValidationSet
+from workflows.reports.validation import ValidationSet, validation_set
 
 SAME_TEACHER = 0.5
 """Mean cosine of a teacher's and a released detector's embeddings of the same names, if it is its teacher."""
@@ -71,6 +71,7 @@ def train_worker(
     names: CodetNames,
     encoder_folder: str,
     start: dict[str, Tensor],
+    validation: ValidationSet,
     logger: MetricLogger,
 ) -> None:
     """The loop of both stages: batches -> losses -> step."""
@@ -81,7 +82,6 @@ def train_worker(
         model.detector.set_image_counts(torch.tensor(names.base_image_counts))
     session = Session(model, stage, device, logger)
     base_KD, concepts_CD = names.base_embeddings.to(device), names.concept_embeddings.to(device)
-    validation = validation_set(run, names)
     detections = session.batches("boxes", run.detection_batch, DetectionCollate())
     groups: Iterator[ConceptBatch] = iter(())
     sentences = None
@@ -101,19 +101,6 @@ def train_worker(
         session.validate(run.validate_every, validation.measure)
         images = run.detection_batch * with_boxes + run.groups_per_step * run.group_size * with_captions
         session.end_step(losses, images)
-
-
-def validation_set(run: Run, names: CodetNames) -> ValidationSet:
-    """The images on which the detector is measured during training."""
-    return ValidationSet(
-        storage=storage.absolute(run.storage),
-        boxes=f"{run.boxes}-eval",
-        images=run.validate_images,
-        categories=names.categories,
-        splits=names.splits,
-        vocabulary=names.vocabulary,
-        max_detections=run.max_detections,
-    )
 
 
 def caption_encoder(run: Run, folder: str, device: torch.device) -> ClipTextEncoder | None:
@@ -183,7 +170,7 @@ def train_stage(
     if uses_captions(run, stage):
         groups = caption_groups(run, settings.seed)
         streams["groups"] = training.feed(groups, run.groups_per_step, settings, every, every - 1)
-    loop = partial(train_worker, run, stage, names, encoder_folder, start, logger)
+    loop = partial(train_worker, run, stage, names, encoder_folder, start, validation_set(run, names), logger)
     return fit(loop, stage, streams)
 
 

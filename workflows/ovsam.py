@@ -236,16 +236,16 @@ def head_feeding(run: Run, model: OvSam, names: OvSamNames) -> Feeding:
         MaskCollate(),
         extra=(names.base.embeddings[:, None],),
         seeded=True,
-        measure=partial(measure_head, run, names),
+        measure=partial(measure_head, storage.absolute(run.storage), run, names),  # the driver's folder
     )
     return Feeding(task, load, Clip2SamTraining(model, run.clip2sam))
 
 
-def measure_head(run: Run, names: OvSamNames, module: nn.Module) -> Validated:
+def measure_head(storage_uri: str, run: Run, names: OvSamNames, module: nn.Module) -> Validated:
     """IoU and accuracy of an OV-SAM in training, with boxes as prompts."""
     assert isinstance(module, Clip2SamTraining)
     values, pictures = pointing_report.measure_pointing(
-        storage.absolute(run.storage),
+        storage_uri,
         f"{run.boxes}-eval",
         names.ids,
         names.vocabulary,

@@ -42,7 +42,7 @@ from workflows.common.training import Fit, Stage
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.configs.vild import CONFIGS, Run
 from workflows.reports import evaluation
-from workflows.reports.validation import ValidationSet
+from workflows.reports.validation import ValidationSet, validation_set
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,14 @@ class VildNames:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def train_worker(run: Run, stage: Stage, start: dict[str, Tensor], names: VildNames, logger: MetricLogger) -> None:
+def train_worker(
+    run: Run,
+    stage: Stage,
+    start: dict[str, Tensor],
+    names: VildNames,
+    validation: ValidationSet,
+    logger: MetricLogger,
+) -> None:
     """The loop of both stages: batches -> losses -> step."""
     device = training.prepare_worker(stage.settings)
     model = build_model(run, stage.name)
@@ -75,26 +82,12 @@ def train_worker(run: Run, stage: Stage, start: dict[str, Tensor], names: VildNa
     session = Session(model, stage, device, logger)
     is_detector = isinstance(model, ViLD)
     given = (names.vocabulary.embeddings.to(device), names.trained.to(device)) if is_detector else ()
-    validation = validation_set(run, names)
     for batch in session.batches("boxes", run.detection_batch, DetectionCollate()):
         with session.autocast():
             losses = session.model(batch, *given)
         session.update(losses)
         session.validate(run.validate_every if is_detector else 0, validation.measure)
         session.end_step(losses, run.detection_batch)
-
-
-def validation_set(run: Run, names: VildNames) -> ValidationSet:
-    """The images on which the detector is measured during training."""
-    return ValidationSet(
-        storage=storage.absolute(run.storage),
-        boxes=f"{run.boxes}-eval",
-        images=run.validate_images,
-        categories=names.categories,
-        splits=names.splits,
-        vocabulary=names.vocabulary,
-        max_detections=run.max_detections,
-    )
 
 
 def build_model(run: Run, stage: str) -> ProposalNetwork | ViLD:
@@ -122,7 +115,7 @@ def train_stage(
         repeat_threshold=run.repeat_threshold,
         regions=regions,
     )
-    loop = partial(train_worker, run, stage, start, names, logger)
+    loop = partial(train_worker, run, stage, start, names, validation_set(run, names), logger)
     return fit(loop, stage, {"boxes": training.feed(loader, run.detection_batch, stage.settings)})
 
 

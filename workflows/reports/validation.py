@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from PIL import Image
 
-from data_prep import tables
+from data_prep import storage, tables
 from ovd_models.codet.model import CoDet
 from ovd_models.evaluation import evaluate_detections
 from ovd_models.preprocess import to_tensor
@@ -17,6 +18,42 @@ from workflows.reports.detections import draw_comparison, read_box_images
 
 NUM_PICTURES = 4
 """Images that are drawn at each measurement."""
+
+
+class DetectorTraining(Protocol):
+    """What the runs of both detectors have."""
+
+    @property
+    def storage(self) -> str:
+        """Folder or URI that holds tables."""
+
+    @property
+    def boxes(self) -> str:
+        """Name of the box set."""
+
+    @property
+    def validate_images(self) -> int:
+        """Number of images that are measured."""
+
+    @property
+    def max_detections(self) -> int:
+        """Detections of an image."""
+
+
+class DetectorNames(Protocol):
+    """What the names of both detectors have."""
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Category id -> name, for categories with a split."""
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """`base` or `novel` by name."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All names, embedded."""
 
 
 @dataclass(frozen=True)
@@ -59,3 +96,16 @@ class ValidationSet:
                 pictures.append(draw_comparison(row, replace(found[-1], image=image), self.categories))
         metrics = evaluate_detections(rows, found, self.categories, self.splits)
         return Validated(metrics.summary(), tuple(pictures))
+
+
+def validation_set(run: DetectorTraining, names: DetectorNames) -> ValidationSet:
+    """The images on which a detector is measured during training; made in the driver, whose folder workers lack."""
+    return ValidationSet(
+        storage=storage.absolute(run.storage),
+        boxes=f"{run.boxes}-eval",
+        images=run.validate_images,
+        categories=names.categories,
+        splits=names.splits,
+        vocabulary=names.vocabulary,
+        max_detections=run.max_detections,
+    )

@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from data_prep.streams.plans import Integers
 from ovd_models.batches import PairBatch
 from ovd_models.errors import InputError
+from ovd_models.vocabulary import Vocabulary
 from workflows.common import optimisation, runs, training
 from workflows.common.optimisation import Optimisation, Precision
 from workflows.common.session import Meter, Session, compile_backbones, convert_sync_batchnorm
+from workflows.common.teacher import CodetNames
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Stage
+from workflows.configs import codet as codet_configs
+from workflows.reports.validation import validation_set
 
 CPU = torch.device("cpu")
 QUICK = Optimisation(steps=10, learning_rate=0.05, checkpoint_every=5, workers=0)
@@ -575,3 +579,11 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(alone: None,
 def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
     with pytest.raises(InputError, match=r"ema_decay: .*, expected 0 to less than 1"):
         dataclasses.replace(QUICK, ema_decay=decay)
+
+
+def test_validation_reads_the_storage_of_the_drivers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ray Train's workers have folders of their own.
+    vocabulary = Vocabulary(("cat",), torch.eye(4)[:1], torch.tensor([True]))
+    names = CodetNames({1: "cat"}, {"cat": "base"}, vocabulary, torch.eye(4)[:1], ("cat",), (1,))
+    monkeypatch.chdir(tmp_path)
+    assert validation_set(codet_configs.smoke(), names).storage == str(tmp_path / "store")
