@@ -73,6 +73,11 @@ class Staging:
         if rows.num_rows:
             self.write("parts", part.name, rows)
 
+    def read_verdicts(self, part: Part) -> pa.Table | None:
+        """The columns `stage` and `reason` of a part's results, if they are saved."""
+        uri = storage.join(self.uri, "parts", part.name)
+        return tables.read_parquet(uri, ["stage", "reason"]) if storage.exists(uri) else None
+
     def write_early(self, rows: pa.Table, part: Part) -> None:
         """Write those results of a part that do not wait for its slow rows; only `read_early` reads them."""
         self.write("early", part.name, rows)
