@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms
 
 from ovd_models.errors import InputError
-from ovd_models.metadata import without_metadata
+from ovd_models.metadata import has_damaged_pixels, without_metadata
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
@@ -28,7 +28,7 @@ EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "gif", "webp", "bmp", "dib", 
 """Extensions of files in these formats."""
 MAGIC: tuple[tuple[int, bytes], ...] = (
     (0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n\x1a\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"),
-    (0, b"MM\0*"),
+    (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+"),
 )  # fmt: skip
 """Offset and first bytes of these formats, except AVIF's."""
 AVIF_BRANDS = (b"avif", b"avis")
@@ -122,6 +122,8 @@ class Picture:
             raise ImageError(f"{self.name}: broken image, expected a whole file ({reason})", "truncated") from error
 
     def _decode(self, image: Image.Image, content: bytes) -> Image.Image:
+        if image.format == "PNG" and has_damaged_pixels(content):
+            raise ValueError("wrong checksum of the pixels")
         image.load()
         deep = decode_deep(image, content)
         if deep is not None:
@@ -201,6 +203,8 @@ def check_whole(picture: Picture) -> None:
 
 def orientation(image: Image.Image) -> Image.Transpose | None:
     """The transposition that makes a picture upright by its EXIF orientation; None if it is, or EXIF is damaged."""
+    if image.format == "TIFF":  # Pillow turns it
+        return None
     try:
         return TURNS.get(image.getexif().get(0x0112, 1))
     except Exception:  # Pillow raises anything
@@ -243,18 +247,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def decode_deep(image: Image.Image, content: bytes) -> Image.Image | None:
     """8-bit RGB or RGBA of a file with 16 bits a colour, of which Pillow drops the lower eight; None for others."""
     png = image.format == "PNG" and content[24] == 16 and image.mode in ("RGB", "RGBA", "LA")
-    tiff = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(258) in ((16,) * 3, (16,) * 4)
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    tiff = tags.get(258) in ((16,) * 3, (16,) * 4)
     if not (png or (tiff and image.mode in ("RGB", "RGBA"))):
         return None
     flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
     pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3 or pixels.shape[1::-1] != image.size:
+    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
         return None
-    colours = scale_deep(np.ascontiguousarray(pixels[..., 2::-1]))
-    if pixels.shape[2] == 3:
-        return Image.fromarray(colours)
-    alpha = (pixels[..., 3:] // 257).astype(np.uint8)
-    return Image.fromarray(np.concatenate([colours, alpha], -1))
+    found = scale_deep(np.ascontiguousarray(pixels[..., 2::-1]))
+    if pixels.shape[2] == 4:
+        found = np.concatenate([found, (pixels[..., 3:] // 257).astype(np.uint8)], -1)
+    deep, turn = Image.fromarray(found), TURNS.get(tags.get(274, 1))
+    deep = deep.transpose(turn) if turn is not None else deep
+    return deep if deep.size == image.size else None
 
 
 def scale_deep(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:

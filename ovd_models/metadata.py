@@ -10,6 +10,8 @@ PIXEL_CHUNKS = frozenset(
 """Chunks of a PNG file that say how its pixels look."""
 JFIF_BYTES = 18
 """Smallest JFIF header, with its marker."""
+ADOBE_BYTES = 16
+"""Adobe's colour transform, with its marker."""
 RIFF_METADATA = (b"EXIF", b"XMP ")
 
 
@@ -38,7 +40,7 @@ def strip_jpeg(content: bytes, *, keep_profile: bool = False) -> bytes:
         if marker == 0xDA:  # the scan: pixel data follows
             break
         stop = position + 2 + struct.unpack_from(">H", content, position + 2)[0]
-        if marker == 0xE0 and stop - position < JFIF_BYTES:  # cut short
+        if stop - position < {0xE0: JFIF_BYTES, 0xEE: ADOBE_BYTES}.get(marker, 0):  # cut short
             marker = 0xFE
         profile = keep_profile and content[position + 4 : position + 16] == b"ICC_PROFILE\0"
         if profile or not (0xE1 <= marker <= 0xED or marker == 0xEF or marker == 0xFE):
@@ -62,6 +64,20 @@ def strip_png(content: bytes) -> bytes:
             kept.append(content[position:stop])
         position = stop
     return b"".join(kept)
+
+
+def has_damaged_pixels(png: bytes) -> bool:
+    """Whether a checksum of the pixel data of a PNG file is wrong; Pillow does not look at them."""
+    position = len(PNG)
+    while position + 12 <= len(png):
+        size, kind = struct.unpack_from(">I4s", png, position)
+        stop = position + 8 + size
+        if kind == b"IDAT" and stop + 4 <= len(png):
+            data = memoryview(png)[position + 4 : stop]
+            if zlib.crc32(data) != struct.unpack_from(">I", png, stop)[0]:
+                return True
+        position = stop + 4
+    return False
 
 
 def strip_webp(content: bytes) -> bytes:

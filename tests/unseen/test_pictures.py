@@ -194,5 +194,3 @@ def test_what_is_no_whole_picture_is_refused_in_one_line(name: str) -> None:
     found = decode_body(content, DecodeConfig())
     assert isinstance(found, Rejection)
     assert found.reason in ("not_an_image", "truncated")
-
-
