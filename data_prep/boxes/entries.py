@@ -7,6 +7,7 @@ one obvious meaning is read so and counted in an `Account`; what has two is refu
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -223,7 +224,7 @@ def _named_categories(content: AnnotationFile, path: str, account: Account) -> l
             continue
         if name != entry.name:
             account.add("mended", "names with further spaces", f"{place} {entry.name!r}")
-        other = kept.setdefault(name.lower(), (number, place))
+        other = kept.setdefault(unicodedata.normalize("NFC", name).casefold(), (number, place))
         if other[0] != number:
             both = f"{other[1]} {content.categories[other[0]].name!r} and {place} {entry.name!r}"
             raise InputError(f"{path}: {both} have one name, expected a name for each")
@@ -245,5 +246,7 @@ def picture_places(picture: Picture, lvis: bool) -> list[str]:
     parts = inner_path(urlsplit(picture.coco_url).path).split("/") if picture.coco_url else []
     address = ["/".join(parts[-2:]), parts[-1]] if parts else []
     named = [inner_path(picture.file_name)] if picture.file_name else []
+    if picture.file_name and "\\" in picture.file_name and "/" not in picture.file_name:
+        named.insert(0, picture.file_name)  # an archive of Windows, unpacked as it is
     ordered = [*address, *named] if lvis else [*address[:1], *named, *address[1:]]
     return [place for place in dict.fromkeys(ordered) if place] or [inner_path(picture.name)]

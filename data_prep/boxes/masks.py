@@ -16,7 +16,7 @@ FARTHEST = 10
 """Points farther outside than so many times the image's longer side are a mistake; their outlines would fill memory."""
 EMPTY = b"", b"null", b"[]", b"{}", b"[[]]", b'""'
 Finding = tuple[Fate, str]
-DEGENERATE: Finding = "left out", "polygons of fewer than three points"
+DEGENERATE: Finding = "left out", "polygons of fewer than three points, or of half a point"
 FAR: Finding = "left out", "polygons far outside their image"
 FLAT: Finding = "mended", "polygons without the list around them"
 FLOAT_COUNTS: Finding = "mended", "run lengths written as fractions"

@@ -2,7 +2,6 @@
 """Further annotation files, written before the code that reads them was looked at."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +55,12 @@ def read(folder: Path, found: Content | bytes, names: tuple[str, ...] = ("a.png"
 
 BOX = [5.0, 5.0, 15.0, 15.0]
 SAME: dict[str, Content] = {
-    "negative ids": content(images__0__id=-1, annotations__0__image_id=-1, categories__0__id=-5, annotations__0__category_id=-5),
-    "zero ids": content(images__0__id=0, annotations__0__image_id=0, categories__0__id=0, annotations__0__category_id=0),
+    "negative ids": content(
+        images__0__id=-1, annotations__0__image_id=-1, categories__0__id=-5, annotations__0__category_id=-5
+    ),
+    "zero ids": content(
+        images__0__id=0, annotations__0__image_id=0, categories__0__id=0, annotations__0__category_id=0
+    ),
     "whole fractions": content(images__0__id=1.0, annotations__0__image_id=1.0, annotations__0__category_id=1.0),
     "annotations of one id": content(annotations__1__id=1),
     "annotations without id": content(annotations__0__id=..., annotations__1__id=None),
@@ -205,7 +208,23 @@ def test_files_that_differ_in_case_are_two(tmp_path: Path) -> None:
     assert [Path(uri).name for uri in rows["uri"].to_pylist()] == ["a.png", "A.png"]
 
 
-@pytest.mark.parametrize("name", ["a b.png", "a%20b.png", "a#b.png", "a?b.png", "100%.png", "\u5716.png", "'a'.png", "-a.png", "a.b.png", "a\\b.png", "a.PNG", "a"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b.png",
+        "a%20b.png",
+        "a#b.png",
+        "a?b.png",
+        "100%.png",
+        "\u5716.png",
+        "'a'.png",
+        "-a.png",
+        "a.b.png",
+        "a\\b.png",
+        "a.PNG",
+        "a",
+    ],
+)
 def test_pictures_of_any_name(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -221,9 +240,9 @@ def test_what_is_no_file_is_left_out(kind: str, tmp_path: Path) -> None:
     place = tmp_path / "images" / "c.png"
     place.parent.mkdir()
     if kind == "loop":
-        os.symlink("c.png", place)
+        place.symlink_to("c.png")
     elif kind == "dangling":
-        os.symlink("nowhere.png", place)
+        place.symlink_to("nowhere.png")
     elif kind == "folder":
         place.mkdir()
     else:
@@ -252,7 +271,17 @@ def test_captions_by_file_name(name: str, tmp_path: Path) -> None:
     assert read_captions([tmp_path / "captions.tsv"], ["a.png", "b.png"]) == ["one", "two"]
 
 
-@pytest.mark.parametrize("text", [b"a.png one\nb.png two\n", b"a.png\tone\na.png\ttwo\nb.png\tx\n", b"x/a.png\tone\ny/a.png\ttwo\nb.png\tx\n", b"a.png\tone\n", b"a.png\tcaf\xe9\nb.png\ttwo\n", b""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"a.png one\nb.png two\n",
+        b"a.png\tone\na.png\ttwo\nb.png\tx\n",
+        b"x/a.png\tone\ny/a.png\ttwo\nb.png\tx\n",
+        b"a.png\tone\n",
+        b"a.png\tcaf\xe9\nb.png\ttwo\n",
+        b"",
+    ],
+)
 def test_captions_that_are_unclear(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "captions.tsv").write_bytes(text)
     with pytest.raises(InputError, match=r"captions\.tsv|a\.png|b\.png") as caught:

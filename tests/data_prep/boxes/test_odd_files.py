@@ -311,11 +311,11 @@ MENDED: dict[str, tuple[Content, str, str]] = {
         ]},
         "categories that only group others", "left out",
     ),
-    "polygon of two points": (with_mask([[5, 5, 15, 15]]), "polygons of fewer than three points", "left out"),
-    "polygon of one point": (with_mask([[5, 5]]), "polygons of fewer than three points", "left out"),
-    "polygon of an odd count": (with_mask([[5, 5, 15, 5, 15, 15, 9]]), "polygons of fewer than three points", "left out"),
-    "polygon of one point thrice": (with_mask([[5, 5, 5, 5, 5, 5]]), "polygons of fewer than three points", "left out"),
-    "polygon of two points in turn": (with_mask([[5, 5, 9, 9] * 3]), "polygons of fewer than three points", "left out"),
+    "polygon of two points": (with_mask([[5, 5, 15, 15]]), "polygons of fewer than three points, or of half a point", "left out"),
+    "polygon of one point": (with_mask([[5, 5]]), "polygons of fewer than three points, or of half a point", "left out"),
+    "polygon of an odd count": (with_mask([[5, 5, 15, 5, 15, 15, 9]]), "polygons of fewer than three points, or of half a point", "left out"),
+    "polygon of one point thrice": (with_mask([[5, 5, 5, 5, 5, 5]]), "polygons of fewer than three points, or of half a point", "left out"),
+    "polygon of two points in turn": (with_mask([[5, 5, 9, 9] * 3]), "polygons of fewer than three points, or of half a point", "left out"),
     "polygon far away": (with_mask([[5, 5, 1e9, 5, 15, 15]]), "polygons far outside their image", "left out"),
     "polygon far above": (with_mask([[5, 5, 15, -1e18, 15, 15]]), "polygons far outside their image", "left out"),
 }  # fmt: skip
@@ -568,8 +568,8 @@ def test_reported_files_are_refused_or_read(case: str) -> None:
             "bom": {},
             "subfolders": {},
             "dup-category-name": {"categories that only group others": "left out"},
-            "seg-2pts": {"polygons of fewer than three points": "left out"},
-            "seg-2pts-then-poly": {"polygons of fewer than three points": "left out"},
+            "seg-2pts": {"polygons of fewer than three points, or of half a point": "left out"},
+            "seg-2pts-then-poly": {"polygons of fewer than three points, or of half a point": "left out"},
         }[case]
     )
 
