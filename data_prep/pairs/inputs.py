@@ -189,7 +189,7 @@ def read_blocks(uri: str, columns: Columns) -> Iterator[pa.Table]:
                     yield from read_delimited(
                         stream, quoted=suffix == "csv", header=header, url=columns.url, block_bytes=BLOCK_BYTES
                     )
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, OSError, msgspec.DecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError, msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"{uri}: not a readable {suffix} file ({one_line(error)})") from error
 
 
@@ -217,9 +217,14 @@ def _read_json_list(filesystem: fs.FileSystem, path: str, columns: Columns) -> I
     with _open_text(filesystem, path) as stream:
         head = stream.read(BLOCK_BYTES).removeprefix(BOM).lstrip()
         if head.startswith(b"["):
-            content = array_lines(head + stream.read())
-            yield from read_json(lambda: io.BytesIO(content), texts, BLOCK_BYTES)
-            return
+            try:
+                content = array_lines(head + stream.read())
+            except msgspec.DecodeError:
+                if _suffix(path) == "json":
+                    raise  # else a line that is an array, and no object
+            else:
+                yield from read_json(lambda: io.BytesIO(content), texts, BLOCK_BYTES)
+                return
     yield from read_json(lambda: _open_text(filesystem, path), texts, BLOCK_BYTES)
 
 

@@ -141,9 +141,10 @@ def _split_records(block: bytes, names: Sequence[str], url: str) -> tuple[list[l
     number = 0
     while number < len(lines):
         line = lines[number]
-        if line.count(b'"') % 2 == 0:
+        alone = _split(line, True)
+        if line.count(b'"') % 2 == 0 or alone is not None:  # an inch mark within a value opens nothing
             if line:
-                rows.append(_row(line, _split(line, True), len(names)))
+                rows.append(_row(line, alone, len(names)))
             number += 1
             continue
         stop = number + 1
@@ -250,7 +251,8 @@ def _json_lines(block: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None, st
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+        except (ValueError, RecursionError) as error:
             yield line, None, f"{' '.join(str(error).split())}: {_shown(line)}"
             continue
         if isinstance(row, dict):
@@ -264,6 +266,8 @@ def _json_rows(block: bytes, kinds: Mapping[str, pa.DataType], texts: Sequence[s
     problems: list[str | None] = []
     for line, row, problem in _json_lines(block):
         for name in texts:
+            if row is not None and row.get(name) != row.get(name):  # NaN
+                row[name] = None
             if row is not None and not isinstance(row.get(name), str | None):
                 row, problem = None, f"{name} is no text: {_shown(line)}"
         problems.append(problem or None)

@@ -33,7 +33,9 @@ def read(path: Path) -> list[Pair | str]:
 
 
 def jsonl(*captions: str) -> bytes:
-    return b"".join(b'{"url": "http://a/%d", "caption": %s}\n' % (place + 1, text.encode()) for place, text in enumerate(captions))
+    return b"".join(
+        b'{"url": "http://a/%d", "caption": %s}\n' % (place + 1, text.encode()) for place, text in enumerate(captions)
+    )
 
 
 HEAD = b"url\tcaption\n"
@@ -42,14 +44,34 @@ TEXT: dict[str, tuple[str, bytes, list[Pair | str]]] = {
     "no last line end": ("a.tsv", HEAD + b"http://a/1\tone\nhttp://a/2\ttwo", [ONE, TWO]),
     "blank lines": ("a.tsv", HEAD + b"http://a/1\tone\n\n\nhttp://a/2\ttwo\n\n", [ONE, TWO]),
     "nul": ("a.tsv", HEAD + b"http://a/1\to\0e\nhttp://a/2\ttwo\n", [("http://a/1", "o\0e"), TWO]),
-    "line separator": ("a.tsv", HEAD + "http://a/1\to\u2028ne\nhttp://a/2\ttwo\n".encode(), [("http://a/1", "o\u2028ne"), TWO]),
-    "next line": ("a.tsv", HEAD + "http://a/1\to\u0085ne\nhttp://a/2\ttwo\n".encode(), [("http://a/1", "o\u0085ne"), TWO]),
+    "line separator": (
+        "a.tsv",
+        HEAD + "http://a/1\to\u2028ne\nhttp://a/2\ttwo\n".encode(),
+        [("http://a/1", "o\u2028ne"), TWO],
+    ),
+    "next line": (
+        "a.tsv",
+        HEAD + "http://a/1\to\u0085ne\nhttp://a/2\ttwo\n".encode(),
+        [("http://a/1", "o\u0085ne"), TWO],
+    ),
     "form feed": ("a.tsv", HEAD + b"http://a/1\to\x0cne\nhttp://a/2\ttwo\n", [("http://a/1", "o\x0cne"), TWO]),
-    "group separator": ("a.csv", b"url,caption\nhttp://a/1,o\x1dne\nhttp://a/2,two\n", [("http://a/1", "o\x1dne"), TWO]),
+    "group separator": (
+        "a.csv",
+        b"url,caption\nhttp://a/1,o\x1dne\nhttp://a/2,two\n",
+        [("http://a/1", "o\x1dne"), TWO],
+    ),
     "quotes in tsv": ("a.tsv", HEAD + b'http://a/1\t"one\nhttp://a/2\ttwo\n', [("http://a/1", '"one'), TWO]),
     "quoted line end": ("a.csv", b'url,caption\nhttp://a/1,"o\nne"\nhttp://a/2,two\n', [("http://a/1", "o\nne"), TWO]),
-    "doubled quotes": ("a.csv", b'url,caption\nhttp://a/1,"o ""n"" e"\nhttp://a/2,two\n', [("http://a/1", 'o "n" e'), TWO]),
-    "inch mark": ("a.csv", b'url,caption\nhttp://a/1,a 24" wheel\nhttp://a/2,two\n', [("http://a/1", 'a 24" wheel'), TWO]),
+    "doubled quotes": (
+        "a.csv",
+        b'url,caption\nhttp://a/1,"o ""n"" e"\nhttp://a/2,two\n',
+        [("http://a/1", 'o "n" e'), TWO],
+    ),
+    "inch mark": (
+        "a.csv",
+        b'url,caption\nhttp://a/1,a 24" wheel\nhttp://a/2,two\n',
+        [("http://a/1", 'a 24" wheel'), TWO],
+    ),
     "header in quotes": ("a.csv", b'"url","caption"\n"http://a/1","one"\n"http://a/2","two"\n', [ONE, TWO]),
     "mark and quotes": ("a.csv", b'\xef\xbb\xbf"url","caption"\nhttp://a/1,one\nhttp://a/2,two\n', [ONE, TWO]),
     "empty value": ("a.csv", b"url,caption\nhttp://a/1,\nhttp://a/2,two\n", [("http://a/1", ""), TWO]),
@@ -58,8 +80,16 @@ TEXT: dict[str, tuple[str, bytes, list[Pair | str]]] = {
     "surrogate bytes": ("a.tsv", HEAD + b"http://a/1\t\xed\xa0\x80\nhttp://a/2\ttwo\n", [BAD, TWO]),
     "cut character": ("a.tsv", HEAD + b"http://a/1\tone\nhttp://a/2\ttw\xe2\x82", [ONE, BAD]),
     "extra column first": ("a.tsv", b"id\turl\tcaption\n7\thttp://a/1\tone\n8\thttp://a/2\ttwo\n", [ONE, TWO]),
-    "json gz of several members": ("a.jsonl.gz", gzip.compress(jsonl('"one"')) + gzip.compress(b'{"url": "http://a/2", "caption": "two"}\n'), [ONE, TWO]),
-    "json repeats a key": ("a.jsonl", b'{"url": "http://x", "url": "http://a/1", "caption": "one"}\n' + jsonl('"x"', '"two"').splitlines()[1], [ONE, TWO]),
+    "json gz of several members": (
+        "a.jsonl.gz",
+        gzip.compress(jsonl('"one"')) + gzip.compress(b'{"url": "http://a/2", "caption": "two"}\n'),
+        [ONE, TWO],
+    ),
+    "json repeats a key": (
+        "a.jsonl",
+        b'{"url": "http://x", "url": "http://a/1", "caption": "one"}\n' + jsonl('"x"', '"two"').splitlines()[1],
+        [ONE, TWO],
+    ),
     "json crlf": ("a.jsonl", jsonl('"one"', '"two"').replace(b"\n", b"\r\n"), [ONE, TWO]),
     "json blank lines": ("a.jsonl", b"\n" + jsonl('"one"', '"two"').replace(b"\n", b"\n \n"), [ONE, TWO]),
     "json line separator": ("a.jsonl", jsonl('"o\u2028ne"', '"two"'), [("http://a/1", "o\u2028ne"), TWO]),
@@ -67,16 +97,44 @@ TEXT: dict[str, tuple[str, bytes, list[Pair | str]]] = {
     "json lone surrogate": ("a.jsonl", jsonl(r'"o\ud83dne"', '"two"'), [BAD, TWO]),
     "json null": ("a.jsonl", jsonl("null", '"two"'), [("http://a/1", None), TWO]),
     "json NaN": ("a.jsonl", jsonl("NaN", '"two"'), [("http://a/1", None), TWO]),
-    "json NaN beside": ("a.jsonl", b'{"url": "http://a/1", "caption": "one", "n": NaN}\n{"url": "http://a/2", "caption": "two", "n": 1.5}\n', [ONE, TWO]),
+    "json NaN beside": (
+        "a.jsonl",
+        b'{"url": "http://a/1", "caption": "one", "n": NaN}\n{"url": "http://a/2", "caption": "two", "n": 1.5}\n',
+        [ONE, TWO],
+    ),
     "json number": ("a.jsonl", jsonl("7", '"two"'), [BAD, TWO]),
     "json cut": ("a.jsonl", jsonl('"one"') + b'{"url": "http://a/2", "capt', [ONE, BAD]),
     "json array line": ("a.jsonl", b'["http://a/1", "one"]\n' + jsonl('"x"', '"two"').splitlines()[1], [BAD, TWO]),
-    "json huge number": ("a.jsonl", b'{"url": "http://a/1", "caption": "one", "n": 1e400}\n{"url": "http://a/2", "caption": "two", "n": 123456789012345678901234567890}\n', [ONE, TWO]),
-    "json nested": ("a.jsonl", b'{"url": "http://a/1", "caption": "one", "m": {"a": 1}}\n{"url": "http://a/2", "caption": "two", "m": [1]}\n', [ONE, TWO]),
-    "json columns differ": ("a.jsonl", b'{"url": "http://a/1", "caption": "one"}\n{"caption": "two", "w": 3, "url": "http://a/2"}\n', [ONE, TWO]),
-    "json missing address": ("a.jsonl", b'{"caption": "one"}\n{"caption": "two", "url": "http://a/2"}\n', [(None, "one"), TWO]),
-    "json array with a mark": ("a.json", b"\xef\xbb\xbf" + json.dumps([{"url": u, "caption": c} for u, c in (ONE, TWO)], indent=2).encode(), [ONE, TWO]),
-    "json array gz": ("a.json.gz", gzip.compress(json.dumps([{"url": u, "caption": c} for u, c in (ONE, TWO)]).encode()), [ONE, TWO]),
+    "json huge number": (
+        "a.jsonl",
+        b'{"url": "http://a/1", "caption": "one", "n": 1e400}\n{"url": "http://a/2", "caption": "two", "n": 123456789012345678901234567890}\n',
+        [ONE, TWO],
+    ),
+    "json nested": (
+        "a.jsonl",
+        b'{"url": "http://a/1", "caption": "one", "m": {"a": 1}}\n{"url": "http://a/2", "caption": "two", "m": [1]}\n',
+        [ONE, TWO],
+    ),
+    "json columns differ": (
+        "a.jsonl",
+        b'{"url": "http://a/1", "caption": "one"}\n{"caption": "two", "w": 3, "url": "http://a/2"}\n',
+        [ONE, TWO],
+    ),
+    "json missing address": (
+        "a.jsonl",
+        b'{"caption": "one"}\n{"caption": "two", "url": "http://a/2"}\n',
+        [(None, "one"), TWO],
+    ),
+    "json array with a mark": (
+        "a.json",
+        b"\xef\xbb\xbf" + json.dumps([{"url": u, "caption": c} for u, c in (ONE, TWO)], indent=2).encode(),
+        [ONE, TWO],
+    ),
+    "json array gz": (
+        "a.json.gz",
+        gzip.compress(json.dumps([{"url": u, "caption": c} for u, c in (ONE, TWO)]).encode()),
+        [ONE, TWO],
+    ),
     "txt": ("a.txt", b"\xef\xbb\xbfhttp://a/1\r\n\r\n  http://a/2  \n", [("http://a/1", None), ("http://a/2", None)]),
     "txt with commas": ("a.txt", b'http://a/1,2\nhttp://a/"x"\n', [("http://a/1,2", None), ('http://a/"x"', None)]),
 }
@@ -113,7 +171,15 @@ def test_texts_of_any_arrow_type(name: str, tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet") == [ONE, TWO]
 
 
-@pytest.mark.parametrize("values", [pa.nulls(2), pa.array([np.nan, np.nan], pa.float16()), pa.array([None, None], pa.int8()), pa.array([np.nan, np.nan], pa.float32())])
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.nulls(2),
+        pa.array([np.nan, np.nan], pa.float16()),
+        pa.array([None, None], pa.int8()),
+        pa.array([np.nan, np.nan], pa.float32()),
+    ],
+)
 def test_no_captions(values: pa.Array, tmp_path: Path) -> None:
     if values.type == pa.float16():
         values = pa.array(np.array([np.nan, np.nan], np.float16))
@@ -121,7 +187,17 @@ def test_no_captions(values: pa.Array, tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet") == [(ONE[0], None), (TWO[0], None)]
 
 
-@pytest.mark.parametrize("values", [pa.array([[1], None]), pa.array([{"a": 1}, None]), pa.array([datetime.datetime(2020, 1, 1), None]), pa.array([b"\xff", b""]), pa.array([True, None]), pa.nulls(2)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([[1], None]),
+        pa.array([{"a": 1}, None]),
+        pa.array([datetime.datetime(2020, 1, 1), None]),
+        pa.array([b"\xff", b""]),
+        pa.array([True, None]),
+        pa.nulls(2),
+    ],
+)
 def test_further_columns_of_any_type(values: pa.Array, tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": URLS, "caption": CAPTIONS, "more": values}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == [ONE, TWO]
