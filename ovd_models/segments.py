@@ -145,6 +145,8 @@ def _pad_points(points: Sequence[Any], labels: Sequence[Any] | None) -> tuple[Te
 def _numbers(values: Any, field: str, width: int) -> Tensor:
     """[..., width] float32."""
     try:
+        if any(isinstance(value, str | bool) for value in np.asarray(values, object).flat):
+            raise TypeError("text or a truth value, which NumPy would convert")
         array = np.asarray(values, np.float32)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{field}: expected lists of {width} numbers") from error

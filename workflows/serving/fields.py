@@ -143,6 +143,7 @@ def parse_attributes(text: str) -> tuple[str, ...]:
         return ()
     try:
         words = json.loads(text)
+        json.dumps(words, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     except (ValueError, RecursionError):
         words = None
     if not isinstance(words, list) or len(words) > 50 or not all(isinstance(word, str) and word for word in words):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,6 +136,8 @@ def _clean(name: object, place: str, limits: Limits) -> str:
         raise refusal("vocabulary", f"{place} has {len(name):,} characters, at most {most} are accepted")
     if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
         raise refusal("vocabulary", f"{place} holds half of a surrogate pair, expected text")
+    if "\0" in name or all(unicodedata.category(character)[0] in "CZ" for character in name):
+        raise refusal("vocabulary", f"{place} is {ascii(name)[:40]}, expected text that can be seen")
     return name.strip()
 
 
