@@ -59,6 +59,8 @@ def open_storage(uri: str, *, writes: bool = True) -> str:
         InputError: it cannot be read or written; the message says why.
     """
     try:
+        if not uri or "\0" in uri:
+            raise InputError(f"{uri!r}: no path, expected a folder or URI")
         if uri.startswith(s3.SCHEME):
             uri = s3.adopt(uri)
             s3.check(uri, writes=writes)
@@ -77,7 +79,9 @@ def open_storage(uri: str, *, writes: bool = True) -> str:
 
 def _check_local(folder: Path, writes: bool) -> None:
     """Raise OSError or InputError if a folder, or the one in which it would be made, cannot be used."""
-    place = next(each for each in (folder, *folder.parents) if each.exists())
+    place = next(each for each in (folder, *folder.parents) if each.exists() or each.is_symlink())
+    if place.is_symlink() and not place.exists():
+        raise InputError(f"{folder}: {place} is a link to nothing, expected a folder")
     if not place.is_dir():
         raise InputError(f"{folder}: {place} is a file, expected a folder")
     if writes:

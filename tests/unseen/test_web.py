@@ -69,7 +69,10 @@ def test_a_redirect_is_followed_as_sent(location: bytes, status: bytes) -> None:
     assert found[0].content == b"body"
 
 
-@pytest.mark.parametrize("location", [b"data:image/png;base64,AA", b"ftp://127.0.0.1/x", b"http://", b"javascript:x", b"http://[::1", b"http://a:b/"])
+@pytest.mark.parametrize(
+    "location",
+    [b"data:image/png;base64,AA", b"ftp://127.0.0.1/x", b"http://", b"javascript:x", b"http://[::1", b"http://a:b/"],
+)
 def test_a_redirect_to_no_web_address_is_final(location: bytes) -> None:
     moved = b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nContent-Length: 0\r\n\r\n"
     found, asked = fetch_exactly({b"/a": moved}, ["/a"])
@@ -149,5 +152,5 @@ def test_what_is_not_whole_is_rejected(name: str) -> None:
     found, asked = fetch_exactly({b"/a": REFUSED[name]}, ["/a"])
     assert found[0].content is None
     assert found[0].reason in ("http_status", "connect", "bad_url")
-    assert len(asked) <= 4
+    assert len(asked) <= 6  # aiohttp repeats a request whose connection closes without an answer
     assert "\n" not in (found[0].detail or "")
