@@ -1,5 +1,6 @@
 """Joining Ray: the cluster this job runs on, or a small one on this machine."""
 
+import importlib
 import logging
 import math
 import os
@@ -84,6 +85,8 @@ def join(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
         except (OSError, OverflowError, UnicodeError) as error:
             raise InputError(f"{wrong}: no answer ({error}), expected a running cluster, or no RAY_ADDRESS") from error
+        if not speaks_grpc(f"{host}:{port}"):
+            raise InputError(f"{wrong}: the answer is not a cluster's, expected a running one, or no RAY_ADDRESS")
     try:
         ray.init(
             logging_level=logging.WARNING,
@@ -95,6 +98,19 @@ def join(address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{wrong}: no cluster ({reason}), expected a running one, or no RAY_ADDRESS") from error
+
+
+def speaks_grpc(address: str) -> bool:
+    """Whether a server of gRPC, as a cluster's is, answers within `ANSWER_SECONDS`; Ray would wait for two minutes."""
+    if os.environ.get("RAY_USE_TLS", "0") != "0":  # needs the cluster's certificates
+        return True
+    grpc = importlib.import_module("grpc")  # has no types
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
 
 
 def require(cpus: float, gpus: float, wait_minutes: float) -> None:

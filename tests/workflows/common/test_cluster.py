@@ -1,7 +1,9 @@
 """What a training asks of a cluster before any work."""
 
+import socketserver
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,8 @@ def test_a_cluster_that_grows_is_waited_for(cpus: int, minutes: float, node: str
         ("tcp://127.0.0.1:6379", "no address of a cluster, expected HOST:PORT, auto, or none"),
         ("head", "no address of a cluster, expected HOST:PORT"),
         ("head:", "no address of a cluster, expected HOST:PORT"),
+        ("  ", "no address of a cluster, expected HOST:PORT"),
+        ("AUTO", "no address of a cluster, expected HOST:PORT"),
         ("head:ray", "no address of a cluster, expected HOST:PORT"),
         (":6379", "no address of a cluster, expected HOST:PORT"),
         ("127.0.0.1:1", "no answer ([Errno 111] Connection refused)"),
@@ -98,6 +102,38 @@ def test_a_left_over_address_is_refused_within_seconds(
     with pytest.raises(InputError) as caught:
         cluster.join(address)
     assert f"RAY_ADDRESS={address}: {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 404 Not Found\r\n\r\n", b"-ERR unknown command\r\n"])
+def test_a_server_that_is_no_cluster_is_refused_within_seconds(
+    answer: bytes, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.5)
+
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(answer)
+            self.request.recv(1)  # until the other side is gone
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"{scheme}127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(InputError, match=f"RAY_ADDRESS={address}: the answer is not a cluster's, expected"):
+            cluster.join(address)
+        server.shutdown()
+
+
+def test_auto_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(**options: object) -> None:  # any Ray of this machine would be found
+        raise ConnectionError("Could not find any running Ray instance.\nPlease specify the one to connect to.")
+
+    monkeypatch.setattr(cluster.ray, "init", find)
+    cluster.configure_ray()
+    with pytest.raises(InputError, match=r"RAY_ADDRESS=auto: no cluster [(]Could not find any running") as caught:
+        cluster.join("auto")
     assert "\n" not in str(caught.value)
 
 
