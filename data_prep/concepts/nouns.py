@@ -7,6 +7,7 @@ HanTa tags each word. The word lists join compounds, leave out what is not visib
 
 import functools
 import importlib
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ SPORT_HEADS = frozenset(
      "stick", "team"}
 )  # fmt: skip
 """What sports have, and hardly anything else has several of."""
+CLOTHING_HEADS = frozenset({"attire", "garb", "outfit", "uniform"})
+"""Clothing that is named by who wears it, or when."""
 CACHED_WORDS = 1 << 17
 
 
@@ -74,6 +77,15 @@ def lexicon_tag(word: str) -> str:
 
 
 @functools.lru_cache(maxsize=CACHED_WORDS)
+def is_adverb(word: str) -> bool:
+    """Whether a lower-case word is likelier an adverb than a noun (overhead, inside), by HanTa's lexicon."""
+    tagger = load_hanta()
+    chances = {str(tagger.int2tag[tag]): chance for tag, chance in tagger.cache.get(word, ())}
+    noun = max((chances[tag] for tag in NOUN_TAGS if tag in chances), default=0.0)
+    return noun < chances.get("AV0", -math.inf)
+
+
+@functools.lru_cache(maxsize=CACHED_WORDS)
 def singular(word: str) -> str:
     """The singular of a lower-case English noun: by the lists, an irregular last part (snowmen), or the ending."""
     irregular = singulars("irregular_plurals")
@@ -108,10 +120,12 @@ def sports() -> frozenset[str]:
 def is_compound(first: str, second: str) -> bool:
     """Whether two nouns in a row are one concept.
 
-    So are a role (bicycle rider), words that are also written together, and a visible thing named by its sport (soccer
-    jersey).
+    So are a role (bicycle rider), words that are also written together, clothing (wedding attire), a verb's noun with
+    its object (face piercing), and a visible thing named by its sport (soccer jersey).
     """
-    if second in word_set("roles") or lexicon_tag(first + second) == "NN1":
+    if second in word_set("roles") or second in CLOTHING_HEADS or lexicon_tag(first + second) == "NN1":
+        return True
+    if second.endswith("ing") and lexicon_tag(second) in ("AJ0", "VVG") and is_visual(second):
         return True
     return first in sports() and is_visual(second)
 
@@ -138,7 +152,8 @@ class NounExtractor:
         while position < len(nouns):
             first, second = nouns[position], "".join(nouns[position + 1 : position + 2])
             if first and second and is_compound(first, second):
-                visual = is_visual(first + second) if self.rule is None else self.rule.keeps(f"{first} {second}")
+                name = second if second.endswith("ing") else first + second
+                visual = is_visual(name) if self.rule is None else self.rule.keeps(f"{first} {second}")
                 concepts.update([f"{first} {second}"] if visual else [])
                 position += 2
             else:
@@ -160,7 +175,9 @@ class NounExtractor:
             elif tag in NAME_TAGS or (plain and position and token[0].isupper()):
                 is_noun = lexicon_tag(word).startswith("NN") or (token.islower() and not lexicon_tag(word))
             else:
-                is_noun = tag in NOUN_TAGS
+                is_noun = tag in NOUN_TAGS and not (
+                    position and tagged[position - 1][2] in NOUN_TAGS and is_adverb(word)
+                )
             nouns.append(singular(word) if is_noun and LATIN.fullmatch(word) else "")
         return nouns
 

@@ -164,3 +164,24 @@ def test_missing_spacy_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_a_thing_named_by_its_sport_is_one_concept(caption: str, expected: list[str]) -> None:
     assert NounExtractor().match(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a couple in wedding attire", ["couple", "wedding attire"]),
+        ("a child in a knight outfit", ["child", "knight outfit"]),
+        ("two men in scout uniforms", ["man", "scout uniform"]),
+        ("a girl with face piercings", ["face piercing", "girl"]),
+        ("a tile flooring beside a brick building", ["brick", "building", "flooring", "tile"]),
+        ("a man in a uniform", ["man", "uniform"]),
+    ],
+)
+def test_clothing_and_a_verbs_noun_keep_what_names_them(caption: str, expected: list[str]) -> None:
+    assert NounExtractor().match(caption) == expected
+
+
+@pytest.mark.parametrize("word", ["overhead", "inside", "outside"])
+def test_an_adverb_behind_a_noun_is_none(word: str) -> None:
+    assert NounExtractor().match(f"a fruit stand with an insect {word}") == ["fruit stand", "insect"]
+    assert NounExtractor().match("the inside of a bus")[0] == "bus"
