@@ -30,7 +30,7 @@ from data_prep import locks, storage, tables
 from data_prep.embeddings import features
 from data_prep.embeddings.texts import StoredEncoder, TextStore
 from data_prep.streams.collate import FeatureCollate, MaskCollate
-from data_prep.streams.mask_loader import feature_loader, mask_loader
+from data_prep.streams.mask_loader import MaskLoader, feature_loader, mask_loader
 from ovd_models.checkpoints import load_model, sam_id, save_checkpoint
 from ovd_models.clip.model import Clip, ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
@@ -220,16 +220,21 @@ def build_head_training(config: OvSamConfig, settings: Clip2SamConfig) -> nn.Mod
     return Clip2SamTraining(OvSam(config), settings)
 
 
-def head_feeding(run: Run, model: OvSam, names: OvSamNames) -> Feeding:
-    """What trains the mask decoder and the label branch on the base categories."""
-    load = mask_loader(
+def base_masks(run: Run, names: OvSamNames, side: int) -> MaskLoader:
+    """The masks that the head learns from, in images of a longer side of `side` pixels."""
+    return mask_loader(
         run.storage,
         f"{run.boxes}-train",
         [names.ids[name] for name in names.base.names],
         seed=run.clip2sam_stage.seed,
         augmentation=run.augmentation,
-        side=model.config.sam.image_size,
+        side=side,
     )
+
+
+def head_feeding(run: Run, model: OvSam, names: OvSamNames) -> Feeding:
+    """What trains the mask decoder and the label branch on the base categories."""
+    load = base_masks(run, names, model.config.sam.image_size)
     build = partial(build_head_training, model.config, run.clip2sam)
     task = Task(
         build,
@@ -336,7 +341,8 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
     names = read_names(run, encoder)
     if run.text_to_mask and len(names.base) < 2:
         raise InputError(f"categories/{run.boxes}: {len(names.base)} base names, expected at least 2 for text prompts")
-    # Refuses a table without masks before days of training.
+    # Refuses tables without masks before days of training.
+    base_masks(run, names, run.sam_model.image_size)
     pointing_report.read_mask_rows(run.storage, f"{run.boxes}-eval", names.ids, run.eval_images)
     given = open_sam(run) if run.sam else None
     inputs = {"teacher": encoder.teacher, "sam": given[1] if given else "its own"}

@@ -394,6 +394,17 @@ def prepare_captions(run: Run, name: str, config: str = "") -> None:
     print(f"pairs: {found.kept:,} of {found.input:,} images with captions kept, {found.concepts:,} concepts")
 
 
+def check_concepts(run: Run) -> None:
+    """Check that the captions of a run have given groups to train on.
+
+    Raises:
+        InputError: no concept has enough images.
+    """
+    if not tables.read_table(run.storage, "concepts", run.name, ["concept_id"]).num_rows:
+        few = f"no name is in the captions of {run.min_images} images"
+        raise InputError(f"--captions {run.captions}: {few}, expected more captions or a lower --min-images")
+
+
 def prepare_images(storage_uri: str, name: str, folder: str) -> None:
     """Publish the images of a folder or URI, without boxes, as `boxes/<name>`.
 
@@ -430,6 +441,7 @@ def main() -> None:
     prepare(run)
     if run.captions:
         prepare_captions(run, run.name)
+        check_concepts(run)
     config = "photos" if run.data else "smoke" if run.name == "smoke" else "pictograms"
     name, place = shlex.quote(run.name), shlex.quote(run.storage)
     pairs = name if run.captions else "<PAIRS>"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data_prep import storage, tables
-from data_prep.streams.box_loader import RegionSource, detection_loader
+from data_prep.streams.box_loader import DetectionLoader, RegionSource, detection_loader
 from data_prep.streams.collate import DetectionCollate
 from ovd_models.checkpoints import load_model, read_info, save_checkpoint
 from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
@@ -95,6 +95,24 @@ def build_model(run: Run, stage: str) -> ProposalNetwork | ViLD:
     return ProposalNetwork(run.model.detector) if stage == "rpn" else ViLD(run.model)
 
 
+def box_stream(run: Run, names: VildNames, stage: str, seed: int, regions: RegionSource | None) -> DetectionLoader:
+    """The images and boxes of a stage (`rpn` or `detector`).
+
+    Raises:
+        InputError: the table has no box or mask to train on, or `regions` are of other images or another teacher.
+    """
+    return detection_loader(
+        run.storage,
+        run.train_table,
+        names.ids,
+        seed=seed,
+        augmentation=run.augmentation,
+        masks=run.model.detector.masks and stage == "detector",
+        repeat_threshold=run.repeat_threshold,
+        regions=regions,
+    )
+
+
 def train_stage(
     run: Run,
     stage: Stage,
@@ -105,16 +123,7 @@ def train_stage(
     fit: Fit = training.fit,
 ) -> dict[str, Tensor]:
     """Feed the stream of a stage (`rpn` or `detector`) to the loop; returns the final weights."""
-    loader = detection_loader(
-        run.storage,
-        run.train_table,
-        names.ids,
-        seed=stage.settings.seed,
-        augmentation=run.augmentation,
-        masks=run.model.detector.masks and stage.name == "detector",
-        repeat_threshold=run.repeat_threshold,
-        regions=regions,
-    )
+    loader = box_stream(run, names, stage.name, stage.settings.seed, regions)
     loop = partial(train_worker, run, stage, start, names, validation_set(run, names), logger)
     return fit(loop, stage, {"boxes": training.feed(loader, run.detection_batch, stage.settings)})
 
@@ -129,6 +138,9 @@ def train(run: Run) -> Trained[DetectionMetrics]:
     run, names, encoder = read_inputs(run)
     if run.proposals:
         check_proposals(run)
+    if run.regions or run.model.detector.masks:  # checked before the hours of the first stage
+        given = region_source(run, encoder, run.regions) if run.regions and run.model.distils else None
+        box_stream(run, names, "detector", run.detector_stage.seed, given)
     with open_vild_run(run, title, encoder) as active:
         logger = active.tracked.logger()
         with active.timing("rpn"):
@@ -237,10 +249,16 @@ def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSou
     Raises:
         InputError: `regions` names a table of another teacher or other crops.
     """
-    crops, name = dataclasses.asdict(run.crops), run.regions
+    name = run.regions
     if not name:
         weights = (storage.local_folder(proposals) / "model.safetensors").read_bytes()
-        provenance = (storage.sha256(weights), encoder.teacher, crops, run.max_proposals, run.train_table)
+        provenance = (
+            storage.sha256(weights),
+            encoder.teacher,
+            dataclasses.asdict(run.crops),
+            run.max_proposals,
+            run.train_table,
+        )
         name = f"{run.train_table}-{storage.sha256(repr(provenance).encode())[:8]}"
         embed.embed(
             embed.Run(
@@ -254,10 +272,15 @@ def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSou
                 embed=run.embed,
             )
         )
+    return region_source(run, encoder, name)
+
+
+def region_source(run: Run, encoder: TextEncoder, name: str) -> RegionSource:
+    """How a step samples the stored embeddings of that name."""
     return RegionSource(
         name=name,
         teacher=encoder.teacher,
-        crops=crops,
+        crops=dataclasses.asdict(run.crops),
         num_candidates=run.max_proposals,
         num_sampled=run.regions_per_step,
     )

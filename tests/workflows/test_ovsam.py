@@ -249,10 +249,15 @@ def test_bad_input_is_told_before_any_work(prepared: Run, tmp_path: Path) -> Non
         ("categories", "bare", tables.read_table(prepared.storage, "categories", prepared.boxes)),
         ("boxes", "bare-train", tables.read_table(prepared.storage, "boxes", f"{prepared.boxes}-train")),
         ("boxes", "bare-eval", pa.Table.from_pylist(bare, schema=evaluated.schema)),
+        ("categories", "blank", tables.read_table(prepared.storage, "categories", prepared.boxes)),
+        ("boxes", "blank-train", pa.Table.from_pylist(bare, schema=evaluated.schema)),
+        ("boxes", "blank-eval", evaluated),
     ):
         entry = tables.write_part(prepared.storage, table, name, "part-00000.parquet", rows)
         tables.publish(prepared.storage, table, name, [entry], producer="test", config_hash="")
     assert "boxes/bare-eval: no mask of a category" in refused(boxes="bare")
+    sam = str(Path(prepared.storage, "sam"))  # is not read before the tables are checked
+    assert "boxes/blank-train: no masks, expected segmentations" in refused(boxes="blank", sam=sam)
 
 
 @pytest.mark.ray

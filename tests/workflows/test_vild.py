@@ -213,6 +213,9 @@ def test_what_cannot_be_trained_is_told(prepared: Run, trained: Trained[Detectio
     assert "no CLIP checkpoint" in bad(lambda run: replace(run, teacher=str(tmp_path)), prepared)
     assert "boxes/nowhere: no such table" in bad(lambda run: replace(run, train_boxes="nowhere"), prepared)
     assert "no such table; `python workflows/embed.py`" in bad(lambda run: replace(run, regions="nowhere"), given)
+    earlier = sorted(Path(prepared.storage, "runs").rglob("*"))
+    assert "no such table; `python workflows/embed.py`" in bad(lambda run: replace(run, regions="nowhere"), prepared)
+    assert sorted(Path(prepared.storage, "runs").rglob("*")) == earlier  # before the proposals are trained
     wider = replace(prepared.model, detector=replace(prepared.model.detector, pyramid_channels=128))
     assert "pyramid_channels is 64, expected 128" in bad(lambda run: replace(run, model=wider), given)
     info = json.loads(Path(trained.outputs["proposals"], "config.json").read_text())
