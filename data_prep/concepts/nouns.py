@@ -82,7 +82,7 @@ def is_adverb(word: str) -> bool:
     tagger = load_hanta()
     chances = {str(tagger.int2tag[tag]): chance for tag, chance in tagger.cache.get(word, ())}
     noun = max((chances[tag] for tag in NOUN_TAGS if tag in chances), default=0.0)
-    return noun < chances.get("AV0", -math.inf)
+    return bool(noun < chances.get("AV0", -math.inf))
 
 
 @functools.lru_cache(maxsize=CACHED_WORDS)

@@ -260,6 +260,11 @@ def test_cocos_published_captions_become_groups_by_command(
     assert "pairs: 3 of 3 images with captions kept, 2 concepts" in shown
     assert "--boxes coco" in shown
     assert "--pairs coco" in shown
+    arguments[arguments.index(str(tmp_path / "store"))] = str(tmp_path / "few")
+    arguments[arguments.index("--min-images") + 1] = "3"
+    monkeypatch.setattr(sys, "argv", ["prepare_boxes.py", *arguments, "--captions", captions])
+    with pytest.raises(InputError, match="no name is in the captions of 3 images, expected more captions or a lower"):
+        prepare_boxes.main()
 
 
 @pytest.mark.parametrize(
