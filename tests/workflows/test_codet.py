@@ -207,9 +207,12 @@ def test_a_run_can_be_repeated(prepared: Run, trained: Trained[Metrics], pair: P
 
 
 @pytest.mark.ray
-def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: Trained[Metrics]) -> None:
-    run = dataclasses.replace(prepared, box_model=trained.outputs["boxes_model"])
-    found = codet.train(run)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: Trained[Metrics], workers: int) -> None:
+    stage = dataclasses.replace(prepared.joint_stage, workers=workers)
+    found = codet.train(
+        dataclasses.replace(prepared, box_stage=stage, joint_stage=stage, box_model=trained.outputs["boxes_model"])
+    )
     assert found.outputs["boxes_model"] == trained.outputs["boxes_model"]
     assert "boxes" not in found.seconds
     assert found.metrics.box_supervised.summary() == pytest.approx(

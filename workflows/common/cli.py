@@ -86,7 +86,7 @@ def stages_of(run: Any) -> list[str]:
 
 
 STAGE_FLAGS = """Of all stages; a stage's own flag, such as --box-stage.workers, replaces it:
---workers N --accumulate N --precision auto|bf16|fp16|fp32 --compile --use-gpu"""
+--workers N --accumulate N --precision auto|fast|bf16|fp16|fp32 --compile --use-gpu"""
 
 
 def add_stage_flags(parser: argparse.ArgumentParser) -> None:

@@ -94,6 +94,8 @@ class ActiveRun:
     """Further checkpoints and tables by name."""
     stages: list[Stage] = field(default_factory=list)
     """The stages so far."""
+    stored: dict[str, str] = field(default_factory=dict)
+    """Where other machines find the checkpoints that are in local folders."""
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -138,6 +140,7 @@ class ActiveRun:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             storage.upload_folder(Path(folder), model)
+            self.stored[folder] = model
             with self.timing("evaluate"):  # the local copy, which need not be downloaded again
                 found = evaluate(folder)
 

@@ -356,7 +356,10 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The type of matrix products and convolutions in training."""
-    chosen = ("fp32" if device.type == "cpu" else "bf16") if precision == "auto" else precision
+    chosen: str = precision
+    if precision in ("auto", "fast"):
+        native = precision == "fast" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        chosen = "bf16" if device.type != "cpu" or native else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[chosen]
 
 

@@ -284,7 +284,7 @@ def prepare_worker(settings: Optimisation) -> torch.device:
     quiet.hide_storage_failures(*RAY_LOGGERS)
     context = ray.train.get_context()
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // max(1, context.get_local_world_size())))
+    torch.set_num_threads(settings.threads or max(1, cores // max(1, context.get_local_world_size())))
     torch.manual_seed(settings.seed)
     return torch.device(ray.train.torch.get_device()) if settings.use_gpu else torch.device("cpu")
 

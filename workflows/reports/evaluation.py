@@ -225,14 +225,18 @@ def evaluate_trained(run: Run, active: ActiveRun, stage: Optimisation, prefix: s
     """Evaluate a training's detector on the training's workers and devices, and log the results under `prefix`.
 
     Args:
-        run: of the evaluation; without workers, its model may be a folder of this machine alone.
-        active: the training, whose folder has the checkpoint `model`.
+        run: of the evaluation.
+        active: the training; its workers get the stored copy of a model that is in a folder of this machine alone.
         stage: settings of the stage that made the detector.
         prefix: of the metrics' names.
     """
     if stage.workers:
-        shared = run.model if run.model.startswith(active.folder) else storage.join(active.folder, "model")
-        run = replace(run, model=shared, workers=stage.workers, device="cuda" if stage.use_gpu else "cpu")
+        run = replace(
+            run,
+            model=active.stored.get(run.model, run.model),
+            workers=stage.workers,
+            device="cuda" if stage.use_gpu else "cpu",
+        )
     else:
         run = replace(run, device=training.device_of(stage))
     return evaluate_and_log(run, active.tracked, prefix, active.last_step)
