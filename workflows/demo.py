@@ -46,8 +46,8 @@ class Run:
     storage: str = "runs/demo"
     pairs: pairs_configs.Run = field(default_factory=pairs_configs.pictograms)
     boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
-    teacher: clip_configs.Run = field(default_factory=clip_configs.pictograms)
-    detector: codet_configs.Run = field(default_factory=codet_configs.pictograms)
+    teacher: clip_configs.Run = field(default_factory=clip_configs.pictograms_quick)
+    detector: codet_configs.Run = field(default_factory=codet_configs.pictograms_quick)
     port: int = 0
     """Port of the endpoint; 0 chooses a free one."""
 
