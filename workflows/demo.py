@@ -9,6 +9,10 @@ novel names; it learns them from captions.
 python workflows/demo.py
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage port")
+
 import contextlib
 import dataclasses
 import io
@@ -44,6 +48,7 @@ class Run:
     """The demo; everything is written below `storage`, which is emptied first."""
 
     storage: str = "runs/demo"
+    """Local folder of all results, which each demo empties first."""
     pairs: pairs_configs.Run = field(default_factory=pairs_configs.pictograms)
     boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
     teacher: clip_configs.Run = field(default_factory=clip_configs.pictograms)
@@ -187,6 +192,7 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__)
     if "://" in run.storage:
         raise InputError(f"--storage {run.storage}: expected a local folder")
+    serve.free_port(serve.Run().host, run.port)
     folder = Path(run.storage).absolute()
     empty_folder(folder)
     try:

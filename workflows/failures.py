@@ -7,6 +7,10 @@ teacher ----crops of annotated boxes--> elongated objects distorted by the squar
 python workflows/failures.py --model store/runs/vild/<run>/model --teacher store/runs/clip/<run>/model
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "model teacher storage boxes score_threshold output device")
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

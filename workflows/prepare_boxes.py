@@ -10,6 +10,10 @@ python workflows/prepare_boxes.py --config coco --name coco --data instances_tra
     --eval-data instances_val2017.json --images coco/ --captions captions_train2017.json    # pairs and groups, too
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage name data split novel eval_data images captions strict")
+
 import atexit
 import dataclasses
 import functools
@@ -301,7 +305,7 @@ def split_rows(run: Run, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray
     if run.eval_data:
         return np.arange(count), np.arange(0)
     if not 0 < run.eval_images < count:
-        raise InputError(f"eval_images: {run.eval_images}, expected 1 to {count - 1} of the {count} images")
+        raise InputError(f"images held out: {run.eval_images}, expected 1 to {count - 1} of the {count} images")
     order = np.random.default_rng(run.seed).permutation(count)
     kept, held_out = np.split(order, [count - run.eval_images])
     return np.sort(kept), np.sort(held_out)
@@ -413,13 +417,13 @@ def prepare_images(storage_uri: str, name: str, folder: str) -> None:
     print(f"boxes/{name}: {rows.num_rows:,} images without boxes" + (f"; left out: {skipped}" if skipped else ""))
 
 
-def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str) -> None:
+def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str, held_out: int) -> None:
     """Publish the tables of a training's `data` folder under the name `boxes`, or those of its `smoke` config.
 
     Other configs train on tables published before.
     """
     if data:
-        prepare(dataclasses.replace(coco(), storage=storage_uri, name=boxes, data=data))
+        prepare(dataclasses.replace(coco(), storage=storage_uri, name=boxes, data=data, eval_images=held_out))
     elif config == "smoke":
         prepare(dataclasses.replace(smoke(), storage=storage_uri))
 
@@ -430,7 +434,7 @@ def main() -> None:
     prepare(run)
     if run.captions:
         prepare_captions(run, run.name)
-    config = "photos" if run.data else "smoke" if run.name == "smoke" else "pictograms"
+    config = "photos_laptop" if run.data else "smoke" if run.name == "smoke" else "pictograms"
     name, place = shlex.quote(run.name), shlex.quote(run.storage)
     pairs = name if run.captions else "<PAIRS>"
     flags = f"--config {config} --boxes {name} --storage {place} --pairs {pairs} --teacher <CLIP>"

@@ -20,10 +20,15 @@ python workflows/prepare_pairs.py --config web --name mine --urls more.tsv --add
 python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --retry timeout connect
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage name urls shards images add retry vocabulary min_images crawlers")
+
 import contextlib
 import dataclasses
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -442,6 +447,26 @@ def prepare_smoke(storage_uri: str) -> None:
             prepare(run)
 
 
+HELP_AGAINST = {
+    "forbidden_address": "private addresses are not fetched, but those of --fetch.allow-networks, such as 127.0.0.1/32",
+    "dns": "no host was found: is this machine online, and is the URL column the right one?",
+    "connect": "no host answered: is this machine online?",
+    "bad_url": "is --columns.url the column of the URLs?",
+    "opt_out": "the hosts do not want to be used; --fetch.no-respect-opt-out fetches nevertheless",
+    "too_small": "--filters.min-side is the smallest accepted side",
+}
+"""What to do when most rows are rejected for a reason."""
+
+
+def why_nothing(rejected: Mapping[str, int]) -> str:
+    """The most frequent reason for rejection, and what helps against it; empty if there was no row."""
+    if not any(rejected.values()):
+        return ": the lists have no rows"
+    reason = max(rejected, key=lambda each: rejected[each])
+    advice = HELP_AGAINST.get(reason, "the table `rejects` has each row with its detail")
+    return f", {rejected[reason]:,} of {sum(rejected.values()):,} rejected for {reason}: {advice}"
+
+
 def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
@@ -453,6 +478,8 @@ def main() -> None:
     print(f"pairs: {summary.kept:,} of {summary.input:,} rows kept, {summary.concepts} concepts, {summary.seconds:g} s")
     for reason, count in summary.rejected.items():
         print(f"    {reason:20} {count:,}")
+    if not summary.kept:
+        sys.exit(f"error: no row was kept{why_nothing(summary.rejected)}")
     print(f"next: python workflows/clip.py {training} --storage {shlex.quote(run.storage)}")
 
 

@@ -7,6 +7,10 @@ python workflows/search.py --config pictograms --text "red umbrella"
 python workflows/search.py --config pictograms --text "an anchor and a cat" --over captions --prompt-set ""
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "text storage name teacher top output")
+
 import dataclasses
 import io
 import time

@@ -172,7 +172,7 @@ def test_a_changed_annotation_file_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 6, 7, -1])
 def test_an_impossible_split_is_refused(tmp_path: Path, count: int) -> None:
-    with pytest.raises(InputError, match=f"eval_images: {count}, expected 1 to 5 of the 6 images"):
+    with pytest.raises(InputError, match=f"images held out: {count}, expected 1 to 5 of the 6 images"):
         prepare(photos(tmp_path, eval_images=count))
 
 

@@ -175,4 +175,5 @@ def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str, prom
     if not teacher:
         raise InputError(f"--teacher: missing, expected {EXPECTED_TEACHER}")
     encoder = load_encoder(storage.local_folder(teacher))
+    print(f"teacher: {encoder.teacher} ({teacher})", flush=True)
     return encoder.with_prompts(prompt_set) if isinstance(encoder, ClipTextEncoder) else encoder

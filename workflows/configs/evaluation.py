@@ -37,10 +37,10 @@ class DetectorRun:
         import torch
 
         import ovd_models
-        from workflows.common import registry
+        from workflows.common import models
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        return ovd_models.load(registry.local_model(self.model, self.storage), self.device)
+        return ovd_models.load(models.local_model(self.model, self.storage), self.device)
 
     def read_categories(self) -> tuple[dict[int, str], dict[str, str]]:
         """`workflows.common.teacher.read_categories` of the set."""

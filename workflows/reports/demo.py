@@ -81,7 +81,7 @@ def write_demo_report(
             request,
             torch.tensor([entry["box"] for entry in response["detections"]]).view(-1, 4),
             [f"{entry['label']} {entry['score']:.2f}" for entry in response["detections"]],
-            list(range(len(response["detections"]))),
+            [entry["label"] for entry in response["detections"]],
         ),
     }
     (folder / "report.html").write_text(page.render_page("demo", values), encoding="utf-8")
@@ -147,11 +147,11 @@ def compare_detectors(storage_uri: str, boxes: str, checkpoints: tuple[str, str]
     scenes = []
     for row in rows:
         image = read_box_image(storage_uri, row)
-        before, after = (detector.detect(image, score_threshold=0.3).distinct() for detector in detectors)
+        before, after = (detector.detect(image, score_threshold=0.3) for detector in detectors)
         annotated = annotations_as_detections(row, names, after)
         shown = {names[key] for key in row["category_ids"] if key in names}
         novel = sorted(name for name in shown if splits[name] == "novel")
-        scenes.append(SceneComparison(annotated.draw(), before.draw(), after.draw(), novel))
+        scenes.append(SceneComparison(annotated.draw(distinct=False), before.draw(), after.draw(), novel))
     return scenes
 
 
