@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data_prep.boxes.cleaning import SkipReport
+from data_prep.parts import Progress
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.images import EXTENSIONS, open_image
@@ -158,13 +158,16 @@ def predict(run: Run) -> Iterator[tuple[str, Detections | Segments | InputError]
     if run.score_threshold is not None and not 0 <= run.score_threshold <= 1:
         raise InputError(f"--score-threshold {run.score_threshold:g}: expected 0 to 1")
     predictor = load_predictor(run)
-    for path, name in tqdm(pictures, unit="picture", disable=None):
+    progress = Progress("predict", "pictures", len(pictures))
+    for path, name in pictures:
         try:
             yield name, predict_one(predictor, path, names, run.score_threshold)
         except InputError as error:
             if not str(error).startswith(str(path)):
                 raise
             yield name, error
+        progress.add(1)
+    progress.close()
 
 
 def summarise(name: str, drawing: Path, result: Detections | Segments) -> Predicted:

@@ -299,6 +299,18 @@ def test_a_list_of_nothing_but_rejects_gives_empty_tables(ray_cluster: None, tmp
     assert [len(found[table]) for table in TABLES] == [0, 3, 0, 0]
 
 
+def test_a_crawl_that_keeps_nothing_fails_and_says_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "list.tsv").write_text("url\tcaption\nhttp://127.0.0.1:9/a.jpg\ta cat\nhttp://10.0.0.1/b.jpg\ta dog\n")
+    flags = ["--config", "web", "--urls", "list.tsv", "--storage", "store", "--crawlers", "0"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: no row was kept, 2 of 2 rejected for forbidden_address: private addresses are not fetched, but those "
+        "of --fetch.allow-networks, such as 127.0.0.1/32"
+    )
+    assert "next:" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

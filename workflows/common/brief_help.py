@@ -62,12 +62,12 @@ def entry(name: str, text: str) -> str:
 
 
 def read_configs(tree: ast.Module) -> dict[str, str]:
-    """Docstrings of the functions in `CONFIGS` by name; empty if they are not functions of their own."""
+    """Docstrings of the functions or classes in `CONFIGS` by name; empty if it is not written as a dict."""
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             (target,) = node.targets if isinstance(node, ast.Assign) else (node.target,)
             if ast.unparse(target) == "CONFIGS":
-                known = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
+                known = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef | ast.ClassDef)}
                 functions = {ast.literal_eval(key): ast.unparse(value) for key, value in items(node.value)}
                 texts = {name: known.get(function) for name, function in functions.items()}
                 return {name: (ast.get_docstring(text) or "") if text else "" for name, text in texts.items()}
