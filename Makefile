@@ -39,6 +39,9 @@ bench: $(BENCHMARKS)  ## Run all benchmarks except clip_towers; bench-NAME runs 
 bench-%: benchmarks/%.py $(INSTALLED)
 	$(BIN)/python $<
 
+first-hour: $(INSTALLED)  ## Play a new user's first hour on a fresh clone, in about half an hour
+	$(BIN)/python benchmarks/first_hour.py
+
 clean:  ## Remove caches; keep .venv, runs and store
 	rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 	find workflows data_prep ovd_models tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -203,8 +204,9 @@ def main() -> None:
     print(format_summary(summary))
     path = os.path.relpath(folder)
     print(f"report:   {path}/report.html")
-    print(f"MLflow:   .venv/bin/mlflow ui --backend-store-uri {summary['mlflow_uri']}  (then Model training, top left)")
-    print(f"endpoint: .venv/bin/python workflows/serve.py --model {path}/codet")
+    print(f"MLflow:   .venv/bin/mlflow ui --backend-store-uri {shlex.quote(summary['mlflow_uri'])}")
+    print(f"          then open {tracking.PAGE}")
+    print(f"endpoint: .venv/bin/python workflows/serve.py --model {shlex.quote(path)}/codet")
 
 
 if __name__ == "__main__":

@@ -122,13 +122,13 @@ def test_detections_of_a_rotated_photograph_are_drawn_on_the_upright_one(whole: 
 def test_the_default_threshold_is_where_the_checkpoint_was_best(folder: Path) -> None:
     assert ovd_models.load(folder).info.score_threshold == 0.3  # never evaluated
     everything = ovd_models.load(folder).detect(picture(), score_threshold=0.0)
-    middle = float(everything.scores.median())
-    write_calibration(folder, middle, "pictograms")
-    detector = ovd_models.load(folder)
-    assert middle - 0.001 <= detector.info.score_threshold <= middle
-    found = detector.detect(picture())
-    assert 0 < len(found) < len(everything)
-    assert len(found) == int((everything.scores > detector.info.score_threshold).sum())
+    best = float(everything.scores.max())
+    for threshold, expected in ((0.0, len(everything)), (best + 0.002, 0)):
+        write_calibration(folder, threshold, "pictograms")
+        detector = ovd_models.load(folder)
+        assert threshold - 0.001 <= detector.info.score_threshold <= threshold
+        assert len(detector.detect(picture())) == expected
+    assert len(everything)
     (folder / "calibration.json").write_text("{}")
     with pytest.raises(InputError, match=r"calibration\.json: not a calibration"):
         ovd_models.load(folder)

@@ -58,6 +58,8 @@ LOCATIONS = (
     ("model_versions", "storage_location"),
 )
 """Columns of MLflow's database that hold URIs of artifacts."""
+PAGE = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
+"""Of `mlflow ui`, with the trainings; it opens another page by default."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """With these the UI opens an experiment on model training."""
 

@@ -15,6 +15,7 @@ from data_prep import storage, tables
 from data_prep.pictograms.world import World, contact_sheet
 from data_prep.streams.images import read_image
 from ovd_models.drawing import draw_boxes
+from workflows.common import tracking
 from workflows.common.teacher import read_categories
 from workflows.reports import page
 from workflows.reports.detections import annotations_as_detections, read_box_image
@@ -71,6 +72,7 @@ def write_demo_report(
     draw_montage(scenes).save(folder / "before_after.jpg", quality=88)
     values = {
         "summary": summary,
+        "mlflow_page": tracking.PAGE,
         "sheet": contact_sheet(World.create(seed)),
         "reasons": read_rejections(str(folder), pairs),
         "groups": read_groups(str(folder), pairs),

@@ -152,9 +152,10 @@ def test_gpus_that_this_machine_lacks_are_refused_before_any_work(
     assert training.choose_devices(wanted) == wanted
 
 
-def test_a_training_begins_only_where_it_can(tmp_path: Path) -> None:
+def test_a_training_begins_only_where_it_can(gpus: Callable[[int], None], tmp_path: Path) -> None:
+    gpus(0)
     (tmp_path / "runs/codet/smoke-20261129").mkdir(parents=True)
     run = dataclasses.replace(codet_configs.smoke(), storage=str(tmp_path), resume="smoke-20261192")
     with pytest.raises(InputError, match=r"--resume smoke-20261192: no such run, .*; did you mean smoke-20261129\?"):
         runs.begin(run, "codet")
-    assert runs.begin(dataclasses.replace(run, resume="smoke-20261129"), "codet").box_stage.use_gpu is not None
+    assert runs.begin(dataclasses.replace(run, resume="smoke-20261129"), "codet").box_stage.use_gpu is False
