@@ -36,16 +36,19 @@ ImageT = TypeVar("ImageT", bound=ImageLike)
 Found = TypeVar("Found", Detections, Segments)
 
 
+def choose_device(name: str) -> str:
+    """The name of a device; `auto` is a GPU if this machine has one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def find_device(name: str) -> torch.device:
     """The device of a name such as `cpu`, `cuda` or `cuda:1`; `auto` is a GPU if there is one.
 
     Raises:
         InputError: there is no such device on this machine.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=choose_device(name)).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
         reason = str(error).strip().splitlines()[0]
         raise InputError(

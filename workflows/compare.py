@@ -58,7 +58,7 @@ class Run:
     """Of the page; made of the runs' names if empty."""
     output: str = ""
     """File for the differences, in JSON."""
-    device: str = "cpu"
+    device: str = "auto"
     workers: int = 0
     """Actors that predict; 0 predicts in this process."""
 

@@ -23,7 +23,7 @@ import shlex
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -162,7 +162,9 @@ def prepare(run: Run) -> None:
     if done is not None:
         uri = tables.table_uri(run.storage, "boxes", f"{run.name}-eval")
         if done.config_hash != config_hash:
-            raise InputError(f"{uri}: made from another config, expected a new --name or an empty place")
+            changed = tables.changed_settings(done, settings)
+            differs = f" (other {', '.join(changed)})" if changed else ""
+            raise InputError(f"{uri}: made from another config{differs}, expected a new --name or an empty place")
         if run.strict and done.details.get("account"):
             raise InputError(f"{uri}: --strict: something was mended or left out, see `account` in its manifest")
         return
@@ -171,9 +173,10 @@ def prepare(run: Run) -> None:
     check_sets(run, accounts, train, evaluation)
     base_only = strip_novel(train.boxes, train.categories)
     found = [row for account in accounts for row in account.to_rows()]
-    publish_rows(run, "categories", run.name, train.categories, config_hash)
-    publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash, found)
-    publish_rows(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash, found)
+    details = {"settings": settings} | ({"account": found} if found else {})
+    publish_rows(run, "categories", run.name, train.categories, config_hash, details)
+    publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash, details)
+    publish_rows(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash, details)
     if run.data:
         from workflows.reports.boxes import write_boxes_report  # imported here: it draws
 
@@ -212,12 +215,13 @@ def publish_rows(
     name: str,
     rows: pa.Table,
     config_hash: str,
-    account: Sequence[Mapping[str, str | int]] = (),
+    details: dict[str, Any] | None = None,
 ) -> None:
-    """Publish a table of one part, with the account of what was odd in its files."""
+    """Publish a table of one part; details are its settings and the account of what was odd in its files."""
     part = tables.write_part(run.storage, table, name, "part-00000.parquet", rows)
-    details = {"account": account} if account else {}
-    tables.publish(run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash, details=details)
+    tables.publish(
+        run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash, details=dict(details or {})
+    )
 
 
 @locks.exclusive("boxes", "categories")

@@ -177,7 +177,9 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
     nouns = NounExtractor(rule=read_wordnet(run.wordnet) if run.wordnet else None)
     extractor: Extractor = vocabulary if vocabulary.names else nouns
     config_hash = result_hash(run, vocabulary, nouns)
-    published = growth.find_published(run.storage, run.name, config_hash, lists=lists, add=run.add, retry=run.retry)
+    published = growth.find_published(
+        run.storage, run.name, config_hash, result_settings(run), lists=lists, add=run.add, retry=run.retry
+    )
     new = {digest: uri for digest, uri in lists.items() if published is None or digest not in published.sources}
     if published is not None and not new and not published.rejected.keys() & set(run.retry):
         return reuse(run, published)
@@ -380,6 +382,7 @@ def publish(
     )
     details = {
         "generation": generation,
+        "settings": result_settings(run),
         "sources": plan.sources,
         "columns": plan.columns,
         "progress": progress,
@@ -399,7 +402,20 @@ def publish(
 
 def result_hash(run: Run, vocabulary: NameMatcher, nouns: NounExtractor) -> str:
     """16 digits that identify everything that affects the tables' rows, except the lists."""
-    neutral = dataclasses.replace(
+    parts = f"{cli.config_hash(neutral(run))} {sorted(vocabulary.phrases.items())} {vocabulary.names}"
+    parts += f" {sorted(nouns.rule.objects)}" if nouns.rule else ""
+    parts += f" {sorted(read_class_names(run.columns.class_names).items())}" if run.columns.class_names else ""
+    return storage.sha256(parts.encode())[:16]
+
+
+def result_settings(run: Run) -> dict[str, Any]:
+    """The settings that affect the tables' rows by their dotted names."""
+    return cli.flatten(neutral(run))
+
+
+def neutral(run: Run) -> Run:
+    """The run without what does not affect the tables' rows, or is recorded by its content."""
+    return dataclasses.replace(
         run,
         storage="",
         urls="",
@@ -419,10 +435,6 @@ def result_hash(run: Run, vocabulary: NameMatcher, nouns: NounExtractor) -> str:
         corpus=dataclasses.replace(run.corpus, memory="", shuffle_rows=0),
         scores=dataclasses.replace(run.scores, actors=0, gpus=0),
     )
-    parts = f"{cli.config_hash(neutral)} {sorted(vocabulary.phrases.items())} {vocabulary.names}"
-    parts += f" {sorted(nouns.rule.objects)}" if nouns.rule else ""
-    parts += f" {sorted(read_class_names(run.columns.class_names).items())}" if run.columns.class_names else ""
-    return storage.sha256(parts.encode())[:16]
 
 
 @contextlib.contextmanager

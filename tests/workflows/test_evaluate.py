@@ -126,7 +126,7 @@ def test_every_script_that_runs_a_model_takes_a_device(run: Run, tmp_path: Path)
         lambda: open_teacher(str(tmp_path), "clip:1", "cuda:7"),
     ]
     for job in jobs:
-        with pytest.raises(InputError, match=r"^--device cuda.*: not on this machine \(.*\), expected cpu"):
+        with pytest.raises(InputError, match=r"^--device cuda.*: not on this machine \(.*\), expected auto, cpu"):
             job()
     with pytest.raises(InputError, match=r"^--device gpu: not on this machine"):
         evaluation.evaluate(dataclasses.replace(run, device="gpu"))

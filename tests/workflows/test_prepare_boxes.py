@@ -157,7 +157,9 @@ def test_published_tables_are_kept_and_another_config_is_refused(tmp_path: Path)
     before = storage.read_bytes(f"{run.storage}/boxes/photos-eval/manifest.json")
     prepare(run)
     assert storage.read_bytes(f"{run.storage}/boxes/photos-eval/manifest.json") == before
-    with pytest.raises(InputError, match="photos-eval: made from another config, expected a new --name"):
+    with pytest.raises(
+        InputError, match=r"photos-eval: made from another config \(other eval_images\), expected a new"
+    ):
         prepare(dataclasses.replace(run, eval_images=3))
 
 

@@ -169,8 +169,13 @@ def test_published_tables_are_reused_and_never_overwritten(crawled: tuple[Run, S
         (Path(run.storage) / "staging/pairs/t").iterdir()
     )
     assert all(path.stat().st_mtime < before for path in (Path(run.storage) / "pairs").rglob("*") if path.is_file())
-    with pytest.raises(InputError, match="made from another config"):
+    with pytest.raises(InputError, match=r"made from another config \(other min_images\), expected the same one"):
         prepare(dataclasses.replace(run, min_images=3))
+    patient = dataclasses.replace(run.fetch, deadline_seconds=5.0)
+    with pytest.raises(InputError, match=r"other fetch\.deadline_seconds"):
+        prepare(dataclasses.replace(run, fetch=patient))
+    with pytest.raises(InputError, match=r"other fetch\.deadline_seconds, min_images"):
+        prepare(dataclasses.replace(run, fetch=patient, min_images=3, retry=("timeout",)))
 
 
 @pytest.mark.ray

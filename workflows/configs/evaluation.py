@@ -23,8 +23,8 @@ class DetectorRun:
     """Name of the `boxes` table."""
     categories: str = ""
     """Name of the `categories` table; if empty, that of `boxes` up to the last dash."""
-    device: str = "cpu"
-    """Device of all models, such as `cuda`."""
+    device: str = "auto"
+    """Device of all models, such as `cuda`; `auto` is a GPU if this machine has one."""
 
     def load_detector(self) -> "Detector":
         """Load the detector, and let torch use all cores.

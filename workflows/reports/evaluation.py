@@ -17,7 +17,7 @@ from ovd_models.metrics.average_precision import LVIS_LIMIT, Curves
 from ovd_models.metrics.explanation import Calibration
 from ovd_models.metrics.protocols import Measured, Protocol, measure
 from ovd_models.metrics.records import GroundTruth, Predictions
-from ovd_models.predictors import load_segmenter
+from ovd_models.predictors import choose_device, load_segmenter
 from ovd_models.sam.model import SamModel
 from workflows.common import cluster, measured, models, training
 from workflows.common.optimisation import Optimisation
@@ -97,6 +97,7 @@ def predict_boxes(run: Run) -> str:
     Raises:
         InputError: the model or a table is missing, or no image can be read.
     """
+    run = replace(run, device=choose_device(run.device))
     names, _ = run.read_categories()
     truth_like = tables.read_table(run.storage, "categories", run.category_table, ["frequency"])
     lvis = set(truth_like["frequency"].to_pylist()) <= {"r", "c", "f"}
@@ -144,7 +145,7 @@ def evaluate_segmenter(run: Run) -> SegmentationReport:
         load_model(storage.local_folder(run.sam), SamModel) if run.sam else None,
         limit=run.images,
         num_pictures=run.num_pictures,
-        device=run.device,
+        device=choose_device(run.device),
     )
 
 
