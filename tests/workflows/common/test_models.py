@@ -7,7 +7,7 @@ from serving import NAMES, save_classifier, save_detector, save_segmenter, save_
 
 from ovd_models.errors import InputError
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
-from workflows.common import models, registry, tracking
+from workflows.common import models, registry, runs, tracking
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,17 @@ def test_a_registered_model_is_loaded_by_its_name(tmp_path: Path) -> None:
     with tracking.run(str(tmp_path), experiment="x", name="a", params={}, tags={}) as tracked:
         registry.register(tracked, folder, method="codet", data_set="x", metric="ap50_novel", value=0.5)
     assert models.load("models:/ovd-codet-x@champion", str(tmp_path)).vocabulary == NAMES
+
+
+def test_a_finished_training_leaves_the_threshold_of_its_evaluation(tmp_path: Path) -> None:
+    with tracking.run(str(tmp_path), experiment="x", name="a", params={}, tags={}) as tracked:
+        active = runs.ActiveRun(workflow="codet", data_set="x", folder=str(tmp_path / "run"), tracked=tracked)
+        found = runs.Evaluation(metrics=None, headline="eval/ap50_all", value=0.5, threshold=0.2519)
+        trained = active.finish(save_detector, lambda _: found)
+    for uri in (trained.model, "models:/ovd-codet-x@champion"):
+        predictor = models.load(uri, str(tmp_path))
+        assert isinstance(predictor, Detector)
+        assert predictor.info.score_threshold == 0.251  # rounded down
 
 
 @pytest.mark.parametrize("move", [shutil.copytree, shutil.move])
