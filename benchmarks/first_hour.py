@@ -28,6 +28,7 @@ from pathlib import Path
 from threading import Thread
 
 from measure import BENCH, REPOSITORY, write_figures
+from ray_head import started_head
 
 NOISE = re.compile(
     r"WARNING|INFO |Tip:|FutureWarning|DeprecationWarning|UserWarning|Traceback|\(\w+ pid=|it/s\]|raylet|auth_token"
@@ -125,6 +126,11 @@ def play(hour: Hour, smoke: bool) -> str:
     with hour.running("mlflow", page, f"http://127.0.0.1:{MLFLOW_PORT}/"):
         pass
     own_pictures(hour, images, smoke)
+    with started_head({**hour.environment(), "RAY_AUTH_MODE": "disabled"}) as head:
+        submit = ["ray", "job", "submit", "--address", head.address, "--working-dir", "."]
+        hour.run(
+            "job", [*submit, "--", *script("codet", "--config", "smoke", "--storage", f"{hour.clone}/jobs")], "next:"
+        )
     return demo
 
 

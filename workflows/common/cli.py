@@ -92,9 +92,18 @@ def parse(
 def print_changes(config: str, named: Any, run: Any) -> None:
     """Print a run as its named config and the flags that make it of this config."""
     before, after = flatten(named), flatten(run)
-    changes = {name: value for name, value in after.items() if before.get(name) != value}
-    flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changes.items()]
+    flags = [flag_of(name, value) for name, value in after.items() if before.get(name) != value]
     print(f"config: {' '.join([config, *flags])}", flush=True)
+
+
+def flag_of(name: str, value: object) -> str:
+    """The flag that gives a field, by its dotted name, a value."""
+    group, _, last = name.replace("_", "-").rpartition(".")
+    prefix = f"--{group}." if group else "--"
+    if isinstance(value, bool):
+        return f"{prefix}{'' if value else 'no-'}{last}"
+    values = value if isinstance(value, tuple | list) else [value]
+    return " ".join([f"{prefix}{last}", *(shlex.quote(str(each)) for each in values)])
 
 
 def flags_of(run: Any, stages: Sequence[str]) -> list[str]:

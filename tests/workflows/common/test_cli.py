@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,8 +79,11 @@ def test_a_bad_flag_is_refused_in_one_line(
 
 
 def test_the_config_and_what_differs_from_it_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    parse("--config", "large", "--steps", "7", "--inner.sizes", "4", "--storage", "my store")
-    assert capsys.readouterr().out == "config: large --storage 'my store' --steps 7 --inner.sizes '(4,)'\n"
+    given = ["--config", "large", "--storage", "my store", "--steps", "7", "--flag", "--inner.sizes", "4", "5"]
+    run = parse(*given)
+    printed = capsys.readouterr().out
+    assert printed == "config: large --storage 'my store' --steps 7 --flag --inner.sizes 4 5\n"
+    assert parse("--config", *shlex.split(printed)[1:]) == run
 
 
 def test_full_help_names_the_configs_and_every_field(capsys: pytest.CaptureFixture[str]) -> None:
