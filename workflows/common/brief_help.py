@@ -58,6 +58,8 @@ def entry(name: str, text: str) -> str:
     start = f"  {name:{FLAG_COLUMN - 2}}"
     if len(start) > FLAG_COLUMN:
         start += "  "
+    if not sentence:
+        return start.rstrip()
     return textwrap.fill(sentence, WIDTH, initial_indent=start, subsequent_indent=" " * FLAG_COLUMN)
 
 
