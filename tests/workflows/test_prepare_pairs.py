@@ -31,7 +31,9 @@ TABLES = ("pairs", "rejects", "concepts", "groups")
 
 def small_run(root: Path, urls: Path) -> Run:
     run = dataclasses.replace(configs.smoke(), name="t", storage=str(root), urls=str(urls))
-    patient = dataclasses.replace(run.fetch, deadline_seconds=5.0)  # a busy machine is no dead host
+    patient = dataclasses.replace(
+        run.fetch, deadline_seconds=run.fetch.deadline_seconds + 1
+    )  # a busy machine is no dead host
     return dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16, fetch=patient)
 
 
@@ -171,7 +173,7 @@ def test_published_tables_are_reused_and_never_overwritten(crawled: tuple[Run, S
     assert all(path.stat().st_mtime < before for path in (Path(run.storage) / "pairs").rglob("*") if path.is_file())
     with pytest.raises(InputError, match=r"made from another config \(other min_images\), expected the same one"):
         prepare(dataclasses.replace(run, min_images=3))
-    patient = dataclasses.replace(run.fetch, deadline_seconds=5.0)
+    patient = dataclasses.replace(run.fetch, deadline_seconds=run.fetch.deadline_seconds + 1)
     with pytest.raises(InputError, match=r"other fetch\.deadline_seconds"):
         prepare(dataclasses.replace(run, fetch=patient))
     with pytest.raises(InputError, match=r"other fetch\.deadline_seconds, min_images"):
