@@ -72,17 +72,19 @@ class Hour:
         """Start a server, wait until a URL answers, and end it with Ctrl-C after the block."""
         started = time.perf_counter()
         with (BENCH / "first_hour" / f"{name}.log").open("wb") as log:
-            server = subprocess.Popen(command, cwd=self.clone, env=self.environment(), stdout=log, stderr=log)
+            server = subprocess.Popen(
+                command, cwd=self.clone, env=self.environment(), stdout=log, stderr=log, start_new_session=True
+            )
             try:
                 if not answers(url, server):
                     self.failed.append(name)
                 yield
             finally:
-                server.send_signal(signal.SIGINT)
-                try:
+                os.killpg(server.pid, signal.SIGINT)  # its children too: those of `mlflow ui` outlive it
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     server.wait(60)
-                except subprocess.TimeoutExpired:
-                    server.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(server.pid, signal.SIGKILL)
                 self.seconds[name] = time.perf_counter() - started
                 print(f"{name:16} {self.seconds[name]:7.1f} s  {'FAILED' if name in self.failed else ''}", flush=True)
 
