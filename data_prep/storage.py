@@ -130,6 +130,24 @@ def list_files(uri: str, extension: str) -> list[str]:
     return sorted(join(uri, info.base_name) for info in infos if info.extension == extension)
 
 
+@contextlib.contextmanager
+def reading(uri: str) -> Iterator[None]:
+    """Name the file in errors of the block: pyarrow leaves it out of many.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{uri}: cannot be read: no such file") from None
+    except OSError as error:
+        if resolve(uri)[1] in str(error):
+            raise
+        raise OSError(f"{uri}: cannot be read: {error}") from error
+
+
 def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
     """The bytes of a file, or `size` of them from `offset`, in one request unless they are many.
 
@@ -140,7 +158,7 @@ def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem) and not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)
-    with filesystem.open_input_file(path) as file:
+    with reading(uri), filesystem.open_input_file(path) as file:
         size = size if size is not None else file.size() - offset
         if size <= RANGE_BYTES or isinstance(filesystem, fs.LocalFileSystem):
             return bytes(file.read_at(size, offset))

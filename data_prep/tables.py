@@ -244,7 +244,8 @@ def parquet_bytes(
 def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of one Parquet file."""
     filesystem, path = storage.resolve(uri)
-    return pq.read_table(path, columns=columns, filesystem=filesystem)
+    with storage.reading(uri):
+        return pq.read_table(path, columns=columns, filesystem=filesystem)
 
 
 def open_parquet(uris: Sequence[str], schema: pa.Schema) -> ds.Dataset:

@@ -8,6 +8,7 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 
 BUCKET = "bucket"
 
@@ -95,3 +96,18 @@ def unfinished(variables: dict[str, str]) -> list[str]:
     """Keys of unfinished uploads."""
     found = client(variables).list_multipart_uploads(Bucket=BUCKET)
     return [entry["Key"] for entry in found.get("Uploads", [])]
+
+
+def forget(key: dict[str, str]) -> None:
+    """Delete a key of `use_keys_only`: the server refuses its requests from now on."""
+    client(key, "iam").delete_access_key(UserName="user", AccessKeyId=key["AWS_ACCESS_KEY_ID"])
+
+
+def remove_bucket(variables: dict[str, str]) -> None:
+    """Delete the bucket with all that it holds, while a job writes there."""
+    while True:
+        for name in keys(variables):
+            client(variables).delete_object(Bucket=BUCKET, Key=name)
+        with contextlib.suppress(ClientError):  # something was written in between
+            client(variables).delete_bucket(Bucket=BUCKET)
+            return

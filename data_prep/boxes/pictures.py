@@ -85,7 +85,8 @@ class PictureFolder:
         except FileNotFoundError as error:
             return Absent(MISSING, path, f"{uri}: cannot be read ({error.strerror or 'no such file'}), {expected}")
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            text = " ".join(str(error).split()).removeprefix(f"{uri}: cannot be read: ")
+            reason = getattr(error, "strerror", None) or text
             return Absent(UNREADABLE, path, f"{uri}: cannot be read ({reason}), {expected}")
         return Found(uri, storage.sha256(content), picture.size, renamed)
 

@@ -101,6 +101,9 @@ class Crawler:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._fetcher.open())
             async with self._places:
+                verdicts = await self._in_thread(self._staging.read_verdicts, part)
+                if verdicts is not None:  # by a process that was lost before it could say so
+                    return count(verdicts)
                 rows, saved = await self._in_thread(self._staging.read_part, part), list[pa.Table]()
                 early = await self._in_thread(self._staging.read_early, part)
                 if early is not None:
@@ -126,8 +129,7 @@ class Crawler:
         results = await asyncio.gather(*tasks)
         rows = join_rows([*saved, await self._in_thread(self._finish, rows, results)])
         await self._in_thread(self._staging.write_part, rows, part)
-        unfetched = pc.sum(pc.equal(rows["stage"], "fetch")).as_py() or 0
-        return PartCounts(rows=rows.num_rows, good=rows["reason"].null_count, unfetched=unfetched)
+        return count(rows)
 
     async def _fetch_and_decode(self, url: str | None) -> Result:
         fetched = await self._fetcher.fetch(url)
@@ -154,6 +156,12 @@ class Crawler:
             self._fetcher.gate.set()
         else:
             self._fetcher.gate.clear()
+
+
+def count(verdicts: pa.Table) -> PartCounts:
+    """Count the rows of a part by `stage` and `reason`."""
+    unfetched = pc.sum(pc.equal(verdicts["stage"], "fetch")).as_py() or 0
+    return PartCounts(rows=verdicts.num_rows, good=verdicts["reason"].null_count, unfetched=unfetched)
 
 
 @contextlib.asynccontextmanager

@@ -59,9 +59,10 @@ class Staging:
 
     def read_part(self, part: Part) -> pa.Table:
         """The input rows of a part without the skipped ones."""
-        filesystem, path = storage.resolve(self.rows_uri(part.partition))
+        uri = self.rows_uri(part.partition)
+        filesystem, path = storage.resolve(uri)
         start = part.number * self.part_rows
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
+        with storage.reading(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
             stop = min(start + self.part_rows, file.metadata.num_rows)
             first, last = start // ROWS_PER_GROUP, (stop - 1) // ROWS_PER_GROUP
             groups = file.read_row_groups(range(first, last + 1))
@@ -72,6 +73,11 @@ class Staging:
         """Write a part's results, unless it has no rows."""
         if rows.num_rows:
             self.write("parts", part.name, rows)
+
+    def read_verdicts(self, part: Part) -> pa.Table | None:
+        """The columns `stage` and `reason` of a part's results, if they are saved."""
+        uri = storage.join(self.uri, "parts", part.name)
+        return tables.read_parquet(uri, ["stage", "reason"]) if storage.exists(uri) else None
 
     def write_early(self, rows: pa.Table, part: Part) -> None:
         """Write those results of a part that do not wait for its slow rows; only `read_early` reads them."""
@@ -97,9 +103,11 @@ class Staging:
 
     def open_parts(self, partition: str, num_rows: int) -> Iterator[pq.ParquetFile]:
         """The results of the parts of a partition, in the order of the input; parts without rows have no file."""
-        filesystem, folder = storage.resolve(storage.join(self.uri, "parts"))
+        parts = storage.join(self.uri, "parts")
+        filesystem, folder = storage.resolve(parts)
         names = [f"{folder}/{Part(partition, number).name}" for number in range(-(-num_rows // self.part_rows))]
         for info in filesystem.get_file_info(names):
             if info.type == fs.FileType.File:
-                with pq.ParquetFile(info.path, filesystem=filesystem) as file:
+                uri = storage.join(parts, info.base_name)
+                with storage.reading(uri), pq.ParquetFile(info.path, filesystem=filesystem) as file:
                     yield file

@@ -42,7 +42,7 @@ def read_image(uri: str, *, offset: int = 0, size: int | None = None) -> Image.I
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such file, expected an image") from error
     except OSError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).removeprefix(f"{uri}: cannot be read: ")
         raise InputError(f"{name}: cannot be read ({reason}), expected an image") from error
     return decode_image(content, name)
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import object_storage
+import pyarrow as pa
 import pytest
 from object_storage import BUCKET
 
-from data_prep import s3, storage
+from data_prep import s3, storage, tables
 from ovd_models.errors import InputError
 
 ROOT = "s3://bucket/ovd"
@@ -206,7 +207,11 @@ def test_lost_buckets_and_expired_keys_are_told_with_the_uri(
 ) -> None:
     with pytest.raises(OSError, match=r"s3://lost/a: cannot be written: S3 error NoSuchBucket: "):
         storage.write_bytes("s3://lost/a", b"x")
+    storage.write_bytes(f"{ROOT}/a", tables.parquet_bytes(pa.table({"x": [1]})))
     object_storage.use_keys_only(server)
+    for read in (storage.read_bytes, tables.read_parquet):
+        with pytest.raises(OSError, match=r"s3://bucket/ovd/a: cannot be read: .*ACCESS_DENIED"):
+            read(f"{ROOT}/a")
     with pytest.raises(OSError, match=r"s3://bucket/ovd/a: cannot be written: S3 error InvalidAccessKeyId: "):
         storage.write_bytes(f"{ROOT}/a", b"x")
 

@@ -142,3 +142,50 @@ def test_a_killed_training_resumes_from_a_bucket(workers: int, server: dict[str,
     assert left_over(server) == []
     one, two = (weights_of(str(storage.local_folder(model))) for model in (whole, resumed))
     assert largest_difference(one, two) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["expired", "lost"])
+@pytest.mark.parametrize("job", ["prepare_pairs.py", "prepare_pairs.py --crawlers 1", "clip.py", "codet.py"])
+def test_a_job_that_loses_its_storage_ends_in_one_line_and_goes_on(
+    job: str, fault: str, server: dict[str, str], tmp_path: Path
+) -> None:
+    """The key is deleted, or the bucket is, once the job has saved a part of the crawl or its first checkpoint."""
+    key = object_storage.use_keys_only(server)
+    script, *flags = job.split()
+    flags += ["--config", "smoke"]
+    if script == "clip.py":
+        flags += ["--optimisation.steps", "400", "--optimisation.checkpoint-every", "5"]
+    if script == "codet.py":
+        flags += ["--box-stage.steps", "200", "--box-stage.checkpoint-every", "5"]
+    running = subprocess.Popen(
+        command(script, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, **key},
+    )  # fmt: skip
+    saved = r"/staging/pairs/.*/parts/" if script == "prepare_pairs.py" else r"/runs/.*/checkpoint"
+    deadline = time.monotonic() + 300
+    while not any(re.search(saved, name) for name in object_storage.keys(key)):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if fault == "expired":
+        object_storage.forget(key)
+    else:
+        object_storage.remove_bucket(key)
+    printed, errors = running.communicate(timeout=300)
+    lines = [line for line in errors.splitlines() if not re.search(r"PlacementGroupCleaner|core_worker\.cc", line)]
+    assert running.returncode == 1, printed + errors
+    assert len(lines) == 1, errors
+    (line,) = lines
+    assert re.match(r"error: .*bucket.*ovd/", line), line
+    assert re.search("Access Key Id|ACCESS_DENIED|Forbidden" if fault == "expired" else "bucket", line), line
+
+    object_storage.post(server, "reset-auth", b"1e9")
+    if fault == "lost":
+        object_storage.client(server).create_bucket(Bucket=object_storage.BUCKET)
+    else:
+        names = [name.split("/") for name in object_storage.keys(server, "ovd/runs/")]
+        for name in {parts[3] for parts in names if parts[2] == Path(script).stem}:
+            flags += ["--resume", name]
+    run(script, *flags, cwd=tmp_path)
+    assert left_over(server) == []

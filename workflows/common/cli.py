@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -237,9 +238,8 @@ def storage_failure(error: BaseException) -> str | None:
     while found is not None and found not in seen:
         seen.append(found)
         found = getattr(found, "cause", None) or found.__cause__ or found.__context__
-    named = [
-        each for each in seen if isinstance(each, OSError) and "cannot be written: " in str(each).partition("\n")[0]
-    ]
+    ours = re.compile("cannot be (written|read): ")
+    named = [each for each in seen if isinstance(each, OSError) and ours.search(str(each).partition("\n")[0])]
     for each in (*named, *reversed(seen)):
         for line in str(each).splitlines():
             if is_storage_failure(line):

@@ -30,7 +30,7 @@ class Optimisation:
     weight_decay: float = 0.05
     optimiser: Literal["adamw", "sgd", "muon"] = "adamw"
     """`sgd` has a momentum of 0.9. `muon` takes orthogonalised steps for matrices and kernels, and AdamW steps at half
-    the learning rate for all other weights. Both decay matrices and kernels only."""
+    the learning rate for embedding tables and all other weights. Both decay matrices and kernels only."""
     warmup: float = 0.1
     """Fraction of the steps in which the learning rate rises."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
@@ -120,17 +120,21 @@ def parameter_groups(model: nn.Module, settings: Optimisation) -> list[dict[str,
         InputError: no parameter's name starts with an entry of `rate_factors`.
     """
     decay_all = settings.optimiser == "adamw" and settings.decay_norms
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     unused = set(settings.rate_factors)
     for name, value in model.named_parameters():
         start = next((start for start in settings.rate_factors if name.startswith(start)), None)
         unused.discard(start or "")
         rate = settings.learning_rate * (1.0 if start is None else settings.rate_factors[start])
         decay = settings.weight_decay if decay_all or value.ndim > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(value)
+        groups.setdefault((rate, decay, id(value) in tables), []).append(value)
     if unused:
         raise InputError(f"rate_factors: no parameter's name starts with {min(unused)}")
-    return [{"params": values, "lr": rate, "weight_decay": decay} for (rate, decay), values in groups.items()]
+    return [
+        {"params": values, "lr": rate, "weight_decay": decay, "use_fallback": is_table}  # only Muon reads the last
+        for (rate, decay, is_table), values in groups.items()
+    ]
 
 
 def build_schedule(

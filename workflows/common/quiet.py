@@ -18,6 +18,7 @@ STORAGE_FAILURES = (
     "AWS Error",
     "S3 error",
     "An error occurred (",
+    ": cannot be read: ",
 )
 """Parts of messages of the operating system, SQLite, pyarrow's object stores, ours and boto3."""
 

@@ -163,6 +163,15 @@ def test_a_slow_row_does_not_hold_up_the_results_of_the_others(tmp_path: Path, m
     assert resumed == whole
 
 
+def test_a_part_that_a_lost_process_saved_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlowReader, "asked", [])
+    staging = stage_list(tmp_path, [photo(0), b"<html>", photo(2), photo(3)])
+    counts = Crawler(steps(), staging, 1 << 20)(Part("p", 0))
+    again = Crawler(replace(steps(), fetcher=SlowReader), staging, 1 << 20)
+    assert again(Part("p", 0)) == counts == PartCounts(rows=4, good=3)
+    assert SlowReader.asked == []
+
+
 def test_a_crawl_of_which_most_fetches_fail_warns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ frontend prometheus
     bind :METRICS
 frontend http_frontend
     bind 127.0.0.1:PORT
+    http-request return status 200 if { path /known }
     default_backend nobody
 backend nobody
 listen stats
@@ -69,6 +70,12 @@ def test_haproxy_refuses_with_problems_stays_local_and_ends_with_its_parent(tmp_
         assert exchange(int(ports["PORT"]), b"POST / HTTP/1.1\r\nHo").startswith(b"HTTP/1.1 408")
         bound = (tmp_path / "haproxy.cfg.ovd").read_text()
         assert bound.count("bind 127.0.0.1:") == 3
+        with socket.create_connection(("127.0.0.1", int(ports["PORT"])), timeout=5) as kept:
+            for _ in range(2):  # the second request comes after HAProxy was told to end
+                kept.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert kept.recv(1000).startswith(b"HTTP/1.1 200")
+                os.kill(pid, signal.SIGUSR1)
+                time.sleep(0.3)
     finally:
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()

@@ -92,6 +92,22 @@ def test_names_are_found_and_singled_out(page: "playwright.Page") -> None:
     expect(page.locator(".chip")).to_have_count(1)
 
 
+def test_an_object_has_one_name_unless_all_are_wanted(page: "playwright.Page", url: str) -> None:
+    page.locator("#threshold").fill("0.05")
+    few = page.locator(".found:visible button").count()
+    page.get_by_label("One name for each thing").uncheck()
+    expect(page.locator(".found:visible button")).not_to_have_count(few)
+    assert page.locator(".found:visible button").count() > few
+    found = page.evaluate(
+        """async (url) => (await import(`${url}/web/boxes.js`)).distinct([
+            {label: "cat", box: [0, 0, 10, 10]}, {label: "dog", box: [0, 0, 10, 9]},
+            {label: "cow", box: [0, 6, 10, 16]},
+        ]).map((entry) => entry.label)""",
+        url,
+    )
+    assert found == ["cat", "cow"]
+
+
 def test_clicks_and_boxes_give_a_mask_and_a_name(page: "playwright.Page") -> None:
     choose(page, "Click")
     canvas = page.locator("canvas:visible")

@@ -1,6 +1,7 @@
 // The page: a picture, what to do with it, names, and results. State lives here; parts draw it.
 
 import { asCurl, asPython, call, form, token } from "./api.js";
+import { distinct } from "./boxes.js";
 import { el, Pane } from "./pane.js";
 import { Prompts } from "./prompts.js";
 import { Side } from "./side.js";
@@ -54,6 +55,7 @@ function setMode(mode) {
   $("run").hidden = mode === "segment";
   $("prompt-tools").hidden = mode !== "segment";
   $("threshold-row").hidden = ["classify", "segment", "text-to-mask"].includes(mode);
+  $("distinct-row").hidden = mode !== "detect";
   const able = state.models.filter((model) => model.routes.includes(`/v1/${mode}`));
   sides.forEach((side) => side.offer(able));
   if ($("compare").checked && able.length > 1 && sides[0].model === sides[1].model) sides[1].select.selectedIndex = 1;
@@ -160,7 +162,8 @@ function showSide(index) {
   const names = side.vocabulary().length ? `${side.names.slice(0, 4).join(", ")}${side.names.length > 4 ? " …" : ""}` : "the model's own names";
   pane.heading.textContent = `${side.model?.name ?? ""}: ${names}`;
   pane.heading.hidden = !$("compare").checked;
-  pane.show(state.lastAnswers[index] ?? [], threshold(), side.allNames());
+  const answer = state.lastAnswers[index] ?? [];
+  pane.show(state.mode === "detect" && $("distinct").checked ? distinct(answer) : answer, threshold(), side.allNames());
 }
 
 function threshold() {
@@ -267,6 +270,7 @@ addEventListener("dragover", (event) => { event.preventDefault(); $("drop").clas
 addEventListener("dragleave", () => $("drop").classList.remove("over"));
 addEventListener("drop", (event) => { event.preventDefault(); $("drop").classList.remove("over"); useFile(event.dataTransfer.files[0]); });
 $("run").onclick = run;
+$("distinct").onchange = () => active().forEach(showSide);
 $("threshold").oninput = () => {
   $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
   active().forEach(showSide);
