@@ -1,13 +1,17 @@
 """What a checkpoint's `config.json` says; without torch, so that commands can check a folder at once."""
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ovd_models.errors import InputError, as_input_error
 
 FORMAT = 1
+CALIBRATION = "calibration.json"
+DEFAULT_THRESHOLD = 0.3
+"""Score threshold of detectors that were never evaluated."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class CheckpointInfo:
     """`base` or `novel` by name, as in training."""
     run: dict[str, Any]
     """The resolved run of the training."""
+    score_threshold: float = DEFAULT_THRESHOLD
+    """Score above which F1 was best where the checkpoint was evaluated, if it was."""
 
 
 def read_info(folder: str | Path) -> CheckpointInfo:
@@ -31,6 +37,8 @@ def read_info(folder: str | Path) -> CheckpointInfo:
     Raises:
         InputError: the folder holds no checkpoint, or one of another format.
     """
+    if "://" in str(folder) or str(folder).startswith("models:/"):
+        raise InputError(f"{folder}: a URI, expected a local folder; workflows.common.models.load takes URIs")
     source = Path(folder)
     path = source / "config.json"
     if not path.is_file():
@@ -40,4 +48,18 @@ def read_info(folder: str | Path) -> CheckpointInfo:
         raw = json.loads(path.read_text())
         if raw.get("format") != FORMAT:
             raise InputError(f"{path}: format {raw.get('format')!r}, this program reads format {FORMAT}")
-        return CheckpointInfo(raw["method"], raw["model"], tuple(raw["vocabulary"]), raw["splits"], raw["run"])
+        info = CheckpointInfo(raw["method"], raw["model"], tuple(raw["vocabulary"]), raw["splits"], raw["run"])
+    calibration = source / CALIBRATION
+    if not calibration.is_file():
+        return info
+    with as_input_error(f"{calibration}: not a calibration"):
+        return replace(info, score_threshold=float(json.loads(calibration.read_text())["score_threshold"]))
+
+
+def write_calibration(folder: str | Path, threshold: float, data_set: str) -> None:
+    """Write the score above which F1 is best on a data set beside a checkpoint's `config.json`.
+
+    Rounded down, so that detections with exactly this score remain.
+    """
+    values = {"score_threshold": math.floor(1000 * threshold) / 1000, "data_set": data_set}
+    Path(folder, CALIBRATION).write_text(json.dumps(values, indent=1))

@@ -9,9 +9,17 @@ First `boxes`: box supervision alone. Then `joint`, continued from it: every ste
 
 python workflows/codet.py --config smoke
 python workflows/codet.py --config pictograms --teacher store/runs/clip/<run>/model
-python workflows/codet.py --config photos --data photos/ --texts names.npy
+python workflows/codet.py --config photos_laptop --data photos/ --teacher <CLIP>
 ray job submit --working-dir . -- python workflows/codet.py --config smoke --storage s3://bucket/ovd
 """
+
+from workflows.common import brief_help
+
+brief_help.answer(
+    __name__,
+    __file__,
+    "storage data boxes pairs teacher pretrained texts backbone_weights workers precision use_gpu dry_run resume",
+)
 
 import dataclasses
 import shlex
@@ -40,7 +48,7 @@ from ovd_models.importers.backbones import adopt_config, fit_config, load_backbo
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
 from workflows import prepare_boxes, prepare_pairs
-from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
+from workflows.common import cli, descriptions, runs, starting_weights, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
@@ -396,13 +404,15 @@ def given_weights(origin: str, given: CoDet, start: dict[str, Tensor]) -> dict[s
 def prepare_data(run: Run) -> Run:
     """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
     run = find_weights(run)
-    boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
+    boxes = dataclasses.replace(
+        prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data, eval_images=run.held_out
+    )
     if run.data:
         prepare_boxes.check_captions(boxes, run.pairs, run.config)
     teacher = find_teacher(
         run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
     )
-    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
+    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
     if run.data:
         prepare_boxes.prepare_captions(boxes, run.pairs, run.config)
     elif run.config == "smoke":
@@ -412,15 +422,16 @@ def prepare_data(run: Run) -> Run:
 
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
-    run = cli.parse(CONFIGS, __doc__)
-    tracking.check_server(run.storage)
+    run = runs.begin(cli.parse(CONFIGS, __doc__), "codet")
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)
         return
     trained = train(run)
     rows = {"box supervision": trained.metrics.box_supervised, "CoDet": trained.metrics.codet}
-    runs.print_results(trained, runs.ap_table(rows), f"python workflows/serve.py --model {shlex.quote(trained.model)}")
+    runs.print_results(
+        run, trained, runs.ap_table(rows), f"python workflows/serve.py --model {shlex.quote(trained.model)}"
+    )
 
 
 if __name__ == "__main__":

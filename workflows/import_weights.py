@@ -7,6 +7,10 @@ python workflows/import_weights.py --config ovsam --clip RN50x16 --pretrained op
     --adapter sam2clip_vith_rn50x16.pth --head clip2sam_coco_rn50x16.pth --out runs/ovsam_coco --names coco.json
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "weights out names table")
+
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

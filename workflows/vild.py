@@ -11,6 +11,14 @@ python workflows/vild.py --config pictograms --model.variant text --teacher ... 
 python workflows/vild.py --config lvis_r50 --storage s3://bucket/ovd --teacher s3://bucket/clip
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(
+    __name__,
+    __file__,
+    "storage data boxes teacher pretrained backbone_weights workers precision use_gpu dry_run resume",
+)
+
 import dataclasses
 import shlex
 from contextlib import AbstractContextManager
@@ -32,7 +40,7 @@ from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_co
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, prepare_boxes
-from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
+from workflows.common import cli, descriptions, runs, starting_weights, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
@@ -361,21 +369,20 @@ def prepare_data(run: Run) -> Run:
     teacher = find_teacher(
         run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
     )
-    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
+    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
     return dataclasses.replace(run, teacher=teacher)
 
 
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
-    run = cli.parse(CONFIGS, __doc__)
-    tracking.check_server(run.storage)
+    run = runs.begin(cli.parse(CONFIGS, __doc__), "vild")
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)
         return
     trained = train(run)
     table = runs.ap_table({run.model.variant: trained.metrics})
-    runs.print_results(trained, table, f"python workflows/serve.py --model {shlex.quote(trained.model)}")
+    runs.print_results(run, trained, table, f"python workflows/serve.py --model {shlex.quote(trained.model)}")
 
 
 if __name__ == "__main__":

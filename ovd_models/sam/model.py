@@ -248,6 +248,11 @@ class EverythingConfig:
     max_masks: int = 1024
     """Maximum number of masks, the best by predicted IoU."""
 
+    @classmethod
+    def for_size(cls, width: int, height: int) -> "EverythingConfig":
+        """A click every 8 pixels of the longer side, at least 8 and at most the package's 32 along each side."""
+        return cls(points_per_side=min(32, max(8, round(max(width, height) / 8))))
+
 
 class SamModel(nn.Module):
     """A segment-anything model with prompts as records."""

@@ -12,7 +12,7 @@ from data_prep.embeddings.texts import StoredEncoder, TextStore, read_matrix
 from ovd_models.checkpoints import load_encoder
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
-from ovd_models.predictors import find_device
+from ovd_models.predictors import choose_device, find_device
 from ovd_models.vocabulary import SynonymMean, TextEncoder, Vocabulary, build_vocabulary
 
 EXPECTED_TEACHER = (
@@ -109,6 +109,7 @@ def open_teacher(teacher: str, expected: str, device: str = "cpu") -> Teacher:
     Raises:
         InputError: there is no such checkpoint or device, or its id is not the expected one.
     """
+    device = choose_device(device)
     find_device(device)
     model = Teacher(teacher, EmbedConfig(batch_size=128, gpus=0 if device == "cpu" else 1), device)
     if model.id != expected:
@@ -175,4 +176,5 @@ def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str, prom
     if not teacher:
         raise InputError(f"--teacher: missing, expected {EXPECTED_TEACHER}")
     encoder = load_encoder(storage.local_folder(teacher))
+    print(f"teacher: {encoder.teacher} ({teacher})", flush=True)
     return encoder.with_prompts(prompt_set) if isinstance(encoder, ClipTextEncoder) else encoder

@@ -43,6 +43,8 @@ class Run:
     """Replaces the teacher for names: a .npy file with an embedding for each category, in category-id order."""
     data: str = ""
     """A folder with `instances.json` and `images/`, whose tables are made first."""
+    held_out: int = 20
+    """Images of `data` that are held out for evaluation."""
     backbone_weights: str = "auto"
     """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
     from_scratch: bool = False
@@ -133,7 +135,7 @@ def pictograms() -> Run:
 
 
 def photos() -> Run:
-    """Photographs in COCO's form, a ResNet-50, short enough for a laptop."""
+    """Photographs in COCO's form, a ResNet-50, 20 steps: shows that they can be read and trained on; no model."""
     quick = Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5)
     return Run(
         config="photos",

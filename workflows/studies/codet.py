@@ -9,6 +9,10 @@ python -m workflows.studies.codet --config pictograms --teacher store/runs/clip/
 python -m workflows.studies.codet --config sweeps --teacher store/runs/clip/<run>/model
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage teacher name variants group_sizes proposal_counts")
+
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
