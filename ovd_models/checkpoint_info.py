@@ -8,6 +8,8 @@ from typing import Any
 from ovd_models.errors import InputError, as_input_error
 
 FORMAT = 1
+SOURCE = "source.json"
+"""In a folder that was converted: the released files and their sha256."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,16 @@ def read_info(folder: str | Path) -> CheckpointInfo:
         if raw.get("format") != FORMAT:
             raise InputError(f"{path}: format {raw.get('format')!r}, this program reads format {FORMAT}")
         return CheckpointInfo(raw["method"], raw["model"], tuple(raw["vocabulary"]), raw["splits"], raw["run"])
+
+
+def read_source(folder: str | Path) -> str:
+    """The released files that a folder was converted from, `NAME sha256:DIGEST, ...`; empty if it was trained here.
+
+    Raises:
+        InputError: the record is broken.
+    """
+    path = Path(folder) / SOURCE
+    if not path.is_file():
+        return ""
+    with as_input_error(f"{path}: not a record of released files"):
+        return ", ".join(f"{name} sha256:{digest}" for name, digest in json.loads(path.read_text()).items())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ovd_models
 from data_prep.embeddings.texts import PreloadedEncoder, TextStore
+from ovd_models.checkpoint_info import read_source
 from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
 from workflows.serving.limits import refusal
@@ -53,6 +54,8 @@ class ServedModel:
     """MLflow's; empty if unknown."""
     licence: str
     """Note about the weights' licence."""
+    source: str
+    """Released files that it was converted from, with their sha256; empty if it was trained here."""
 
     @property
     def method(self) -> str:
@@ -129,6 +132,7 @@ def load_served(name: str, uri: str, storage_uri: str, *, texts: bool, device: s
         version,
         run_id,
         licence.read_text()[:2_000] if licence.is_file() else "",
+        read_source(folder),
     )
 
 
