@@ -11,10 +11,8 @@ python workflows/import_weights.py --list                        # released file
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from ovd_models.importers.released import find_released, released_files
 from ovd_models.prompts import clean_name
 from ovd_models.torchscript import is_torchscript
 from ovd_models.weights import TensorAccount, read_state
-from workflows.common import cli
+from workflows.common import cli, output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +172,7 @@ def convert(run: Run) -> None:
     if not run.weights:
         raise InputError("--weights: missing, expected a file; --list shows the released ones")
     if run.out:
-        check_folder(run.out)
+        output.check_folder(run.out)
     digests: dict[str, str] = {}
     if run.weights[0].endswith(".npy"):
         kind, plan = "texts", plan_texts(run)
@@ -191,7 +189,13 @@ def convert(run: Run) -> None:
     elif not run.dry_run:
         if not run.out:
             raise InputError("--out: missing, expected a folder to write, or --dry-run")
-        write_folder(plan.save, Path(run.out), digests)
+        save = plan.save
+
+        def save_with_digests(folder: Path) -> None:
+            (folder / SOURCE).write_text(json.dumps(digests, indent=1))
+            save(folder)
+
+        output.write_folder(save_with_digests, Path(run.out))
         print(f"{run.out}: written; next: {TAKEN_BY[kind].format(out=run.out)}")
 
 
@@ -213,28 +217,6 @@ def plan_texts(run: Run) -> Plan:
         {},
         None,
     )
-
-
-def check_folder(out: str) -> None:
-    """Raise InputError unless a folder can be made there, or is empty."""
-    if "://" in out:
-        raise InputError(f"--out {out}: expected a folder of this machine")
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--out {out}: exists and is not an empty folder")
-
-
-def write_folder(save: Callable[[Path], None], target: Path, digests: dict[str, str]) -> None:
-    """Write the folder beside its place, then move it there, so that a stopped conversion leaves none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        fresh.chmod(0o755)
-        (fresh / SOURCE).write_text(json.dumps(digests, indent=1))
-        save(fresh)
-        fresh.replace(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def print_list() -> None:
