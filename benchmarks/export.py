@@ -45,7 +45,7 @@ def newest(uri: str, method: str) -> Path:
 def pictures(uri: str, table: str, count: int) -> tuple[list[dict[str, object]], list[Tensor]]:
     """Rows of a `boxes` table and their pictures [H, W, 3] uint8."""
     rows = tables.read_table(uri, "boxes", table).slice(0, count).to_pylist()
-    return rows, [to_tensor(storage.read_bytes(row["uri"])).permute(1, 2, 0) for row in rows]
+    return rows, [to_tensor(storage.read_bytes(storage.join(uri, row["uri"]))).permute(1, 2, 0) for row in rows]
 
 
 def timed(

@@ -77,7 +77,7 @@ def find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
         if cached is None:
             raise InputError(
                 f"--pretrained {pretrained}: {ENDPOINT} cannot be reached and no copy is on this machine, "
-                "expected a network or a file"
+                "expected a network, or a file (docs/weights.md)"
             )
         return cached, config
     try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ovd_models.detectors.c4 import C4, coco_r50_c4
 from ovd_models.detectors.centernet2 import CenterNet2, CenterNet2Config
-from ovd_models.detectors.rcnn import RCNNConfig
+from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
 from ovd_models.errors import InputError
 from ovd_models.importers.backbones import account_backbone, backbone_of
 from ovd_models.importers.clip import is_clip
@@ -19,6 +19,7 @@ from ovd_models.weights import TensorAccount
 
 Kind = Literal["detector", "sam", "clip", "ovsam", "backbone"]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
 
 
 def recognise(state: Mapping[str, Tensor]) -> Kind:
@@ -44,10 +45,19 @@ def backbones() -> dict[str, RCNNConfig | CenterNet2Config]:
     found: dict[str, RCNNConfig | CenterNet2Config] = {}
     for name in RESNETS:
         found[name] = replace(coco_r50_c4(), backbone=name)
+    for name in CONVNEXTS:
+        found[name] = RCNNConfig(backbone=name, backbone_options={}, strides=(4, 8, 16, 32), anchor_sizes=(32,) * 4)
     for release in released_architectures().values():
         if release.config.architecture == "centernet2" and release.config.centernet2.backbone in ("swin", "eva02"):
             found[release.config.centernet2.backbone] = release.config.centernet2
     return found
+
+
+def build(config: RCNNConfig | CenterNet2Config) -> ProposalNetwork | CenterNet2:
+    """The detector of one of `backbones`; R50-C4 uses the last stage of a ResNet too."""
+    if isinstance(config, CenterNet2Config):
+        return CenterNet2(config)
+    return C4(config) if config.backbone in RESNETS else ProposalNetwork(config)
 
 
 def fitting_backbones(state: Mapping[str, Tensor], origin: str) -> dict[str, TensorAccount]:
@@ -61,13 +71,13 @@ def fitting_backbones(state: Mapping[str, Tensor], origin: str) -> dict[str, Ten
         try:
             weights = backbone_of(dict(state), origin, config)
             with torch.device("meta"):
-                own = (C4(config) if isinstance(config, RCNNConfig) else CenterNet2(config)).state_dict()
+                own = build(config).state_dict()
             found[name] = account_backbone(own, weights, state)
         except InputError:
             continue
     if not found:
         raise InputError(
             f"{origin}: not recognised, {describe_names(state)}; expected a CoDet, Detic or OV-SAM file, a SAM, a CLIP "
-            f"with both towers or a backbone that a config uses ({', '.join(backbones())})"
+            f"with both towers or a backbone ({', '.join(backbones())})"
         )
     return found

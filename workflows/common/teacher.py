@@ -16,7 +16,8 @@ from ovd_models.predictors import find_device
 from ovd_models.vocabulary import SynonymMean, TextEncoder, Vocabulary, build_vocabulary
 
 EXPECTED_TEACHER = (
-    "a checkpoint of `python workflows/clip.py`, an architecture of open_clip with --pretrained TAG|FILE, or --texts"
+    "a checkpoint of `python workflows/clip.py` or, from a released file, of `python workflows/import_weights.py`, an "
+    "architecture of open_clip with --pretrained TAG|FILE, or --texts"
 )
 
 
