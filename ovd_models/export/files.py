@@ -57,7 +57,7 @@ def write_part(part: Part, folder: Path) -> float:
                 output_names=list(part.outputs),
                 dynamic_axes={name: dict(axes) for name, axes in part.dynamic.items()},
                 opset_version=OPSET,
-                dynamo=False,  # torch.export cannot follow the numbers of proposals, which depend on the image
+                dynamo=False,  # torchvision's operators of varying numbers of boxes are registered for tracing
             )
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
