@@ -12,6 +12,8 @@ FORMAT = 1
 CALIBRATION = "calibration.json"
 DEFAULT_THRESHOLD = 0.3
 """Score threshold of detectors that were never evaluated."""
+SOURCE = "source.json"
+"""In a folder that was converted: the released files and their sha256."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,16 @@ def write_calibration(folder: str | Path, threshold: float, data_set: str) -> No
     """
     values = {"score_threshold": math.floor(1000 * threshold) / 1000, "data_set": data_set}
     Path(folder, CALIBRATION).write_text(json.dumps(values, indent=1))
+
+
+def read_source(folder: str | Path) -> str:
+    """The released files that a folder was converted from, `NAME sha256:DIGEST, ...`; empty if it was trained here.
+
+    Raises:
+        InputError: the record is broken.
+    """
+    path = Path(folder) / SOURCE
+    if not path.is_file():
+        return ""
+    with as_input_error(f"{path}: not a record of released files"):
+        return ", ".join(f"{name} sha256:{digest}" for name, digest in json.loads(path.read_text()).items())

@@ -40,7 +40,7 @@ from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_encoder, load_model, save_checkpoint, save_encoder
 from ovd_models.clip.model import ClipTextEncoder
 from ovd_models.codet.drawing import draw_attention, draw_similarity
-from ovd_models.codet.model import CoDet
+from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.centernet2 import CenterNet2
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
@@ -215,8 +215,7 @@ def train(run: Run) -> Trained[Metrics]:
         tables_read={
             "boxes": f"{run.boxes}-train",
             "categories": run.boxes,
-            "concepts": run.pairs,
-            "groups": run.pairs,
+            **({"concepts": run.pairs, "groups": run.pairs} if run.pairs else {}),
         },
         inputs={"teacher": encoder.teacher, "backbone": starting_weights.digest_of(run.backbone_weights)},
         stages=(boxes, joint),
@@ -312,6 +311,8 @@ def initial_weights(run: Run, names: CodetNames, teacher: str) -> tuple[Run, dic
         InputError: the backbone's weights or the box model do not fit.
     """
     given = read_box_model(run, names, teacher) if run.box_model else None
+    if given is not None and run.continues:
+        run = adopt_architecture(run, given.config)
     model, file = run.model, run.backbone_weights
     detector, centernet2 = model.detector, model.centernet2
     if given is not None:
@@ -334,6 +335,16 @@ def initial_weights(run: Run, names: CodetNames, teacher: str) -> tuple[Run, dic
         load_backbone(start.detector, backbone)
     weights = start.state_dict()
     return run, weights if given is None else given_weights(run.box_model, given, weights)
+
+
+def adopt_architecture(run: Run, given: CoDetConfig) -> Run:
+    """The run with the architecture of the detector that it continues; its training settings stay."""
+    sizes = {name: getattr(given, name) for name in ("architecture", "detector", "centernet2")}
+    stage = run.joint_stage
+    if given.architecture == "centernet2":  # whose backbone has another name
+        renamed = {name.replace(".backbone.", ".pyramid."): factor for name, factor in stage.rate_factors.items()}
+        stage = dataclasses.replace(stage, rate_factors=renamed)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **sizes), joint_stage=stage)
 
 
 def is_release(box_model: str) -> bool:
@@ -407,17 +418,33 @@ def prepare_data(run: Run) -> Run:
     boxes = dataclasses.replace(
         prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data, eval_images=run.held_out
     )
-    if run.data:
+    if run.data and run.pairs:
         prepare_boxes.check_captions(boxes, run.pairs, run.config)
-    teacher = find_teacher(
-        run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
-    )
+    if run.continues and not (run.teacher or run.texts):
+        teacher = own_encoder(run)
+    else:
+        teacher = find_teacher(
+            run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
+        )
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
-    if run.data:
+    if run.data and run.pairs:
         prepare_boxes.prepare_captions(boxes, run.pairs, run.config)
     elif run.config == "smoke":
         prepare_pairs.prepare_smoke(run.storage)
     return dataclasses.replace(run, teacher=teacher)
+
+
+def own_encoder(run: Run) -> str:
+    """The text encoder of the detector that is continued.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    folder = storage.join(run.box_model, "text") if run.box_model else ""
+    if not folder or not storage.exists(folder):
+        expected = "a checkpoint folder, such as `python workflows/import_weights.py` makes of a released file"
+        raise InputError(f"--box-model {run.box_model}: no detector to continue, expected {expected}")
+    return folder
 
 
 def main() -> None:

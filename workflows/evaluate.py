@@ -86,7 +86,7 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
         InputError: the model or a table is missing, or no image can be read.
     """
     # Here, since they take seconds, which predictions made elsewhere do not need.
-    from ovd_models.checkpoints import read_info
+    from ovd_models.checkpoint_info import read_info, read_source
     from workflows.common import models, tracking
     from workflows.reports import evaluation
 
@@ -101,7 +101,7 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
         experiment=run.boxes.removesuffix("-eval"),
         name=f"{method} evaluated, {run.boxes}",
         params=cli.flatten(run),
-        tags={"method": method},
+        tags={"method": method, "source": read_source(folder)},
     )
     numbers: dict[str, float] = {}
     lines: list[str] = []

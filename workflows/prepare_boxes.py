@@ -84,8 +84,9 @@ class Run:
 
     COCO's names are split into 48 base and 17 novel ones, LVIS's by `frequency` (`r` is novel); others are base.
     """
-    split: Literal["published", "frequency"] = "published"
-    """For `data`: `frequency` makes the names in at most 10 training images novel, as LVIS counts."""
+    split: Literal["published", "frequency", "none"] = "published"
+    """For `data`: `frequency` makes the names in at most 10 training images novel, as LVIS counts; `none` keeps all
+    names base, for a detector that is to learn all that is labelled."""
     novel: str = ""
     """For `data`: a file with the names of the novel categories, one a line; the others are base."""
     eval_data: str = ""
@@ -268,6 +269,8 @@ def split_categories(run: Run, categories: list[dict[str, Any]], rows: pa.Table)
     """Rows of `categories` with the split that the run asks for; `rows` are those of all training images."""
     if run.novel:
         return named_split(categories, Path(run.novel))
+    if run.split == "none":
+        return [{**row, "split": "base"} for row in categories]
     return frequency_split(categories, rows) if run.split == "frequency" else categories
 
 
@@ -427,7 +430,10 @@ def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str, h
     Other configs train on tables published before.
     """
     if data:
-        prepare(dataclasses.replace(coco(), storage=storage_uri, name=boxes, data=data, eval_images=held_out))
+        split: Literal["none", "published"] = "none" if config == "finetune" else "published"
+        prepare(
+            dataclasses.replace(coco(), storage=storage_uri, name=boxes, data=data, split=split, eval_images=held_out)
+        )
     elif config == "smoke":
         prepare(dataclasses.replace(smoke(), storage=storage_uri))
 

@@ -157,7 +157,7 @@ def train(run: Run) -> Trained[DetectionMetrics]:
 
 def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
     """The run completed by its data and starting weights, the names and their encoder."""
-    run = find_weights(run)
+    run = find_weights(continue_model(run))
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
     names = read_names(run, encoder)
     return complete(run, names), names, encoder
@@ -275,6 +275,8 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
     """The detector's initial weights: the proposal network's, or only the backbone's."""
     torch.manual_seed(run.detector_stage.seed)
     model = ViLD(run.model)
+    if run.box_model:
+        return load_model(storage.local_folder(run.box_model), ViLD).state_dict()
     if run.start_from_proposals:
         trained = load_model(storage.local_folder(proposals), ViLD).detector.state_dict()
         first_stage = ProposalNetwork(run.model.detector).state_dict()
@@ -322,6 +324,20 @@ def read_names(run: Run, encoder: TextEncoder) -> VildNames:
     return VildNames(trained, splits, categories, build_vocabulary(encoder, ordered, splits, words))
 
 
+def continue_model(run: Run) -> Run:
+    """The run with the architecture and the proposals of the model that it continues, if any.
+
+    Raises:
+        InputError: there is no such model, or `finetune` is given none.
+    """
+    if not run.box_model:
+        if run.config == "finetune":
+            raise InputError("--box-model: missing, expected the ViLD checkpoint to continue")
+        return run
+    model = load_model(storage.local_folder(run.box_model), ViLD).config
+    return dataclasses.replace(run, model=model, proposals=run.proposals or run.box_model)
+
+
 def find_weights(run: Run) -> Run:
     """The run with the file that its backbone starts from, or with `from_scratch`; given proposals have a backbone.
 
@@ -365,7 +381,7 @@ def complete(run: Run, names: VildNames) -> Run:
 
 def prepare_data(run: Run) -> Run:
     """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
-    run = find_weights(run)
+    run = find_weights(continue_model(run))
     teacher = find_teacher(
         run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
     )

@@ -176,7 +176,7 @@ def run_decoder(
     Returns:
         Outputs of the first tokens [P, T, C], and logits [P, K, L, L] of the mask tokens.
     """
-    count, num_first = len(sparse_PnC), len(first_TC)
+    count, num_first = sparse_PnC.shape[0], len(first_TC)  # a shape, for tracing
     own_TC = torch.cat([first_TC, decoder.mask_tokens.weight])
     tokens_PTC = torch.cat([own_TC.expand(count, -1, -1), sparse_PnC], dim=1)
     source_PChw = image_PChw + dense

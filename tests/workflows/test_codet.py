@@ -224,6 +224,43 @@ def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: T
 
 
 @pytest.mark.ray
+def test_a_detector_is_continued_with_its_own_architecture_and_encoder(
+    prepared: Run, trained: Trained[Metrics], tmp_path: Path
+) -> None:
+    stage = dataclasses.replace(
+        codet_configs.finetune().joint_stage,
+        steps=5,
+        checkpoint_every=5,
+        workers=0,
+        rate_factors={"detector.backbone.": 0.0},
+    )
+    run = dataclasses.replace(
+        codet_configs.finetune(),
+        storage=prepared.storage,
+        boxes="smoke",
+        box_model=trained.model,
+        box_stage=stage,
+        joint_stage=stage,
+        detection_batch=2,
+        validate_every=0,
+    )
+    found = codet.train(codet.prepare_data(run))
+    before, after = (load_model(folder, CoDet) for folder in (trained.model, found.model))
+    assert after.config.detector == before.config.detector
+    assert ovd_models.load(found.model).teacher == ovd_models.load(trained.model).teacher
+    moved = {
+        name
+        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert "detector.projection.weight" in moved
+    assert not [name for name in moved if name.startswith("detector.backbone.")]  # a factor of 0 freezes it
+    for model in ("", str(tmp_path), "Detic_OVCOCO_CLIP_R50_1x_max-size.pth"):
+        with pytest.raises(InputError, match="no detector to continue, expected a checkpoint folder, such as"):
+            codet.prepare_data(dataclasses.replace(run, box_model=model))
+
+
+@pytest.mark.ray
 def test_kinds_of_batches_can_alternate(prepared: Run, trained: Trained[Metrics]) -> None:
     stage = dataclasses.replace(prepared.joint_stage, steps=4, checkpoint_every=10, log_every=1)
     run = dataclasses.replace(prepared, box_model=trained.outputs["boxes_model"], alternate=True, joint_stage=stage)

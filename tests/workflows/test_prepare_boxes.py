@@ -368,3 +368,11 @@ def test_the_second_style_has_the_same_names_in_other_pictures(tmp_path: Path) -
         sets[name] = (names, boxes["image_id"].to_pylist())
     assert sets["first"][0] == sets["second"][0]
     assert not set(sets["first"][1]) & set(sets["second"][1])
+
+
+def test_all_names_can_stay_base(tmp_path: Path) -> None:
+    run = Run(storage=str(tmp_path / "store"), name="own", data=str(folder_of(tmp_path / "data")), train_images=0)
+    prepare(dataclasses.replace(run, eval_images=2, split="none"))
+    categories, splits = read_categories(run.storage, "own")
+    assert set(splits.values()) == {"base"}
+    assert sorted(categories.values()) == sorted(NAMES)

@@ -126,6 +126,37 @@ def test_an_earlier_runs_proposals_and_embeddings_are_used_again(
 
 
 @pytest.mark.ray
+def test_a_detector_is_continued_with_its_own_architecture_and_proposals(
+    prepared: Run, trained: Trained[DetectionMetrics]
+) -> None:
+    settings = vild_configs.finetune()
+    stage = dataclasses.replace(
+        settings.detector_stage, steps=5, checkpoint_every=5, workers=0, rate_factors={"detector.backbone.": 0.0}
+    )
+    run = dataclasses.replace(
+        settings,
+        storage=prepared.storage,
+        boxes="smoke",
+        teacher=prepared.teacher,
+        box_model=trained.model,
+        max_proposals=8,
+        regions_per_step=4,
+        embed=prepared.embed,
+        detector_stage=stage,
+        detection_batch=2,
+        validate_every=0,
+    )
+    found = vild.train(vild.prepare_data(run))
+    assert found.outputs["proposals"] == trained.model
+    before, after = (load_model(folder, ViLD) for folder in (trained.model, found.model))
+    assert after.config == before.config
+    assert torch.equal(before.detector.backbone.conv1.weight, after.detector.backbone.conv1.weight)
+    assert not torch.equal(before.detector.projection.weight, after.detector.projection.weight)
+    with pytest.raises(InputError, match="--box-model: missing, expected the ViLD checkpoint to continue"):
+        vild.prepare_data(dataclasses.replace(run, box_model=""))
+
+
+@pytest.mark.ray
 def test_supervised_training_finds_no_novel_name(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
     model = dataclasses.replace(prepared.model, variant="supervised")
     found = vild.train(dataclasses.replace(prepared, model=model, proposals=trained.outputs["proposals"]))

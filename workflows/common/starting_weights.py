@@ -66,7 +66,8 @@ def find_backbone(config: str, given: str, published: PublishedBackbone, backbon
         released = f", --box-model FILE (such as {published.box_model_url})" if published.box_model_url else ""
         raise InputError(
             f"--config {config}: the backbone starts from {published.file} ({published.url}), not found here; "
-            f"expected --backbone-weights FILE{released} or --from-scratch"
+            f"expected --backbone-weights FILE{released} or --from-scratch; "
+            "`python workflows/import_weights.py --list` names all released files"
         )
     if found:
         print(f"backbone: {found} ({published.trained_on})", flush=True)

@@ -16,7 +16,8 @@ from ovd_models.predictors import choose_device, find_device
 from ovd_models.vocabulary import SynonymMean, TextEncoder, Vocabulary, build_vocabulary
 
 EXPECTED_TEACHER = (
-    "a checkpoint of `python workflows/clip.py`, an architecture of open_clip with --pretrained TAG|FILE, or --texts"
+    "a checkpoint of `python workflows/clip.py` or, from a released file, of `python workflows/import_weights.py`, an "
+    "architecture of open_clip with --pretrained TAG|FILE, or --texts"
 )
 
 
@@ -75,7 +76,7 @@ def read_codet_names(
 ) -> CodetNames:
     """Embed the names of `categories/<boxes>` and of `concepts/<pairs>`, or read them from the teacher's `texts`.
 
-    Concepts have no synonyms.
+    Concepts have no synonyms; there are none if `pairs` is empty.
 
     Raises:
         InputError: a table is missing, or a name cannot be embedded.
@@ -87,12 +88,13 @@ def read_codet_names(
     words = read_synonyms(storage_uri, boxes) if synonyms == "mean" else None
     counts = tables.read_table(storage_uri, "categories", boxes, ["name", "image_count"]).to_pylist()
     images = {row["name"]: row["image_count"] for row in counts}
-    concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist()
+    concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist() if pairs else []
+    vocabulary = build_vocabulary(encoder, list(categories.values()), splits, words)
     return CodetNames(
         categories,
         splits,
-        build_vocabulary(encoder, list(categories.values()), splits, words),
-        build_vocabulary(encoder, concepts).embeddings,
+        vocabulary,
+        build_vocabulary(encoder, concepts).embeddings if concepts else vocabulary.embeddings[:0],
         tuple(concepts),
         tuple(images[name] for name in base),
     )

@@ -69,6 +69,8 @@ class Run:
     box_model: str = ""
     """Folder or URI of a detector checkpoint, or a file released by Detic (.pth, .pkl), to start the joint stage from,
     instead of training the box stage."""
+    continues: bool = False
+    """Take the architecture from `box_model`, and without a teacher its own text encoder."""
     max_detections: int = 100
     """Detections of an image in evaluation."""
     validate_every: int = 5000
@@ -83,6 +85,8 @@ class Run:
 
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
+        if self.continues and self.model.supervision != "boxes" and not self.pairs:
+            raise InputError("--pairs: missing, expected the captions that the detector is continued with")
         for stage in (self.box_stage, self.joint_stage):
             check_shared("detection_batch", self.detection_batch, stage)
             check_shared("groups_per_step", self.groups_per_step, stage)
@@ -206,6 +210,31 @@ def photos_8gpu() -> Run:
         groups_per_step=32,
         box_stage=boxes,
         joint_stage=dataclasses.replace(boxes, learning_rate=2.5e-4),
+    )
+
+
+def finetune() -> Run:
+    """A trained or imported detector, continued on some labelled images; needs --box-model, and --data or --boxes.
+
+    All names are trained, none is held out. The backbone learns at a tenth of the rate.
+    """
+    stage = Optimisation(
+        steps=200,
+        learning_rate=2e-4,
+        checkpoint_every=50,
+        rate_factors={"detector.backbone.": 0.1},
+    )
+    return Run(
+        config="finetune",
+        boxes="finetune",
+        pairs="",
+        continues=True,
+        model=CoDetConfig(supervision="boxes"),
+        detection_batch=4,
+        augmentation=Augmentation(flip_probability=0.5),
+        box_stage=stage,
+        joint_stage=stage,
+        validate_every=50,
     )
 
 
@@ -338,6 +367,7 @@ CONFIGS: dict[str, Callable[[], Run]] = {
     "photos_laptop": photos_laptop,
     "photos_gpu": photos_gpu,
     "photos_8gpu": photos_8gpu,
+    "finetune": finetune,
     "coco_r50": coco_r50,
     "lvis_r50": lvis_r50,
     "lvis_swin_b": lvis_swin_b,

@@ -11,6 +11,7 @@ import PIL.Image
 from torch import Tensor
 
 from data_prep.embeddings.texts import PreloadedEncoder, TextStore
+from ovd_models.checkpoint_info import read_source
 from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
 from workflows.common.models import load, local_model
@@ -47,6 +48,8 @@ class ServedModel:
     """MLflow's; empty if unknown."""
     licence: str
     """Note about the weights' licence."""
+    source: str
+    """Released files that it was converted from, with their sha256; empty if it was trained here."""
 
     @property
     def method(self) -> str:
@@ -122,6 +125,7 @@ def load_served(name: str, uri: str, storage_uri: str, *, texts: bool, device: s
         version,
         run_id,
         licence.read_text()[:2_000] if licence.is_file() else "",
+        read_source(folder),
     )
 
 
