@@ -143,6 +143,7 @@ def main() -> None:
     for part, seed in plan(run, records):
         print(f"== claim {part.number}, seed {seed}: {time.strftime('%H:%M:%S')}", flush=True)
         path = parts.write_record(run.results, parts.measure(part, seed, run.storage, teacher))
+        parts.draw(part, seed, run.storage, teacher, run.results)
         print(f"recorded: {path}", flush=True)
         render(run)
     render(run)

@@ -174,6 +174,8 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     assert json.loads((REPOSITORY / "docs/claims.json").read_text()) == content
     drawn = {verdict.part.number for verdict in verdicts if verdict.records}
     assert {int(path.stem) for path in (REPOSITORY / "docs/claims").glob("*.png")} == drawn
+    pictures = {verdict.part.number for verdict in verdicts if verdict.records and verdict.part.picture}
+    assert {int(path.stem) for path in (REPOSITORY / "docs/claims").glob("*.jpg")} == pictures
 
 
 def test_the_catalogue_is_complete() -> None:

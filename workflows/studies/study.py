@@ -269,7 +269,8 @@ def claim_table(claims: Iterable[ClaimResult]) -> list[str]:
         chosen = f" ({judged.baseline})" if len(claim.baselines) > 1 else ""
         paper = "" if claim.paper is None else f"{claim.paper:+.3f} ({claim.source})"
         interval = "{:+.3f} to {:+.3f}".format(*judged.interval) if judged.interval else "none from one seed"
-        holds = "yes" if judged.holds else "no"
+        undecided = claim.tested == "interval" and judged.interval is None
+        holds = "yes" if judged.holds else "undecided" if undecided else "no"
         cells = [required, paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), holds]
         rows.append([claim.statement + chosen, *cells])
     return table(rows)

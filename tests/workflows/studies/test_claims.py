@@ -1,7 +1,9 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from data_prep import tables
 from data_prep.pictograms.world import World
 from ovd_models.segments import OFF, ON
 from workflows.studies.claims import clip_parts, codet_parts, sam_parts, vild_parts
@@ -59,6 +61,22 @@ def test_the_next_click_lies_in_the_larger_error() -> None:
     x, y = points[1].long().tolist()
     assert not true[1, y, x]
     assert points[2].tolist() == [3, 3]  # the deepest pixel of the object
+
+
+def test_few_boxes_of_novel_names_are_kept_and_all_of_base_ones() -> None:
+    every = [[1, 2, 2], [2, 1], [], [2, 3]]
+    box = [0.0, 0.0, 1.0, 1.0]
+    rows = [
+        {name: [value] * len(ids) for name, value in (("boxes", box), ("iscrowd", False), ("masks", ""))}
+        for ids in every
+    ]
+    table = pa.Table.from_pylist(
+        [row | {"category_ids": ids} for row, ids in zip(rows, every, strict=True)], schema=tables.SCHEMAS["boxes"]
+    )
+    categories = [{"category_id": key, "split": split} for key, split in ((1, "base"), (2, "novel"), (3, "novel"))]
+    kept = vild_parts.keep_few(table, categories, 2)
+    assert kept["category_ids"].to_pylist() == [[1, 2, 2], [1], [], [3]]
+    assert [len(entry) for entry in kept["boxes"].to_pylist()] == [3, 1, 0, 1]
 
 
 def test_parts_share_the_trainings_of_their_method() -> None:

@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from data_prep import storage, tables
-from ovd_models.checkpoints import load_encoder
+from ovd_models.checkpoints import load_encoder, load_model
+from ovd_models.codet.drawing import draw_attention
+from ovd_models.codet.model import CoDet
 from ovd_models.vocabulary import build_vocabulary
+from workflows.common.teacher import read_codet_names
 from workflows.configs import codet as codet_configs
 from workflows.studies import codet as codet_study
 from workflows.studies.claims.parts import Part
@@ -41,8 +45,10 @@ class NewWords(StudyRun):
 
     training: codet_configs.Run = field(default_factory=short_codet)
     variants: tuple[Variant, ...] = ("region-region", "region-text")
-    planted_groups: int = 204
+    planted_groups: int = 68
     """Groups of scenes with one shared object, on which attention is measured."""
+    drawn_groups: int = 3
+    """Groups whose attention is drawn."""
 
 
 def random_like(rows_KD: npt.NDArray[np.float32], count: int, seed: int) -> npt.NDArray[np.float32]:
@@ -69,17 +75,43 @@ def write_new_words(run: NewWords, seed: int, teacher: str) -> str:
     return path
 
 
-def measure_new_words(run: NewWords, seed: int) -> dict[str, Metrics]:
-    """AP50 and attention of each variant; all start from one box stage."""
+def new_words_study(run: NewWords, seed: int) -> codet_study.Run:
+    """The study of all variants of a seed, which start from one box stage."""
     prepare_world(run.storage, pairs=True)
-    texts = write_new_words(run, seed, teacher_of(run, 0))
-    study = codet_study.Run(
+    return codet_study.Run(
         storage=run.storage,
-        training=replace(run.training, texts=texts),
+        training=replace(run.training, texts=write_new_words(run, seed, teacher_of(run, 0))),
         variants=run.variants,
         planted_groups=run.planted_groups,
     )
-    return measure_all(study, seed)
+
+
+def measure_new_words(run: NewWords, seed: int) -> dict[str, Metrics]:
+    """AP50 and attention of each variant."""
+    return measure_all(new_words_study(run, seed), seed)
+
+
+def draw_new_words(run: NewWords, seed: int) -> Image.Image:
+    """Attention of each variant, a column each, in groups of scenes that share an object with a new word."""
+    study, columns = new_words_study(run, seed), []
+    for variant in run.variants:
+        local = storage.local_folder(codet_study.trained_variant(study, variant, seed)["model"])
+        model, encoder = load_model(local, CoDet), load_encoder(local / "text")
+        names = read_codet_names(run.storage, run.training.boxes, run.training.pairs, encoder)
+        novel = {name for name, split in names.splits.items() if split == "novel"}
+        concepts = [name if name in novel else "" for name in names.concepts]  # only new words are drawn
+        sheets = []
+        for batch, _ in codet_study.planted_groups(concepts, run.drawn_groups, run.training.group_size):
+            (group,) = model.explain(batch, names.concept_embeddings)
+            title = f"{variant}: {names.concepts[int(batch.concept_ids)]}"
+            sheets.append(draw_attention(batch.images, group.boxes, group.attention, title, batch.captions))
+        columns.append(sheets)
+    width, height = columns[0][0].size
+    picture = Image.new("RGB", (len(columns) * (width + 12) - 12, len(columns[0]) * (height - 22)), "white")
+    for x, sheets in enumerate(columns):
+        for y, sheet in enumerate(sheets):
+            picture.paste(sheet.crop((0, 0, width, height - 22)), (x * (width + 12), y * (height - 22)))
+    return picture
 
 
 def measure_all(run: codet_study.Run, seed: int) -> dict[str, Metrics]:
@@ -119,9 +151,10 @@ GROUPS_AGAINST_NAMES = Part(
     ),
     settings=NewWords(),
     measure=measure_new_words,
-    claims=(
-        Claim("novel AP50, new words: region-region above region-text", NOVEL, OURS, ("region-text",)),
-    ),
+    picture=draw_new_words,
+    picture_text="Attention in groups of scenes that share an object with a new word, region-region on the left and "
+    "region-text on the right",
+    claims=(Claim("novel AP50, new words: region-region above region-text", NOVEL, OURS, ("region-text",)),),
     columns={**AP50_COLUMNS, **ATTENTION},
     schedule="New words: each novel name has a random embedding with the mean and covariance of all names; base names "
     "keep theirs. All seeds use the CLIP of seed 0; the random embeddings differ by seed. " + SCHEDULE,

@@ -80,9 +80,9 @@ def section(verdict: Verdict) -> list[str]:
         return [*lines, ""]
     spent = ", ".join(f"{record.seconds / 60:.1f}" for record in verdict.records)
     lines += [f"- Seeds: {seeds} ({spent} minutes).", "", *studies.claim_table(verdict.judged)]
-    columns = part.columns or {}
-    lines += studies.metric_table(verdict.results, "", columns, each=next(iter(columns.values()), ""))
-    return [*lines, f"![claim {part.number}](claims/{part.number:02}.png)", ""]
+    lines += studies.metric_table(verdict.results, "", part.columns or {}, each=part.claims[0].metric)
+    lines += [f"![claim {part.number}](claims/{part.number:02}.png)", ""]
+    return [*lines, f"![{part.picture_text}](claims/{part.number:02}.jpg)", ""] if part.picture else lines
 
 
 def render_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -110,9 +110,11 @@ def render_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def draw(verdict: Verdict) -> matplotlib.figure.Figure:
-    """The first metrics of every variant: a dot for each seed and a bar at the mean."""
-    columns = list((verdict.part.columns or {}).items())[:2]
-    results = verdict.results
+    """The rule's metrics, or the table's first two, of every variant: a dot for each seed and a bar at the mean."""
+    every, results = verdict.part.columns or {}, verdict.results
+    metrics = [metric for metric in every.values() if any(metric == claim.metric for claim in verdict.part.claims)]
+    metrics = list(dict.fromkeys([*metrics, *every.values()]))[:2]
+    columns = [(header, metric) for metric in metrics for header, own in every.items() if own == metric]
     figure = matplotlib.figure.Figure(figsize=(9, 1.2 + 0.3 * len(results)))
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axis, (header, metric) in zip(axes, columns, strict=True):

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ovd_models.errors import InputError
 from workflows.common import cli
 from workflows.studies import study as studies
@@ -41,6 +43,10 @@ class Part:
     """A dataclass with `storage` and `teacher`; None if the claim has no command yet."""
     measure: Callable[[Any, int], Mapping[str, Metrics]] | None = None
     """Trains what is missing and measures with a seed: settings, seed -> metrics by variant."""
+    picture: Callable[[Any, int], Image.Image] | None = None
+    """Draws what a seed has learned: settings, seed -> picture; that of the first seed is on the page."""
+    picture_text: str = ""
+    """What the picture shows."""
     columns: Mapping[str, str] | None = None
     """Columns of the table of results: header -> metric."""
     remark: str = ""
@@ -123,6 +129,20 @@ def measure(part: Part, seed: int, storage: str, teacher: str) -> Record:
         settings=settings_of(part),
         results={variant: dict(metrics) for variant, metrics in results.items()},
     )
+
+
+def picture_path(folder: str, number: int) -> Path:
+    """The file of a part's picture."""
+    return Path(folder) / f"{number:02}.jpg"
+
+
+def draw(part: Part, seed: int, storage: str, teacher: str, folder: str) -> None:
+    """Write a part's picture, if it draws one and there is none."""
+    path = picture_path(folder, part.number)
+    if part.picture is not None and not path.exists():
+        settings = replace(part.settings, storage=storage, teacher=teacher)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.picture(settings, seed).save(path, quality=85)
 
 
 def head_commit() -> str:
