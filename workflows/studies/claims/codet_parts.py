@@ -17,7 +17,7 @@ from ovd_models.checkpoints import load_encoder, load_model
 from ovd_models.codet.drawing import draw_attention
 from ovd_models.codet.model import CoDet
 from ovd_models.vocabulary import build_vocabulary
-from workflows.common.teacher import read_codet_names
+from workflows.common.teacher import read_categories, read_codet_names
 from workflows.configs import codet as codet_configs
 from workflows.studies import codet as codet_study
 from workflows.studies.claims.parts import Part
@@ -78,9 +78,16 @@ def write_new_words(run: NewWords, seed: int, teacher: str) -> str:
 def new_words_study(run: NewWords, seed: int) -> codet_study.Run:
     """The study of all variants of a seed, which start from one box stage."""
     prepare_world(run.storage, pairs=True)
+    _, splits = read_categories(run.storage, run.training.boxes)
+    novel = tuple(name for name, split in splits.items() if split == "novel")
+    training = replace(
+        run.training,
+        texts=write_new_words(run, seed, teacher_of(run, 0)),
+        sampling=replace(run.training.sampling, names=novel),
+    )
     return codet_study.Run(
         storage=run.storage,
-        training=replace(run.training, texts=write_new_words(run, seed, teacher_of(run, 0))),
+        training=training,
         variants=run.variants,
         planted_groups=run.planted_groups,
     )
@@ -157,7 +164,8 @@ GROUPS_AGAINST_NAMES = Part(
     claims=(Claim("novel AP50, new words: region-region above region-text", NOVEL, OURS, ("region-text",)),),
     columns={**AP50_COLUMNS, **ATTENTION},
     schedule="New words: each novel name has a random embedding with the mean and covariance of all names; base names "
-    "keep theirs. All seeds use the CLIP of seed 0; the random embeddings differ by seed. " + SCHEDULE,
+    "keep theirs. Caption groups are of new words only, as for a detector that is to learn a company's products. All "
+    "seeds use the CLIP of seed 0; the random embeddings differ by seed. " + SCHEDULE,
     remark="With the teacher's own embeddings, the study of CoDet finds no difference (`docs/codet.md`).",
 )
 SHARED = Part(

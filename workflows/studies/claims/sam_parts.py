@@ -27,6 +27,8 @@ def small_sam() -> ovsam_configs.Run:
     return replace(
         config,
         sam_model=SamConfig(patch_size=8, width=96, heads=2, global_blocks=(), prompt_width=64),
+        # SAM only improves with as many clicks as its training corrects (Kirillov et al.: 8 corrections).
+        sam_training=replace(config.sam_training, clicks=3),
         batch_size=8,
         sam_stage=replace(config.sam_stage, steps=500, workers=0, checkpoint_every=50),
     )
@@ -39,13 +41,8 @@ class SamStudy(StudyRun):
     training: ovsam_configs.Run = field(default_factory=small_sam)
     images: int = 100
     """Number of evaluation scenes."""
-    clicks: int = 5
+    clicks: int = 4
     """Largest number of clicks on an object."""
-
-
-def deepest(masks_PHW: Tensor) -> Tensor:
-    """[P, 2] the deepest pixel of each mask; of an empty one, the first pixel."""
-    return centre_points(masks_PHW)
 
 
 def next_click(found_PHW: Tensor, true_PHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +52,7 @@ def next_click(found_PHW: Tensor, true_PHW: Tensor) -> tuple[Tensor, Tensor]:
     error_PHW = torch.where(missed_P[:, None, None], missed_PHW, surplus_PHW)
     nothing_P = ~error_PHW.flatten(1).any(1)  # a perfect mask: click on the object again
     error_PHW = torch.where(nothing_P[:, None, None], true_PHW, error_PHW)
-    return deepest(error_PHW), torch.where(missed_P | nothing_P, ON, OFF)
+    return centre_points(error_PHW), torch.where(missed_P | nothing_P, ON, OFF)
 
 
 def prompted_ious(
@@ -67,16 +64,15 @@ def prompted_ious(
         found = model.segment(encoded, prompts)
         return mask_ious(found.masks.flatten(1), true_PHW.flatten(1)), found.masks, found.low_res
 
-    boxes = boxes_of(true_PHW)
-    yield "box", ious(Prompts(boxes=boxes))[0]
-    points_P12, labels_P1 = deepest(true_PHW)[:, None], torch.full((len(true_PHW), 1), ON)
+    yield "box", ious(Prompts(boxes=boxes_of(true_PHW)))[0]
+    points_P12, labels_P1 = centre_points(true_PHW)[:, None], torch.full((len(true_PHW), 1), ON)
     earlier: Tensor | None = None
     for count in range(1, clicks + 1):
-        value, masks, low = ious(Prompts(points=points_P12, point_labels=labels_P1))
+        prompts = Prompts(points=points_P12, point_labels=labels_P1, masks=earlier)
+        value, masks, earlier = ious(prompts)
         yield f"{count} click{'s' if count > 1 else ''}", value
-        if count == 2 and earlier is not None:
-            yield "2 clicks and mask", ious(Prompts(points=points_P12, point_labels=labels_P1, masks=earlier))[0]
-        earlier = low
+        if count == 2:
+            yield "2 clicks, no mask", ious(replace(prompts, masks=None))[0]
         point_P2, label_P = next_click(masks, true_PHW)
         points_P12 = torch.cat([points_P12, point_P2[:, None]], 1)
         labels_P1 = torch.cat([labels_P1, label_P[:, None]], 1)
@@ -105,14 +101,14 @@ CLICKS = Part(
     settings=SamStudy(),
     measure=measure_clicks,
     claims=(
-        Claim("IoU: five clicks above one", "iou", "5 clicks", ("1 click",)),
+        Claim("IoU: four clicks above one", "iou", "4 clicks", ("1 click",)),
         Claim("IoU: a box above one click", "iou", "box", ("1 click",)),
-        Claim("IoU: two clicks with the first one's mask above one click", "iou", "2 clicks and mask", ("1 click",)),
+        Claim("IoU: two clicks with the first one's mask above two without", "iou", "2 clicks", ("2 clicks, no mask",)),
     ),
     columns={"IoU": "iou"},
-    schedule="One SAM a seed: patches of 8 pixels, 500 steps of 8 scenes (`pictograms`: patches of 4, 1,800 steps of "
-    "4); 100 scenes. The first click is the deepest pixel of the object, the next ones the deepest of the larger "
-    "error.",
+    schedule="One SAM a seed: patches of 8 pixels, 500 steps of 8 scenes with up to three corrective clicks "
+    "(`pictograms`: patches of 4, 1,800 steps of 4 scenes, one corrective click); 100 scenes. The first click is the "
+    "deepest pixel of the object, the next ones the deepest of the larger error, with the last mask as a prompt.",
     remark="Text as a prompt is not part of this measurement (`docs/ovsam.md`).",
 )
 
