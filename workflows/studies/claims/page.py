@@ -28,12 +28,13 @@ every line of its rule does: the whole interval (or, where the rule says so, the
 seed there is no interval, and the claim is *undecided*. A paper's value with a star is recalled and was not checked
 against the paper's text.
 """
+WORDS = ("holds", "does not hold", "undecided", "not measured", "no command yet")
 
 
 def verdict_word(verdict: Verdict) -> str:
     """The claim's state in a word or two."""
     if not verdict.records:
-        return "not measured"
+        return "not measured" if verdict.part.measure else "no command yet"
     return {True: "holds", False: "does not hold", None: "undecided"}[verdict.holds]
 
 
@@ -46,9 +47,7 @@ def number_of(judged: ClaimResult) -> str:
 def render_markdown(verdicts: Sequence[Verdict]) -> str:
     """The page."""
     words = [verdict_word(verdict) for verdict in verdicts]
-    counts = ", ".join(
-        f"{words.count(word)} {word}" for word in ("holds", "does not hold", "undecided", "not measured")
-    )
+    counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS)
     seconds = sum(record.seconds for verdict in verdicts for record in verdict.records)
     cpu = sum(record.cpu_seconds for verdict in verdicts for record in verdict.records)
     rows = [["", "claim", "headline", "mean, interval", "seeds", ""]]
@@ -63,8 +62,9 @@ def render_markdown(verdicts: Sequence[Verdict]) -> str:
             word,
         ])  # fmt: skip
     summary = (
-        f"{counts}. The recorded results took {seconds / 3600:.1f} h of wall time and {cpu / 3600:.1f} CPU-hours, on a "
-        "shared machine and without attempts that were killed."
+        f"Claims: {counts}. The recorded results took {cpu / 3600:.1f} CPU-hours and {seconds / 3600:.1f} h of wall "
+        "time on a shared machine, without attempts that were killed and without the demo, whose CLIP is that of seed "
+        "0."
     )
     sections = [line for verdict in verdicts for line in section(verdict)]
     return "\n".join([TITLE, summary, "", *studies.table(rows), *sections]).rstrip() + "\n"
@@ -124,8 +124,8 @@ def draw(verdict: Verdict) -> matplotlib.figure.Figure:
                 axis.barh(row, result.mean(metric), color="#cfd8e8", height=0.6)
                 axis.plot(values, [row] * len(values), "o", color="#24508f", markersize=4)
         axis.set(xlabel=header, yticks=range(len(results)), yticklabels=list(results))
-        axis.invert_yaxis() if axis is axes[0] else None
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
     return figure
 
 
