@@ -62,7 +62,7 @@ def render_markdown(verdicts: Sequence[Verdict]) -> str:
             word,
         ])  # fmt: skip
     summary = (
-        f"Claims: {counts}. The recorded results took {cpu / 3600:.1f} CPU-hours and {seconds / 3600:.1f} h of wall "
+        f"Claims: {counts}. The recorded results took {cpu / 3600:.2f} CPU-hours and {seconds / 3600:.1f} h of wall "
         "time on a shared machine, without attempts that were killed and without the demo, whose CLIP is that of seed "
         "0."
     )

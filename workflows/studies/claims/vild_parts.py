@@ -149,7 +149,8 @@ def variants(*names: Variant) -> Callable[[VildRun, int], dict[str, Metrics]]:
     """A measurement of AP50 of some variants."""
 
     def measure(run: VildRun, seed: int) -> dict[str, Metrics]:
-        ready, found = prepared(run), {}
+        ready = prepared(run)
+        found: dict[str, Metrics] = {}
         for name in names:
             found |= vild_study.measure_variant(ready, name, seed)
         return found
