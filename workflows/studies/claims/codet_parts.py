@@ -25,6 +25,7 @@ from workflows.studies.claims.teachers import prepare_world, teacher_of
 from workflows.studies.codet import Variant
 from workflows.studies.study import AP50_COLUMNS, Claim, Metrics, StudyRun
 
+PICTURE_SIDE = 1300
 OV_COCO = "OV-COCO; CoDet's README and Detic's model zoo"
 
 
@@ -118,6 +119,7 @@ def draw_new_words(run: NewWords, seed: int) -> Image.Image:
     for x, sheets in enumerate(columns):
         for y, sheet in enumerate(sheets):
             picture.paste(sheet.crop((0, 0, width, height - 22)), (x * (width + 12), y * (height - 22)))
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     return picture
 
 
