@@ -73,7 +73,8 @@ def read_records(run: Run) -> dict[int, list[Record]]:
     """
     found: dict[int, list[Record]] = {}
     for number, part in PARTS.items():
-        seeds = sorted(int(path.stem.split("-")[1]) for path in Path(run.results).glob(f"{number:02}-*.json"))
+        endings = [path.stem.split("-")[1] for path in Path(run.results).glob(f"{number:02}-*.json")]
+        seeds = sorted(int(ending) for ending in endings if ending.isdigit())
         records = [parts.read_record(run.results, part, seed) for seed in seeds] if part.measure else []
         found[number] = [record for record in records if record is not None]
     return found
@@ -142,9 +143,9 @@ def main() -> None:
     print(f"CLIP of seed 0: {teacher or 'is trained'}")
     for part, seed in plan(run, records):
         print(f"== claim {part.number}, seed {seed}: {time.strftime('%H:%M:%S')}", flush=True)
-        path = parts.write_record(run.results, parts.measure(part, seed, run.storage, teacher))
+        record = parts.measure(part, seed, run.storage, teacher)
         parts.draw(part, seed, run.storage, teacher, run.results)
-        print(f"recorded: {path}", flush=True)
+        print(f"recorded: {parts.write_record(run.results, record)}", flush=True)
         render(run)
     render(run)
     print(f"page: {run.results}.md")
