@@ -63,15 +63,19 @@ def random_like(rows_KD: npt.NDArray[np.float32], count: int, seed: int) -> npt.
 
 
 def write_new_words(run: NewWords, seed: int, teacher: str) -> str:
-    """A table of the names' embeddings, random for novel names; returns its file."""
-    own = run.training
-    rows = tables.read_table(run.storage, "categories", own.boxes, ["name", "split"]).to_pylist()
+    """A table of the names' embeddings, random for novel names; returns its file, which is written once.
+
+    Embeddings differ in their last bits with the number of threads, and a resumed training refuses other ones.
+    """
     encoder = load_encoder(storage.local_folder(teacher))
+    name = f"new-words-{seed}-{storage.sha256(encoder.teacher.encode())[:8]}.npy"
+    path, buffer = storage.join(run.storage, "reports", "claims", name), io.BytesIO()
+    if storage.exists(path):
+        return path
+    rows = tables.read_table(run.storage, "categories", run.training.boxes, ["name", "split"]).to_pylist()
     name_KD = build_vocabulary(encoder, [row["name"] for row in rows]).embeddings.numpy()
     novel = np.array([row["split"] != "base" for row in rows])
-    name_KD = np.where(novel[:, None], random_like(name_KD, len(rows), seed), name_KD)
-    path, buffer = storage.join(run.storage, "reports", "claims", f"new-words-{seed}.npy"), io.BytesIO()
-    np.save(buffer, name_KD)
+    np.save(buffer, np.where(novel[:, None], random_like(name_KD, len(rows), seed), name_KD))
     storage.write_bytes(path, buffer.getvalue())
     return path
 
