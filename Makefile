@@ -8,9 +8,9 @@ export OMP_WAIT_POLICY := PASSIVE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHMARKS := bench-demo bench-host_waits bench-pairs bench-corpus bench-concepts bench-manifests bench-parity bench-teachers bench-train \
-	bench-alignment bench-group_plan bench-ovsam bench-eval bench-gpu bench-serve
+	bench-alignment bench-group_plan bench-ovsam bench-eval bench-gpu bench-serve bench-export
 
-.PHONY: help install demo test test-slow lint docs first-hour bench clean
+.PHONY: help install demo claims test test-slow lint docs first-hour bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ install: $(INSTALLED)  ## Create .venv with the pinned dependencies
 
 demo: $(INSTALLED)  ## Crawl, train, evaluate and serve on a small drawn world; results in runs/demo
 	$(BIN)/python workflows/demo.py
+
+claims: $(INSTALLED)  ## Measure the papers' claims that docs/claims does not hold yet, and render docs/claims.md
+	$(BIN)/python workflows/claims.py
 
 test: $(INSTALLED)  ## Run the tests, without the slow ones, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
