@@ -27,8 +27,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+from head_node import started_head
 from measure import BENCH, REPOSITORY, write_figures
-from ray_head import started_head
 
 NOISE = re.compile(
     r"WARNING|INFO |Tip:|FutureWarning|DeprecationWarning|UserWarning|Traceback|\(\w+ pid=|it/s\]|raylet|auth_token"

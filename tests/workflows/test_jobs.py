@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from head_node import RAY, Head, started_head
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
-from ray_head import RAY, Head, started_head
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from head_node import RAY, Head, free_ports, started_head
 from object_storage import BUCKET, client, s3_server
-from ray_head import RAY, Head, free_ports, started_head
 from serving import NAMES, picture, save_detector
 
 ROOT = Path(__file__).parents[3]

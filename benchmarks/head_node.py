@@ -1,4 +1,4 @@
-"""A Ray head node of its own, to which jobs are submitted; other Ray instances of the machine are not touched."""
+"""A Ray head node as `ray start --head` makes it, beside all others of the machine."""
 
 import contextlib
 import os
