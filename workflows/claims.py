@@ -11,6 +11,10 @@ python workflows/claims.py --render                    # the page from the recor
 python workflows/claims.py --check                     # measure one recorded claim again and compare
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "claims seeds render check demo results storage")
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +46,7 @@ class Run:
     claims: tuple[int, ...] = ()
     """Numbers of the claims to measure; all if empty."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of all trainings; every claim has one before any has two."""
     render: bool = False
     """Only render the page from the recorded results."""
     check: bool = False

@@ -8,6 +8,10 @@ python runs/demo/exported/detect.py picture.jpg umbrella anchor      # needs onn
 python workflows/export.py --model store/runs/clip/<run>/model --out exported_clip
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "model out images num_images storage")
+
 import json
 import shutil
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from pathlib import Path
 STAGE_FLAGS: Mapping[str, str] = {
     "workers": "Processes of all stages that train together.",
     "accumulate": "Parts in which a worker takes its share of a batch, to fit a smaller GPU.",
-    "precision": "auto, bf16, fp16 or fp32.",
+    "precision": "auto, fast, bf16, fp16 or fp32.",
     "compile": "Compile the backbones with `torch.compile`.",
     "use_gpu": "A GPU for each worker; without it or `--no-use-gpu`, those of this machine if there are enough.",
 }

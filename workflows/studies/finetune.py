@@ -7,6 +7,10 @@ finetune --> AP50 on 300 further scenes with all names, beside the detector as i
 python -m workflows.studies.finetune --box-model runs/demo/runs/codet/<run>/model
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "box_model counts boxes training")
+
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

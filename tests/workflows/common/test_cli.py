@@ -201,7 +201,7 @@ def test_precision_parts_and_devices_of_all_stages_are_one_flag_each() -> None:
     run = cli.parse(codet_configs.CONFIGS, "A test.", ["--config", "lvis_r50", *flags])
     for stage, precision in ((run.box_stage, "bf16"), (run.joint_stage, "fp16")):
         assert (stage.precision, stage.accumulate, stage.compile, stage.use_gpu) == (precision, 2, True, False)
-    with pytest.raises(InputError, match="precision: half, expected one of auto, bf16, fp16, fp32"):
+    with pytest.raises(InputError, match="precision: half, expected one of auto, fast, bf16, fp16, fp32"):
         cli.parse(codet_configs.CONFIGS, "A test.", ["--precision", "half"])
 
 
