@@ -8,9 +8,9 @@ export OMP_WAIT_POLICY := PASSIVE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHMARKS := bench-demo bench-host_waits bench-pairs bench-corpus bench-concepts bench-manifests bench-parity bench-teachers bench-train \
-	bench-alignment bench-group_plan bench-ovsam bench-eval bench-gpu bench-serve
+	bench-alignment bench-group_plan bench-ovsam bench-eval bench-gpu bench-serve bench-export
 
-.PHONY: help install demo test test-slow lint bench clean
+.PHONY: help install demo claims test test-slow lint docs first-hour bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ install: $(INSTALLED)  ## Create .venv with the pinned dependencies
 
 demo: $(INSTALLED)  ## Crawl, train, evaluate and serve on a small drawn world; results in runs/demo
 	$(BIN)/python workflows/demo.py
+
+claims: $(INSTALLED)  ## Measure the papers' claims that docs/claims does not hold yet, and render docs/claims.md
+	$(BIN)/python workflows/claims.py
 
 test: $(INSTALLED)  ## Run the tests, without the slow ones, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -30,10 +33,17 @@ lint: $(INSTALLED)  ## Run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+docs: $(INSTALLED)  ## Build the documentation as a site in build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(BENCHMARKS)  ## Run all benchmarks except clip_towers; bench-NAME runs one; results in runs/bench
 bench-%: benchmarks/%.py $(INSTALLED)
 	$(BIN)/python $<
+
+first-hour: $(INSTALLED)  ## Play a new user's first hour on a fresh clone, in about half an hour
+	$(BIN)/python benchmarks/first_hour.py
 
 clean:  ## Remove caches; keep .venv, runs and store
 	rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info

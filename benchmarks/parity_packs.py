@@ -93,9 +93,10 @@ def fedloss(path: Path) -> Iterator[Quantity]:
     labels = pack["gt_classes"].where(pack["gt_classes"] < count, -1)
     torch.manual_seed(int(re.findall(r"_s(\d+)", path.stem)[0]))
     chosen = federated_classes(labels, pack["freq_weight"], int(pack["num_sample_cats"]))
-    yield "classes", chosen.nonzero()[:, 0], pack["inds"][pack["inds"] < count]
+    # A set: recorded are the classes that occur, then those drawn, in the order of the draw.
+    yield "classes", chosen.nonzero()[:, 0], pack["inds"][pack["inds"] < count].sort().values
     many = federated_classes(torch.arange(15), pack["freq_weight"], int(pack["num_sample_cats"]))
-    yield "more classes than places", many.nonzero()[:, 0], pack["inds_more_than_budget"]
+    yield "more classes than places", many.nonzero()[:, 0], pack["inds_more_than_budget"].sort().values
 
 
 def boxloss(path: Path) -> Iterator[Quantity]:

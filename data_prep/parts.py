@@ -175,7 +175,7 @@ class Progress:
         due = now - self._shown >= max(LINE_SECONDS, LINE_SHARE * (now - self.started))
         if due:
             self._shown = now
-            if self._bar.disable:
+            if self._bar.disable and self.done < self.total:  # else `close` prints it
                 print(self._line(note), flush=True)
         return due
 

@@ -266,6 +266,13 @@ def write_file(
     return FileEntry(path, size, rows, digest)
 
 
+def changed_settings(manifest: Manifest, settings: Mapping[str, object]) -> list[str]:
+    """Names of the settings that differ from those recorded in a manifest's details; empty if it has none."""
+    before = manifest.details.get("settings")
+    now = json.loads(json.dumps(settings, default=str))
+    return [] if before is None else sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+
+
 def publish(
     storage_uri: str,
     table: TableName,

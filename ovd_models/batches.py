@@ -5,10 +5,10 @@ D embedding width.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -128,8 +128,20 @@ class ConceptBatch(ImageBatch):
 
 
 @dataclass(frozen=True)
+class Found:
+    """One thing found in an image."""
+
+    name: str | None
+    """None without a name."""
+    score: float | None
+    """In [0, 1]; None without a name."""
+    box: tuple[float, float, float, float]
+    """xyxy, pixels of the original image."""
+
+
+@dataclass(frozen=True)
 class Detections(TensorRecord):
-    """Objects found in one image, best first."""
+    """Objects found in one image, best first; iterate over them, or index and slice them as a list."""
 
     boxes: Tensor
     """[N, 4] float32 xyxy, pixels of the original image."""
@@ -149,9 +161,21 @@ class Detections(TensorRecord):
     def __len__(self) -> int:
         return len(self.scores)
 
-    def above(self, threshold: float) -> "Detections":
-        """The detections with a score above the threshold."""
-        return self._select(torch.nonzero(self.scores > threshold).squeeze(1))
+    def __iter__(self) -> Iterator[Found]:
+        rows = zip(self.labels.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True)
+        return (Found(self.names[label], score, (x0, y0, x1, y1)) for label, score, (x0, y0, x1, y1) in rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Found: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Detections": ...
+    def __getitem__(self, index: int | slice) -> "Found | Detections":
+        rows = torch.arange(len(self))[index]
+        return self._select(rows) if isinstance(index, slice) else next(iter(self._select(rows[None])))
+
+    def filter(self, *, min_score: float = 0.0, names: Collection[str] | None = None) -> "Detections":
+        """The detections with at least a score, and of some names; of all names if None."""
+        return self._select(rows_to_keep(self.scores, self.labels, self.names, min_score, names))
 
     def distinct(self, iou: float = 0.5) -> "Detections":
         """The best name of each object: suppression across names, where `detect` suppresses within each name."""
@@ -203,8 +227,15 @@ class Detections(TensorRecord):
         """The picture with its boxes, which a notebook shows for a result in a cell's last line."""
         return png_of(self.draw()) if self.image is not None else None
 
-    def draw(self, path: str | Path | None = None, *, image: Image.Image | None = None) -> Image.Image:
-        """The picture with its boxes, saved to `path` if given.
+    def draw(
+        self, path: str | Path | None = None, *, image: Image.Image | None = None, distinct: bool = True
+    ) -> Image.Image:
+        """The picture with its boxes in the colours of their names, saved to `path` if given.
+
+        Args:
+            path: of a picture file.
+            image: to draw on instead of the detections' own.
+            distinct: draw only the best name of each object, see `distinct`.
 
         Raises:
             ValueError: there is no picture to draw on.
@@ -212,11 +243,31 @@ class Detections(TensorRecord):
         picture = image if image is not None else self.image
         if picture is None:
             raise ValueError("these detections carry no image: pass image=")
-        texts = [f"{self.names[label]} {score:.2f}" for label, score in zip(self.labels, self.scores, strict=True)]
-        drawn = draw_boxes(picture, self.boxes, texts, self.labels.tolist())
+        shown = self.distinct() if distinct else self
+        names = [self.names[label] for label in shown.labels.tolist()]
+        texts = [f"{name} {score:.2f}" for name, score in zip(names, shown.scores.tolist(), strict=True)]
+        drawn = draw_boxes(picture, shown.boxes, texts, names)
         if path is not None:
             drawn.save(path)
         return drawn
+
+
+def rows_to_keep(
+    scores: Tensor, labels: Tensor, vocabulary: Sequence[str], min_score: float, names: Collection[str] | None
+) -> Tensor:
+    """Rows [M] int64 with at least a score, and of some names; of all if None.
+
+    Raises:
+        ValueError: a name is not in the vocabulary.
+    """
+    keep = scores >= min_score
+    if names is not None:
+        if unknown := [name for name in names if name not in vocabulary]:
+            raise ValueError(f"names: {unknown[0]!r} was not looked for, expected some of {', '.join(vocabulary)}")
+        keep &= torch.isin(
+            labels, torch.tensor([row for row, name in enumerate(vocabulary) if name in names]).to(labels)
+        )
+    return torch.nonzero(keep).squeeze(1)
 
 
 def coco_file(

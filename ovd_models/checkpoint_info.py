@@ -1,13 +1,19 @@
 """What a checkpoint's `config.json` says; without torch, so that commands can check a folder at once."""
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ovd_models.errors import InputError, as_input_error
 
 FORMAT = 1
+CALIBRATION = "calibration.json"
+DEFAULT_THRESHOLD = 0.3
+"""Score threshold of detectors that were never evaluated."""
+SOURCE = "source.json"
+"""In a folder that was converted: the released files and their sha256."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class CheckpointInfo:
     """`base` or `novel` by name, as in training."""
     run: dict[str, Any]
     """The resolved run of the training."""
+    score_threshold: float = DEFAULT_THRESHOLD
+    """Score above which F1 was best where the checkpoint was evaluated, if it was."""
 
 
 def read_info(folder: str | Path) -> CheckpointInfo:
@@ -31,6 +39,8 @@ def read_info(folder: str | Path) -> CheckpointInfo:
     Raises:
         InputError: the folder holds no checkpoint, or one of another format.
     """
+    if "://" in str(folder) or str(folder).startswith("models:/"):
+        raise InputError(f"{folder}: a URI, expected a local folder; workflows.common.models.load takes URIs")
     source = Path(folder)
     path = source / "config.json"
     if not path.is_file():
@@ -40,4 +50,31 @@ def read_info(folder: str | Path) -> CheckpointInfo:
         raw = json.loads(path.read_text())
         if raw.get("format") != FORMAT:
             raise InputError(f"{path}: format {raw.get('format')!r}, this program reads format {FORMAT}")
-        return CheckpointInfo(raw["method"], raw["model"], tuple(raw["vocabulary"]), raw["splits"], raw["run"])
+        info = CheckpointInfo(raw["method"], raw["model"], tuple(raw["vocabulary"]), raw["splits"], raw["run"])
+    calibration = source / CALIBRATION
+    if not calibration.is_file():
+        return info
+    with as_input_error(f"{calibration}: not a calibration"):
+        return replace(info, score_threshold=float(json.loads(calibration.read_text())["score_threshold"]))
+
+
+def write_calibration(folder: str | Path, threshold: float, data_set: str) -> None:
+    """Write the score above which F1 is best on a data set beside a checkpoint's `config.json`.
+
+    Rounded down, so that detections with exactly this score remain.
+    """
+    values = {"score_threshold": math.floor(1000 * threshold) / 1000, "data_set": data_set}
+    Path(folder, CALIBRATION).write_text(json.dumps(values, indent=1))
+
+
+def read_source(folder: str | Path) -> str:
+    """The released files that a folder was converted from, `NAME sha256:DIGEST, ...`; empty if it was trained here.
+
+    Raises:
+        InputError: the record is broken.
+    """
+    path = Path(folder) / SOURCE
+    if not path.is_file():
+        return ""
+    with as_input_error(f"{path}: not a record of released files"):
+        return ", ".join(f"{name} sha256:{digest}" for name, digest in json.loads(path.read_text()).items())

@@ -2,6 +2,7 @@
 
 model.safetensors     weights
 config.json           method, model config, resolved run, default vocabulary; written last
+calibration.json      the default score threshold, where the checkpoint was evaluated
 text/                 the text tower, or a table of embedded names; a SAM has none
 """
 

@@ -36,23 +36,30 @@ ImageT = TypeVar("ImageT", bound=ImageLike)
 Found = TypeVar("Found", Detections, Segments)
 
 
+def choose_device(name: str) -> str:
+    """The name of a device; `auto` is a GPU if this machine has one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def find_device(name: str) -> torch.device:
-    """The device of a name such as `cpu`, `cuda` or `cuda:1`.
+    """The device of a name such as `cpu`, `cuda` or `cuda:1`; `auto` is a GPU if there is one.
 
     Raises:
         InputError: there is no such device on this machine.
     """
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=choose_device(name)).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {name}: not on this machine ({reason}), expected cpu, cuda or cuda:N") from error
+        raise InputError(
+            f"--device {name}: not on this machine ({reason}), expected auto, cpu, cuda or cuda:N"
+        ) from error
 
 
 class Predictor(Generic[M]):
     """A trained model with its text encoder and the contents of its checkpoint's `config.json`."""
 
-    def __init__(self, model: M, encoder: TextEncoder, info: CheckpointInfo, device: str = "cpu") -> None:
+    def __init__(self, model: M, encoder: TextEncoder, info: CheckpointInfo, device: str = "auto") -> None:
         self.device = find_device(device)
         self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
 
@@ -97,7 +104,7 @@ class Detector(Predictor[CoDet | ViLD]):
         attributes: Sequence[str] = ...,
         prompts: str = ...,
         attribute_prompts: str = ...,
-        score_threshold: float = ...,
+        score_threshold: float | None = ...,
         max_detections: int = ...,
         scoring: Scoring | None = ...,
         synonyms: Synonyms | None = ...,
@@ -112,7 +119,7 @@ class Detector(Predictor[CoDet | ViLD]):
         attributes: Sequence[str] = ...,
         prompts: str = ...,
         attribute_prompts: str = ...,
-        score_threshold: float = ...,
+        score_threshold: float | None = ...,
         max_detections: int = ...,
         scoring: Scoring | None = ...,
         synonyms: Synonyms | None = ...,
@@ -126,7 +133,7 @@ class Detector(Predictor[CoDet | ViLD]):
         attributes: Sequence[str] = (),
         prompts: str = "",
         attribute_prompts: str = "photo",
-        score_threshold: float = 0.05,
+        score_threshold: float | None = None,
         max_detections: int = 100,
         scoring: Scoring | None = None,
         synonyms: Synonyms | None = None,
@@ -142,7 +149,7 @@ class Detector(Predictor[CoDet | ViLD]):
             prompts: a prompt set for this request, or templates such as `a drawing of {a}|{name}`; the checkpoint's
                 prompt set if empty.
             attribute_prompts: the same for attributes, which stand before each name in turn.
-            score_threshold: detections score above it.
+            score_threshold: detections score above it; if None, above the checkpoint's own, `info.score_threshold`.
             max_detections: maximum number for each image.
             scoring: for ViLD, how cosines become scores; the checkpoint's scoring if None.
             synonyms: other words by name.
@@ -164,12 +171,13 @@ class Detector(Predictor[CoDet | ViLD]):
             synonyms=synonyms,
             merge=merge,
         ).to(self.device)
+        threshold = self.info.score_threshold if score_threshold is None else score_threshold
         images: Sequence[ImageLike] = image if isinstance(image, list | tuple) else [image]
         tensors = [self.read(entry) for entry in images]
         if not tensors:
             return []
         found = [
-            self.find(each, query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring)
+            self.find(each, query, score_threshold=threshold, max_detections=max_detections, scoring=scoring)
             for each in self.encode(tensors)
         ]
         detections = [_with_image(result, tensor) for tensor, result in zip(tensors, found, strict=True)]
@@ -299,7 +307,7 @@ class Classifier:
 
     method = "clip"
 
-    def __init__(self, model: Clip, teacher: str, device: str = "cpu") -> None:
+    def __init__(self, model: Clip, teacher: str, device: str = "auto") -> None:
         self.device = find_device(device)
         self.model = model.to(self.device).eval()
         self.encoder: TextEncoder = ClipTextEncoder(model.config, model.model.text, teacher)
@@ -364,8 +372,10 @@ def _with_image(found: Found, tensor: Tensor) -> Found:
     return replace(found.to(torch.device("cpu")), image=Image.fromarray(tensor.cpu().permute(1, 2, 0).numpy()))
 
 
-def load(folder: str | Path, device: str = "cpu") -> Detector:
+def load(folder: str | Path, device: str = "auto") -> Detector:
     """The detector of a checkpoint folder, ready for any names.
+
+    `workflows.common.models.load` takes a checkpoint of any method, and URIs.
 
     Raises:
         InputError: the folder holds no detector checkpoint that this program reads.
@@ -375,7 +385,7 @@ def load(folder: str | Path, device: str = "cpu") -> Detector:
     return Detector(model, load_encoder(Path(folder) / "text"), read_info(folder), device)
 
 
-def load_segmenter(folder: str | Path, device: str = "cpu") -> Segmenter:
+def load_segmenter(folder: str | Path, device: str = "auto") -> Segmenter:
     """The segmenter of an OV-SAM checkpoint folder, ready for any prompts and names.
 
     Raises:
@@ -384,7 +394,7 @@ def load_segmenter(folder: str | Path, device: str = "cpu") -> Segmenter:
     return Segmenter(load_model(folder, OvSam), load_encoder(Path(folder) / "text"), read_info(folder), device)
 
 
-def load_text_segmenter(folder: str | Path, device: str = "cpu") -> TextSegmenter:
+def load_text_segmenter(folder: str | Path, device: str = "auto") -> TextSegmenter:
     """The model of a text-to-mask checkpoint folder, ready for any names.
 
     Raises:
@@ -393,7 +403,7 @@ def load_text_segmenter(folder: str | Path, device: str = "cpu") -> TextSegmente
     return TextSegmenter(load_model(folder, TextToMask), load_encoder(Path(folder) / "text"), read_info(folder), device)
 
 
-def load_classifier(folder: str | Path, device: str = "cpu") -> Classifier:
+def load_classifier(folder: str | Path, device: str = "auto") -> Classifier:
     """The CLIP of a checkpoint folder (`clip.json`), ready for any names.
 
     Raises:

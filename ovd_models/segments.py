@@ -3,10 +3,11 @@
 P prompts of one image, n points of a prompt, N objects of an image, L side of a mask decoder's map.
 """
 
-from collections.abc import Sequence, Sized
+import math
+from collections.abc import Collection, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from faster_coco_eval import mask as rle
 from PIL import Image
 from torch import Tensor
 
-from ovd_models.batches import ImageBatch, TensorRecord, coco_file, png_of
+from ovd_models.batches import Found, ImageBatch, TensorRecord, coco_file, png_of, rows_to_keep
 from ovd_models.drawing import colour_of, draw_boxes
 from ovd_models.errors import InputError
 
@@ -168,7 +169,7 @@ def _clip_boxes(boxes_P4: Tensor, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Segments(TensorRecord):
-    """One mask for each prompt, in the prompts' order, named if a vocabulary was given."""
+    """One mask for each prompt, in the prompts' order, named if a vocabulary was given; used as a list."""
 
     masks: Tensor
     """[P, H, W] bool, the original image."""
@@ -184,9 +185,41 @@ class Segments(TensorRecord):
     """[P, L, L] float32 logits, as `Prompts.masks` takes them."""
     image: Image.Image | None = None
     """The image, to draw on."""
+    reason: str = ""
+    """Why masks of a whole image are none; else empty."""
 
     def __len__(self) -> int:
         return len(self.masks)
+
+    def __iter__(self) -> Iterator[Found]:
+        for label, score, (x0, y0, x1, y1) in zip(
+            self.labels.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True
+        ):
+            name = self.names[label] if label >= 0 else None
+            yield Found(name, None if math.isnan(score) else score, (x0, y0, x1, y1))
+
+    @overload
+    def __getitem__(self, index: int) -> Found: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Segments": ...
+    def __getitem__(self, index: int | slice) -> "Found | Segments":
+        rows = torch.arange(len(self))[index]
+        return self._select(rows) if isinstance(index, slice) else next(iter(self._select(rows[None])))
+
+    def filter(self, *, min_score: float = 0.0, names: Collection[str] | None = None) -> "Segments":
+        """The segments with at least a score, and of some names; of all names if None.
+
+        A segment without a name has a score of 0.
+        """
+        return self._select(rows_to_keep(self.scores.nan_to_num(0.0), self.labels, self.names, min_score, names))
+
+    def with_area(self) -> "Segments":
+        """The segments whose masks are not empty."""
+        return self._select(torch.nonzero(self.masks.flatten(1).any(1)).squeeze(1))
+
+    def _select(self, rows: Tensor) -> "Segments":
+        columns = ("masks", "ious", "labels", "scores", "low_res")
+        return replace(self, **{column: getattr(self, column)[rows] for column in columns})
 
     @property
     def boxes(self) -> Tensor:
@@ -236,7 +269,7 @@ class Segments(TensorRecord):
         return png_of(self.draw()) if self.image is not None else None
 
     def draw(self, path: str | Path | None = None, *, image: Image.Image | None = None) -> Image.Image:
-        """The image with its masks tinted and named, saved to `path` if given.
+        """The image with its masks that are not empty, in the colours of their names, saved to `path` if given.
 
         Raises:
             ValueError: there is no image to draw on.
@@ -244,11 +277,11 @@ class Segments(TensorRecord):
         picture = image if image is not None else self.image
         if picture is None:
             raise ValueError("these segments carry no image: pass image=")
-        pixels = np.asarray(picture.convert("RGB"), np.float32).copy()
-        for index, mask in enumerate(self.masks.cpu().numpy()):
-            pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.asarray(colour_of(index), np.float32)
-        texts = [self.names[k] if k >= 0 else f"{index + 1}" for index, k in enumerate(self.labels.tolist())]
-        drawn = draw_boxes(Image.fromarray(pixels.astype(np.uint8)), self.boxes.cpu(), texts, list(range(len(texts))))
+        pixels, shown = np.asarray(picture.convert("RGB"), np.float32).copy(), self.with_area()
+        texts = [self.names[k] if k >= 0 else f"{index + 1}" for index, k in enumerate(shown.labels.tolist())]
+        for text, mask in zip(texts, shown.masks.cpu().numpy(), strict=True):
+            pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.asarray(colour_of(text), np.float32)
+        drawn = draw_boxes(Image.fromarray(pixels.astype(np.uint8)), shown.boxes.cpu(), texts, texts)
         if path is not None:
             drawn.save(path)
         return drawn

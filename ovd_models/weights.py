@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ovd_models.errors import InputError
+from ovd_models.torchscript import check_archive, is_torchscript, read_torchscript
 
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8")
 """Array types that are converted to tensors."""
@@ -35,22 +37,16 @@ class TensorAccount:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a file saved by safetensors or torch, or of a `.pkl` with arrays.
+    """The state dict of a file saved by safetensors, torch or TorchScript, or of a `.pkl` with arrays.
 
-    It may lie inside another dict, under one of `STATE_KEYS`.
+    It may lie inside another dict, under one of `STATE_KEYS`. No code in the file is run.
 
     Raises:
         InputError: the file cannot be read, or holds anything but tensors and plain values.
     """
     source = Path(path)
     try:
-        if source.suffix == ".pkl":
-            with source.open("rb") as stream:
-                raw = ArrayUnpickler(stream, encoding="latin1").load()
-        elif source.suffix == ".safetensors":
-            raw = load_file(source)
-        else:
-            raw = torch.load(source, weights_only=True, map_location="cpu")
+        raw = read_file(source)
     except Exception as error:  # a broken pickle can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{source}: cannot be read safely, expected tensors or arrays by name ({reason})") from error
@@ -64,8 +60,31 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype in NUMBERS else value
         if not isinstance(tensor, Tensor):
             raise InputError(f"{source}: {name} is a {type(value).__name__}, expected a tensor or an array of numbers")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise InputError(f"{source}: {name} has shape {list(tensor.shape)}, more than the file holds")
         state[str(name).removeprefix("module.")] = tensor
     return state
+
+
+def read_file(path: Path) -> Any:
+    """What a file of weights holds.
+
+    Raises:
+        Exception: of many kinds, if it is broken or holds code.
+    """
+    if path.suffix == ".pkl":
+        with path.open("rb") as stream:
+            return ArrayUnpickler(stream, encoding="latin1").load()
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    if start[8:] == b"{":  # after the length of the header
+        return load_file(path)
+    if is_torchscript(path):
+        return read_torchscript(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            check_archive(archive)
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 class ArrayUnpickler(pickle.Unpickler):

@@ -1,5 +1,6 @@
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -115,7 +116,7 @@ class Answer:
 @pytest.fixture(scope="module")
 def answers() -> dict[tuple[str, str], Answer]:
     """The output of every script for `--help` and for an unknown config."""
-    cases = [(script, flag) for script in RUNNABLE for flag in ("--help", "--config=unheard")]
+    cases = [(script, flag) for script in RUNNABLE for flag in ("--help", "--help-all", "--config=unheard")]
     ran = run(sys.executable, "-c", RUN_SCRIPTS, json.dumps(cases))
     assert ran.returncode == 0, ran.stderr
     return {case: Answer(*answer) for case, answer in zip(cases, json.loads(ran.stdout), strict=True)}
@@ -123,9 +124,24 @@ def answers() -> dict[tuple[str, str], Answer]:
 
 @pytest.mark.parametrize("script", RUNNABLE)
 def test_every_script_shows_its_flags(script: str, answers: dict[tuple[str, str], Answer]) -> None:
-    answer = answers[script, "--help"]
-    assert answer.code == 0, answer.errors
-    assert "--config" in answer.output
+    short, full = answers[script, "--help"], answers[script, "--help-all"]
+    assert (short.code, full.code) == (0, 0), short.errors + full.errors
+    assert len(short.output.splitlines()) <= 60
+    shown = re.findall(r"^  (--[a-z-]+)", short.output, re.MULTILINE)
+    assert 3 <= len(shown) <= 16
+    assert not {flag for flag in shown if flag not in full.output} - {"--help-all"}
+    configs = re.search(r"one of (.*?) \(default", full.output.replace("\n", " "))
+    assert configs is not None
+    names = configs.group(1).split(", ")
+    assert len(names) == 1 or all(re.search(rf"^  {name} ", short.output, re.MULTILINE) for name in names)
+
+
+def test_help_needs_none_of_the_packages_that_take_seconds() -> None:
+    block = "import sys; sys.modules |= dict.fromkeys(('torch', 'ray', 'mlflow', 'pyarrow', 'numpy'))"
+    start = "import runpy; sys.argv = ['x', '--help']; runpy.run_module('workflows.codet', run_name='__main__')"
+    answer = run(sys.executable, "-c", f"{block}; {start}")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert "--teacher" in answer.stdout
 
 
 @pytest.mark.parametrize("script", RUNNABLE)

@@ -8,6 +8,10 @@ python workflows/classify.py --model ViT-B-32 --pretrained openai --data imagene
 python workflows/classify.py --model MODEL --data labels.tsv --prompts imagenet 'a drawing of {a}|{name}'
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "model pretrained data names boxes storage prompts top output")
+
 import json
 import time
 from collections.abc import Iterator

@@ -7,6 +7,12 @@ python workflows/clip.py --config pictograms --model.name ViT-B-32 --pretrained 
 ray job submit --working-dir . -- python workflows/clip.py --config pictograms --storage s3://bucket/ovd
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(
+    __name__, __file__, "storage pairs max_side pretrained batch_size workers precision use_gpu dry_run resume"
+)
+
 import dataclasses
 import json
 import shlex
@@ -38,7 +44,7 @@ from ovd_models.clip.towers import trim_tokens
 from ovd_models.clip.zero_shot import calibration_error, fit_temperature
 from ovd_models.vocabulary import build_vocabulary
 from workflows import prepare_pairs
-from workflows.common import cli, descriptions, runs, tracking, training
+from workflows.common import cli, descriptions, runs, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import Evaluation, Trained
 from workflows.common.session import Session, Validated
@@ -236,8 +242,7 @@ def dry_run(run: Run) -> None:
 
 def main() -> None:
     """Read -> train -> evaluate; prints the accuracy and the next command."""
-    run = cli.parse(CONFIGS, __doc__)
-    tracking.check_server(run.storage)
+    run = runs.begin(cli.parse(CONFIGS, __doc__), "clip")
     if run.config == "smoke":
         prepare_pairs.prepare_smoke(run.storage)
     if run.dry_run:
@@ -246,7 +251,7 @@ def main() -> None:
     trained = train(run)
     accuracy = f"zero-shot top-1: base {trained.metrics.top1_base:.3f}, novel {trained.metrics.top1_novel:.3f}"
     flags = f"--config {run.config} --storage {shlex.quote(run.storage)} --teacher {shlex.quote(trained.model)}"
-    runs.print_results(trained, accuracy, f"python workflows/codet.py {flags}")
+    runs.print_results(run, trained, accuracy, f"python workflows/codet.py {flags}")
 
 
 if __name__ == "__main__":

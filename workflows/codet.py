@@ -9,9 +9,17 @@ First `boxes`: box supervision alone. Then `joint`, continued from it: every ste
 
 python workflows/codet.py --config smoke
 python workflows/codet.py --config pictograms --teacher store/runs/clip/<run>/model
-python workflows/codet.py --config photos --data photos/ --texts names.npy
+python workflows/codet.py --config photos_laptop --data photos/ --teacher <CLIP>
 ray job submit --working-dir . -- python workflows/codet.py --config smoke --storage s3://bucket/ovd
 """
+
+from workflows.common import brief_help
+
+brief_help.answer(
+    __name__,
+    __file__,
+    "storage data boxes pairs teacher pretrained texts backbone_weights workers precision use_gpu dry_run resume",
+)
 
 import dataclasses
 import shlex
@@ -32,7 +40,7 @@ from ovd_models.batches import ConceptBatch
 from ovd_models.checkpoints import load_encoder, load_model, save_checkpoint, save_encoder
 from ovd_models.clip.model import ClipTextEncoder
 from ovd_models.codet.drawing import draw_attention, draw_similarity
-from ovd_models.codet.model import CoDet
+from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.centernet2 import CenterNet2
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
@@ -40,7 +48,7 @@ from ovd_models.importers.backbones import adopt_config, fit_config, load_backbo
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
 from workflows import prepare_boxes, prepare_pairs
-from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
+from workflows.common import cli, descriptions, runs, starting_weights, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
@@ -207,8 +215,7 @@ def train(run: Run) -> Trained[Metrics]:
         tables_read={
             "boxes": f"{run.boxes}-train",
             "categories": run.boxes,
-            "concepts": run.pairs,
-            "groups": run.pairs,
+            **({"concepts": run.pairs, "groups": run.pairs} if run.pairs else {}),
         },
         inputs={"teacher": encoder.teacher, "backbone": starting_weights.digest_of(run.backbone_weights)},
         stages=(boxes, joint),
@@ -304,6 +311,8 @@ def initial_weights(run: Run, names: CodetNames, teacher: str) -> tuple[Run, dic
         InputError: the backbone's weights or the box model do not fit.
     """
     given = read_box_model(run, names, teacher) if run.box_model else None
+    if given is not None and run.continues:
+        run = adopt_architecture(run, given.config)
     model, file = run.model, run.backbone_weights
     detector, centernet2 = model.detector, model.centernet2
     if given is not None:
@@ -326,6 +335,16 @@ def initial_weights(run: Run, names: CodetNames, teacher: str) -> tuple[Run, dic
         load_backbone(start.detector, backbone)
     weights = start.state_dict()
     return run, weights if given is None else given_weights(run.box_model, given, weights)
+
+
+def adopt_architecture(run: Run, given: CoDetConfig) -> Run:
+    """The run with the architecture of the detector that it continues; its training settings stay."""
+    sizes = {name: getattr(given, name) for name in ("architecture", "detector", "centernet2")}
+    stage = run.joint_stage
+    if given.architecture == "centernet2":  # whose backbone has another name
+        renamed = {name.replace(".backbone.", ".pyramid."): factor for name, factor in stage.rate_factors.items()}
+        stage = dataclasses.replace(stage, rate_factors=renamed)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **sizes), joint_stage=stage)
 
 
 def is_release(box_model: str) -> bool:
@@ -396,31 +415,50 @@ def given_weights(origin: str, given: CoDet, start: dict[str, Tensor]) -> dict[s
 def prepare_data(run: Run) -> Run:
     """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
     run = find_weights(run)
-    boxes = dataclasses.replace(prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data)
-    if run.data:
-        prepare_boxes.check_captions(boxes, run.pairs, run.config)
-    teacher = find_teacher(
-        run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
+    boxes = dataclasses.replace(
+        prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data, eval_images=run.held_out
     )
-    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
-    if run.data:
+    if run.data and run.pairs:
+        prepare_boxes.check_captions(boxes, run.pairs, run.config)
+    if run.continues and not (run.teacher or run.texts):
+        teacher = own_encoder(run)
+    else:
+        teacher = find_teacher(
+            run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
+        )
+    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
+    if run.data and run.pairs:
         prepare_boxes.prepare_captions(boxes, run.pairs, run.config)
     elif run.config == "smoke":
         prepare_pairs.prepare_smoke(run.storage)
     return dataclasses.replace(run, teacher=teacher)
 
 
+def own_encoder(run: Run) -> str:
+    """The text encoder of the detector that is continued.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    folder = storage.join(run.box_model, "text") if run.box_model else ""
+    if not folder or not storage.exists(folder):
+        expected = "a checkpoint folder, such as `python workflows/import_weights.py` makes of a released file"
+        raise InputError(f"--box-model {run.box_model}: no detector to continue, expected {expected}")
+    return folder
+
+
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
-    run = cli.parse(CONFIGS, __doc__)
-    tracking.check_server(run.storage)
+    run = runs.begin(cli.parse(CONFIGS, __doc__), "codet")
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)
         return
     trained = train(run)
     rows = {"box supervision": trained.metrics.box_supervised, "CoDet": trained.metrics.codet}
-    runs.print_results(trained, runs.ap_table(rows), f"python workflows/serve.py --model {shlex.quote(trained.model)}")
+    runs.print_results(
+        run, trained, runs.ap_table(rows), f"python workflows/serve.py --model {shlex.quote(trained.model)}"
+    )
 
 
 if __name__ == "__main__":

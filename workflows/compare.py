@@ -9,6 +9,10 @@ python workflows/compare.py --runs a.json b.json --ground-truth gt.json --output
 The first one is what the others are compared with.
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "runs storage boxes ground_truth name output workers")
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +25,7 @@ from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
 from ovd_models.metrics.protocols import Measured, Protocol, measure
 from ovd_models.metrics.records import GroundTruth, IouType, Predictions
-from workflows.common import cli, measured, registry
+from workflows.common import cli, measured, models
 from workflows.common.measured import ProtocolChoice
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.reports import evaluation
@@ -54,7 +58,7 @@ class Run:
     """Of the page; made of the runs' names if empty."""
     output: str = ""
     """File for the differences, in JSON."""
-    device: str = "cpu"
+    device: str = "auto"
     workers: int = 0
     """Actors that predict; 0 predicts in this process."""
 
@@ -109,13 +113,13 @@ def predict(run: Run, uri: str, protocol: Protocol) -> tuple[Predictions, dict[s
     )
     table = evaluation.predict_boxes(settings)
     _, predictions = measured.read_tables(run.storage, run.boxes, category_table(run), table, run.iou_type)
-    info = read_info(registry.local_model(model, run.storage))
+    info = read_info(models.local_model(model, run.storage))
     return predictions, flatten({"method": info.method, **info.run})
 
 
 def checkpoint_of(uri: str, storage_uri: str) -> str:
     """The checkpoint of a training's folder, or the checkpoint itself."""
-    if uri.startswith(registry.MODEL_SCHEME):
+    if uri.startswith(models.MODEL_SCHEME):
         return uri
     model = storage.join(uri, "model")
     return model if storage.exists(model) else uri

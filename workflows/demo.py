@@ -9,11 +9,16 @@ novel names; it learns them from captions.
 python workflows/demo.py
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage port")
+
 import contextlib
 import dataclasses
 import io
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -44,10 +49,11 @@ class Run:
     """The demo; everything is written below `storage`, which is emptied first."""
 
     storage: str = "runs/demo"
+    """Local folder of all results, which each demo empties first."""
     pairs: pairs_configs.Run = field(default_factory=pairs_configs.pictograms)
     boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
-    teacher: clip_configs.Run = field(default_factory=clip_configs.pictograms)
-    detector: codet_configs.Run = field(default_factory=codet_configs.pictograms)
+    teacher: clip_configs.Run = field(default_factory=clip_configs.pictograms_quick)
+    detector: codet_configs.Run = field(default_factory=codet_configs.pictograms_quick)
     port: int = 0
     """Port of the endpoint; 0 chooses a free one."""
 
@@ -187,6 +193,7 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__)
     if "://" in run.storage:
         raise InputError(f"--storage {run.storage}: expected a local folder")
+    serve.free_port(serve.Run().host, run.port)
     folder = Path(run.storage).absolute()
     empty_folder(folder)
     try:
@@ -197,8 +204,9 @@ def main() -> None:
     print(format_summary(summary))
     path = os.path.relpath(folder)
     print(f"report:   {path}/report.html")
-    print(f"MLflow:   .venv/bin/mlflow ui --backend-store-uri {summary['mlflow_uri']}  (then Model training, top left)")
-    print(f"endpoint: .venv/bin/python workflows/serve.py --model {path}/codet")
+    print(f"MLflow:   .venv/bin/mlflow ui --backend-store-uri {shlex.quote(summary['mlflow_uri'])}")
+    print(f"          then open {tracking.PAGE}")
+    print(f"endpoint: .venv/bin/python workflows/serve.py --model {shlex.quote(path)}/codet")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ python workflows/embed.py --config photos --teacher ViT-B-32 --pretrained openai
 python workflows/embed.py --config lvis --teacher CLIP --detector DETECTOR --storage s3://bucket/ovd --embed.gpus 1
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage name teacher pretrained boxes detector pairs fit")
+
 import dataclasses
 import json
 import math

@@ -8,6 +8,10 @@ python workflows/embed_texts.py --model ViT-B-32 --pretrained openai --boxes pic
 python workflows/embed_texts.py --matrix lvis_clip.npy --categories lvis_v1_categories.json --teacher ViT-B-32:openai
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage model pretrained prompt_set names boxes teacher device workers")
+
 import time
 from dataclasses import dataclass, replace
 from functools import partial

@@ -11,6 +11,14 @@ python workflows/evaluate.py --model MODEL --boxes pictograms2-eval   # transfer
 python workflows/evaluate.py --model store/runs/ovsam/<run>/model --sam store/runs/ovsam/<run>/sam_model
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(
+    __name__,
+    __file__,
+    "model storage boxes protocol iou_type ground_truth predictions output export images workers device",
+)
+
 import math
 import time
 from collections.abc import Mapping
@@ -78,13 +86,13 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
         InputError: the model or a table is missing, or no image can be read.
     """
     # Here, since they take seconds, which predictions made elsewhere do not need.
-    from ovd_models.checkpoints import read_info
-    from workflows.common import registry, tracking
+    from ovd_models.checkpoint_info import read_info, read_source
+    from workflows.common import models, tracking
     from workflows.reports import evaluation
 
     tracking.check_server(run.storage)
     started = time.perf_counter()
-    folder = registry.local_model(run.model, run.storage)
+    folder = models.local_model(run.model, run.storage)
     local = run if run.workers else replace(run, model=str(folder))
     method = read_info(folder).method
     start_run = partial(
@@ -93,7 +101,7 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
         experiment=run.boxes.removesuffix("-eval"),
         name=f"{method} evaluated, {run.boxes}",
         params=cli.flatten(run),
-        tags={"method": method},
+        tags={"method": method, "source": read_source(folder)},
     )
     numbers: dict[str, float] = {}
     lines: list[str] = []
@@ -106,15 +114,21 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
         numbers = {name: value if math.isfinite(value) else -1.0 for name, value in report.rows["ovsam", "box"].items()}
     else:
         evaluated = evaluation.evaluate(local)
-        uri, page = evaluation.write_page(run, evaluated)
+        page = evaluation.write_page(run, evaluated)
         with start_run() as tracked:
             tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
-            evaluation.log(evaluated, tracked, evaluation.draw_pictures(local, evaluated.table), page, "eval", 0)
+            evaluation.log(evaluated, tracked, evaluation.draw_pictures(local, evaluated.table), page.html, "eval", 0)
         numbers = dict(evaluated.measured.numbers)
         if run.export:
             rows = tables.read_parts(run.storage, "predictions", evaluated.table)
             measured.export(evaluated.predictions, evaluated.truth, run.export, rows)
-        lines = [*transfer_table(evaluated.transfer), f"page: {uri}"]
+        best = page.calibration
+        lines = [
+            *transfer_table(evaluated.transfer),
+            f"best F1 {best.f1:.3f} above a score of {best.threshold:.3f}: precision {best.precision_there:.3f}, "
+            f"recall {best.recall_there:.3f}",
+            f"page: {page.uri}",
+        ]
     seconds = time.perf_counter() - started
     lines.append(f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}")
     return numbers, "\n".join(lines)

@@ -1,16 +1,20 @@
 """Failure gallery: automatically found mistakes of a detector and its teacher on an annotated set.
 
-model, boxes/<name> --detect--> objects detected under a similar name
+model, boxes/<name> --detect--> objects missed, things invented, objects detected under a similar name
 teacher ----crops of annotated boxes--> elongated objects distorted by the square resize: warp, pad and centre compared
                                     --> parts and loose boxes that score as high as the tight box
 
 python workflows/failures.py --model store/runs/vild/<run>/model --teacher store/runs/clip/<run>/model
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from workflows.common import brief_help
 
-from data_prep import tables
+brief_help.answer(__name__, __file__, "model teacher storage boxes score_threshold output device")
+
+from dataclasses import asdict, dataclass
+
+from data_prep import storage, tables
+from data_prep.parts import Progress
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import build_vocabulary
@@ -27,8 +31,8 @@ class Run(DetectorRun):
 
     teacher: str = ""
     """Folder or URI of the CLIP checkpoint."""
-    output: str = "failures.html"
-    """Path of the HTML page."""
+    output: str = ""
+    """File for the HTML page; if empty, `failures-<boxes>.html` in `<storage>/reports`."""
     max_images: int = 300
     score_threshold: float = 0.2
     """Minimum score of a detection."""
@@ -56,16 +60,20 @@ def find_failures(run: Run) -> gallery.Failures:
     vocabulary = build_vocabulary(detector.encoder, list(categories.values()))
     scorer = gallery.CropScorer(open_teacher(run.teacher, detector.teacher, run.device), vocabulary, run.temperature)
 
-    image_objects, detections = [], list[Detections]()
+    detections = list[Detections]()
     rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.max_images]
-    for row, image in read_box_images(run.storage, rows):
-        if image is None:
-            continue
-        image_objects.append(gallery.annotated_objects(row, image, categories))
+    read = [(row, image) for row, image in read_box_images(run.storage, rows) if image is not None]
+    progress = Progress("detect", "images", len(read))
+    for _, image in read:
         detections.append(detector.detect(image, vocabulary.names, score_threshold=run.score_threshold))
+        progress.add(1)
+    progress.close()
+    image_objects = [gallery.annotated_objects(row, image, categories) for row, image in read]
     objects = [target for targets in image_objects for target in targets]
     return gallery.Failures(
         num_objects=len(objects),
+        missed=gallery.find_missed(image_objects, detections),
+        invented=gallery.find_invented([row for row, _ in read], [image for _, image in read], detections),
         confused=gallery.find_confusions(image_objects, detections, vocabulary),
         elongated=gallery.find_distortions(objects, scorer, run.elongated),
         loose=gallery.find_loose_boxes(objects, scorer),
@@ -74,11 +82,12 @@ def find_failures(run: Run) -> gallery.Failures:
 
 def main() -> None:
     """Find the failures, write the page and print the counts."""
-    run = cli.parse(CONFIGS, __doc__, writes=False)
+    run = cli.parse(CONFIGS, __doc__)
     failures = find_failures(run)
-    gallery.write_gallery(Path(run.output), failures, asdict(run), run.shown)
+    uri = storage.absolute(run.output or storage.join(run.storage, "reports", f"failures-{run.boxes}.html"))
+    storage.write_bytes(uri, gallery.render_gallery(failures, asdict(run), run.shown).encode())
     print(", ".join(f"{name} {count:,}" for name, count in failures.counts.items()))
-    print(f"report: {Path(run.output).absolute()}")
+    print(f"report: {uri}")
 
 
 if __name__ == "__main__":

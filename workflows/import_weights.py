@@ -1,72 +1,72 @@
-"""Convert released CoDet, Detic or OV-SAM weights to a checkpoint folder.
+"""Convert released weights to a checkpoint folder that serving, evaluation and training take.
 
-.pth or .pkl --translate, name by name--> model.safetensors, config.json, text/
+.pth, .pt, .pkl, .safetensors --recognised by their tensors--> account --> model.safetensors, config.json, ...
 
-python workflows/import_weights.py --weights CoDet_OVLVIS_R5021k_4x_ft4x.pth --out runs/codet_lvis --names lvis_v1.json
-python workflows/import_weights.py --config ovsam --clip RN50x16 --pretrained openai --sam sam_vit_h_4b8939.pth \
-    --adapter sam2clip_vith_rn50x16.pth --head clip2sam_coco_rn50x16.pth --out runs/ovsam_coco --names coco.json
+python workflows/import_weights.py --weights CoDet_OVLVIS_R5021k_4x_ft4x.pth --names lvis_v1_val.json --out store/codet
+python workflows/import_weights.py --weights ViT-B-32.pt --out store/clip
+python workflows/import_weights.py --weights sam2clip.pth clip2sam.pth sam_vit_h_4b8939.pth RN50x16.pt --out store/ovsam
+python workflows/import_weights.py --weights FILE --dry-run      # says what the file is and what becomes of each tensor
+python workflows/import_weights.py --list                        # released files: where from, what for, digest
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "weights out names table")
+
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_prep.boxes.coco import coco_splits
-from ovd_models.checkpoints import save_checkpoint
-from ovd_models.clip.model import ClipTextEncoder, load_clip
+from data_prep.embeddings.texts import read_matrix
+from ovd_models.checkpoint_info import SOURCE
 from ovd_models.errors import InputError
-from ovd_models.importers.codet import ImportedDetector, load_codet_release
-from ovd_models.importers.ovsam import load_ovsam
-from ovd_models.ovsam.clip_pyramid import TowerConfig
-from ovd_models.ovsam.model import OvSam, published
+from ovd_models.importers.folders import Names, Plan, ReadFile, plan_clip, plan_detector, plan_ovsam, plan_sam
+from ovd_models.importers.recognise import fitting_backbones, recognise
+from ovd_models.importers.released import find_released, released_files
 from ovd_models.prompts import clean_name
-from ovd_models.sam.model import VIT_H, SamConfig
-from ovd_models.vocabulary import EmbeddingTable, TextEncoder
-from workflows.common import cli
+from ovd_models.torchscript import is_torchscript
+from ovd_models.weights import TensorAccount, read_state
+from workflows.common import cli, output
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A released CoDet or Detic file; requires `--weights` and `--out`."""
+    """Released files of one model."""
 
-    weights: str = ""
-    """The file; no code in it is executed."""
-    out: str = ""
-    """Checkpoint folder to write."""
+    weights: tuple[str, ...] = ()
+    """The file, or the files of an OV-SAM; no code in them is run."""
     names: str = ""
     """Default vocabulary: a text file with one name per line, or COCO's or LVIS's json, sorted by id as in released
     tables. COCO's 15 names that are neither base nor novel are embedded but not in the default vocabulary."""
     table: str = ""
-    """A .npy of raw embeddings, one row per name in `names`; if empty, names are embedded by the file's own text
-    encoder or, if it has none, looked up in the file's table."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OvSamRun:
-    """The released files of one OV-SAM; if a file holds several parts, the flags of the others may be empty."""
-
-    clip: str = "RN50x16"
-    """CLIP's name in open_clip, or one of our checkpoint folders: the image tower, and the text tower for names."""
-    pretrained: str = "openai"
-    """CLIP's weights: an open_clip tag or a file; empty for a checkpoint folder."""
-    sam: str = ""
-    """SAM's file, for the parts that OV-SAM shares with it."""
-    sam_model: SamConfig = VIT_H
-    adapter: str = ""
-    """SAM2CLIP's file."""
-    head: str = ""
-    """CLIP2SAM's file."""
+    """A .npy of embeddings, one row or column per name in `names`; if empty, a detector's names are embedded by the
+    file's own text encoder or, if it has none, looked up in the file's table."""
+    clip: str = ""
+    """The architecture of a CLIP that fits several; or an OV-SAM's CLIP: an architecture of open_clip with
+    `pretrained`, or one of our checkpoint folders."""
+    pretrained: str = ""
+    """Weights of `clip`: a tag of open_clip, such as `openai`, or a file."""
     out: str = ""
-    """Checkpoint folder to write."""
-    names: str = ""
-    """Default vocabulary, as for `codet`."""
+    """Checkpoint folder to write; it must not exist, or be empty."""
+    dry_run: bool = False
+    """Only say what the files are and what becomes of their tensors."""
+    list: bool = False
+    """Only list released files."""
 
 
-CONFIGS: dict[str, Callable[[], Run | OvSamRun]] = {"codet": Run, "ovsam": OvSamRun}
+CONFIGS = {"released": Run}
+TAKEN_BY = {
+    "detector": "python workflows/serve.py --model {out}; a training continues from it by --box-model {out}",
+    "sam": "python workflows/ovsam.py --sam {out} ...",
+    "clip": "any training, embed.py and search.py take it by --teacher {out}; python workflows/serve.py --model {out}",
+    "ovsam": "python workflows/serve.py --model {out}",
+}
+"""Kind of a folder -> the commands that take it."""
 
 
 def read_released_names(path: str) -> dict[str, str]:
@@ -98,66 +98,148 @@ def read_released_names(path: str) -> dict[str, str]:
         raise InputError(f"{path}: no names ({type(error).__name__}), expected {expected}") from error
 
 
-def choose_encoder(run: Run, imported: ImportedDetector, names: tuple[str, ...]) -> TextEncoder:
-    """Choose the text encoder: `run.table`, the file's own encoder, or the file's table, in this order.
+def read_file(path: str) -> ReadFile:
+    """A file in memory, its digest compared with the published one if the file has a released name.
 
     Raises:
-        InputError: the table does not fit the names, or there is no encoder.
+        InputError: it cannot be read safely, or is not what was published under its name.
     """
-    if run.table:
-        try:
-            rows = np.load(run.table, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{run.table}: not a .npy of embeddings ({type(error).__name__})") from error
-        return EmbeddingTable.from_array(names, rows, run.table)
-    if imported.encoder is not None:
-        return imported.encoder
-    if imported.name_embeddings is None:
-        raise InputError(f"{run.weights}: holds no text encoder and no embedded names, expected --names and --table")
-    return EmbeddingTable.from_array(names, imported.name_embeddings.numpy(), run.weights)
+    source = Path(path)
+    try:
+        with source.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        script = is_torchscript(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--weights {path!r}: cannot be read ({type(error).__name__}), expected a file") from error
+    released = find_released(source.name)
+    if released is not None and not digest.startswith(released.sha256):
+        raise InputError(
+            f"{path}: sha256 {digest}, published {released.sha256}...; expected the whole file from {released.url}"
+        )
+    return ReadFile(path, digest, read_state(source), script)
 
 
-def convert_detector(run: Run) -> None:
-    """Write the checkpoint folder of a CoDet or Detic detector.
+def read_names(run: Run) -> Names:
+    """The names of the run and, if one is given, their table.
 
     Raises:
-        InputError: a flag is missing, or a file has unexpected content.
+        InputError: a file cannot be read, or the table does not fit the names.
     """
-    if not run.weights or not run.out:
-        raise InputError(f"--{'out' if run.weights else 'weights'}: missing, expected a path")
-    names = read_released_names(run.names)
-    imported = load_codet_release(run.weights)
-    encoder = choose_encoder(run, imported, tuple(names))
-    splits = {name: split for name, split in names.items() if split}
-    save_checkpoint(imported.model, encoder, run.out, splits=splits, run=asdict(run))
-    print(f"{run.out}: {imported.model.config.architecture} with {len(splits)} default names")
+    splits = read_released_names(run.names)
+    if run.table and not splits:
+        raise InputError(f"--table {run.table}: expected --names with a name for each row")
+    return Names(splits, read_matrix(run.table, tuple(splits)) if run.table else None)
 
 
-def convert_ovsam(run: OvSamRun) -> None:
-    """Write the checkpoint folder of an OV-SAM.
+def make_plan(run: Run, files: Sequence[ReadFile]) -> tuple[str, Plan]:
+    """The kind of model that the files are, and what its conversion does.
 
     Raises:
-        InputError: a flag is missing, or a file has unexpected content.
+        InputError: a file is not recognised or broken, or the files do not belong together.
     """
-    files = [path for path in (run.sam, run.adapter, run.head) if path]
-    if not files or not run.out:
-        raise InputError(f"--{'out' if files else 'head'}: missing, expected a path")
-    splits = {name: split for name, split in read_released_names(run.names).items() if split}
-    clip, teacher = load_clip(run.clip, run.pretrained)
-    model = OvSam(published(TowerConfig.of(clip.config), run.sam_model))
-    load_ovsam(model, *files, tower=clip.model.visual.state_dict())
-    encoder = ClipTextEncoder(replace(clip.config, prompt_set="ovsam"), clip.model.text, teacher)
-    save_checkpoint(model, encoder, run.out, splits=splits, run=asdict(run))
-    print(f"{run.out}: OV-SAM with {len(splits)} default names")
+    kinds = [recognise(file.state) for file in files]
+    record = asdict(run)
+    if "ovsam" in kinds and set(kinds) <= {"ovsam", "sam", "clip"} and kinds.count("clip") < 2:
+        return "ovsam", plan_ovsam(files, kinds, read_names(run), record, clip=run.clip, pretrained=run.pretrained)
+    if len(files) > 1:
+        found = ", ".join(f"{file.path} ({kind})" for file, kind in zip(files, kinds, strict=True))
+        raise InputError(f"--weights: {found}, expected one file, or the files of one OV-SAM")
+    (file,), (kind,) = files, kinds
+    if run.names and kind != "detector":
+        raise InputError(f"--names {run.names}: {file.path} is a {kind}, which has no names of its own")
+    if kind == "detector":
+        return kind, plan_detector(file, read_names(run), record)
+    if kind == "sam":
+        return kind, plan_sam(file, record)
+    if kind == "clip":
+        return kind, plan_clip(file, run.clip)
+    accounts = fitting_backbones(file.state, file.path)
+    use = f"a training takes the file as it is: --backbone-weights {file.path}"
+    return kind, Plan(f"backbone {' or '.join(accounts)}; {use}", {file.path: next(iter(accounts.values()))}, None)
+
+
+def print_account(path: str, account: TensorAccount) -> None:
+    """Print how many tensors of a file are used, and why the others are not."""
+    print(f"{path}: {len(account.used)} tensors used, {len(account.ignored)} ignored")
+    for reason, count in Counter(account.ignored.values()).items():
+        print(f"  {count:5} {reason}")
+    for name in account.unaccounted:
+        print(f"        {name}: of unknown use")
+
+
+def convert(run: Run) -> None:
+    """Recognise the files, print the account, and write the folder unless it is a dry run.
+
+    Raises:
+        InputError: a flag is missing, a file is broken or not recognised, or the folder exists.
+    """
+    if not run.weights:
+        raise InputError("--weights: missing, expected a file; --list shows the released ones")
+    if run.out:
+        output.check_folder(run.out)
+    digests: dict[str, str] = {}
+    if run.weights[0].endswith(".npy"):
+        kind, plan = "texts", plan_texts(run)
+    else:
+        files = [read_file(path) for path in run.weights]
+        kind, plan = make_plan(run, files)
+        digests = {Path(file.path).name: file.sha256 for file in files}
+    for path, account in plan.accounts.items():
+        print_account(path, account)
+    print(plan.title)
+    if plan.save is None:
+        if run.out:
+            raise InputError(f"--out {run.out}: {run.weights[0]} is no model by itself, expected no --out")
+    elif not run.dry_run:
+        if not run.out:
+            raise InputError("--out: missing, expected a folder to write, or --dry-run")
+        save = plan.save
+
+        def save_with_digests(folder: Path) -> None:
+            (folder / SOURCE).write_text(json.dumps(digests, indent=1))
+            save(folder)
+
+        output.write_folder(save_with_digests, Path(run.out))
+        print(f"{run.out}: written; next: {TAKEN_BY[kind].format(out=run.out)}")
+
+
+def plan_texts(run: Run) -> Plan:
+    """A table of embedded names, such as ViLD's: there is nothing to convert.
+
+    Raises:
+        InputError: it does not fit the names.
+    """
+    (path, *others), splits = run.weights, read_released_names(run.names)
+    if others or not splits:
+        raise InputError(f"--weights {path}: a table of embedded names, expected it alone and --names in its order")
+    table = read_matrix(path, tuple(splits))
+    count, width = table.embeddings.shape
+    return Plan(
+        f"{count} embedded names of width {width}; a training takes the file as it is: --texts {path}, the conversion "
+        f"of a detector: --table {path}, and the store: python workflows/embed_texts.py --matrix {path} --categories "
+        f"{run.names}",
+        {},
+        None,
+    )
+
+
+def print_list() -> None:
+    """Print the released files: where each is from, what its conversion needs, its digest and its published results."""
+    for entry in released_files():
+        digest = f"sha256 {entry.sha256}{'...' if len(entry.sha256) < 64 else ''}" if entry.sha256 else "no digest"
+        print(f"{entry.file}\n    {entry.kind}, {digest}, {entry.url}")
+        for line in filter(None, (entry.needs and f"needs {entry.needs}", entry.results)):
+            print(f"    {line}")
+    print("\nEach file may lie anywhere: --weights PATH; a backbone: --backbone-weights PATH of a training.")
 
 
 def main() -> None:
-    """Convert one release."""
+    """Convert one release, or list the released files."""
     run = cli.parse(CONFIGS, __doc__)
-    if isinstance(run, OvSamRun):
-        convert_ovsam(run)
+    if run.list:
+        print_list()
     else:
-        convert_detector(run)
+        convert(run)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,14 @@ python workflows/ovsam.py --config pictograms --teacher ... --sam store/runs/ovs
 ray job submit --working-dir . -- python workflows/ovsam.py --config smoke --storage s3://bucket/ovd
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(
+    __name__,
+    __file__,
+    "storage data boxes teacher pretrained sam sam_model distill_images workers precision use_gpu dry_run resume",
+)
+
 import dataclasses
 import shlex
 from collections.abc import Callable
@@ -42,7 +50,7 @@ from ovd_models.sam.model import SamConfig, SamModel, load_sam
 from ovd_models.sam.training import SamTraining
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import prepare_boxes
-from workflows.common import cli, descriptions, runs, tracking, training
+from workflows.common import cli, descriptions, runs, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session, Validated
@@ -201,7 +209,7 @@ def train_adapter(run: Run, model: OvSam, sam_folder: str, sam_name: str, active
             model.config.sam,
             rows_per_shard=run.rows_per_shard,
             workers=settings.workers,
-            gpus=float(settings.use_gpu),
+            gpus=float(bool(settings.use_gpu)),
         )
     side = model.config.sam.image_size
     load = feature_loader(run.storage, name, cache, sam_name, seed=settings.seed, side=side)
@@ -428,7 +436,7 @@ def evaluate_models(
 def prepare_data(run: Run) -> Run:
     """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher."""
     teacher = find_teacher(run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained)
-    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
+    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
     if run.distill_images:
         prepare_boxes.prepare_images(run.storage, distillation_table(run), run.distill_images)
     return dataclasses.replace(run, teacher=teacher)
@@ -436,15 +444,14 @@ def prepare_data(run: Run) -> Run:
 
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
-    run = cli.parse(CONFIGS, __doc__)
-    tracking.check_server(run.storage)
+    run = runs.begin(cli.parse(CONFIGS, __doc__), "ovsam")
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)
         return
     trained = train(run)
     command = f"python workflows/serve.py --model {shlex.quote(trained.model)}"
-    runs.print_results(trained, trained.metrics.table(), command)
+    runs.print_results(run, trained, trained.metrics.table(), command)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ reports/pairs-<name>.html: one file without scripts or external resources
 python workflows/pairs_report.py --storage store --name mine
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage name")
+
 from collections.abc import Callable
 from dataclasses import dataclass
 

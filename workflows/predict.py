@@ -7,34 +7,31 @@ python workflows/predict.py --model models:/ovd-codet-pictograms@champion --stor
 python workflows/predict.py --model store/runs/ovsam/<run>/model --images street.jpg    # all masks, named
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "model images names output score_threshold device storage")
+
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-import ovd_models
 from data_prep.boxes.cleaning import SkipReport
+from data_prep.parts import Progress
 from ovd_models.batches import Detections
-from ovd_models.checkpoints import read_info
 from ovd_models.errors import InputError
 from ovd_models.images import EXTENSIONS, open_image
-from ovd_models.predictors import Detector, Segmenter, TextSegmenter
+from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
 from ovd_models.segments import Segments
-from workflows.common import cli, registry
+from workflows.common import cli, models
 from workflows.reports.page import render_page
 
 Predictor = Detector | Segmenter | TextSegmenter
-LOADERS: Mapping[str, Callable[..., Predictor]] = {
-    "ovsam": ovd_models.load_segmenter,
-    "text_to_mask": ovd_models.load_text_segmenter,
-}
-"""Of the methods that are no detectors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +46,10 @@ class Run:
     """Names to find, separated by commas; the model's own if empty."""
     output: str = "predictions"
     """New folder for the results."""
-    score_threshold: float = 0.3
-    """Detections score above it."""
-    device: str = "cpu"
-    """Device of the model, such as `cuda`."""
+    score_threshold: float | None = None
+    """Detections score above it; if None, above the threshold of best F1 where the model was evaluated."""
+    device: str = "auto"
+    """Device of the model, such as `cuda:1`; `auto` is a GPU if there is one."""
     storage: str = "store"
     """Folder or URI whose MLflow has the model of a `models:/` URI."""
 
@@ -70,6 +67,8 @@ class Predicted:
     """Path of the drawing, relative to the output."""
     found: dict[str, int]
     """How often each name was found, most often first."""
+    note: str
+    """Why nothing was found, or which names have no mask; else empty."""
 
 
 def find_pictures(images: str) -> list[tuple[Path, str]]:
@@ -125,13 +124,14 @@ def load_predictor(run: Run) -> Predictor:
         InputError: there is no such model, or it finds nothing, as a CLIP.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    folder = registry.local_model(run.model, run.storage)
-    load = LOADERS.get(read_info(folder).method, ovd_models.load)
-    return load(folder, run.device)
+    predictor = models.load(run.model, run.storage, run.device)
+    if isinstance(predictor, Classifier):
+        raise InputError(f"--model {run.model}: a CLIP, which names whole images, expected a detector or an OV-SAM")
+    return predictor
 
 
 def predict_one(
-    predictor: Predictor, path: Path, names: Sequence[str] | None, threshold: float
+    predictor: Predictor, path: Path, names: Sequence[str] | None, threshold: float | None
 ) -> Detections | Segments:
     """What a model finds in a picture: boxes, all masks, or a mask for each name.
 
@@ -155,16 +155,31 @@ def predict(run: Run) -> Iterator[tuple[str, Detections | Segments | InputError]
     pictures, names = find_pictures(run.images), read_names(run.names)
     if Path(run.output).exists():
         raise InputError(f"--output {run.output}: exists, expected the name of a new folder")
-    if not 0 <= run.score_threshold <= 1:
+    if run.score_threshold is not None and not 0 <= run.score_threshold <= 1:
         raise InputError(f"--score-threshold {run.score_threshold:g}: expected 0 to 1")
     predictor = load_predictor(run)
-    for path, name in tqdm(pictures, unit="picture", disable=None):
+    progress = Progress("predict", "pictures", len(pictures))
+    for path, name in pictures:
         try:
             yield name, predict_one(predictor, path, names, run.score_threshold)
         except InputError as error:
             if not str(error).startswith(str(path)):
                 raise
             yield name, error
+        progress.add(1)
+    progress.close()
+
+
+def summarise(name: str, drawing: Path, result: Detections | Segments) -> Predicted:
+    """What was found in a picture, by name; a mask that is empty is not found, and noted."""
+    found = Counter(entry.name or "something" for entry in result)
+    note = ""
+    if isinstance(result, Segments):
+        note, looked_for = result.reason, sorted(found)
+        found = Counter(entry.name or "something" for entry in result.with_area())
+        if empty := [each for each in looked_for if each not in found]:
+            note = f"no mask for {', '.join(empty)}"
+    return Predicted(name, drawing.as_posix(), dict(found.most_common()), note)
 
 
 def write_results(run: Run) -> tuple[list[Predicted], SkipReport]:
@@ -188,8 +203,7 @@ def write_results(run: Run) -> tuple[list[Predicted], SkipReport]:
         merged["images"] += one["images"]
         merged["categories"] = one["categories"]
         merged["annotations"] += [entry | {"id": first + at} for at, entry in enumerate(one["annotations"])]
-        found = Counter(entry["label"] or "something" for entry in result.to_list())
-        shown.append(Predicted(name, drawing.as_posix(), dict(found.most_common())))
+        shown.append(summarise(name, drawing, result))
     if not shown:
         raise InputError(f"--images {run.images}: {skipped}, expected at least one readable picture")
     (output / "predictions.json").write_text(json.dumps(merged))
@@ -207,8 +221,10 @@ def main() -> None:
     print(f"{len(shown):,} pictures: {names}")
     if skipped:
         print(f"left out: {skipped}")
-    if not total:
-        print(f"nothing scores above --score-threshold {run.score_threshold:g}: try a lower one, or other names")
+    for note, count in Counter(entry.note for entry in shown if entry.note).most_common(3):
+        print(f"{count:,} of {len(shown):,} pictures: {note}")
+    if not total and not any(entry.note for entry in shown):
+        print("nothing scores above the threshold: try a lower --score-threshold, or other names")
     print(f"drawings, predictions.json and page: {Path(run.output, 'index.html').absolute()}")
 
 

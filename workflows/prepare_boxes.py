@@ -10,6 +10,10 @@ python workflows/prepare_boxes.py --config coco --name coco --data instances_tra
     --eval-data instances_val2017.json --images coco/ --captions captions_train2017.json    # pairs and groups, too
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage name data split novel eval_data images captions strict")
+
 import atexit
 import dataclasses
 import functools
@@ -19,7 +23,7 @@ import shlex
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,8 +84,9 @@ class Run:
 
     COCO's names are split into 48 base and 17 novel ones, LVIS's by `frequency` (`r` is novel); others are base.
     """
-    split: Literal["published", "frequency"] = "published"
-    """For `data`: `frequency` makes the names in at most 10 training images novel, as LVIS counts."""
+    split: Literal["published", "frequency", "none"] = "published"
+    """For `data`: `frequency` makes the names in at most 10 training images novel, as LVIS counts; `none` keeps all
+    names base, for a detector that is to learn all that is labelled."""
     novel: str = ""
     """For `data`: a file with the names of the novel categories, one a line; the others are base."""
     eval_data: str = ""
@@ -158,7 +163,9 @@ def prepare(run: Run) -> None:
     if done is not None:
         uri = tables.table_uri(run.storage, "boxes", f"{run.name}-eval")
         if done.config_hash != config_hash:
-            raise InputError(f"{uri}: made from another config, expected a new --name or an empty place")
+            changed = tables.changed_settings(done, settings)
+            differs = f" (other {', '.join(changed)})" if changed else ""
+            raise InputError(f"{uri}: made from another config{differs}, expected a new --name or an empty place")
         if run.strict and done.details.get("account"):
             raise InputError(f"{uri}: --strict: something was mended or left out, see `account` in its manifest")
         return
@@ -167,9 +174,10 @@ def prepare(run: Run) -> None:
     check_sets(run, accounts, train, evaluation)
     base_only = strip_novel(train.boxes, train.categories)
     found = [row for account in accounts for row in account.to_rows()]
-    publish_rows(run, "categories", run.name, train.categories, config_hash)
-    publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash, found)
-    publish_rows(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash, found)
+    details = {"settings": settings} | ({"account": found} if found else {})
+    publish_rows(run, "categories", run.name, train.categories, config_hash, details)
+    publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash, details)
+    publish_rows(run, "boxes", f"{run.name}-eval", evaluation.boxes, config_hash, details)
     if run.data:
         from workflows.reports.boxes import write_boxes_report  # imported here: it draws
 
@@ -208,12 +216,13 @@ def publish_rows(
     name: str,
     rows: pa.Table,
     config_hash: str,
-    account: Sequence[Mapping[str, str | int]] = (),
+    details: dict[str, Any] | None = None,
 ) -> None:
-    """Publish a table of one part, with the account of what was odd in its files."""
+    """Publish a table of one part; details are its settings and the account of what was odd in its files."""
     part = tables.write_part(run.storage, table, name, "part-00000.parquet", rows)
-    details = {"account": account} if account else {}
-    tables.publish(run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash, details=details)
+    tables.publish(
+        run.storage, table, name, [part], producer=PRODUCER, config_hash=config_hash, details=dict(details or {})
+    )
 
 
 @locks.exclusive("boxes", "categories")
@@ -260,6 +269,8 @@ def split_categories(run: Run, categories: list[dict[str, Any]], rows: pa.Table)
     """Rows of `categories` with the split that the run asks for; `rows` are those of all training images."""
     if run.novel:
         return named_split(categories, Path(run.novel))
+    if run.split == "none":
+        return [{**row, "split": "base"} for row in categories]
     return frequency_split(categories, rows) if run.split == "frequency" else categories
 
 
@@ -301,7 +312,7 @@ def split_rows(run: Run, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray
     if run.eval_data:
         return np.arange(count), np.arange(0)
     if not 0 < run.eval_images < count:
-        raise InputError(f"eval_images: {run.eval_images}, expected 1 to {count - 1} of the {count} images")
+        raise InputError(f"images held out: {run.eval_images}, expected 1 to {count - 1} of the {count} images")
     order = np.random.default_rng(run.seed).permutation(count)
     kept, held_out = np.split(order, [count - run.eval_images])
     return np.sort(kept), np.sort(held_out)
@@ -424,13 +435,16 @@ def prepare_images(storage_uri: str, name: str, folder: str) -> None:
     print(f"boxes/{name}: {rows.num_rows:,} images without boxes" + (f"; left out: {skipped}" if skipped else ""))
 
 
-def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str) -> None:
+def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str, held_out: int) -> None:
     """Publish the tables of a training's `data` folder under the name `boxes`, or those of its `smoke` config.
 
     Other configs train on tables published before.
     """
     if data:
-        prepare(dataclasses.replace(coco(), storage=storage_uri, name=boxes, data=data))
+        split: Literal["none", "published"] = "none" if config == "finetune" else "published"
+        prepare(
+            dataclasses.replace(coco(), storage=storage_uri, name=boxes, data=data, split=split, eval_images=held_out)
+        )
     elif config == "smoke":
         prepare(dataclasses.replace(smoke(), storage=storage_uri))
 
@@ -442,7 +456,7 @@ def main() -> None:
     if run.captions:
         prepare_captions(run, run.name)
         check_concepts(run)
-    config = "photos" if run.data else "smoke" if run.name == "smoke" else "pictograms"
+    config = "photos_laptop" if run.data else "smoke" if run.name == "smoke" else "pictograms"
     name, place = shlex.quote(run.name), shlex.quote(run.storage)
     pairs = name if run.captions else "<PAIRS>"
     flags = f"--config {config} --boxes {name} --storage {place} --pairs {pairs} --teacher <CLIP>"

@@ -20,10 +20,15 @@ python workflows/prepare_pairs.py --config web --name mine --urls more.tsv --add
 python workflows/prepare_pairs.py --config web --name mine --urls list.tsv --retry timeout connect
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage name urls shards images add retry vocabulary min_images crawlers")
+
 import contextlib
 import dataclasses
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -172,7 +177,9 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
     nouns = NounExtractor(rule=read_wordnet(run.wordnet) if run.wordnet else None)
     extractor: Extractor = vocabulary if vocabulary.names else nouns
     config_hash = result_hash(run, vocabulary, nouns)
-    published = growth.find_published(run.storage, run.name, config_hash, lists=lists, add=run.add, retry=run.retry)
+    published = growth.find_published(
+        run.storage, run.name, config_hash, result_settings(run), lists=lists, add=run.add, retry=run.retry
+    )
     new = {digest: uri for digest, uri in lists.items() if published is None or digest not in published.sources}
     if published is not None and not new and not published.rejected.keys() & set(run.retry):
         return reuse(run, published)
@@ -375,6 +382,7 @@ def publish(
     )
     details = {
         "generation": generation,
+        "settings": result_settings(run),
         "sources": plan.sources,
         "columns": plan.columns,
         "progress": progress,
@@ -394,7 +402,20 @@ def publish(
 
 def result_hash(run: Run, vocabulary: NameMatcher, nouns: NounExtractor) -> str:
     """16 digits that identify everything that affects the tables' rows, except the lists."""
-    neutral = dataclasses.replace(
+    parts = f"{cli.config_hash(neutral(run))} {sorted(vocabulary.phrases.items())} {vocabulary.names}"
+    parts += f" {sorted(nouns.rule.objects)}" if nouns.rule else ""
+    parts += f" {sorted(read_class_names(run.columns.class_names).items())}" if run.columns.class_names else ""
+    return storage.sha256(parts.encode())[:16]
+
+
+def result_settings(run: Run) -> dict[str, Any]:
+    """The settings that affect the tables' rows by their dotted names."""
+    return cli.flatten(neutral(run))
+
+
+def neutral(run: Run) -> Run:
+    """The run without what does not affect the tables' rows, or is recorded by its content."""
+    return dataclasses.replace(
         run,
         storage="",
         urls="",
@@ -414,10 +435,6 @@ def result_hash(run: Run, vocabulary: NameMatcher, nouns: NounExtractor) -> str:
         corpus=dataclasses.replace(run.corpus, memory="", shuffle_rows=0),
         scores=dataclasses.replace(run.scores, actors=0, gpus=0),
     )
-    parts = f"{cli.config_hash(neutral)} {sorted(vocabulary.phrases.items())} {vocabulary.names}"
-    parts += f" {sorted(nouns.rule.objects)}" if nouns.rule else ""
-    parts += f" {sorted(read_class_names(run.columns.class_names).items())}" if run.columns.class_names else ""
-    return storage.sha256(parts.encode())[:16]
 
 
 @contextlib.contextmanager
@@ -442,6 +459,26 @@ def prepare_smoke(storage_uri: str) -> None:
             prepare(run)
 
 
+HELP_AGAINST = {
+    "forbidden_address": "private addresses are not fetched, but those of --fetch.allow-networks, such as 127.0.0.1/32",
+    "dns": "no host was found: is this machine online, and is the URL column the right one?",
+    "connect": "no host answered: is this machine online?",
+    "bad_url": "is --columns.url the column of the URLs?",
+    "opt_out": "the hosts do not want to be used; --fetch.no-respect-opt-out fetches nevertheless",
+    "too_small": "--filters.min-side is the smallest accepted side",
+}
+"""What to do when most rows are rejected for a reason."""
+
+
+def why_nothing(rejected: Mapping[str, int]) -> str:
+    """The most frequent reason for rejection, and what helps against it; empty if there was no row."""
+    if not any(rejected.values()):
+        return ": the lists have no rows"
+    reason = max(rejected, key=lambda each: rejected[each])
+    advice = HELP_AGAINST.get(reason, "the table `rejects` has each row with its detail")
+    return f", {rejected[reason]:,} of {sum(rejected.values()):,} rejected for {reason}: {advice}"
+
+
 def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
@@ -453,6 +490,8 @@ def main() -> None:
     print(f"pairs: {summary.kept:,} of {summary.input:,} rows kept, {summary.concepts} concepts, {summary.seconds:g} s")
     for reason, count in summary.rejected.items():
         print(f"    {reason:20} {count:,}")
+    if not summary.kept:
+        sys.exit(f"error: no row was kept{why_nothing(summary.rejected)}")
     print(f"next: python workflows/clip.py {training} --storage {shlex.quote(run.storage)}")
 
 

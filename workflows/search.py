@@ -7,6 +7,10 @@ python workflows/search.py --config pictograms --text "red umbrella"
 python workflows/search.py --config pictograms --text "an anchor and a cat" --over captions --prompt-set ""
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "text storage name teacher top output")
+
 import dataclasses
 import io
 import time
@@ -77,7 +81,12 @@ class Run:
             raise InputError(f"--top {self.top}: expected 1 or more")
 
 
-CONFIGS: dict[str, Callable[[], Run]] = {name: partial(Run, name=name) for name in embed.CONFIGS}
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": partial(Run, name="smoke"),
+    "pictograms": partial(Run, name="pictograms"),
+    "photos": partial(Run, name="photos"),
+    "lvis": partial(Run, name="lvis"),
+}
 """Over the tables of `embed.py` with the same config; those of `smoke` are made first if they are missing."""
 
 

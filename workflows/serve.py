@@ -11,6 +11,12 @@ curl -F image=@street.jpg -F 'vocabulary=["red umbrella", "anchor"]' http://127.
 curl -F image=@street.jpg -F 'prompts={"points": [[120, 80]]}' http://127.0.0.1:8000/v1/segment      # an OV-SAM
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(
+    __name__, __file__, "model storage host port token_file replicas max_replicas gpus threads refresh_seconds"
+)
+
 import contextlib
 import dataclasses
 import io
@@ -88,6 +94,7 @@ def local() -> Run:
 
 
 CONFIGS = {"local": local}
+MAX_PORT = 65_535
 
 
 def check(run: Run) -> None:
@@ -191,6 +198,8 @@ def free_port(host: str, port: int) -> int:
     Raises:
         InputError: the port is taken, or the host is not an address of this machine.
     """
+    if not 0 <= port <= MAX_PORT:
+        raise InputError(f"--port {port}: expected 0, for a free one, to {MAX_PORT}")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -11,6 +11,14 @@ python workflows/vild.py --config pictograms --model.variant text --teacher ... 
 python workflows/vild.py --config lvis_r50 --storage s3://bucket/ovd --teacher s3://bucket/clip
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(
+    __name__,
+    __file__,
+    "storage data boxes teacher pretrained backbone_weights workers precision use_gpu dry_run resume",
+)
+
 import dataclasses
 import shlex
 from contextlib import AbstractContextManager
@@ -32,7 +40,7 @@ from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_co
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, prepare_boxes
-from workflows.common import cli, descriptions, runs, starting_weights, tracking, training
+from workflows.common import cli, descriptions, runs, starting_weights, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session
@@ -161,7 +169,7 @@ def train(run: Run) -> Trained[DetectionMetrics]:
 
 def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
     """The run completed by its data and starting weights, the names and their encoder."""
-    run = find_weights(run)
+    run = find_weights(continue_model(run))
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
     names = read_names(run, encoder)
     return complete(run, names), names, encoder
@@ -290,6 +298,8 @@ def detector_start(run: Run, proposals: str) -> dict[str, Tensor]:
     """The detector's initial weights: the proposal network's, or only the backbone's."""
     torch.manual_seed(run.detector_stage.seed)
     model = ViLD(run.model)
+    if run.box_model:
+        return load_model(storage.local_folder(run.box_model), ViLD).state_dict()
     if run.start_from_proposals:
         trained = load_model(storage.local_folder(proposals), ViLD).detector.state_dict()
         first_stage = ProposalNetwork(run.model.detector).state_dict()
@@ -337,6 +347,20 @@ def read_names(run: Run, encoder: TextEncoder) -> VildNames:
     return VildNames(trained, splits, categories, build_vocabulary(encoder, ordered, splits, words))
 
 
+def continue_model(run: Run) -> Run:
+    """The run with the architecture and the proposals of the model that it continues, if any.
+
+    Raises:
+        InputError: there is no such model, or `finetune` is given none.
+    """
+    if not run.box_model:
+        if run.config == "finetune":
+            raise InputError("--box-model: missing, expected the ViLD checkpoint to continue")
+        return run
+    model = load_model(storage.local_folder(run.box_model), ViLD).config
+    return dataclasses.replace(run, model=model, proposals=run.proposals or run.box_model)
+
+
 def find_weights(run: Run) -> Run:
     """The run with the file that its backbone starts from, or with `from_scratch`; given proposals have a backbone.
 
@@ -380,25 +404,24 @@ def complete(run: Run, names: VildNames) -> Run:
 
 def prepare_data(run: Run) -> Run:
     """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
-    run = find_weights(run)
+    run = find_weights(continue_model(run))
     teacher = find_teacher(
         run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
     )
-    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data)
+    prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
     return dataclasses.replace(run, teacher=teacher)
 
 
 def main() -> None:
     """Read -> train -> evaluate; prints the table and the next command."""
-    run = cli.parse(CONFIGS, __doc__)
-    tracking.check_server(run.storage)
+    run = runs.begin(cli.parse(CONFIGS, __doc__), "vild")
     run = prepare_data(run)
     if run.dry_run:
         dry_run(run)
         return
     trained = train(run)
     table = runs.ap_table({run.model.variant: trained.metrics})
-    runs.print_results(trained, table, f"python workflows/serve.py --model {shlex.quote(trained.model)}")
+    runs.print_results(run, trained, table, f"python workflows/serve.py --model {shlex.quote(trained.model)}")
 
 
 if __name__ == "__main__":

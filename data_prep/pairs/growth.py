@@ -100,9 +100,18 @@ class Published:
 
 
 def find_published(
-    storage_uri: str, name: str, config_hash: str, *, lists: Iterable[str], add: bool, retry: Sequence[str]
+    storage_uri: str,
+    name: str,
+    config_hash: str,
+    settings: Mapping[str, object],
+    *,
+    lists: Iterable[str],
+    add: bool,
+    retry: Sequence[str],
 ) -> Published | None:
     """The published tables of a name, if a run may continue them: by adding lists (digests) or by retrying reasons.
+
+    A retry may fetch in another way, with more patience or from more networks.
 
     Raises:
         InputError: the tables have another config, or other lists without `add`; or there are none to retry.
@@ -119,7 +128,11 @@ def find_published(
             raise InputError(f"--retry: {uri} is not published yet, expected a finished crawl")
         return None
     if published.pairs.config_hash != config_hash:
-        raise InputError(f"{uri}: made from another config, expected the same one, a new --name or an empty place")
+        changed = tables.changed_settings(published.pairs, settings)
+        if not (retry and changed and all(each.startswith("fetch.") for each in changed)):
+            differs = f" (other {', '.join(changed)})" if changed else ""
+            expected = "the same one, a new --name or an empty place"
+            raise InputError(f"{uri}: made from another config{differs}, expected {expected}")
     if not add and any(digest not in published.sources for digest in lists):
         raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")
     return published

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import storage, tables
@@ -59,6 +60,9 @@ class Sampling:
     """Images of a group are all wider than high, or none is, so that a batch needs little padding."""
     min_side: int = 0
     """Images with a shorter side below this, in pixels, are not used."""
+    names: tuple[str, ...] = ()
+    """Groups of these concepts only, such as words that a trained detector is to learn; of all if empty. The others are
+    still negatives, or ignored where a caption mentions them."""
 
 
 @dataclass(frozen=True)
@@ -269,13 +273,18 @@ class GroupLoader:
 def group_loader(
     storage_uri: str, name: str, *, seed: int, group_size: int, sampling: Sampling, augmentation: Augmentation = AS_IS
 ) -> GroupLoader:
-    """All concepts of `concepts/<name>` and `groups/<name>` with enough images for a group.
+    """All concepts of `concepts/<name>` and `groups/<name>` that the sampling asks for, with enough images for a group.
 
     Raises:
-        InputError: a table is missing, or no concept has enough images.
+        InputError: a table is missing, a name of the sampling is no concept, or no concept has enough images.
     """
     manifest = tables.read_manifest(storage_uri, "groups", name)
-    concepts = tables.read_table(storage_uri, "concepts", name, ["concept_id", "start", "stop"])
+    concepts = tables.read_table(storage_uri, "concepts", name, ["concept_id", "name", "start", "stop"])
+    if sampling.names:
+        unknown = sorted(set(sampling.names) - set(concepts["name"].to_pylist()))
+        if unknown:
+            raise InputError(f"--sampling.names {unknown[0]}: unknown, expected a name in concepts/{name}")
+        concepts = concepts.filter(pc.is_in(concepts["name"], pa.array(sampling.names)))
     root = storage.absolute(tables.table_uri(storage_uri, "groups", name))
     files = [file for file in manifest.files if file.path.endswith(".parquet")]
     uris = tuple(storage.join(root, file.path) for file in files)

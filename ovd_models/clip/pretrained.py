@@ -2,7 +2,6 @@
 
 import difflib
 import socket
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from urllib.request import getproxies
 
 import huggingface_hub
 import open_clip
-import torch
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.factory import load_checkpoint
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
-from torch import Tensor, nn
+from torch import nn
 
 from ovd_models.errors import InputError, as_input_error, first_line
+from ovd_models.torchscript import is_torchscript, read_torchscript
 
 CONNECT_SECONDS = 5
 """Timeout of the test for a network; the hub's own client retries for 50 seconds without one."""
@@ -68,7 +67,7 @@ def find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
         InputError: there is no such tag or file, or it cannot be downloaded.
     """
     if Path(pretrained).is_file():
-        return Path(pretrained), {"quick_gelu": True} if _is_torchscript(Path(pretrained)) else {}
+        return Path(pretrained), published_pixels(name) | ({"quick_gelu": True} if is_torchscript(pretrained) else {})
     config: dict[str, Any] = get_pretrained_cfg(name, pretrained)
     if not config:
         tags = ", ".join(list_pretrained_tags_by_model(name)) or "none"
@@ -78,7 +77,7 @@ def find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
         if cached is None:
             raise InputError(
                 f"--pretrained {pretrained}: {ENDPOINT} cannot be reached and no copy is on this machine, "
-                "expected a network or a file"
+                "expected a network, or a file (docs/weights.md)"
             )
         return cached, config
     try:
@@ -87,6 +86,17 @@ def find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
         raise InputError(
             f"--pretrained {pretrained}: download failed ({first_line(error)}), expected a file"
         ) from error
+
+
+def published_pixels(name: str) -> dict[str, Any]:
+    """`mean`, `std` and `resize_mode` of an architecture's released weights, as far as all of them agree."""
+    configs = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
+    found = {}
+    for key in ("mean", "std", "resize_mode"):
+        values = {config.get(key) for config in configs}
+        if len(values) == 1:
+            found[key] = values.pop()
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _hub_is_reachable() -> bool:
@@ -111,14 +121,6 @@ def _cached(location: str) -> Path | None:
     return None
 
 
-def _is_torchscript(path: Path) -> bool:
-    """Whether a file has the format of OpenAI's own downloads, which hold code besides the weights."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
-
-
 def load_released(model: nn.Module, path: Path) -> None:
     """Load weights into open_clip's `CustomTextCLIP` from a state dict (.safetensors or torch's) or OpenAI's file.
 
@@ -126,8 +128,8 @@ def load_released(model: nn.Module, path: Path) -> None:
         InputError: the file is unreadable, or its weights belong to another architecture.
     """
     with as_input_error(str(path)):
-        if _is_torchscript(path):
-            state: dict[str, Tensor] = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+        if is_torchscript(path):
+            state = read_torchscript(path)
             for name in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
                 state.pop(name, None)
             model.load_state_dict(convert_to_custom_text_state_dict(state))

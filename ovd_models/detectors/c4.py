@@ -35,6 +35,25 @@ def coco_r50_c4() -> RCNNConfig:
     )
 
 
+class StridedAnchors(AnchorGenerator):  # type: ignore[misc]
+    """Anchors at every `stride` pixels, on images whose sides need not be multiples of it.
+
+    torchvision divides the image's side by the map's, which the last partial cell makes smaller than the stride.
+    """
+
+    def __init__(self, sizes: Sequence[int], stride: int) -> None:
+        super().__init__((tuple(sizes),), (ASPECT_RATIOS,))
+        self.stride, self.cell_anchors = stride, [cell_anchors(sizes)]
+
+    def forward(self, images: ResizedImages, maps: list[Tensor]) -> list[Tensor]:
+        """B times the anchors [H * W * sizes * ratios, 4] of the only map [B, F, H, W]."""
+        (level,) = maps
+        self.set_cell_anchors(level.dtype, level.device)
+        step = torch.tensor(self.stride, device=level.device)
+        anchors = self.grid_anchors([level.shape[-2:]], [[step, step]])
+        return [torch.cat(anchors)] * len(images.image_sizes)
+
+
 class C4(RCNN):
     """`RCNN` without a pyramid: one map of stride 16, anchors of all sizes on it, and the last stage as region head.
 
@@ -52,8 +71,7 @@ class C4(RCNN):
             c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm, stride=stride
         )
         self.res5 = build_last_stage(c.backbone, c.backbone_options, freeze_norm=c.freeze_norm, stride=stride)
-        anchors = AnchorGenerator((c.anchor_sizes,), (ASPECT_RATIOS,))
-        anchors.cell_anchors = [cell_anchors(c.anchor_sizes)]
+        anchors = StridedAnchors(c.anchor_sizes, c.strides[0])
         self.rpn = build_rpn(c, anchors, feature_info(self.backbone).channels()[0], training_factor=2)
         self.roi = build_roi_heads(c.rois_per_image)
         self.box_deltas = build_box_deltas(c.head_width)

@@ -5,6 +5,7 @@ A detector's backbone has the names of timm's classifier, EVA-02 too; Swin has t
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,7 +19,7 @@ from torch import Tensor
 from ovd_models.detectors.centernet2 import CenterNet2, CenterNet2Config
 from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
 from ovd_models.errors import InputError, as_input_error
-from ovd_models.weights import read_state
+from ovd_models.weights import TensorAccount, read_state
 
 Rules = tuple[tuple[str, str], ...]
 """(pattern, replacement) pairs, applied in order."""
@@ -77,6 +78,15 @@ LAYOUTS: tuple[tuple[str, Rules], ...] = (
 """A name that only files of a layout have, and the rules from the classifier's names to the file's: Caffe2 (MSRA's
 ResNets in Detectron), detectron2 (also SoCo's and MoCo's after conversion), Swin as released, Swin in timm. Files
 without any of the names have the classifier's own."""
+UNUSED: Rules = (
+    (r"(^|\.)(fc|head|fc_norm|pred)\.|(^|\.)(fc1000|pred)_", "the classifier of the pretraining"),
+    (r"(^|\.)norm\.(weight|bias)$", "the norm before the classifier"),
+    (r"num_batches_tracked$", "a counter of the training"),
+    (r"relative_position_index$|attn_mask$|rope|freqs_", "computed from the sizes"),
+    (r"^(layers\.3|features\.7)\.downsample|mask_token|cls_token", "a part that maps of features do not need"),
+    (r"encoder_k\.|momentum|queue|predictor|projector|_neck\.|_head\.", "a part of the self-supervised training"),
+)
+"""Patterns of names in a backbone's file that no detector uses, each with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +119,11 @@ def read_backbone(path: str | Path, config: RCNNConfig | CenterNet2Config) -> Ba
     Raises:
         InputError: the file cannot be read safely, or holds a whole detector.
     """
-    state, origin = read_state(path), str(path)
+    return backbone_of(read_state(path), str(path), config)
+
+
+def backbone_of(state: dict[str, Tensor], origin: str, config: RCNNConfig | CenterNet2Config) -> BackboneWeights:
+    """`read_backbone` for a file that is read."""
     if any(name.startswith(("roi_heads.", "proposal_generator.")) for name in state):
         raise InputError(f"{origin}: holds a whole detector, expected a backbone; CoDet starts from it by --box-model")
     for prefix in WRAPPERS:
@@ -187,6 +201,18 @@ def load_backbone(detector: ProposalNetwork | CenterNet2, weights: BackboneWeigh
         InputError: a weight is missing or of another shape.
     """
     own = detector.state_dict()
+    found = translate_backbone(own, weights)
+    first = next(name for name, value in found.items() if value.dim() == 4 and value.shape[1] == 3)
+    take_pixels(found, first, detector, weights)
+    detector.load_state_dict(own | found)
+
+
+def translate_backbone(own: Mapping[str, Tensor], weights: BackboneWeights) -> dict[str, Tensor]:
+    """The weights of a detector's backbone under the detector's names; `own` is the detector's state.
+
+    Raises:
+        InputError: a weight is missing or of another shape.
+    """
     found = {}
     for ours, value in own.items():
         name = classifier_name(ours)
@@ -194,18 +220,47 @@ def load_backbone(detector: ProposalNetwork | CenterNet2, weights: BackboneWeigh
             continue
         theirs = apply_rules(name, weights.rules)
         if weights.affine_norms and ours.endswith("running_mean"):
-            tensor: Tensor | None = torch.zeros_like(value)
+            tensor: Tensor | None = torch.zeros(value.shape)
         elif weights.affine_norms and ours.endswith("running_var"):
-            tensor = torch.full_like(value, 1 - NORM_EPS)
+            tensor = torch.full(value.shape, 1 - NORM_EPS)
         else:
             tensor = weights.state.get(theirs)
         if tensor is None or tensor.shape != value.shape:
             shape = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
             raise InputError(f"{weights.origin}: {theirs} {shape}, expected {list(value.shape)}")
         found[ours] = tensor.to(value.dtype)
-    first = next(name for name, value in found.items() if value.dim() == 4 and value.shape[1] == 3)
-    take_pixels(found, first, detector, weights)
-    detector.load_state_dict(own | found)
+    return found
+
+
+def account_backbone(own: Mapping[str, Tensor], weights: BackboneWeights, state: Mapping[str, Tensor]) -> TensorAccount:
+    """Account for the tensors of a backbone's file.
+
+    Args:
+        own: the state of a detector, whose tensors need no memory.
+        weights: what `backbone_of` reads for the detector.
+        state: the file's tensors.
+
+    Raises:
+        InputError: see `translate_backbone`.
+    """
+    translate_backbone(own, weights)
+    wanted = {classifier_name(name): name for name in own}
+    names = {apply_rules(name, weights.rules): ours for name, ours in wanted.items() if name is not None}
+    used, ignored, unaccounted = {}, {}, []
+    for name in state:
+        bare = name
+        for prefix in WRAPPERS:
+            bare = bare.removeprefix(prefix)
+        reason = next((reason for pattern, reason in UNUSED if re.search(pattern, name)), None)
+        if bare in names:
+            used[name] = names[bare]
+        elif reason is not None:
+            ignored[name] = reason
+        elif not weights.rules and bare not in weights.state:
+            used[name] = "under the name that timm gives it"
+        else:
+            unaccounted.append(name)
+    return TensorAccount(used, ignored, tuple(unaccounted))
 
 
 def classifier_name(name: str) -> str | None:

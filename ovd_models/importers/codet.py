@@ -265,7 +265,11 @@ def load_codet_release(path: str | Path) -> ImportedDetector:
     Raises:
         InputError: the file cannot be read safely or holds no released detector.
     """
-    state, origin = read_state(path), str(path)
+    return detector_of(read_state(path), str(path))
+
+
+def detector_of(state: Mapping[str, Tensor], origin: str) -> ImportedDetector:
+    """`load_codet_release` for a file that is read."""
     release = recognise_release({name: list(value.shape) for name, value in state.items()}, origin)
     model = CoDet(release.config)
     model.load_state_dict(translate_state(state, model, release, origin))

@@ -32,6 +32,9 @@ IGNORED: tuple[tuple[str, str], ...] = (
     (r"mask_decoder\.label_mlp\.", "its output is multiplied by zero in the released model"),
 )
 """Released tensors without effect, with the reason."""
+SAM_MARKER = "image_encoder.pos_embed"
+"""A tensor that files of a whole SAM have."""
+UNUSED = "a part that OV-SAM does not have: SAM's image encoder and IoU head, or CLIP's text tower, which is kept apart"
 
 
 def account_ovsam_tensors(names: Iterable[str]) -> TensorAccount:
@@ -69,22 +72,39 @@ def load_ovsam(model: OvSam, *paths: str | Path, tower: Mapping[str, Tensor] | N
     Raises:
         InputError: a file is unreadable or holds an unknown tensor, or no file holds some weight of the model.
     """
+    join_ovsam(model, {str(path): read_state(path) for path in paths}, tower)
+
+
+def join_ovsam(
+    model: OvSam, files: Mapping[str, Mapping[str, Tensor]], tower: Mapping[str, Tensor] | None = None
+) -> dict[str, TensorAccount]:
+    """`load_ovsam` for files that are read; returns the account of each."""
     wanted = model.state_dict()
     state = {f"clip.tower.{name}": value for name, value in (tower or {}).items()}
-    for path in paths:
-        raw = read_state(path)
-        if "image_encoder.pos_embed" in raw:
-            state |= from_sam(raw, wanted)
-        elif any(name.startswith(("visual.", "attnpool.")) for name in raw):
-            state |= from_clip(raw)
-        else:
-            account = account_ovsam_tensors(raw)
-            if account.unaccounted:
-                unknown = account.unaccounted[0]
-                raise InputError(f"{path}: tensor {unknown!r}, expected those of a whole SAM, a CLIP or an OV-SAM file")
-            state |= {ours: raw[name] for name, ours in account.used.items()}
-    own = {name: value for name, value in state.items() if name in wanted}
-    load_strict(model, own, ", ".join(map(str, paths)))
+    accounts = {}
+    for path, raw in files.items():
+        own, accounts[path] = part_of_ovsam(raw, wanted)
+        if accounts[path].unaccounted:
+            unknown = accounts[path].unaccounted[0]
+            raise InputError(f"{path}: tensor {unknown!r}, expected those of a whole SAM, a CLIP or an OV-SAM file")
+        state |= own
+    load_strict(model, {name: value for name, value in state.items() if name in wanted}, ", ".join(files))
+    return accounts
+
+
+def part_of_ovsam(raw: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], TensorAccount]:
+    """The weights of a model that a file holds, under our names, and the account of its tensors."""
+    if SAM_MARKER in raw:
+        state = from_sam(raw, wanted)
+        names = {name: "adapter.pos_embed" if name == SAM_MARKER else name for name in raw}
+    elif any(name.startswith(("visual.", "attnpool.")) for name in raw):
+        state = from_clip(raw)
+        names = {name: f"clip.tower.{name.removeprefix('visual.')}" for name in raw}
+    else:
+        account = account_ovsam_tensors(raw)
+        return {ours: raw[name] for name, ours in account.used.items()}, account
+    used = {name: ours for name, ours in names.items() if ours in state and ours in wanted}
+    return state, TensorAccount(used, dict.fromkeys((name for name in raw if name not in used), UNUSED), ())
 
 
 def from_sam(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

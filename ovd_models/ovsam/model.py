@@ -245,29 +245,37 @@ class OvSam(nn.Module):
         The image is [3, H, W] uint8, or the result of `encode`.
 
         As in the package's automatic mask generator, prompts are a grid of clicks, and masks of low predicted IoU, low
-        stability or high overlap with a better one are dropped.
+        stability or high overlap with a better one are dropped. Without settings, the number of clicks follows the
+        image's size. If nothing remains, `Segments.reason` says why.
 
         Raises:
             InputError: the model has no IoU head.
         """
         if not self.config.iou_head:
             raise InputError("everything: this model has no IoU head to choose masks by")
-        settings = settings or EverythingConfig()
         encoded = self.encode(image) if isinstance(image, Tensor) else image
         height, width = encoded.sam.size
+        settings = settings or EverythingConfig.for_size(width, height)
         grid = torch.from_numpy(build_point_grid(settings.points_per_side)).float()
         points = grid * grid.new_tensor([width, height])
-        parts = []
+        parts, confident, best_iou = [], 0, 0.0
         for clicks in torch.split(points, settings.points_per_batch):
             prompts = Prompts(points=clicks[:, None], point_labels=torch.ones(len(clicks), 1).long())
             part, _ = self.masks(encoded, prompts)
             good = (part.ious >= settings.min_iou) & part.masks.flatten(1).any(1)
+            confident, best_iou = confident + int(good.sum()), max(best_iou, float(part.ious.max()))
             good &= calculate_stability_score(part.low_res, 0.0, 1.0) >= settings.min_stability
             # not the masks: before suppression there are hundreds, each of the image's size
             parts.append((part.low_res[good], part.ious[good], part.boxes[good]))
         low_PLL, ious_P, boxes_P4 = map(torch.cat, zip(*parts, strict=True))
         best = nms(boxes_P4, ious_P, settings.nms_iou)[: settings.max_masks]
         segments = unnamed(self.full_size(low_PLL[best], encoded.sam), ious_P[best], low_PLL[best])
+        if not len(segments):
+            reason = (
+                f"{confident:,} of {len(points):,} clicks give a mask with a predicted IoU of {settings.min_iou:g} or "
+                f"more (the best has {best_iou:.2f}), and none of these a stability of {settings.min_stability:g}"
+            )
+            segments = replace(segments, reason=reason)
         return segments if vocabulary is None else self.name(encoded, segments, vocabulary)
 
 

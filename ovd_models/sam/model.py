@@ -176,7 +176,7 @@ def run_decoder(
     Returns:
         Outputs of the first tokens [P, T, C], and logits [P, K, L, L] of the mask tokens.
     """
-    count, num_first = len(sparse_PnC), len(first_TC)
+    count, num_first = sparse_PnC.shape[0], len(first_TC)  # a shape, for tracing
     own_TC = torch.cat([first_TC, decoder.mask_tokens.weight])
     tokens_PTC = torch.cat([own_TC.expand(count, -1, -1), sparse_PnC], dim=1)
     source_PChw = image_PChw + dense
@@ -247,6 +247,11 @@ class EverythingConfig:
     nms_iou: float = 0.7
     max_masks: int = 1024
     """Maximum number of masks, the best by predicted IoU."""
+
+    @classmethod
+    def for_size(cls, width: int, height: int) -> "EverythingConfig":
+        """A click every 8 pixels of the longer side, at least 8 and at most the package's 32 along each side."""
+        return cls(points_per_side=min(32, max(8, round(max(width, height) / 8))))
 
 
 class SamModel(nn.Module):

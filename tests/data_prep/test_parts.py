@@ -140,6 +140,6 @@ def test_progress_tells_the_share_the_rate_and_the_time_left(
     clock.monotonic = lambda: 120.0
     progress.add(5_000)
     progress.close("7,500 good")
-    first, *_, last = capsys.readouterr().out.splitlines()
+    first, last = capsys.readouterr().out.splitlines()
     assert first == "pairs: 3,000 of 8,000 rows (38%), 500.0 rows/s, 00:10 left, 2,900 good"
     assert last == "pairs: 8,000 rows in 00:20, 400.0 rows/s, 7,500 good"

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import ovd_models
+from ovd_models.checkpoint_info import write_calibration
 from ovd_models.checkpoints import from_json, load_encoder, load_model, read_info, save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
@@ -116,6 +117,28 @@ def test_detections_of_a_rotated_photograph_are_drawn_on_the_upright_one(whole: 
     assert (found.width, found.height) == (60, 90)
     assert found.image is not None
     assert found.image.size == (60, 90)
+
+
+def test_the_default_threshold_is_where_the_checkpoint_was_best(folder: Path) -> None:
+    assert ovd_models.load(folder).info.score_threshold == 0.3  # never evaluated
+    everything = ovd_models.load(folder).detect(picture(), score_threshold=0.0)
+    best = float(everything.scores.max())
+    for threshold, expected in ((0.0, len(everything)), (best + 0.002, 0)):
+        write_calibration(folder, threshold, "pictograms")
+        detector = ovd_models.load(folder)
+        assert threshold - 0.001 <= detector.info.score_threshold <= threshold
+        assert len(detector.detect(picture())) == expected
+    assert len(everything)
+    (folder / "calibration.json").write_text("{}")
+    with pytest.raises(InputError, match=r"calibration\.json: not a calibration"):
+        ovd_models.load(folder)
+
+
+def test_a_uri_is_refused_with_what_takes_it() -> None:
+    with pytest.raises(InputError, match=r"s3://bucket/model: a URI, .*workflows\.common\.models\.load takes URIs"):
+        ovd_models.load("s3://bucket/model")
+    with pytest.raises(InputError, match=r"models:/a@champion: a URI"):
+        ovd_models.load("models:/a@champion")
 
 
 def test_a_checkpoint_tells_what_it_is(whole: Path) -> None:

@@ -14,6 +14,7 @@ from ovd_models.losses import (
     concept_loss,
     cosine_logits,
     distillation_loss,
+    federated_classes,
     sampled_concepts,
     sigmoid_loss,
     softmax_loss,
@@ -242,3 +243,18 @@ def test_cosines_stay_exact_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = cosine_logits(feature, text, 100.0)
     assert torch.equal(found, cosine_logits(feature, text, 100.0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_federated_classes_are_those_that_a_multinomial_draw_adds(seed: int) -> None:
+    """The released code's rule: the classes that occur, then as many drawn as are left of the budget."""
+    weights = torch.rand(30, generator=torch.Generator().manual_seed(seed)) + 0.1
+    labels = torch.tensor([4, 4, 17, -1])
+    appeared = torch.tensor([4, 17, 30])
+    left = F.pad(weights, (0, 1)).index_fill(0, appeared, 0.0)
+    torch.manual_seed(seed)
+    drawn = torch.multinomial(left, 10 - len(appeared), replacement=False)
+    torch.manual_seed(seed)
+    ours = federated_classes(labels, weights, 10)
+    assert set(ours.nonzero()[:, 0].tolist()) == {4, 17, *drawn.tolist()}
+    assert int(ours.sum()) == 9  # the background is the tenth

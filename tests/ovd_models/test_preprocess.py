@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ovd_models.batches import Detections
-from ovd_models.drawing import colour_of, draw_boxes
+from ovd_models.drawing import colour_of, draw_boxes, ink_on
 from ovd_models.errors import InputError
 from ovd_models.images import decode_image, open_image
 from ovd_models.preprocess import to_tensor
@@ -192,8 +192,8 @@ def test_small_pictures_are_enlarged_and_the_original_stays(tmp_path: Path) -> N
     drawn = found(1, image).draw(tmp_path / "found.png")
     assert drawn.size == (480, 320)
     assert np.array_equal(np.array(image), before)
-    # the box's left edge, 2 px of 12 enlarged 40 times, in the colour of label 0
-    assert drawn.getpixel((81, 240)) == colour_of(0)
+    # the box's left edge, 2 px of 12 enlarged 40 times, in the colour of its name
+    assert drawn.getpixel((81, 240)) == colour_of("red umbrella")
     assert Image.open(tmp_path / "found.png").size == (480, 320)
 
 
@@ -220,6 +220,24 @@ def test_a_long_picture_is_not_enlarged_without_bound() -> None:
 
 def test_labels_have_colours_of_their_own() -> None:
     assert len({colour_of(index) for index in range(100)}) == 100
+
+
+def test_lines_and_letters_grow_with_the_picture() -> None:
+    def drawn_pixels(scale: int) -> tuple[int, int]:
+        """Width of the box's left line, and pixels of its label's height."""
+        image = Image.new("RGB", (700 * scale, 500 * scale))
+        box = torch.tensor([[200.0, 200, 600, 400]]) * scale
+        pixels = np.asarray(draw_boxes(image, box, ["anchor"], ["anchor"]))
+        own = (pixels == colour_of("anchor")).all(2)
+        return int(own[350 * scale, : 400 * scale].sum()), int(own[: 200 * scale, 201 * scale].sum())
+
+    (line, label), (wide, tall) = drawn_pixels(1), drawn_pixels(4)
+    assert (line, wide) == (2, 8)
+    assert 3.5 < tall / label < 4.5
+
+
+def test_a_label_is_black_on_bright_colours_and_white_on_dark_ones() -> None:
+    assert (ink_on((204, 200, 30)), ink_on((30, 30, 204))) == ("black", "white")
 
 
 def test_detections_have_the_form_of_the_endpoint() -> None:

@@ -9,7 +9,8 @@ import torch
 from faster_coco_eval import mask as rle
 from PIL import Image
 
-from ovd_models.batches import Detections
+from ovd_models.batches import Detections, Found
+from ovd_models.drawing import colour_of
 from ovd_models.segments import Segments
 
 SQUARE = np.zeros((6, 8), np.uint8)
@@ -65,3 +66,57 @@ def test_a_notebook_shows_them(found: Detections | Segments) -> None:
     assert png is not None
     assert Image.open(io.BytesIO(png)).size == found.draw().size
     assert replace(found, image=None)._repr_png_() is None
+
+
+SEVERAL = Detections(
+    torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 5], [5, 0, 8, 6]]), torch.tensor([0.9, 0.5, 0.25]), torch.tensor([1, 0, 1]),
+    ("anchor", "cat"), 8, 6, BLACK,
+)  # fmt: skip
+
+
+def test_detections_are_used_as_a_list() -> None:
+    assert [(entry.name, entry.score) for entry in SEVERAL] == [
+        ("cat", pytest.approx(0.9)),
+        ("anchor", 0.5),
+        ("cat", 0.25),
+    ]
+    assert SEVERAL[-1] == Found("cat", 0.25, (5.0, 0.0, 8.0, 6.0))
+    assert [entry.name for entry in SEVERAL[1:]] == ["anchor", "cat"]
+    with pytest.raises(IndexError):
+        SEVERAL[3]
+    assert list(EMPTY) == []
+
+
+def test_segments_are_used_as_a_list() -> None:
+    assert list(SEGMENTS) == [Found("cat", 0.75, (2.0, 1.0, 6.0, 3.0))]
+    unnamed = replace(SEGMENTS, labels=torch.tensor([-1]), scores=torch.tensor([float("nan")]))
+    assert unnamed[0] == Found(None, None, (2.0, 1.0, 6.0, 3.0))
+    assert len(unnamed[:0]) == 0
+
+
+def test_a_filter_keeps_scores_from_the_least_on_and_the_given_names() -> None:
+    assert [entry.name for entry in SEVERAL.filter(min_score=0.5)] == ["cat", "anchor"]
+    assert [entry.score for entry in SEVERAL.filter(names=["cat"], min_score=0.25)] == [pytest.approx(0.9), 0.25]
+    assert len(SEVERAL.filter(names=[])) == 0
+    assert (len(SEGMENTS.filter(min_score=0.75)), len(SEGMENTS.filter(min_score=0.76))) == (1, 0)
+    with pytest.raises(ValueError, match="'dog' was not looked for, expected some of anchor, cat"):
+        SEVERAL.filter(names=["dog"])
+
+
+def test_one_label_is_drawn_for_a_thing_unless_all_are_wanted() -> None:
+    def colours(picture: Image.Image) -> set[tuple[int, int, int]]:
+        return {tuple(pixel) for pixel in np.asarray(picture).reshape(-1, 3).tolist()}
+
+    assert colour_of("anchor") not in colours(SEVERAL.draw())  # 0.8 of it is the cat
+    assert {colour_of("anchor"), colour_of("cat")} <= colours(SEVERAL.draw(distinct=False))
+
+
+def test_a_name_has_the_same_colour_in_any_vocabulary() -> None:
+    other = replace(FOUND, labels=torch.tensor([0]), names=("cat",))
+    assert np.array_equal(np.asarray(FOUND.draw()), np.asarray(other.draw()))
+
+
+def test_an_empty_mask_is_not_drawn() -> None:
+    empty = replace(SEGMENTS, masks=torch.zeros_like(SEGMENTS.masks))
+    assert len(empty.with_area()) == 0
+    assert not np.asarray(empty.draw()).any()

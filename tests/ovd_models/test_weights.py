@@ -1,4 +1,5 @@
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -73,3 +74,16 @@ def test_broken_and_foreign_files_are_one_line(content: bytes, tmp_path: Path) -
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"missing\.pth"):
         read_state(tmp_path / "missing.pth")
+
+
+def test_files_that_grow_when_they_are_read_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(10_000_000)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w") as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "bomb.pth").stat().st_size < 100_000
+    with pytest.raises(InputError, match=r"bomb\.pth: cannot be read safely.*unpacks to 40,"):
+        read_state(tmp_path / "bomb.pth")
+    torch.save({"a": torch.zeros(1).expand(10**12)}, tmp_path / "wide.pth")
+    with pytest.raises(InputError, match=r"a has shape \[1000000000000\], more than the file holds"):
+        read_state(tmp_path / "wide.pth")

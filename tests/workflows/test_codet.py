@@ -207,9 +207,12 @@ def test_a_run_can_be_repeated(prepared: Run, trained: Trained[Metrics], pair: P
 
 
 @pytest.mark.ray
-def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: Trained[Metrics]) -> None:
-    run = dataclasses.replace(prepared, box_model=trained.outputs["boxes_model"])
-    found = codet.train(run)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: Trained[Metrics], workers: int) -> None:
+    stage = dataclasses.replace(prepared.joint_stage, workers=workers)
+    found = codet.train(
+        dataclasses.replace(prepared, box_stage=stage, joint_stage=stage, box_model=trained.outputs["boxes_model"])
+    )
     assert found.outputs["boxes_model"] == trained.outputs["boxes_model"]
     assert "boxes" not in found.seconds
     assert found.metrics.box_supervised.summary() == pytest.approx(
@@ -218,6 +221,43 @@ def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: T
     # The same joint stage from the same weights as in the run that trained both.
     one, two = load_model(trained.model, CoDet).state_dict(), load_model(found.model, CoDet).state_dict()
     assert all(torch.allclose(value, two[name], atol=1e-3) for name, value in one.items())
+
+
+@pytest.mark.ray
+def test_a_detector_is_continued_with_its_own_architecture_and_encoder(
+    prepared: Run, trained: Trained[Metrics], tmp_path: Path
+) -> None:
+    stage = dataclasses.replace(
+        codet_configs.finetune().joint_stage,
+        steps=5,
+        checkpoint_every=5,
+        workers=0,
+        rate_factors={"detector.backbone.": 0.0},
+    )
+    run = dataclasses.replace(
+        codet_configs.finetune(),
+        storage=prepared.storage,
+        boxes="smoke",
+        box_model=trained.model,
+        box_stage=stage,
+        joint_stage=stage,
+        detection_batch=2,
+        validate_every=0,
+    )
+    found = codet.train(codet.prepare_data(run))
+    before, after = (load_model(folder, CoDet) for folder in (trained.model, found.model))
+    assert after.config.detector == before.config.detector
+    assert ovd_models.load(found.model).teacher == ovd_models.load(trained.model).teacher
+    moved = {
+        name
+        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert "detector.projection.weight" in moved
+    assert not [name for name in moved if name.startswith("detector.backbone.")]  # a factor of 0 freezes it
+    for model in ("", str(tmp_path), "Detic_OVCOCO_CLIP_R50_1x_max-size.pth"):
+        with pytest.raises(InputError, match="no detector to continue, expected a checkpoint folder, such as"):
+            codet.prepare_data(dataclasses.replace(run, box_model=model))
 
 
 @pytest.mark.ray

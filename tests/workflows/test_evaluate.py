@@ -126,7 +126,7 @@ def test_every_script_that_runs_a_model_takes_a_device(run: Run, tmp_path: Path)
         lambda: open_teacher(str(tmp_path), "clip:1", "cuda:7"),
     ]
     for job in jobs:
-        with pytest.raises(InputError, match=r"^--device cuda.*: not on this machine \(.*\), expected cpu"):
+        with pytest.raises(InputError, match=r"^--device cuda.*: not on this machine \(.*\), expected auto, cpu"):
             job()
     with pytest.raises(InputError, match=r"^--device gpu: not on this machine"):
         evaluation.evaluate(dataclasses.replace(run, device="gpu"))
@@ -324,8 +324,8 @@ def test_predictions_made_elsewhere_are_evaluated_by_either_engine(
     assert list(found["fast"]) == list(found["lvis"])
     assert found["fast"] == pytest.approx(found["lvis"], abs=1e-6)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["AP", f"{found['fast']['AP']:.3f}"]
-    assert lines[13].startswith(f"lvis, {kind}: 4 images, {len(TRUTH['annotations'])} objects, 80 predictions; ")
+    assert lines[1].split() == ["AP", f"{found['fast']['AP']:.3f}"]
+    assert lines[14].startswith(f"lvis, {kind}: 4 images, {len(TRUTH['annotations'])} objects, 80 predictions; ")
     assert not (tmp_path / "store").exists()
 
 

@@ -1,11 +1,14 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from serving import save_detector, save_segmenter, save_text_segmenter
 
 from ovd_models.errors import InputError
+from ovd_models.segments import Segments
 from workflows import predict
 from workflows.predict import Run
 
@@ -69,6 +72,17 @@ def test_models_with_masks_give_them_for_a_pattern_of_files(kind: object, pictur
     coco = json.loads((tmp_path / "out/predictions.json").read_text())
     assert [entry.file_name for entry in shown] == ["a.png"]
     assert all(entry["segmentation"]["size"] == [60, 80] for entry in coco["annotations"])
+
+
+def test_names_whose_masks_are_empty_are_said_to_be() -> None:
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[1, 1, 1] = True
+    nothing = torch.zeros(3)
+    segments = Segments(masks, nothing, torch.arange(3), nothing, ("anchor", "cat", "dog"), torch.zeros(3, 2, 2))
+    summary = predict.summarise("a.jpg", Path("drawn/a.jpg.jpg"), segments)
+    assert (summary.found, summary.note) == ({"cat": 1}, "no mask for anchor, dog")
+    none = dataclasses.replace(segments[:0], reason="0 of 64 clicks ...")
+    assert predict.summarise("a.jpg", Path("drawn/a.jpg.jpg"), none).note == "0 of 64 clicks ..."
 
 
 @pytest.mark.parametrize(

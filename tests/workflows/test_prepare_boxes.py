@@ -157,7 +157,9 @@ def test_published_tables_are_kept_and_another_config_is_refused(tmp_path: Path)
     before = storage.read_bytes(f"{run.storage}/boxes/photos-eval/manifest.json")
     prepare(run)
     assert storage.read_bytes(f"{run.storage}/boxes/photos-eval/manifest.json") == before
-    with pytest.raises(InputError, match="photos-eval: made from another config, expected a new --name"):
+    with pytest.raises(
+        InputError, match=r"photos-eval: made from another config \(other eval_images\), expected a new"
+    ):
         prepare(dataclasses.replace(run, eval_images=3))
 
 
@@ -172,7 +174,7 @@ def test_a_changed_annotation_file_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 6, 7, -1])
 def test_an_impossible_split_is_refused(tmp_path: Path, count: int) -> None:
-    with pytest.raises(InputError, match=f"eval_images: {count}, expected 1 to 5 of the 6 images"):
+    with pytest.raises(InputError, match=f"images held out: {count}, expected 1 to 5 of the 6 images"):
         prepare(photos(tmp_path, eval_images=count))
 
 
@@ -371,3 +373,11 @@ def test_the_second_style_has_the_same_names_in_other_pictures(tmp_path: Path) -
         sets[name] = (names, boxes["image_id"].to_pylist())
     assert sets["first"][0] == sets["second"][0]
     assert not set(sets["first"][1]) & set(sets["second"][1])
+
+
+def test_all_names_can_stay_base(tmp_path: Path) -> None:
+    run = Run(storage=str(tmp_path / "store"), name="own", data=str(folder_of(tmp_path / "data")), train_images=0)
+    prepare(dataclasses.replace(run, eval_images=2, split="none"))
+    categories, splits = read_categories(run.storage, "own")
+    assert set(splits.values()) == {"base"}
+    assert sorted(categories.values()) == sorted(NAMES)

@@ -139,7 +139,7 @@ def test_downloaded_cc3m_becomes_groups_by_codets_rule(tmp_path: Path) -> None:
     words = dataclasses.replace(run, name="words", wordnet="")
     prepare(words)
     assert "city" in {row["name"] for row in rows_of(run.storage, "words")["concepts"]}
-    with pytest.raises(InputError, match="made from another config"):
+    with pytest.raises(InputError, match="made from another config, expected"):
         prepare(dataclasses.replace(words, name="cc3m"))
     with pytest.raises(InputError, match="--wordnet: given beside a vocabulary"):
         prepare(dataclasses.replace(run, names=("cake",)))

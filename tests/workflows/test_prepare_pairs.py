@@ -31,7 +31,9 @@ TABLES = ("pairs", "rejects", "concepts", "groups")
 
 def small_run(root: Path, urls: Path) -> Run:
     run = dataclasses.replace(configs.smoke(), name="t", storage=str(root), urls=str(urls))
-    patient = dataclasses.replace(run.fetch, deadline_seconds=5.0)  # a busy machine is no dead host
+    patient = dataclasses.replace(
+        run.fetch, deadline_seconds=run.fetch.deadline_seconds + 1
+    )  # a busy machine is no dead host
     return dataclasses.replace(run, site_pictures=0, site_scenes=0, rows_per_shard=32, rows_per_part=16, fetch=patient)
 
 
@@ -169,8 +171,13 @@ def test_published_tables_are_reused_and_never_overwritten(crawled: tuple[Run, S
         (Path(run.storage) / "staging/pairs/t").iterdir()
     )
     assert all(path.stat().st_mtime < before for path in (Path(run.storage) / "pairs").rglob("*") if path.is_file())
-    with pytest.raises(InputError, match="made from another config"):
+    with pytest.raises(InputError, match=r"made from another config \(other min_images\), expected the same one"):
         prepare(dataclasses.replace(run, min_images=3))
+    patient = dataclasses.replace(run.fetch, deadline_seconds=run.fetch.deadline_seconds + 1)
+    with pytest.raises(InputError, match=r"other fetch\.deadline_seconds"):
+        prepare(dataclasses.replace(run, fetch=patient))
+    with pytest.raises(InputError, match=r"other fetch\.deadline_seconds, min_images"):
+        prepare(dataclasses.replace(run, fetch=patient, min_images=3, retry=("timeout",)))
 
 
 @pytest.mark.ray
@@ -297,6 +304,18 @@ def test_a_list_of_nothing_but_rejects_gives_empty_tables(ray_cluster: None, tmp
     assert (summary.kept, summary.rejected) == (0, {"bad_url": 2, "duplicate_url": 1})
     found = rows_of(tmp_path)
     assert [len(found[table]) for table in TABLES] == [0, 3, 0, 0]
+
+
+def test_a_crawl_that_keeps_nothing_fails_and_says_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "list.tsv").write_text("url\tcaption\nhttp://127.0.0.1:9/a.jpg\ta cat\nhttp://10.0.0.1/b.jpg\ta dog\n")
+    flags = ["--config", "web", "--urls", "list.tsv", "--storage", "store", "--crawlers", "0"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: no row was kept, 2 of 2 rejected for forbidden_address: private addresses are not fetched, but those "
+        "of --fetch.allow-networks, such as 127.0.0.1/32"
+    )
+    assert "next:" not in done.stdout
 
 
 @pytest.mark.parametrize(

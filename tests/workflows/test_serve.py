@@ -38,7 +38,7 @@ from ovd_models.predictors import Segmenter
 from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.segments import Prompts
 from workflows import serve
-from workflows.common import registry, tracking
+from workflows.common import models, registry, tracking
 from workflows.serving.api import build_api
 
 
@@ -361,7 +361,7 @@ def test_checkpoint_is_found_by_folder_uri_or_registered_name(
     with tracking.run(str(tmp_path), experiment="codet", name="smoke", params={}) as tracked:
         registry.register(tracked, checkpoint, method="codet", data_set="x", metric="ap50_novel", value=0.5)
     for model in (str(checkpoint), checkpoint.as_uri(), "models:/ovd-codet-x@champion"):
-        folder = registry.local_model(model, str(tmp_path))
+        folder = models.local_model(model, str(tmp_path))
         assert (folder / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
 
 

@@ -126,6 +126,37 @@ def test_an_earlier_runs_proposals_and_embeddings_are_used_again(
 
 
 @pytest.mark.ray
+def test_a_detector_is_continued_with_its_own_architecture_and_proposals(
+    prepared: Run, trained: Trained[DetectionMetrics]
+) -> None:
+    settings = vild_configs.finetune()
+    stage = dataclasses.replace(
+        settings.detector_stage, steps=5, checkpoint_every=5, workers=0, rate_factors={"detector.backbone.": 0.0}
+    )
+    run = dataclasses.replace(
+        settings,
+        storage=prepared.storage,
+        boxes="smoke",
+        teacher=prepared.teacher,
+        box_model=trained.model,
+        max_proposals=8,
+        regions_per_step=4,
+        embed=prepared.embed,
+        detector_stage=stage,
+        detection_batch=2,
+        validate_every=0,
+    )
+    found = vild.train(vild.prepare_data(run))
+    assert found.outputs["proposals"] == trained.model
+    before, after = (load_model(folder, ViLD) for folder in (trained.model, found.model))
+    assert after.config == before.config
+    assert torch.equal(before.detector.backbone.conv1.weight, after.detector.backbone.conv1.weight)
+    assert not torch.equal(before.detector.projection.weight, after.detector.projection.weight)
+    with pytest.raises(InputError, match="--box-model: missing, expected the ViLD checkpoint to continue"):
+        vild.prepare_data(dataclasses.replace(run, box_model=""))
+
+
+@pytest.mark.ray
 def test_supervised_training_finds_no_novel_name(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
     model = dataclasses.replace(prepared.model, variant="supervised")
     found = vild.train(dataclasses.replace(prepared, model=model, proposals=trained.outputs["proposals"]))
@@ -160,8 +191,7 @@ def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() 
 
 
 @pytest.mark.ray
-def test_failures_are_found_and_written(prepared: Run, trained: Trained[DetectionMetrics], tmp_path: Path) -> None:
-    output = tmp_path / "failures.html"
+def test_failures_are_found_and_written(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
     run = failures.Run(
         storage=prepared.storage,
         model=trained.model,
@@ -172,9 +202,8 @@ def test_failures_are_found_and_written(prepared: Run, trained: Trained[Detectio
         elongated=1.2,
     )
     found = failures.find_failures(run)
-    gallery.write_gallery(output, found, dataclasses.asdict(run), 2)
+    text = gallery.render_gallery(found, dataclasses.asdict(run), 2)
     assert found.counts["objects"] > found.counts["elongated"] > 0
-    text = output.read_text()
     for fit in ("warp", "pad", "centre"):
         assert f"<figcaption>{fit}: " in text
     assert 'src="http' not in text

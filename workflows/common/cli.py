@@ -2,13 +2,16 @@
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -29,6 +32,7 @@ from workflows.common.quiet import is_storage_failure
 R = TypeVar("R")
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the driver of a submitted job."""
+HELP = {"-h", "--help", "--help-all"}
 BATCHES = ("batch_size", "detection_batch")
 """The field of a training's run that says how many images a step has."""
 
@@ -64,20 +68,55 @@ def parse(
     except argparse.ArgumentError as error:
         raise InputError(f"{error.argument_name}: {error.message}") from error
     if known.config not in configs:
-        raise InputError(f"--config {known.config}: unknown, expected one of {', '.join(configs)}")
+        hint = did_you_mean(known.config, configs)
+        raise InputError(f"--config {known.config}: unknown, expected one of {', '.join(configs)}{hint}")
     run = configs[known.config]()
-    description = f"{doc or ''}\n\n--config NAME  one of {', '.join(configs)} (default {default})"
+    description = f"--config NAME: one of {', '.join(configs)} (default {default})"
     if stages:
-        description += "\n" + STAGE_FLAGS
+        description += f"\n\n{STAGE_FLAGS}"
         run = with_stage_flags(run, known)
-    with on_parse_error(_raise_input_error):
+    if HELP & set(rest):
+        print(doc or "")  # tyro would join its lines
+        rest = ["--help"]
+    with on_parse_error(partial(_raise_input_error, flags_of(run, stages))):
         parsed = tyro.cli(type(run), args=rest, default=run, description=description)
     if uri := getattr(parsed, "storage", ""):
         if JOB in os.environ and "://" not in uri and not Path(uri).is_absolute():
             expected = "a URI or an absolute path that all nodes reach: the job's folder is deleted with it"
             raise InputError(f"--storage {uri}: relative, expected {expected}")
         parsed = dataclasses.replace(parsed, storage=storage.open_storage(uri, writes=writes))  # type: ignore[type-var]
-    return scale_rates(parsed, run, rest) if stages else parsed
+    parsed = scale_rates(parsed, run, rest) if stages else parsed
+    print_changes(known.config, configs[known.config](), parsed)
+    return parsed
+
+
+def print_changes(config: str, named: Any, run: Any) -> None:
+    """Print a run as its named config and the flags that make it of this config."""
+    before, after = flatten(named), flatten(run)
+    flags = [flag_of(name, value) for name, value in after.items() if before.get(name) != value]
+    print(f"config: {' '.join([config, *flags])}", flush=True)
+
+
+def flag_of(name: str, value: object) -> str:
+    """The flag that gives a field, by its dotted name, a value."""
+    group, _, last = name.replace("_", "-").rpartition(".")
+    prefix = f"--{group}." if group else "--"
+    if isinstance(value, bool):
+        return f"{prefix}{'' if value else 'no-'}{last}"
+    values = value if isinstance(value, tuple | list) else [value]
+    return " ".join([f"{prefix}{last}", *(shlex.quote(str(each)) for each in values)])
+
+
+def flags_of(run: Any, stages: Sequence[str]) -> list[str]:
+    """All flags of a run, those of its stages too."""
+    own = [f"--{name.replace('_', '-')}" for name in flatten(run)]
+    return ["--config", "--help", "--help-all", *own, *(STAGE_FLAGS.split("\n")[1].split() if stages else [])]
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """A hint at the known word that is closest to a given one; empty if none is close."""
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def stages_of(run: Any) -> list[str]:
@@ -86,7 +125,7 @@ def stages_of(run: Any) -> list[str]:
 
 
 STAGE_FLAGS = """Of all stages; a stage's own flag, such as --box-stage.workers, replaces it:
---workers N --accumulate N --precision auto|bf16|fp16|fp32 --compile --use-gpu"""
+--workers N --accumulate N --precision auto|fast|bf16|fp16|fp32 --compile --use-gpu"""
 
 
 def add_stage_flags(parser: argparse.ArgumentParser) -> None:
@@ -132,10 +171,12 @@ def scale_rates(run: R, published: R, arguments: Sequence[str]) -> R:
     return dataclasses.replace(run, **stages)  # type: ignore[type-var]
 
 
-def _raise_input_error(event: ParseErrorEvent) -> None:
+def _raise_input_error(flags: Sequence[str], event: ParseErrorEvent) -> None:
     """Report a bad flag in one line instead of tyro's box."""
     if isinstance(event, UnrecognizedArgs):
-        raise InputError(f"unknown flags: {', '.join(event.tokens)}")
+        unknown = next((token for token in event.tokens if token.startswith("--")), "").partition("=")[0]
+        hint = did_you_mean(unknown.replace("_", "-"), flags) if unknown else ""
+        raise InputError(f"unknown flags: {', '.join(event.tokens)}{hint}")
     if isinstance(event, BadValue):
         raise InputError(f"{event.argument.display_name()}: missing value")
     if isinstance(event, InvalidChoice):

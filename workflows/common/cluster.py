@@ -12,10 +12,12 @@ import time
 from collections.abc import Mapping
 
 import ray
+from ray._private import ray_constants
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 
 from ovd_models.errors import InputError
+from workflows.common import quiet
 
 POLL_SECONDS = 1.0
 ANSWER_SECONDS = 10.0
@@ -26,6 +28,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for about one interval
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each line is printed twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # progress is one line of ours
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what goes wrong is raised in Python; Ray's native notes look like errors
     "RAY_prestart_worker_first_driver": "0",  # a process costs a second of CPU: start none in advance
     "RAY_enable_worker_prestart": "0",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # keep freed image memory for the next image
@@ -41,6 +44,7 @@ def configure_ray() -> None:
         os.environ.setdefault(name, value)
     if "ray.data" in sys.modules:  # imported before the environment was set
         ray.data.DataContext.get_current().enable_progress_bars = False
+    ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True  # workers' lines as they print them; read at import
     for name in ("ray.data", "ray.train", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -55,13 +59,15 @@ def start_ray() -> None:
         return
     # Oversubscribed CPUs: training, data tasks and serving wait on each other most of the time, and a pool of exactly
     # the machine's size can deadlock them.
-    ray.init(
-        address="local",  # not a cluster that another user started here
-        num_cpus=max(4, os.cpu_count() or 1),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": "workflows.common.quiet.setup"},
-    )
+    with quiet.native_code():
+        ray.init(
+            address="local",  # not a cluster that another user started here
+            num_cpus=max(4, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": "workflows.common.quiet.setup"},
+        )
+    quiet.drop_native_lines()
     # Ray has installed a handler that aborts; this one ends the script as Ctrl-C does.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -88,13 +94,17 @@ def join(address: str) -> None:
         if not speaks_grpc(f"{host}:{port}"):
             raise InputError(f"{wrong}: the answer is not a cluster's, expected a running one, or no RAY_ADDRESS")
     try:
-        ray.init(
-            logging_level=logging.WARNING,
-            runtime_env={
-                "env_vars": {name: os.environ[name] for name in ENVIRONMENT},  # its processes have not inherited them
-                "worker_process_setup_hook": "workflows.common.quiet.setup_on_cluster",
-            },
-        )
+        with quiet.native_code():
+            ray.init(
+                logging_level=logging.WARNING,
+                runtime_env={
+                    "env_vars": {
+                        name: os.environ[name] for name in ENVIRONMENT
+                    },  # its processes have not inherited them
+                    "worker_process_setup_hook": "workflows.common.quiet.setup_on_cluster",
+                },
+            )
+        quiet.drop_native_lines()
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{wrong}: no cluster ({reason}), expected a running one, or no RAY_ADDRESS") from error

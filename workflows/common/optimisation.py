@@ -18,7 +18,7 @@ STEPS_PER_BLOCK = 5
 """Steps in a block of a stream; `checkpoint_every` is a multiple of it, so that a resumed stream is exact."""
 
 
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Precision = Literal["auto", "fast", "bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,18 @@ class Optimisation:
     seed: int = 0
     workers: int = 1
     """Processes that train together; 0 trains inside the driver, for debugging."""
+    threads: int = 0
+    """PyTorch's threads in a worker on CPU; 0 for its share of the machine's cores. Small operators run best on one."""
     accumulate: int = 1
     """Parts in which a worker takes its share of a batch; their gradients are averaged, as those of so many times the
     workers would be."""
     precision: Precision = "auto"
-    """`auto` is bf16 on a GPU, fp32 elsewhere; `fp16` scales the loss."""
+    """`auto` is bf16 on a GPU, fp32 elsewhere; `fast` is bf16 also on CPUs with instructions for it; `fp16` scales the
+    loss."""
     compile: bool = False
     """Compile the backbones with `torch.compile`, which takes minutes and pays in long runs on a GPU."""
-    use_gpu: bool = False
+    use_gpu: bool | None = None
+    """Whether each worker has a GPU; None for those of this machine, if it has one for each and is not in a cluster."""
     max_failures: int = 2
     """How often a lost worker is replaced before the run fails."""
     waiting_bytes: int = 256 << 20
@@ -82,7 +86,7 @@ class Optimisation:
                 raise InputError(f"{name}: {getattr(self, name)}, expected 0 to less than 1")
         if self.precision not in get_args(Precision):
             raise InputError(f"precision: {self.precision}, expected one of {', '.join(get_args(Precision))}")
-        for name, least in (("workers", 0), ("accumulate", 1)):
+        for name, least in (("workers", 0), ("threads", 0), ("accumulate", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: {getattr(self, name)}, expected {least} or more")
         if self.checkpoint_every < 1 or self.checkpoint_every % STEPS_PER_BLOCK:

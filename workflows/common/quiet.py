@@ -1,8 +1,13 @@
 """What the console does not show of a job's libraries and processes; imports nothing heavy."""
 
+import contextlib
 import logging
 import os
+import re
 import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 STORAGE_FAILURES = (
     "No space left on device",
@@ -16,6 +21,38 @@ STORAGE_FAILURES = (
     ": cannot be read: ",
 )
 """Parts of messages of the operating system, SQLite, pyarrow's object stores, ours and boto3."""
+
+
+NATIVE_LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z] \d+ \d+\]")
+"""Start of a line of Ray's native code."""
+
+
+@contextlib.contextmanager
+def native_code() -> Iterator[None]:
+    """Drop what goes to the standard error; Ray's native code says there that it has read its log level."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def drop_native_lines() -> None:
+    """Print the lines of workers without those of Ray's native code."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+    for name, handle in list(dispatcher.handlers):
+
+        def filtered(data: dict[str, Any], handle: Callable[[dict[str, Any]], None] = handle) -> None:
+            lines = [line for line in data["lines"] if not NATIVE_LINE.match(line)]
+            if lines:
+                handle({**data, "lines": lines})
+
+        dispatcher.remove_handler(name)
+        dispatcher.add_handler(name, filtered)
 
 
 def setup() -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep import storage
 from ovd_models.errors import InputError
 from workflows.common import tracking
+from workflows.common.models import MODEL_SCHEME
 from workflows.common.tracking import TrackedRun
 
 # After `tracking`, which sets what MLflow reads while it is imported.
@@ -21,7 +21,6 @@ from mlflow.exceptions import MlflowException  # isort: skip
 from mlflow.tracking import MlflowClient  # isort: skip
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS  # isort: skip
 
-MODEL_SCHEME = "models:/"
 CHAMPION = "champion"
 
 
@@ -87,17 +86,6 @@ def _log_model(tracked: TrackedRun, folder: Path, name: str, method: str) -> Log
     return model
 
 
-def local_model(uri: str, storage_uri: str) -> Path:
-    """The local folder of a checkpoint given as a folder, a URI, or `models:/<name>@<alias>`.
-
-    Raises:
-        InputError: there is no such checkpoint.
-    """
-    if not uri:
-        raise InputError("--model: missing, expected a checkpoint folder or models:/<name>@<alias>")
-    return model_folder(uri, storage_uri) if uri.startswith(MODEL_SCHEME) else storage.local_folder(uri)
-
-
 @dataclass(frozen=True)
 class Resolved:
     """A version that a `models:/` URI names at the moment."""
@@ -131,6 +119,7 @@ def resolve_model(uri: str, storage_uri: str = "store") -> Resolved:
         database = folder / "mlflow.db"
         if not database.exists():  # opening it would create it
             raise InputError(f"{uri}: no registered models, {database} does not exist")
+        tracking.follow_storage(storage_uri)
     with _as_missing(uri, uri_of_runs):
         client = MlflowClient(uri_of_runs)
         if alias:

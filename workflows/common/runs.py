@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from pyarrow import fs
 
 from data_prep import locks, storage, tables
+from ovd_models.checkpoint_info import CALIBRATION, write_calibration
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from workflows.common import cli, descriptions, registry, tracking, training
@@ -25,8 +26,11 @@ FREE_SETTINGS = {
     *("use_gpu", "wait_minutes", "max_failures", "log_every", "waiting_bytes", "dry_run"),
 }
 """Fields that may differ when a run is resumed."""
+SHORT_STEPS = 100
+"""Trainings of fewer steps are trials."""
 M = TypeVar("M")
 N = TypeVar("N")
+R = TypeVar("R", bound="TrainingConfig")
 
 
 class TrainingConfig(Protocol):
@@ -47,6 +51,10 @@ class TrainingConfig(Protocol):
     @property
     def resume(self) -> str:
         """Name of the run to continue, or empty."""
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether it only measures some steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +80,12 @@ class Evaluation(Generic[M]):
     headline: str
     """The headline metric's name in MLflow; higher is better."""
     value: float
+    threshold: float | None = None
+    """The score above which a detector's F1 is best."""
 
     def of(self, metrics: N) -> "Evaluation[N]":
         """The same headline with other metrics."""
-        return Evaluation(metrics=metrics, headline=self.headline, value=self.value)
+        return Evaluation(metrics=metrics, headline=self.headline, value=self.value, threshold=self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +104,8 @@ class ActiveRun:
     """Further checkpoints and tables by name."""
     stages: list[Stage] = field(default_factory=list)
     """The stages so far."""
+    stored: dict[str, str] = field(default_factory=dict)
+    """Where other machines find the checkpoints that are in local folders."""
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -138,8 +150,12 @@ class ActiveRun:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             storage.upload_folder(Path(folder), model)
+            self.stored[folder] = model
             with self.timing("evaluate"):  # the local copy, which need not be downloaded again
                 found = evaluate(folder)
+                if found.threshold is not None:
+                    write_calibration(folder, found.threshold, self.data_set)
+                    storage.write_bytes(storage.join(model, CALIBRATION), Path(folder, CALIBRATION).read_bytes())
 
                 def register() -> None:
                     registry.register(
@@ -217,6 +233,17 @@ def open_run(
         yield ActiveRun(workflow=workflow, data_set=data_set, folder=folder, tracked=tracked)
 
 
+def begin(run: R, workflow: str) -> R:
+    """Check before any work that a training can start; returns its run with the devices that it will use.
+
+    Raises:
+        InputError: there is no MLflow server where one is needed, no run to resume, or too few GPUs.
+    """
+    tracking.check_server(run.storage)
+    run_folder(run.storage, workflow, run.config, run.resume)
+    return training.choose_devices(run, dry_run=run.dry_run)
+
+
 def run_folder(storage_uri: str, workflow: str, config: str, resume: str) -> str:
     """The folder of the run to continue, or of a new one, named by its config and its start to the microsecond.
 
@@ -226,7 +253,10 @@ def run_folder(storage_uri: str, workflow: str, config: str, resume: str) -> str
     name = resume or f"{config}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = storage.absolute(storage.join(storage_uri, "runs", workflow, name))
     if resume and not storage.exists(folder):
-        raise InputError(f"--resume {resume}: no such run, {folder} does not exist")
+        filesystem, path = storage.resolve(storage.join(storage_uri, "runs", workflow))
+        known = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        hint = cli.did_you_mean(resume, [info.base_name for info in known])
+        raise InputError(f"--resume {resume}: no such run, {folder} does not exist{hint}")
     return folder
 
 
@@ -282,9 +312,12 @@ def hold_to_inputs(folder: str, inputs: Mapping[str, str]) -> None:
         storage.write_bytes(uri, json.dumps({**before, **inputs}, indent=1).encode())
 
 
-def print_results(trained: Trained[M], table: str, next_command: str) -> None:
+def print_results(run: TrainingConfig, trained: Trained[M], table: str, next_command: str) -> None:
     """Print a training's table, its times, where its results are, and the next command."""
     print(table)
+    steps = max(getattr(run, name).steps for name in cli.stages_of(run))
+    if steps < SHORT_STEPS:
+        print(f"{steps} steps only show that the training runs: this is no model, and its numbers mean nothing")
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in trained.seconds.items()))
     for name, output in {"model": trained.model, **trained.outputs}.items():
         print(f"{name}: {output or 'none'}")

@@ -33,6 +33,7 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
 
 from data_prep import storage
 from ovd_models.batches import TensorRecord
@@ -98,6 +99,7 @@ class Session:
         self._restore()
         self.model = DistributedDataParallel(self.module) if self.world > 1 else self.module
         self.model.train()
+        self._begun, self._began_at = self.step, time.perf_counter()
 
     def _restore(self) -> None:
         given = ray.train.get_checkpoint() if self.settings.workers else None
@@ -240,7 +242,9 @@ class Session:
             logged = {**metrics, "train/learning_rate": max(map(float, self.schedule.get_last_lr()))}
             logged |= {"train/replaced_images": replaced} if replaced else {}
             self.logger.log(logged, self.run_step)
-            print_progress(self.stage.job, self.step, self.settings.steps, metrics)
+            elapsed = time.perf_counter() - self._began_at
+            left = elapsed / (self.step - self._begun) * (self.settings.steps - self.step)
+            print_progress(f"{self.stage.job} {self.step}/{self.settings.steps}", metrics, elapsed, left)
         if self.due or (logs and self._must_save()):
             with self.meter.timing("checkpoint"):
                 committed = self.checkpoint()
@@ -356,7 +360,10 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The type of matrix products and convolutions in training."""
-    chosen = ("fp32" if device.type == "cpu" else "bf16") if precision == "auto" else precision
+    chosen: str = precision
+    if precision in ("auto", "fast"):
+        native = precision == "fast" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        chosen = "bf16" if device.type != "cpu" or native else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[chosen]
 
 
@@ -440,10 +447,11 @@ class Meter:
         return result
 
 
-def print_progress(job: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-    """One line of progress."""
+def print_progress(step: str, metrics: Mapping[str, float], elapsed: float, left: float) -> None:
+    """One line of progress, with the seconds since the start and those to the end."""
     losses = " ".join(
         f"{name.removeprefix('train/loss_')} {value:.3f}" for name, value in metrics.items() if "/loss_" in name
     )
     rate, wait = metrics["train/images_per_second"], metrics["train/data_wait_fraction"]
-    print(f"{job} {step}/{steps}  {losses}  {rate:.0f} images/s  data wait {wait:.1%}", flush=True)
+    times = f"{tqdm.format_interval(elapsed)}, {tqdm.format_interval(left)} left"
+    print(f"{step}  {losses}  {rate:.3g} images/s  data wait {wait:.1%}  {times}", flush=True)

@@ -57,6 +57,7 @@ def find_backbone(config: str, given: str, published: PublishedBackbone, backbon
             raise InputError(f"--from-scratch: contradicts --backbone-weights {given}, expected one of them")
         if not Path(given).is_file():
             raise InputError(f"--backbone-weights {given}: no such file")
+        print(f"backbone: {given}", flush=True)
         return given
     if from_scratch or not published.url:
         return ""
@@ -65,9 +66,12 @@ def find_backbone(config: str, given: str, published: PublishedBackbone, backbon
         released = f", --box-model FILE (such as {published.box_model_url})" if published.box_model_url else ""
         raise InputError(
             f"--config {config}: the backbone starts from {published.file} ({published.url}), not found here; "
-            f"expected --backbone-weights FILE{released} or --from-scratch"
+            f"expected --backbone-weights FILE{released} or --from-scratch; "
+            "`python workflows/import_weights.py --list` names all released files"
         )
-    if not found:
+    if found:
+        print(f"backbone: {found} ({published.trained_on})", flush=True)
+    else:
         hint = f"; {published.file} from {published.url} gives {published.trained_on}'s"
         print(f"backbone: random weights{hint if published.backbone == backbone else ''}", flush=True)
     return found

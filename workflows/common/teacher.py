@@ -12,11 +12,12 @@ from data_prep.embeddings.texts import StoredEncoder, TextStore, read_matrix
 from ovd_models.checkpoints import load_encoder
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
-from ovd_models.predictors import find_device
+from ovd_models.predictors import choose_device, find_device
 from ovd_models.vocabulary import SynonymMean, TextEncoder, Vocabulary, build_vocabulary
 
 EXPECTED_TEACHER = (
-    "a checkpoint of `python workflows/clip.py`, an architecture of open_clip with --pretrained TAG|FILE, or --texts"
+    "a checkpoint of `python workflows/clip.py` or, from a released file, of `python workflows/import_weights.py`, an "
+    "architecture of open_clip with --pretrained TAG|FILE, or --texts"
 )
 
 
@@ -75,7 +76,7 @@ def read_codet_names(
 ) -> CodetNames:
     """Embed the names of `categories/<boxes>` and of `concepts/<pairs>`, or read them from the teacher's `texts`.
 
-    Concepts have no synonyms.
+    Concepts have no synonyms; there are none if `pairs` is empty.
 
     Raises:
         InputError: a table is missing, or a name cannot be embedded.
@@ -87,12 +88,13 @@ def read_codet_names(
     words = read_synonyms(storage_uri, boxes) if synonyms == "mean" else None
     counts = tables.read_table(storage_uri, "categories", boxes, ["name", "image_count"]).to_pylist()
     images = {row["name"]: row["image_count"] for row in counts}
-    concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist()
+    concepts = tables.read_table(storage_uri, "concepts", pairs, ["name"])["name"].to_pylist() if pairs else []
+    vocabulary = build_vocabulary(encoder, list(categories.values()), splits, words)
     return CodetNames(
         categories,
         splits,
-        build_vocabulary(encoder, list(categories.values()), splits, words),
-        build_vocabulary(encoder, concepts).embeddings,
+        vocabulary,
+        build_vocabulary(encoder, concepts).embeddings if concepts else vocabulary.embeddings[:0],
         tuple(concepts),
         tuple(images[name] for name in base),
     )
@@ -109,6 +111,7 @@ def open_teacher(teacher: str, expected: str, device: str = "cpu") -> Teacher:
     Raises:
         InputError: there is no such checkpoint or device, or its id is not the expected one.
     """
+    device = choose_device(device)
     find_device(device)
     model = Teacher(teacher, EmbedConfig(batch_size=128, gpus=0 if device == "cpu" else 1), device)
     if model.id != expected:
@@ -175,4 +178,5 @@ def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str, prom
     if not teacher:
         raise InputError(f"--teacher: missing, expected {EXPECTED_TEACHER}")
     encoder = load_encoder(storage.local_folder(teacher))
+    print(f"teacher: {encoder.teacher} ({teacher})", flush=True)
     return encoder.with_prompts(prompt_set) if isinstance(encoder, ClipTextEncoder) else encoder

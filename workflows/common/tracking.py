@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -48,6 +49,17 @@ OUTAGES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"
 """Error codes of a server that does not answer, as of one that is not there."""
 KEY_TAG, PROCESS_TAG, NOTE_TAG = "run", "process", "mlflow.note.content"
 """Tags of a run: what it is continued by, the process that writes it, and its description."""
+ARTIFACTS = "mlartifacts"
+LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Columns of MLflow's database that hold URIs of artifacts."""
+PAGE = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
+"""Of `mlflow ui`, with the trainings; it opens another page by default."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """With these the UI opens an experiment on model training."""
 
@@ -334,6 +346,7 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
             lock = stack.enter_context((folder / ".mlflow.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
+            follow_storage(storage_uri)
             client = MlflowClient(uri)
             found = client.get_experiment_by_name(experiment)
         except MlflowException as error:
@@ -345,9 +358,29 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
             return client, str(found.experiment_id)
         location = None  # a server has its own
         if not uri.startswith(("http", "databricks")):
-            location = (folder / "mlartifacts").as_uri() if folder else storage.join(storage_uri, "mlartifacts")
+            location = (folder / ARTIFACTS).as_uri() if folder else storage.join(storage_uri, ARTIFACTS)
             location = f"{location}/{experiment}"
         return client, client.create_experiment(experiment, location, EXPERIMENT_TAGS)
+
+
+def follow_storage(storage_uri: str) -> None:
+    """Let the database of a copied or renamed storage name the artifacts that lie beside it.
+
+    MLflow records absolute locations. Without this, a copy would write to the original's artifacts.
+    """
+    folder = local_folder(storage_uri)
+    if folder is None or "MLFLOW_TRACKING_URI" in os.environ or not (folder / "mlflow.db").is_file():
+        return
+    own = f"{(folder / ARTIFACTS).as_uri()}/"
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db", timeout=60)) as database, database:
+        known = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        recorded = database.execute("SELECT artifact_location FROM experiments") if "experiments" in known else ()
+        roots = {"".join(str(location).rpartition(f"/{ARTIFACTS}/")[:2]) for (location,) in recorded}
+        for root in roots:
+            if root.startswith("file:") and root != own:
+                for table, column in LOCATIONS:
+                    change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+                    database.execute(change, (own, len(root) + 1, len(root), root))
 
 
 def _start(

@@ -1,5 +1,6 @@
 """A stage of a training: its call of Ray Train, and its checkpoints. `session.py` has the parts of the loop."""
 
+import dataclasses
 import io
 import json
 import os
@@ -7,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -23,7 +24,7 @@ from torch import Tensor
 from data_prep import storage
 from data_prep.streams.plans import Integers, Stream, StreamShape, stream
 from ovd_models.errors import InputError
-from workflows.common import cluster, quiet
+from workflows.common import cli, cluster, quiet
 from workflows.common.optimisation import Optimisation
 
 DRIVER_CHECKPOINTS = ("driver_checkpoint/a", "driver_checkpoint/b")
@@ -124,6 +125,7 @@ def final_weights(folder: str) -> dict[str, Tensor]:
 
 RAY_LOGGERS = ("ray.train.v2._internal.util", ray.train.v2._internal.execution.context.__file__)
 """Those of the errors of a loop and of the uploads of its checkpoints."""
+R = TypeVar("R")
 CPUS_PER_WORKER = 0.5
 """Leaves room for the data tasks that feed a worker; threads are set by `prepare_worker`."""
 
@@ -138,8 +140,30 @@ def start_ray_for(*stages: Optimisation, wait_minutes: float) -> None:
     cluster.configure_ray()
     if any(stage.workers for stage in stages):
         cluster.start_ray()
-        gpus = max(stage.workers * stage.use_gpu for stage in stages)
+        gpus = max(stage.workers * bool(stage.use_gpu) for stage in stages)
         cluster.require(1 + CPUS_PER_WORKER * max(stage.workers for stage in stages), gpus, wait_minutes)
+
+
+def choose_devices(run: R, *, dry_run: bool = False) -> R:
+    """A training's run with its stages on the GPUs of this machine, where they do not say and there are enough.
+
+    Raises:
+        InputError: a stage asks for GPUs that this machine lacks, and it is no cluster.
+    """
+    if cluster.is_joined():
+        return run
+    have, changes = torch.cuda.device_count(), {}
+    for name in cli.stages_of(run):
+        stage = getattr(run, name)
+        needed = max(1, stage.workers)
+        if stage.use_gpu and have < needed and not dry_run:
+            expected = "--no-use-gpu, fewer --workers, or a cluster (RAY_ADDRESS or `ray job submit`)"
+            raise InputError(f"--use-gpu: {needed} GPUs are needed, this machine has {have}, expected {expected}")
+        if stage.use_gpu is None:
+            changes[name] = dataclasses.replace(stage, use_gpu=have >= needed)
+            if 0 < have < needed:
+                print(f"{name}: not on a GPU, {needed} workers need one each; --workers {have} uses the GPUs here")
+    return dataclasses.replace(run, **changes) if changes else run  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -227,7 +251,7 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
         partial(run_loop, worker, stage),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
-            use_gpu=settings.use_gpu,
+            use_gpu=bool(settings.use_gpu),
             resources_per_worker={"CPU": CPUS_PER_WORKER, **({"GPU": 1} if settings.use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
@@ -284,7 +308,7 @@ def prepare_worker(settings: Optimisation) -> torch.device:
     quiet.hide_storage_failures(*RAY_LOGGERS)
     context = ray.train.get_context()
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // max(1, context.get_local_world_size())))
+    torch.set_num_threads(settings.threads or max(1, cores // max(1, context.get_local_world_size())))
     torch.manual_seed(settings.seed)
     return torch.device(ray.train.torch.get_device()) if settings.use_gpu else torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """Settings of `clip.py`: a `Run` holds everything that affects results; each function returns a named one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ovd_models.clip.model import ClipConfig
@@ -95,4 +95,16 @@ def pictograms() -> Run:
     )
 
 
-CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms}
+def pictograms_quick() -> Run:
+    """`pictograms` in half the time, with almost the same accuracy; the demo's."""
+    run = pictograms()
+    # One thread is as fast as two here, and faster in bf16.
+    quick = replace(run.optimisation, steps=800, optimiser="muon", precision="fast", threads=1, checkpoint_every=200)
+    return replace(run, config="pictograms_quick", optimisation=quick)
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "pictograms_quick": pictograms_quick,
+}

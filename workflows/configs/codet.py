@@ -40,6 +40,8 @@ class Run:
     data: str = ""
     """A folder with `instances.json`, `images/` and captions, whose tables are made first; captions are `captions.tsv`
     or COCO's `captions_*.json`, and may be missing for `photos`."""
+    held_out: int = 20
+    """Images of `data` that are held out for evaluation."""
     backbone_weights: str = "auto"
     """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
     from_scratch: bool = False
@@ -67,6 +69,8 @@ class Run:
     box_model: str = ""
     """Folder or URI of a detector checkpoint, or a file released by Detic (.pth, .pkl), to start the joint stage from,
     instead of training the box stage."""
+    continues: bool = False
+    """Take the architecture from `box_model`, and without a teacher its own text encoder."""
     max_detections: int = 100
     """Detections of an image in evaluation."""
     validate_every: int = 5000
@@ -81,6 +85,8 @@ class Run:
 
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
+        if self.continues and self.model.supervision != "boxes" and not self.pairs:
+            raise InputError("--pairs: missing, expected the captions that the detector is continued with")
         for stage in (self.box_stage, self.joint_stage):
             check_shared("detection_batch", self.detection_batch, stage)
             check_shared("groups_per_step", self.groups_per_step, stage)
@@ -129,8 +135,16 @@ def pictograms() -> Run:
     )
 
 
+def pictograms_quick() -> Run:
+    """`pictograms` in half the steps; the demo's."""
+    run = pictograms()
+    box_stage = dataclasses.replace(run.box_stage, steps=150, optimiser="muon")
+    joint_stage = dataclasses.replace(run.joint_stage, steps=300, optimiser="muon")
+    return dataclasses.replace(run, config="pictograms_quick", box_stage=box_stage, joint_stage=joint_stage)
+
+
 def photos() -> Run:
-    """Photographs in COCO's form, a ResNet-50, short enough for a laptop."""
+    """Photographs in COCO's form, a ResNet-50, 20 steps: shows that they can be read and trained on; no model."""
     return Run(
         config="photos",
         boxes="photos",
@@ -142,6 +156,85 @@ def photos() -> Run:
         augmentation=Augmentation(flip_probability=0.5),
         box_stage=Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5),
         joint_stage=Optimisation(steps=20, learning_rate=1e-4, checkpoint_every=20, log_every=5),
+    )
+
+
+def photos_laptop() -> Run:
+    """Photographs on a laptop: small images, 600 steps of 4 for boxes and 600 with captions; hours."""
+    boxes = Optimisation(steps=600, learning_rate=2e-4, checkpoint_every=100)
+    return dataclasses.replace(
+        photos(),
+        config="photos_laptop",
+        detection_batch=4,
+        group_size=2,
+        groups_per_step=2,
+        box_stage=boxes,
+        joint_stage=dataclasses.replace(boxes, learning_rate=1e-4),
+    )
+
+
+def photos_gpu() -> Run:
+    """Photographs on one GPU: 640 px, 6,000 steps of 8 for boxes and 6,000 with captions."""
+    detector = dataclasses.replace(
+        photo_detector(),
+        anchor_sizes=(32, 64, 128, 384),
+        pyramid_channels=256,
+        head_width=1024,
+        min_size=480,
+        max_size=800,
+        pre_nms=2000,
+        post_nms=1000,
+    )
+    laptop = photos_laptop()
+    boxes = dataclasses.replace(laptop.box_stage, steps=6_000, checkpoint_every=500, log_every=20, use_gpu=True)
+    return dataclasses.replace(
+        laptop,
+        config="photos_gpu",
+        model=CoDetConfig(detector=detector, num_proposals=32),
+        detection_batch=8,
+        group_size=4,
+        groups_per_step=4,
+        box_stage=boxes,
+        joint_stage=dataclasses.replace(boxes, learning_rate=1e-4),
+    )
+
+
+def photos_8gpu() -> Run:
+    """`photos_gpu` on eight GPUs: eight times the images a step and twice the steps, for COCO's size and more."""
+    one = photos_gpu()
+    boxes = dataclasses.replace(one.box_stage, steps=12_000, learning_rate=5e-4, workers=8)
+    return dataclasses.replace(
+        one,
+        config="photos_8gpu",
+        detection_batch=64,
+        groups_per_step=32,
+        box_stage=boxes,
+        joint_stage=dataclasses.replace(boxes, learning_rate=2.5e-4),
+    )
+
+
+def finetune() -> Run:
+    """A trained or imported detector, continued on some labelled images; needs --box-model, and --data or --boxes.
+
+    All names are trained, none is held out. The backbone learns at a tenth of the rate.
+    """
+    stage = Optimisation(
+        steps=200,
+        learning_rate=2e-4,
+        checkpoint_every=50,
+        rate_factors={"detector.backbone.": 0.1},
+    )
+    return Run(
+        config="finetune",
+        boxes="finetune",
+        pairs="",
+        continues=True,
+        model=CoDetConfig(supervision="boxes"),
+        detection_batch=4,
+        augmentation=Augmentation(flip_probability=0.5),
+        box_stage=stage,
+        joint_stage=stage,
+        validate_every=50,
     )
 
 
@@ -269,7 +362,12 @@ def lvis_eva() -> Run:
 CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke,
     "pictograms": pictograms,
+    "pictograms_quick": pictograms_quick,
     "photos": photos,
+    "photos_laptop": photos_laptop,
+    "photos_gpu": photos_gpu,
+    "photos_8gpu": photos_8gpu,
+    "finetune": finetune,
     "coco_r50": coco_r50,
     "lvis_r50": lvis_r50,
     "lvis_swin_b": lvis_swin_b,

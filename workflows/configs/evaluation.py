@@ -23,8 +23,8 @@ class DetectorRun:
     """Name of the `boxes` table."""
     categories: str = ""
     """Name of the `categories` table; if empty, that of `boxes` up to the last dash."""
-    device: str = "cpu"
-    """Device of all models, such as `cuda`."""
+    device: str = "auto"
+    """Device of all models, such as `cuda`; `auto` is a GPU if this machine has one."""
 
     def load_detector(self) -> "Detector":
         """Load the detector, and let torch use all cores.
@@ -37,10 +37,10 @@ class DetectorRun:
         import torch
 
         import ovd_models
-        from workflows.common import registry
+        from workflows.common import models
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        return ovd_models.load(registry.local_model(self.model, self.storage), self.device)
+        return ovd_models.load(models.local_model(self.model, self.storage), self.device)
 
     def read_categories(self) -> tuple[dict[int, str], dict[str, str]]:
         """`workflows.common.teacher.read_categories` of the set."""

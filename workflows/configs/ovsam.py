@@ -25,6 +25,8 @@ class Run:
     """Name of the box set: tables `boxes/<name>-train` and `boxes/<name>-eval` with masks, `categories/<name>`."""
     data: str = ""
     """A folder with `instances.json` and `images/`, whose tables are made first."""
+    held_out: int = 20
+    """Images of `data` that are held out for evaluation."""
     teacher: str = ""
     """CLIP checkpoint, or with `pretrained` an architecture of open_clip: its image tower becomes OV-SAM's encoder, its
     text tower embeds names."""
@@ -138,7 +140,7 @@ def pictograms() -> Run:
 
 
 def photos() -> Run:
-    """Photographs in COCO's form at 256 px, short enough for a laptop; far too short to be useful."""
+    """Photographs in COCO's form at 256 px, 20 steps: shows that they can be read and trained on; no model."""
     quick = Optimisation(steps=20, learning_rate=5e-4, checkpoint_every=20, log_every=5, workers=0)
     return Run(
         config="photos",

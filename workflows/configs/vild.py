@@ -43,6 +43,8 @@ class Run:
     """Replaces the teacher for names: a .npy file with an embedding for each category, in category-id order."""
     data: str = ""
     """A folder with `instances.json` and `images/`, whose tables are made first."""
+    held_out: int = 20
+    """Images of `data` that are held out for evaluation."""
     backbone_weights: str = "auto"
     """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
     from_scratch: bool = False
@@ -52,6 +54,8 @@ class Run:
     """Folder or URI of an earlier run's proposals checkpoint, used instead of training the `rpn` stage."""
     regions: str = ""
     """Name of a `regions` table; if empty, the proposals are embedded into a table named after their detector."""
+    box_model: str = ""
+    """Folder or URI of a ViLD checkpoint to continue: its architecture, its weights, and its proposals."""
     start_from_proposals: bool = True
     """Start the detector from the proposal network's weights."""
     model: ViLDConfig = field(default_factory=ViLDConfig)
@@ -133,7 +137,7 @@ def pictograms() -> Run:
 
 
 def photos() -> Run:
-    """Photographs in COCO's form, a ResNet-50, short enough for a laptop."""
+    """Photographs in COCO's form, a ResNet-50, 20 steps: shows that they can be read and trained on; no model."""
     quick = Optimisation(steps=20, learning_rate=2e-4, checkpoint_every=20, log_every=5)
     return Run(
         config="photos",
@@ -223,6 +227,23 @@ def lvis_r152_short() -> Run:
     return short(lvis_r152(), images=100_170, repeat_threshold=1e-3)
 
 
+def finetune() -> Run:
+    """A trained detector, continued on some labelled images; needs --box-model, --teacher, and --data or --boxes.
+
+    All names are trained, none is held out. The backbone learns at a tenth of the rate.
+    """
+    stage = Optimisation(steps=200, learning_rate=2e-4, checkpoint_every=50, rate_factors={"detector.backbone.": 0.1})
+    return Run(
+        config="finetune",
+        boxes="finetune",
+        detection_batch=4,
+        augmentation=Augmentation(flip_probability=0.5),
+        rpn_stage=stage,
+        detector_stage=stage,
+        validate_every=50,
+    )
+
+
 def coco_48_17() -> Run:
     """COCO with 48 base and 17 novel categories, 45,000 steps of 256 images from scratch."""
     paper = lvis_r50()
@@ -267,6 +288,7 @@ CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke,
     "pictograms": pictograms,
     "photos": photos,
+    "finetune": finetune,
     "coco_48_17": coco_48_17,
     "coco_48_17_short": coco_48_17_short,
     "lvis_r50": lvis_r50,

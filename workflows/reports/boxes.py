@@ -60,7 +60,7 @@ def draw_sheet(
             continue
         boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
         labels = [names[key] for key in row["category_ids"]]
-        picture = draw_boxes(image, boxes, labels, row["category_ids"])
+        picture = draw_boxes(image, boxes, labels, labels)
         picture.thumbnail((480, 480))
         drawn.append((row, picture))
     return drawn

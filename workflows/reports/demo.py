@@ -15,6 +15,7 @@ from data_prep import storage, tables
 from data_prep.pictograms.world import World, contact_sheet
 from data_prep.streams.images import read_image
 from ovd_models.drawing import draw_boxes
+from workflows.common import tracking
 from workflows.common.teacher import read_categories
 from workflows.reports import page
 from workflows.reports.detections import annotations_as_detections, read_box_image
@@ -71,6 +72,7 @@ def write_demo_report(
     draw_montage(scenes).save(folder / "before_after.jpg", quality=88)
     values = {
         "summary": summary,
+        "mlflow_page": tracking.PAGE,
         "sheet": contact_sheet(World.create(seed)),
         "reasons": read_rejections(str(folder), pairs),
         "groups": read_groups(str(folder), pairs),
@@ -81,7 +83,7 @@ def write_demo_report(
             request,
             torch.tensor([entry["box"] for entry in response["detections"]]).view(-1, 4),
             [f"{entry['label']} {entry['score']:.2f}" for entry in response["detections"]],
-            list(range(len(response["detections"]))),
+            [entry["label"] for entry in response["detections"]],
         ),
     }
     (folder / "report.html").write_text(page.render_page("demo", values), encoding="utf-8")
@@ -147,11 +149,11 @@ def compare_detectors(storage_uri: str, boxes: str, checkpoints: tuple[str, str]
     scenes = []
     for row in rows:
         image = read_box_image(storage_uri, row)
-        before, after = (detector.detect(image, score_threshold=0.3).distinct() for detector in detectors)
+        before, after = (detector.detect(image, score_threshold=0.3) for detector in detectors)
         annotated = annotations_as_detections(row, names, after)
         shown = {names[key] for key in row["category_ids"] if key in names}
         novel = sorted(name for name in shown if splits[name] == "novel")
-        scenes.append(SceneComparison(annotated.draw(), before.draw(), after.draw(), novel))
+        scenes.append(SceneComparison(annotated.draw(distinct=False), before.draw(), after.draw(), novel))
     return scenes
 
 

@@ -91,8 +91,8 @@ def draw_comparison(
     row: Mapping[str, Any], detections: Detections, names: Mapping[int, str], threshold: float = 0.3
 ) -> Image.Image:
     """Draw annotated boxes on the left and the best name of each detected object above `threshold` on the right."""
-    left = annotations_as_detections(row, names, detections).draw()
-    right = detections.above(threshold).distinct().draw()
+    left = annotations_as_detections(row, names, detections).draw(distinct=False)
+    right = detections.filter(min_score=threshold).draw()
     comparison = Image.new("RGB", (left.width + right.width + 6, left.height), "white")
     comparison.paste(left, (0, 0))
     comparison.paste(right, (left.width + 6, 0))

@@ -14,11 +14,12 @@ from ovd_models.checkpoints import load_model, read_info
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, detection_metrics
 from ovd_models.metrics.average_precision import LVIS_LIMIT, Curves
+from ovd_models.metrics.explanation import Calibration
 from ovd_models.metrics.protocols import Measured, Protocol, measure
 from ovd_models.metrics.records import GroundTruth, Predictions
-from ovd_models.predictors import load_segmenter
+from ovd_models.predictors import choose_device, load_segmenter
 from ovd_models.sam.model import SamModel
-from workflows.common import cluster, measured, registry, training
+from workflows.common import cluster, measured, models, training
 from workflows.common.optimisation import Optimisation
 from workflows.common.runs import ActiveRun, Evaluation
 from workflows.common.tracking import TrackedRun
@@ -76,7 +77,7 @@ def transfer_numbers(run: Run, truth: GroundTruth, curves: Curves) -> dict[str, 
 
     Names are matched as they are written, whatever their case. -1 without objects.
     """
-    info = read_info(registry.local_model(run.model, run.storage))
+    info = read_info(models.local_model(run.model, run.storage))
     if info.run.get("boxes", run.category_table) == run.category_table:
         return {}
     split_of = {name.casefold(): split for name, split in info.splits.items()}
@@ -96,6 +97,7 @@ def predict_boxes(run: Run) -> str:
     Raises:
         InputError: the model or a table is missing, or no image can be read.
     """
+    run = replace(run, device=choose_device(run.device))
     names, _ = run.read_categories()
     truth_like = tables.read_table(run.storage, "categories", run.category_table, ["frequency"])
     lvis = set(truth_like["frequency"].to_pylist()) <= {"r", "c", "f"}
@@ -121,9 +123,9 @@ def predict_boxes(run: Run) -> str:
 
 def shared_model(run: Run) -> str:
     """The checkpoint as actors find it: a folder of this machine, or a URI."""
-    if run.workers and "://" in run.model and not run.model.startswith(registry.MODEL_SCHEME):
+    if run.workers and "://" in run.model and not run.model.startswith(models.MODEL_SCHEME):
         return run.model
-    return str(registry.local_model(run.model, run.storage).absolute())
+    return str(models.local_model(run.model, run.storage).absolute())
 
 
 def evaluate_segmenter(run: Run) -> SegmentationReport:
@@ -132,7 +134,7 @@ def evaluate_segmenter(run: Run) -> SegmentationReport:
     Raises:
         InputError: a model or a table is missing, or no object has a mask.
     """
-    segmenter = load_segmenter(registry.local_model(run.model, run.storage), run.device)
+    segmenter = load_segmenter(models.local_model(run.model, run.storage), run.device)
     categories, _ = run.read_categories()
     return evaluate_ovsam(
         run.storage,
@@ -143,7 +145,7 @@ def evaluate_segmenter(run: Run) -> SegmentationReport:
         load_model(storage.local_folder(run.sam), SamModel) if run.sam else None,
         limit=run.images,
         num_pictures=run.num_pictures,
-        device=run.device,
+        device=choose_device(run.device),
     )
 
 
@@ -168,12 +170,21 @@ def read_picture(storage_uri: str, uri: str) -> Image.Image | None:
         return None
 
 
-def write_page(run: Run, evaluated: Evaluated) -> tuple[str, str]:
-    """Write the page that explains an evaluation to `<storage>/reports`; returns its URI and its HTML."""
-    uris = tables.read_table(run.storage, "boxes", run.boxes, ["uri"])["uri"].to_pylist()
+@dataclass(frozen=True)
+class Page:
+    """The page that explains an evaluation."""
 
+    uri: str
+    html: str
+    calibration: Calibration
+
+
+def write_page(run: Run, evaluated: Evaluated) -> Page:
+    """Write the page that explains an evaluation to `<storage>/reports`."""
+    uris = tables.read_table(run.storage, "boxes", run.boxes, ["uri"])["uri"].to_pylist()
+    explained = explain(evaluated.truth, evaluated.predictions, evaluated.protocol, run.iou_type)
     html = render(
-        explain(evaluated.truth, evaluated.predictions, evaluated.protocol, run.iou_type),
+        explained,
         evaluated.measured,
         title=f"Evaluation on {run.boxes}",
         subject=run.model,
@@ -183,7 +194,7 @@ def write_page(run: Run, evaluated: Evaluated) -> tuple[str, str]:
     )
     uri = storage.join(run.storage, "reports", f"eval-{evaluated.table}.html")
     storage.write_bytes(uri, html.encode())
-    return uri, html
+    return Page(uri, html, explained.calibration)
 
 
 def log(
@@ -214,10 +225,13 @@ def evaluate_and_log(run: Run, tracked: TrackedRun, prefix: str, step: int) -> E
     evaluated = evaluate(run)
     metrics = evaluated.metrics
     tracked.log_data_set(run.storage, "boxes", run.boxes, "evaluation")
-    _, page = write_page(run, evaluated)
-    log(evaluated, tracked, draw_pictures(run, evaluated.table), page, prefix, step)
+    page = write_page(run, evaluated)
+    log(evaluated, tracked, draw_pictures(run, evaluated.table), page.html, prefix, step)
     return Evaluation(
-        metrics=metrics, headline=f"{prefix}/{metrics.headline}", value=metrics.summary()[metrics.headline]
+        metrics=metrics,
+        headline=f"{prefix}/{metrics.headline}",
+        value=metrics.summary()[metrics.headline],
+        threshold=page.calibration.threshold if page.calibration.f1 else None,
     )
 
 
@@ -225,14 +239,18 @@ def evaluate_trained(run: Run, active: ActiveRun, stage: Optimisation, prefix: s
     """Evaluate a training's detector on the training's workers and devices, and log the results under `prefix`.
 
     Args:
-        run: of the evaluation; without workers, its model may be a folder of this machine alone.
-        active: the training, whose folder has the checkpoint `model`.
+        run: of the evaluation.
+        active: the training; its workers get the stored copy of a model that is in a folder of this machine alone.
         stage: settings of the stage that made the detector.
         prefix: of the metrics' names.
     """
     if stage.workers:
-        shared = run.model if run.model.startswith(active.folder) else storage.join(active.folder, "model")
-        run = replace(run, model=shared, workers=stage.workers, device="cuda" if stage.use_gpu else "cpu")
+        run = replace(
+            run,
+            model=active.stored.get(run.model, run.model),
+            workers=stage.workers,
+            device="cuda" if stage.use_gpu else "cpu",
+        )
     else:
         run = replace(run, device=training.device_of(stage))
     return evaluate_and_log(run, active.tracked, prefix, active.last_step)

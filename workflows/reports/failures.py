@@ -1,4 +1,4 @@
-"""The page of `failures.py`: confused names, elongated objects in square crops, and loose boxes with high scores.
+"""The page of `failures.py`: missed objects, false positives, confused names, elongated objects, loose boxes.
 
 K names, T annotated objects, N boxes or detections of one image, D embedding width.
 """
@@ -6,7 +6,6 @@ K names, T annotated objects, N boxes or detections of one image, D embedding wi
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -23,6 +22,7 @@ from ovd_models.vocabulary import Vocabulary
 from workflows.reports import page
 
 Boxes = npt.NDArray[np.float32]
+RED = "#c1121f"
 FITS: tuple[Fit, ...] = get_args(Fit)
 
 
@@ -77,10 +77,23 @@ class LooseBox:
 
 
 @dataclass(frozen=True)
+class FalsePositive:
+    """A detection where nothing is annotated."""
+
+    image: Image.Image
+    box: Boxes
+    """[4] xyxy."""
+    name: str
+    score: float
+
+
+@dataclass(frozen=True)
 class Failures:
     """The failures on an annotated set; each list starts with the worst."""
 
     num_objects: int
+    missed: list[AnnotatedObject]
+    invented: list[FalsePositive]
     confused: list[Confusion]
     elongated: list[Distortion]
     loose: list[LooseBox]
@@ -88,8 +101,8 @@ class Failures:
     @property
     def counts(self) -> dict[str, int]:
         """Number of objects and of failures of each kind."""
-        confused, elongated, loose = len(self.confused), len(self.elongated), len(self.loose)
-        return {"objects": self.num_objects, "confused": confused, "elongated": elongated, "loose": loose}
+        kinds = ("missed", "invented", "confused", "elongated", "loose")
+        return {"objects": self.num_objects, **{kind: len(getattr(self, kind)) for kind in kinds}}
 
 
 def annotated_objects(
@@ -104,6 +117,36 @@ def annotated_objects(
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
+
+
+def find_missed(
+    image_objects: Sequence[Sequence[AnnotatedObject]], detections: Sequence[Detections]
+) -> list[AnnotatedObject]:
+    """Objects that no detection of any name covers (IoU >= 0.5); the largest first."""
+    missed = []
+    for targets, found in zip(image_objects, detections, strict=True):
+        if targets:
+            overlap_TN = box_iou(torch.from_numpy(np.stack([target.box for target in targets])), found.boxes)
+            covered = (overlap_TN >= 0.5).any(1).tolist()
+            missed += [target for target, is_covered in zip(targets, covered, strict=True) if not is_covered]
+    return sorted(missed, key=lambda target: -float(np.prod(target.box[2:] - target.box[:2])))
+
+
+def find_invented(
+    rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], detections: Sequence[Detections]
+) -> list[FalsePositive]:
+    """Detections that touch no annotation of their image (IoU < 0.1), crowds included; the surest first."""
+    invented = []
+    for row, image, found in zip(rows, images, detections, strict=True):
+        annotated = torch.tensor(row["boxes"], dtype=torch.float32).view(-1, 4)
+        shown = found.distinct()
+        alone = (box_iou(shown.boxes, annotated) < 0.1).all(1).tolist()
+        invented += [
+            FalsePositive(image, np.array(entry.box, np.float32), str(entry.name), float(entry.score or 0))
+            for entry, is_alone in zip(shown, alone, strict=True)
+            if is_alone
+        ]
+    return sorted(invented, key=lambda entry: -entry.score)
 
 
 def find_confusions(
@@ -201,27 +244,33 @@ def alternative_boxes(box: Boxes, width: int, height: int) -> dict[str, Boxes]:
 # ------------------------------------------------------------------------------------------------------------- page
 
 
-def write_gallery(path: Path, failures: Failures, settings: Mapping[str, object], num_examples: int) -> None:
-    """Write the page with `num_examples` of each kind; `settings` are the fields of the script's run."""
+def render_gallery(failures: Failures, settings: Mapping[str, object], num_examples: int) -> str:
+    """The page with `num_examples` of each kind; `settings` are the fields of the script's run."""
     pairs = Counter((entry.target.name, entry.predicted) for entry in failures.confused)
     values = {
         "run": settings,
         "counts": failures.counts,
         "pairs": pairs.most_common(num_examples),
+        "missed": [(entry, draw_object(entry)) for entry in failures.missed[:num_examples]],
+        "invented": [(entry, draw_box(entry.image, entry.box, RED)) for entry in failures.invented[:num_examples]],
         "confused": [(entry, draw_object(entry.target)) for entry in limit_repeats(failures.confused)[:num_examples]],
         "elongated": [(entry, draw_object(entry.target)) for entry in failures.elongated[:num_examples]],
         "right": {fit: sum(each.predicted[fit] == each.target.name for each in failures.elongated) for fit in FITS},
         "loose": [(entry, draw_object(entry.target, entry.other)) for entry in failures.loose[:num_examples]],
     }
-    path.write_text(page.render_page("failures", values), encoding="utf-8")
+    return page.render_page("failures", values)
 
 
 def draw_object(target: AnnotatedObject, other: Boxes | None = None) -> Image.Image:
     """The image with the object's box in green, and another box in red."""
-    scale = max(1.0, 256 / max(target.image.size))
-    drawing = target.image.resize((round(target.image.width * scale), round(target.image.height * scale)))
-    pen = ImageDraw.Draw(drawing)
-    pen.rectangle((target.box * scale).tolist(), outline=page.GREEN, width=3)
-    if other is not None:
-        pen.rectangle((other * scale).tolist(), outline="#c1121f", width=3)
+    drawing = draw_box(target.image, target.box, page.GREEN)
+    return drawing if other is None else draw_box(drawing, other * (drawing.width / target.image.width), RED)
+
+
+def draw_box(image: Image.Image, box: Boxes, colour: str) -> Image.Image:
+    """The image, enlarged if it is small, with a box."""
+    scale = max(1.0, 256 / max(image.size))
+    drawing = image.resize((round(image.width * scale), round(image.height * scale)))
+    line = max(3, round(max(drawing.size) / 200))
+    ImageDraw.Draw(drawing).rectangle((box * scale).tolist(), outline=colour, width=line)
     return drawing

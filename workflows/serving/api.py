@@ -307,6 +307,7 @@ def describe(model: ServedModel) -> ModelResponse:
         version=model.version,
         run_id=model.run_id,
         licence=model.licence,
+        source=model.source,
         teacher=model.predictor.teacher,
         prompt_set=model.predictor.prompt_set,
         vocabulary=list(model.predictor.vocabulary),

@@ -8,7 +8,7 @@ DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 if DIRECTORY in os.environ:  # before the import below
     Path(os.environ[DIRECTORY]).mkdir(parents=True, exist_ok=True)
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess  # noqa: E402
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

@@ -5,28 +5,23 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 from torch import Tensor
 
-import ovd_models
 from data_prep.embeddings.texts import PreloadedEncoder, TextStore
+from ovd_models.checkpoint_info import read_source
 from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
+from workflows.common.models import load, local_model
 from workflows.serving.limits import refusal
-from workflows.serving.sources import local_folder, method_of, resolve_version
+from workflows.serving.sources import resolve_version
 from workflows.serving.texts import CachedEncoder, TextCache, Words
 
-Predictor = Detector | Segmenter | TextSegmenter | Classifier
-LOADERS: Mapping[str, Callable[..., Predictor]] = {
-    "codet": ovd_models.load,
-    "vild": ovd_models.load,
-    "ovsam": ovd_models.load_segmenter,
-    "text_to_mask": ovd_models.load_text_segmenter,
-    "clip": ovd_models.load_classifier,
-}
-"""By method."""
+if TYPE_CHECKING:
+    from workflows.common.models import Predictor
+
 TASKS: Mapping[str, tuple[str, ...]] = {
     "codet": ("detect",),
     "vild": ("detect",),
@@ -44,7 +39,7 @@ class ServedModel:
     name: str
     uri: str
     """As given."""
-    predictor: Predictor
+    predictor: "Predictor"
     digest: str
     """16 hexadecimal digits of its weights and config."""
     version: str
@@ -53,6 +48,8 @@ class ServedModel:
     """MLflow's; empty if unknown."""
     licence: str
     """Note about the weights' licence."""
+    source: str
+    """Released files that it was converted from, with their sha256; empty if it was trained here."""
 
     @property
     def method(self) -> str:
@@ -115,20 +112,20 @@ def load_served(name: str, uri: str, storage_uri: str, *, texts: bool, device: s
         InputError: there is no such checkpoint, or it is broken.
     """
     version, run_id = resolve_version(uri, storage_uri)
-    folder = local_folder(uri, storage_uri)
-    method = method_of(folder)
-    predictor = LOADERS[method](folder, device=device)
+    folder = local_model(uri, storage_uri)
+    predictor = load(str(folder), device=device)
     if texts:
         predictor.encoder = PreloadedEncoder(predictor.encoder, TextStore(storage_uri, predictor.teacher))
     licence = folder / "LICENCE.txt"
     return ServedModel(
-        name or method,
+        name or predictor.method,
         uri,
         predictor,
         weights_digest(folder),
         version,
         run_id,
         licence.read_text()[:2_000] if licence.is_file() else "",
+        read_source(folder),
     )
 
 

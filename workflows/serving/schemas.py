@@ -100,6 +100,8 @@ class ModelResponse(BaseModel):
     """MLflow's; empty if unknown."""
     licence: str
     """Note about the weights; empty if unknown."""
+    source: str
+    """Released files that it was converted from, with their sha256; empty if it was trained here."""
     teacher: str
     prompt_set: str
     vocabulary: list[str]

@@ -1,14 +1,7 @@
 """Where the models of an endpoint come from; imports neither torch nor MLflow before they are needed."""
 
-from pathlib import Path
-
-from data_prep import storage
-from ovd_models.checkpoint_info import read_info
 from ovd_models.errors import InputError
-
-METHODS = ("codet", "vild", "ovsam", "text_to_mask", "clip")
-"""Methods that are served."""
-MODEL_SCHEME = "models:/"
+from workflows.common.models import MODEL_SCHEME, local_model, method_of
 
 
 def parse_models(text: str) -> dict[str, str]:
@@ -28,31 +21,6 @@ def parse_models(text: str) -> dict[str, str]:
     if not models:
         raise InputError("--model: missing, expected a checkpoint folder or models:/<name>@<alias>")
     return models
-
-
-def method_of(folder: Path) -> str:
-    """The method of a checkpoint folder.
-
-    Raises:
-        InputError: the folder holds no checkpoint, or one of a method that is not served.
-    """
-    method = "clip" if (folder / "clip.json").is_file() else read_info(folder).method
-    if method not in METHODS:
-        raise InputError(f"{folder}: a checkpoint of method {method!r}, expected one of {', '.join(METHODS)}")
-    return method
-
-
-def local_folder(uri: str, storage_uri: str) -> Path:
-    """The local folder of a checkpoint given as a folder, a URI, or `models:/<name>@<alias>`.
-
-    Raises:
-        InputError: there is no such checkpoint.
-    """
-    if not uri.startswith(MODEL_SCHEME):
-        return storage.local_folder(uri)
-    from workflows.common import registry  # MLflow takes seconds to import
-
-    return registry.model_folder(uri, storage_uri)
 
 
 def resolve_version(uri: str, storage_uri: str) -> tuple[str, str]:
@@ -77,7 +45,7 @@ def check_models(model: str, storage_uri: str) -> None:
     """
     names: set[str] = set()
     for name, uri in parse_models(model).items():
-        method = method_of(local_folder(uri, storage_uri))
+        method = method_of(local_model(uri, storage_uri))
         if (name or method) in names:
             raise InputError(
                 f"--model {model}: two models named {name or method!r}, expected NAME=URI with different names"

@@ -9,6 +9,10 @@ python -m workflows.studies.codet --config pictograms --teacher store/runs/clip/
 python -m workflows.studies.codet --config sweeps --teacher store/runs/clip/<run>/model
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage teacher name variants group_sizes proposal_counts")
+
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,12 +183,17 @@ def seed_trainings(run: Run, seed: int) -> dict[str, codet_configs.Run]:
 
 def measure_variant(run: Run, name: str, seed: int) -> dict[str, Metrics]:
     """Metrics of one training; the first one of a seed also gives those of the box stage."""
+    result = trained_variant(run, name, seed)
+    first = next(iter(seed_trainings(run, seed)))
+    return {BOX_STAGE: result["box_stage"], name: result["metrics"]} if name == first else {name: result["metrics"]}
+
+
+def trained_variant(run: Run, name: str, seed: int) -> dict[str, Any]:
+    """Checkpoints, times and metrics of one training, from the box stage of the seed's first one."""
     trainings = seed_trainings(run, seed)
     first = next(iter(trainings))
     result = train_variant(run, seed, first, trainings[first], box_model="")
-    if name == first:
-        return {BOX_STAGE: result["box_stage"], name: result["metrics"]}
-    return {name: train_variant(run, seed, name, trainings[name], box_model=result["box_model"])["metrics"]}
+    return result if name == first else train_variant(run, seed, name, trainings[name], box_model=result["box_model"])
 
 
 def train_variant(run: Run, seed: int, name: str, own: codet_configs.Run, box_model: str) -> dict[str, Any]:

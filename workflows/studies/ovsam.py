@@ -13,6 +13,10 @@ python -m workflows.studies.ovsam --config pictograms --teacher ... \
     --other-teachers store/runs/clip/<run of a ViT>/model --detectors store/runs/codet/<run>/model
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage teacher other_teachers vocabulary_sizes detectors")
+
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace

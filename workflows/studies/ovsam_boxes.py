@@ -6,6 +6,10 @@ python -m workflows.studies.ovsam_boxes --model store/runs/ovsam/<run>/model --s
     --detectors store/runs/codet/<run>/model store/runs/vild/<run>/model
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage model sam detectors boxes images device")
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

@@ -20,7 +20,7 @@ from data_prep import storage
 from ovd_models.errors import InputError
 from workflows.common import cli, runs
 from workflows.common.optimisation import Optimisation
-from workflows.configs import codet, ovsam, vild
+from workflows.configs import clip, codet, ovsam, vild
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class StudyRun:
 Metrics = dict[str, float]
 Measurement = Callable[[int], Mapping[str, Metrics]]
 """Trains and measures with a seed: seed -> metrics by variant."""
-R = TypeVar("R", codet.Run, ovsam.Run, vild.Run)
+R = TypeVar("R", clip.Run, codet.Run, ovsam.Run, vild.Run)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def seeded(run: R, storage_uri: str, teacher: str, seed: int) -> R:
 
 
 def remember(
-    method: Literal["codet", "ovsam", "vild"],
+    method: Literal["clip", "codet", "ovsam", "vild"],
     seed: int,
     name: str,
     run: R,
@@ -269,7 +269,8 @@ def claim_table(claims: Iterable[ClaimResult]) -> list[str]:
         chosen = f" ({judged.baseline})" if len(claim.baselines) > 1 else ""
         paper = "" if claim.paper is None else f"{claim.paper:+.3f} ({claim.source})"
         interval = "{:+.3f} to {:+.3f}".format(*judged.interval) if judged.interval else "none from one seed"
-        holds = "yes" if judged.holds else "no"
+        undecided = claim.tested == "interval" and judged.interval is None
+        holds = "yes" if judged.holds else "undecided" if undecided else "no"
         cells = [required, paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), holds]
         rows.append([claim.statement + chosen, *cells])
     return table(rows)

@@ -9,6 +9,10 @@ each seed: rpn (base boxes) -> proposals; those of one seed -> embeddings that a
 python -m workflows.studies.vild --config pictograms --teacher store/runs/clip/<run>/model
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage teacher other_teachers parts")
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -7,6 +7,10 @@ python -m workflows.studies.vild_sweep --model store/runs/vild/<run>/model --box
 python -m workflows.studies.vild_sweep --model ... --boxes pictograms-eval --teacher store/runs/clip/<run>/model
 """
 
+from workflows.common import brief_help
+
+brief_help.answer(__name__, __file__, "storage model boxes teacher max_crops temperature device")
+
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

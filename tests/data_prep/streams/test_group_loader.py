@@ -251,6 +251,18 @@ def test_small_images_can_be_left_out(ray_cluster: None, tmp_path: Path) -> None
 
 
 @pytest.mark.ray
+def test_groups_of_named_concepts_only(ray_cluster: None, tmp_path: Path) -> None:
+    root = str(make_store(tmp_path))
+    names = tables.read_table(root, "concepts", "t", ["name"])["name"].to_pylist()
+    for number, name in enumerate(names[:2]):
+        loader = group_loader(root, "t", seed=0, group_size=2, sampling=Sampling(names=(name,)))
+        assert ray.get(loader.plan).concept_ids.tolist() == [number]
+        assert set(loader(np.arange(9))["concept_id"].to_pylist()) == {number}
+    with pytest.raises(InputError, match="names zebra: unknown, expected a name in concepts/t"):
+        group_loader(root, "t", seed=0, group_size=2, sampling=Sampling(names=(names[0], "zebra")))
+
+
+@pytest.mark.ray
 def test_an_unreadable_image_is_replaced_within_its_concept(ray_cluster: None, tmp_path: Path) -> None:
     loader = group_loader(str(make_store(tmp_path, broken=(1,))), "t", seed=0, group_size=2, sampling=EVERYTHING)
     whole = loader(np.arange(12))

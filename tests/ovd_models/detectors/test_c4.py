@@ -33,6 +33,18 @@ def batch() -> DetectionBatch:
     return DetectionBatch(tuple(images), boxes, (torch.tensor([1]), torch.zeros(0, dtype=torch.int64)))
 
 
+def test_anchors_are_16_pixels_apart_where_the_image_ends_within_a_cell() -> None:
+    model = C4(dataclasses.replace(TINY, freeze_norm=False)).eval()
+    resized = model.preprocess([torch.zeros(3, 97, 200, dtype=torch.uint8)] * 2)
+    features = model.features(resized)
+    assert resized.image_sizes[0] == (62, 128)  # 97 x 128 / 200: the last of four rows of cells holds 14 pixels
+    first, second = model.rpn.anchor_generator(resized, [features["0"]])
+    centre_A2 = (first[:, :2] + first[:, 2:]) / 2
+    expected = [[16.0 * column, 16.0 * row] for row in range(4) for column in range(8) for _ in range(6)]
+    assert torch.allclose(centre_A2, torch.tensor(expected), atol=1e-4)
+    assert torch.equal(first, second)
+
+
 def test_anchors_are_exact_and_ordered_by_size_then_shape() -> None:
     anchors = cell_anchors((32, 64))
     assert anchors.shape == (6, 4)

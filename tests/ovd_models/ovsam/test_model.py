@@ -149,7 +149,10 @@ def test_everything_names_every_mask(model: OvSam) -> None:
     best = filled[nms(every.boxes[filled], every.ious[filled], settings.nms_iou)]
     assert torch.equal(found.masks, every.masks[best])
     assert torch.equal(found.labels, every.labels[best])
-    assert len(model.everything(picture(), NAMES, dataclasses.replace(settings, min_iou=99.0))) == 0
+    nothing = model.everything(picture(), NAMES, dataclasses.replace(settings, min_iou=99.0))
+    assert len(nothing) == 0
+    assert nothing.reason.startswith("0 of 16 clicks give a mask with a predicted IoU of 99 or more (the best has ")
+    assert not found.reason
     silent = OvSam(dataclasses.replace(TINY, iou_head=False)).eval()
     with pytest.raises(InputError, match="no IoU head"):
         silent.everything(picture(), NAMES)

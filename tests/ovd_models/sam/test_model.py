@@ -176,6 +176,11 @@ def test_training_resizes_images_as_pillow_does_up_to_a_grey_level() -> None:
     assert fit_on_device(image, 64) is image
 
 
+def test_small_pictures_get_fewer_clicks() -> None:
+    sides = [EverythingConfig.for_size(*size).points_per_side for size in ((20, 10), (128, 96), (256, 100), (4000, 10))]
+    assert sides == [8, 16, 32, 32]
+
+
 def test_everything_is_what_the_automatic_mask_generator_finds(model: SamModel) -> None:
     settings = EverythingConfig(points_per_side=4, min_iou=-9, min_stability=0.0)
     found = model.everything(picture(), settings)

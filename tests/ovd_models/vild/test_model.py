@@ -201,7 +201,7 @@ def test_two_images_are_learned_with_names_masks_and_distilled_words() -> None:
     mask = rle.decode({"size": [64, 64], "counts": found.masks[row]}).astype(bool)
     truth = scene(0)[3][0].numpy()
     assert (mask & truth).sum() / (mask | truth).sum() > 0.7
-    assert found.above(2.0).masks == ()
+    assert found.filter(min_score=2.0).masks == ()
 
 
 def test_a_supervised_detector_never_finds_other_names() -> None:

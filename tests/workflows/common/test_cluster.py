@@ -1,16 +1,20 @@
 """What a training asks of a cluster before any work."""
 
+import dataclasses
 import socketserver
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ovd_models.errors import InputError
-from workflows.common import cluster, training
+from workflows.common import cluster, runs, training
 from workflows.common.optimisation import Optimisation
+from workflows.configs import codet as codet_configs
 
 ROOT = Path(__file__).parents[3]
 STAGE = Optimisation(steps=10, learning_rate=0.1)
@@ -142,3 +146,52 @@ def test_an_address_of_this_machine_is_none(address: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     assert not cluster.is_joined()
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the number of this machine's GPUs; it is in no cluster."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    return lambda count: monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+
+def test_gpus_are_used_where_each_worker_has_one_and_nothing_else_is_said(
+    gpus: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def used(count: int, **settings: Any) -> tuple[bool | None, bool | None]:
+        gpus(count)
+        run = codet_configs.smoke()
+        stage = dataclasses.replace(run.box_stage, **settings)
+        chosen = training.choose_devices(
+            dataclasses.replace(run, detection_batch=2, box_stage=stage, joint_stage=stage)
+        )
+        return chosen.box_stage.use_gpu, chosen.joint_stage.use_gpu
+
+    assert used(0) == (False, False)
+    assert used(1) == used(2, workers=2) == (True, True)
+    assert used(1, use_gpu=False) == (False, False)
+    assert capsys.readouterr().out == ""
+    assert used(1, workers=2) == (False, False)
+    assert "box_stage: not on a GPU, 2 workers need one each; --workers 1 uses the GPUs here" in capsys.readouterr().out
+
+
+def test_gpus_that_this_machine_lacks_are_refused_before_any_work(
+    gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    wanted = codet_configs.photos_8gpu()
+    with pytest.raises(InputError, match=r"--use-gpu: 8 GPUs are needed, this machine has 1, expected --no-use-gpu"):
+        training.choose_devices(wanted)
+    assert training.choose_devices(wanted, dry_run=True) == wanted
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert training.choose_devices(wanted) == wanted
+
+
+def test_a_training_begins_only_where_it_can(gpus: Callable[[int], None], tmp_path: Path) -> None:
+    gpus(0)
+    (tmp_path / "runs/codet/smoke-20261129").mkdir(parents=True)
+    run = dataclasses.replace(codet_configs.smoke(), storage=str(tmp_path), resume="smoke-20261192")
+    with pytest.raises(InputError, match=r"--resume smoke-20261192: no such run, .*; did you mean smoke-20261129\?"):
+        runs.begin(run, "codet")
+    assert runs.begin(dataclasses.replace(run, resume="smoke-20261129"), "codet").box_stage.use_gpu is False

@@ -30,10 +30,11 @@ def find(
     return find_backbone("name", given, published, backbone, from_scratch=from_scratch)
 
 
-def test_an_earlier_download_is_used(caches: Path) -> None:
+def test_an_earlier_download_is_used_and_said(caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert find_published(RESNET50) == ""
     (caches / "resnet50-0676ba61.pth").touch()
     assert find(RESNET50) == str(caches / "resnet50-0676ba61.pth")
+    assert capsys.readouterr().out == f"backbone: {caches / 'resnet50-0676ba61.pth'} (ImageNet)\n"
     assert find(RESNET50, from_scratch=True) == ""
 
 

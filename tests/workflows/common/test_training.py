@@ -22,7 +22,7 @@ from ovd_models.errors import InputError
 from ovd_models.vocabulary import Vocabulary
 from workflows.common import optimisation, runs, training
 from workflows.common.optimisation import Optimisation, Precision
-from workflows.common.session import Meter, Session, compile_backbones, convert_sync_batchnorm
+from workflows.common.session import Meter, Session, autocast_dtype, compile_backbones, convert_sync_batchnorm
 from workflows.common.teacher import CodetNames
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Stage
@@ -315,6 +315,16 @@ def test_a_batch_that_the_parts_do_not_divide_is_refused() -> None:
     for size in (4, 12):
         with pytest.raises(InputError, match=f"^batch: {size}, expected a multiple of the 2 workers times 4 parts$"):
             optimisation.check_shared("batch", size, stage)
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_fast_is_bf16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, has: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
+    assert autocast_dtype("fast", torch.device("cpu")) == dtype
+    assert autocast_dtype("fast", torch.device("cuda")) == torch.bfloat16
+    assert autocast_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("auto", None)])

@@ -1,0 +1,106 @@
+"""ONNX files of traced models, and their check against PyTorch."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from ovd_models.errors import InputError
+
+OPSET = 17
+"""Version of ONNX's operators; runtimes since 2022 know it."""
+TOLERANCE = 1e-4
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model to be exported as one file."""
+
+    name: str
+    """Of the file, before `.onnx`."""
+    model: nn.Module
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+    """Input or output -> dimension -> name, for dimensions of any size."""
+    examples: Sequence[tuple[Tensor, ...]]
+    """Inputs of different sizes; the first is traced, all are compared."""
+    eager: Callable[..., tuple[Tensor, ...]]
+    """What the outputs are compared with: the same inputs through the library's own functions."""
+
+
+def write_part(part: Part, folder: Path) -> float:
+    """Export a part, and compare it with PyTorch on its examples; returns the largest relative difference.
+
+    Raises:
+        InputError: the difference exceeds `TOLERANCE`, or outputs differ in number; the file is removed.
+    """
+    path = folder / f"{part.name}.onnx"
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its operator has no form in ONNX
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are constant here, such as strides
+            torch.onnx.export(
+                part.model.eval(),
+                part.examples[0],
+                path,
+                input_names=list(part.inputs),
+                output_names=list(part.outputs),
+                dynamic_axes={name: dict(axes) for name, axes in part.dynamic.items()},
+                opset_version=OPSET,
+                dynamo=False,  # torchvision's operators of varying numbers of boxes are registered for tracing
+            )
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        difference = max_difference(part, path)
+    except InputError:
+        path.unlink()
+        raise
+    return difference
+
+
+def open_session(path: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """A session on the CPU; 0 threads are all cores."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: onnxruntime.InferenceSession, part: Part, inputs: Sequence[Tensor]) -> list[Array]:
+    """Outputs for inputs in the part's order."""
+    feed = {name: np.asarray(value.numpy()) for name, value in zip(part.inputs, inputs, strict=True)}
+    return list(session.run(None, feed))
+
+
+def max_difference(part: Part, path: Path) -> float:
+    """The largest difference between a file and PyTorch over the part's examples.
+
+    Differences of values beyond 1, such as coordinates and logits, are relative to the largest of the output.
+
+    Raises:
+        InputError: it exceeds `TOLERANCE`, or outputs differ in shape.
+    """
+    session, worst = open_session(path), 0.0
+    for inputs in part.examples:
+        with torch.no_grad():
+            expected = part.eager(*inputs)
+        for name, ours, value in zip(part.outputs, run_session(session, part, inputs), expected, strict=True):
+            if ours.shape != tuple(value.shape):
+                raise InputError(f"{path}: {name} has shape {list(ours.shape)}, PyTorch's has {list(value.shape)}")
+            theirs = value.numpy()
+            difference = float(np.abs(ours - theirs).max(initial=0) / max(1.0, np.abs(theirs).max(initial=0)))
+            if not difference <= TOLERANCE:
+                raise InputError(f"{path}: {name} differs from PyTorch's by {difference:.1e}, at most {TOLERANCE:g}")
+            worst = max(worst, difference)
+    return worst

@@ -1,0 +1,125 @@
+"""The documentation: error lines say what was expected or are explained, and commands are right."""
+
+import ast
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from serving import save_detector_of_any_name, save_segmenter, save_text_segmenter
+
+from ovd_models.checkpoint_info import write_calibration
+from workflows.common import cli, registry, tracking
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [path for package in ("workflows", "data_prep", "ovd_models") for path in (ROOT / package).rglob("*.py")]
+SAYS_WHAT_TO_DO = ("expected", "`", "see ", "did you mean", "; ")
+"""Parts of messages that need no page."""
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def input_errors(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and message of each `raise InputError(...)` with a literal message; `{}` stands for its values."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
+            continue
+        if ast.unparse(node.exc.func) != "InputError" or not node.exc.args:
+            continue
+        (message,) = node.exc.args
+        if isinstance(message, ast.Constant):
+            yield node.lineno, str(message.value)
+        elif isinstance(message, ast.JoinedStr):
+            parts = (str(part.value) if isinstance(part, ast.Constant) else "{}" for part in message.values)
+            yield node.lineno, "".join(parts)
+
+
+def longest_words(message: str) -> str:
+    """The longest part of a message between its values, as the page of troubleshooting quotes it."""
+    return max(re.split(r"\{\}", message), key=len).strip(" :(),")
+
+
+ERRORS = [
+    (f"{path.relative_to(ROOT)}:{line}", message) for path in sorted(SOURCES) for line, message in input_errors(path)
+]
+BARE = [
+    (place, message)
+    for place, message in ERRORS
+    if not any(part in message for part in SAYS_WHAT_TO_DO) and len(longest_words(message)) > 3
+]
+"""Messages that do not say what was expected."""
+
+
+def test_errors_are_found() -> None:
+    assert len(ERRORS) > 300
+    assert 5 < len(BARE) < 80
+
+
+@pytest.mark.parametrize(("place", "message"), BARE, ids=[place for place, _ in BARE])
+def test_an_error_says_what_was_expected_or_is_explained(place: str, message: str) -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    assert longest_words(message) in page, f"{place}: {message}"
+
+
+# ------------------------------------------------------------------------------------------------ commands, snippets
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Page and command of every `python workflows/...`, in a block of code or inside a line."""
+    for page in (ROOT / "README.md", *PAGES):
+        text = page.read_text()
+        fenced = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+        blocks = "\n".join(code for language, code in fenced.findall(text) if language != "python")
+        blocks = re.sub(r"\\\n\s*", "", blocks)
+        inside = re.findall(r"`([^`\n]*\bpython workflows/[^`\n]+)`", fenced.sub("", text))
+        for line in (*blocks.splitlines(), *inside):
+            if (at := line.find("python workflows/")) >= 0 and not line.startswith("error"):
+                yield str(page.relative_to(ROOT)), line[at:]
+
+
+COMMANDS = sorted(set(commands()))
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) > 60
+    assert {page for page, _ in COMMANDS} >= {"README.md", "docs/index.md", "docs/crawl.md", "docs/evaluation.md"}
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {line[17:70]}" for page, line in COMMANDS])
+def test_a_command_names_a_script_and_flags_that_exist(page: str, command: str, tmp_path: Path) -> None:
+    words = shlex.split(command.replace("\\|", "|"), comments=True)
+    _, script, *arguments = words
+    assert (ROOT / script).is_file()
+    for number, word in enumerate(arguments[:-1]):
+        if word == "--storage":
+            arguments[number + 1] = str(tmp_path)
+        if word == "--config" and arguments[number + 1] == "NAME":
+            arguments[number + 1] = "smoke"
+    module = import_module(".".join(Path(script).with_suffix("").parts))
+    cli.parse(module.CONFIGS, None, arguments)
+
+
+def snippets(page: str) -> str:
+    """The Python of a page, one after another."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL))
+
+
+def test_snippets_run_as_they_are_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = save_detector_of_any_name(Path("runs/demo/codet"))
+    write_calibration(model, 0.0, "test")  # else an untrained model finds nothing
+    scene = Path("runs/demo/images/pictograms-eval/000000.jpg")
+    scene.parent.mkdir(parents=True)
+    Image.effect_noise((200, 150), 90).convert("RGB").save(scene)
+    shutil.copy(scene, "street.jpg")
+    with tracking.run("runs/demo", experiment="pictograms", name="a", params={}, tags={}) as tracked:
+        registry.register(tracked, model, method="codet", data_set="pictograms", metric="ap", value=0.5)
+    save_segmenter(Path("store/runs/ovsam/<run>/model"))
+    save_text_segmenter(Path("store/runs/ovsam/<run>/text_model"))
+    for page in ("README.md", "docs/walkthrough.md", "docs/ovsam.md"):
+        Path("found.png").unlink(missing_ok=True)
+        exec(compile(snippets(page), page, "exec"), {})
+        assert Image.open("found.png").width

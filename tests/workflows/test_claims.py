@@ -1,0 +1,186 @@
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from ovd_models.errors import InputError
+from workflows import claims
+from workflows.common import cli
+from workflows.studies.claims import page, parts
+from workflows.studies.claims.catalogue import CHEAP_FIRST, PARTS
+from workflows.studies.claims.parts import Part
+from workflows.studies.study import Claim, Metrics, StudyRun
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(StudyRun):
+    """Settings of a part that needs no training."""
+
+    value: float = 0.5
+    gap: float = 0.1
+
+
+def measured(run: Settings, seed: int) -> dict[str, Metrics]:
+    """A better and a worse variant, whose difference depends a little on the seed."""
+    return {"better": {"ap": run.value + run.gap + 0.01 * seed}, "worse": {"ap": run.value}}
+
+
+PART = Part(
+    number=1,
+    statement="Better is better.",
+    paper=("+0.1 (a paper)",),
+    schedule="None.",
+    settings=Settings(),
+    measure=measured,
+    claims=(Claim("AP: better above worse", "ap", "better", ("worse",)),),
+    columns={"AP": "ap"},
+)
+
+
+@pytest.fixture
+def one_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> claims.Run:
+    """The script with one claim that takes no time, and its folders."""
+    without = replace(PART, number=2, measure=None, settings=None, claims=())
+    monkeypatch.setattr(claims, "PARTS", {1: PART, 2: without})
+    monkeypatch.setattr(claims, "CHEAP_FIRST", (1,))
+    monkeypatch.setattr(claims, "CHECKED", (1,))
+    return claims.Run(storage=str(tmp_path / "runs"), results=str(tmp_path / "claims"), demo=str(tmp_path / "demo"))
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, run: claims.Run, *flags: str) -> int:
+    """The exit code of the script."""
+    paths = ["--storage", run.storage, "--results", run.results, "--demo", run.demo]
+    monkeypatch.setattr("sys.argv", ["claims.py", *paths, *flags])
+    return cli.outcome(claims.main)
+
+
+def test_claims_are_measured_once_and_rendered(
+    one_part: claims.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(monkeypatch, one_part) == 0
+    assert "remaining: 3 results, about 0.00 h and 3 not measured before" in capsys.readouterr().out
+    content = json.loads(Path(f"{one_part.results}.json").read_text())
+    first, second = content["claims"]
+    assert (first["id"], first["seeds"], first["holds"]) == (1, [0, 1, 2], True)
+    assert first["ours"] == pytest.approx(0.11)
+    # Differences 0.10, 0.11, 0.12: standard error 0.01 / sqrt(3), Student's t 4.303.
+    assert first["interval"] == pytest.approx([0.11 - 4.303 * 0.01 / 3**0.5, 0.11 + 4.303 * 0.01 / 3**0.5], abs=1e-5)
+    assert (second["ours"], second["seeds"], second["holds"]) == (None, [], None)
+    text = Path(f"{one_part.results}.md").read_text()
+    assert "Claim 1: holds" in text and "Claim 2: no command yet" in text
+    assert Path(one_part.results, "01.png").exists()
+
+    def never(*_: object) -> dict[str, Metrics]:
+        raise AssertionError("recorded already")
+
+    monkeypatch.setattr(claims, "PARTS", {1: replace(PART, measure=never), 2: replace(PART, number=2, measure=None)})
+    assert run_script(monkeypatch, one_part) == 0
+    assert "remaining: 0 results" in capsys.readouterr().out
+
+
+def test_one_seed_decides_nothing_and_two_may(one_part: claims.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_script(monkeypatch, one_part, "--seeds", "0")
+    (record,) = claims.read_records(one_part)[1]
+    assert parts.judge(PART, [record]).holds is None
+    assert page.verdict_word(parts.judge(PART, [record])) == "undecided"
+    two = [record, replace(record, seed=1, results={"better": {"ap": 0.611}, "worse": {"ap": 0.5}})]
+    assert parts.judge(PART, two).holds is True
+    apart = [record, replace(record, seed=1, results={"better": {"ap": 0.8}, "worse": {"ap": 0.5}})]
+    assert parts.judge(PART, apart).holds is False  # 0.1 and 0.3: the interval of two seeds contains 0
+    no_rule_yet = replace(PART, claims=(*PART.claims, Claim("AP of another", "ap", "another")))
+    assert parts.judge(no_rule_yet, two).holds is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--claims", "33"], "--claims 33: unknown, expected 1 to 2"),
+        (["--claims", "2"], "--claims 2: has no command yet"),
+        (["--check"], "--check: no result of claims (1,)"),
+    ],
+)
+def test_bad_input_is_one_line(
+    one_part: claims.Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    assert run_script(monkeypatch, one_part, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_results_with_other_settings_are_refused(
+    one_part: claims.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script(monkeypatch, one_part, "--seeds", "0")
+    monkeypatch.setattr(claims, "PARTS", {1: replace(PART, settings=Settings(gap=0.3))})
+    capsys.readouterr()
+    assert run_script(monkeypatch, one_part, "--render") == 2
+    assert "01-0.json: measured with gap 0.1, expected 0.3" in capsys.readouterr().err
+    path = parts.record_path(one_part.results, 1, 0)
+    for broken, message in (("{", "expected a result"), ('{"claim": 1}', "expected a result")):
+        path.write_text(broken)
+        with pytest.raises(InputError, match=message):
+            parts.read_record(one_part.results, PART, 0)
+
+
+def test_a_place_is_no_setting_and_new_fields_keep_results(one_part: claims.Run) -> None:
+    record = parts.measure(PART, 0, "anywhere", "some CLIP")
+    assert not {"storage", "teacher"} & record.settings.keys()
+    parts.write_record(one_part.results, replace(record, settings={"value": 0.5}))
+    read = parts.read_record(one_part.results, PART, 0)
+    assert read and read.results["better"]["ap"] == pytest.approx(0.6)
+    parts.write_record(one_part.results, replace(record, seed=5))
+    parts.record_path(one_part.results, 1, 5).rename(parts.record_path(one_part.results, 1, 6))
+    with pytest.raises(InputError, match="claim 1, seed 5, expected 1 and 6"):
+        parts.read_record(one_part.results, PART, 6)
+
+
+@pytest.mark.parametrize(("drift", "code"), [(0.01, 0), (0.2, 1)])
+def test_a_check_compares_with_what_is_recorded(
+    one_part: claims.Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    drift: float,
+    code: int,
+) -> None:
+    run_script(monkeypatch, one_part, "--seeds", "1")
+
+    def drifted(run: Settings, seed: int) -> dict[str, Metrics]:
+        return measured(replace(run, value=run.value + drift), seed)
+
+    monkeypatch.setattr(claims, "PARTS", {1: replace(PART, measure=drifted)})
+    exit_code: Callable[[], int] = lambda: run_script(monkeypatch, one_part, "--check")  # noqa: E731
+    if code:
+        with pytest.raises(SystemExit) as end:
+            exit_code()
+        assert end.value.code == code
+    else:
+        assert exit_code() == 0
+    assert f"seed 1: largest difference {drift:.3f}, allowed 0.05" in capsys.readouterr().out
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    records = claims.read_records(claims.Run(results=str(REPOSITORY / "docs/claims")))
+    verdicts = [parts.judge(part, records[number]) for number, part in PARTS.items()]
+    assert (REPOSITORY / "docs/claims.md").read_text() == page.render_markdown(verdicts)
+    content = json.loads(json.dumps(page.render_json(verdicts)))
+    assert json.loads((REPOSITORY / "docs/claims.json").read_text()) == content
+    drawn = {verdict.part.number for verdict in verdicts if verdict.records}
+    assert {int(path.stem) for path in (REPOSITORY / "docs/claims").glob("*.png")} == drawn
+    pictures = {verdict.part.number for verdict in verdicts if verdict.records and verdict.part.picture}
+    assert {int(path.stem) for path in (REPOSITORY / "docs/claims").glob("*.jpg")} == pictures
+
+
+def test_the_catalogue_is_complete() -> None:
+    assert list(PARTS) == list(range(1, 21))
+    assert sorted(CHEAP_FIRST) == [number for number, part in PARTS.items() if part.measure]
+    for part in PARTS.values():
+        assert part.statement and part.paper and part.schedule
+        assert bool(part.claims) == bool(part.measure) == bool(part.columns)

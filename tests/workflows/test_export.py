@@ -1,0 +1,83 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distinct_regions import spread_out
+from PIL import Image
+
+import ovd_models
+from ovd_models.checkpoints import save_checkpoint
+from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, save_clip
+from ovd_models.codet.model import CoDet, CoDetConfig
+from ovd_models.errors import InputError
+from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskModelConfig
+from workflows import export
+from workflows.export import Run
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["detect.py", *sys.argv[2:]]
+runpy.run_path(FOLDER + "/detect.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder, clip = tmp_path_factory.mktemp("codet"), Clip(ClipConfig()).eval()
+    encoder = ClipTextEncoder(clip.config, clip.model.text, "any")
+    splits = {"anchor": "base", "cat": "novel"}
+    save_checkpoint(spread_out(CoDet(CoDetConfig())), encoder, folder, splits=splits, run={})
+    return folder
+
+
+def test_exported_files_find_things_without_torch(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    differences = export.export(Run(model=str(checkpoint), out=str(out), num_images=3))
+    assert set(differences) == {"detector", "text_tower"}
+    assert json.loads((out / "export.json").read_text())["max_difference"] == differences
+    picture = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    Image.fromarray(pixels).save(picture)
+    code = WITHOUT_TORCH.replace("FOLDER", repr(str(out)))
+    command = [sys.executable, "-c", code, "x", str(picture), "cat"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = ovd_models.load(checkpoint).detect(pixels, ["cat"], score_threshold=0.3)
+    assert len(found) > 0
+    assert [line.split()[:2] for line in printed] == [["cat", f"{score:.2f}"] for score in found.scores.tolist()]
+
+
+def test_bad_input_is_one_line_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    other = tmp_path / "other"
+    clip = Clip(ClipConfig()).eval()
+    encoder = ClipTextEncoder(clip.config, clip.model.text, "any")
+    save_checkpoint(TextToMask(TextToMaskModelConfig()), encoder, other, splits={}, run={})
+    (tmp_path / "nameless").mkdir()
+    save_checkpoint(CoDet(CoDetConfig()), encoder, tmp_path / "nameless", splits={}, run={})
+    out = str(tmp_path / "out")
+    for model, given, message in (
+        ("", out, "--model: missing"),
+        (str(checkpoint), "", "--out: missing"),
+        (str(checkpoint), str(checkpoint), "not an empty folder"),
+        (str(tmp_path / "absent"), out, "absent"),
+        (str(other), out, "method 'text_to_mask', expected a CoDet, a ViLD, a CLIP or a SAM"),
+        (str(tmp_path / "nameless"), out, "no default names"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export.export(Run(model=model, out=given, num_images=1))
+    assert not Path(out).exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_clip_is_two_towers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_clip(Clip(ClipConfig()).eval(), tmp_path / "clip")
+    differences = export.export(Run(model=str(tmp_path / "clip"), out=str(tmp_path / "out")))
+    assert set(differences) == {"image_tower", "text_tower"}
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.onnx")) == ["image_tower.onnx", "text_tower.onnx"]

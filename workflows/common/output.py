@@ -1,0 +1,29 @@
+"""Folders that a script writes whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ovd_models.errors import InputError
+
+
+def check_folder(out: str) -> None:
+    """Raise InputError unless a folder can be made there, or is empty."""
+    if "://" in out:
+        raise InputError(f"--out {out}: expected a folder of this machine")
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--out {out}: exists and is not an empty folder")
+
+
+def write_folder(save: Callable[[Path], None], target: Path) -> None:
+    """Write a folder beside its place, then move it there, so that a stopped script leaves none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fresh.chmod(0o755)
+        save(fresh)
+        fresh.replace(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

@@ -1,0 +1,45 @@
+"""The CLIPs that claims use: one a seed, or a weaker one, trained once for all claims of a storage."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from data_prep import tables
+from workflows import clip, prepare_boxes, prepare_pairs
+from workflows.common import cluster
+from workflows.configs import clip as clip_configs
+from workflows.configs import pairs as pairs_configs
+from workflows.studies import study as studies
+from workflows.studies.study import StudyRun
+
+FULL_STEPS = clip_configs.pictograms().optimisation.steps
+
+
+def find_demo_teacher(folder: str) -> str:
+    """The checkpoint of a demo's CLIP, which has the settings of seed 0; empty if there is none."""
+    return max(map(str, Path(folder).glob("runs/clip/pictograms-*/model")), default="")
+
+
+def prepare_world(storage_uri: str, *, pairs: bool = False, second_style: bool = False) -> None:
+    """Publish the pictogram world's tables that are missing: boxes, and on demand captions and the second style."""
+    prepare_boxes.prepare(replace(prepare_boxes.pictograms(), storage=storage_uri))
+    if second_style:
+        prepare_boxes.prepare(replace(prepare_boxes.second_style(), storage=storage_uri))
+    if pairs and tables.find_manifest(storage_uri, "pairs", "pictograms") is None:
+        with prepare_pairs.pictogram_site(replace(pairs_configs.pictograms(), storage=storage_uri)) as crawl:
+            cluster.start_ray()
+            prepare_pairs.prepare(crawl)
+
+
+def teacher_of(run: StudyRun, seed: int, steps: int = FULL_STEPS) -> str:
+    """The checkpoint of a seed's CLIP with a number of steps; the run's own teacher is that of seed 0."""
+    if run.teacher and not seed and steps == FULL_STEPS:
+        return run.teacher
+    config = clip_configs.pictograms()
+    stage = replace(config.optimisation, steps=steps, workers=0)
+    own = studies.seeded(replace(config, optimisation=stage), run.storage, "", seed)
+
+    def job(own: clip_configs.Run) -> dict[str, str]:
+        prepare_world(own.storage, pairs=True)
+        return {"model": clip.train(own).model}
+
+    return str(studies.remember("clip", seed, f"clip-{steps}", own, job)["model"])

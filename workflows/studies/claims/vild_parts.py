@@ -1,0 +1,410 @@
+"""Claims about ViLD: proposals, distillation, scoring, transfer; they wrap the study of ViLD with a short schedule."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data_prep import tables
+from data_prep.boxes.coco import flat_categories, keep_annotations
+from ovd_models.vild.model import Variant
+from workflows import prepare_boxes
+from workflows.common.teacher import untrained_teacher
+from workflows.configs import vild as vild_configs
+from workflows.configs.evaluation import Run as EvaluationRun
+from workflows.reports import evaluation
+from workflows.studies import study as studies
+from workflows.studies import vild as vild_study
+from workflows.studies import vild_sweep
+from workflows.studies.claims.parts import Part
+from workflows.studies.claims.teachers import FULL_STEPS, prepare_world, teacher_of
+from workflows.studies.study import AP50_COLUMNS, Claim, Metrics
+
+PRODUCER = "workflows/claims.py"
+LVIS = "rare mask AP on LVIS"
+
+
+def short_vild(**changes: Any) -> vild_configs.Run:
+    """`pictograms` in the driver with 400 steps of the detector, on scenes that also show novel objects."""
+    config = vild_configs.pictograms()
+    rpn = replace(config.rpn_stage, workers=0, checkpoint_every=50)
+    detector = replace(config.detector_stage, steps=400, workers=0, checkpoint_every=50)
+    run = replace(
+        config,
+        rpn_stage=rpn,
+        detector_stage=detector,
+        train_boxes="pictograms-mixed",
+        validate_every=0,
+        embed=replace(config.embed, actors=0, batch_size=64),
+    )
+    return replace(run, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VildRun(vild_study.Run):
+    """ViLD's study with the short schedule, and what the claims vary."""
+
+    training: vild_configs.Run = field(default_factory=short_vild)
+    rpn_steps: tuple[int, ...] = (25, 50, 100, 200, 400)
+    """Lengths of the proposal network's training."""
+    teacher_steps: tuple[int, ...] = (FULL_STEPS, 700, 300)
+    """Lengths of the teachers' training."""
+    widths: tuple[float, ...] = (0.5, 1.0, 1.5)
+    """Factors of the backbone's channels."""
+    weights: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0)
+    """w of `vild`, a single head."""
+    rare_boxes: int = 5
+    """Boxes of each novel name that supervised training may use."""
+    repeat_threshold: float = 0.02
+    """Repeat-factor sampling: names in fewer of the images than this fraction come more often."""
+
+
+def prepared(run: VildRun) -> VildRun:
+    """The run with its tables published and its teacher trained."""
+    prepare_world(run.storage)
+    prepare_boxes.prepare_full(replace(run.boxes, storage=run.storage))
+    return replace(run, teacher=run.teacher or teacher_of(run, 0))
+
+
+# ------------------------------------------------------------------------------------------------------ proposals
+
+
+def without_teacher(run: VildRun) -> VildRun:
+    """The run for proposals, which depend on no teacher: an untrained one embeds the names of the checkpoint."""
+    return prepared(replace(run, teacher=untrained_teacher(run.storage)))
+
+
+def measure_proposals(run: VildRun, seed: int) -> dict[str, Metrics]:
+    """Recall of proposals from base boxes, and from base and novel ones."""
+    return vild_study.measure_proposals(without_teacher(run), seed)
+
+
+def measure_rpn_steps(run: VildRun, seed: int) -> dict[str, Metrics]:
+    """Recall of proposals from base boxes by length of training."""
+    ready, found = without_teacher(run), {}
+    for steps in run.rpn_steps:
+        own = studies.seeded(ready.training, ready.storage, ready.teacher, seed)
+        own = replace(own, rpn_stage=replace(own.rpn_stage, steps=steps))
+        proposals = vild_study.train_proposals(own, seed)
+        found[f"{steps} steps"] = studies.remember("vild", seed, "rpn-base", own, partial(vild_study.recall, proposals))
+    return found
+
+
+RECALL = {f"{split} AR@{limit}": f"ar{limit}_{split}" for split in ("novel", "base") for limit in (100, 300)}
+RPN_SCHEDULE = (
+    "`vild.py --config pictograms`, stage `rpn`, 200 steps of 8 scenes; 300 scenes with base and novel objects."
+)
+
+PROPOSALS = Part(
+    number=2,
+    statement="A proposal network trained on base boxes alone finds nearly all novel objects that one trained on base "
+    "and novel boxes finds.",
+    paper=("novel AR@100, 300, 1000 on LVIS: 39.3, 48.3, 55.6 from base boxes, 41.1, 50.9, 57.0 from all (ViLD)*",),
+    settings=VildRun(),
+    measure=measure_proposals,
+    claims=(
+        Claim(
+            "novel AR@100: from base boxes no more than 0.05 below from all",
+            "ar100_novel",
+            "rpn-base",
+            ("rpn-base-and-novel",),
+            at_least=-0.05,
+            paper=-0.018,
+            source="LVIS*",
+        ),
+    ),
+    columns=RECALL,
+    schedule=RPN_SCHEDULE,
+)
+QUALITY = Part(
+    number=3,
+    statement="A better proposal network keeps more objects that it was never trained on.",
+    paper=("not measured alone; the first stage is trained on base boxes (ViLD, section 3.2)",),
+    settings=VildRun(),
+    measure=measure_rpn_steps,
+    claims=(
+        Claim("novel AR@100: 200 steps above 50", "ar100_novel", "200 steps", ("50 steps",)),
+        Claim(
+            "novel AR@100: 400 steps no more than 0.02 below 200",
+            "ar100_novel",
+            "400 steps",
+            ("200 steps",),
+            at_least=-0.02,
+        ),
+    ),
+    columns=RECALL,
+    schedule="`vild.py --config pictograms`, stage `rpn`, base boxes, 25 to 400 steps of 8 scenes.",
+    remark="Backbones, localisation-quality objectness and the effect on novel AP have no command yet.",
+)
+
+
+# -------------------------------------------------------------------------------------------------- distillation
+
+
+def variants(*names: Variant) -> Callable[[VildRun, int], dict[str, Metrics]]:
+    """A measurement of AP50 of some variants."""
+
+    def measure(run: VildRun, seed: int) -> dict[str, Metrics]:
+        ready = prepared(run)
+        found: dict[str, Metrics] = {}
+        for name in names:
+            found |= vild_study.measure_variant(ready, name, seed)
+        return found
+
+    return measure
+
+
+def prepare_rare(run: VildRun) -> str:
+    """Publish `<boxes>-rare`, the training scenes with few boxes of each novel name; returns the table's name."""
+    boxes, name = run.boxes.name, f"{run.boxes.name}-rare-{run.rare_boxes}"
+    if tables.find_manifest(run.storage, "boxes", name) is None:
+        full = tables.read_table(run.storage, "boxes", f"{boxes}-full")
+        categories = tables.read_table(run.storage, "categories", boxes).to_pylist()
+        part = tables.write_part(
+            run.storage, "boxes", name, "part-00000.parquet", keep_few(full, categories, run.rare_boxes)
+        )
+        digest = tables.read_manifest(run.storage, "boxes", f"{boxes}-full").config_hash
+        tables.publish(run.storage, "boxes", name, [part], producer=PRODUCER, config_hash=digest)
+    return name
+
+
+def keep_few(boxes: pa.Table, categories: Sequence[Mapping[str, Any]], count: int) -> pa.Table:
+    """The same images with the first `count` boxes of each novel category, and all boxes of base ones."""
+    limit = {
+        row["category_id"]: count if row["split"] == "novel" else len(flat_categories(boxes)[1]) for row in categories
+    }
+    seen: Counter[int] = Counter()
+    kept = []
+    for category in flat_categories(boxes)[1].tolist():
+        seen[category] += 1
+        kept.append(seen[category] <= limit[category])
+    return keep_annotations(boxes, np.array(kept, bool))
+
+
+def measure_rare(run: VildRun, seed: int) -> dict[str, Metrics]:
+    """AP50 of `vild` without novel boxes, and of supervised training with few of them, rare images repeated or not."""
+    ready = prepared(run)
+    found = {"vild, no boxes": vild_study.measure_variant(ready, "vild", seed)["vild"]}
+    own = vild_study.variant_training(ready, "supervised", seed)
+    own = replace(own, train_boxes=prepare_rare(ready), novel_boxes=True)
+    for name, threshold in (("supervised", 0.0), ("supervised, repeated", run.repeat_threshold)):
+        sampled = replace(own, repeat_threshold=threshold)
+        found[f"{name}, {run.rare_boxes} boxes"] = vild_study.train_detector(sampled, seed, "supervised-rare")[
+            "metrics"
+        ]
+    return found
+
+
+def measure_transfer(run: VildRun, seed: int) -> dict[str, Metrics]:
+    """AP50 of `text` and `vild` on the world's own scenes and on the second style, and the teacher's accuracy there."""
+    ready = prepared(run)
+    prepare_world(run.storage, second_style=True)
+    found: dict[str, Metrics] = {}
+    names: tuple[Variant, ...] = ("text", "vild")
+    for boxes, style in ((run.boxes.name, ""), ("pictograms2", ", second style")):
+        shown = replace(studies.seeded(ready.training, ready.storage, ready.teacher, seed), boxes=boxes)
+        teacher = studies.remember("vild", seed, "teacher", shown, vild_study.name_objects)
+        for name in names:
+            own = vild_study.variant_training(ready, name, seed)
+            model = vild_study.train_detector(own, seed, name)["model"]
+            settings = EvaluationRun(storage=run.storage, model=model, boxes=f"{boxes}-eval")
+
+            def job(own: vild_configs.Run, settings: EvaluationRun = settings) -> Metrics:
+                return evaluation.evaluate(settings).metrics.summary()
+
+            metrics = studies.remember("vild", seed, f"{name}-on-{boxes}", own, job)
+            found[f"{name}{style}"] = metrics | teacher
+    return found
+
+
+def measure_crops(run: VildRun, seed: int) -> dict[str, Metrics]:
+    """AP50 of CLIP on crops of `text`'s regions, with and without objectness."""
+    return vild_study.measure_regions(prepared(run), "text", "baselines", vild_sweep.baselines, seed)
+
+
+def measure_teachers(run: VildRun, seed: int) -> dict[str, Metrics]:
+    """AP50 of `vild` from teachers of fewer and fewer steps, and their accuracy on annotated objects."""
+    ready = prepared(run)
+    found: dict[str, Metrics] = {}
+    for steps in run.teacher_steps:
+        teacher = teacher_of(ready, 0, steps)
+        own = vild_study.variant_training(ready, "vild", seed, teacher)
+        metrics = vild_study.train_detector(own, seed, "vild")["metrics"]
+        accuracy = studies.remember("vild", seed, f"teacher-of-{steps}", own, vild_study.name_objects)
+        found[f"teacher of {steps} steps"] = metrics | accuracy
+    return found
+
+
+def measure_backbones(run: VildRun, seed: int) -> dict[str, Metrics]:
+    """AP50 of `vild` by the width of its backbone; the first stage has the same one."""
+    ready, found = prepared(run), {}
+    detector = ready.training.model.detector
+    for width in run.widths:
+        channels = [int(count * width) for count in detector.backbone_options["channels"]]
+        wider = replace(detector, backbone_options=detector.backbone_options | {"channels": channels})
+        model = replace(ready.training.model, detector=wider)
+        own = replace(ready, training=replace(ready.training, model=model))
+        found[f"width {width:g}"] = vild_study.measure_variant(own, "vild", seed)["vild"]
+    return found
+
+
+def measure_weights(run: VildRun, seed: int) -> dict[str, Metrics]:
+    """AP50 of `vild` by the weight w of distillation."""
+    ready = prepared(run)
+    return {
+        f"w = {weight:g}": vild_study.measure_variant(replace(ready, one_head_weight=weight), "vild", seed)["vild"]
+        for weight in run.weights
+    }
+
+
+NOVEL = "ap50_novel"
+TEACHER = {"teacher top-1, base": "top1_base", "teacher top-1, novel": "top1_novel"}
+SCHEDULE = (
+    "`vild.py --config pictograms --train-boxes pictograms-mixed` with 400 steps of the detector (800 in the config) "
+    "on scenes that also show novel objects without boxes; all seeds distil from the CLIP and the proposals of seed 0; "
+    "300 scenes, 68 names at once."
+)
+
+DISTILLATION = Part(
+    number=4,
+    statement="Distillation raises novel AP over names alone (ViLD-text < ViLD), and the ensemble of two heads keeps "
+    "base AP.",
+    paper=(f"10.1 (ViLD-text), 16.1 (ViLD), 16.6 (ensemble): {LVIS}",),
+    settings=VildRun(),
+    measure=variants("text", "vild", "ensemble"),
+    claims=(
+        Claim("novel AP50: ViLD above ViLD-text", NOVEL, "vild", ("text",), paper=0.06, source=LVIS),
+        Claim("novel AP50: ensemble above ViLD-text", NOVEL, "ensemble", ("text",), paper=0.065, source=LVIS),
+        Claim(
+            "base AP50: ensemble no more than 0.05 below ViLD-text", "ap50_base", "ensemble", ("text",), at_least=-0.05
+        ),
+    ),
+    columns=AP50_COLUMNS,
+    schedule=SCHEDULE,
+)
+RARE = Part(
+    number=5,
+    statement="With the same backbone, ViLD is above supervised training on the rare names of a long tail.",
+    paper=("rare AP 16.6 (ensemble) against 12.3 (supervised, repeat-factor sampling): mask AP on LVIS",),
+    settings=VildRun(),
+    measure=measure_rare,
+    claims=(
+        Claim(
+            "novel AP50: ViLD without boxes above the better supervised training with five",
+            NOVEL,
+            "vild, no boxes",
+            ("supervised, 5 boxes", "supervised, repeated, 5 boxes"),
+            paper=0.043,
+            source=LVIS,
+        ),
+    ),
+    columns=AP50_COLUMNS,
+    schedule="Supervised training sees five boxes of each novel name, ViLD none. " + SCHEDULE,
+)
+BACKBONES = Part(
+    number=6,
+    statement="A bigger backbone detects novel names better.",
+    paper=("rare mask AP on LVIS of the released ensembles: 18.0 (ResNet-50) and 19.2 (ResNet-152)",),
+    settings=VildRun(),
+    measure=measure_backbones,
+    claims=(Claim("novel AP50: width 1.5 above width 0.5", NOVEL, "width 1.5", ("width 0.5",)),),
+    columns=AP50_COLUMNS,
+    schedule="`vild`, one head, by width of the backbone's channels. " + SCHEDULE,
+)
+TEACHERS = Part(
+    number=7,
+    statement="A stronger teacher makes a stronger student.",
+    paper=("rare AP 21.7 (CLIP ViT-L/14) and 26.3 (ALIGN) with EfficientNet-B7: mask AP on LVIS*",),
+    settings=VildRun(),
+    measure=measure_teachers,
+    claims=(
+        Claim(
+            "novel AP50: teacher of 1,600 steps above that of 700",
+            NOVEL,
+            f"teacher of {FULL_STEPS} steps",
+            ("teacher of 700 steps",),
+        ),
+        Claim(
+            "novel AP50: teacher of 700 steps above that of 300",
+            NOVEL,
+            "teacher of 700 steps",
+            ("teacher of 300 steps",),
+        ),
+    ),
+    columns={**AP50_COLUMNS, **TEACHER},
+    schedule="`vild`, one head, from three CLIPs that differ in steps. " + SCHEDULE,
+)
+TRANSFER = Part(
+    number=8,
+    statement="A detector transfers to other data by names alone, and distillation transfers better than names.",
+    paper=(
+        "AP50 of ViLD-text and ViLD on PASCAL VOC 40.5 and 72.2, on COCO 43.4 and 55.6, on Objects365 15.8 and 18.2 "
+        "(ViLD-text's are recalled)*",
+    ),
+    settings=VildRun(),
+    measure=measure_transfer,
+    claims=(
+        Claim(
+            "AP50 of all names, second style: ViLD above ViLD-text",
+            "ap50_all",
+            "vild, second style",
+            ("text, second style",),
+            paper=0.317,
+            source="PASCAL VOC*",
+        ),
+        Claim("novel AP50, second style: ViLD", NOVEL, "vild, second style", at_least=0.05),
+    ),
+    columns={**AP50_COLUMNS, "all AP50": "ap50_all", **TEACHER},
+    schedule="The detectors of claim 4 on scenes of the second style: outlines in another font on stripes. " + SCHEDULE,
+    remark="The cause is the teacher: a CLIP that has seen one style only names objects of the second one hardly "
+    "better than by chance (0.015). A vocabulary with new and merged names has no command yet.",
+)
+CROPS = Part(
+    number=10,
+    statement="CLIP alone localises badly: it scores parts and loose boxes as highly as tight ones. Objectness repairs "
+    "it.",
+    paper=("rare AP 13.0 without and 18.9 with objectness, all 9.2 and 17.7: mask AP on LVIS*",),
+    settings=VildRun(),
+    measure=measure_crops,
+    claims=(
+        Claim(
+            "novel AP50: CLIP on crops, with objectness above without",
+            NOVEL,
+            "clip-crops-objectness",
+            ("clip-crops",),
+            paper=0.059,
+            source=f"{LVIS}*",
+        ),
+        Claim(
+            "all AP50: the same",
+            "ap50_all",
+            "clip-crops-objectness",
+            ("clip-crops",),
+            paper=0.085,
+            source="all names*",
+        ),
+    ),
+    columns={**AP50_COLUMNS, "all AP50": "ap50_all"},
+    schedule="CLIP embeds 50 regions an image that the ViLD-text of claim 4 finds. " + SCHEDULE,
+)
+WEIGHTS = Part(
+    number=11,
+    statement="The weight w of distillation trades base AP for novel AP.",
+    paper=(
+        "rare AP 12.9, 14.0, 16.3, 17.3 and common AP 22.4, 20.9, 19.2, 18.2 for w = 0.05, 0.1, 0.5, 1 (L1): LVIS, "
+        "ViLD's ablation*",
+    ),
+    settings=VildRun(),
+    measure=measure_weights,
+    claims=(
+        Claim("novel AP50: w = 0.5 above 0.05", NOVEL, "w = 0.5", ("w = 0.05",)),
+        Claim("base AP50: w = 0.05 above 1", "ap50_base", "w = 0.05", ("w = 1",)),
+    ),
+    columns=AP50_COLUMNS,
+    schedule="`vild`, one head. " + SCHEDULE,
+    remark="L2 and cosine losses, M, prompt sets and distillation data have no command yet.",
+)
