@@ -40,7 +40,7 @@ class Run:
     storage: str = "runs/claims"
     """Folder that holds tables and runs."""
     demo: str = "runs/demo"
-    """Folder of a finished demo, whose CLIP is that of seed 0; one is trained if there is none."""
+    """Storage with a CLIP of `clip.py --config pictograms`, which is then that of seed 0; else one is trained."""
     results: str = "docs/claims"
     """Folder of the recorded results; the page is beside it."""
     claims: tuple[int, ...] = ()
