@@ -61,7 +61,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor):
             raise InputError(f"{source}: {name} is a {type(value).__name__}, expected a tensor or an array of numbers")
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise InputError(f"{source}: {name} has shape {list(tensor.shape)}, more than the file holds")
+            raise InputError(f"{source}: {name} has shape {list(tensor.shape)}, expected no more than the file holds")
         state[str(name).removeprefix("module.")] = tensor
     return state
 

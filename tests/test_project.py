@@ -133,7 +133,7 @@ def test_every_script_shows_its_flags(script: str, answers: dict[tuple[str, str]
     configs = re.search(r"one of (.*?) \(default", full.output.replace("\n", " "))
     assert configs is not None
     names = configs.group(1).split(", ")
-    assert len(names) == 1 or all(re.search(rf"^  {name} ", short.output, re.MULTILINE) for name in names)
+    assert len(names) == 1 or all(re.search(rf"^  {name}\b", short.output, re.MULTILINE) for name in names)
 
 
 def test_help_needs_none_of_the_packages_that_take_seconds() -> None:

@@ -146,7 +146,7 @@ def make_plan(run: Run, files: Sequence[ReadFile]) -> tuple[str, Plan]:
         raise InputError(f"--weights: {found}, expected one file, or the files of one OV-SAM")
     (file,), (kind,) = files, kinds
     if run.names and kind != "detector":
-        raise InputError(f"--names {run.names}: {file.path} is a {kind}, which has no names of its own")
+        raise InputError(f"--names {run.names}: {file.path} is a {kind}, expected a detector or no names")
     if kind == "detector":
         return kind, plan_detector(file, read_names(run), record)
     if kind == "sam":

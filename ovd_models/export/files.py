@@ -97,10 +97,10 @@ def max_difference(part: Part, path: Path) -> float:
             expected = part.eager(*inputs)
         for name, ours, value in zip(part.outputs, run_session(session, part, inputs), expected, strict=True):
             if ours.shape != tuple(value.shape):
-                raise InputError(f"{path}: {name} has shape {list(ours.shape)}, PyTorch's has {list(value.shape)}")
+                raise InputError(f"{path}: {name} has shape {list(ours.shape)}, expected PyTorch's {list(value.shape)}")
             theirs = value.numpy()
             difference = float(np.abs(ours - theirs).max(initial=0) / max(1.0, np.abs(theirs).max(initial=0)))
             if not difference <= TOLERANCE:
-                raise InputError(f"{path}: {name} differs from PyTorch's by {difference:.1e}, at most {TOLERANCE:g}")
+                raise InputError(f"{path}: {name} is {difference:.1e} off, expected PyTorch's to {TOLERANCE:g}")
             worst = max(worst, difference)
     return worst

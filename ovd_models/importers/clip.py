@@ -143,8 +143,8 @@ def choose_architecture(state: Mapping[str, Tensor], given: str, origin: str, *,
         fitting = plain
     if given:
         if given not in fitting:
-            near = f"expected one of {', '.join(fitting)}" if fitting else "and no other architecture of open_clip fits"
-            raise InputError(f"--clip {given}: not the architecture of {origin}, {near}")
+            near = ", ".join(fitting) or "another file, since no architecture of open_clip fits"
+            raise InputError(f"--clip {given}: not the architecture of {origin}, expected {near}")
         return given
     if len(fitting) != 1:
         known = f"expected --clip with one of {', '.join(fitting)}" if fitting else "expected one that open_clip knows"

@@ -169,7 +169,7 @@ def plan_ovsam(
         model, teacher = load_clip(clip, pretrained)
     else:
         raise InputError(
-            "--weights: an OV-SAM also needs a CLIP with both towers: its file, or --clip RN50x16 --pretrained openai"
+            "--weights: no CLIP with both towers, expected its file too, or --clip RN50x16 --pretrained openai"
         )
     sams = [recognise_sam(file.shapes, file.path)[1] for file, kind in order if kind == "sam"]
     whole = OvSam(published(TowerConfig.of(model.config), sams[0] if sams else VIT_H))
@@ -196,6 +196,7 @@ def check_account(account: TensorAccount, origin: str) -> TensorAccount:
         )
     if account.unaccounted:
         raise InputError(
-            f"{origin}: {len(account.unaccounted)} tensors are no part of the model, such as {account.unaccounted[0]}"
+            f"{origin}: {len(account.unaccounted)} tensors are no part of the model, such as "
+            f"{account.unaccounted[0]}; expected a file of this model alone"
         )
     return account

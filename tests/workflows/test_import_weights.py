@@ -233,9 +233,9 @@ def test_bad_input_is_one_line_and_writes_nothing(lvis: Path, tmp_path: Path) ->
         ([tmp_path / "foreign.pth"], {"out": out}, r"its 2 tensors are like encoder.layers.0.weight \[3, 5\]"),
         ([table], {"names": str(lvis)}, r"shape \[3, 8\], expected one row for each of 2"),
         ([good, good], {"out": out}, "expected one file, or the files of one OV-SAM"),
-        ([good], {"out": out, "names": str(lvis)}, "is a clip, which has no names of its own"),
-        ([good], {"out": str(tmp_path / "full")}, "exists and is not an empty folder"),
-        ([good], {"out": str(good)}, "exists and is not an empty folder"),
+        ([good], {"out": out, "names": str(lvis)}, "is a clip, expected a detector or no names"),
+        ([good], {"out": str(tmp_path / "full")}, "exists, expected a new or an empty folder"),
+        ([good], {"out": str(good)}, "exists, expected a new or an empty folder"),
         ([good], {"out": "s3://bucket/clip"}, "expected a folder of this machine"),
     ):
         with pytest.raises(InputError, match=message) as caught:

@@ -14,7 +14,7 @@ def check_folder(out: str) -> None:
         raise InputError(f"--out {out}: expected a folder of this machine")
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--out {out}: exists and is not an empty folder")
+        raise InputError(f"--out {out}: exists, expected a new or an empty folder")
 
 
 def write_folder(save: Callable[[Path], None], target: Path) -> None:

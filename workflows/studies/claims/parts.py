@@ -196,6 +196,7 @@ def read_record(folder: str, part: Part, seed: int) -> Record | None:
     ours = settings_of(part)
     for name, value in record.settings.items():
         if name in ours and ours[name] != value:
-            expected = f"expected {ours[name]!r}; move the file away to measure again"
-            raise InputError(f"{path}: measured with {name} {value!r}, {expected}")
+            raise InputError(
+                f"{path}: measured with {name} {value!r}, expected {ours[name]!r}; move the file away to measure again"
+            )
     return replace(record, results=results)
