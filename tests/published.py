@@ -38,7 +38,9 @@ CONCEPTS = tuple(f"{first} {second}" for first in WORDS for second in WORDS)
 NAMED = {
     "clip": {"pictograms": clip_configs.pictograms},
     **{
-        method: {name: make for name, make in configs.items() if not name.startswith(("smoke", "pictograms"))}
+        method: {
+            name: make for name, make in configs.items() if not name.startswith(("smoke", "pictograms", "finetune"))
+        }
         for method, configs in (
             ("vild", vild_configs.CONFIGS),
             ("codet", codet_configs.CONFIGS),

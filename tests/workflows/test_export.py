@@ -64,7 +64,7 @@ def test_bad_input_is_one_line_and_writes_nothing(checkpoint: Path, tmp_path: Pa
     for model, given, message in (
         ("", out, "--model: missing"),
         (str(checkpoint), "", "--out: missing"),
-        (str(checkpoint), str(checkpoint), "not an empty folder"),
+        (str(checkpoint), str(checkpoint), "a new or an empty folder"),
         (str(tmp_path / "absent"), out, "absent"),
         (str(other), out, "method 'text_to_mask', expected a CoDet, a ViLD, a CLIP or a SAM"),
         (str(tmp_path / "nameless"), out, "no default names"),

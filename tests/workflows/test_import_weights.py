@@ -334,5 +334,5 @@ def test_an_imported_ovsam_segments_and_names(lvis: Path, tmp_path: Path, monkey
     ):
         with pytest.raises(InputError, match=message):
             convert(*wrong, dry_run=True, **flags)
-    with pytest.raises(InputError, match="an OV-SAM also needs a CLIP"):
+    with pytest.raises(InputError, match="no CLIP with both towers, expected its file too"):
         convert(*files, dry_run=True)

@@ -113,7 +113,7 @@ def test_a_quote_swallows_no_rows(name: str, block: int, tmp_path: Path, monkeyp
 
 def test_an_open_quote_costs_one_row_of_many(tmp_path: Path) -> None:
     lines = [f"http://a/{number},caption {number}" for number in range(3000)]
-    lines[7] += '"'
+    lines[7] = 'http://a/7,"caption 7'
     (tmp_path / "list.csv").write_text("url,caption\n" + "\n".join(lines) + "\n")
     rows, rejects = kept_and_rejected(tmp_path / "list.csv")
     assert (len(rows), list(rejects)) == (2999, [7])

@@ -22,7 +22,7 @@ from workflows.common import cli
 from workflows.studies import study as studies
 from workflows.studies.study import Claim, ClaimResult, Metrics, Result, Results
 
-OF_A_PLACE = ("storage", "teacher", "box_model", "seeds")
+OF_A_PLACE = ("storage", "teacher", "box_model", "seeds", "use_gpu", "threads")
 """Last names of settings that differ between machines and change no result."""
 
 
