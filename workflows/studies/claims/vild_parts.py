@@ -361,7 +361,7 @@ TRANSFER = Part(
     columns={**AP50_COLUMNS, "all AP50": "ap50_all", **TEACHER},
     schedule="The detectors of claim 4 on scenes of the second style: outlines in another font on stripes. " + SCHEDULE,
     remark="The cause is the teacher: a CLIP that has seen one style only names objects of the second one hardly "
-    "better than by chance (0.015). A vocabulary with new and merged names has no command yet.",
+    "better than by chance. A vocabulary with new and merged names has no command yet.",
 )
 CROPS = Part(
     number=10,
