@@ -78,10 +78,10 @@ def lexicon_tag(word: str) -> str:
 
 @functools.lru_cache(maxsize=CACHED_WORDS)
 def is_adverb(word: str) -> bool:
-    """Whether a lower-case word is likelier an adverb than a noun (overhead, inside), by HanTa's lexicon."""
+    """Whether a lower-case word is likelier an adverb than a noun (overhead, inside), by HanTa's log-probabilities."""
     tagger = load_hanta()
     chances = {str(tagger.int2tag[tag]): chance for tag, chance in tagger.cache.get(word, ())}
-    noun = max((chances[tag] for tag in NOUN_TAGS if tag in chances), default=0.0)
+    noun = max((chances[tag] for tag in NOUN_TAGS if tag in chances), default=-math.inf)
     return bool(noun < chances.get("AV0", -math.inf))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.concepts import nouns
 from data_prep.concepts.names import Extractor, NameMatcher
-from data_prep.concepts.nouns import NounExtractor, is_visual, singular
+from data_prep.concepts.nouns import NounExtractor, is_adverb, is_visual, singular
 from data_prep.concepts.word_lists import WordList, read_list, word_set
 from ovd_models.errors import InputError
 
@@ -185,3 +185,8 @@ def test_clothing_and_a_verbs_noun_keep_what_names_them(caption: str, expected: 
 def test_an_adverb_behind_a_noun_is_none(word: str) -> None:
     assert NounExtractor().match(f"a fruit stand with an insect {word}") == ["fruit stand", "insect"]
     assert NounExtractor().match("the inside of a bus")[0] == "bus"
+
+
+def test_an_adverb_that_is_never_a_noun_is_none() -> None:
+    assert is_adverb("below") and not is_adverb("netting") and not is_adverb("qwxyz")
+    assert NounExtractor().match("the batter behind the netting below") == ["batter", "netting"]
