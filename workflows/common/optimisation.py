@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from timm.optim.muon import Muon
+from timm.optim import muon
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from ovd_models.errors import InputError
 
@@ -101,6 +102,45 @@ def check_shared(field: str, size: int, stage: Optimisation) -> None:
         raise InputError(f"{field}: {size}, expected a multiple of the {workers} workers{each}")
 
 
+class Muon(muon.Muon):
+    """timm's Muon with PyTorch's fused AdamW for embedding tables: an eighth of the time of its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; those of tables are dropped, so that timm passes over them."""
+        for group in self.param_groups:
+            if group["use_fallback"]:
+                self._step_tables(group)
+        return super().step(closure)  # type: ignore[no-untyped-call]
+
+    def _step_tables(self, group: dict[str, Any]) -> None:
+        tables = [table for table in group["params"] if table.grad is not None]
+        for table in tables:
+            if not self.state[table]:
+                zeros = {name: torch.zeros_like(table) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[table] = {"step": torch.zeros((), device=table.device), **zeros}
+        names = ("exp_avg", "exp_avg_sq", "step")
+        averages, squares, steps = ([self.state[table][name] for table in tables] for name in names)
+        adamw(
+            tables,
+            [table.grad for table in tables],
+            averages,
+            squares,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"] * group["fallback_lr_scale"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+        )
+        for table in tables:
+            table.grad = None
+
+
 def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
     """AdamW, SGD with momentum, or Muon.
 
@@ -112,8 +152,7 @@ def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Opt
         return torch.optim.AdamW(groups, lr=rate, fused=True)
     if settings.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
-    muon: torch.optim.Optimizer = Muon(groups, lr=rate, momentum=0.9, betas=(0.9, 0.999), fallback_lr_scale=0.5)
-    return muon
+    return Muon(groups, lr=rate, momentum=0.9, betas=(0.9, 0.999), fallback_lr_scale=0.5)
 
 
 def parameter_groups(model: nn.Module, settings: Optimisation) -> list[dict[str, Any]]:

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 import time
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 import ray.data
 import ray.train
+import timm.optim.muon
 import torch
 from pretend_device import DEVICE, pretended
 from pyarrow import parquet
@@ -194,6 +196,26 @@ def test_muon_steps_equally_in_all_directions_and_decays_only_matrices(alone: No
     decayed = dataclasses.replace(settings, weight_decay=0.05)
     for group in optimisation.build_optimiser(layer, decayed).param_groups:
         assert {value.ndim > 1 for value in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_muon_updates_tables_as_timm_does() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 4))]
+    models.append(copy.deepcopy(models[0]))
+    settings = dataclasses.replace(QUICK, optimiser="muon")
+    ours = optimisation.build_optimiser(models[0], settings)
+    theirs = timm.optim.muon.Muon(optimisation.parameter_groups(models[1], settings), **ours.defaults)
+    for optimiser, model in zip((ours, theirs), models, strict=True):
+        for number in range(5):
+            optimiser.zero_grad()
+            model(torch.arange(number, number + 20)).square().mean().backward()
+            optimiser.step()
+    for found, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    ours_state, theirs_state = ours.state_dict()["state"], theirs.state_dict()["state"]
+    assert {key: set(value) - {"use_muon"} for key, value in ours_state.items()} == {
+        key: set(value) - {"use_muon"} for key, value in theirs_state.items()
+    }
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
