@@ -1,5 +1,6 @@
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -157,3 +158,13 @@ def test_scripts_run_by_path_and_as_modules(start: tuple[str, ...]) -> None:
     answer = run(sys.executable, *start, "--config", "unheard")
     assert answer.returncode == 2
     assert len(answer.stderr.strip().splitlines()) == 1
+
+
+def test_help_may_be_cut_short() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "workflows/codet.py", "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -5,6 +5,7 @@ comes from the sources instead of from the imported objects. `--help-all` is ans
 """
 
 import ast
+import os
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,10 @@ def answer(module: str, script: str, flags: str) -> None:
         flags: names of the fields of its `Run`, or of `STAGE_FLAGS`, that matter first.
     """
     if module == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(Path(script), flags.split()))
+        try:
+            print(help_text(Path(script), flags.split()), flush=True)
+        except BrokenPipeError:  # `--help | head`; Python would flush again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
