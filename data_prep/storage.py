@@ -122,15 +122,36 @@ def join(uri: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or folder at `uri`."""
+    """Whether there is a file or folder at `uri`.
+
+    Raises:
+        OSError: it cannot be asked, or there is no such bucket.
+    """
     filesystem, path = resolve(uri)
-    return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+    found = bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+    if not found:
+        _check_bucket(uri, filesystem, path)
+    return found
+
+
+def _check_bucket(uri: str, filesystem: fs.FileSystem, path: str) -> None:
+    """Raise OSError if there is no such bucket: its files would only seem to be missing."""
+    if isinstance(filesystem, fs.S3FileSystem | fs.GcsFileSystem):
+        bucket = path.split("/")[0]
+        if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+            raise FileNotFoundError(f"{uri}: cannot be read: no bucket {bucket}")
 
 
 def list_files(uri: str, extension: str) -> list[str]:
-    """URIs of a folder's files with an extension, sorted; none if there is no folder."""
+    """URIs of a folder's files with an extension, sorted; none if there is no folder.
+
+    Raises:
+        OSError: it cannot be asked, or there is no such bucket.
+    """
     filesystem, path = resolve(uri)
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    if not infos:
+        _check_bucket(uri, filesystem, path)
     return sorted(join(uri, info.base_name) for info in infos if info.extension == extension)
 
 
