@@ -32,7 +32,7 @@ from workflows import codet, evaluate
 from workflows.codet import Metrics
 from workflows.common import cli, tracking
 from workflows.common.runs import Trained
-from workflows.common.teacher import EXPECTED_TEACHER, read_categories
+from workflows.common.teacher import expected_teacher, read_categories
 from workflows.common.training import Stage
 from workflows.configs import codet as codet_configs
 from workflows.configs.codet import Run
@@ -461,7 +461,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     before = signal.getsignal(signal.SIGTERM)
     assert cli.outcome(codet.main) == 2
     signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err.splitlines() == [f"error: --teacher: missing, expected {EXPECTED_TEACHER}"]
+    assert capsys.readouterr().err.splitlines() == [f"error: --teacher: missing, expected {expected_teacher()}"]
 
 
 # ---------------------------------------------------------------------------------------------------- photographs

@@ -164,7 +164,15 @@ def test_vilds_configs_say_what_they_start_from(capsys: pytest.CaptureFixture[st
         assert found.from_scratch
         said[name] = capsys.readouterr().out.count("backbone: random weights; resnet")
     assert {name for name, count in said.items() if count} == {
-        *("photos", "coco_48_17_short", "lvis_r50_short", "lvis_r152_short")
+        *(
+            "photos",
+            "photos_laptop",
+            "photos_gpu",
+            "photos_8gpu",
+            "coco_48_17_short",
+            "lvis_r50_short",
+            "lvis_r152_short",
+        )
     }
     assert max(said.values()) == 1
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -103,9 +104,16 @@ def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehea
             f"dry run, {name}: a worker's share takes {step:.3g} s a step on {device}, its loading {loading:.3g} CPU s",
             f"    workers: {workers}, cores for loading: {cores}, hours for {settings.steps:,} steps: {hours:.3g}",
             f"    {each}-hours: {workers * hours:.3g}, images to the workers: {gigabytes:.3g} GB, "
-            f"a checkpoint every {settings.checkpoint_every:,} steps: {stand_in.checkpoint_bytes / 1e6:.3g} MB",
+            f"peak memory of a worker: {peak_gigabytes():.3g} GB, a checkpoint every {settings.checkpoint_every:,} steps: {stand_in.checkpoint_bytes / 1e6:.3g} MB",
         )
         print("\n".join(lines), flush=True)
+
+
+def peak_gigabytes() -> float:
+    """The most memory so far, in units of 10^9 bytes: of the GPU if this process uses one, else of the process."""
+    if torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()):
+        return most / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def one_worker(run: R, field: str) -> R:
