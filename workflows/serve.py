@@ -154,7 +154,7 @@ def build_application(run: Run) -> Application:
     )
 
 
-class BadArgumentError(click.UsageError, RayServeException):  # type: ignore[misc]
+class BadArgumentError(click.UsageError, RayServeException):
     """Of `app`: its line is all that `serve run` (click) prints and that `serve status` (Ray Serve) shows."""
 
 

@@ -100,11 +100,12 @@ def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehea
             "GPU" if settings.use_gpu else "worker",
             settings.steps * workers * stand_in.bytes_per_step / 1e9,
         )
+        checkpoint = f"a checkpoint every {settings.checkpoint_every:,} steps: {stand_in.checkpoint_bytes / 1e6:.3g} MB"
         lines = (
             f"dry run, {name}: a worker's share takes {step:.3g} s a step on {device}, its loading {loading:.3g} CPU s",
             f"    workers: {workers}, cores for loading: {cores}, hours for {settings.steps:,} steps: {hours:.3g}",
             f"    {each}-hours: {workers * hours:.3g}, images to the workers: {gigabytes:.3g} GB, "
-            f"peak memory of a worker: {peak_gigabytes():.3g} GB, a checkpoint every {settings.checkpoint_every:,} steps: {stand_in.checkpoint_bytes / 1e6:.3g} MB",
+            f"peak memory of a worker: {peak_gigabytes():.3g} GB, {checkpoint}",
         )
         print("\n".join(lines), flush=True)
 

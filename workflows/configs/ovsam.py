@@ -163,7 +163,7 @@ def photos() -> Run:
 
 
 def photos_laptop() -> Run:
-    """Photographs on a laptop at 256 px: 1,500 steps of 4 for a small SAM, 500 for the adapter, 1,000 for names; hours."""
+    """Photographs on a laptop at 256 px: 1,500 steps of 4 for a small SAM, 500 for the adapter, 1,000 for names."""
     sam = Optimisation(steps=1500, learning_rate=1e-3, optimiser="muon")
     return replace(
         photos(),
