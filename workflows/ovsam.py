@@ -442,8 +442,7 @@ def choose_sam(run: Run) -> Run:
     sam = run.sam or (starting_weights.find_published(published) if run.needs_sam else "")
     file = f"{published.file} from {published.url}"
     if run.needs_sam and not sam:
-        expected = f"expected a SAM, since --config {run.config} trains none; it is made for {file}"
-        raise InputError(f"--sam: missing, {expected}")
+        raise InputError(f"--sam: missing, expected a SAM, since this config trains none; it is made for {file}")
     hint = f"; {file} is trained on {published.trained_on}" if published.url and not sam else ""
     print(f"sam: {sam or 'random weights'}{hint}", flush=True)
     return dataclasses.replace(run, sam=sam)

@@ -444,7 +444,10 @@ def test_an_unknown_run_cannot_be_resumed(prepared: Run, monkeypatch: pytest.Mon
         raise AssertionError("training began")
 
     monkeypatch.setattr(codet, "train_stage", never)
-    assert "no such run" in bad(lambda run: dataclasses.replace(run, resume="smoke-19990101-000000"), prepared)
+    Path(prepared.storage, "runs/codet").mkdir(parents=True, exist_ok=True)
+    for name in ("smoke-19990101-000000", ".", "..", "../codet"):
+        told = bad(lambda run, name=name: dataclasses.replace(run, resume=name), prepared)  # type: ignore[misc]
+        assert "no such run, expected the name of a folder" in told
 
 
 def script(*flags: str) -> subprocess.CompletedProcess[str]:

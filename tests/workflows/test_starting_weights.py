@@ -144,7 +144,7 @@ def test_published_configs_refuse_to_start_from_nothing(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    flags = ["codet.py", "--config", config, "--storage", str(tmp_path / "store"), "--data", "nowhere"]
+    flags = ["codet.py", "--config", config, "--no-use-gpu", "--storage", str(tmp_path / "store"), "--data", "nowhere"]
     monkeypatch.setattr(sys, "argv", flags)
     assert cli.outcome(codet.main) == 2
     (line,) = capsys.readouterr().err.splitlines()

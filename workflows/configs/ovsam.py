@@ -189,19 +189,26 @@ def photos_gpu() -> Run:
         published_sam=replace(SAM_VIT_B, required=True),
         sam_model=VIT_B,
         batch_size=4,
+        sam_stage=replace(stage, steps=10),  # not run
         sam2clip_stage=stage,
         clip2sam_stage=replace(stage, clip_norm=0.01),
+        text_stage=stage,
     )
 
 
 def photos_8gpu() -> Run:
     """`photos_gpu` on eight GPUs: eight times the images a step and twice the steps, for COCO's size and more."""
     one = photos_gpu()
-    stages = {
-        name: replace(getattr(one, name), steps=12_000, learning_rate=2.5e-4, workers=8)
-        for name in ("sam2clip_stage", "clip2sam_stage")
-    }
-    return replace(one, config="photos_8gpu", batch_size=32, **stages)
+    stage = replace(one.sam2clip_stage, steps=12_000, learning_rate=2.5e-4, workers=8)
+    return replace(
+        one,
+        config="photos_8gpu",
+        batch_size=32,
+        sam_stage=replace(one.sam_stage, workers=8),
+        sam2clip_stage=stage,
+        clip2sam_stage=replace(stage, clip_norm=0.01),
+        text_stage=stage,
+    )
 
 
 def published_recipe(name: str, boxes: str, images: int, scales: tuple[float, float]) -> Run:
