@@ -52,10 +52,12 @@ def read_categories(storage_uri: str, boxes: str) -> tuple[dict[int, str], dict[
     """Category id -> name, and name -> `base` or `novel`, for categories with a split.
 
     Raises:
-        InputError: the table is missing, or two categories have the same name.
+        InputError: the table is missing, none has a split, or two categories have the same name.
     """
     rows = tables.read_table(storage_uri, "categories", boxes, ["category_id", "name", "split"]).to_pylist()
     with_split = [row for row in rows if row["split"]]
+    if not with_split:
+        raise InputError(f"categories/{boxes}: no base or novel name, expected at least one")
     repeated = [name for name, count in Counter(row["name"] for row in with_split).items() if count > 1]
     if repeated:
         raise InputError(

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep import tables
 from data_prep.embeddings.crops import CropConfig
 from data_prep.embeddings.teachers import embed_regions
 from data_prep.parts import watched
@@ -83,7 +82,7 @@ def record(detector: Detector, run: DetectorRun, batch_size: int = 16) -> Record
     model = detector.model
     if not isinstance(model, ViLD):
         raise InputError(f"--model: a checkpoint of method {detector.method!r}, expected 'vild'")
-    rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()
+    rows = run.read_rows()
     names, splits = run.read_categories()
     read = [(row, to_tensor(image)) for row, image in read_box_images(run.storage, rows) if image is not None]
     rows, images = [row for row, _ in read], [image for _, image in read]
