@@ -15,8 +15,9 @@ of names and captions are random. Loading of data and exchange of gradients betw
   divided by its time. CoDet's steps also hold captioned images, which Mask R-CNN's lack.
 
 Without a GPU, or with `--tiny`, all sizes are tiny: this checks the code, and its figures say nothing about the
-configs. Writes the table to runs/bench/gpu.md and the figures to runs/bench/gpu.json. Exits with 1 if a config failed
-for another reason than lack of memory.
+configs. `--full` measures two steps of the published sizes on the CPU, for their FLOPs. Writes the table to
+runs/bench/gpu.md and the figures to runs/bench/gpu.json. Exits with 1 if a config failed for another reason than lack
+of memory.
 """
 
 import argparse
@@ -352,6 +353,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="images with boxes a step; 0 for the published number")
     parser.add_argument("--minutes", type=float, default=6.0, help="no config is begun after these")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes also on a GPU")
+    parser.add_argument("--full", action="store_true", help="published sizes also on a CPU")
     given = parser.parse_args()
     if given.batch < 0:
         parser.error(f"--batch: {given.batch}, expected 0 or more")
@@ -360,7 +362,7 @@ def main() -> None:
     device, card = torch.device("cuda:0" if cuda else "cpu"), f"CPU {platform.machine()}"
     if cuda:
         card = torch.cuda.get_device_name(device)
-    sizes = TINY if given.tiny or not cuda else FULL
+    sizes = TINY if given.tiny or not (cuda or given.full) else FULL if cuda else replace(FULL, most=1)
     rows = measure_all(given.only, sizes, given.batch, device, given.minutes)
     report(rows, card, sizes, sys.argv[1:])
     if any(FAILED in row.note for row in rows):

@@ -34,9 +34,9 @@ from published import small_run
 
 Batch = TypeVar("Batch", bound=TensorRecord)
 PUBLISHED = {
-    "vild": ("lvis_r50", "lvis_r152", "coco_48_17"),
-    "codet": ("coco_r50", "lvis_r50", "lvis_swin_b", "lvis_eva"),
-    "ovsam": ("coco_rn50x16", "lvis_convnext_l"),
+    "vild": ("lvis_r50", "lvis_r152", "coco_48_17", "photos_gpu"),
+    "codet": ("coco_r50", "lvis_r50", "lvis_swin_b", "lvis_eva", "photos_gpu"),
+    "ovsam": ("coco_rn50x16", "lvis_convnext_l", "photos_gpu"),
 }
 """The configs by method; those left out differ from one of these in data, schedule or frozen norms alone."""
 CONFIGS: dict[str, Mapping[str, Callable[[], Any]]] = {
@@ -44,9 +44,9 @@ CONFIGS: dict[str, Mapping[str, Callable[[], Any]]] = {
     "codet": codet.CONFIGS,
     "ovsam": ovsam.CONFIGS,
 }
-NAMES = {"lvis": (1203, 866), "coco": (65, 48)}
+NAMES = {"lvis": (1203, 866), "coco": (65, 48), "photos": (80, 80)}
 """All names of a box set, and those with boxes."""
-CONCEPTS = {"coco": 634, "cc3m": 6000}
+CONCEPTS = {"coco": 634, "cc3m": 6000, "photos": 600}
 """Concepts of the captions; CC3M's number depends on the crawl and hardly affects the cost."""
 OBJECTS = 8
 """Objects of an image."""
@@ -217,11 +217,17 @@ def ovsam_trial(run: ovsam.Run, batch: int, device: torch.device) -> Trial:
 
 
 def tower_of(run: ovsam.Run) -> TowerConfig:
-    """The image tower of the teacher that a config is published with, narrow for a SAM of tiny images."""
+    """The image tower of the teacher that a config is published with, narrow for a SAM of tiny images.
+
+    For photographs, CLIP's ResNet-50.
+    """
     tiny = run.sam_model.image_size < 256
     if "rn50x16" in run.config:
         return replace(RN50X16, vision={"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}) if tiny else RN50X16
-    found: dict[str, Any] = open_clip.get_model_config("convnext_large_d_320")
+    found: dict[str, Any] = open_clip.get_model_config("RN50" if run.boxes == "photos" else "convnext_large_d_320")
+    if run.boxes == "photos":
+        own = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16} if tiny else found["vision_cfg"]
+        return TowerConfig(embed_dim=found["embed_dim"], vision=own)
     vision = {**found["vision_cfg"], **({"timm_model_name": "convnext_atto", "image_size": 64} if tiny else {})}
     return TowerConfig(embed_dim=found["embed_dim"], vision=vision)
 

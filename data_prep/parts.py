@@ -11,7 +11,7 @@ import math
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -189,6 +189,12 @@ class Progress:
         """Time since the start."""
         return time.monotonic() - self.started
 
+    def end(self) -> None:
+        """End the bar, and print the last line unless the job was a short one."""
+        if self.seconds >= LINE_SECONDS:
+            self.close()
+        self._bar.close()
+
     def _line(self, note: str) -> str:
         rate = self.done / max(self.seconds, 1e-9)
         if self.done >= self.total:
@@ -199,3 +205,19 @@ class Progress:
         if 0 < self.done < self.total:
             entries.append(f"{tqdm.format_interval((self.total - self.done) / rate)} left")
         return f"{self.label}: {', '.join([*entries, *filter(None, [note])])}"
+
+
+def watched(items: Iterable[P], label: str, unit: str, total: int | None = None) -> Iterator[P]:
+    """The items one after another, with the progress of the work on them if it takes more than a few seconds.
+
+    Args:
+        items: any.
+        label: start of the lines.
+        unit: what an item is, in the plural.
+        total: number of items; their length if None.
+    """
+    progress = Progress(label, unit, len(items) if total is None and isinstance(items, Sized) else total or 0)
+    for item in items:
+        yield item
+        progress.add(1)
+    progress.end()

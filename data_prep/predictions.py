@@ -199,10 +199,16 @@ def threads_of(pool: Pool) -> Iterator[None]:
 
 
 def list_parts(job: PredictionJob, storage_uri: str) -> list[Part]:
-    """The parts of a job, in the order of the table."""
+    """The parts of a job, in the order of the table.
+
+    Raises:
+        InputError: the table is missing or empty.
+    """
     columns = [field.name for field in dataclasses.fields(ImageReference)]
     rows = tables.read_table(storage_uri, "boxes", job.boxes, columns).slice(0, job.images or None)
     references = [ImageReference(**row) for row in rows.to_pylist()]
+    if not references:
+        raise InputError(f"boxes/{job.boxes}: no images, expected at least one")
     size = BATCHES_PER_PART * job.batch_size
     return [
         (number, tuple(references[first : first + size]))

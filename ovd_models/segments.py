@@ -217,6 +217,13 @@ class Segments(TensorRecord):
         """The segments whose masks are not empty."""
         return self._select(torch.nonzero(self.masks.flatten(1).any(1)).squeeze(1))
 
+    @property
+    def note(self) -> str:
+        """Why there are no masks, or which names have none but empty ones; else empty."""
+        with_area = {entry.name for entry in self.with_area()}
+        empty = dict.fromkeys(entry.name or "something" for entry in self if entry.name not in with_area)
+        return self.reason or (f"no mask for {', '.join(empty)}" if empty else "")
+
     def _select(self, rows: Tensor) -> "Segments":
         columns = ("masks", "ious", "labels", "scores", "low_res")
         return replace(self, **{column: getattr(self, column)[rows] for column in columns})

@@ -17,6 +17,7 @@ from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.ovsam.model import OvSam, OvSamConfig
 from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskModelConfig
 from ovd_models.sam.model import SamConfig
+from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import EmbeddingTable
 from workflows.serving.api import Endpoint
 from workflows.serving.limits import Limits
@@ -68,12 +69,13 @@ def save_classifier(folder: Path) -> Path:
     return folder
 
 
-def save_detector_of_any_name(folder: Path) -> Path:
-    """A detector with a text tower."""
+def save_detector_of_any_name(folder: Path, detector: CoDet | ViLD | None = None) -> Path:
+    """A detector, a CoDet unless given, with a text tower."""
     torch.manual_seed(0)
     clip = Clip(ClipConfig())
     encoder = ClipTextEncoder(clip.config, clip.model.text, "clip:tiny")
-    save_checkpoint(CoDet(CoDetConfig()), encoder, folder, splits=dict.fromkeys(NAMES, "base"), run={})
+    detector = CoDet(CoDetConfig()) if detector is None else detector
+    save_checkpoint(detector, encoder, folder, splits=dict.fromkeys(NAMES, "base"), run={})
     return folder
 
 

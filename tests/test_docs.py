@@ -1,19 +1,31 @@
 """The documentation: error lines say what was expected or are explained, and commands are right."""
 
 import ast
+import contextlib
+import dataclasses
 import re
 import shlex
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
-from serving import save_detector_of_any_name, save_segmenter, save_text_segmenter
+from serving import endpoint, save_classifier, save_detector_of_any_name, save_segmenter, save_text_segmenter
 
+from data_prep.embeddings.teachers import EmbedConfig
 from ovd_models.checkpoint_info import write_calibration
+from ovd_models.checkpoints import load_encoder
+from ovd_models.vild.model import ViLD, ViLDConfig
+from workflows import embed, prepare_boxes
 from workflows.common import cli, registry, tracking
+from workflows.serving.api import build_api
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for package in ("workflows", "data_prep", "ovd_models") for path in (ROOT / package).rglob("*.py")]
@@ -123,3 +135,63 @@ def test_snippets_run_as_they_are_pasted(tmp_path: Path, monkeypatch: pytest.Mon
         Path("found.png").unlink(missing_ok=True)
         exec(compile(snippets(page), page, "exec"), {})
         assert Image.open("found.png").width
+
+
+def run_snippets(page: str, *changes: tuple[str, str]) -> dict[str, Any]:
+    """Run a page's Python with some words changed, each of which it must have; returns its variables."""
+    code, variables = snippets(page), dict[str, Any]()
+    for old, new in changes:
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    exec(compile(code, page, "exec"), variables)
+    return variables
+
+
+def test_vilds_queries_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_detector_of_any_name(Path("RUN/model"), ViLD(ViLDConfig()))
+    Image.effect_noise((120, 90), 90).convert("RGB").save("a.jpg")
+    assert run_snippets("docs/vild.md")["detector"].method == "vild"
+
+
+def test_the_client_gets_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = save_detector_of_any_name(Path("model"))
+    Image.effect_noise((120, 90), 90).convert("RGB").save("street.jpg")
+    with answering(build_api(endpoint(model, tmp_path))) as address:
+        variables = run_snippets("docs/serving.md", ("127.0.0.1:8000", address), ('"0.3"', '"0"'))
+    found = variables["answer"].json()["detections"]
+    assert {entry["label"] for entry in found} <= {"red umbrella", "anchor"}
+    assert len(capsys.readouterr().out.splitlines()) == len(found) > 0
+
+
+@contextlib.contextmanager
+def answering(api: FastAPI) -> Iterator[str]:
+    """Serve an API from a thread; yields its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(api, log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_a_released_clip_becomes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_classifier(Path("own"))
+    run_snippets("docs/clip.md", ('"RN50x16", "openai"', '"own"'), ("store/rn50x16", "store/clip"))
+    assert load_encoder(Path("store/clip")).embed_names(["cat"]).shape == (1, 128)
+
+
+def test_stored_regions_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), name="pictograms", train_images=6, eval_images=2))
+    teacher = str(save_classifier(Path("clip")))
+    embed.embed(dataclasses.replace(embed.pictograms(), teacher=teacher, pairs="", embed=EmbedConfig(actors=0)))
+    found = run_snippets("docs/teachers.md")["found"]
+    assert found.embeddings.shape == (len(found.boxes), 128)

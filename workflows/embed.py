@@ -215,9 +215,16 @@ def pair_task(run: Run, teacher: TeacherInfo) -> EmbeddingTask:
 
 
 def make_table(run: Run, task: EmbeddingTask) -> Manifest:
-    """Embed the shards of a table that are missing and publish it, unless it is published."""
+    """Embed the shards of a table that are missing and publish it, unless it is published.
+
+    Raises:
+        InputError: the source is missing or empty, or the name has embeddings with other settings.
+    """
     table, name = task.source
-    digest = tables.read_manifest(run.storage, table, name).digest
+    manifest = tables.read_manifest(run.storage, table, name)
+    digest = manifest.digest
+    if not manifest.rows:
+        raise InputError(f"{table}/{name}: no images, expected at least one")
     provenance = {**task.provenance, "source": f"{table}/{name}", "source_digest": digest}
     config_hash = storage.sha256(repr((task.provenance, task.source, digest)).encode())[:16]
     uri = tables.table_uri(run.storage, task.table, run.name)

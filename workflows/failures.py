@@ -13,7 +13,7 @@ brief_help.answer(__name__, __file__, "model teacher storage boxes score_thresho
 
 from dataclasses import asdict, dataclass
 
-from data_prep import storage, tables
+from data_prep import storage
 from data_prep.parts import Progress
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
@@ -61,7 +61,7 @@ def find_failures(run: Run) -> gallery.Failures:
     scorer = gallery.CropScorer(open_teacher(run.teacher, detector.teacher, run.device), vocabulary, run.temperature)
 
     detections = list[Detections]()
-    rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()[: run.max_images]
+    rows = run.read_rows()[: run.max_images]
     read = [(row, image) for row, image in read_box_images(run.storage, rows) if image is not None]
     progress = Progress("detect", "images", len(read))
     for _, image in read:

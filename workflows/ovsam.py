@@ -50,7 +50,7 @@ from ovd_models.sam.model import SamConfig, SamModel, load_sam
 from ovd_models.sam.training import SamTraining
 from ovd_models.vocabulary import Vocabulary, build_vocabulary
 from workflows import prepare_boxes
-from workflows.common import cli, descriptions, runs, training
+from workflows.common import cli, descriptions, runs, starting_weights, training
 from workflows.common.rehearsal import Rehearsal, rehearse
 from workflows.common.runs import ActiveRun, Evaluation, Trained
 from workflows.common.session import Session, Validated
@@ -317,6 +317,7 @@ def open_clip_teacher(run: Run) -> tuple[Clip, ClipTextEncoder]:
     if not run.teacher:
         raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
     clip, teacher = load_clip(storage.local_folder(run.teacher))
+    print(f"teacher: {teacher} ({run.teacher})", flush=True)
     return clip, ClipTextEncoder(clip.config, clip.model.text, teacher).with_prompts(run.prompt_set)
 
 
@@ -343,8 +344,6 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
     Raises:
         InputError: a table or the teacher is missing or does not fit.
     """
-    if run.needs_sam and not run.sam:
-        raise InputError("--sam: missing, expected a SAM checkpoint, since this config trains none")
     clip, encoder = open_clip_teacher(run)
     names = read_names(run, encoder)
     if run.text_to_mask and len(names.base) < 2:
@@ -433,8 +432,25 @@ def evaluate_models(
     return Evaluation(metrics=report, headline=f"eval/{metric}", value=report.rows["ovsam", "box"][metric])
 
 
+def choose_sam(run: Run) -> Run:
+    """The run with the SAM that it learns from, which a printed line names; without one it trains its own first.
+
+    Raises:
+        InputError: the config trains none, and none is given or in torch hub's cache.
+    """
+    published = run.published_sam
+    sam = run.sam or (starting_weights.find_published(published) if run.needs_sam else "")
+    file = f"{published.file} from {published.url}"
+    if run.needs_sam and not sam:
+        raise InputError(f"--sam: missing, expected a SAM, since this config trains none; it is made for {file}")
+    hint = f"; {file} is trained on {published.trained_on}" if published.url and not sam else ""
+    print(f"sam: {sam or 'random weights'}{hint}", flush=True)
+    return dataclasses.replace(run, sam=sam)
+
+
 def prepare_data(run: Run) -> Run:
-    """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher."""
+    """Publish the tables of `--data` or of `smoke` where they are missing; returns the run with its teacher and SAM."""
+    run = choose_sam(run)
     teacher = find_teacher(run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained)
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
     if run.distill_images:

@@ -172,13 +172,9 @@ def predict(run: Run) -> Iterator[tuple[str, Detections | Segments | InputError]
 
 def summarise(name: str, drawing: Path, result: Detections | Segments) -> Predicted:
     """What was found in a picture, by name; a mask that is empty is not found, and noted."""
-    found = Counter(entry.name or "something" for entry in result)
-    note = ""
-    if isinstance(result, Segments):
-        note, looked_for = result.reason, sorted(found)
-        found = Counter(entry.name or "something" for entry in result.with_area())
-        if empty := [each for each in looked_for if each not in found]:
-            note = f"no mask for {', '.join(empty)}"
+    shown = result.with_area() if isinstance(result, Segments) else result
+    found = Counter(entry.name or "something" for entry in shown)
+    note = result.note if isinstance(result, Segments) else ""
     return Predicted(name, drawing.as_posix(), dict(found.most_common()), note)
 
 

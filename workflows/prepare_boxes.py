@@ -51,6 +51,7 @@ from data_prep.boxes.pictures import add_pictures
 from data_prep.boxes.splits import frequency_split, named_split
 from data_prep.pairs.dedup import CorpusConfig
 from data_prep.pairs.filters import FilterConfig
+from data_prep.parts import watched
 from data_prep.pictograms.world import SCENES, SECOND_STYLE, World
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
@@ -341,7 +342,8 @@ def draw_in_parallel(run: Run, part: str, count: int, *, seed: int, base_only: b
     cluster.start_ray()
     task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(draw)
     parts = [range(count)[start : start + SCENES_PER_TASK] for start in range(0, count, SCENES_PER_TASK)]
-    return pa.concat_tables(ray.get([task.remote(numbers) for numbers in parts]))
+    drawn = (ray.get(part) for part in [task.remote(numbers) for numbers in parts])
+    return pa.concat_tables(watched(drawn, f"boxes/{name}", "hundreds of scenes", len(parts)))
 
 
 def check_captions(run: Run, name: str, config: str) -> None:

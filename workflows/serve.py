@@ -36,10 +36,12 @@ from workflows.serving.deployment import (  # isort: skip  # before Ray Serve is
     digest_of_token,
 )
 
+import click
 import ray
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from ovd_models.errors import InputError
@@ -152,23 +154,41 @@ def build_application(run: Run) -> Application:
     )
 
 
+class BadArgumentError(click.UsageError, RayServeException):
+    """Of `app`: its line is all that `serve run` (click) prints and that `serve status` (Ray Serve) shows."""
+
+
 def app(args: dict[str, Any]) -> Application:
     """Build the application of `serve run workflows.serve:app model=FOLDER [field=value ...]`.
 
     Raises:
-        InputError: an argument is not a field of `Run` or has the wrong type, or there is no such checkpoint.
+        BadArgumentError: an argument is not a field of `Run` or has the wrong type, or there is no such checkpoint.
+    """
+    try:
+        run = read_arguments(args)
+        check(run)
+    except InputError as error:
+        raise BadArgumentError(str(error)) from error
+    return build_application(run)
+
+
+def read_arguments(args: dict[str, Any]) -> Run:
+    """The run of the arguments `field=value`.
+
+    Raises:
+        InputError: one is not a field of `Run` or has the wrong type.
     """
     known = [entry.name for entry in dataclasses.fields(Run)]
     for name in args:
         if name not in known:
-            raise InputError(f"{name}: unknown argument, expected one of {', '.join(known)}")
+            hint = cli.did_you_mean(name, known)
+            raise InputError(f"{name}: unknown argument, expected one of {', '.join(known)}{hint}")
     try:
-        run = TypeAdapter(Run).validate_python(args)
+        return TypeAdapter(Run).validate_python(args)
     except ValidationError as error:
         fault = error.errors()[0]
-        raise InputError(f"{fault['loc'][0]}: {fault['msg']}") from error
-    check(run)
-    return build_application(run)
+        place = ".".join(map(str, fault["loc"]))
+        raise InputError(f"{place}={fault['input']}: {fault['msg']}") from error
 
 
 @contextlib.contextmanager

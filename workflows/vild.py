@@ -277,7 +277,8 @@ def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSou
                 detector=proposals,
                 max_proposals=run.max_proposals,
                 crops=run.crops,
-                embed=run.embed,
+                # where the stages train
+                embed=dataclasses.replace(run.embed, gpus=(run.embed.gpus or 1.0) if run.rpn_stage.use_gpu else 0.0),
             )
         )
     return region_source(run, encoder, name)

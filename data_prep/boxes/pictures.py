@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from data_prep import storage, tables
 from data_prep.boxes.cleaning import Account
+from data_prep.parts import watched
 from ovd_models.errors import InputError
 from ovd_models.images import ImageError, check_whole, open_picture
 
@@ -65,7 +66,7 @@ class PictureFolder:
         absent = {folder for folder in folders if not storage.exists(storage.join(self.root, folder))}
         chosen = [next((p for p in options if p.rpartition("/")[0] not in absent), options[-1]) for options in places]
         with ThreadPoolExecutor(READERS) as pool:
-            found = list(pool.map(self._read_file, chosen))
+            found = list(watched(pool.map(self._read_file, chosen), "boxes", "pictures", len(chosen)))
             missing = [number for number, one in enumerate(found) if isinstance(one, Absent) and one.kind == MISSING]
             if missing:
                 again = pool.map(lambda number: self._read_alike(places[number], found[number]), missing)

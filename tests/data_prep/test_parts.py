@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from data_prep import parts
-from data_prep.parts import HERE, Pool, Progress, collect_parts, run_parts
+from data_prep.parts import HERE, Pool, Progress, collect_parts, run_parts, watched
 from ovd_models.errors import InputError
 
 POOLS = [
@@ -143,3 +143,16 @@ def test_progress_tells_the_share_the_rate_and_the_time_left(
     first, last = capsys.readouterr().out.splitlines()
     assert first == "pairs: 3,000 of 8,000 rows (38%), 500.0 rows/s, 00:10 left, 2,900 good"
     assert last == "pairs: 8,000 rows in 00:20, 400.0 rows/s, 7,500 good"
+
+
+def test_only_long_work_is_watched_aloud(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 100.0)
+    monkeypatch.setattr(parts, "time", clock)
+    assert list(watched([3, 4], "boxes", "pictures")) == [3, 4]
+    assert list(watched([], "boxes", "pictures")) == []
+    assert capsys.readouterr().out == ""
+    for number in watched(iter(range(4)), "boxes", "pictures", 4):
+        clock.monotonic = lambda number=number: 104.0 + 4 * number
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "boxes: 2 of 4 pictures (50%), 0.2 pictures/s, 00:08 left"
+    assert last == "boxes: 4 pictures in 00:16, 0.2 pictures/s"

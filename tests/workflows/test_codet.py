@@ -32,7 +32,7 @@ from workflows import codet, evaluate
 from workflows.codet import Metrics
 from workflows.common import cli, tracking
 from workflows.common.runs import Trained
-from workflows.common.teacher import EXPECTED_TEACHER, read_categories
+from workflows.common.teacher import expected_teacher, read_categories
 from workflows.common.training import Stage
 from workflows.configs import codet as codet_configs
 from workflows.configs.codet import Run
@@ -444,7 +444,10 @@ def test_an_unknown_run_cannot_be_resumed(prepared: Run, monkeypatch: pytest.Mon
         raise AssertionError("training began")
 
     monkeypatch.setattr(codet, "train_stage", never)
-    assert "no such run" in bad(lambda run: dataclasses.replace(run, resume="smoke-19990101-000000"), prepared)
+    Path(prepared.storage, "runs/codet").mkdir(parents=True, exist_ok=True)
+    for name in ("smoke-19990101-000000", ".", "..", "../codet"):
+        told = bad(lambda run, name=name: dataclasses.replace(run, resume=name), prepared)  # type: ignore[misc]
+        assert "no such run, expected the name of a folder" in told
 
 
 def script(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -461,7 +464,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     before = signal.getsignal(signal.SIGTERM)
     assert cli.outcome(codet.main) == 2
     signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err.splitlines() == [f"error: --teacher: missing, expected {EXPECTED_TEACHER}"]
+    assert capsys.readouterr().err.splitlines() == [f"error: --teacher: missing, expected {expected_teacher()}"]
 
 
 # ---------------------------------------------------------------------------------------------------- photographs

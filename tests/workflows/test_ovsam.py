@@ -22,7 +22,7 @@ from ovd_models.sam.model import VIT_H, EverythingConfig, SamModel
 from ovd_models.segments import Prompts
 from ovd_models.vocabulary import Vocabulary
 from workflows import evaluate, ovsam, prepare_boxes
-from workflows.common import cli, tracking
+from workflows.common import cli, starting_weights, tracking
 from workflows.common.runs import Trained
 from workflows.common.teacher import read_categories
 from workflows.configs import ovsam as ovsam_configs
@@ -225,7 +225,6 @@ def test_bad_input_is_told_before_any_work(prepared: Run, tmp_path: Path) -> Non
     assert "no such table; `python workflows/prepare_boxes.py` makes it" in refused(boxes="other")
     assert "batch_size: 0" in refused(batch_size=0)
     assert "cannot be read" in refused(sam=str(tmp_path / "none.pth"))
-    assert "--sam: missing" in refused(needs_sam=True)
     categories = tables.read_table(prepared.storage, "categories", prepared.boxes)
     named, splits = categories.schema.get_field_index("name"), categories.schema.get_field_index("split")
     for name, changed, message in (
@@ -278,6 +277,9 @@ def test_every_config_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         "smoke",
         "pictograms",
         "photos",
+        "photos_laptop",
+        "photos_gpu",
+        "photos_8gpu",
         "coco_rn50x16",
         "lvis_rn50x16",
         "lvis_convnext_l",
@@ -297,6 +299,22 @@ def test_every_config_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in (published.sam2clip_stage, published.clip2sam_stage):
         assert round(stage.warmup * stage.steps) == 500
         assert not stage.decay_norms
+
+
+def test_a_config_without_a_sam_of_its_own_asks_for_it_with_file_and_url(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(starting_weights, "find_published", lambda published: "")
+    with pytest.raises(InputError, match=r"--sam: missing, .* sam_vit_b_01ec64\.pth from https://\S+/sam_vit_b"):
+        ovsam.prepare_data(ovsam_configs.photos_gpu())
+    run = ovsam_configs.photos_laptop()
+    assert ovsam.choose_sam(run) == run
+    assert "sam: random weights; sam_vit_b_01ec64.pth from https://" in capsys.readouterr().out
+    given = dataclasses.replace(ovsam_configs.coco_rn50x16(), sam="store/sam")
+    assert ovsam.choose_sam(given) == given
+    monkeypatch.setattr(starting_weights, "find_published", lambda published: f"cache/{published.file}")
+    assert ovsam.choose_sam(ovsam_configs.photos_gpu()).sam == "cache/sam_vit_b_01ec64.pth"
+    assert ovsam.choose_sam(run).sam == ""  # a ViT-B is too large for a laptop
 
 
 def test_operations_of_fused_attention_are_counted() -> None:

@@ -367,12 +367,15 @@ def test_checkpoint_is_found_by_folder_uri_or_registered_name(
 
 def test_builder_reads_command_line_arguments(checkpoint: Path) -> None:
     assert serve.app({"model": str(checkpoint), "replicas": "2"})
-    with pytest.raises(InputError, match="modle"):
-        serve.app({"modle": "x"})
-    with pytest.raises(InputError, match="replicas"):
-        serve.app({"model": str(checkpoint), "replicas": "two"})
-    with pytest.raises(InputError, match="--model"):
-        serve.app({})
+    for arguments, expected in (
+        ({"modle": "x"}, "modle: unknown argument, .*; did you mean model?"),
+        ({"model": str(checkpoint), "replicas": "two"}, "replicas=two: "),
+        ({}, "--model: missing"),
+        ({"model": "nothing"}, "nothing: "),
+    ):
+        with pytest.raises(serve.BadArgumentError, match=expected) as caught:
+            serve.app(arguments)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_published_configs_refuse_to_start_from_nothing(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    flags = ["codet.py", "--config", config, "--storage", str(tmp_path / "store"), "--data", "nowhere"]
+    flags = ["codet.py", "--config", config, "--no-use-gpu", "--storage", str(tmp_path / "store"), "--data", "nowhere"]
     monkeypatch.setattr(sys, "argv", flags)
     assert cli.outcome(codet.main) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -164,7 +164,15 @@ def test_vilds_configs_say_what_they_start_from(capsys: pytest.CaptureFixture[st
         assert found.from_scratch
         said[name] = capsys.readouterr().out.count("backbone: random weights; resnet")
     assert {name for name, count in said.items() if count} == {
-        *("photos", "coco_48_17_short", "lvis_r50_short", "lvis_r152_short")
+        *(
+            "photos",
+            "photos_laptop",
+            "photos_gpu",
+            "photos_8gpu",
+            "coco_48_17_short",
+            "lvis_r50_short",
+            "lvis_r152_short",
+        )
     }
     assert max(said.values()) == 1
 

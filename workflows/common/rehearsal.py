@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,15 +29,15 @@ class Rehearsal(MetricLogger):
 
     def __init__(self) -> None:
         super().__init__("", "")
-        self._logged: list[tuple[float, Mapping[str, float]]] = []
+        self._logged: list[tuple[float, float, Mapping[str, float]]] = []
         self._loading = 0.0
         self.bytes_per_step = 0.0
         """Rows of a step as they go to the worker."""
         self.checkpoint_bytes = 0
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Keep them with the time."""
-        self._logged.append((time.perf_counter(), metrics))
+        """Keep them with the time and the CPU time."""
+        self._logged.append((time.perf_counter(), time.process_time(), metrics))
 
     def log_image(self, *_: object) -> None:
         """Do nothing."""
@@ -52,10 +53,11 @@ class Rehearsal(MetricLogger):
         self.checkpoint_bytes = sum(file.stat().st_size for file in Path(stage.folder).rglob("*.pt"))
         return weights
 
-    def costs(self) -> tuple[float, float]:
-        """Seconds of a step without its loading, and CPU seconds of its loading."""
-        (before, _), (after, metrics) = self._logged[-2:]
-        return (after - before) * (1 - metrics["train/data_wait_fraction"]) / COUNTED, self._loading
+    def costs(self) -> tuple[float, float, float]:
+        """Seconds of a step without its loading, CPU seconds of a step with it, and those of its loading alone."""
+        (before, used_before, _), (after, used, metrics) = self._logged[-2:]
+        seconds = (after - before) * (1 - metrics["train/data_wait_fraction"]) / COUNTED
+        return seconds, (used - used_before) / COUNTED, self._loading
 
 
 def loading_seconds(feed: Feed) -> float:
@@ -91,7 +93,7 @@ def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehea
                 Stage(job=f"dry run, {name}", name=name, settings=own, folder=f"{folder}/{name}"),
                 stand_in,
             )
-        step, loading = stand_in.costs()
+        step, used, loading = stand_in.costs()
         workers = max(1, settings.workers)
         device = torch.cuda.get_device_name() if training.device_of(settings) == "cuda" else "this CPU"
         cores, hours = math.ceil(workers * loading / step), settings.steps * step / 3600
@@ -99,13 +101,22 @@ def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehea
             "GPU" if settings.use_gpu else "worker",
             settings.steps * workers * stand_in.bytes_per_step / 1e9,
         )
+        checkpoint = f"a checkpoint every {settings.checkpoint_every:,} steps: {stand_in.checkpoint_bytes / 1e6:.3g} MB"
         lines = (
-            f"dry run, {name}: a worker's share takes {step:.3g} s a step on {device}, its loading {loading:.3g} CPU s",
+            f"dry run, {name}: a worker's share takes {step:.3g} s a step on {device}, "
+            f"{used:.3g} CPU s with its loading, which takes {loading:.3g} CPU s",
             f"    workers: {workers}, cores for loading: {cores}, hours for {settings.steps:,} steps: {hours:.3g}",
             f"    {each}-hours: {workers * hours:.3g}, images to the workers: {gigabytes:.3g} GB, "
-            f"a checkpoint every {settings.checkpoint_every:,} steps: {stand_in.checkpoint_bytes / 1e6:.3g} MB",
+            f"peak memory of a worker: {peak_gigabytes():.3g} GB, {checkpoint}",
         )
         print("\n".join(lines), flush=True)
+
+
+def peak_gigabytes() -> float:
+    """The most memory so far, in units of 10^9 bytes: of the GPU if this process uses one, else of the process."""
+    if torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()):
+        return most / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def one_worker(run: R, field: str) -> R:

@@ -252,11 +252,12 @@ def run_folder(storage_uri: str, workflow: str, config: str, resume: str) -> str
     """
     name = resume or f"{config}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = storage.absolute(storage.join(storage_uri, "runs", workflow, name))
-    if resume and not storage.exists(folder):
-        filesystem, path = storage.resolve(storage.join(storage_uri, "runs", workflow))
+    if resume and ("/" in resume or resume in (".", "..") or not storage.exists(folder)):
+        every = storage.absolute(storage.join(storage_uri, "runs", workflow))
+        filesystem, path = storage.resolve(every)
         known = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        hint = cli.did_you_mean(resume, [info.base_name for info in known])
-        raise InputError(f"--resume {resume}: no such run, {folder} does not exist{hint}")
+        hint = cli.did_you_mean(resume.rpartition("/")[2], [info.base_name for info in known])
+        raise InputError(f"--resume {resume}: no such run, expected the name of a folder in {every}{hint}")
     return folder
 
 

@@ -12,13 +12,12 @@ from data_prep.embeddings.texts import StoredEncoder, TextStore, read_matrix
 from ovd_models.checkpoints import load_encoder
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.errors import InputError
+from ovd_models.importers.released import find_released
 from ovd_models.predictors import choose_device, find_device
 from ovd_models.vocabulary import SynonymMean, TextEncoder, Vocabulary, build_vocabulary
 
-EXPECTED_TEACHER = (
-    "a checkpoint of `python workflows/clip.py` or, from a released file, of `python workflows/import_weights.py`, an "
-    "architecture of open_clip with --pretrained TAG|FILE, or --texts"
-)
+CLIP_FILE = "ViT-B-32.pt"
+"""The released CLIP that an error suggests."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,12 @@ def read_categories(storage_uri: str, boxes: str) -> tuple[dict[int, str], dict[
     """Category id -> name, and name -> `base` or `novel`, for categories with a split.
 
     Raises:
-        InputError: the table is missing, or two categories have the same name.
+        InputError: the table is missing, none has a split, or two categories have the same name.
     """
     rows = tables.read_table(storage_uri, "categories", boxes, ["category_id", "name", "split"]).to_pylist()
     with_split = [row for row in rows if row["split"]]
+    if not with_split:
+        raise InputError(f"categories/{boxes}: no base or novel name, expected at least one")
     repeated = [name for name, count in Counter(row["name"] for row in with_split).items() if count > 1]
     if repeated:
         raise InputError(
@@ -97,6 +98,16 @@ def read_codet_names(
         build_vocabulary(encoder, concepts).embeddings if concepts else vocabulary.embeddings[:0],
         tuple(concepts),
         tuple(images[name] for name in base),
+    )
+
+
+def expected_teacher() -> str:
+    """What `--teacher` may be, for errors."""
+    released = find_released(CLIP_FILE)
+    assert released is not None
+    return (
+        f"a checkpoint of `python workflows/clip.py` or, from a released file such as {CLIP_FILE} ({released.url}), of "
+        "`python workflows/import_weights.py`, an architecture of open_clip with --pretrained TAG|FILE, or --texts"
     )
 
 
@@ -151,9 +162,9 @@ def find_teacher(
     if not teacher and config == "smoke" and not data:
         return untrained_teacher(storage_uri)
     if not teacher and not texts:
-        raise InputError(f"--teacher: missing, expected {EXPECTED_TEACHER}")
+        raise InputError(f"--teacher: missing, expected {expected_teacher()}")
     if teacher and not storage.exists(storage.join(teacher, "clip.json")):
-        raise InputError(f"--teacher {teacher}: no CLIP checkpoint (clip.json), expected {EXPECTED_TEACHER}")
+        raise InputError(f"--teacher {teacher}: no CLIP checkpoint (clip.json), expected {expected_teacher()}")
     return teacher
 
 
@@ -176,7 +187,7 @@ def open_encoder(storage_uri: str, boxes: str, *, teacher: str, texts: str, prom
         rows = tables.read_table(storage_uri, "categories", boxes, ["name"])["name"].to_pylist()
         return read_matrix(texts, rows)
     if not teacher:
-        raise InputError(f"--teacher: missing, expected {EXPECTED_TEACHER}")
+        raise InputError(f"--teacher: missing, expected {expected_teacher()}")
     encoder = load_encoder(storage.local_folder(teacher))
     print(f"teacher: {encoder.teacher} ({teacher})", flush=True)
     return encoder.with_prompts(prompt_set) if isinstance(encoder, ClipTextEncoder) else encoder

@@ -12,7 +12,15 @@ from ovd_models.importers.codet import released_architectures
 from ovd_models.vocabulary import SynonymMean
 from workflows.common.optimisation import STEPS_PER_BLOCK, Optimisation, check_shared
 from workflows.common.starting_weights import Published, PublishedBackbone
-from workflows.configs.detectors import EVA02_L, MIIL_RESNET50, MSRA_RESNET50, RESNET50, SWIN_B, photo_detector
+from workflows.configs.detectors import (
+    EVA02_L,
+    MIIL_RESNET50,
+    MSRA_RESNET50,
+    RESNET50,
+    SWIN_B,
+    large_photo_detector,
+    photo_detector,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,22 +183,12 @@ def photos_laptop() -> Run:
 
 def photos_gpu() -> Run:
     """Photographs on one GPU: 640 px, 6,000 steps of 8 for boxes and 6,000 with captions."""
-    detector = dataclasses.replace(
-        photo_detector(),
-        anchor_sizes=(32, 64, 128, 384),
-        pyramid_channels=256,
-        head_width=1024,
-        min_size=480,
-        max_size=800,
-        pre_nms=2000,
-        post_nms=1000,
-    )
     laptop = photos_laptop()
     boxes = dataclasses.replace(laptop.box_stage, steps=6_000, checkpoint_every=500, log_every=20, use_gpu=True)
     return dataclasses.replace(
         laptop,
         config="photos_gpu",
-        model=CoDetConfig(detector=detector, num_proposals=32),
+        model=CoDetConfig(detector=large_photo_detector(), num_proposals=32),
         detection_batch=8,
         group_size=4,
         groups_per_step=4,

@@ -1,5 +1,7 @@
 """Detectors, and released backbones, that configs share."""
 
+import dataclasses
+
 from ovd_models.detectors.rcnn import RCNNConfig
 from workflows.common.starting_weights import PublishedBackbone
 
@@ -46,6 +48,9 @@ EVA02_L = PublishedBackbone(
     timm_name="eva02_large_patch14_224.mim_m38m",
     required=True,
 )
+SEGMENT_ANYTHING = "https://dl.fbaipublicfiles.com/segment_anything/"
+SAM_VIT_B = PublishedBackbone(url=f"{SEGMENT_ANYTHING}sam_vit_b_01ec64.pth", trained_on="SA-1B")
+SAM_VIT_H = PublishedBackbone(url=f"{SEGMENT_ANYTHING}sam_vit_h_4b8939.pth", trained_on="SA-1B", required=True)
 
 
 def photo_detector() -> RCNNConfig:
@@ -63,4 +68,18 @@ def photo_detector() -> RCNNConfig:
         max_size=416,
         pre_nms=1000,
         post_nms=300,
+    )
+
+
+def large_photo_detector() -> RCNNConfig:
+    """The same for photographs of 480 to 800 px on a GPU, with the widths of torchvision's Faster R-CNN."""
+    return dataclasses.replace(
+        photo_detector(),
+        anchor_sizes=(32, 64, 128, 384),
+        pyramid_channels=256,
+        head_width=1024,
+        min_size=480,
+        max_size=800,
+        pre_nms=2000,
+        post_nms=1000,
     )

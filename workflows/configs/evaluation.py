@@ -1,8 +1,9 @@
 """Settings of the scripts that run a detector on an annotated set; imports nothing heavy."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ovd_models.errors import InputError
 from ovd_models.metrics.records import IouType
 from ovd_models.prompts import SynonymRule
 from workflows.common.measured import ProtocolChoice
@@ -41,6 +42,19 @@ class DetectorRun:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         return ovd_models.load(models.local_model(self.model, self.storage), self.device)
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """The rows of the set.
+
+        Raises:
+            InputError: the table is missing or empty.
+        """
+        from data_prep import tables
+
+        rows: list[dict[str, Any]] = tables.read_table(self.storage, "boxes", self.boxes).to_pylist()
+        if not rows:
+            raise InputError(f"boxes/{self.boxes}: no images, expected at least one")
+        return rows
 
     def read_categories(self) -> tuple[dict[int, str], dict[str, str]]:
         """`workflows.common.teacher.read_categories` of the set."""

@@ -1,16 +1,18 @@
 """Settings of `ovsam.py`: a `Run` holds everything that affects results; each function returns a named one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
 from data_prep.streams.augmentation import Augmentation
 from ovd_models.ovsam.text_to_mask import TextToMaskConfig
 from ovd_models.ovsam.training import Clip2SamConfig
-from ovd_models.sam.model import VIT_H, SamConfig
+from ovd_models.sam.model import VIT_B, VIT_H, SamConfig
 from ovd_models.sam.training import SamTrainingConfig
 from workflows.common.optimisation import Optimisation, check_shared
+from workflows.common.starting_weights import Published, PublishedBackbone
+from workflows.configs.detectors import SAM_VIT_B, SAM_VIT_H
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class Run:
     distill_images: str = ""
     """Folder or URI of images, such as SA-1B's, from which the adapter learns; if empty, it learns from the training
     images. Masks beside them are not read."""
-    needs_sam: bool = False
-    """Whether `sam` must be given, as for the published recipes."""
+    published_sam: Published = field(default_factory=PublishedBackbone)
+    """The released SAM that the config learns from, or that would be better than its own."""
     sam_model: SamConfig = field(default_factory=SamConfig)
     """The SAM to be trained."""
     sam_training: SamTrainingConfig = field(default_factory=SamTrainingConfig)
@@ -81,6 +83,11 @@ class Run:
     """Only run some steps of each stage in this process, and print what they cost and what the workers need."""
     resume: str = ""
     """Name of a run to continue."""
+
+    @property
+    def needs_sam(self) -> bool:
+        """Whether the config trains no SAM of its own, as the published recipes."""
+        return self.published_sam.required
 
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
@@ -145,12 +152,62 @@ def photos() -> Run:
     return Run(
         config="photos",
         boxes="photos",
+        published_sam=SAM_VIT_B,
         sam_model=SamConfig(image_size=256, patch_size=16, width=128, global_blocks=(1, 3)),
         batch_size=2,
         rows_per_shard=20,
         sam_stage=quick,
         sam2clip_stage=quick,
         clip2sam_stage=quick,
+    )
+
+
+def photos_laptop() -> Run:
+    """Photographs on a laptop at 256 px: 1,500 steps of 4 for a small SAM, 500 for the adapter, 1,000 for names."""
+    sam = Optimisation(steps=1500, learning_rate=1e-3, optimiser="muon")
+    return replace(
+        photos(),
+        config="photos_laptop",
+        sam_model=SamConfig(image_size=256, patch_size=8, width=128, global_blocks=(1, 3)),
+        batch_size=4,
+        rows_per_shard=200,
+        sam_stage=sam,
+        sam2clip_stage=replace(sam, steps=500),
+        clip2sam_stage=replace(sam, steps=1000),
+    )
+
+
+def photos_gpu() -> Run:
+    """Photographs on one GPU at 1,024 px: SAM's ViT-B (`--sam`), 6,000 steps of 4 for the adapter, 6,000 for names."""
+    stage = Optimisation(
+        steps=6_000, learning_rate=1e-4, decay_norms=False, checkpoint_every=500, log_every=20, use_gpu=True
+    )
+    return replace(
+        coco_rn50x16(),
+        config="photos_gpu",
+        boxes="photos",
+        published_sam=replace(SAM_VIT_B, required=True),
+        sam_model=VIT_B,
+        batch_size=4,
+        sam_stage=replace(stage, steps=10),  # not run
+        sam2clip_stage=stage,
+        clip2sam_stage=replace(stage, clip_norm=0.01),
+        text_stage=stage,
+    )
+
+
+def photos_8gpu() -> Run:
+    """`photos_gpu` on eight GPUs: eight times the images a step and twice the steps, for COCO's size and more."""
+    one = photos_gpu()
+    stage = replace(one.sam2clip_stage, steps=12_000, learning_rate=2.5e-4, workers=8)
+    return replace(
+        one,
+        config="photos_8gpu",
+        batch_size=32,
+        sam_stage=replace(one.sam_stage, workers=8),
+        sam2clip_stage=stage,
+        clip2sam_stage=replace(stage, clip_norm=0.01),
+        text_stage=stage,
     )
 
 
@@ -165,7 +222,7 @@ def published_recipe(name: str, boxes: str, images: int, scales: tuple[float, fl
         config=name,
         boxes=boxes,
         prompt_set="ovsam",
-        needs_sam=True,
+        published_sam=SAM_VIT_H,
         sam_model=VIT_H,
         adapter_depth=5,
         pyramid_width=256,
@@ -200,6 +257,9 @@ CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke,
     "pictograms": pictograms,
     "photos": photos,
+    "photos_laptop": photos_laptop,
+    "photos_gpu": photos_gpu,
+    "photos_8gpu": photos_8gpu,
     "coco_rn50x16": coco_rn50x16,
     "lvis_rn50x16": lvis_rn50x16,
     "lvis_convnext_l": lvis_convnext_l,

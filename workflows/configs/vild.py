@@ -14,7 +14,7 @@ from ovd_models.vild.model import ViLDConfig
 from ovd_models.vocabulary import SynonymMean
 from workflows.common.optimisation import Optimisation, check_shared
 from workflows.common.starting_weights import Published, PublishedBackbone
-from workflows.configs.detectors import RESNET50, RESNET152, photo_detector
+from workflows.configs.detectors import RESNET50, RESNET152, large_photo_detector, photo_detector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +153,47 @@ def photos() -> Run:
     )
 
 
+def photos_laptop() -> Run:
+    """Photographs on a laptop: small images, 300 steps of 4 for proposals and 600 with embeddings of them; hours."""
+    detector = Optimisation(steps=600, learning_rate=2e-4, checkpoint_every=100)
+    return dataclasses.replace(
+        photos(),
+        config="photos_laptop",
+        detection_batch=4,
+        rpn_stage=dataclasses.replace(detector, steps=300),
+        detector_stage=detector,
+    )
+
+
+def photos_gpu() -> Run:
+    """Photographs on one GPU: 480 to 800 px, 2,000 steps of 8 for proposals and 12,000 with embeddings of them."""
+    detector = Optimisation(steps=12_000, learning_rate=2e-4, checkpoint_every=500, log_every=20, use_gpu=True)
+    return dataclasses.replace(
+        photos(),
+        config="photos_gpu",
+        model=ViLDConfig(detector=large_photo_detector()),
+        embed=EmbedConfig(batch_size=256, threads=4, gpus=1.0),
+        max_proposals=300,
+        regions_per_step=300,
+        detection_batch=8,
+        rpn_stage=dataclasses.replace(detector, steps=2_000),
+        detector_stage=detector,
+    )
+
+
+def photos_8gpu() -> Run:
+    """`photos_gpu` on eight GPUs: eight times the images a step and twice the steps, for COCO's size and more."""
+    one = photos_gpu()
+    detector = dataclasses.replace(one.detector_stage, steps=24_000, learning_rate=5e-4, workers=8)
+    return dataclasses.replace(
+        one,
+        config="photos_8gpu",
+        detection_batch=64,
+        rpn_stage=dataclasses.replace(detector, steps=4_000),
+        detector_stage=detector,
+    )
+
+
 def lvis_r50() -> Run:
     """The paper's setting: from scratch, 256 images a step, 180,000 steps; for a cluster of GPUs."""
     detector = RCNNConfig(
@@ -288,6 +329,9 @@ CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke,
     "pictograms": pictograms,
     "photos": photos,
+    "photos_laptop": photos_laptop,
+    "photos_gpu": photos_gpu,
+    "photos_8gpu": photos_8gpu,
     "finetune": finetune,
     "coco_48_17": coco_48_17,
     "coco_48_17_short": coco_48_17_short,

@@ -17,6 +17,7 @@ from torchvision.ops import box_iou
 
 from data_prep.embeddings.crops import CropConfig, Fit, crop_squares, crop_windows
 from data_prep.embeddings.teachers import Teacher, embed_regions
+from data_prep.parts import watched
 from ovd_models.batches import Detections
 from ovd_models.vocabulary import Vocabulary
 from workflows.reports import page
@@ -198,7 +199,7 @@ class CropScorer:
 def find_distortions(objects: Sequence[AnnotatedObject], scorer: CropScorer, min_aspect: float) -> list[Distortion]:
     """Objects with at least this aspect ratio; those with the largest disagreement between square crops first."""
     found = []
-    for target in objects:
+    for target in watched(objects, "long objects", "objects"):
         width, height = (target.box[2:] - target.box[:2]).tolist()
         if max(width, height) < min_aspect * min(width, height):
             continue
@@ -217,7 +218,7 @@ def find_distortions(objects: Sequence[AnnotatedObject], scorer: CropScorer, min
 def find_loose_boxes(objects: Sequence[AnnotatedObject], scorer: CropScorer) -> list[LooseBox]:
     """Objects with a part or loose box that scores at least as high as the tight box; the largest surplus first."""
     found = []
-    for target in objects:
+    for target in watched(objects, "loose boxes", "objects"):
         others = alternative_boxes(target.box, *target.image.size)
         scores_NK = scorer.probabilities(target.image, np.stack([target.box, *others.values()]))
         tight_score, *other_scores = scores_NK[:, scorer.index_of[target.name]].tolist()

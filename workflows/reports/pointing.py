@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep import tables
+from data_prep.parts import watched
 from ovd_models.errors import InputError
 from ovd_models.ovsam.baselines import BaselineConfig, SamClip
 from ovd_models.ovsam.metrics import PointingMetrics, centre_points
@@ -128,7 +129,10 @@ def evaluate_ovsam(
             part.to(device)
     rows = read_mask_rows(storage_uri, boxes, category_ids, limit)
     label_of = {category_ids[name]: label for label, name in enumerate(vocabulary.names) if name in category_ids}
-    read_images = partial(read_objects, storage_uri, rows, label_of, device)
+
+    def read_images() -> Iterator[ImageObjects]:
+        return read_objects(storage_uri, watched(rows, "segment", "images"), label_of, device)
+
     metrics, pictures = segment_objects(read_images(), vocabulary, model, sam, num_pictures=num_pictures)
     if text is not None:
         metrics["sam", "text"] = segment_names(read_images(), vocabulary, text)

@@ -127,7 +127,7 @@ class Endpoint:
             height, width = encoded.sam.size
             self._check_masks(len(prompts), width, height, "prompts")
             segments = segmenter.segment(encoded, prompts, query.names)
-            return {"width": width, "height": height, "segments": segments.to_list()}
+            return {"width": width, "height": height, "segments": segments.to_list(), "note": segments.note}
 
         return await self._answer(model, content, answer, request)
 
@@ -149,7 +149,7 @@ class Endpoint:
                 points_per_side=fields.points_per_side, points_per_batch=min(64, most_masks), max_masks=most_masks
             )
             segments = segmenter.everything(encoded, query.names, settings)
-            return {"width": width, "height": height, "segments": segments.to_list()}
+            return {"width": width, "height": height, "segments": segments.to_list(), "note": segments.note}
 
         return await self._answer(model, content, answer, request)
 
@@ -165,7 +165,7 @@ class Endpoint:
             height, width = encoded.size
             self._check_masks(len(names), width, height, "vocabulary")
             segments = segmenter.find(encoded, names)
-            return {"width": width, "height": height, "segments": segments.to_list()}
+            return {"width": width, "height": height, "segments": segments.to_list(), "note": segments.note}
 
         return await self._answer(model, content, answer, request)
 

@@ -62,6 +62,8 @@ class SegmentResponse(BaseModel):
     width: int
     height: int
     segments: list[SegmentedObject]
+    note: str
+    """Why there are no masks, or which names have none but empty ones; else empty."""
 
 
 class Label(BaseModel):

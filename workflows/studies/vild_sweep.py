@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep import tables
 from data_prep.embeddings.crops import CropConfig
 from data_prep.embeddings.teachers import embed_regions
+from data_prep.parts import watched
 from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.detectors.region_scores import RegionRecord, Scoring, use_teacher
 from ovd_models.errors import InputError
@@ -82,12 +82,12 @@ def record(detector: Detector, run: DetectorRun, batch_size: int = 16) -> Record
     model = detector.model
     if not isinstance(model, ViLD):
         raise InputError(f"--model: a checkpoint of method {detector.method!r}, expected 'vild'")
-    rows = tables.read_table(run.storage, "boxes", run.boxes).to_pylist()
+    rows = run.read_rows()
     names, splits = run.read_categories()
     read = [(row, to_tensor(image)) for row, image in read_box_images(run.storage, rows) if image is not None]
     rows, images = [row for row, _ in read], [image for _, image in read]
     records: list[RegionRecord] = []
-    for start in range(0, len(images), batch_size):
+    for start in watched(range(0, len(images), batch_size), "regions", "batches"):
         records += model.record_regions([image.to(detector.device) for image in images[start : start + batch_size]])
     query = build_query(detector.encoder, list(names.values()), detector.info.splits).to(detector.device)
     return RecordedRegions(model, detector.teacher, rows, images, records, query, names, splits)
@@ -148,7 +148,10 @@ def scorings(run: Run, base: Scoring) -> Iterator[tuple[str, Scoring]]:
 def main() -> None:
     """Record the regions, then print a line for each scoring and baseline."""
     run = cli.parse(CONFIGS, __doc__)
-    recorded = record(run.load_detector(), run)
+    detector = run.load_detector()
+    if run.teacher:
+        open_teacher(run.teacher, detector.teacher, run.device)  # a wrong one is refused before the pass over the set
+    recorded = record(detector, run)
     print(f"{'AP50':44}{'base':>8}{'novel':>8}")
     for label, scoring in scorings(run, recorded.model.config.scoring):
         print_row(label, measure(recorded, scoring, run))

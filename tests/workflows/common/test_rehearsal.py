@@ -30,18 +30,22 @@ def test_a_dry_run_prints_what_the_workers_need_and_opens_no_run(
     assert set(tmp_path.glob("runs/*/*")) == before
     assert not list(tmp_path.rglob("mlflow.db"))
     printed = capsys.readouterr().out
-    step = r"dry run, (\w+): a worker's share takes (\S+) s a step on this CPU, its loading (\S+) CPU s"
+    step = r"dry run, (\w+): a worker's share takes (\S+) s a step on this CPU, (\S+) CPU s with its loading, "
+    step += r"which takes (\S+) CPU s"
     need = r"    workers: 2, cores for loading: (\d+), hours for 7,200 steps: (\S+)"
-    cost = r"    worker-hours: (\S+), images to the workers: (\S+) GB, a checkpoint every 5 steps: (\S+) MB"
+    cost = r"    worker-hours: (\S+), images to the workers: (\S+) GB, "
+    cost += r"peak memory of a worker: (\S+) GB, a checkpoint every 5 steps: (\S+) MB"
     found = re.findall(f"{step}\n{need}\n{cost}\n", printed)
     assert [name for name, *_ in found] == REHEARSED[method]
     for _, *numbers in found:
-        seconds, loading, cores, hours, worker_hours, gigabytes, megabytes = map(float, numbers)
+        seconds, used, loading, cores, hours, worker_hours, gigabytes, peak, megabytes = map(float, numbers)
         assert seconds > 0
+        assert used > 0
         assert cores >= 2 * loading / seconds > 0
         assert hours == pytest.approx(2 * seconds, rel=0.01)
         assert worker_hours == pytest.approx(2 * hours, rel=0.01)
         assert gigabytes > 0
+        assert 0.2 < peak < 20  # torch alone takes as much
         assert megabytes > 0.1
     resolved, _ = json.JSONDecoder().raw_decode(printed[printed.index("{") :])
     assert resolved["config"] == "smoke"

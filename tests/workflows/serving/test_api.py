@@ -80,7 +80,11 @@ def test_each_route_answers_as_the_python_call(client: TestClient, folders: dict
     assert segments[0]["mask"] == segmenter.segment(image, Prompts.create(points=[[40, 30]])).to_list()[0]["mask"]
     everything = post(client, "everything", image, points_per_side="4")
     assert everything.status_code == 200, everything.text
-    masks = post(client, "text-to-mask", image, vocabulary='["anchor", "snowman"]').json()["segments"]
+    assert bool(everything.json()["note"]) == (not everything.json()["segments"])
+    by_name = post(client, "text-to-mask", image, vocabulary='["anchor", "snowman"]').json()
+    masks = by_name["segments"]
+    empty = [entry["label"] for entry in masks if not any(entry["box"])]
+    assert by_name["note"] == (f"no mask for {', '.join(empty)}" if empty else "")
     assert [entry["label"] for entry in masks] == ["anchor", "snowman"]
     assert masks[0]["mask"]["size"] == [64, 96]
     labels = post(client, "classify", image, vocabulary=json.dumps(["cat", "dog", "tree"]), top="2").json()["labels"]

@@ -21,7 +21,7 @@ const MODES = {
 const SAMPLES = ["scene-1.jpg", "scene-2.jpg", "scene-3.jpg"];
 const MAX_SIDE = 2048;
 
-const state = { models: [], mode: "", picture: null, prompts: new Prompts(), pending: null, lastAnswers: [] };
+const state = { models: [], mode: "", picture: null, prompts: new Prompts(), pending: null, lastAnswers: [], notes: [] };
 const sides = [new Side("Names", () => later()), new Side("Names, second side", () => later())];
 const panes = sides.map(() => new Pane("", addPrompt));
 
@@ -138,7 +138,8 @@ async function run() {
   try {
     await Promise.all(active().map((index) => runSide(index, pending.signal)));
     const shown = active().map((index) => panes[index].objects.length).join(" and ");
-    say(`${shown} result${shown === "1" ? "" : "s"} in ${Math.round(performance.now() - started)} ms.`);
+    const notes = [...new Set(active().map((index) => state.notes[index]).filter(Boolean))].join("; ");
+    say(`${shown} result${shown === "1" ? "" : "s"} in ${Math.round(performance.now() - started)} ms${notes && `: ${notes}`}.`);
   } catch (error) {
     if (error.name !== "AbortError") fail(error);
   } finally {
@@ -148,8 +149,10 @@ async function run() {
 
 async function runSide(index, signal) {
   const side = sides[index], objects = [];
+  state.notes[index] = "";
   for (const [fields, rows] of requestsOf(side)) {
     const answer = await call(`/v1/${state.mode}`, form(state.picture, fields), signal);
+    state.notes[index] ||= answer.note ?? "";
     const found = answer.detections ?? answer.segments ?? answer.labels.map((entry) => ({ ...entry, bar: true }));
     found.forEach((entry, row) => (objects[rows ? rows[row] : row] = { ...entry, always: Boolean(rows) || entry.bar }));
   }

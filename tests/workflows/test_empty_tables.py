@@ -1,0 +1,73 @@
+"""Tables without rows are refused in one line, before any work."""
+
+import dataclasses
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from serving import save_classifier, save_detector_of_any_name
+
+from data_prep import tables
+from data_prep.embeddings.teachers import EmbedConfig
+from ovd_models.errors import InputError
+from ovd_models.vild.model import ViLD, ViLDConfig
+from workflows import codet, embed, failures, ovsam, vild
+from workflows.configs import codet as codet_configs
+from workflows.configs import ovsam as ovsam_configs
+from workflows.configs import vild as vild_configs
+from workflows.configs.evaluation import Run as EvaluationRun
+from workflows.reports import evaluation
+from workflows.studies import vild_sweep
+
+CAT = {"category_id": 1, "name": "cat", "synonyms": [], "frequency": "f", "split": "base", "image_count": 1}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage with tables without rows, `none` also without names, a CLIP and a ViLD of that CLIP."""
+    root = tmp_path_factory.mktemp("empty")
+    for table, name, rows in (
+        ("categories", "none", []),
+        ("categories", "hollow", [CAT]),
+        *(("boxes", f"{name}-{part}", []) for name in ("none", "hollow") for part in ("train", "eval")),
+        *((table, "hollow", []) for table in ("pairs", "groups", "concepts")),
+    ):
+        content = pa.Table.from_pylist(rows, schema=tables.SCHEMAS[table])
+        part = tables.write_part(str(root), table, name, "part-0.parquet", content)
+        tables.publish(str(root), table, name, [part], producer="test", config_hash="")
+    save_classifier(root / "clip")
+    save_detector_of_any_name(root / "vild", ViLD(ViLDConfig()))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"), [("none", "categories/none: no base or novel name"), ("hollow", "boxes/hollow-train: no ")]
+)
+def test_trainings_refuse_them(place: Path, boxes: str, message: str) -> None:
+    given = {"storage": str(place), "boxes": boxes, "teacher": str(place / "clip")}
+    with pytest.raises(InputError, match=message):
+        vild.train(dataclasses.replace(vild_configs.smoke(), **given))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message):
+        ovsam.train(dataclasses.replace(ovsam_configs.smoke(), text_to_mask=False, **given))  # type: ignore[arg-type]
+    expected = message if boxes == "none" else "groups/hollow: no concept has 2 images"
+    with pytest.raises(InputError, match=expected):
+        codet.train(dataclasses.replace(codet_configs.smoke(), pairs="hollow", **given))  # type: ignore[arg-type]
+
+
+def test_evaluations_and_embeddings_refuse_them(place: Path) -> None:
+    detector = {"storage": str(place), "model": str(place / "vild"), "boxes": "hollow-eval"}
+    expected = "boxes/hollow-eval: no images, expected at least one"
+    with pytest.raises(InputError, match=expected):
+        evaluation.evaluate(EvaluationRun(**detector))  # type: ignore[arg-type]
+    run = vild_sweep.Run(**detector)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=expected):
+        vild_sweep.record(run.load_detector(), run)
+    with pytest.raises(InputError, match=r"no images|expected the detector's teacher"):
+        failures.find_failures(failures.Run(**detector, teacher=str(place / "clip")))  # type: ignore[arg-type]
+    for table, source in (("regions", {"boxes": "hollow-train"}), ("embeddings", {"pairs": "hollow"})):
+        own = embed.Run(
+            storage=str(place), teacher=str(place / "clip"), name="none", embed=EmbedConfig(actors=0), **source
+        )
+        with pytest.raises(InputError, match=r"(boxes|pairs)/hollow\S*: no images, expected at least one"):
+            embed.embed(own)
+        assert tables.find_manifest(str(place), table, "none") is None  # type: ignore[arg-type]
