@@ -328,6 +328,7 @@ def model_config(run: Run, sam: SamConfig, clip: Clip) -> OvSamConfig:
         tower=TowerConfig.of(clip.config),
         adapter_depth=run.adapter_depth,
         pyramid_width=run.pyramid_width,
+        label_levels=run.label_levels,
         label_hidden=run.label_hidden,
         alpha=run.alpha,
         beta=run.beta,

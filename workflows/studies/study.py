@@ -38,6 +38,7 @@ Metrics = dict[str, float]
 Measurement = Callable[[int], Mapping[str, Metrics]]
 """Trains and measures with a seed: seed -> metrics by variant."""
 R = TypeVar("R", clip.Run, codet.Run, ovsam.Run, vild.Run)
+S = TypeVar("S", codet.Run, ovsam.Run, vild.Run)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def require_teacher(teacher: str) -> None:
         raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
 
 
-def seeded(run: R, storage_uri: str, teacher: str, seed: int) -> R:
+def seeded(run: S, storage_uri: str, teacher: str, seed: int) -> S:
     """The training with this storage, this teacher and the seed in each stage."""
     changes: dict[str, Any] = {"storage": storage_uri, "teacher": teacher}
     for field in dataclasses.fields(run):
