@@ -311,13 +311,18 @@ def fuse(run: Run, own: ovsam_configs.Run, seed: int, folder: str) -> dict[str, 
         for alpha, beta, bias in settings:
             scores_PK = fuse_scores(head_PK, clip_PK, is_base_K, seen_P, alpha=alpha, beta=beta, novel_bias=bias)
             correct_P = (scores_PK[:, :-1].argmax(1) == label_P).double()
-            accuracies[f"alpha {alpha:g}, beta {beta:g}, bias {bias:g}"] = {
+            accuracies[fusion_name(alpha, beta, bias)] = {
                 "accuracy_base": float(correct_P[base_P].mean()),
                 "accuracy_novel": float(correct_P[~base_P].mean()),
             }
         return accuracies
 
     return studies.remember("ovsam", seed, "fusions", own, job, settings)
+
+
+def fusion_name(alpha: float, beta: float, bias: float) -> str:
+    """The variant with these weights of CLIP and this bias of novel names."""
+    return f"alpha {alpha:g}, beta {beta:g}, bias {bias:g}"
 
 
 def held_out_images(own: ovsam_configs.Run) -> list[dict[str, Any]]:

@@ -259,10 +259,14 @@ def metric_table(results: Results, title: str, columns: Mapping[str, str], each:
     return table(rows)
 
 
-def claim_table(claims: Iterable[ClaimResult]) -> list[str]:
-    """Markdown table of measured claims."""
+def claim_table(
+    claims: Sequence[ClaimResult], over_images: Sequence[tuple[float, float] | None] | None = None
+) -> list[str]:
+    """Markdown table of measured claims, with a column of intervals over images if these are given."""
     rows = [["claim", "required", "paper", "mean", "95 % interval", "seeds", "holds"]]
-    for judged in claims:
+    if over_images is not None:
+        rows[0].insert(5, "over images")
+    for number, judged in enumerate(claims):
         claim = judged.claim
         required = f"{claim.tested} at least {claim.at_least:g}"
         if claim.at_most is not None:
@@ -273,5 +277,8 @@ def claim_table(claims: Iterable[ClaimResult]) -> list[str]:
         undecided = claim.tested == "interval" and judged.interval is None
         holds = "yes" if judged.holds else "undecided" if undecided else "no"
         cells = [required, paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), holds]
+        if over_images is not None:
+            images = over_images[number]
+            cells.insert(4, "{:+.3f} to {:+.3f}".format(*images) if images else "")
         rows.append([claim.statement + chosen, *cells])
     return table(rows)

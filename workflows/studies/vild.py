@@ -177,9 +177,14 @@ def train_detector(own: vild_configs.Run, seed: int, name: str) -> dict[str, Any
 # ------------------------------------------------------------------------------------------------------ measurements
 
 
+def train_variant(run: Run, variant: Variant, seed: int) -> dict[str, Any]:
+    """Checkpoint and metrics of one variant."""
+    return train_detector(variant_training(run, variant, seed), seed, variant)
+
+
 def measure_variant(run: Run, variant: Variant, seed: int) -> dict[str, Metrics]:
     """AP50 of one variant."""
-    return {variant: train_detector(variant_training(run, variant, seed), seed, variant)["metrics"]}
+    return {variant: train_variant(run, variant, seed)["metrics"]}
 
 
 def measure_supervised_full(run: Run, seed: int) -> dict[str, Metrics]:

@@ -21,6 +21,7 @@ from workflows.studies import study as studies
 from workflows.studies import vild as vild_study
 from workflows.studies import vild_sweep
 from workflows.studies.claims.parts import Part
+from workflows.studies.claims.sampled import with_draws
 from workflows.studies.claims.teachers import FULL_STEPS, prepare_world, teacher_of
 from workflows.studies.study import AP50_COLUMNS, Claim, Metrics
 
@@ -145,15 +146,17 @@ QUALITY = Part(
 # -------------------------------------------------------------------------------------------------- distillation
 
 
+def sampled(run: VildRun, trained: Mapping[str, Any]) -> Metrics:
+    """AP50 of a trained detector, with its values on other draws of the scenes."""
+    return with_draws(trained["metrics"], run.storage, trained["model"], f"{run.boxes.name}-eval")
+
+
 def variants(*names: Variant) -> Callable[[VildRun, int], dict[str, Metrics]]:
     """A measurement of AP50 of some variants."""
 
     def measure(run: VildRun, seed: int) -> dict[str, Metrics]:
         ready = prepared(run)
-        found: dict[str, Metrics] = {}
-        for name in names:
-            found |= vild_study.measure_variant(ready, name, seed)
-        return found
+        return {name: sampled(ready, vild_study.train_variant(ready, name, seed)) for name in names}
 
     return measure
 
@@ -188,14 +191,12 @@ def keep_few(boxes: pa.Table, categories: Sequence[Mapping[str, Any]], count: in
 def measure_rare(run: VildRun, seed: int) -> dict[str, Metrics]:
     """AP50 of `vild` without novel boxes, and of supervised training with few of them, rare images repeated or not."""
     ready = prepared(run)
-    found = {"vild, no boxes": vild_study.measure_variant(ready, "vild", seed)["vild"]}
+    found = {"vild, no boxes": sampled(ready, vild_study.train_variant(ready, "vild", seed))}
     own = vild_study.variant_training(ready, "supervised", seed)
     own = replace(own, train_boxes=prepare_rare(ready), novel_boxes=True)
     for name, threshold in (("supervised", 0.0), ("supervised, repeated", run.repeat_threshold)):
-        sampled = replace(own, repeat_threshold=threshold)
-        found[f"{name}, {run.rare_boxes} boxes"] = vild_study.train_detector(sampled, seed, "supervised-rare")[
-            "metrics"
-        ]
+        trained = vild_study.train_detector(replace(own, repeat_threshold=threshold), seed, "supervised-rare")
+        found[f"{name}, {run.rare_boxes} boxes"] = sampled(ready, trained)
     return found
 
 
@@ -217,7 +218,7 @@ def measure_transfer(run: VildRun, seed: int) -> dict[str, Metrics]:
                 return evaluation.evaluate(settings).metrics.summary()
 
             metrics = studies.remember("vild", seed, f"{name}-on-{boxes}", own, job)
-            found[f"{name}{style}"] = metrics | teacher
+            found[f"{name}{style}"] = with_draws(metrics, run.storage, model, f"{boxes}-eval") | teacher
     return found
 
 
@@ -233,7 +234,7 @@ def measure_teachers(run: VildRun, seed: int) -> dict[str, Metrics]:
     for steps in run.teacher_steps:
         teacher = teacher_of(ready, 0, steps)
         own = vild_study.variant_training(ready, "vild", seed, teacher)
-        metrics = vild_study.train_detector(own, seed, "vild")["metrics"]
+        metrics = sampled(ready, vild_study.train_detector(own, seed, "vild"))
         accuracy = studies.remember("vild", seed, f"teacher-of-{steps}", own, vild_study.name_objects)
         found[f"teacher of {steps} steps"] = metrics | accuracy
     return found
@@ -248,17 +249,18 @@ def measure_backbones(run: VildRun, seed: int) -> dict[str, Metrics]:
         wider = replace(detector, backbone_options=detector.backbone_options | {"channels": channels})
         model = replace(ready.training.model, detector=wider)
         own = replace(ready, training=replace(ready.training, model=model))
-        found[f"width {width:g}"] = vild_study.measure_variant(own, "vild", seed)["vild"]
+        found[f"width {width:g}"] = sampled(ready, vild_study.train_variant(own, "vild", seed))
     return found
 
 
 def measure_weights(run: VildRun, seed: int) -> dict[str, Metrics]:
     """AP50 of `vild` by the weight w of distillation."""
     ready = prepared(run)
-    return {
-        f"w = {weight:g}": vild_study.measure_variant(replace(ready, one_head_weight=weight), "vild", seed)["vild"]
-        for weight in run.weights
-    }
+    found: dict[str, Metrics] = {}
+    for weight in run.weights:
+        trained = vild_study.train_variant(replace(ready, one_head_weight=weight), "vild", seed)
+        found[f"w = {weight:g}"] = sampled(ready, trained)
+    return found
 
 
 NOVEL = "ap50_novel"
