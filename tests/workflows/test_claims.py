@@ -112,8 +112,8 @@ def test_an_interval_over_images_pairs_the_variants_by_draw() -> None:
     assert interval and interval[0] < 0.45 and interval[1] > 0.55
     without = parts.judge(PART, [replace(record, draws={})])
     assert without.interval_over_images(without.judged[0]) is None
-    line = next(line for line in page.section(verdict) if line.startswith("| AP: better above worse"))
-    assert "| +0.100 | +0.100 to +0.100 |" in line
+    same = "+0.100 to +0.100"
+    assert f"| AP: better above worse (interval at least 0) | +0.100 | {same} | {same} | yes |" in page.section(verdict)
 
 
 def test_a_metric_that_is_not_measured_is_blank() -> None:

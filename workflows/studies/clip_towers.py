@@ -30,7 +30,7 @@ def multiply_adds(config: ClipConfig) -> int:
     # With gradients, since the fused attention that torch uses without them is not counted.
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, side, side, dtype=torch.uint8), model.tokenize(["a red umbrella and an anchor"]))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def tower_run(tower: str, base_steps: int) -> clip_configs.Run:

@@ -259,26 +259,36 @@ def metric_table(results: Results, title: str, columns: Mapping[str, str], each:
     return table(rows)
 
 
-def claim_table(
-    claims: Sequence[ClaimResult], over_images: Sequence[tuple[float, float] | None] | None = None
-) -> list[str]:
-    """Markdown table of measured claims, with a column of intervals over images if these are given."""
+def claim_table(claims: Iterable[ClaimResult]) -> list[str]:
+    """Markdown table of measured claims."""
     rows = [["claim", "required", "paper", "mean", "95 % interval", "seeds", "holds"]]
-    if over_images is not None:
-        rows[0].insert(5, "over images")
-    for number, judged in enumerate(claims):
+    for judged in claims:
         claim = judged.claim
-        required = f"{claim.tested} at least {claim.at_least:g}"
-        if claim.at_most is not None:
-            required += f", at most {claim.at_most:g}"
-        chosen = f" ({judged.baseline})" if len(claim.baselines) > 1 else ""
         paper = "" if claim.paper is None else f"{claim.paper:+.3f} ({claim.source})"
-        interval = "{:+.3f} to {:+.3f}".format(*judged.interval) if judged.interval else "none from one seed"
-        undecided = claim.tested == "interval" and judged.interval is None
-        holds = "yes" if judged.holds else "undecided" if undecided else "no"
-        cells = [required, paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), holds]
-        if over_images is not None:
-            images = over_images[number]
-            cells.insert(4, "{:+.3f} to {:+.3f}".format(*images) if images else "")
-        rows.append([claim.statement + chosen, *cells])
+        interval = format_interval(judged.interval) if judged.interval else "none from one seed"
+        cells = [requirement(claim), paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), outcome(judged)]
+        rows.append([statement(judged), *cells])
     return table(rows)
+
+
+def statement(judged: ClaimResult) -> str:
+    """A claim's statement, with the baseline that was chosen, if there was a choice."""
+    chosen = f" ({judged.baseline})" if len(judged.claim.baselines) > 1 else ""
+    return judged.claim.statement + chosen
+
+
+def requirement(claim: Claim) -> str:
+    """The bounds of a claim."""
+    required = f"{claim.tested} at least {claim.at_least:g}"
+    return required if claim.at_most is None else f"{required}, at most {claim.at_most:g}"
+
+
+def format_interval(interval: tuple[float, float]) -> str:
+    """An interval's ends."""
+    return "{:+.3f} to {:+.3f}".format(*interval)
+
+
+def outcome(judged: ClaimResult) -> str:
+    """Whether a claim holds, in a word."""
+    undecided = judged.claim.tested == "interval" and judged.interval is None
+    return "yes" if judged.holds else "undecided" if undecided else "no"

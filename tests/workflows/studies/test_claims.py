@@ -1,13 +1,11 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
 
 from data_prep import tables
 from data_prep.pictograms.world import World
 from ovd_models.metrics.matching import draw_images
-from ovd_models.segments import OFF, ON
 from workflows.studies import clip_towers
 from workflows.studies.claims import clip_parts, codet_parts, sam_parts, sampled, vild_parts
 from workflows.studies.claims.parts import settings_of
@@ -83,21 +81,6 @@ def test_random_embeddings_have_the_mean_and_covariance_of_the_names() -> None:
     assert np.abs(np.cov(drawn.T) - np.cov(rows.T)).max() < 0.01
     assert codet_parts.random_like(rows, 5, seed=3) == pytest.approx(drawn[:5])
     assert not np.allclose(codet_parts.random_like(rows, 5, seed=4), drawn[:5])
-
-
-def test_the_next_click_lies_in_the_larger_error() -> None:
-    true, found = torch.zeros(3, 8, 8, dtype=torch.bool), torch.zeros(3, 8, 8, dtype=torch.bool)
-    true[:, 1:6, 1:6] = True
-    found[0, 1:6, 1:3] = True  # misses the right part
-    found[1] = True  # spills over everything
-    found[2] = true[2]  # perfect
-    points, labels = sam_parts.next_click(found, true)
-    assert labels.tolist() == [ON, OFF, ON]
-    x, y = points[0].long().tolist()
-    assert true[0, y, x] and not found[0, y, x]
-    x, y = points[1].long().tolist()
-    assert not true[1, y, x]
-    assert points[2].tolist() == [3, 3]  # the deepest pixel of the object
 
 
 def test_few_boxes_of_novel_names_are_kept_and_all_of_base_ones() -> None:

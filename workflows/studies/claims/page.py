@@ -19,10 +19,10 @@ TITLE = """# The papers' claims, measured again
 and renders this page from the results in `docs/claims/`. Results with other settings are refused, not mixed.
 
 ```
-make claims                                             # prints what is recorded and what remains, then measures it
-python workflows/claims.py --claims 10 12 --seeds 0     # some claims, some seeds
-python workflows/claims.py --render                     # the page alone, in seconds
-python workflows/claims.py --check                      # measures one cheap claim again and compares
+make claims                                          # what is not recorded yet
+python workflows/claims.py --claims 10 12 --seeds 0  # some claims, some seeds
+python workflows/claims.py --render                  # this page alone, in seconds
+python workflows/claims.py --check                   # one claim again, compared
 ```
 
 Intervals are 95 % intervals of the mean over seeds (Student's t); differences are paired by seed. A claim *holds* if
@@ -42,10 +42,13 @@ def verdict_word(verdict: Verdict) -> str:
     return {True: "holds", False: "does not hold", None: "undecided"}[verdict.holds]
 
 
-def number_of(judged: ClaimResult) -> str:
-    """The mean with its interval."""
-    interval = " ({:+.3f} to {:+.3f})".format(*judged.interval) if judged.interval else ""
-    return f"{judged.mean:+.3f}{interval}"
+def headline(verdict: Verdict) -> str:
+    """The first line of the rule with its mean and interval; empty if it is not measured."""
+    if not verdict.judged:
+        return ""
+    first = verdict.judged[0]
+    interval = f" ({studies.format_interval(first.interval)})" if first.interval else ""
+    return f"{first.claim.statement}: **{first.mean:+.3f}**{interval}"
 
 
 def render_markdown(verdicts: Sequence[Verdict]) -> str:
@@ -54,17 +57,11 @@ def render_markdown(verdicts: Sequence[Verdict]) -> str:
     counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS)
     seconds = sum(record.seconds for verdict in verdicts for record in verdict.records)
     cpu = sum(record.cpu_seconds for verdict in verdicts for record in verdict.records)
-    rows = [["", "claim", "headline", "mean, interval", "seeds", ""]]
+    rows = [["claim", "headline: mean (95 % interval)", "state"]]
     for verdict, word in zip(verdicts, words, strict=True):
-        first = verdict.judged[0] if verdict.judged else None
-        rows.append([
-            f"[{verdict.part.number}](#claim-{verdict.part.number})",
-            verdict.part.statement,
-            first.claim.statement if first else "",
-            number_of(first) if first else "",
-            str(len(verdict.seeds) or ""),
-            word,
-        ])  # fmt: skip
+        number, count = verdict.part.number, len(verdict.seeds)
+        seeds = f", {count} seed{'s' if count > 1 else ''}" if count else ""
+        rows.append([f"[{number}](#claim-{number}). {verdict.part.statement}", headline(verdict), word + seeds])
     summary = (
         f"Claims: {counts}. The recorded results took {cpu / 3600:.2f} CPU-hours and {seconds / 3600:.1f} h of wall "
         "time on a shared machine, without attempts that were killed and without the demo, whose CLIP is that of seed "
@@ -83,11 +80,21 @@ def section(verdict: Verdict) -> list[str]:
     if not verdict.records:
         return [*lines, ""]
     spent = ", ".join(f"{record.seconds / 60:.1f}" for record in verdict.records)
-    over_images = [verdict.interval_over_images(judged) for judged in verdict.judged]
-    lines += [f"- Seeds: {seeds} ({spent} minutes).", "", *studies.claim_table(verdict.judged, over_images)]
-    lines += result_table(verdict)
+    lines += [f"- Seeds: {seeds} ({spent} minutes).", "", *rule_table(verdict), *result_table(verdict)]
     lines += [f"![claim {part.number}](claims/{part.number:02}.png)", ""]
     return [*lines, f"![{part.picture_text}](claims/{part.number:02}.jpg)", ""] if part.picture else lines
+
+
+def rule_table(verdict: Verdict) -> list[str]:
+    """Every line of the rule with its intervals; few columns, since a page is narrow."""
+    rows = [["rule", "mean", "over seeds", "over images", "holds"]]
+    for judged in verdict.judged:
+        claim, images = judged.claim, verdict.interval_over_images(judged)
+        paper = "" if claim.paper is None else f"; paper {claim.paper:+.3f}, {claim.source}"
+        text = f"{studies.statement(judged)} ({studies.requirement(claim)}{paper})"
+        ends = [studies.format_interval(interval) if interval else "" for interval in (judged.interval, images)]
+        rows.append([text, f"{judged.mean:+.3f}", *ends, studies.outcome(judged)])
+    return studies.table(rows)
 
 
 def result_table(verdict: Verdict) -> list[str]:
@@ -145,7 +152,8 @@ def draw(verdict: Verdict) -> matplotlib.figure.Figure:
     shown = {name: result for name, result in results.items() if any(result.has([metric]) for metric in metrics)}
     heights = (1.0 + 0.3 * len(shown), 0.4 + 0.6 * len(verdict.judged))
     figure = matplotlib.figure.Figure(figsize=(9, sum(heights)), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    halves: Any = figure.subfigures(2, 1, height_ratios=heights)
+    upper, lower = halves
     axes = upper.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axis, (header, metric) in zip(axes, columns, strict=True):
         draw_metric(axis, shown, metric)
