@@ -7,7 +7,7 @@ P prompts or objects of one image, H x W its size, K names.
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep import tables
 from ovd_models.errors import InputError
+from ovd_models.metrics.records import Floats
 from ovd_models.ovsam.baselines import BaselineConfig, SamClip
 from ovd_models.ovsam.metrics import PointingMetrics, centre_points, next_click
 from ovd_models.ovsam.model import OvSam
@@ -68,6 +69,8 @@ class SegmentationReport:
     """Variant and prompt kind -> `PointingMetrics.summary`."""
     costs: Mapping[str, Cost]
     pictures: tuple[Image.Image, ...]
+    by_image: Mapping[tuple[str, str], Mapping[str, tuple[Floats, Floats]]] = field(default_factory=dict)
+    """Variant and prompt kind -> `PointingMetrics.by_image`."""
 
     def log(self, tracked: TrackedRun, prefix: str, step: int) -> None:
         """Log pictures and finite metrics under `prefix`; OV-SAM's with boxes as prompts also as the headline."""
@@ -135,7 +138,8 @@ def evaluate_ovsam(
     read = read_box_images(storage_uri, rows)
     image = next(to_tensor(image).to(device) for _, image in read if image is not None)
     costs = measure_costs(model, sam, vocabulary, image)
-    return SegmentationReport(summarise(metrics), costs, tuple(pictures))
+    by_image = {key: entry.by_image() for key, entry in metrics.items()}
+    return SegmentationReport(summarise(metrics), costs, tuple(pictures), by_image)
 
 
 def measure_pointing(

@@ -54,6 +54,8 @@ PAPER = {
     ("point", "CLIP features"): 0.446,
 }
 """OV-SAM's accuracy minus the baseline's, by prompt and kind of baseline."""
+BY_IMAGE = ("iou_all", "accuracy_base", "accuracy_novel")
+"""Metrics of which sums and counts by image are remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +188,21 @@ def seed_training(run: Run, seed: int) -> ovsam_configs.Run:
 
 
 def train_ovsam(own: ovsam_configs.Run, seed: int, name: str = "ovsam") -> dict[str, Any]:
-    """Checkpoints and metrics by `<variant>, <prompt>` and `<variant>, cost` of an OV-SAM."""
+    """Checkpoints and metrics by `<variant>, <prompt>` and `<variant>, cost` of an OV-SAM.
+
+    `by_image` has the sums and counts of `BY_IMAGE` in each image, by `<variant>, <prompt>`.
+    """
 
     def job(own: ovsam_configs.Run) -> dict[str, Any]:
         trained = ovsam.train(own)
         rows = {", ".join(key): dict(values) for key, values in trained.metrics.rows.items()}
         costs = {f"{variant}, cost": asdict(cost) for variant, cost in trained.metrics.costs.items()}
-        return {"model": trained.model, "sam": trained.outputs["sam"], "seconds": trained.seconds, "rows": rows | costs}
+        by_image = {
+            ", ".join(key): {name: [values.tolist() for values in of[name]] for name in BY_IMAGE}
+            for key, of in trained.metrics.by_image.items()
+        }
+        outputs = {"model": trained.model, "sam": trained.outputs["sam"], "seconds": trained.seconds}
+        return {**outputs, "rows": rows | costs, "by_image": by_image}
 
     return studies.remember("ovsam", seed, name, own, job)
 

@@ -525,6 +525,8 @@ def test_means_are_over_instances() -> None:
     summary = metrics.summary()
     assert (summary["iou_all"], summary["iou_base"], summary["iou_novel"]) == (0.5, 1.0, 0.25)
     assert (summary["accuracy_base"], summary["accuracy_novel"]) == (1.0, 0.5)
+    sums, counts = metrics.by_image()["iou_novel"]
+    assert (sums.tolist(), counts.tolist()) == ([0.5, 0.0], [2.0, 0.0])
     assert math.isnan(PointingMetrics().summary()["iou_novel"])
 
 

@@ -1,7 +1,9 @@
 """Claims about SAM and OV-SAM: prompts, clicks and names here, the rest wraps the study of OV-SAM."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from workflows.studies import study as studies
 from workflows.studies import vild as vild_study
 from workflows.studies.claims import vild_parts
 from workflows.studies.claims.parts import Part
-from workflows.studies.claims.sampled import mean_of_images
+from workflows.studies.claims.sampled import mean_of_images, ratio
 from workflows.studies.claims.teachers import prepare_world, teacher_of, transformer_teacher
 from workflows.studies.study import Claim, Metrics, StudyRun
 
@@ -163,7 +165,15 @@ def prepared(run: OvsamRun) -> OvsamRun:
 
 def measure_ovsam(run: OvsamRun, seed: int) -> dict[str, Metrics]:
     """IoU, accuracy and cost of SAM, the baselines and OV-SAM."""
-    return ovsam_study.measure_first(prepared(run), seed)
+    return sampled_rows(ovsam_study.train_ovsam(ovsam_study.seed_training(prepared(run), seed), seed))
+
+
+def sampled_rows(trained: Mapping[str, Any]) -> dict[str, Metrics]:
+    """The rows of a trained OV-SAM, with their values on other draws of the scenes."""
+    rows: dict[str, Metrics] = {name: dict(metrics) for name, metrics in trained["rows"].items()}
+    for name, of in trained["by_image"].items():
+        rows[name] |= {metric: ratio(*of[metric]) for metric in of if math.isfinite(rows[name][metric])}
+    return rows
 
 
 POINTING = {"IoU": "iou_all", "base accuracy": "accuracy_base", "novel accuracy": "accuracy_novel"}
@@ -225,7 +235,7 @@ def measure_detector(run: DetectorRun, seed: int) -> dict[str, Metrics]:
     own = vild_study.variant_training(vild_run, "ensemble", seed)
     detector = vild_study.train_detector(own, seed, "ensemble")["model"]
     masks = ovsam_study.measure_detector(ready, detector, seed)
-    rows = ovsam_study.measure_first(ready, seed)
+    rows = sampled_rows(ovsam_study.train_ovsam(ovsam_study.seed_training(ready, seed), seed))
     kinds = [f"{model}, {kind}" for model in ("sam", "ovsam") for kind in PROMPT_KINDS]
     return {
         **{name.removeprefix(f"{detector}: "): metrics for name, metrics in masks.items()},
@@ -279,7 +289,7 @@ def measure_towers(run: OvsamRun, seed: int) -> dict[str, Metrics]:
     other = ovsam_study.at_equal_compute(replace(own, teacher=transformer_teacher(run)), convolutional["model"])
     trained = {"convolutional": convolutional, "ViT": ovsam_study.train_ovsam(other, seed, "vit")}
     return {
-        f"{tower}, {kind}": result["rows"][f"ovsam, {kind}"]
+        f"{tower}, {kind}": sampled_rows(result)[f"ovsam, {kind}"]
         for tower, result in trained.items()
         for kind in PROMPT_KINDS
     }
@@ -320,7 +330,7 @@ def measure_ablation(run: OvsamRun, seed: int) -> dict[str, Metrics]:
     found: dict[str, Metrics] = {}
     for name, training in trainings.items():
         trained = ovsam_study.train_ovsam(training, seed, "ovsam" if training is own else name.replace(" ", "-"))
-        iou = {"iou_all": trained["rows"]["ovsam, box"]["iou_all"]}
+        iou = {"iou_all": sampled_rows(trained)["ovsam, box"]["iou_all"]}
         named = ovsam_study.fuse(ways, training, seed, trained["model"])
         found[name] = iou | named[ovsam_study.fusion_name(own.alpha, own.beta, own.novel_bias)]
         if training is own:
