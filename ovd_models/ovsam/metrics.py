@@ -70,7 +70,7 @@ class PointingMetrics:
         values = {"iou": np.asarray(self.ious, float), "accuracy": np.asarray(self.right, float)}
         return {
             f"{value}_{split}": (
-                np.bincount(image[rows], numbers[rows], minlength=count),
+                np.bincount(image[rows], numbers[rows], minlength=count).astype(np.float64),
                 np.bincount(image[rows], minlength=count).astype(np.float64),
             )
             for value, numbers in values.items()
