@@ -81,7 +81,7 @@ SETTINGS: dict[Any, Callable[[Part, str], Any]] = {
     sam_parts.DetectorRun: ovsam_settings,
 }
 """The smallest settings by the type of a part's; the others are CoDet's."""
-SAMPLED = set(PARTS) - {2, 3, 10}
+SAMPLED = set(PARTS) - {10}
 """Claims whose metrics have values on other draws of the images."""
 
 

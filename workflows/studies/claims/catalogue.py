@@ -3,13 +3,12 @@
 from workflows.studies.claims.clip_parts import INTERACTIVE, PROMPTS, SIZES
 from workflows.studies.claims.codet_parts import GROUPS_AGAINST_NAMES, SHARED, SWEEPS
 from workflows.studies.claims.parts import Part
+from workflows.studies.claims.proposal_parts import PROPOSALS, QUALITY
 from workflows.studies.claims.sam_parts import ABLATION, CLICKS, DETECTORS, NAIVE, TOWERS
 from workflows.studies.claims.vild_parts import (
     BACKBONES,
     CROPS,
     DISTILLATION,
-    PROPOSALS,
-    QUALITY,
     RARE,
     TEACHERS,
     TRANSFER,

@@ -1,9 +1,8 @@
-"""Claims about ViLD: proposals, distillation, scoring, transfer; they wrap the study of ViLD with a short schedule."""
+"""Claims about ViLD: distillation, scoring, transfer; they wrap the study of ViLD with a short schedule."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from data_prep import tables
 from data_prep.boxes.coco import flat_categories, keep_annotations
 from ovd_models.vild.model import Variant
 from workflows import prepare_boxes
-from workflows.common.teacher import untrained_teacher
 from workflows.configs import vild as vild_configs
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.reports import evaluation
@@ -75,78 +73,6 @@ def prepared(run: VildRun) -> VildRun:
     prepare_world(run.storage)
     prepare_boxes.prepare_full(replace(run.boxes, storage=run.storage))
     return replace(run, teacher=run.teacher or teacher_of(run, 0))
-
-
-# ------------------------------------------------------------------------------------------------------ proposals
-
-
-def without_teacher(run: VildRun) -> VildRun:
-    """The run for proposals, which depend on no teacher: an untrained one embeds the names of the checkpoint."""
-    return prepared(replace(run, teacher=untrained_teacher(run.storage)))
-
-
-def measure_proposals(run: VildRun, seed: int) -> dict[str, Metrics]:
-    """Recall of proposals from base boxes, and from base and novel ones."""
-    return vild_study.measure_proposals(without_teacher(run), seed)
-
-
-def measure_rpn_steps(run: VildRun, seed: int) -> dict[str, Metrics]:
-    """Recall of proposals from base boxes by length of training."""
-    ready, found = without_teacher(run), {}
-    for steps in run.rpn_steps:
-        own = studies.seeded(ready.training, ready.storage, ready.teacher, seed)
-        own = replace(own, rpn_stage=replace(own.rpn_stage, steps=steps))
-        proposals = vild_study.train_proposals(own, seed)
-        found[f"{steps} steps"] = studies.remember("vild", seed, "rpn-base", own, partial(vild_study.recall, proposals))
-    return found
-
-
-RECALL = {f"{split} AR@{limit}": f"ar{limit}_{split}" for split in ("novel", "base") for limit in (100, 300)}
-RPN_SCHEDULE = (
-    "`vild.py --config pictograms`, stage `rpn`, 200 steps of 8 scenes; 300 scenes with base and novel objects."
-)
-
-PROPOSALS = Part(
-    number=2,
-    statement="A proposal network trained on base boxes alone finds nearly all novel objects that one trained on base "
-    "and novel boxes finds.",
-    paper=("novel AR@100, 300, 1000 on LVIS: 39.3, 48.3, 55.6 from base boxes, 41.1, 50.9, 57.0 from all (ViLD)*",),
-    settings=VildRun(),
-    measure=measure_proposals,
-    claims=(
-        Claim(
-            "novel AR@100: from base boxes no more than 0.05 below from all",
-            "ar100_novel",
-            "rpn-base",
-            ("rpn-base-and-novel",),
-            at_least=-0.05,
-            paper=-0.018,
-            source="LVIS*",
-        ),
-    ),
-    columns=RECALL,
-    schedule=RPN_SCHEDULE,
-)
-QUALITY = Part(
-    number=3,
-    statement="A better proposal network keeps more objects that it was never trained on.",
-    paper=("not measured alone; the first stage is trained on base boxes (ViLD, section 3.2)",),
-    settings=VildRun(),
-    measure=measure_rpn_steps,
-    claims=(
-        Claim("novel AR@100: 200 steps above 50", "ar100_novel", "200 steps", ("50 steps",)),
-        Claim(
-            "novel AR@100: 400 steps no more than 0.02 below 200",
-            "ar100_novel",
-            "400 steps",
-            ("200 steps",),
-            at_least=-0.02,
-        ),
-    ),
-    columns=RECALL,
-    schedule="`vild.py --config pictograms`, stage `rpn`, base boxes, 25 to 400 steps of 8 scenes.",
-    remark="Backbones, localisation-quality objectness and the effect on novel AP have no command yet.",
-)
 
 
 # -------------------------------------------------------------------------------------------------- distillation
