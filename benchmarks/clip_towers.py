@@ -17,36 +17,14 @@ from typing import Any
 
 import torch
 from open_clip.loss import ClipLoss
-from torch.utils.flop_counter import FlopCounterMode
 
 from ovd_models.clip.model import Clip, ClipConfig
 from workflows import clip
 from workflows.common.optimisation import build_optimiser
 from workflows.configs import clip as clip_configs
+from workflows.studies.clip_towers import TOWERS, multiply_adds, tower_run
 
 TIMED_STEPS = 7
-
-TOWERS: dict[str, dict[str, Any]] = {
-    "flat convnet": ClipConfig().vision,
-    "ResNet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
-    "ConvNeXt": {
-        "timm_model_name": "convnext_zepto_rms_ols",
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": 64,
-    },
-    "ViT": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32},
-}
-
-
-def multiply_adds(config: ClipConfig) -> tuple[int, int]:
-    """Multiply-adds of a pair in the forward pass, and the parameters of the image tower."""
-    model = Clip(config).eval()
-    side = config.image_size
-    # With gradients, since the fused attention that torch uses without them is not counted.
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, side, side, dtype=torch.uint8), model.tokenize(["a red umbrella and an anchor"]))
-    return counter.get_total_flops() // 2, sum(value.numel() for value in model.model.visual.parameters())
 
 
 def step_seconds(config: ClipConfig, batch: int) -> float:
@@ -72,29 +50,17 @@ def measure(tower: str, storage: str, base_steps: int) -> dict[str, Any]:
     if saved.is_file():
         figures: dict[str, Any] = json.loads(saved.read_text())
         return figures
-    reference = multiply_adds(ClipConfig())[0]
-    default = clip_configs.pictograms()
-    config = dataclasses.replace(default.model, vision=TOWERS[tower])
-    adds, parameters = multiply_adds(config)
-    steps = max(5, round(base_steps * reference / adds))
-    run = dataclasses.replace(
-        default,
-        storage=storage,
-        config=name,
-        model=config,
-        resume=name,
-        optimisation=dataclasses.replace(default.optimisation, steps=steps, workers=0),
-    )
+    run = dataclasses.replace(tower_run(tower, base_steps), storage=storage, config=name, resume=name)
     saved.parent.mkdir(parents=True, exist_ok=True)
     trained = clip.train(run)
     figures = {
         "tower": tower,
-        "parameters": parameters,
-        "multiply_adds": adds,
-        "steps": steps,
+        "parameters": sum(value.numel() for value in Clip(run.model).model.visual.parameters()),
+        "multiply_adds": multiply_adds(run.model),
+        "steps": run.optimisation.steps,
         "top1_base": trained.metrics.top1_base,
         "top1_novel": trained.metrics.top1_novel,
-        "cpu_seconds": step_seconds(config, run.batch_size) * steps,
+        "cpu_seconds": step_seconds(run.model, run.batch_size) * run.optimisation.steps,
     }
     saved.write_text(json.dumps(figures))
     return figures

@@ -11,8 +11,10 @@ from torch import Tensor
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.metrics.average_precision import Curves, accumulate
+from ovd_models.metrics.matching import match
 from ovd_models.metrics.records import (
     Category,
+    Floats,
     GroundTruth,
     IouType,
     Predictions,
@@ -133,6 +135,28 @@ def evaluate_proposals(
     Returns:
         AR by limit; NaN if there is no box to find.
     """
+    truth, found = _proposed(rows, proposals, category_ids)
+    if not len(truth.labels):
+        return dict.fromkeys(limits, float("nan"))
+    curves = accumulate(truth, found, "bbox", limits=sorted(limits))
+    return {limit: curves.ar(limit) for limit in limits}
+
+
+def recall_by_image(
+    rows: Sequence[Mapping[str, Any]], proposals: Sequence[tuple[Tensor, Tensor]], category_ids: Collection[int]
+) -> tuple[Floats, Floats]:
+    """AR@100 of `evaluate_proposals` by image: [I] found boxes, averaged over IoU thresholds, and [I] boxes to find."""
+    truth, found = _proposed(rows, proposals, category_ids)
+    matches = match(truth, found, "bbox", federated=False)
+    hit = np.bincount(matches.predictions.images, matches.hits.mean(0), minlength=len(rows))
+    wanted = np.bincount(truth.images[matches.counted], minlength=len(rows))
+    return hit.astype(np.float64), wanted.astype(np.float64)
+
+
+def _proposed(
+    rows: Sequence[Mapping[str, Any]], proposals: Sequence[tuple[Tensor, Tensor]], category_ids: Collection[int]
+) -> tuple[GroundTruth, Predictions]:
+    """Boxes of some categories, and proposals, as one category."""
     truth = truth_of_rows(rows, [Category(key, str(key)) for key in category_ids]).class_agnostic()
     parts = [
         Predictions(
@@ -144,10 +168,7 @@ def evaluate_proposals(
         )
         for image, (boxes, scores) in enumerate(proposals)
     ]
-    if not len(truth.labels):
-        return dict.fromkeys(limits, float("nan"))
-    curves = accumulate(truth, concatenate(parts), "bbox", limits=sorted(limits))
-    return {limit: curves.ar(limit) for limit in limits}
+    return truth, concatenate(parts)
 
 
 def _nanmean(values: Any) -> float:

@@ -4,10 +4,13 @@ R regions, B images, K classes, C concepts, M distilled regions, D embedding wid
 """
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Distance = Literal["l1", "l2"]
 
 
 def cosine_logits(feature_RD: Tensor, text_KD: Tensor, temperature: float) -> Tensor:
@@ -84,17 +87,19 @@ def softmax_loss(logits_RK: Tensor, background_R: Tensor, labels_R: Tensor, trai
     return F.cross_entropy(all_RK1, target_R, reduction="sum") / max(1, len(logits_RK))
 
 
-def distillation_loss(student_MD: Tensor, teacher_MD: Tensor, valid_M: Tensor) -> Tensor:
-    """L1 distance of unit embeddings, summed over dimensions, averaged over valid regions or 0 (ViLD, equation 4).
+def distillation_loss(student_MD: Tensor, teacher_MD: Tensor, valid_M: Tensor, distance: Distance = "l1") -> Tensor:
+    """Distance of unit embeddings, summed over dimensions, averaged over valid regions or 0 (ViLD, equation 4).
 
     Args:
         student_MD: [M, D] of any norm; a zero row stays zero.
         teacher_MD: [M, D] of any norm.
         valid_M: [M] bool; other rows are ignored.
+        distance: absolute differences, or squared ones, whose sum is twice the cosine distance.
     """
     with torch.autocast(student_MD.device.type, enabled=False):
         student_MD, teacher_MD = (F.normalize(rows.float(), dim=-1, eps=1e-6) for rows in (student_MD, teacher_MD))
-        distance_M = (student_MD - teacher_MD).abs().sum(-1)
+        difference_MD = student_MD - teacher_MD
+        distance_M = (difference_MD.abs() if distance == "l1" else difference_MD.square()).sum(-1)
         return torch.where(valid_M, distance_M, 0.0).sum() / valid_M.sum().clamp(min=1)
 
 

@@ -278,7 +278,7 @@ class Segmenter(Predictor[OvSam]):
 class TextSegmenter(Predictor[TextToMask]):
     """A trained text-to-mask model: names in, masks out."""
 
-    def segment(self, image: ImageLike, names: Sequence[str] | None = None) -> Segments:
+    def segment(self, image: ImageLike, names: Sequence[str] | None = None, clicks: Prompts | None = None) -> Segments:
         """One mask for each name; its score is the model's own estimate of the mask's quality.
 
         Training uses names of objects in the image only, so a name of something absent gets a mask too.
@@ -286,18 +286,20 @@ class TextSegmenter(Predictor[TextToMask]):
         Args:
             image: a path, a file's bytes, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB).
             names: any names; the default vocabulary if None.
+            clicks: points that correct each name's mask, with the earlier masks (`Segments.low_res`); for a model that
+                was trained with clicks.
 
         Raises:
-            InputError: the image cannot be read, or a name cannot be embedded.
+            InputError: the image cannot be read, a name cannot be embedded, or the clicks do not fit.
         """
         tensor = self.read(image)
         chosen = names if names is not None else self.vocabulary
         vocabulary = build_vocabulary(self.encoder, chosen, self.info.splits).to(self.device)
-        return _with_image(self.find(tensor, vocabulary), tensor)
+        return _with_image(self.find(tensor, vocabulary, clicks), tensor)
 
-    def find(self, image: Tensor | EncodedImage, vocabulary: Vocabulary) -> Segments:
+    def find(self, image: Tensor | EncodedImage, vocabulary: Vocabulary, clicks: Prompts | None = None) -> Segments:
         """One mask of an image ([3, H, W] uint8, or encoded by the model's SAM) for each name of a vocabulary."""
-        segments = self.model.segment_text(image, vocabulary.embeddings)
+        segments = self.model.segment_text(image, vocabulary.embeddings, clicks)
         labels = torch.arange(len(vocabulary), device=self.device)
         return replace(segments, labels=labels, scores=segments.ious, names=vocabulary.names)
 

@@ -75,6 +75,11 @@ class Prompts(TensorRecord):
                 return len(value)
         return 0
 
+    def take(self, rows: Tensor) -> "Prompts":
+        """The prompts of these rows."""
+        values = (self.points, self.point_labels, self.boxes, self.masks)
+        return Prompts(*(None if value is None else value[rows] for value in values))
+
     def checked(self, width: int, height: int, mask_side: int) -> "Prompts":
         """The prompts, valid for an image of this size in pixels and masks of side L, their boxes clipped to it.
 

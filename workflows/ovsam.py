@@ -291,6 +291,26 @@ def train_text(
     return module.eval()
 
 
+def teach_text(run: Run) -> str:
+    """Train names as prompts of the SAM `--sam` in a run of its own; returns its checkpoint folder.
+
+    Raises:
+        InputError: a table, the teacher or the SAM is missing, or there are fewer than two base names.
+    """
+    clip, encoder = open_clip_teacher(run)
+    names, (sam, sam_name) = read_names(run, encoder), open_sam(run)
+    with runs.open_run(
+        run,
+        "ovsam",
+        data_set=run.boxes,
+        tables_read={"boxes": f"{run.boxes}-train", "categories": run.boxes},
+        inputs={"teacher": encoder.teacher, "sam": sam_name},
+        stages=(run.text_stage,),
+    ) as active:
+        text = train_text(run, model_config(run, sam.config, clip), sam, clip, names, active)
+        return active.save("text_model", partial(save, run, text, encoder, names))
+
+
 def read_names(run: Run, encoder: ClipTextEncoder) -> OvSamNames:
     """Embed the names of `categories/<boxes>`, or read them from the teacher's `texts`.
 
@@ -329,6 +349,7 @@ def model_config(run: Run, sam: SamConfig, clip: Clip) -> OvSamConfig:
         tower=TowerConfig.of(clip.config),
         adapter_depth=run.adapter_depth,
         pyramid_width=run.pyramid_width,
+        label_levels=run.label_levels,
         label_hidden=run.label_hidden,
         alpha=run.alpha,
         beta=run.beta,

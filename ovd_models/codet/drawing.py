@@ -14,8 +14,10 @@ from torch import Tensor
 from ovd_models.drawing import draw_boxes
 
 MAP_SIDE = 640
-SHOWN = 3
-"""Proposals per image that are drawn with their attention."""
+SHOWN, LEAST_SHOWN = 3, 0.01
+"""Proposals per image that are drawn with their attention: how many, and with how much of it at least."""
+DARKEST = 0.4
+"""Brightness where there is no attention."""
 
 
 def draw_attention(
@@ -33,9 +35,10 @@ def draw_attention(
     panels = []
     for image, box, weight in zip(images, boxes, attention, strict=True):
         pixels = image.cpu().permute(1, 2, 0).float() * (
-            0.25 + 0.75 * attention_map(box, weight, *image.shape[1:])[..., None]
+            DARKEST + (1 - DARKEST) * attention_map(box, weight, *image.shape[1:])[..., None]
         )
         most = weight.topk(min(SHOWN, len(weight))).indices.cpu()
+        most = most[weight.cpu()[most] >= LEAST_SHOWN]
         texts = [f"{value:.2f}" for value in weight[most].tolist()]
         picture = Image.fromarray(pixels.to(torch.uint8).numpy())
         panels.append(draw_boxes(picture, box.cpu()[most], texts, list(range(len(most)))))

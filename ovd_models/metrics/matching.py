@@ -173,6 +173,13 @@ def interpolated_ap(right: Floats, wrong: Floats, positives: npt.NDArray[Any]) -
     return np.where(positives > 0, ap, np.nan)
 
 
+def draw_images(count: int, draws: int, seed: int = 0) -> Floats:
+    """[draws, I] how often each of I = `count` images is in each draw of as many, with replacement."""
+    rng = np.random.default_rng(seed)
+    weights = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)]
+    return np.stack(weights).astype(np.float64)
+
+
 def bootstrap(
     truth: GroundTruth, matches: Matches, groups: dict[str, Bools], draws: int, seed: int = 0
 ) -> dict[str, Floats]:
@@ -188,10 +195,7 @@ def bootstrap(
     Returns:
         `AP <name>` and `AP50 <name>` -> [draws]; NaN where a draw has no object of the group.
     """
-    rng = np.random.default_rng(seed)
-    count = len(truth.image_ids)
-    weights = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)])
-    ap_WTK = np.stack(_weighted_aps(truth, matches, weights.astype(np.float64)), axis=-1)
+    ap_WTK = np.stack(_weighted_aps(truth, matches, draw_images(len(truth.image_ids), draws, seed)), axis=-1)
     results = {}
     for group, chosen in groups.items():
         results[f"AP {group}"] = np.array([mean_of(ap_TK[:, chosen]) for ap_TK in ap_WTK])

@@ -50,8 +50,9 @@ class RegionNamer(nn.Module):
             self.output = nn.Sequential(nn.AvgPool2d(ROI_SIDE), nn.Flatten())
 
     def pyramid(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """CLIP's levels [B, C_i, H_i, W_i] -> as many of [B, C, H_i, W_i]."""
-        return list(self.fpn({str(index): level for index, level in enumerate(levels)}).values())
+        """CLIP's levels [B, C_i, H_i, W_i], of which the last ones are used -> as many of [B, C, H_i, W_i]."""
+        own = levels[-len(self.strides) :]
+        return list(self.fpn({str(index): level for index, level in enumerate(own)}).values())
 
     def forward(self, pyramid: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
         """[R, D] embeddings of any norm of regions [R, 5] (image index and xyxy, pixels of the input)."""

@@ -21,7 +21,7 @@ from torchvision.ops import nms
 from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 from ovd_models.ovsam.adapter import Sam2Clip
-from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
+from ovd_models.ovsam.clip_pyramid import NUM_LEVELS, ClipPyramid, TowerConfig, build_tower
 from ovd_models.ovsam.head import LOGIT_SCALE, RegionNamer, fuse_scores, name_logits, synonym_rows
 from ovd_models.sam.model import (
     IMAGENET_MEAN,
@@ -54,6 +54,8 @@ class OvSamConfig:
     adapter_depth: int = 2
     """Blocks of the adapter; the last attends to the whole image, the others to windows."""
     pyramid_width: int = 64
+    label_levels: int = NUM_LEVELS
+    """CLIP's levels in the label branch's pyramid, the coarsest ones; 1 is CLIP's last level alone."""
     label_hidden: int = 256
     """Width of the label branch's MLP; 0 for none, as in the released weights."""
     label_token: bool = False
@@ -102,9 +104,10 @@ class OvSam(nn.Module):
         self.label_token = nn.Embedding(1, config.sam.prompt_width) if config.label_token else None
         if not config.iou_head:
             del self.mask_decoder.iou_token, self.mask_decoder.iou_prediction_head
-        self.namer = RegionNamer(
-            self.clip.channels, self.clip.strides, config.pyramid_width, config.tower.embed_dim, config.label_hidden
-        )
+        if not 1 <= config.label_levels <= NUM_LEVELS:
+            raise InputError(f"label_levels: {config.label_levels}, expected 1 to {NUM_LEVELS}")
+        channels, strides = (each[-config.label_levels :] for each in (self.clip.channels, self.clip.strides))
+        self.namer = RegionNamer(channels, strides, config.pyramid_width, config.tower.embed_dim, config.label_hidden)
 
     def load_teachers(self, teacher: SamModel, tower: nn.Module) -> None:
         """Copy the pretrained parts: SAM's position embeddings, prompt encoder and single-mask decoder, and CLIP.

@@ -14,9 +14,15 @@ from ovd_models.errors import InputError
 from ovd_models.losses import zero_loss
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.ovsam.crops import square_crops
-from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_on_device, unnamed
-from ovd_models.sam.training import SampledObjects, SamTrainingConfig, prompt_losses, sample_objects
-from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Segments
+from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_on_device, input_prompts, unnamed
+from ovd_models.sam.training import (
+    SampledObjects,
+    SamTrainingConfig,
+    corrective_clicks,
+    prompt_losses,
+    sample_objects,
+)
+from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Prompts, Segments
 
 CENTRE_MOMENTUM = 0.99
 NAMES_AT_A_TIME = 64
@@ -32,6 +38,10 @@ class TextToMaskConfig:
     """Maximum side of the square crops relative to the object's longer side; drawn between 1 and this."""
     hidden_share: float = 0.5
     """Share of the crops in which the background is blanked."""
+    clicks: int = 0
+    """Rounds after the name that add a corrective click to the last mask."""
+    min_area: int = 0
+    """Minimum area of a mask to learn from, in pixels of the model's input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +92,7 @@ class TextToMask(nn.Module):
         with torch.no_grad():
             embedding_BChw = self.sam.sam.image_encoder(torch.stack([self.sam.sam.preprocess(f) for f in fitted]))
         objects = sample_objects(batch, side, self.settings.prompts_per_image, generator)
+        objects = objects.take(objects.masks.flatten(1).sum(1) >= self.settings.min_area)
         if not len(objects.labels):
             return dict.fromkeys(("focal", "dice", "iou"), zero_loss(self.parameters()))
         images = torch.stack([self.clip.normalise(image, side) for image in fitted])
@@ -89,8 +100,24 @@ class TextToMask(nn.Module):
         if self.training:
             share = torch.where(self.image_centre.any(), 1 - CENTRE_MOMENTUM, 1.0)
             self.image_centre.lerp_(image_PD.mean(0), share)
-        low_PKLL, ious_PK = self._decode(embedding_BChw[objects.images], image_PD - self.image_centre)
-        return prompt_losses(low_PKLL, ious_PK, objects.masks, SamTrainingConfig(), ambiguous=False)
+        embedding_PChw, centred_PD, settings = (
+            embedding_BChw[objects.images],
+            image_PD - self.image_centre,
+            SamTrainingConfig(),
+        )
+        low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD)
+        rounds = [prompt_losses(low_PKLL, ious_PK, objects.masks, settings, ambiguous=False)]
+        points, labels = [], []
+        for _ in range(self.settings.clicks):
+            last_PLL = low_PKLL.detach()[:, 0]
+            shown_PSS = F.interpolate(last_PLL[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0] > 0
+            point_P2, label_P = corrective_clicks(shown_PSS, objects.masks, generator)
+            points.append(point_P2)
+            labels.append(label_P)
+            clicks = Prompts(torch.stack(points, 1), torch.stack(labels, 1), masks=last_PLL)
+            low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD, clicks)
+            rounds.append(prompt_losses(low_PKLL, ious_PK, objects.masks, settings, ambiguous=False))
+        return {name: torch.stack([entry[name] for entry in rounds]).mean() for name in rounds[0]}
 
     @torch.no_grad()
     def _embed_crops(self, images: Tensor, objects: SampledObjects, generator: torch.Generator | None) -> Tensor:
@@ -104,22 +131,47 @@ class TextToMask(nn.Module):
         crops = square_crops(shown_P3SS, rows, objects.boxes, margin_P, self.config.tower.image_size)
         return self.clip.embed(crops)
 
-    def _decode(self, embedding_PChw: Tensor, centred_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask logits [P, K, L, L] and predicted IoUs [P, K] of centred CLIP embeddings."""
-        sparse_P1C = self.token(F.normalize(centred_PD, dim=-1))[:, None]
-        dense = self.sam.sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]
-        return self.sam.decode(embedding_PChw, sparse_P1C, dense)
+    def _decode(
+        self, embedding_PChw: Tensor, centred_PD: Tensor, clicks: Prompts | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mask logits [P, K, L, L] and predicted IoUs [P, K] of centred CLIP embeddings.
+
+        `clicks` are points in pixels of the input, with the last masks if there are some.
+        """
+        encoder = self.sam.sam.prompt_encoder
+        sparse_PnC = self.token(F.normalize(centred_PD, dim=-1))[:, None]
+        dense = encoder.no_mask_embed.weight[:, :, None, None]
+        if clicks is not None:
+            masks = None if clicks.masks is None else clicks.masks[:, None]
+            clicked_PnC, dense = encoder((clicks.points, clicks.point_labels), None, masks)
+            sparse_PnC = torch.cat([sparse_PnC, clicked_PnC], 1)
+        return self.sam.decode(embedding_PChw, sparse_PnC, dense)
 
     @torch.no_grad()
-    def segment_text(self, image: Tensor | EncodedImage, text_PD: Tensor) -> Segments:
-        """One mask of an image ([3, H, W] uint8, or encoded by the SAM) for each unit row of names, with its IoU."""
+    def segment_text(self, image: Tensor | EncodedImage, text_PD: Tensor, clicks: Prompts | None = None) -> Segments:
+        """One mask of an image for each unit row of names, with its IoU.
+
+        Args:
+            image: [3, H, W] uint8, or encoded by the SAM.
+            text_PD: the names.
+            clicks: points for each of the names, in pixels of the image, with the earlier masks
+                (`Segments.low_res`) that they correct.
+
+        Raises:
+            InputError: the clicks do not fit the image, or are not as many as the names.
+        """
         encoded = self.sam.encode(image) if isinstance(image, Tensor) else image
+        if clicks is not None:
+            if clicks.points is None or len(clicks) != len(text_PD):
+                raise InputError(f"clicks: {len(clicks)}, expected points for each of the {len(text_PD)} names")
+            clicks = input_prompts(clicks, encoded)
         height, width = encoded.size
         parts = []
         count = max(1, min(NAMES_AT_A_TIME, PIXELS_AT_A_TIME // math.prod(encoded.padded_size)))
-        for rows_PD in torch.split(text_PD, count):
-            embedding_PChw = encoded.embedding.expand(len(rows_PD), -1, -1, -1)
-            low_PKLL, ious_PK = self._decode(embedding_PChw, rows_PD - self.text_centre)
+        for rows_P in torch.split(torch.arange(len(text_PD), device=text_PD.device), count):
+            embedding_PChw = encoded.embedding.expand(len(rows_P), -1, -1, -1)
+            own = None if clicks is None else clicks.take(rows_P)
+            low_PKLL, ious_PK = self._decode(embedding_PChw, text_PD[rows_P] - self.text_centre, own)
             masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
             parts.append((masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
         return unnamed(*map(torch.cat, zip(*parts, strict=True)))

@@ -155,6 +155,10 @@ class SampledObjects:
     boxes: Tensor
     """[P, 4] tight boxes."""
 
+    def take(self, kept_P: Tensor) -> "SampledObjects":
+        """The objects of a mask [P] or of row numbers."""
+        return SampledObjects(self.images[kept_P], self.masks[kept_P], self.labels[kept_P], self.boxes[kept_P])
+
 
 def sample_objects(batch: MaskBatch, side: int, count: int, generator: torch.Generator | None) -> SampledObjects:
     """Draw `count` objects of each image that has any, with replacement, their masks resized to the model's input.
@@ -172,9 +176,8 @@ def sample_objects(batch: MaskBatch, side: int, count: int, generator: torch.Gen
         masks.append(resize_masks_to_square(mask_NHW[rows], side))
         labels.append(label_N[rows])
     masks_PSS = torch.cat(masks)
-    kept = torch.nonzero(masks_PSS.flatten(1).any(1)).flatten()
-    masks_PSS = masks_PSS[kept]
-    return SampledObjects(torch.cat(images)[kept], masks_PSS, torch.cat(labels)[kept], boxes_of(masks_PSS))
+    drawn = SampledObjects(torch.cat(images), masks_PSS, torch.cat(labels), boxes_of(masks_PSS))
+    return drawn.take(torch.nonzero(masks_PSS.flatten(1).any(1)).flatten())
 
 
 def resize_masks_to_square(masks_NHW: Tensor, side: int) -> Tensor:

@@ -19,7 +19,7 @@ from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.detectors.region_scores import RegionRecord, Scoring, detect_in_record
 from ovd_models.detectors.resizing import ResizedImages, Selection, Size, annotated_targets
 from ovd_models.errors import InputError
-from ovd_models.losses import cosine_logits, distillation_loss, softmax_loss
+from ovd_models.losses import Distance, cosine_logits, distillation_loss, softmax_loss
 from ovd_models.vocabulary import Vocabulary
 
 Variant = Literal["supervised", "text", "image", "vild", "ensemble"]
@@ -36,14 +36,17 @@ class ViLDConfig:
     head) or `ensemble` (both, two heads)."""
     image_weight: float = 0.5
     """w: weight of the distillation loss."""
+    distance: Distance = "l1"
+    """Of the student's embeddings from the stored ones, see `distillation_loss`."""
     supervised_names: tuple[str, ...] = ()
     """Names of the `supervised` classifier: those with boxes in training."""
     scoring: Scoring = field(default_factory=Scoring)
 
     def __post_init__(self) -> None:
-        """Check the variant."""
-        if self.variant not in get_args(Variant):
-            raise InputError(f"variant: {self.variant!r}, expected one of {', '.join(get_args(Variant))}")
+        """Check the variant and the distance."""
+        for name, value, known in (("variant", self.variant, Variant), ("distance", self.distance, Distance)):
+            if value not in get_args(known):
+                raise InputError(f"{name}: {value!r}, expected one of {', '.join(get_args(known))}")
 
     @property
     def names_classes(self) -> bool:
@@ -122,7 +125,7 @@ class ViLD(nn.Module):
             student_MD = self._image_embeddings(features, stored)
         if config.distils and batch.regions is not None:
             rows, valid = batch.regions.embeddings.flatten(0, 1), batch.regions.valid.flatten()
-            losses["image"] = config.image_weight * distillation_loss(student_MD, rows, valid)
+            losses["image"] = config.image_weight * distillation_loss(student_MD, rows, valid, config.distance)
         if config.detector.masks:
             losses["mask"] = self._mask_loss(batch, images, features, sample)
         return losses

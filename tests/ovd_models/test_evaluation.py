@@ -9,7 +9,7 @@ from faster_coco_eval import mask as rle
 
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
-from ovd_models.evaluation import DetectionMetrics, evaluate_detections, evaluate_proposals
+from ovd_models.evaluation import DetectionMetrics, evaluate_detections, evaluate_proposals, recall_by_image
 from ovd_models.metrics.records import Category, truth_of_rows
 
 NAMES = {3: "cat", 7: "dog", 9: "cow"}
@@ -229,6 +229,10 @@ def test_recall_counts_the_objects_of_some_categories_whatever_they_are() -> Non
     # Novel are the dog, found as third proposal, and the cow, never found.
     assert evaluate_proposals(rows, answers, [7, 9], (2, 100)) == pytest.approx({2: 0.0, 100: 0.5})
     assert evaluate_proposals(rows, answers, [3], (2, 100)) == pytest.approx({2: 1.0, 100: 1.0})
+    for ids in ([7, 9], [3]):  # AR@100 is the ratio of the sums over images
+        found, wanted = recall_by_image(rows, answers, ids)
+        assert len(found) == len(wanted) == len(rows)
+        assert found.sum() / wanted.sum() == pytest.approx(evaluate_proposals(rows, answers, ids, (100,))[100])
 
 
 def test_recall_averages_over_overlaps() -> None:

@@ -193,6 +193,8 @@ def test_distillation_by_hand() -> None:
     # |0.6 - 1| + |0.8 - 0| = 1.2, and 0 for the second one.
     assert float(distillation_loss(student, teacher, torch.tensor([True, True]))) == pytest.approx(0.6)
     assert float(distillation_loss(student, teacher, torch.tensor([True, False]))) == pytest.approx(1.2)
+    # 0.16 + 0.64, which is 2 - 2 * 0.6: twice the cosine distance.
+    assert float(distillation_loss(student, teacher, torch.tensor([True, False]), "l2")) == pytest.approx(0.8)
 
 
 def test_distillation_equals_a_slow_loop() -> None:

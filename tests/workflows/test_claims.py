@@ -3,6 +3,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ovd_models.errors import InputError
@@ -11,6 +12,7 @@ from workflows.common import cli
 from workflows.studies.claims import page, parts
 from workflows.studies.claims.catalogue import CHEAP_FIRST, PARTS
 from workflows.studies.claims.parts import Part
+from workflows.studies.claims.sampled import ratio
 from workflows.studies.study import Claim, Metrics, StudyRun
 
 REPOSITORY = Path(__file__).parents[2]
@@ -93,6 +95,42 @@ def test_one_seed_decides_nothing_and_two_may(one_part: claims.Run, monkeypatch:
     assert parts.judge(PART, apart).holds is False  # 0.1 and 0.3: the interval of two seeds contains 0
     no_rule_yet = replace(PART, claims=(*PART.claims, Claim("AP of another", "ap", "another")))
     assert parts.judge(no_rule_yet, two).holds is None
+
+
+def test_an_interval_over_images_pairs_the_variants_by_draw() -> None:
+    def drawn(run: Settings, seed: int) -> dict[str, Metrics]:
+        values = np.linspace(0, 1, 50)
+        return {"better": {"ap": ratio(values)}, "worse": {"ap": ratio(values - 0.1)}}
+
+    record = parts.measure(replace(PART, measure=drawn), 0, "", "")
+    assert record.results["better"] == {"ap": pytest.approx(0.5)}
+    verdict = parts.judge(PART, [record, replace(record, seed=1, draws={})])
+    (judged,) = verdict.judged
+    assert verdict.interval_over_images(judged) == pytest.approx((0.1, 0.1), abs=1e-4)  # the same in every draw
+    alone = replace(judged, baseline="", mean=0.5)
+    interval = verdict.interval_over_images(replace(alone, ours={0: 0.5}))
+    assert interval and interval[0] < 0.45 and interval[1] > 0.55
+    without = parts.judge(PART, [replace(record, draws={})])
+    assert without.interval_over_images(without.judged[0]) is None
+    same = "+0.100 to +0.100"
+    assert f"| AP: better above worse (interval at least 0) | +0.100 | {same} | {same} | yes |" in page.section(verdict)
+
+
+def test_a_metric_that_is_not_measured_is_blank() -> None:
+    part = replace(PART, columns={"AP": "ap", "IoU": "iou"})
+    record = replace(
+        parts.measure(part, 0, "", ""),
+        results={
+            "better": {"ap": 0.5},
+            "worse": {"iou": 0.25, "ap": 0.4},
+            "sam": {"iou": 0.75},
+            "cost": {"flops": 1.0},
+        },
+    )
+    rows = page.result_table(parts.judge(part, [record]))
+    assert rows[2:5] == ["| better | 0.500 |  | 0.500 |", "| worse | 0.400 | 0.250 | 0.400 |", "| sam |  | 0.750 |  |"]
+    assert not any("cost" in row for row in rows)
+    page.draw(parts.judge(part, [record]))
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_masks_of_names_are_right_where_they_agree_with_what_is_so_named(
     text = ovd_models.load_text_segmenter(Path(trained.model).parent / "text_model").model
     monkeypatch.setattr(text, "segment_text", lambda *_: SimpleNamespace(masks=next(masks)))
     vocabulary = Vocabulary(tuple(categories.values()), torch.zeros(len(categories), 2))
-    summary = pointing_report.segment_names(images, vocabulary, text).summary()
+    summary = pointing_report.segment_names(images, vocabulary, text)["sam", "text"].summary()
     assert summary["accuracy_all"] == expected
     assert (summary["iou_all"] == 1) == (expected == 1)
 

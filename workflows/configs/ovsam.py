@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal
 
 from data_prep.streams.augmentation import Augmentation
+from ovd_models.ovsam.clip_pyramid import NUM_LEVELS
 from ovd_models.ovsam.text_to_mask import TextToMaskConfig
 from ovd_models.ovsam.training import Clip2SamConfig
 from ovd_models.sam.model import VIT_B, VIT_H, SamConfig
@@ -49,6 +50,8 @@ class Run:
     sam_training: SamTrainingConfig = field(default_factory=SamTrainingConfig)
     adapter_depth: int = 2
     pyramid_width: int = 64
+    label_levels: int = NUM_LEVELS
+    """CLIP's levels that the label branch sees, the coarsest ones."""
     label_hidden: int = 256
     alpha: float = 0.1
     """CLIP's weight in the score of base names."""

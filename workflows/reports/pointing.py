@@ -7,7 +7,7 @@ P prompts or objects of one image, H x W its size, K names.
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_prep import tables
 from data_prep.parts import watched
 from ovd_models.errors import InputError
+from ovd_models.metrics.records import Floats
 from ovd_models.ovsam.baselines import BaselineConfig, SamClip
-from ovd_models.ovsam.metrics import PointingMetrics, centre_points
+from ovd_models.ovsam.metrics import PointingMetrics, centre_points, next_click
 from ovd_models.ovsam.model import OvSam
 from ovd_models.ovsam.text_to_mask import TextToMask
 from ovd_models.preprocess import to_tensor
@@ -46,7 +47,7 @@ BASELINES: dict[str, BaselineConfig] = {
 }
 """The paper specifies neither padding nor background, so several settings are compared."""
 MetricsByVariant = dict[tuple[str, str], PointingMetrics]
-"""Metrics by variant and prompt kind: a `PromptKind` or "text"."""
+"""Metrics by variant and prompt kind: a `PromptKind`, "text" or "text, a click"."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class SegmentationReport:
     """Variant and prompt kind -> `PointingMetrics.summary`."""
     costs: Mapping[str, Cost]
     pictures: tuple[Image.Image, ...]
+    by_image: Mapping[tuple[str, str], Mapping[str, tuple[Floats, Floats]]] = field(default_factory=dict)
+    """Variant and prompt kind -> `PointingMetrics.by_image`."""
 
     def log(self, tracked: TrackedRun, prefix: str, step: int) -> None:
         """Log pictures and finite metrics under `prefix`; OV-SAM's with boxes as prompts also as the headline."""
@@ -135,11 +138,12 @@ def evaluate_ovsam(
 
     metrics, pictures = segment_objects(read_images(), vocabulary, model, sam, num_pictures=num_pictures)
     if text is not None:
-        metrics["sam", "text"] = segment_names(read_images(), vocabulary, text)
+        metrics |= segment_names(read_images(), vocabulary, text)
     read = read_box_images(storage_uri, rows)
     image = next(to_tensor(image).to(device) for _, image in read if image is not None)
     costs = measure_costs(model, sam, vocabulary, image)
-    return SegmentationReport(summarise(metrics), costs, tuple(pictures))
+    by_image = {key: entry.by_image() for key, entry in metrics.items()}
+    return SegmentationReport(summarise(metrics), costs, tuple(pictures), by_image)
 
 
 def measure_pointing(
@@ -277,19 +281,32 @@ def segment_objects(
     return metrics, pictures
 
 
-def segment_names(images: Iterable[ImageObjects], vocabulary: Vocabulary, text: TextToMask) -> PointingMetrics:
-    """Segment every object by its name; a mask is accurate if it overlaps most with an object of that name."""
+def segment_names(images: Iterable[ImageObjects], vocabulary: Vocabulary, text: TextToMask) -> MetricsByVariant:
+    """Segment every object by its name, and by its name with a click if the model was trained with clicks.
+
+    A mask is accurate if it overlaps most with an object of its name. The click is on the deepest pixel of the larger
+    error of the name's mask.
+    """
     is_novel = novel_flags(vocabulary)
-    metrics = PointingMetrics()
-    for objects in images:
-        labels = objects.labels
-        segments = text.segment_text(text.sam.encode(objects.image), vocabulary.embeddings[labels])
-        found_PM, true_PM = segments.masks.flatten(1).float(), objects.masks.flatten(1).float()
+    metrics: MetricsByVariant = {}
+
+    def add(kind: str, segments: Segments, objects: ImageObjects) -> None:
+        labels, found_PM, true_PM = objects.labels, segments.masks.flatten(1).float(), objects.masks.flatten(1).float()
         common_PP = found_PM @ true_PM.T
         ious_PP = common_PP / (found_PM.sum(1, keepdim=True) + true_PM.sum(1) - common_PP)
         best_P = torch.where(ious_PP.any(1), ious_PP.argmax(1), -1)
         best = [labels[index] if index >= 0 else -1 for index in best_P.tolist()]
-        metrics.add(ious_PP.diagonal(), best, labels, [is_novel[label] for label in labels])
+        flags = [is_novel[label] for label in labels]
+        metrics.setdefault(("sam", kind), PointingMetrics()).add(ious_PP.diagonal(), best, labels, flags)
+
+    for objects in images:
+        name_PD, encoded = vocabulary.embeddings[objects.labels], text.sam.encode(objects.image)
+        segments = text.segment_text(encoded, name_PD)
+        add("text", segments, objects)
+        if text.settings.clicks:
+            point_P2, label_P = next_click(segments.masks, objects.masks)
+            clicks = Prompts(points=point_P2[:, None], point_labels=label_P[:, None], masks=segments.low_res)
+            add("text, a click", text.segment_text(encoded, name_PD, clicks), objects)
     return metrics
 
 

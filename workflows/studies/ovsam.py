@@ -54,6 +54,8 @@ PAPER = {
     ("point", "CLIP features"): 0.446,
 }
 """OV-SAM's accuracy minus the baseline's, by prompt and kind of baseline."""
+BY_IMAGE = ("iou_all", "accuracy_base", "accuracy_novel")
+"""Metrics of which sums and counts by image are remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +188,21 @@ def seed_training(run: Run, seed: int) -> ovsam_configs.Run:
 
 
 def train_ovsam(own: ovsam_configs.Run, seed: int, name: str = "ovsam") -> dict[str, Any]:
-    """Checkpoints and metrics by `<variant>, <prompt>` and `<variant>, cost` of an OV-SAM."""
+    """Checkpoints and metrics by `<variant>, <prompt>` and `<variant>, cost` of an OV-SAM.
+
+    `by_image` has the sums and counts of `BY_IMAGE` in each image, by `<variant>, <prompt>`.
+    """
 
     def job(own: ovsam_configs.Run) -> dict[str, Any]:
         trained = ovsam.train(own)
         rows = {", ".join(key): dict(values) for key, values in trained.metrics.rows.items()}
         costs = {f"{variant}, cost": asdict(cost) for variant, cost in trained.metrics.costs.items()}
-        return {"model": trained.model, "sam": trained.outputs["sam"], "seconds": trained.seconds, "rows": rows | costs}
+        by_image = {
+            ", ".join(key): {name: [values.tolist() for values in of[name]] for name in BY_IMAGE}
+            for key, of in trained.metrics.by_image.items()
+        }
+        outputs = {"model": trained.model, "sam": trained.outputs["sam"], "seconds": trained.seconds}
+        return {**outputs, "rows": rows | costs, "by_image": by_image}
 
     return studies.remember("ovsam", seed, name, own, job)
 
@@ -311,13 +321,18 @@ def fuse(run: Run, own: ovsam_configs.Run, seed: int, folder: str) -> dict[str, 
         for alpha, beta, bias in settings:
             scores_PK = fuse_scores(head_PK, clip_PK, is_base_K, seen_P, alpha=alpha, beta=beta, novel_bias=bias)
             correct_P = (scores_PK[:, :-1].argmax(1) == label_P).double()
-            accuracies[f"alpha {alpha:g}, beta {beta:g}, bias {bias:g}"] = {
+            accuracies[fusion_name(alpha, beta, bias)] = {
                 "accuracy_base": float(correct_P[base_P].mean()),
                 "accuracy_novel": float(correct_P[~base_P].mean()),
             }
         return accuracies
 
     return studies.remember("ovsam", seed, "fusions", own, job, settings)
+
+
+def fusion_name(alpha: float, beta: float, bias: float) -> str:
+    """The variant with these weights of CLIP and this bias of novel names."""
+    return f"alpha {alpha:g}, beta {beta:g}, bias {bias:g}"
 
 
 def held_out_images(own: ovsam_configs.Run) -> list[dict[str, Any]]:

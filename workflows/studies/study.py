@@ -38,6 +38,7 @@ Metrics = dict[str, float]
 Measurement = Callable[[int], Mapping[str, Metrics]]
 """Trains and measures with a seed: seed -> metrics by variant."""
 R = TypeVar("R", clip.Run, codet.Run, ovsam.Run, vild.Run)
+S = TypeVar("S", codet.Run, ovsam.Run, vild.Run)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def require_teacher(teacher: str) -> None:
         raise InputError("--teacher: missing, expected a CLIP checkpoint (`python workflows/clip.py`)")
 
 
-def seeded(run: R, storage_uri: str, teacher: str, seed: int) -> R:
+def seeded(run: S, storage_uri: str, teacher: str, seed: int) -> S:
     """The training with this storage, this teacher and the seed in each stage."""
     changes: dict[str, Any] = {"storage": storage_uri, "teacher": teacher}
     for field in dataclasses.fields(run):
@@ -263,14 +264,31 @@ def claim_table(claims: Iterable[ClaimResult]) -> list[str]:
     rows = [["claim", "required", "paper", "mean", "95 % interval", "seeds", "holds"]]
     for judged in claims:
         claim = judged.claim
-        required = f"{claim.tested} at least {claim.at_least:g}"
-        if claim.at_most is not None:
-            required += f", at most {claim.at_most:g}"
-        chosen = f" ({judged.baseline})" if len(claim.baselines) > 1 else ""
         paper = "" if claim.paper is None else f"{claim.paper:+.3f} ({claim.source})"
-        interval = "{:+.3f} to {:+.3f}".format(*judged.interval) if judged.interval else "none from one seed"
-        undecided = claim.tested == "interval" and judged.interval is None
-        holds = "yes" if judged.holds else "undecided" if undecided else "no"
-        cells = [required, paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), holds]
-        rows.append([claim.statement + chosen, *cells])
+        interval = format_interval(judged.interval) if judged.interval else "none from one seed"
+        cells = [requirement(claim), paper, f"{judged.mean:+.3f}", interval, str(len(judged.ours)), outcome(judged)]
+        rows.append([statement(judged), *cells])
     return table(rows)
+
+
+def statement(judged: ClaimResult) -> str:
+    """A claim's statement, with the baseline that was chosen, if there was a choice."""
+    chosen = f" ({judged.baseline})" if len(judged.claim.baselines) > 1 else ""
+    return judged.claim.statement + chosen
+
+
+def requirement(claim: Claim) -> str:
+    """The bounds of a claim."""
+    required = f"{claim.tested} at least {claim.at_least:g}"
+    return required if claim.at_most is None else f"{required}, at most {claim.at_most:g}"
+
+
+def format_interval(interval: tuple[float, float]) -> str:
+    """An interval's ends."""
+    return "{:+.3f} to {:+.3f}".format(*interval)
+
+
+def outcome(judged: ClaimResult) -> str:
+    """Whether a claim holds, in a word."""
+    undecided = judged.claim.tested == "interval" and judged.interval is None
+    return "yes" if judged.holds else "undecided" if undecided else "no"

@@ -13,12 +13,13 @@ from workflows.common import brief_help
 
 brief_help.answer(__name__, __file__, "storage teacher other_teachers parts")
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 import ovd_models
 from data_prep import storage, tables
@@ -177,9 +178,14 @@ def train_detector(own: vild_configs.Run, seed: int, name: str) -> dict[str, Any
 # ------------------------------------------------------------------------------------------------------ measurements
 
 
+def train_variant(run: Run, variant: Variant, seed: int) -> dict[str, Any]:
+    """Checkpoint and metrics of one variant."""
+    return train_detector(variant_training(run, variant, seed), seed, variant)
+
+
 def measure_variant(run: Run, variant: Variant, seed: int) -> dict[str, Metrics]:
     """AP50 of one variant."""
-    return {variant: train_detector(variant_training(run, variant, seed), seed, variant)["metrics"]}
+    return {variant: train_variant(run, variant, seed)["metrics"]}
 
 
 def measure_supervised_full(run: Run, seed: int) -> dict[str, Metrics]:
@@ -247,6 +253,28 @@ def measure_teacher(run: Run, number: int, teacher: str, seed: int) -> dict[str,
 
 def recall(proposals: str, own: vild_configs.Run) -> Metrics:
     """AR of proposals for the evaluation set's novel and base boxes."""
+    return recall_of_boxes(own, *propose(proposals, own))
+
+
+def recall_of_boxes(
+    own: vild_configs.Run, rows: Sequence[Mapping[str, Any]], boxes: Sequence[tuple[Tensor, Tensor]]
+) -> Metrics:
+    """AR of the boxes that `propose` gives, for novel and base boxes."""
+    metrics = {}
+    for split, ids in ids_by_split(own).items():
+        for limit, value in evaluate_proposals(rows, boxes, ids, LIMITS).items():
+            metrics[f"ar{limit}_{split}"] = value
+    return metrics
+
+
+def ids_by_split(own: vild_configs.Run) -> dict[str, list[int]]:
+    """Ids of novel and of base categories."""
+    categories, splits = read_categories(own.storage, own.boxes)
+    return {split: [key for key, name in categories.items() if splits[name] == split] for split in ("novel", "base")}
+
+
+def propose(proposals: str, own: vild_configs.Run) -> tuple[list[Mapping[str, Any]], list[tuple[Tensor, Tensor]]]:
+    """Rows of the evaluation set, and boxes [N, 4] with scores [N] of the proposals in each of its images."""
     detector = ovd_models.load(storage.local_folder(proposals), training.device_of(own.rpn_stage))
     assert isinstance(detector.model, ViLD)
     network = ProposalNetwork(replace(detector.model.detector.config, pre_nms=max(LIMITS), post_nms=max(LIMITS))).eval()
@@ -254,21 +282,15 @@ def recall(proposals: str, own: vild_configs.Run) -> Metrics:
     network.load_state_dict({key: weights[key] for key in network.state_dict()})
     network.to(detector.device)
     rows = tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist()
-    categories, splits = read_categories(own.storage, own.boxes)
     read = [(row, to_tensor(image)) for row, image in read_box_images(own.storage, rows) if image is not None]
-    rows, images = [row for row, _ in read], [image for _, image in read]
+    images = [image for _, image in read]
     batches = [images[start : start + 16] for start in range(0, len(images), 16)]
     boxes = [
         (found.cpu(), scores.cpu())
         for batch in batches
         for found, scores in network.find_proposals([image.to(detector.device) for image in batch], max(LIMITS))
     ]
-    metrics = {}
-    for split in ("novel", "base"):
-        ids = [key for key, category in categories.items() if splits[category] == split]
-        for limit, value in evaluate_proposals(rows, boxes, ids, LIMITS).items():
-            metrics[f"ar{limit}_{split}"] = value
-    return metrics
+    return [row for row, _ in read], boxes
 
 
 def name_objects(own: vild_configs.Run) -> Metrics:

@@ -18,7 +18,17 @@ def test_pixels_without_attention_are_dark() -> None:
     pixels = np.asarray(sheet)
     assert sheet.size == (2 * 320 + 6, 320 + 48)
     assert pixels[300, 80].tolist() == [200] * 3
-    assert pixels[300, 280].tolist() == [50] * 3
+    assert pixels[300, 280].tolist() == [80] * 3
+
+
+def test_a_proposal_without_attention_is_not_drawn() -> None:
+    image, boxes = torch.full((3, 64, 64), 200, dtype=torch.uint8), torch.tensor([[0.0, 0, 32, 64], [40, 8, 60, 56]])
+    one, both = (
+        draw_attention([image], [boxes], [torch.tensor(weights)], "", [""]) for weights in ([1, 0.0], [1, 0.5])
+    )
+    edge = (24 + 150, 200)  # row and column of the second box's left side, five times as large
+    assert np.asarray(one)[edge].tolist() == [80] * 3
+    assert np.asarray(both)[edge].tolist() != [80] * 3
 
 
 def test_an_image_without_a_proposal_is_drawn_as_it_is() -> None:

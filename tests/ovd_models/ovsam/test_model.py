@@ -30,11 +30,11 @@ from ovd_models.ovsam.head import (
     synonym_rows,
     uncertain_points,
 )
-from ovd_models.ovsam.metrics import PointingMetrics, centre_points
+from ovd_models.ovsam.metrics import PointingMetrics, centre_points, next_click
 from ovd_models.ovsam.model import OvSam, OvSamConfig, enlarge
 from ovd_models.ovsam.training import Clip2SamConfig, Clip2SamTraining, FeatureBatch, Sam2ClipTraining
 from ovd_models.sam.model import EncodedImage, EverythingConfig, SamConfig, SamModel
-from ovd_models.segments import MaskBatch, Prompts, boxes_of
+from ovd_models.segments import OFF, ON, MaskBatch, Prompts, boxes_of
 from ovd_models.vocabulary import Vocabulary
 
 TINY_SAM = SamConfig(
@@ -467,6 +467,33 @@ def test_the_order_of_a_regions_parts_counts_for_the_mlp_alone() -> None:
         assert bool((one < 0).any()) == (hidden > 0)
 
 
+def test_the_next_click_lies_in_the_larger_error() -> None:
+    true, found = torch.zeros(3, 8, 8, dtype=torch.bool), torch.zeros(3, 8, 8, dtype=torch.bool)
+    true[:, 1:6, 1:6] = True
+    found[0, 1:6, 1:3] = True  # misses the right part
+    found[1] = True  # spills over everything
+    found[2] = true[2]  # perfect
+    points, labels = next_click(found, true)
+    assert labels.tolist() == [ON, OFF, ON]
+    x, y = points[0].long().tolist()
+    assert true[0, y, x] and not found[0, y, x]
+    x, y = points[1].long().tolist()
+    assert not true[1, y, x]
+    assert points[2].tolist() == [3, 3]  # the deepest pixel of the object
+
+
+def test_a_label_branch_may_see_clips_last_level_alone() -> None:
+    model = OvSam(dataclasses.replace(TINY, label_levels=1)).eval()
+    whole = OvSam(TINY).eval()
+    encoded = model.encode(picture())
+    assert (len(encoded.pyramid), len(whole.encode(picture()).pyramid)) == (1, 4)
+    assert encoded.pyramid[0].shape[-1] == 64 // model.clip.strides[-1]
+    found = model.segment(encoded, Prompts.create(boxes=[[4, 4, 30, 40], [0, 0, 64, 48]]), NAMES)
+    assert (found.labels >= 0).all()
+    with pytest.raises(InputError, match="label_levels: 5, expected 1 to 4"):
+        OvSam(dataclasses.replace(TINY, label_levels=5))
+
+
 def test_cut_outs_show_clip_the_masked_thing_alone(teacher: SamModel) -> None:
     torch.manual_seed(2)
     model = OvSam(dataclasses.replace(TINY, clip_view="cut_out", log_scale=math.log(20.0), alpha=1.0, beta=1.0)).eval()
@@ -498,6 +525,8 @@ def test_means_are_over_instances() -> None:
     summary = metrics.summary()
     assert (summary["iou_all"], summary["iou_base"], summary["iou_novel"]) == (0.5, 1.0, 0.25)
     assert (summary["accuracy_base"], summary["accuracy_novel"]) == (1.0, 0.5)
+    sums, counts = metrics.by_image()["iou_novel"]
+    assert (sums.tolist(), counts.tolist()) == ([0.5, 0.0], [2.0, 0.0])
     assert math.isnan(PointingMetrics().summary()["iou_novel"])
 
 

@@ -5,10 +5,11 @@ from torch.nn import functional as F
 
 from ovd_models.errors import InputError
 from ovd_models.ovsam import text_to_mask
+from ovd_models.ovsam.metrics import centre_points
 from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig, TextToMaskModelConfig
 from ovd_models.sam.model import SamConfig
 from ovd_models.sam.training import mask_ious
-from ovd_models.segments import MaskBatch
+from ovd_models.segments import MaskBatch, Prompts
 
 SAM = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,), prompt_width=32)
 
@@ -83,3 +84,32 @@ def test_no_name_gives_no_mask_and_one_name_no_centre(model: TextToMask) -> None
     assert found.masks.shape == (0, 64, 64)
     with pytest.raises(InputError, match="expected at least 2"):
         model.set_text_centre(torch.zeros(1, 128))
+
+
+def test_clicks_after_a_name_correct_its_mask() -> None:
+    torch.manual_seed(0)
+    model = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(max_margin=1.2, clicks=1)))
+    batch, generator = two_squares(), torch.Generator().manual_seed(0)
+    model.sam.requires_grad_(True)  # here SAM itself is untrained
+    optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-3)
+    for _ in range(150):
+        optimiser.zero_grad()
+        sum(model(batch, generator).values()).backward()
+        optimiser.step()
+    names = crops_of(model.eval(), batch)
+    model.set_text_centre(names)
+    wrong = names.flip(0)  # each name is that of the other square; a click says so
+    masks = batch.masks[0]
+    before = model.segment_text(batch.images[0], wrong)
+    clicks = Prompts(centre_points(masks)[:, None], torch.ones(2, 1).long(), masks=before.low_res)
+    after = model.segment_text(batch.images[0], wrong, clicks)
+    ious = [mask_ious(found.masks.flatten(1), masks.flatten(1)).mean() for found in (before, after)]
+    assert ious[1] > ious[0] + 0.1, ious
+    with pytest.raises(InputError, match="clicks: 2, expected points for each of the 1 names"):
+        model.segment_text(batch.images[0], wrong[:1], clicks)
+
+
+def test_small_objects_may_be_left_out(model: TextToMask) -> None:
+    large = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(min_area=401)))
+    assert {float(value) for value in large(two_squares()).values()} == {0.0}  # the squares have 400 pixels
+    assert float(model(two_squares())["dice"]) > 0

@@ -157,6 +157,8 @@ def test_a_batch_without_regions_or_masks_is_refused() -> None:
         ViLD(config("vild"))(dataclasses.replace(batch, regions=None), text(8))
     with pytest.raises(InputError, match="no masks"):
         ViLD(config("text", masks=True))(batch, text(8))
+    with pytest.raises(InputError, match="distance: 'l3', expected one of l1, l2"):
+        ViLDConfig(distance="l3")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="variant: 'best'"):
         config("best")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="supervised_names"):

@@ -1,19 +1,54 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
+from PIL import Image
 
 from data_prep import tables
 from data_prep.pictograms.world import World
-from ovd_models.segments import OFF, ON
-from workflows.studies.claims import clip_parts, codet_parts, sam_parts, vild_parts
+from ovd_models.metrics.matching import draw_images
+from workflows.studies import clip_towers
+from workflows.studies.claims import clip_parts, codet_parts, sam_parts, sampled, vild_parts
 from workflows.studies.claims.parts import settings_of
 
 
 def test_skill_is_zero_for_a_guess_and_one_for_no_error() -> None:
-    assert clip_parts.skill(0.5, 0.5) == 0
-    assert clip_parts.skill(1.0, 0.125) == 1
-    assert clip_parts.skill(0.75, 0.5) == pytest.approx(0.5)
+    assert clip_parts.answer([1, 0], 2)["skill"] == 0
+    assert clip_parts.answer([1, 1], 8)["skill"] == 1
+    found = clip_parts.answer([1, 1, 1, 0], 2)
+    assert (found["accuracy"], found["chance"], found["skill"]) == pytest.approx((0.75, 0.5, 0.5))
+
+
+def test_a_ratio_is_that_of_the_sums_in_every_draw() -> None:
+    found = sampled.ratio([1, 0, 3], [1, 2, 3])
+    assert found == pytest.approx(4 / 6)
+    for value, weight in zip(found.draws, draw_images(3, len(found.draws)), strict=True):
+        assert value == pytest.approx((weight @ [1, 0, 3]) / (weight @ [1, 2, 3]))
+    assert sampled.ratio([1, 1]).draws.tolist() == [1.0] * len(found.draws)
+    assert sampled.mean_of_images([np.array([1.0, 0.0]), np.array([0.5])]) == pytest.approx(0.5)
+
+
+def test_base_and_novel_pictures_are_counted_apart() -> None:
+    world = World.create(0)
+    labels = np.arange(68)
+    novel = np.array([world.splits[label] == "novel" for label in labels])
+    found = clip_parts.top1(novel.astype(float), labels, world)
+    assert (found["top1_base"], found["top1_novel"], found["top1"]) == (0, 1, pytest.approx(novel.mean()))
+
+
+def test_a_vit_gets_as_many_operations_as_the_convnet() -> None:
+    default = clip_towers.tower_run("flat convnet", 1_600)
+    assert default.optimisation.steps == 1_600
+    other = clip_towers.tower_run("ViT", 1_600)
+    total = [clip_towers.multiply_adds(run.model) * run.optimisation.steps for run in (default, other)]
+    assert total[1] == pytest.approx(total[0], rel=0.01)
+
+
+def test_a_picture_of_rows_has_one_below_the_other() -> None:
+    rows = [("one", Image.new("RGB", (1800, 400), "red")), ("two", Image.new("RGB", (1800, 400), "blue"))]
+    picture = codet_parts.stack_rows(rows)
+    assert picture.size == (900, 2 * (200 + 24))
+    assert picture.getpixel((5, 100)) == (255, 0, 0)
+    assert picture.getpixel((5, 300)) == (0, 0, 255)
 
 
 def test_changes_leave_the_objects_pixels_or_cross_them_out() -> None:
@@ -46,21 +81,6 @@ def test_random_embeddings_have_the_mean_and_covariance_of_the_names() -> None:
     assert np.abs(np.cov(drawn.T) - np.cov(rows.T)).max() < 0.01
     assert codet_parts.random_like(rows, 5, seed=3) == pytest.approx(drawn[:5])
     assert not np.allclose(codet_parts.random_like(rows, 5, seed=4), drawn[:5])
-
-
-def test_the_next_click_lies_in_the_larger_error() -> None:
-    true, found = torch.zeros(3, 8, 8, dtype=torch.bool), torch.zeros(3, 8, 8, dtype=torch.bool)
-    true[:, 1:6, 1:6] = True
-    found[0, 1:6, 1:3] = True  # misses the right part
-    found[1] = True  # spills over everything
-    found[2] = true[2]  # perfect
-    points, labels = sam_parts.next_click(found, true)
-    assert labels.tolist() == [ON, OFF, ON]
-    x, y = points[0].long().tolist()
-    assert true[0, y, x] and not found[0, y, x]
-    x, y = points[1].long().tolist()
-    assert not true[1, y, x]
-    assert points[2].tolist() == [3, 3]  # the deepest pixel of the object
 
 
 def test_few_boxes_of_novel_names_are_kept_and_all_of_base_ones() -> None:

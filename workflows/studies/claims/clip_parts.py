@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from data_prep.pictograms.world import COLOURS, GLYPHS, PICTURES, World, draw_scene, single_objects
 from ovd_models.clip.model import Clip, load_clip, load_text_encoder
+from ovd_models.metrics.records import Floats
 from ovd_models.prompts import prompts_of
 from workflows.studies.claims.parts import Part
+from workflows.studies.claims.sampled import ratio
 from workflows.studies.claims.teachers import teacher_of
 from workflows.studies.ovsam_names import composed_names
 from workflows.studies.study import Claim, Metrics, StudyRun
@@ -49,14 +51,18 @@ def image_features(model: Clip, pixels_BHW3: npt.NDArray[np.uint8]) -> Tensor:
         return torch.cat([F.normalize(model.encode_images(part).float(), dim=1) for part in torch.split(images, BATCH)])
 
 
-def top1(feature_ND: Tensor, name_KD: Tensor, label_N: npt.NDArray[np.int64], world: World) -> Metrics:
+def right_answers(feature_ND: Tensor, name_KD: Tensor, label_N: npt.NDArray[np.int64]) -> Floats:
+    """[N] 1 for pictures whose best name is their own, else 0."""
+    return np.asarray((feature_ND @ name_KD.T).argmax(1).numpy() == label_N, np.float64)
+
+
+def top1(right_N: Floats, label_N: npt.NDArray[np.int64], world: World) -> Metrics:
     """Top-1 accuracy of all, of base and of novel names."""
-    right_N = ((feature_ND @ name_KD.T).argmax(1).numpy() == label_N).astype(float)
     novel_N = np.array([world.splits[label] == "novel" for label in label_N])
     return {
-        "top1": float(right_N.mean()),
-        "top1_base": float(right_N[~novel_N].mean()),
-        "top1_novel": float(right_N[novel_N].mean()),
+        "top1": ratio(right_N),
+        "top1_base": ratio(right_N * ~novel_N, ~novel_N),
+        "top1_novel": ratio(right_N * novel_N, novel_N),
     }
 
 
@@ -68,10 +74,11 @@ def measure_prompts(run: ClipStudy, seed: int) -> dict[str, Metrics]:
     folder, world = teacher_of(run, seed), World.create(0)
     pixels, labels = single_objects(world, PICTURES, run.pictures, seed=HELD_OUT_SEED)
     feature_ND, encoder = image_features(load_clip(folder)[0], pixels), load_text_encoder(folder)
-    return {
-        prompts: top1(feature_ND, encoder.with_prompts(prompts).embed_names(world.names), labels, world)
-        for prompts in run.prompts
-    }
+    found: dict[str, Metrics] = {}
+    for prompts in run.prompts:
+        name_KD = encoder.with_prompts(prompts).embed_names(world.names)
+        found[prompts] = top1(right_answers(feature_ND, name_KD, labels), labels, world)
+    return found
 
 
 PROMPTS = Part(
@@ -89,7 +96,7 @@ PROMPTS = Part(
         Claim("top-1: one prompt (`photo`) above the bare name", "top1", "photo", ("bare",)),
         Claim("top-1 of novel names, `colours`", "top1_novel", "colours", tested="mean", at_least=0.5),
     ),
-    columns={"top-1": "top1", "base": "top1_base", "novel": "top1_novel"},
+    columns={"top-1": "top1", "base top-1": "top1_base", "novel top-1": "top1_novel"},
     schedule="One CLIP a seed (`clip.py --config pictograms`, 1,600 steps); 4,080 held-out pictures of one object, 68 "
     "names. Base and novel names are the same to CLIP, which reads captions of both.",
 )
@@ -127,9 +134,10 @@ CHANGES = {
 """Words for something abstract about a picture, and how a picture becomes so."""
 
 
-def skill(accuracy: float, chance: float) -> float:
-    """Accuracy above chance: 0 for a guess, 1 if all are right."""
-    return (accuracy - chance) / (1 - chance)
+def answer(right_N: npt.ArrayLike, choices: int) -> Metrics:
+    """Accuracy among equally many choices, and skill: 0 for a guess, 1 if all are right."""
+    right, chance = np.asarray(right_N, np.float64), 1 / choices
+    return {"accuracy": ratio(right), "chance": chance, "skill": ratio((right - chance) / (1 - chance))}
 
 
 def measure_interactive(run: ClipStudy, seed: int) -> dict[str, Metrics]:
@@ -142,29 +150,21 @@ def measure_interactive(run: ClipStudy, seed: int) -> dict[str, Metrics]:
     def embed(word: str) -> Tensor:
         return encoder.embed_captions([prompts_of(f"{word} {name}".strip(), "photo")[0] for name in world.names])
 
-    def answer(accuracy: float, chance: float) -> Metrics:
-        return {"accuracy": accuracy, "chance": chance, "skill": skill(accuracy, chance)}
-
-    category = float(((feature_ND @ embed("").T).argmax(1).numpy() == labels).mean())
     own = torch.from_numpy(labels)
     score_CN = torch.stack([(feature_ND * embed(colour)[own]).sum(1) for colour in COLOURS])
     names = list(COLOURS)
-    colour_right = np.mean(
-        [names[index] == colour for index, colour in zip(score_CN.argmax(0).tolist(), colours, strict=True)]
-    )
-    found = {
-        "category": answer(category, 1 / len(world.names)),
-        "colour": answer(float(colour_right), 1 / len(COLOURS)),
-    }
+    chosen = [names[index] for index in score_CN.argmax(0).tolist()]
     # All words for the same category compete, as colours do; CLIP's preference for one of them scores as a guess.
     word_CND = torch.stack([embed(word)[own] for word in CHANGES])
     right = []
     for number, change in enumerate(CHANGES.values()):
         changed_ND = image_features(model, np.stack([change(entry) for entry in pixels]))
         right.append((changed_ND * word_CND).sum(2).argmax(0) == number)
-    abstract = float(torch.cat(right).double().mean())
-    found["abstract"] = answer(abstract, 1 / len(CHANGES))
-    return found
+    return {
+        "category": answer(right_answers(feature_ND, embed(""), labels), len(world.names)),
+        "colour": answer(np.array(chosen) == np.array(colours), len(COLOURS)),
+        "abstract": answer(torch.stack(right).double().mean(0).numpy(), len(CHANGES)),
+    }
 
 
 INTERACTIVE = Part(
@@ -212,9 +212,9 @@ def measure_sizes(run: ClipStudy, seed: int) -> dict[str, Metrics]:
     pixels, labels = single_objects(world, PICTURES, run.pictures, seed=HELD_OUT_SEED)
     feature_ND, encoder = image_features(load_clip(folder)[0], pixels), load_text_encoder(folder)
     name_KD = encoder.embed_names(many_names(world.names, max(run.vocabulary_sizes)))
-    found = {f"{size} names": top1(feature_ND, name_KD[:size], labels, world) for size in run.vocabulary_sizes}
-    first = next(iter(found.values()))["top1"]
-    return {name: metrics | {"kept": metrics["top1"] / first} for name, metrics in found.items()}
+    right = {size: right_answers(feature_ND, name_KD[:size], labels) for size in run.vocabulary_sizes}
+    first = right[run.vocabulary_sizes[0]]
+    return {f"{size} names": {**top1(own, labels, world), "kept": ratio(own, first)} for size, own in right.items()}
 
 
 SIZES = Part(
@@ -230,7 +230,7 @@ SIZES = Part(
         Claim("share of top-1 kept among 1,203 names", "kept", "1203 names", at_least=0.9),
         Claim("share of top-1 kept among 22,000 names", "kept", "22000 names", at_least=0.75),
     ),
-    columns={"top-1": "top1", "base": "top1_base", "novel": "top1_novel", "kept": "kept"},
+    columns={"top-1": "top1", "base top-1": "top1_base", "novel top-1": "top1_novel", "kept": "kept"},
     schedule="The CLIPs of claim 1 and its pictures. The added names are those of the font's other glyphs in Unicode "
     "and composed ones (`wooden alarm clock`), in turn.",
     remark="Measured on CLIP alone; the study of OV-SAM measures its label branch too (`docs/ovsam.md`).",

@@ -7,21 +7,26 @@ part whose settings are others does not read it.
 """
 
 import json
+import math
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ovd_models.errors import InputError
+from ovd_models.metrics.matching import interval
 from workflows.common import cli
 from workflows.studies import study as studies
+from workflows.studies.claims.sampled import Sampled
 from workflows.studies.study import Claim, ClaimResult, Metrics, Result, Results
 
+Draws = dict[str, dict[str, list[float]]]
 OF_A_PLACE = ("storage", "teacher", "box_model", "seeds", "use_gpu", "threads")
 """Last names of settings that differ between machines and change no result."""
 
@@ -68,6 +73,8 @@ class Record:
     """CPU time of the process, on all cores."""
     settings: dict[str, Any]
     results: dict[str, Metrics]
+    draws: Draws = field(default_factory=dict)
+    """The rule's metrics on other draws of the images: variant -> metric -> values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +108,17 @@ class Verdict:
             return None
         return all(judged.holds for judged in self.judged)
 
+    def interval_over_images(self, judged: ClaimResult) -> tuple[float, float] | None:
+        """95 % interval of a claim's mean if the images were others, over the seeds with draws; None without any."""
+        metric, pair = judged.claim.metric, (judged.claim.variant, judged.baseline)
+        draws, means = [], []
+        for record in self.records:
+            own, other = (record.draws.get(variant, {}).get(metric) for variant in pair)
+            if record.seed in judged.ours and own is not None and (other is not None or not judged.baseline):
+                draws.append(np.subtract(own, 0.0 if other is None else other))
+                means.append(judged.ours[record.seed])
+        return interval(np.mean(draws, axis=0), float(np.mean(means))) if draws else None
+
 
 def judge(part: Part, records: Sequence[Record]) -> Verdict:
     """Judge a part by its records."""
@@ -118,7 +136,11 @@ def measure(part: Part, seed: int, storage: str, teacher: str) -> Record:
     if part.measure is None:
         raise InputError(f"claim {part.number}: has no command yet, expected another --claims")
     wall, cpu = time.perf_counter(), time.process_time()
-    results = part.measure(replace(part.settings, storage=storage, teacher=teacher), seed)
+    measured = part.measure(replace(part.settings, storage=storage, teacher=teacher), seed)
+    results = {
+        variant: {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        for variant, metrics in measured.items()
+    }
     return Record(
         claim=part.number,
         seed=seed,
@@ -127,8 +149,20 @@ def measure(part: Part, seed: int, storage: str, teacher: str) -> Record:
         seconds=round(time.perf_counter() - wall, 1),
         cpu_seconds=round(time.process_time() - cpu, 1),
         settings=settings_of(part),
-        results={variant: dict(metrics) for variant, metrics in results.items()},
+        results=results,
+        draws=draws_of(part, measured),
     )
+
+
+def draws_of(part: Part, measured: Mapping[str, Metrics]) -> Draws:
+    """The values on other draws of the images, of the metrics of the part's rule."""
+    found: Draws = {}
+    for claim in part.claims:
+        for variant in (claim.variant, *claim.baselines):
+            value = measured.get(variant, {}).get(claim.metric)
+            if isinstance(value, Sampled):
+                found.setdefault(variant, {})[claim.metric] = [round(each, 5) for each in value.draws.tolist()]
+    return found
 
 
 def picture_path(folder: str, number: int) -> Path:

@@ -9,6 +9,7 @@ from workflows.common import cluster
 from workflows.configs import clip as clip_configs
 from workflows.configs import pairs as pairs_configs
 from workflows.studies import study as studies
+from workflows.studies.clip_towers import tower_run
 from workflows.studies.study import StudyRun
 
 FULL_STEPS = clip_configs.pictograms().optimisation.steps
@@ -36,10 +37,20 @@ def teacher_of(run: StudyRun, seed: int, steps: int = FULL_STEPS) -> str:
         return run.teacher
     config = clip_configs.pictograms()
     stage = replace(config.optimisation, steps=steps, workers=0)
-    own = studies.seeded(replace(config, optimisation=stage), run.storage, "", seed)
+    return train_clip(run, seed, f"clip-{steps}", replace(config, optimisation=stage))
+
+
+def transformer_teacher(run: StudyRun) -> str:
+    """The checkpoint of a CLIP whose image tower is a ViT, trained with as many operations as the CLIP of seed 0."""
+    return train_clip(run, 0, "clip-vit", tower_run("ViT", FULL_STEPS))
+
+
+def train_clip(run: StudyRun, seed: int, name: str, config: clip_configs.Run) -> str:
+    """Train a CLIP, or find it; returns its checkpoint."""
 
     def job(own: clip_configs.Run) -> dict[str, str]:
         prepare_world(own.storage, pairs=True)
         return {"model": clip.train(own).model}
 
-    return str(studies.remember("clip", seed, f"clip-{steps}", own, job)["model"])
+    own = replace(config, storage=run.storage, optimisation=replace(config.optimisation, seed=seed))
+    return str(studies.remember("clip", seed, name, own, job)["model"])
