@@ -64,7 +64,7 @@ class RecordedRegions:
     model: ViLD
     teacher: str
     """Id of the detector's teacher."""
-    rows: list[dict[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
     """Rows of the `boxes` table."""
     images: list[Tensor]
     records: list[RegionRecord]
@@ -85,12 +85,13 @@ def record(detector: Detector, run: DetectorRun, batch_size: int = 16) -> Record
     rows = run.read_rows()
     names, splits = run.read_categories()
     read = [(row, to_tensor(image)) for row, image in read_box_images(run.storage, rows) if image is not None]
-    rows, images = [row for row, _ in read], [image for _, image in read]
+    images = [image for _, image in read]
     records: list[RegionRecord] = []
     for start in watched(range(0, len(images), batch_size), "regions", "batches"):
         records += model.record_regions([image.to(detector.device) for image in images[start : start + batch_size]])
     query = build_query(detector.encoder, list(names.values()), detector.info.splits).to(detector.device)
-    return RecordedRegions(model, detector.teacher, rows, images, records, query, names, splits)
+    found = [row for row, _ in read]
+    return RecordedRegions(model, detector.teacher, found, images, records, query, names, splits)
 
 
 def measure(
