@@ -35,6 +35,7 @@ def read_image(uri: str, *, offset: int = 0, size: int | None = None) -> Image.I
 
     Raises:
         InputError: there is no such file, it cannot be read, or the bytes are not a whole image.
+        OSError: the file is remote and its storage fails, which says nothing about the image.
     """
     name = uri if size is None else f"{uri}@{offset}"
     try:
@@ -42,6 +43,8 @@ def read_image(uri: str, *, offset: int = 0, size: int | None = None) -> Image.I
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such file, expected an image") from error
     except OSError as error:
+        if "://" in uri:
+            raise
         reason = " ".join(str(error).split()).removeprefix(f"{uri}: cannot be read: ")
         raise InputError(f"{name}: cannot be read ({reason}), expected an image") from error
     return decode_image(content, name)
@@ -77,6 +80,7 @@ def read_rows(
 
     Raises:
         InputError: `MAX_ATTEMPTS` images for one position cannot be read.
+        OSError: the storage fails: other images in place of these would change the stream.
     """
 
     def read_one(number: int, position: int) -> ImageRow:

@@ -15,6 +15,7 @@ import pytest
 from object_storage import BUCKET
 
 from data_prep import s3, storage, tables
+from data_prep.streams import images
 from ovd_models.errors import InputError
 
 ROOT = "s3://bucket/ovd"
@@ -212,7 +213,7 @@ def test_lost_buckets_and_expired_keys_are_told_with_the_uri(
             ask("s3://lost/a")
     storage.write_bytes(f"{ROOT}/a", tables.parquet_bytes(pa.table({"x": [1]})))
     object_storage.use_keys_only(server)
-    for read in (storage.read_bytes, tables.read_parquet):
+    for read in (storage.read_bytes, tables.read_parquet, images.read_image):
         with pytest.raises(OSError, match=r"s3://bucket/ovd/a: cannot be read: .*ACCESS_DENIED"):
             read(f"{ROOT}/a")
     with pytest.raises(OSError, match=r"s3://bucket/ovd/a: cannot be written: S3 error InvalidAccessKeyId: "):
