@@ -130,16 +130,17 @@ def exists(uri: str) -> bool:
     filesystem, path = resolve(uri)
     found = bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
     if not found:
-        _check_bucket(uri, filesystem, path)
+        _check_bucket(uri)
     return found
 
 
-def _check_bucket(uri: str, filesystem: fs.FileSystem, path: str) -> None:
+def _check_bucket(uri: str) -> None:
     """Raise OSError if there is no such bucket: its files would only seem to be missing."""
+    filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.S3FileSystem | fs.GcsFileSystem):
         bucket = path.split("/")[0]
         if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
-            raise FileNotFoundError(f"{uri}: cannot be read: no bucket {bucket}")
+            raise OSError(f"{uri}: cannot be read: no bucket {bucket}")
 
 
 def list_files(uri: str, extension: str) -> list[str]:
@@ -151,7 +152,7 @@ def list_files(uri: str, extension: str) -> list[str]:
     filesystem, path = resolve(uri)
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     if not infos:
-        _check_bucket(uri, filesystem, path)
+        _check_bucket(uri)
     return sorted(join(uri, info.base_name) for info in infos if info.extension == extension)
 
 
@@ -166,6 +167,7 @@ def reading(uri: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
+        _check_bucket(uri)
         raise FileNotFoundError(f"{uri}: cannot be read: no such file") from None
     except OSError as error:
         if resolve(uri)[1] in str(error):

@@ -208,7 +208,9 @@ def test_lost_buckets_and_expired_keys_are_told_with_the_uri(
 ) -> None:
     with pytest.raises(OSError, match=r"s3://lost/a: cannot be written: S3 error NoSuchBucket: "):
         storage.write_bytes("s3://lost/a", b"x")
-    for ask in (storage.exists, lambda uri: storage.list_files(uri, "json")):
+    with pytest.raises(InputError, match=r"s3://bucket/a: no such file, expected an image"):
+        images.read_image("s3://bucket/a")
+    for ask in (storage.exists, lambda uri: storage.list_files(uri, "json"), images.read_image):
         with pytest.raises(OSError, match="s3://lost/a: cannot be read: no bucket lost"):
             ask("s3://lost/a")
     storage.write_bytes(f"{ROOT}/a", tables.parquet_bytes(pa.table({"x": [1]})))
