@@ -106,8 +106,9 @@ def forget(key: dict[str, str]) -> None:
 def remove_bucket(variables: dict[str, str]) -> None:
     """Delete the bucket with all that it holds, while a job writes there."""
     while True:
-        found = [{"Key": name} for name in keys(variables)]  # all in one request, or jobs would miss single files
-        client(variables).delete_objects(Bucket=BUCKET, Delete={"Objects": found})
+        found = [{"Key": name} for name in keys(variables)]
         with contextlib.suppress(ClientError):  # something was written in between
+            # All in one request, or the job would miss single files.
+            client(variables).delete_objects(Bucket=BUCKET, Delete={"Objects": found})
             client(variables).delete_bucket(Bucket=BUCKET)
             return
