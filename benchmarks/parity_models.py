@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou, clip_boxes_to_image
 
+from ovd_models.codet.alignment import guidance_weights
 from ovd_models.codet.model import CoDet
 from ovd_models.detectors.centernet2 import CenterNet2
 from ovd_models.detectors.masks import paste_masks
@@ -33,6 +34,10 @@ from ovd_models.importers.codet import (
 )
 from ovd_models.losses import caption_loss, cosine_logits
 from ovd_models.vocabulary import Vocabulary
+
+COCO_CONCEPTS = "cococap_clip_a+cname.npy"
+SAME_CONCEPT = 0.999
+"""Cosine of guidance weights and a name's; those of any two names of LVIS are below 0.98."""
 
 
 def text_encoder(path: Path) -> Iterator[Quantity]:
@@ -234,38 +239,73 @@ def gradients(model: CoDet, manifest: str, pack: Pack) -> Iterator[Quantity]:
             yield f"gradient {key.removeprefix('grad:')}", ours[3:] / scale, theirs[3:] / scale
 
 
+def coco_concepts() -> Tensor | None:
+    """[634, D] unit rows of the concepts of OV-COCO's captions, a published file; None where it is not at hand."""
+    path = REFERENCE / "data" / "lvis" / COCO_CONCEPTS
+    return embedded(COCO_CONCEPTS) if path.is_file() else None
+
+
 def caption_ovcoco(path: Path) -> Iterator[Quantity]:
     pack, whole = read(path), path.stem.removeprefix("caption_")
     count, size = len(pack["top_boxes_0"]) - 1, int(pack["g"])
-    groups = len(pack["images"]) // size
+    groups, table = len(pack["images"]) // size, coco_concepts()
     model = filled_model(f"codet_{whole}", whole, tuple(pack["images"].shape[1:3])).train()
     detector = model.detector
     batch = detector.preprocess(list(pack["images"].permute(0, 3, 1, 2).flip(1)))
-    with torch.no_grad():
-        features = detector.features(batch)
-        proposals = detector.propose(batch, features).boxes
-        for image, boxes in enumerate(proposals):
-            theirs = pack[f"top_boxes_{image}"][:-1]
-            yield f"proposals of image {image}", boxes[:count][box_iou(theirs, boxes[:count]).argmax(1)], theirs
-        given = [pack[f"top_boxes_{image}"] for image in range(groups * size)]
-        rows = detector.projection(detector.region_features(features, given)).view(groups * size, count + 1, -1)
+    features = detector.features(batch)
+    for image, boxes in enumerate(detector.propose(batch, features).boxes):
+        theirs = pack[f"top_boxes_{image}"][:-1]
+        yield f"proposals of image {image}", boxes[:count][box_iou(theirs, boxes[:count]).argmax(1)], theirs
+    given = [pack[f"top_boxes_{image}"] for image in range(groups * size)]
+    rows = detector.projection(detector.region_features(features, given)).view(groups * size, count + 1, -1)
     captions = F.normalize(pack["caption_feats"], dim=1)
     same_rank = torch.ones(len(rows), dtype=torch.bool)
-    caption = [caption_loss(rows[[i], -1], captions, torch.tensor([i]), same_rank, 50.0) for i in range(len(rows))]
-    yield "caption loss", torch.stack(caption), pack["st0_caption_loss"]
-    # The table of concepts that guided this run is not at hand. A group's 512 weights are solved for from its 1,024
-    # recorded similarities; that one set of weights explains them all is what is checked, and what follows from them.
-    units = F.normalize(rows[:, :-1], dim=-1).double()
-    guidance = []
-    for group in range(groups):
-        query, support = units[2 * group], units[2 * group + 1]
-        products = torch.einsum("ad,bd->abd", query, support).flatten(0, 1)
-        recorded = pack["st0_simi_slice"][2 * group].double()
-        weights = torch.linalg.lstsq(products, recorded[:, None], driver="gelsd").solution[:, 0]
-        yield f"similarities of group {group}", products @ weights, recorded
-        guidance.append(weights)
+    caption = torch.stack(
+        [caption_loss(rows[[i], -1], captions, torch.tensor([i]), same_rank, 50.0) for i in range(len(rows))]
+    )
+    yield "caption loss", caption, pack["st0_caption_loss"]
     regions = rows[:, :-1].view(groups, size, count, -1)
-    with torch.no_grad():
-        aligned = model.aggregations[0](regions, torch.stack(guidance).float())
+    if table is None:
+        # A group's 512 weights are solved for from its 1,024 recorded similarities; that one set of weights explains
+        # them all is what is checked, and what follows from them.
+        guidance = torch.empty(groups, regions.shape[-1])
+        for group, pair in enumerate(F.normalize(regions.detach(), dim=-1).double()):
+            products = torch.einsum("ad,bd->abd", *pair).flatten(0, 1)
+            recorded = pack["st0_simi_slice"][size * group].double()
+            weights = torch.linalg.lstsq(products, recorded[:, None], driver="gelsd").solution[:, 0]
+            yield f"similarities of group {group}", products @ weights, recorded
+            guidance[group] = weights
+            yield from known_concept(group, guidance[group])
+    else:
+        chosen = shared_labels(pack["labels"].view(groups, size, -1))
+        guidance = model.guidance(chosen, table)
+    aligned = model.aggregations[0](regions, guidance)
+    prototypes = aligned.prototype.flatten(0, 1)
     yield "attention", aligned.attention.flatten(0, 1), pack["st0_weights"]
-    yield "prototypes", aligned.prototype.flatten(0, 1), pack["st0_prototype"]
+    yield "prototypes", prototypes, pack["st0_prototype"]
+    config, region = model.config, pack["st0_region_loss"]
+    if table is not None:
+        kinds = {"fed": False, "rank": 0, "caption_feats_with_rank": F.pad(pack["caption_feats"], (0, 1))}
+        concept = chosen.repeat_interleave(size)
+        region, _ = group_losses(kinds, cosine_logits(prototypes, table, 50.0), concept, rows[:, -1])
+        yield "region loss", region, pack["st0_region_loss"]
+    loss = config.concept_weight * region.mean() + config.caption_weight * caption.mean()
+    yield "loss", loss, pack["loss:image_loss"]
+    if table is not None:
+        loss.backward()
+        yield from gradients(model, f"codet_{whole}", pack)
+
+
+def shared_labels(labels_GgL: Tensor) -> Tensor:
+    """[G] the label that all images of a group have; -1 fills up."""
+    common = [set.intersection(*(set(row.tolist()) for row in group)) - {-1} for group in labels_GgL]
+    return torch.tensor([label for (label,) in common])
+
+
+def known_concept(group: int, weights: Tensor) -> Iterator[Quantity]:
+    """A group's guidance, if its concept is a name of LVIS, whose embeddings are at hand."""
+    names = embedded("lvis_v1_clip_vitb32_a_name.npy")
+    magnitude = F.normalize(names.abs(), dim=1) @ F.normalize(weights, dim=0)
+    if magnitude.max() > SAME_CONCEPT:  # the rows have three digits, so single weights cannot be compared
+        own = guidance_weights(names[magnitude.argmax()][None], torch.zeros(names.shape[1]))[0]
+        yield f"guidance of group {group}, its cosine", F.cosine_similarity(own, weights, dim=0), 1.0

@@ -13,6 +13,7 @@ import parity_models
 import pytest
 import torch
 from reference_data import PARITY, needs
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import manifests
@@ -154,6 +155,87 @@ def test_packs_of_other_backbones_are_compared(backbone: str, levels: int, tmp_p
     assert [row for row in rows if not row.within] == []
     assert len([row for row in rows if row.quantity in ("p2", "p3", "p4", "p5", "p6", "p7")]) == levels
     assert len(rows) == 24 + levels
+
+
+def record_captions(path: Path, table: Tensor, size: tuple[int, int]) -> None:
+    """A pack of OV-COCO's caption step: our features, and everything after them written out image by image."""
+    whole, count = "ovcoco_r50c4", 32
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, *size, 3), dtype=torch.uint8, generator=generator)
+    captions = torch.randn(4, 512, generator=generator)
+    model = parity_models.filled_model(f"codet_{whole}", whole, size).train()
+    detector, mlp = model.detector, model.aggregations[0]
+    batch = detector.preprocess(list(images.permute(0, 3, 1, 2).flip(1)))
+    features = detector.features(batch)
+    boxes = [entry[:count] for entry in detector.propose(batch, features).boxes]
+    whole_image = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+    given = [torch.cat((entry, whole_image)) for entry in boxes]
+    rows = detector.projection(detector.region_features(features, given)).view(4, count + 1, -1)
+    pack = {"images": images, "g": torch.tensor(2), "caption_feats": captions}
+    pack["labels"] = torch.tensor([[5, 10], [5, 20], [100, 101], [101, 7]])
+    pack |= {f"top_boxes_{image}": entry for image, entry in enumerate(given)}
+    weights, prototypes, region, caption = [], [], [], []
+    for image, concept in enumerate((5, 5, 101, 101)):
+        other = image ^ 1
+        own, theirs = (F.normalize(rows[index, :count], dim=1) for index in (image, other))
+        guidance = table[concept].abs() * 512 / table[concept].abs().sum()
+        similarity = (own * guidance) @ theirs.T
+        weights.append(mlp.score(mlp.hidden(similarity).relu())[:, 0].softmax(0))
+        prototypes.append(weights[-1] @ rows[image, :count])
+        cosines = table @ prototypes[-1] / prototypes[-1].norm()
+        terms = [F.softplus(-50 * cosine if row == concept else 50 * cosine) for row, cosine in enumerate(cosines)]
+        region.append(torch.stack(terms).sum() + np.log(2))
+        terms = []
+        for row, sentence in enumerate(captions):
+            logit = 50 * F.cosine_similarity(rows[image, -1], sentence, dim=0)
+            terms.append(F.softplus(-logit) if row == image else 0.125 * F.softplus(logit))
+        caption.append(torch.stack(terms).sum())
+    pack |= {"st0_weights": torch.stack(weights), "st0_prototype": torch.stack(prototypes)}
+    pack |= {"st0_region_loss": torch.stack(region), "st0_caption_loss": torch.stack(caption)}
+    pack["loss:image_loss"] = 0.1 * (torch.stack(region).mean() + torch.stack(caption).mean())
+    pack["loss:image_loss"].backward()
+    release = parity_models.manifest_release(f"codet_{whole}")
+    for name in (
+        "detector.backbone.layer3.5.conv3.weight",
+        "detector.projection.weight",
+        "aggregations.0.hidden.weight",
+    ):
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        (theirs_name,) = parity_models.released_names(name, release)
+        both = parity_models.statistics(gradient), parity_models.sampled(gradient, 64)
+        pack[f"grad:{theirs_name}"] = torch.cat(both)
+    np.savez(path, **{name: value.detach().numpy() for name, value in pack.items()})
+
+
+@needs("parity", "data/lvis")
+@pytest.mark.slow
+def test_the_caption_step_of_ovcoco_is_compared_to_its_gradients_with_the_table_of_concepts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = F.normalize(torch.randn(120, 512, generator=torch.Generator().manual_seed(1)), dim=1)
+    monkeypatch.setattr(parity_models, "coco_concepts", lambda: table)
+    path = tmp_path / "codet_full/caption_ovcoco_r50c4.npz"
+    path.parent.mkdir()
+    record_captions(path, table, (97, 131))  # windows and strides divide neither
+    rows = parity.compare_pack(path)
+    assert [row for row in rows if not row.within] == []
+    found = {row.quantity for row in rows}
+    assert found >= {
+        "region loss",
+        "caption loss",
+        "attention",
+        "prototypes",
+        "loss",
+        "gradient backbone.res4.5.conv3.weight",
+    }
+    assert len([name for name in found if name.startswith("gradient ")]) == 3
+    arrays = dict(np.load(path))
+    arrays["grad:roi_heads.box_predictor.fc1.weight"][10] += arrays["grad:roi_heads.box_predictor.fc1.weight"][4]
+    arrays["st0_region_loss"][1] *= 1.01
+    np.savez(path, **arrays)
+    wrong = [row.quantity for row in parity.compare_pack(path) if not row.within]
+    assert wrong == ["region loss", "gradient roi_heads.box_predictor.fc1.weight"]
 
 
 # --------------------------------------------------------------------------------------------------- manifests

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from ovd_models.detectors.backbones import build_backbone
@@ -51,12 +52,44 @@ def test_swin_equals_an_independent_one_where_windows_fill_the_maps() -> None:
             assert torch.allclose(level, norm(theirs).permute(0, 3, 1, 2), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(68, 116), (224, 300), (96, 32), (260, 388), (12, 412)])
+def test_swin_equals_timms_blocks_on_images_that_windows_do_not_divide(size: tuple[int, int]) -> None:
+    """timm pads a map after it shifted the windows, the released model before: here its blocks get padded maps."""
+    torch.manual_seed(0)
+    ours = SwinMaps(SWIN).eval()
+    for name, value in ours.layers.named_parameters():
+        if name.endswith("bias_table"):
+            torch.nn.init.normal_(value)
+    options = {"strict_img_size": False, "always_partition": True, "num_classes": 0, **SIZES}
+    peer = timm.create_model("swin_base_patch4_window7_224", **options).eval()
+    state = {
+        timm_name(name).replace("layers_", "layers."): value
+        for name, value in ours.layers.state_dict().items()
+        if not name.endswith("index")
+    }
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == (["norm.weight", "norm.bias"], [])
+    image, maps = torch.randn(2, 3, *size), []
+    with torch.no_grad():
+        tokens = peer.patch_embed(image)
+        for stage in peer.layers:
+            tokens = stage.downsample(tokens)
+            for block in stage.blocks:
+                height, width = tokens.shape[1:3]
+                padded = F.pad(block.norm1(tokens), (0, 0, 0, -width % 7, 0, -height % 7))
+                tokens = tokens + block._attn(padded)[:, :height, :width]
+                tokens = tokens + block.mlp(block.norm2(tokens))
+            maps.append(tokens)
+        for level, theirs, norm in zip(ours(image), maps[1:], ours.norms, strict=True):
+            assert torch.allclose(level, norm(theirs).permute(0, 3, 1, 2), atol=1e-4)
+
+
 def test_padding_to_whole_windows_comes_before_they_are_shifted() -> None:
     torch.manual_seed(0)
     ours = SwinMaps(SWIN).eval()
     block = ours.layers[1][1].attn  # the first shifted one
     tokens = torch.randn(1, 10, 12, 16)
-    padded = torch.nn.functional.pad(tokens, (0, 0, 0, 2, 0, 4))
+    padded = F.pad(tokens, (0, 0, 0, 2, 0, 4))
     assert torch.allclose(block(tokens), block(padded)[:, :10, :12], atol=1e-6)
 
 
