@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks import parity_packs
 from data_prep import tables
+from ovd_models.batches import DetectionBatch
 from ovd_models.checkpoints import load_encoder, load_model, save_checkpoint
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.c4 import coco_r50_c4
@@ -27,8 +28,9 @@ from ovd_models.errors import InputError
 from ovd_models.importers import codet as releases
 from ovd_models.vild.model import ViLD, ViLDConfig
 from ovd_models.vocabulary import EmbeddingTable, Vocabulary
-from workflows import codet, vild
+from workflows import codet, import_weights, vild
 from workflows.common import cli, starting_weights
+from workflows.common.optimisation import build_optimiser
 from workflows.common.teacher import CodetNames
 from workflows.configs import codet as codet_configs
 from workflows.configs import vild as vild_configs
@@ -244,6 +246,67 @@ def test_the_joint_stage_starts_from_a_released_box_model(
     torch.save({"conv1.weight": torch.zeros(1)}, path)
     with pytest.raises(InputError, match=r"BoxSup.pth: holds no released detector"):
         codet.train(run)
+
+
+def test_a_step_from_an_imported_detector_is_that_of_the_released_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = small_releases()["r50_c4"]
+    sized = dataclasses.replace(release.config.detector, embed_dim=16, min_size=75, max_size=109)
+    release = dataclasses.replace(release, config=dataclasses.replace(release.config, detector=sized))
+    monkeypatch.setattr(releases, "released_architectures", lambda: {"r50_c4": release})
+    torch.manual_seed(5)
+    released, rows_KD, words = CoDet(release.config), torch.eye(16)[:3], ("cat", "dog", "cow")
+    for value in released.state_dict().values():
+        value += 0.05 * torch.rand_like(value)
+    write_release(tmp_path / "BoxSup.pth", released, release, rows_KD)
+    (tmp_path / "names.txt").write_text("\n".join(words))
+    folder = str(tmp_path / "imported")
+    files = import_weights.Run(weights=(str(tmp_path / "BoxSup.pth"),), names=str(tmp_path / "names.txt"), out=folder)
+    import_weights.convert(files)
+
+    run = dataclasses.replace(codet_configs.finetune(), box_model=folder)
+    encoder = load_encoder(codet.own_encoder(run))
+    embedded = Vocabulary(words, encoder.embed_names(words), torch.ones(3, dtype=torch.bool))
+    splits = dict.fromkeys(words, "base")
+    names = CodetNames(dict(enumerate(words)), splits, embedded, embedded.embeddings, words, (1, 1, 1))
+    run, start = codet.initial_weights(codet.find_weights(run), names, encoder.teacher)
+    imported = CoDet(run.model)
+    imported.load_state_dict(start)
+    with torch.no_grad():  # the file takes blue first
+        first = released.get_parameter(release.bgr)
+        first.copy_(first.flip(1).clone())
+
+    generator = torch.Generator().manual_seed(7)
+    sizes = ((75, 109), (101, 61))  # windows, strides and padding divide neither
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    boxes = [torch.tensor([[3.0, 5.0, 60.0, 70.0], [20.0, 8.0, 50.0, 40.0]]), torch.tensor([[1.0, 9.0, 55.0, 90.0]])]
+    batch = DetectionBatch(images, boxes, [torch.tensor([0, 2]), torch.tensor([1])])
+    losses = []
+    for model in (imported, released):
+        torch.manual_seed(9)  # of the sampled regions
+        losses.append(model.train()(batch, None, embedded.embeddings, None))
+        torch.stack(list(losses[-1].values())).sum().backward()
+    assert losses[0].keys() == losses[1].keys() >= {"objectness", "rpn_box", "classes", "box"}
+    for name, loss in losses[0].items():
+        assert torch.allclose(loss, losses[1][name], rtol=1e-5), name
+        assert float(loss.detach()) > 0, name
+
+    stage = run.joint_stage
+    assert stage.rate_factors == {"detector.backbone.": 0.1}
+    before = {name: value.detach().clone() for name, value in imported.named_parameters()}
+    build_optimiser(imported, stage).step()
+    theirs = dict(released.named_parameters())
+    for name, value in imported.named_parameters():
+        gradient, expected = theirs[name].grad, theirs[name].detach()
+        assert (value.grad is None) == (gradient is None)
+        if gradient is not None:
+            # AdamW's first step: the decay, and the sign of the gradient, softened where it is tiny.
+            rate = stage.learning_rate * (0.1 if name.startswith("detector.backbone.") else 1.0)
+            expected = expected * (1 - rate * stage.weight_decay) - rate * gradient / (gradient.abs() + 1e-8)
+            moved = (value - before[name]).abs().max()
+            assert moved > 0.9 * rate or not gradient.any(), name
+        assert torch.allclose(value, expected, rtol=1e-5, atol=stage.learning_rate * 1e-2), name
 
 
 @pytest.mark.slow
