@@ -12,6 +12,8 @@ FORMAT = 1
 CALIBRATION = "calibration.json"
 DEFAULT_THRESHOLD = 0.3
 """Score threshold of detectors that were never evaluated."""
+KINDS = {"method": str, "model": dict, "vocabulary": list, "splits": dict, "run": dict}
+"""Fields of `config.json` and their types."""
 SOURCE = "source.json"
 """In a folder that was converted: the released files and their sha256."""
 
@@ -50,6 +52,9 @@ def read_info(folder: str | Path) -> CheckpointInfo:
         raw = json.loads(path.read_text())
         if raw.get("format") != FORMAT:
             raise InputError(f"{path}: format {raw.get('format')!r}, this program reads format {FORMAT}")
+        for key, kind in KINDS.items():
+            if not isinstance(raw[key], kind):
+                raise InputError(f"{path}: {key} is a {type(raw[key]).__name__}, expected a {kind.__name__}")
         info = CheckpointInfo(raw["method"], raw["model"], tuple(raw["vocabulary"]), raw["splits"], raw["run"])
     calibration = source / CALIBRATION
     if not calibration.is_file():

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -60,10 +61,18 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype in NUMBERS else value
         if not isinstance(tensor, Tensor):
             raise InputError(f"{source}: {name} is a {type(value).__name__}, expected a tensor or an array of numbers")
+        if not is_plain(tensor):
+            raise InputError(f"{source}: {name} is no plain tensor of real numbers, expected a dense one with values")
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise InputError(f"{source}: {name} has shape {list(tensor.shape)}, expected no more than the file holds")
         state[str(name).removeprefix("module.")] = tensor
     return state
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has values on the CPU, one after the other; sparse, nested, quantised and empty ones do not."""
+    strided = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return strided and tensor.device.type == "cpu" and not tensor.is_complex()
 
 
 def read_file(path: Path) -> Any:
@@ -84,7 +93,9 @@ def read_file(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             check_archive(archive)
-    return torch.load(path, weights_only=True, map_location="cpu")
+    with path.open("rb") as stream, warnings.catch_warnings():  # by its content: torch goes by a path's ending
+        warnings.simplefilter("ignore")  # about kinds of tensors that are then refused
+        return torch.load(stream, weights_only=True, map_location="cpu")
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -94,15 +105,20 @@ class ArrayUnpickler(pickle.Unpickler):
         """One of the few callables that pickled arrays need."""
         allowed = {
             ("collections", "OrderedDict"): OrderedDict,
-            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "ndarray"): "ndarray",  # an argument of `_reconstruct`; called, it could take any memory
             ("numpy", "dtype"): np.dtype,
             ("_codecs", "encode"): _encode,
         }
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.zeros(0).__reduce__()[0]
+            return _empty_array
         if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which arrays do not need")
         return allowed[module, name]
+
+
+def _empty_array(*_: object) -> np.ndarray:
+    """An array for `__setstate__`, which checks that the shape fits the bytes."""
+    return np.empty(0)
 
 
 def _encode(text: str, encoding: str) -> bytes:

@@ -93,7 +93,7 @@ def read_released_names(path: str) -> dict[str, str]:
                 return {name: "novel" if f == "r" else "base" for name, f in zip(names, frequencies, strict=True)}
         splits = coco_splits(names) or dict.fromkeys(names, "novel")
         return {name: splits[name] for name in names}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "a name a line, or COCO's or LVIS's json"
         raise InputError(f"{path}: no names ({type(error).__name__}), expected {expected}") from error
 

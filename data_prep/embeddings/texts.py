@@ -22,7 +22,7 @@ from torch import Tensor
 from data_prep import locks, storage, tables
 from data_prep.parts import HERE, Pool, Progress, run_parts
 from data_prep.tables import FileEntry, Manifest
-from ovd_models.errors import InputError
+from ovd_models.errors import InputError, first_line
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, clean_names
 
 PRODUCER = "workflows/embed_texts.py"
@@ -282,8 +282,8 @@ def read_matrix(path: str, names: Sequence[str], width: int | None = None) -> Em
     """
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected a .npy matrix") from error
+    except (OSError, EOFError, ValueError, MemoryError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}), expected a .npy matrix") from error
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: an archive, expected a .npy matrix")
     if array.ndim == 2 and array.shape[0] != len(names) and array.shape[1] == len(names):

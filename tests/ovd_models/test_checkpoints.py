@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 import ovd_models
-from ovd_models.checkpoint_info import write_calibration
+from ovd_models.checkpoint_info import read_source, write_calibration
 from ovd_models.checkpoints import from_json, load_encoder, load_model, read_info, save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.errors import InputError
+from ovd_models.ovsam.model import OvSam, OvSamConfig
+from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskModelConfig
 from ovd_models.predictors import load
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, Vocabulary, build_vocabulary
 
@@ -377,6 +379,77 @@ def test_an_untrusted_config_opens_nothing_and_takes_no_memory(
     monkeypatch.setattr(socket.socket, "connect", lambda *arguments: opened.append(arguments))
     with pytest.raises(InputError, match=expected):
         load_model(tmp_path, CoDet)
+    assert opened == []
+
+
+NESTED = "[" * 100_000
+"""JSON that no parser of bounded depth reads."""
+
+
+@pytest.mark.parametrize("file", ["config.json", "calibration.json", "text/table.json"])
+@pytest.mark.parametrize("content", [NESTED, '{"a":' * 100_000, "[[" * 400 + "]]" * 400, "\0", "9" * 5000])
+def test_a_folder_with_hostile_json_is_refused_in_one_line(file: str, content: str, folder: Path) -> None:
+    (folder / file).write_text(content)
+    refused(folder, "not a")
+
+
+@pytest.mark.parametrize("content", [NESTED, "[]", "3", '{"a": ['])
+def test_a_record_of_released_files_that_is_none_is_told(content: str, folder: Path) -> None:
+    (folder / "source.json").write_text(content)
+    with pytest.raises(InputError, match=r"source\.json: not a record of released files") as caught:
+        read_source(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [1], {"a": 1}])
+@pytest.mark.parametrize("key", ["method", "model", "vocabulary", "splits", "run"])
+def test_fields_of_another_type_are_told(key: str, value: object, folder: Path) -> None:
+    fitting = {"method": str, "model": dict, "vocabulary": list, "splits": dict, "run": dict}[key]
+    if not isinstance(value, fitting):
+        edit(folder, lambda raw: raw.update({key: value}))
+        refused(folder, f"config.json: {key} is a {type(value).__name__}, expected a {fitting.__name__}")
+
+
+def test_a_path_with_a_nul_byte_is_no_checkpoint() -> None:
+    for read in (load, load_clip, load_encoder, lambda path: load_model(path, CoDet)):
+        with pytest.raises(InputError, match=r"no .*checkpoint"):
+            read("a\0b")
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"timm_model_name": "hf-hub:evil/model", "image_size": 64},
+        {"timm_model_name": "local-dir:/tmp/evil", "image_size": 64},
+        {"timm_model_name": "resnet10t", "timm_model_pretrained": True, "timm_pool": "avg", "image_size": 64},
+    ],
+)
+@pytest.mark.parametrize("method", ["clip", "ovsam", "text_to_mask"])
+def test_towers_of_an_untrusted_config_are_not_fetched(
+    method: str, vision: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    if method == "clip":
+        save_clip(Clip(ClipConfig()), tmp_path)
+        file, place = tmp_path / "clip.json", ("config",)
+    else:
+        model = OvSam(OvSamConfig()) if method == "ovsam" else TextToMask(TextToMaskModelConfig())
+        save_checkpoint(model, table(), tmp_path, splits={}, run={})
+        file, place = tmp_path / "config.json", ("model", "tower")
+    raw = json.loads(file.read_text())
+    part = raw
+    for key in place:
+        part = part[key]
+    part["vision"] = vision
+    file.write_text(json.dumps(raw))
+    opened: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *arguments: opened.append(arguments))
+    with pytest.raises(InputError) as caught:
+        if method == "clip":
+            load_clip(tmp_path)
+        else:
+            load_model(tmp_path, OvSam, TextToMask)
+    assert "\n" not in str(caught.value)
     assert opened == []
 
 

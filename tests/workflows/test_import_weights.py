@@ -28,7 +28,9 @@ from ovd_models.ovsam.model import OvSam, published
 from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.segments import Prompts
 from workflows import import_weights
+from workflows.common import runs
 from workflows.common.teacher import find_teacher
+from workflows.configs import codet as codet_configs
 from workflows.import_weights import Run
 
 SMALL = {
@@ -152,6 +154,11 @@ def test_a_clip_of_any_layout_becomes_a_teacher(
     assert read_source(tmp_path / "clip") == f"model.safetensors sha256:{digest}"
     assert find_teacher("store", "photos", data="", teacher=str(tmp_path / "clip")) == str(tmp_path / "clip")
     assert teacher.startswith("clip:")
+    run = dataclasses.replace(codet_configs.smoke(), teacher=str(tmp_path / "clip"))
+    assert runs.released_source(run) == f"teacher model.safetensors sha256:{digest}"
+    run = dataclasses.replace(run, teacher="", backbone_weights=str(tmp_path / "model.safetensors"))
+    assert runs.released_source(run) == f"backbone_weights model.safetensors sha256:{digest}"
+    assert runs.released_source(codet_configs.smoke()) == ""
 
 
 def test_an_architecture_is_asked_for_if_several_fit(tmp_path: Path) -> None:
@@ -218,8 +225,11 @@ def test_bad_input_is_one_line_and_writes_nothing(lvis: Path, tmp_path: Path) ->
     renamed = tmp_path / "resnet50-0676ba61.pth"
     renamed.write_bytes(good.read_bytes())
     torch.save({"encoder.layers.0.weight": torch.zeros(3, 5), "b": torch.zeros(2)}, tmp_path / "foreign.pth")
-    table = tmp_path / "rows.npy"
+    table, nested, huge = tmp_path / "rows.npy", tmp_path / "nested.json", tmp_path / "huge.npy"
     np.save(table, np.eye(3, 8))
+    nested.write_text("[" * 100_000)
+    huge.write_bytes(table.read_bytes().replace(b"(3, 8), }" + b" " * 10, b"(3000000000, 8), }" + b" " * 1))
+    (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     out = str(tmp_path / "out")
@@ -237,6 +247,15 @@ def test_bad_input_is_one_line_and_writes_nothing(lvis: Path, tmp_path: Path) ->
         ([good], {"out": str(tmp_path / "full")}, "exists, expected a new or an empty folder"),
         ([good], {"out": str(good)}, "exists, expected a new or an empty folder"),
         ([good], {"out": "s3://bucket/clip"}, "expected a folder of this machine"),
+        ([good], {"out": "nul\0"}, "expected a folder of this machine"),
+        ([good], {"out": "long" * 100}, "no folder can be made there"),
+        ([good], {"out": str(tmp_path / "file/out")}, "file is a file, expected a folder"),
+        ([table], {"names": "nul\0"}, "no names"),
+        ([table], {"names": str(nested)}, "nested.json: no names"),
+        ([table], {"names": str(tmp_path)}, "no names"),
+        ([huge], {"names": str(lvis)}, "huge.npy: cannot be read"),
+        ([Path("nul\0.npy")], {"names": str(lvis)}, "cannot be read"),
+        ([tmp_path], {"out": out}, "cannot be read"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             convert(*files, **flags)
@@ -276,7 +295,7 @@ def test_an_imported_detector_gives_the_released_detections(text: bool, tmp_path
         names.write_text("\n".join(f"name {index}" for index in range(80)))
     convert(tmp_path / "released.pth", out=ours, names=str(names))
     detector = ovd_models.load(ours)
-    pack = parity_packs.read("codet_full/ovcoco_r50c4")
+    pack = parity_packs.read(parity_packs.PACKS / "goldens/codet_full/ovcoco_r50c4.npz")
     image = pack["image"].flip(2).numpy()
     if text:
         found = detector.detect(image, ["unknown name", "anchor"], score_threshold=0.0)

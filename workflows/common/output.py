@@ -5,16 +5,20 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ovd_models.errors import InputError
+from ovd_models.errors import InputError, as_input_error
 
 
 def check_folder(out: str) -> None:
     """Raise InputError unless a folder can be made there, or is empty."""
-    if "://" in out:
-        raise InputError(f"--out {out}: expected a folder of this machine")
+    if "://" in out or "\0" in out:
+        raise InputError(f"--out {out!r}: expected a folder of this machine")
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--out {out}: exists, expected a new or an empty folder")
+    with as_input_error(f"--out {out}: no folder can be made there"):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(f"--out {out}: exists, expected a new or an empty folder")
+        above = next(folder for folder in target.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise InputError(f"--out {out}: {above} is a file, expected a folder")
 
 
 def write_folder(save: Callable[[Path], None], target: Path) -> None:
