@@ -70,6 +70,10 @@ ALL_IMAGES = FilterConfig(
 """Annotated images were chosen by people."""
 
 
+MOST_HELD_OUT = 20
+"""Images held out of a folder of any size, unless a number is given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One box set: `<name>-train` with base boxes only, `<name>-eval` with all."""
@@ -104,7 +108,7 @@ class Run:
     train_images: int = 2400
     """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
-    """Drawn scenes for evaluation, or images of `data` held out for it."""
+    """Drawn scenes for evaluation, or images of `data` held out for it; 0 for a fifth of them, at most 20."""
     style: Literal["first", "second"] = "first"
     """Of drawn scenes; the second, outlined on stripes, is for the transfer of detectors trained on the first."""
     strict: bool = False
@@ -312,10 +316,11 @@ def split_rows(run: Run, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray
     """Which of the images of `data` are for training; without `eval_data`, the last in a seeded order are held out."""
     if run.eval_data:
         return np.arange(count), np.arange(0)
-    if not 0 < run.eval_images < count:
-        raise InputError(f"images held out: {run.eval_images}, expected 1 to {count - 1} of the {count} images")
+    size = run.eval_images or max(1, min(MOST_HELD_OUT, count // 5))
+    if not 0 < size < count:
+        raise InputError(f"images held out: {size}, expected 1 to {count - 1} of the {count} images")
     order = np.random.default_rng(run.seed).permutation(count)
-    kept, held_out = np.split(order, [count - run.eval_images])
+    kept, held_out = np.split(order, [count - size])
     return np.sort(kept), np.sort(held_out)
 
 

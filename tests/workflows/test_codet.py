@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import trainings
+from mlflow.tracking import MlflowClient
 from PIL import Image
 from reference_data import LVIS, PHOTOS, needs
 
@@ -22,6 +23,7 @@ from data_prep.embeddings.teachers import store_checkpoint
 from data_prep.streams.augmentation import Augmentation
 from data_prep.streams.box_loader import detection_loader
 from data_prep.streams.collate import DetectionCollate
+from ovd_models.checkpoint_info import SOURCE
 from ovd_models.checkpoints import load_model
 from ovd_models.clip.model import Clip, ClipConfig
 from ovd_models.codet.model import CoDet
@@ -244,7 +246,12 @@ def test_a_detector_is_continued_with_its_own_architecture_and_encoder(
         detection_batch=2,
         validate_every=0,
     )
+    record = Path(trained.model, SOURCE)
+    record.write_text('{"CoDet.pth": "0123"}')  # as if it had been imported
     found = codet.train(codet.prepare_data(run))
+    record.unlink()
+    tags = MlflowClient(tracking.tracking_uri(run.storage)).get_run(found.run_id).data.tags
+    assert tags["source"] == "box_model CoDet.pth sha256:0123"
     before, after = (load_model(folder, CoDet) for folder in (trained.model, found.model))
     assert after.config.detector == before.config.detector
     assert ovd_models.load(found.model).teacher == ovd_models.load(trained.model).teacher

@@ -172,7 +172,17 @@ def test_a_changed_annotation_file_is_noticed(tmp_path: Path) -> None:
         prepare(run)
 
 
-@pytest.mark.parametrize("count", [0, 6, 7, -1])
+def test_a_fifth_is_held_out_of_a_small_folder_and_twenty_of_a_large_one() -> None:
+    run = prepare_boxes.coco()
+    for given, count, expected in ((0, 2, 1), (0, 9, 1), (0, 10, 2), (0, 99, 19), (0, 1000, 20), (7, 10, 7)):
+        kept, held_out = prepare_boxes.split_rows(dataclasses.replace(run, eval_images=given), count)
+        assert (len(kept), len(held_out)) == (count - expected, expected)
+        assert sorted([*kept, *held_out]) == list(range(count))
+    with pytest.raises(InputError, match="images held out: 1, expected 1 to 0 of the 1 images"):
+        prepare_boxes.split_rows(dataclasses.replace(run, eval_images=0), 1)
+
+
+@pytest.mark.parametrize("count", [6, 7, -1])
 def test_an_impossible_split_is_refused(tmp_path: Path, count: int) -> None:
     with pytest.raises(InputError, match=f"images held out: {count}, expected 1 to 5 of the 6 images"):
         prepare(photos(tmp_path, eval_images=count))

@@ -92,9 +92,22 @@ def parse(
 
 def print_changes(config: str, named: Any, run: Any) -> None:
     """Print a run as its named config and the flags that make it of this config."""
-    before, after = flatten(named), flatten(run)
-    flags = [flag_of(name, value) for name, value in after.items() if before.get(name) != value]
+    before, after = joined_factors(flatten(named)), joined_factors(flatten(run))
+    emptied = {name: () for name in before if name.endswith(".rate_factors") and name not in after}
+    flags = [flag_of(name, value) for name, value in (after | emptied).items() if before.get(name) != value]
     print(f"config: {' '.join([config, *flags])}", flush=True)
+
+
+def joined_factors(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings with the entries of each stage's `rate_factors` joined, as its one flag takes them."""
+    joined: dict[str, Any] = {}
+    for name, value in flat.items():
+        stage, found, start = name.partition(".rate_factors.")
+        if found:
+            joined.setdefault(f"{stage}.rate_factors", []).append(f"{start}={value:g}")
+        else:
+            joined[name] = value
+    return joined
 
 
 def flag_of(name: str, value: object) -> str:
@@ -109,7 +122,7 @@ def flag_of(name: str, value: object) -> str:
 
 def flags_of(run: Any, stages: Sequence[str]) -> list[str]:
     """All flags of a run, those of its stages too."""
-    own = [f"--{name.replace('_', '-')}" for name in flatten(run)]
+    own = [f"--{name.replace('_', '-')}" for name in joined_factors(flatten(run))]
     return ["--config", "--help", "--help-all", *own, *(STAGE_FLAGS.split("\n")[1].split() if stages else [])]
 
 

@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+import tyro
 from timm.optim import muon
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
@@ -20,6 +21,39 @@ STEPS_PER_BLOCK = 5
 
 
 Precision = Literal["auto", "fast", "bf16", "fp16", "fp32"]
+
+
+def read_factors(words: list[str]) -> dict[str, float]:
+    """Rate factors from words such as `detector.backbone.=0.1`.
+
+    Raises:
+        ValueError: a word is of another form, or a factor negative.
+    """
+    factors = {}
+    for word in words:
+        start, _, factor = word.rpartition("=")
+        if not start or not 0 <= float(factor) < math.inf:
+            raise ValueError(f"{word!r}, expected START=FACTOR, such as detector.backbone.=0.1")
+        factors[start] = float(factor)
+    return factors
+
+
+def show_factors(factors: dict[str, float]) -> list[str]:
+    """Rate factors as `read_factors` reads them."""
+    return [f"{start}={factor:g}" for start, factor in factors.items()]
+
+
+RateFactors = Annotated[
+    dict[str, float],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="START=FACTOR ...",
+        instance_from_str=read_factors,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=show_factors,
+    ),
+]
+"""As one flag; by default, every entry of the default would be a flag, and no further one could be given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +80,8 @@ class Optimisation:
     """Largest absolute value of each gradient, applied before `clip_norm`; None does not clip."""
     decay_norms: bool = True
     """Whether `adamw` decays biases and norms too."""
-    rate_factors: dict[str, float] = field(default_factory=dict)
-    """Start of parameters' names -> factor of their learning rate."""
+    rate_factors: RateFactors = field(default_factory=dict)
+    """Start of parameters' names -> factor of their learning rate; 0 freezes them."""
     checkpoint_every: int = 100
     """Steps between checkpoints; a multiple of 5."""
     log_every: int = 10

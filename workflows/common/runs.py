@@ -1,6 +1,7 @@
 """A training run from its opening to its end: folder, inputs, tracking, stage times, checkpoint, results."""
 
 import contextlib
+import hashlib
 import json
 import tempfile
 import time
@@ -13,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from pyarrow import fs
 
 from data_prep import locks, storage, tables
-from ovd_models.checkpoint_info import CALIBRATION, write_calibration
+from ovd_models.checkpoint_info import CALIBRATION, SOURCE, read_source, write_calibration
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from workflows.common import cli, descriptions, registry, tracking, training
@@ -26,6 +27,8 @@ FREE_SETTINGS = {
     *("use_gpu", "wait_minutes", "max_failures", "log_every", "waiting_bytes", "dry_run"),
 }
 """Fields that may differ when a run is resumed."""
+STARTS = ("box_model", "proposals", "teacher", "sam", "backbone_weights", "pretrained")
+"""Fields that may name a released file, or a folder that was converted from some."""
 SHORT_STEPS = 100
 """Trainings of fewer steps are trials."""
 M = TypeVar("M")
@@ -220,7 +223,7 @@ def open_run(
                 experiment=data_set,
                 name=title or f"{workflow} {run.config}",
                 params=cli.flatten(run),
-                tags={"method": workflow, **digests},
+                tags={"method": workflow, **digests, "source": released_source(run)},
                 key=f"{workflow}/{name}",
             )
         )
@@ -231,6 +234,22 @@ def open_run(
         teacher_run = tracked.link_to(descriptions.teacher_key(teacher))
         tracked.describe(descriptions.description(storage.join(folder, "model"), teacher, teacher_run))
         yield ActiveRun(workflow=workflow, data_set=data_set, folder=folder, tracked=tracked)
+
+
+def released_source(run: TrainingConfig) -> str:
+    """The released files that a run starts from, as `FIELD NAME sha256:DIGEST`; empty if there are none."""
+    found: dict[str, str] = {}
+    for name in STARTS:
+        given = str(getattr(run, name, "")).removesuffix("/text")  # a detector's own encoder
+        if not given or given in found:
+            continue
+        if Path(given).is_file():
+            with Path(given).open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[given] = f"{name} {Path(given).name} sha256:{digest}"
+        elif storage.exists(storage.join(given, SOURCE)):
+            found[given] = f"{name} {read_source(storage.local_folder(given))}"
+    return "; ".join(found.values())
 
 
 def begin(run: R, workflow: str) -> R:

@@ -86,6 +86,22 @@ def test_the_config_and_what_differs_from_it_are_printed(capsys: pytest.CaptureF
     assert parse("--config", *shlex.split(printed)[1:]) == run
 
 
+@pytest.mark.parametrize("factors", [{"detector.backbone.": 0.0, "detector.rpn.": 0.5}, {"detector.": 1e-3}, {}])
+def test_rate_factors_are_one_flag_that_is_printed_as_it_is_read(
+    factors: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"{start}={factor}" for start, factor in factors.items()]
+    given = ["--config", "finetune", "--storage", str(tmp_path), "--joint-stage.rate-factors", *flags]
+    run = cli.parse(codet_configs.CONFIGS, "", given)
+    assert run.joint_stage.rate_factors == factors
+    assert run.box_stage.rate_factors == codet_configs.finetune().box_stage.rate_factors
+    printed = capsys.readouterr().out.removeprefix("config: ")
+    assert cli.parse(codet_configs.CONFIGS, "", ["--config", *shlex.split(printed)]) == run
+    for wrong in ("backbone", "backbone=-1", "backbone=fast", "=1", "backbone=nan"):
+        with pytest.raises(InputError, match=r"--joint-stage\.rate-factors: "):
+            cli.parse(codet_configs.CONFIGS, "", [*given[: -len(flags) or None], wrong])
+
+
 def test_full_help_names_the_configs_and_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.parse(CONFIGS, "A test.\n\nscript --config a\nscript --config b", ["--help-all"])
