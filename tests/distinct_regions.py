@@ -7,6 +7,7 @@ import torch
 from ovd_models.codet.model import CoDet
 from ovd_models.vild.model import ViLD
 
+PARTS = ("rpn.head", "roi.box_head", "projection", "box_deltas", "proposals.heat", "stages.")
 M = TypeVar("M", CoDet, ViLD)
 
 
@@ -14,6 +15,6 @@ def spread_out(model: M) -> M:
     """The model in evaluation mode, its heads' weights enlarged."""
     with torch.no_grad():
         for name, value in model.detector.named_parameters():
-            if value.ndim > 1 and name.startswith(("rpn.head", "roi.box_head", "projection", "box_deltas")):
-                value.mul_(10 if "cls_logits" in name else 3)
+            if value.ndim > 1 and name.startswith(PARTS):
+                value.mul_(10 if name.startswith(("rpn.head.cls_logits", "proposals.heat")) else 3)
     return model.eval()

@@ -1,7 +1,8 @@
 """Export a trained model to ONNX files that run without PyTorch, each checked against it.
 
 checkpoint folder --> detector.onnx, names.npz, detect.py | image_tower.onnx, text_tower.onnx | sam_encoder.onnx,
-                      sam_decoder.onnx --compared with PyTorch on images of several sizes--> export.json
+                      sam_decoder.onnx | ovsam_encoder.onnx, ovsam_decoder.onnx, ovsam_namer.onnx, names.npz
+                      --compared with PyTorch on images of several sizes--> export.json
 
 python workflows/export.py --model runs/demo/codet --out runs/demo/exported
 python runs/demo/exported/detect.py picture.jpg umbrella anchor      # needs onnxruntime, numpy and Pillow only
@@ -10,7 +11,7 @@ python workflows/export.py --model store/runs/clip/<run>/model --out exported_cl
 
 from workflows.common import brief_help
 
-brief_help.answer(__name__, __file__, "model out images num_images storage")
+brief_help.answer(__name__, __file__, "model out images num_images int8 torch_export storage")
 
 import json
 import shutil
@@ -33,9 +34,18 @@ from ovd_models.clip.model import ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
 from ovd_models.export import detect as example
 from ovd_models.export.files import OPSET, Array, Part, write_part
-from ovd_models.export.parts import SIZES, detector_part, image_tower_part, sam_parts, text_tower_part
+from ovd_models.export.parts import (
+    SIZES,
+    detector_part,
+    image_tower_part,
+    name_weights,
+    ovsam_parts,
+    sam_parts,
+    text_tower_part,
+)
+from ovd_models.export.programs import write_program
 from ovd_models.export.quantise import quantise
-from ovd_models.predictors import Detector
+from ovd_models.predictors import Detector, Segmenter
 from ovd_models.preprocess import to_tensor
 from ovd_models.sam.model import SamModel
 from ovd_models.vild.model import ViLD
@@ -47,7 +57,7 @@ class Run:
     """One model; requires `--model` and `--out`."""
 
     model: str = ""
-    """Checkpoint folder or URI: a CoDet or ViLD on Faster R-CNN or R50-C4, a CLIP or a SAM."""
+    """Checkpoint folder or URI: a CoDet, a ViLD, an OV-SAM, a CLIP or a SAM."""
     out: str = ""
     """Folder to write; it must not exist, or be empty."""
     images: str = ""
@@ -57,6 +67,9 @@ class Run:
     """Pictures of `images` that are used."""
     int8: bool = False
     """Also write `detector_int8.onnx`, whose convolutions and layers compute with 8-bit integers."""
+    torch_export: bool = False
+    """Also write a program of `torch.export`, `NAME.pt2`, of each part that it captures: not of detectors, nor of the
+    naming of masks, where the number of regions depends on their values."""
     threshold: float = 0.05
     """Score above which detections are compared."""
     storage: str = "store"
@@ -67,7 +80,7 @@ CONFIGS: dict[str, Callable[[], Run]] = {"default": Run}
 
 
 def export(run: Run) -> dict[str, float]:
-    """Write the files of a model; returns the largest difference of each from PyTorch.
+    """Write the files of a model; returns the largest difference of each file from PyTorch.
 
     Raises:
         InputError: a flag is missing, the folder exists, the model is of a kind that is not exported, or a file does
@@ -81,7 +94,9 @@ def export(run: Run) -> dict[str, float]:
 
     def save(target: Path) -> None:
         for part in write_model(run, folder, target):
-            differences[part.name] = write_part(part, target)
+            differences[f"{part.name}.onnx"] = write_part(part, target)
+            if run.torch_export and part.program:
+                differences[f"{part.name}.pt2"] = write_program(part, target)
             if run.int8 and part.name == "detector":
                 quantise(part, target / "detector.onnx", target / "detector_int8.onnx", part.examples)
         described = {"model": run.model, "opset": OPSET, "max_difference": differences}
@@ -103,9 +118,12 @@ def write_model(run: Run, folder: Path, target: Path) -> list[Part]:
     method = read_info(folder).method
     if method == "sam":
         return sam_parts(load_model(folder, SamModel))
+    if method == "ovsam":
+        return segmenter_parts(run, ovd_models.load_segmenter(folder, "cpu"), target)
     if method not in ("codet", "vild"):
-        raise InputError(f"{folder}: a model of method {method!r}, expected a CoDet, a ViLD, a CLIP or a SAM")
-    return detector_parts(run, ovd_models.load(folder), target)
+        expected = "a CoDet, a ViLD, an OV-SAM, a CLIP or a SAM"
+        raise InputError(f"{folder}: a model of method {method!r}, expected {expected}")
+    return detector_parts(run, ovd_models.load(folder, "cpu"), target)
 
 
 def detector_parts(run: Run, detector: Detector, target: Path) -> list[Part]:
@@ -120,6 +138,20 @@ def detector_parts(run: Run, detector: Detector, target: Path) -> list[Part]:
     shutil.copyfile(example.__file__, target / "detect.py")
     tower = [text_tower_part(detector.encoder)] if isinstance(detector.encoder, ClipTextEncoder) else []
     return [part, *tower]
+
+
+def segmenter_parts(run: Run, segmenter: Segmenter, target: Path) -> list[Part]:
+    """The parts of an OV-SAM; writes its default names with their embeddings and weights."""
+    names = segmenter.vocabulary
+    if not names:
+        raise InputError(f"{run.model}: no default names, expected some to compare the exported files with")
+    vocabulary = segmenter.names(names)
+    base_K = torch.zeros(len(names), dtype=torch.bool) if vocabulary.is_base is None else vocabulary.is_base
+    weight_K, bias_K = (value.numpy().astype(np.float32) for value in name_weights(segmenter.model, base_K))
+    text_KD = vocabulary.embeddings
+    np.savez(target / "names.npz", names=np.array(names), embeddings=text_KD.numpy(), clip_weight=weight_K, bias=bias_K)
+    tower = [text_tower_part(segmenter.encoder)] if isinstance(segmenter.encoder, ClipTextEncoder) else []
+    return [*ovsam_parts(segmenter.model, text_KD, base_K), *tower]
 
 
 def image_weights(detector: Detector) -> Array:
@@ -149,8 +181,8 @@ def read_images(run: Run) -> list[Tensor]:
 def main() -> None:
     """Export, check and describe."""
     run = cli.parse(CONFIGS, __doc__, writes=False)
-    for name, difference in export(run).items():
-        print(f"{run.out}/{name}.onnx: differs from PyTorch by at most {difference:.1e}")
+    for file, difference in export(run).items():
+        print(f"{run.out}/{file}: differs from PyTorch by at most {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class ShiftedWindows(ShiftedWindowAttention):  # type: ignore[misc]
             for length, moved in zip(padded.shape[1:3], shift, strict=True)
         )
         kind_HW = 2 * row_H[:, None] + column_W
-        split = kind_HW.view(len(row_H) // rows, rows, len(column_W) // columns, columns).transpose(1, 2)
+        high, wide = row_H.shape[0] // rows, column_W.shape[0] // columns  # shapes, for tracing
+        split = kind_HW.view(high, rows, wide, columns).transpose(1, 2)
         kind_MN = split.reshape(-1, rows * columns)
         mask_MNN = -100.0 * (kind_MN[:, None] != kind_MN[:, :, None])
         bias = self.get_relative_position_bias() + mask_MNN[:, None].to(tokens.dtype).repeat(len(tokens), 1, 1, 1)
@@ -135,11 +136,15 @@ def pool_regions(levels: Sequence[Tensor], strides: Sequence[int], boxes: Sequen
     """
     box_R4 = torch.cat(list(boxes)).float()  # half precision is too coarse for coordinates
     region_R5 = torch.cat((image_indices(boxes)[:, None].float(), box_R4), dim=1)
-    side_R = (box_R4[:, 2:] - box_R4[:, :2]).clamp(min=0).prod(1).sqrt()
+    return pool_levels(levels, strides, region_levels(box_R4, strides), region_R5, size)
+
+
+def region_levels(box_R4: Tensor, strides: Sequence[int]) -> Tensor:
+    """[R] int64, the level of each box that suits its size (FPN, equation 1)."""
+    side_R = ((box_R4[:, 2] - box_R4[:, 0]).clamp(min=0) * (box_R4[:, 3] - box_R4[:, 1]).clamp(min=0)).sqrt()
     finest, coarsest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
     level_R = torch.floor(CANONICAL_LEVEL + torch.log2(side_R / CANONICAL_SIZE + 1e-8))
-    level_R = level_R.clamp(finest, coarsest).long() - finest
-    return pool_levels(levels, strides, level_R, region_R5, size)
+    return level_R.clamp(finest, coarsest).long() - finest
 
 
 def pool_levels(

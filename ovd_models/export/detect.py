@@ -19,7 +19,8 @@ def main() -> None:
     inputs = {"image": image, "text": embeddings[rows], "threshold": np.array(0.3, np.float32)}
     if len(session.get_inputs()) == 4:  # ViLD's ensemble
         inputs["image_weight"] = weights[rows]
-    for box, score, label in zip(*session.run(None, inputs), strict=True):
+    boxes, scores, labels, *_ = session.run(None, inputs)  # some models add masks [M, 28, 28] inside the boxes
+    for box, score, label in zip(boxes, scores, labels, strict=True):
         print(f"{names[label]:20} {score:.2f}  {box.round().astype(int).tolist()}")
 
 

@@ -1,4 +1,4 @@
-"""Box detectors as one traceable function: an image of any size and any embedded names in, boxes out.
+"""Faster R-CNN and R50-C4 as one traceable function: an image of any size and any embedded names in, boxes out.
 
 The models' own inference keeps counts of regions as Python numbers, which a traced graph would freeze. torchvision's
 parts do not, and both compute the same.
@@ -11,10 +11,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.onnx.operators import shape_as_tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, roi_align
+from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, roi_align
 
 from ovd_models.codet.model import CoDet
 from ovd_models.detectors.c4 import C4
@@ -22,6 +21,7 @@ from ovd_models.detectors.rcnn import RCNN
 from ovd_models.detectors.region_pool import POOLED
 from ovd_models.detectors.region_scores import geometric_mean
 from ovd_models.errors import InputError
+from ovd_models.export.tracing import resize_traced, select_traced
 from ovd_models.vild.model import ViLD
 
 
@@ -29,28 +29,34 @@ class ExportedDetector(nn.Module):
     """A CoDet or ViLD detector for tracing.
 
     Raises:
-        InputError: the detector is a CenterNet2, a closed classifier, or scores by objectness.
+        InputError: the detector is a closed classifier, or scores by objectness.
     """
 
     def __init__(self, model: CoDet | ViLD, max_detections: int = 100) -> None:
         super().__init__()
         if not isinstance(model.detector, RCNN):
-            raise InputError(f"{type(model.detector).__name__}: not exported, expected a Faster R-CNN or R50-C4")
+            raise TypeError("expected a Faster R-CNN or R50-C4")
         if isinstance(model, ViLD) and (model.config.variant == "supervised" or model.config.scoring.objectness):
             raise InputError("a ViLD with names of its own or with objectness: not exported, expected one without")
         self.model, self.detector, self.max_detections = model, model.detector, max_detections
         config = model.detector.config
         levels = [str(index) for index in range(len(config.strides))]
         self.pool = MultiScaleRoIAlign(levels, POOLED, config.roi_samples)
+        self.mask_pool = MultiScaleRoIAlign(levels, 2 * POOLED, config.roi_samples)
 
     @property
     def has_image_head(self) -> bool:
         """Whether scores are fused with those of a distilled head, so that `image_weight` is an input."""
         return isinstance(self.model, ViLD) and self.model.config.variant == "ensemble"
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks are an output: CoDet on Faster R-CNN finds none."""
+        return isinstance(self.model, ViLD) and self.model.config.detector.masks
+
     def forward(
         self, image: Tensor, text: Tensor, threshold: Tensor, image_weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Find names in an image.
 
         Args:
@@ -60,12 +66,13 @@ class ExportedDetector(nn.Module):
             image_weight: [K] exponent of the distilled head's probability for each name, for ViLD's ensemble.
 
         Returns:
-            [M, 4] boxes, [M] scores, [M] int64 rows of `text`, best first.
+            [M, 4] boxes, [M] scores, [M] int64 rows of `text`, best first; with a mask head, [M, 28, 28] probabilities
+            of the mask in the cells of each box.
         """
         detector = self.detector
         pixels_3HW = image.permute(2, 0, 1).float() / 255
         original = (pixels_3HW.shape[1], pixels_3HW.shape[2])
-        images = self._resize(pixels_3HW)
+        images = resize_traced(detector.transform, pixels_3HW)
         features = self._features(images)
         (proposal_R4,), _ = detector.rpn(images, features)
         pooled = self._pool(features, proposal_R4, images)
@@ -75,31 +82,14 @@ class ExportedDetector(nn.Module):
         if isinstance(self.model, ViLD):  # whose boxes are suppressed in pixels of the original image
             box_R4 = clip_boxes_to_image(resize_boxes(box_R4, size, original), original)
             score_RK = self._probabilities(self.model, pooled, region_RF, text, image_weight)
-            return self._select(box_R4, score_RK, threshold)
+            found = self._select(box_R4, score_RK, threshold)
+            if not self.has_masks:
+                return found
+            return *found, self._masks(features, resize_boxes(found[0], original, size), images)
         embedding_RD = F.normalize(detector.projection(region_RF), dim=-1)
         score_RK = (detector.config.temperature * embedding_RD @ text.T).sigmoid()
         box_M4, score_M, label_M = self._select(clip_boxes_to_image(box_R4, size), score_RK, threshold)
         return clip_boxes_to_image(resize_boxes(box_M4, size, original), original), score_M, label_M
-
-    def _resize(self, pixels_3HW: Tensor) -> ImageList:
-        """A batch of one, resized, normalised and padded as the detector's own transform does.
-
-        The scale is a quotient in double precision, as there: traced, the transform multiplies a float32 reciprocal,
-        and 200 pixels times 160 / 200 become 159.
-        """
-        transform = self.detector.transform
-        side_2 = shape_as_tensor(pixels_3HW)[1:].double()
-        limits = torch.tensor([transform.min_size[0], transform.max_size], dtype=torch.float64)
-        scale = (limits / torch.stack([side_2.amin(), side_2.amax()])).amin().float()
-        (resized_3hw,) = F.interpolate(
-            transform.normalize(pixels_3HW)[None],
-            scale_factor=scale,  # type: ignore[arg-type]  # a tensor, which tracing follows
-            mode="bilinear",
-            align_corners=False,
-            recompute_scale_factor=True,
-        )
-        batch = transform.batch_images([resized_3hw], transform.size_divisible)
-        return ImageList(batch, [(resized_3hw.shape[1], resized_3hw.shape[2])])
 
     def _features(self, images: ImageList) -> dict[str, Tensor]:
         maps = self.detector.backbone(images.tensors)
@@ -116,6 +106,12 @@ class ExportedDetector(nn.Module):
             (stride,) = self.detector.config.strides
             return torch.as_tensor(roi_align(features["0"], [box_R4], 14, 1 / stride, -1, aligned=True))
         return torch.as_tensor(self.pool(features, [box_R4], images.image_sizes))
+
+    def _masks(self, features: dict[str, Tensor], box_M4: Tensor, images: ImageList) -> Tensor:
+        """[M, 28, 28] probabilities inside boxes of the resized image."""
+        head = self.detector.mask_head
+        pooled = self.mask_pool(features, [box_M4], images.image_sizes)
+        return torch.as_tensor(head.predictor(head.layers(pooled))[:, 0].sigmoid())
 
     def _head(self, pooled: Tensor) -> Tensor:
         if isinstance(self.detector, C4):
@@ -139,8 +135,4 @@ class ExportedDetector(nn.Module):
         return geometric_mean(text_RK, image_RK, image_weight)
 
     def _select(self, box_R4: Tensor, score_RK: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best (region, name) pairs after suppression within each name."""
-        region, label = torch.where(score_RK > threshold)
-        score = score_RK[region, label]
-        keep = batched_nms(box_R4[region], score, label, self.detector.config.box_nms)[: self.max_detections]
-        return box_R4[region[keep]], score[keep], label[keep]
+        return select_traced(box_R4, score_RK, threshold, self.detector.config.box_nms, self.max_detections)

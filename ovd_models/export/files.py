@@ -1,7 +1,8 @@
 """ONNX files of traced models, and their check against PyTorch."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Part:
     """Inputs of different sizes; the first is traced, all are compared."""
     eager: Callable[..., tuple[Tensor, ...]]
     """What the outputs are compared with: the same inputs through the library's own functions."""
+    program: bool = True
+    """Whether `torch.export` captures it; not where the number of regions depends on their values."""
 
 
 def write_part(part: Part, folder: Path) -> float:
@@ -44,29 +47,31 @@ def write_part(part: Part, folder: Path) -> float:
         InputError: the difference exceeds `TOLERANCE`, or outputs differ in number; the file is removed.
     """
     path = folder / f"{part.name}.onnx"
+    with torch.no_grad(), slow_attention(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that are constant here, such as strides
+        torch.onnx.export(
+            part.model.eval(),
+            part.examples[0],
+            path,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            dynamic_axes={name: dict(axes) for name, axes in part.dynamic.items()},
+            opset_version=OPSET,
+            dynamo=False,  # torchvision's operators of varying numbers of boxes are registered for tracing
+        )
+    session = open_session(path)
+    return check_outputs(part, path, lambda *inputs: map(torch.from_numpy, run_session(session, part, inputs)))
+
+
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """Attention without the fused operator of inference, which has no exported form."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its operator has no form in ONNX
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that are constant here, such as strides
-            torch.onnx.export(
-                part.model.eval(),
-                part.examples[0],
-                path,
-                input_names=list(part.inputs),
-                output_names=list(part.outputs),
-                dynamic_axes={name: dict(axes) for name, axes in part.dynamic.items()},
-                opset_version=OPSET,
-                dynamo=False,  # torchvision's operators of varying numbers of boxes are registered for tracing
-            )
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    try:
-        difference = max_difference(part, path)
-    except InputError:
-        path.unlink()
-        raise
-    return difference
 
 
 def open_session(path: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
@@ -83,24 +88,31 @@ def run_session(session: onnxruntime.InferenceSession, part: Part, inputs: Seque
     return list(session.run(None, feed))
 
 
-def max_difference(part: Part, path: Path) -> float:
-    """The largest difference between a file and PyTorch over the part's examples.
+def check_outputs(part: Part, path: Path, run: Callable[..., Iterable[Tensor]]) -> float:
+    """The largest difference between an exported file and PyTorch over the part's examples.
 
     Differences of values beyond 1, such as coordinates and logits, are relative to the largest of the output.
 
+    Args:
+        part: that was exported.
+        path: the file.
+        run: its outputs for the part's inputs.
+
     Raises:
-        InputError: it exceeds `TOLERANCE`, or outputs differ in shape.
+        InputError: the difference exceeds `TOLERANCE`, or outputs differ in shape; the file is removed.
     """
-    session, worst = open_session(path), 0.0
+    worst = 0.0
     for inputs in part.examples:
         with torch.no_grad():
             expected = part.eager(*inputs)
-        for name, ours, value in zip(part.outputs, run_session(session, part, inputs), expected, strict=True):
-            if ours.shape != tuple(value.shape):
-                raise InputError(f"{path}: {name} has shape {list(ours.shape)}, expected PyTorch's {list(value.shape)}")
-            theirs = value.numpy()
-            difference = float(np.abs(ours - theirs).max(initial=0) / max(1.0, np.abs(theirs).max(initial=0)))
-            if not difference <= TOLERANCE:
-                raise InputError(f"{path}: {name} is {difference:.1e} off, expected PyTorch's to {TOLERANCE:g}")
+        for name, ours, theirs in zip(part.outputs, run(*inputs), expected, strict=True):
+            scale = max(1.0, float(theirs.abs().max())) if theirs.numel() else 1.0
+            same = ours.shape == theirs.shape
+            difference = float((ours - theirs).abs().max()) / scale if same and theirs.numel() else 0.0
             worst = max(worst, difference)
+            if not same or not difference <= TOLERANCE:
+                path.unlink()
+                found = f"is {difference:.1e} off" if same else f"has shape {list(ours.shape)}"
+                expected_of = f"to {TOLERANCE:g}" if same else str(list(theirs.shape))
+                raise InputError(f"{path}: {name} {found}, expected PyTorch's {expected_of}")
     return worst

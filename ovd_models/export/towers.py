@@ -1,4 +1,4 @@
-"""CLIP's towers and SAM's two parts as traceable functions.
+"""CLIP's towers and the encoders and decoders of SAM as traceable functions.
 
 B images or texts, T tokens, D embedding width, P prompts, n points, K masks of a prompt, C prompt width, S side of the
 model's square input, h x w its embedding, L = 4 h.
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd_models.clip.model import Clip
+from ovd_models.ovsam.model import OvSam
 from ovd_models.sam.model import SamModel
 from ovd_models.segments import OFF, ON, PADDING
 
@@ -53,15 +54,18 @@ class ExportedSamEncoder(nn.Module):
 
 
 class ExportedSamDecoder(nn.Module):
-    """SAM's prompt encoder and mask decoder, for points and boxes."""
+    """The prompt encoder and mask decoder of a SAM or an OV-SAM, for points and boxes."""
 
-    def __init__(self, model: SamModel) -> None:
+    def __init__(self, model: SamModel | OvSam) -> None:
         super().__init__()
         self.model = model
+        alone = isinstance(model, SamModel)
+        self.prompt_encoder: nn.Module = model.sam.prompt_encoder if alone else model.prompt_encoder  # type: ignore[union-attr]
+        self.side = (model.config if alone else model.config.sam).image_size  # type: ignore[union-attr]
 
     def forward(
         self, embedding: Tensor, points: Tensor, labels: Tensor, input_size: Tensor, size: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Masks of each prompt.
 
         Args:
@@ -74,21 +78,26 @@ class ExportedSamDecoder(nn.Module):
 
         Returns:
             [P, K, H, W] logits, positive inside, in the size of the original image; [P, K] estimated IoUs. The first
-            mask is the best for several points or a box, the others are for a single point.
+            mask is the best for several points or a box, the others are for a single point. Of an OV-SAM one mask, its
+            tight box [P, 4] in pixels of the encoder's input and, unless it is a released one, its estimated IoU.
         """
-        encoder, side = self.model.sam.prompt_encoder, self.model.config.image_size
+        encoder, side = self.prompt_encoder, self.side
         sparse_PnC = self._embed(points, labels[..., None])
         dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         image_PChw = embedding.expand(sparse_PnC.shape[0], -1, -1, -1)
         low_PKLL, iou_PK = self.model.decode(image_PChw, sparse_PnC, dense)
+        others: tuple[Tensor, ...] = (iou_PK,)
+        if isinstance(self.model, OvSam):
+            others = (self.model.rois_of(low_PKLL, None), *([iou_PK[:, None]] if self.model.config.iou_head else []))
+            low_PKLL = low_PKLL[:, None]
         square = F.interpolate(low_PKLL, (side, side), mode="bilinear", align_corners=False)
         inside = square[..., : input_size[0], : input_size[1]]
         sides: list[int] = [size[0], size[1]]  # type: ignore[list-item]  # tensors, which tracing follows
-        return F.interpolate(inside, sides, mode="bilinear", align_corners=False), iou_PK
+        return F.interpolate(inside, sides, mode="bilinear", align_corners=False), *others
 
     def _embed(self, points: Tensor, label_Pn1: Tensor) -> Tensor:
         """[P, n, C], as the package embeds points and boxes."""
-        encoder = self.model.sam.prompt_encoder
+        encoder = self.prompt_encoder
         place_PnC = encoder.pe_layer.forward_with_coords(points + 0.5, encoder.input_image_size)
         kind_PnC = encoder.not_a_point_embed.weight.expand_as(place_PnC)
         for value, index in ((OFF, 0), (ON, 1), (CORNERS[0], 2), (CORNERS[1], 3)):

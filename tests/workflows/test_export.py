@@ -14,7 +14,9 @@ from ovd_models.checkpoints import save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
+from ovd_models.ovsam.model import OvSam, OvSamConfig
 from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskModelConfig
+from ovd_models.sam.model import SamConfig
 from workflows import export
 from workflows.export import Run
 
@@ -39,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_exported_files_find_things_without_torch(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "exported"
     differences = export.export(Run(model=str(checkpoint), out=str(out), num_images=3))
-    assert set(differences) == {"detector", "text_tower"}
+    assert set(differences) == {"detector.onnx", "text_tower.onnx"}
     assert json.loads((out / "export.json").read_text())["max_difference"] == differences
     picture = tmp_path / "picture.png"
     pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
@@ -66,7 +68,7 @@ def test_bad_input_is_one_line_and_writes_nothing(checkpoint: Path, tmp_path: Pa
         (str(checkpoint), "", "--out: missing"),
         (str(checkpoint), str(checkpoint), "a new or an empty folder"),
         (str(tmp_path / "absent"), out, "absent"),
-        (str(other), out, "method 'text_to_mask', expected a CoDet, a ViLD, a CLIP or a SAM"),
+        (str(other), out, "method 'text_to_mask', expected a CoDet, a ViLD, an OV-SAM, a CLIP or a SAM"),
         (str(tmp_path / "nameless"), out, "no default names"),
     ):
         with pytest.raises(InputError, match=message):
@@ -77,7 +79,28 @@ def test_bad_input_is_one_line_and_writes_nothing(checkpoint: Path, tmp_path: Pa
 
 def test_a_clip_is_two_towers(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save_clip(Clip(ClipConfig()).eval(), tmp_path / "clip")
-    differences = export.export(Run(model=str(tmp_path / "clip"), out=str(tmp_path / "out")))
-    assert set(differences) == {"image_tower", "text_tower"}
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.onnx")) == ["image_tower.onnx", "text_tower.onnx"]
+    clip = Clip(ClipConfig()).eval()
+    save_clip(clip, tmp_path / "clip")
+    run = Run(model=str(tmp_path / "clip"), out=str(tmp_path / "out"), torch_export=True)
+    files = [f"{tower}_tower.{ending}" for tower in ("image", "text") for ending in ("onnx", "pt2")]
+    assert sorted(export.export(run)) == files
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", *files]
+    program = torch.export.load(tmp_path / "out/image_tower.pt2").module()
+    images = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8)  # a number of images that was not captured
+    assert torch.allclose(program(images), clip.encode_images(images.permute(0, 3, 1, 2)), atol=1e-5)
+
+
+def test_an_ovsam_is_three_parts_and_the_text_tower(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    clip = Clip(ClipConfig()).eval()
+    encoder = ClipTextEncoder(clip.config, clip.model.text, "any")
+    splits = {"anchor": "base", "cat": "novel"}
+    config = OvSamConfig(sam=SamConfig(image_size=64, width=32, depth=1, heads=2, global_blocks=(), prompt_width=32))
+    save_checkpoint(OvSam(config).eval(), encoder, tmp_path / "ovsam", splits=splits, run={})
+    out = tmp_path / "out"
+    differences = export.export(Run(model=str(tmp_path / "ovsam"), out=str(out)))
+    parts = ("ovsam_encoder", "ovsam_decoder", "ovsam_namer", "text_tower")
+    assert list(differences) == [f"{part}.onnx" for part in parts]
+    names = np.load(out / "names.npz")
+    assert names["names"].tolist() == ["anchor", "cat"]
+    assert names["clip_weight"].tolist() == pytest.approx([0.1, 0.9])

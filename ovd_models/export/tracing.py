@@ -1,0 +1,54 @@
+"""Steps of inference with sizes and counts that a traced graph follows.
+
+R regions, F channels, K names, M detections.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.onnx.operators import shape_as_tensor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import batched_nms, roi_align
+
+
+def resize_traced(transform: GeneralizedRCNNTransform, pixels_3HW: Tensor) -> ImageList:
+    """A batch of one, resized, normalised and padded as the detector's own transform does.
+
+    The scale is a quotient in double precision, as there: traced, the transform multiplies a float32 reciprocal, and
+    200 pixels times 160 / 200 become 159.
+    """
+    side_2 = shape_as_tensor(pixels_3HW)[1:].double()
+    limits = torch.tensor([transform.min_size[0], transform.max_size], dtype=torch.float64)
+    scale = (limits / torch.stack([side_2.amin(), side_2.amax()])).amin().float()
+    (resized_3hw,) = F.interpolate(
+        transform.normalize(pixels_3HW)[None],
+        scale_factor=scale,  # type: ignore[arg-type]  # a tensor, which tracing follows
+        mode="bilinear",
+        align_corners=False,
+        recompute_scale_factor=True,
+    )
+    batch = transform.batch_images([resized_3hw], transform.size_divisible)
+    return ImageList(batch, [(resized_3hw.shape[1], resized_3hw.shape[2])])
+
+
+def select_traced(
+    box_R4: Tensor, score_RK: Tensor, threshold: Tensor, overlap: float, limit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best (region, name) pairs after suppression within each name: boxes [M, 4], scores [M], names [M]."""
+    region, label = torch.where(score_RK > threshold)
+    score = score_RK[region, label]
+    keep = batched_nms(box_R4[region], score, label, overlap)[:limit]
+    return box_R4[region[keep]], score[keep], label[keep]
+
+
+def pool_traced(levels: Sequence[Tensor], strides: Sequence[int], level_R: Tensor, box_R4: Tensor, size: int) -> Tensor:
+    """[R, F, size, size] as `pool_levels` for the only image of maps [1, F, H, W]."""
+    rows = [torch.where(level_R == index)[0] for index in range(len(levels))]
+    parts = [
+        roi_align(level, [box_R4[row]], size, 1 / stride, -1, aligned=True)
+        for level, stride, row in zip(levels, strides, rows, strict=True)
+    ]
+    return torch.cat(parts)[torch.cat(rows).argsort()]
