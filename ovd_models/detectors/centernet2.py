@@ -269,7 +269,15 @@ class CenterNet2(nn.Module):
     def find(
         self, encoded: EncodedRegions, vocabulary: Vocabulary, *, score_threshold: float, max_detections: int
     ) -> Detections:
-        """Find the vocabulary's names in an encoded image, with masks if learned.
+        """Find the vocabulary's names in an encoded image, with masks if learned."""
+        found, boxes = self.find_boxes(encoded, vocabulary, score_threshold, max_detections)
+        return with_masks([found], self.mask_logits(encoded.features, [boxes]))[0] if self.config.mask_convs else found
+
+    @torch.no_grad()
+    def find_boxes(
+        self, encoded: EncodedRegions, vocabulary: Vocabulary, score_threshold: float, max_detections: int
+    ) -> tuple[Detections, Tensor]:
+        """Detections without masks, and their boxes [N, 4] in pixels of the resized image.
 
         A score is the root of the mean class probability of all stages times the proposal's.
         """
@@ -278,8 +286,8 @@ class CenterNet2(nn.Module):
         stage_SRK = torch.stack([vocabulary.strongest(logits).sigmoid() for logits in logits_RS])
         score_RK = combine_scores(stage_SRK, encoded.proposal_scores)
         selection = Selection(self.config.box_nms, score_threshold, max_detections)
-        found, boxes = encoded.sizes.detections([encoded.boxes], [score_RK], vocabulary.names, selection)
-        return with_masks(found, self.mask_logits(encoded.features, boxes))[0] if self.config.mask_convs else found[0]
+        (found,), (boxes,) = encoded.sizes.detections([encoded.boxes], [score_RK], vocabulary.names, selection)
+        return found, boxes
 
     def detect(
         self,

@@ -47,7 +47,7 @@ class ExportedCenterNet2(nn.Module):
         size = images.image_sizes[0]
         levels = detector.pyramid(images.tensors)
         box_R4, proposal_R = self._propose(levels[-len(config.proposals.strides) :])
-        probabilities = []
+        probabilities: list[Tensor] = []
         for stage in detector.stages:
             box_R4 = clip_boxes_to_image(box_R4, size) if probabilities else box_R4
             embedding_RD, delta_R4 = stage(self._pool(levels, box_R4, 7))

@@ -32,7 +32,7 @@ class ExportedDetector(nn.Module):
         InputError: the detector is a closed classifier, or scores by objectness.
     """
 
-    def __init__(self, model: CoDet | ViLD, max_detections: int = 100) -> None:
+    def __init__(self, model: CoDet | ViLD, max_detections: int) -> None:
         super().__init__()
         if not isinstance(model.detector, RCNN):
             raise TypeError("expected a Faster R-CNN or R50-C4")

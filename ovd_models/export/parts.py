@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ovd_models.clip.model import Clip, ClipTextEncoder
 from ovd_models.codet.model import CoDet
 from ovd_models.detectors.centernet2 import CenterNet2
+from ovd_models.detectors.encoded import EncodedRegions
 from ovd_models.export.centernet2 import ExportedCenterNet2
 from ovd_models.export.detector import ExportedDetector
 from ovd_models.export.files import Part
@@ -28,6 +29,8 @@ from ovd_models.segments import Prompts
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import Vocabulary
 
+MOST_DETECTIONS = 100
+"""Detections of an image, as the library's default."""
 SIZES = ((128, 128), (97, 200), (222, 301))
 """Heights and widths of the images that are compared."""
 
@@ -90,15 +93,15 @@ def detector_part(model: CoDet | ViLD, images: Sequence[Tensor], text_KD: Tensor
     )
 
 
-def export_detector(model: CoDet | ViLD, max_detections: int = 100) -> ExportedDetector | ExportedCenterNet2:
+def export_detector(model: CoDet | ViLD) -> ExportedDetector | ExportedCenterNet2:
     """The traceable form of a detector.
 
     Raises:
         InputError: it has none.
     """
     if isinstance(model.detector, CenterNet2):
-        return ExportedCenterNet2(model.detector, max_detections)
-    return ExportedDetector(model, max_detections)
+        return ExportedCenterNet2(model.detector, MOST_DETECTIONS)
+    return ExportedDetector(model, MOST_DETECTIONS)
 
 
 @torch.no_grad()
@@ -112,13 +115,19 @@ def detect(
         base = torch.isclose(image_weight, torch.tensor(model.config.scoring.base_image))
     vocabulary = Vocabulary(tuple(map(str, range(len(text)))), text, base)
     (encoded,) = model.encode([image.permute(2, 0, 1)])
-    found = model.find(encoded, vocabulary, score_threshold=float(threshold), max_detections=100)  # type: ignore[arg-type]
-    if found.masks is None:
+    detector = model.detector
+    if isinstance(detector, CenterNet2):
+        assert isinstance(encoded, EncodedRegions)
+        found, boxes = detector.find_boxes(encoded, vocabulary, float(threshold), MOST_DETECTIONS)
+        mask_logits = detector.mask_logits if detector.config.mask_convs else None
+    else:
+        found = model.find(encoded, vocabulary, score_threshold=float(threshold), max_detections=MOST_DETECTIONS)  # type: ignore[arg-type]
+        boxes = encoded.sizes.resized_boxes([found.boxes])[0]
+        mask_logits = detector.mask_head if found.masks is not None else None
+    if mask_logits is None:
         return found.boxes, found.scores, found.labels
-    boxes = encoded.sizes.resized_boxes([found.boxes])
     features = {str(index): level for index, level in enumerate(encoded.levels)}
-    head = model.detector.mask_logits if isinstance(model.detector, CenterNet2) else model.detector.mask_head
-    return found.boxes, found.scores, found.labels, head(features, boxes).sigmoid()
+    return found.boxes, found.scores, found.labels, mask_logits(features, [boxes]).sigmoid()
 
 
 def image_tower_part(model: Clip) -> Part:

@@ -4,6 +4,8 @@ B images or texts, T tokens, D embedding width, P prompts, n points, K masks of 
 model's square input, h x w its embedding, L = 4 h.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,9 +61,9 @@ class ExportedSamDecoder(nn.Module):
     def __init__(self, model: SamModel | OvSam) -> None:
         super().__init__()
         self.model = model
-        alone = isinstance(model, SamModel)
-        self.prompt_encoder: nn.Module = model.sam.prompt_encoder if alone else model.prompt_encoder  # type: ignore[union-attr]
-        self.side = (model.config if alone else model.config.sam).image_size  # type: ignore[union-attr]
+        config = model.config if isinstance(model, SamModel) else model.config.sam
+        self.side = config.image_size
+        self.prompt_encoder: Any = model.sam.prompt_encoder if isinstance(model, SamModel) else model.prompt_encoder
 
     def forward(
         self, embedding: Tensor, points: Tensor, labels: Tensor, input_size: Tensor, size: Tensor
