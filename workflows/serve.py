@@ -154,8 +154,10 @@ def build_application(run: Run) -> Application:
     )
 
 
-class BadArgumentError(click.UsageError, RayServeException):
+class BadArgumentError(click.ClickException, RayServeException):
     """Of `app`: its line is all that `serve run` (click) prints and that `serve status` (Ray Serve) shows."""
+
+    exit_code = 2
 
 
 def app(args: dict[str, Any]) -> Application:
