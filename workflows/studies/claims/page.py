@@ -159,10 +159,11 @@ def draw(verdict: Verdict) -> matplotlib.figure.Figure:
         draw_metric(axis, shown, metric)
         axis.set(xlabel=header, yticks=range(len(shown)), yticklabels=list(shown))
     axes[0].invert_yaxis()
-    rule = lower.subplots(len(verdict.judged), 1, squeeze=False)[:, 0]
-    for axis, judged in zip(rule, verdict.judged, strict=True):
+    for row, judged in enumerate(verdict.judged):
+        axis = lower.add_subplot(len(verdict.judged), 1, row + 1)
         draw_line(axis, judged)
-    rule[-1].set_xlabel("measured (diamond: mean; line: 95 % interval over seeds) and allowed (green)", fontsize=9)
+        if row + 1 == len(verdict.judged):
+            axis.set_xlabel("measured (diamond: mean; line: 95 % interval over seeds) and allowed (green)", fontsize=9)
     return figure
 
 
