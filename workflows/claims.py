@@ -60,13 +60,11 @@ def chosen_parts(run: Run) -> list[Part]:
     """The parts to measure, cheap ones first.
 
     Raises:
-        InputError: a claim is unknown or has no command.
+        InputError: a claim is unknown.
     """
     for number in run.claims:
         if number not in PARTS:
             raise InputError(f"--claims {number}: unknown, expected 1 to {max(PARTS)}")
-        if PARTS[number].measure is None:
-            raise InputError(f"--claims {number}: has no command yet, expected one of {sorted(CHEAP_FIRST)}")
     return [PARTS[number] for number in CHEAP_FIRST if number in (run.claims or CHEAP_FIRST)]
 
 
@@ -80,7 +78,7 @@ def read_records(run: Run) -> dict[int, list[Record]]:
     for number, part in PARTS.items():
         endings = [path.stem.split("-")[1] for path in Path(run.results).glob(f"{number:02}-*.json")]
         seeds = sorted(int(ending) for ending in endings if ending.isdigit())
-        records = [parts.read_record(run.results, part, seed) for seed in seeds] if part.measure else []
+        records = [parts.read_record(run.results, part, seed) for seed in seeds]
         found[number] = [record for record in records if record is not None]
     return found
 

@@ -5,7 +5,6 @@ from torch.nn import functional as F
 
 from ovd_models.errors import InputError
 from ovd_models.ovsam import text_to_mask
-from ovd_models.ovsam.metrics import centre_points
 from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig, TextToMaskModelConfig
 from ovd_models.sam.model import SamConfig
 from ovd_models.sam.training import mask_ious
@@ -86,27 +85,43 @@ def test_no_name_gives_no_mask_and_one_name_no_centre(model: TextToMask) -> None
         model.set_text_centre(torch.zeros(1, 128))
 
 
-def test_clicks_after_a_name_correct_its_mask() -> None:
-    torch.manual_seed(0)
-    model = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(max_margin=1.2, clicks=1)))
-    batch, generator = two_squares(), torch.Generator().manual_seed(0)
-    model.sam.requires_grad_(True)  # here SAM itself is untrained
-    optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-3)
-    for _ in range(150):
-        optimiser.zero_grad()
-        sum(model(batch, generator).values()).backward()
-        optimiser.step()
-    names = crops_of(model.eval(), batch)
-    model.set_text_centre(names)
-    wrong = names.flip(0)  # each name is that of the other square; a click says so
-    masks = batch.masks[0]
-    before = model.segment_text(batch.images[0], wrong)
-    clicks = Prompts(centre_points(masks)[:, None], torch.ones(2, 1).long(), masks=before.low_res)
-    after = model.segment_text(batch.images[0], wrong, clicks)
-    ious = [mask_ious(found.masks.flatten(1), masks.flatten(1)).mean() for found in (before, after)]
-    assert ious[1] > ious[0] + 0.1, ious
+def test_clicks_and_earlier_masks_join_the_name_as_prompts(model: TextToMask) -> None:
+    image, names = two_squares().images[0][:, ::2, ::2], F.normalize(torch.randn(2, 128), dim=-1)
+    before = model.eval().segment_text(image, names)
+    points, labels = torch.tensor([[[3.0, 5.0]], [[20.0, 9.0]]]), torch.tensor([[1], [0]])
+    after = model.segment_text(image, names, Prompts(points, labels, masks=before.low_res))
+    encoder, encoded = model.sam.sam.prompt_encoder, model.sam.encode(image)
+    clicked, dense = encoder((points * 2, labels), None, before.low_res[:, None])  # the input is twice as large
+    sparse = torch.cat([model.token(names)[:, None], clicked], 1)
+    low, ious = model.sam.decode(encoded.embedding.expand(2, -1, -1, -1), sparse, dense)
+    assert torch.allclose(after.low_res, low[:, 0], atol=1e-5) and torch.allclose(after.ious, ious[:, 0], atol=1e-5)
+    assert not torch.allclose(after.low_res, before.low_res, atol=1e-3)
     with pytest.raises(InputError, match="clicks: 2, expected points for each of the 1 names"):
-        model.segment_text(batch.images[0], wrong[:1], clicks)
+        model.segment_text(image, names[:1], Prompts(points, labels))
+
+
+def test_each_click_of_training_is_where_the_last_mask_is_wrong(
+    model: TextToMask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clicking = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(clicks=2)))
+    clicking.load_state_dict(model.state_dict())
+    asked: list[Prompts | None] = []
+    decode = clicking._decode
+
+    def noted(embedding: Tensor, centred: Tensor, clicks: Prompts | None = None) -> tuple[Tensor, Tensor]:
+        asked.append(clicks)
+        return decode(embedding, centred, clicks)
+
+    monkeypatch.setattr(clicking, "_decode", noted)
+    losses = clicking(two_squares(), torch.Generator().manual_seed(0))
+    first, second, third = asked
+    assert first is None and second is not None and third is not None
+    assert [len(clicks.points[0]) for clicks in (second, third) if clicks.points is not None] == [1, 2]
+    assert second.points is not None and third.points is not None
+    assert torch.equal(third.points[:, :1], second.points)
+    assert second.masks is not None and not second.masks.requires_grad
+    plain = model(two_squares(), torch.Generator().manual_seed(0))
+    assert losses["dice"] != plain["dice"]  # the mean of three rounds
 
 
 def test_small_objects_may_be_left_out(model: TextToMask) -> None:

@@ -10,7 +10,7 @@ import pytest
 import trainings
 
 from ovd_models.clip.model import Clip, ClipConfig, load_clip, save_clip
-from workflows import clip, prepare_boxes
+from workflows import claims, clip, prepare_boxes
 from workflows.common.optimisation import Optimisation
 from workflows.studies.claims import clip_parts, codet_parts, parts, sam_parts, teachers, vild_parts
 from workflows.studies.claims.catalogue import PARTS
@@ -101,6 +101,20 @@ def test_a_part_measures_all_columns_of_its_table(
         assert {len(draws) for of in record.draws.values() for draws in of.values()} == {100}
     if part.picture:
         assert min(part.picture(run, 0).size) > 100
+
+
+def test_a_check_trains_again_in_an_empty_storage(
+    ray_cluster: None, given_world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = replace(PARTS[2], settings=vild_settings(PARTS[2], str(tmp_path)))
+    record = parts.measure(part, 0, str(tmp_path), "")
+    monkeypatch.setattr(claims, "PARTS", {2: part})
+    monkeypatch.setattr(vild_parts, "prepare_world", lambda uri, **_: trainings.prepared("vild", uri))
+    run = claims.Run(storage=str(tmp_path))
+    assert claims.check(run, {2: [record]})
+    assert list((tmp_path / "check/runs/vild").glob("study-0-rpn-*"))
+    wrong = {name: {metric: value + 0.1 for metric, value in of.items()} for name, of in record.results.items()}
+    assert not claims.check(run, {2: [replace(record, results=wrong)]})
 
 
 def test_a_clip_is_trained_once_for_all_claims(

@@ -32,13 +32,13 @@ the evaluation images were others, with the same trainings; seeds whose draws ar
 value with a star is recalled and was not checked against the paper's text.
 """
 BLUE = "#24508f"
-WORDS = ("holds", "does not hold", "undecided", "not measured", "no command yet")
+WORDS = ("holds", "does not hold", "undecided", "not measured")
 
 
 def verdict_word(verdict: Verdict) -> str:
     """The claim's state in a word or two."""
     if not verdict.records:
-        return "not measured" if verdict.part.measure else "no command yet"
+        return "not measured"
     return {True: "holds", False: "does not hold", None: "undecided"}[verdict.holds]
 
 
@@ -99,7 +99,7 @@ def rule_table(verdict: Verdict) -> list[str]:
 
 def result_table(verdict: Verdict) -> list[str]:
     """Means over seeds of every variant, blank where a metric is not measured; the headline's metric also by seed."""
-    columns, first = verdict.part.columns or {}, verdict.part.claims[0].metric
+    columns, first = verdict.part.columns, verdict.part.claims[0].metric
     rows = [["", *columns, "each seed"]]
     for variant, result in verdict.results.items():
         means = [f"{result.mean(metric):.3f}" if result.has([metric]) else "" for metric in columns.values()]
@@ -145,7 +145,7 @@ def rule_line(verdict: Verdict, judged: ClaimResult) -> dict[str, Any]:
 
 def draw(verdict: Verdict) -> matplotlib.figure.Figure:
     """Above, the rule's metrics, or the table's first two, of every variant; below, the rule."""
-    every, results = verdict.part.columns or {}, verdict.results
+    every, results = verdict.part.columns, verdict.results
     metrics = [metric for metric in every.values() if any(metric == claim.metric for claim in verdict.part.claims)]
     metrics = list(dict.fromkeys([*metrics, *every.values()]))[:2]
     columns = [(header, metric) for metric in metrics for header, own in every.items() if own == metric]
@@ -159,10 +159,11 @@ def draw(verdict: Verdict) -> matplotlib.figure.Figure:
         draw_metric(axis, shown, metric)
         axis.set(xlabel=header, yticks=range(len(shown)), yticklabels=list(shown))
     axes[0].invert_yaxis()
-    rule = lower.subplots(len(verdict.judged), 1, squeeze=False)[:, 0]
-    for axis, judged in zip(rule, verdict.judged, strict=True):
+    for row, judged in enumerate(verdict.judged):
+        axis = lower.add_subplot(len(verdict.judged), 1, row + 1)
         draw_line(axis, judged)
-    rule[-1].set_xlabel("measured (diamond: mean; line: 95 % interval over seeds) and allowed (green)", fontsize=9)
+        if row + 1 == len(verdict.judged):
+            axis.set_xlabel("measured (diamond: mean; line: 95 % interval over seeds) and allowed (green)", fontsize=9)
     return figure
 
 
@@ -201,7 +202,7 @@ def draw_line(axis: Axes, judged: ClaimResult) -> None:
 def write_page(verdicts: Sequence[Verdict], results: str) -> None:
     """Write `<results>.md`, `<results>.json` and a plot of each measured claim into `<results>/`."""
     for verdict in verdicts:
-        if verdict.records and verdict.part.columns:
+        if verdict.records:
             figure = draw(verdict)
             # Without the version of matplotlib, so that a rendering elsewhere gives the same bytes.
             path = Path(results, f"{verdict.part.number:02}.png")

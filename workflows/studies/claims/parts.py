@@ -42,18 +42,18 @@ class Part:
     """The paper's numbers, each with its source."""
     schedule: str
     """What is trained, and how it differs from the named configs."""
-    claims: tuple[Claim, ...] = ()
+    claims: tuple[Claim, ...]
     """The rule: the claim holds if all of these do. The first one is the headline."""
-    settings: Any = None
-    """A dataclass with `storage` and `teacher`; None if the claim has no command yet."""
-    measure: Callable[[Any, int], Mapping[str, Metrics]] | None = None
+    settings: Any
+    """A dataclass with `storage` and `teacher`."""
+    measure: Callable[[Any, int], Mapping[str, Metrics]]
     """Trains what is missing and measures with a seed: settings, seed -> metrics by variant."""
+    columns: Mapping[str, str]
+    """Columns of the table of results: header -> metric."""
     picture: Callable[[Any, int], Image.Image] | None = None
     """Draws what a seed has learned: settings, seed -> picture; that of the first seed is on the page."""
     picture_text: str = ""
     """What the picture shows."""
-    columns: Mapping[str, str] | None = None
-    """Columns of the table of results: header -> metric."""
     remark: str = ""
     """What limits the measurement, or why the claim does not hold."""
 
@@ -128,13 +128,7 @@ def judge(part: Part, records: Sequence[Record]) -> Verdict:
 
 
 def measure(part: Part, seed: int, storage: str, teacher: str) -> Record:
-    """Measure a part with a seed; trainings that exist in the storage are not repeated.
-
-    Raises:
-        InputError: the claim has no command.
-    """
-    if part.measure is None:
-        raise InputError(f"claim {part.number}: has no command yet, expected another --claims")
+    """Measure a part with a seed; trainings that exist in the storage are not repeated."""
     wall, cpu = time.perf_counter(), time.process_time()
     measured = part.measure(replace(part.settings, storage=storage, teacher=teacher), seed)
     results = {
