@@ -92,7 +92,9 @@ class TextToMask(nn.Module):
         with torch.no_grad():
             embedding_BChw = self.sam.sam.image_encoder(torch.stack([self.sam.sam.preprocess(f) for f in fitted]))
         objects = sample_objects(batch, side, self.settings.prompts_per_image, generator)
-        objects = objects.take(objects.masks.flatten(1).sum(1) >= self.settings.min_area)
+        if self.settings.min_area:
+            large_P = objects.masks.flatten(1).sum(1) >= self.settings.min_area
+            objects = objects.take(torch.nonzero(large_P).flatten())
         if not len(objects.labels):
             return dict.fromkeys(("focal", "dice", "iou"), zero_loss(self.parameters()))
         images = torch.stack([self.clip.normalise(image, side) for image in fitted])
@@ -100,11 +102,8 @@ class TextToMask(nn.Module):
         if self.training:
             share = torch.where(self.image_centre.any(), 1 - CENTRE_MOMENTUM, 1.0)
             self.image_centre.lerp_(image_PD.mean(0), share)
-        embedding_PChw, centred_PD, settings = (
-            embedding_BChw[objects.images],
-            image_PD - self.image_centre,
-            SamTrainingConfig(),
-        )
+        embedding_PChw, centred_PD = embedding_BChw[objects.images], image_PD - self.image_centre
+        settings = SamTrainingConfig()
         low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD)
         rounds = [prompt_losses(low_PKLL, ious_PK, objects.masks, settings, ambiguous=False)]
         points, labels = [], []

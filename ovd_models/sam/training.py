@@ -155,9 +155,9 @@ class SampledObjects:
     boxes: Tensor
     """[P, 4] tight boxes."""
 
-    def take(self, kept_P: Tensor) -> "SampledObjects":
-        """The objects of a mask [P] or of row numbers."""
-        return SampledObjects(self.images[kept_P], self.masks[kept_P], self.labels[kept_P], self.boxes[kept_P])
+    def take(self, rows: Tensor) -> "SampledObjects":
+        """The objects of these rows."""
+        return SampledObjects(self.images[rows], self.masks[rows], self.labels[rows], self.boxes[rows])
 
 
 def sample_objects(batch: MaskBatch, side: int, count: int, generator: torch.Generator | None) -> SampledObjects:

@@ -76,7 +76,7 @@ class SegmentationReport:
     def log(self, tracked: TrackedRun, prefix: str, step: int) -> None:
         """Log pictures and finite metrics under `prefix`; OV-SAM's with boxes as prompts also as the headline."""
         metrics = {
-            f"{prefix}/{variant.replace(' ', '_').replace(',', '')}/{kind}/{name}": value
+            f"{prefix}/{variant}/{kind}/{name}".replace(" ", "_").replace(",", ""): value
             for (variant, kind), values in self.rows.items()
             for name, value in values.items()
         }
