@@ -76,7 +76,7 @@ def drawn_parts() -> list[Part]:
     )
     masks = RCNNConfig(masks=True, embed_dim=WIDTH)
     text_KD = F.normalize(torch.randn(20, WIDTH), dim=1)
-    detectors = {
+    detectors: dict[str, CoDet | ViLD] = {
         "centernet2": CoDet(CoDetConfig(architecture="centernet2", centernet2=centres)),
         "masks": ViLD(ViLDConfig(detector=masks)),
     }

@@ -1,6 +1,6 @@
 """The parts of a checkpoint that are exported, with examples of several sizes and what they must equal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -116,6 +116,7 @@ def detect(
     vocabulary = Vocabulary(tuple(map(str, range(len(text)))), text, base)
     (encoded,) = model.encode([image.permute(2, 0, 1)])
     detector = model.detector
+    mask_logits: Callable[..., Tensor] | None
     if isinstance(detector, CenterNet2):
         assert isinstance(encoded, EncodedRegions)
         found, boxes = detector.find_boxes(encoded, vocabulary, float(threshold), MOST_DETECTIONS)
