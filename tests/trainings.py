@@ -49,8 +49,9 @@ LAST = {"clip": "train", "vild": "detector", "codet": "joint", "ovsam": "clip2sa
 
 
 def prepared(method: str, storage: str) -> Any:
-    """The smoke config of a method in a storage with its tables, which the session makes once."""
-    shutil.copytree(_prepared(method), storage, dirs_exist_ok=True)
+    """The smoke config of a method in a storage with its tables, which the session makes once; a resumed run has them."""
+    if not Path(storage, "runs").exists():
+        shutil.copytree(_prepared(method), storage, dirs_exist_ok=True)
     run = dataclasses.replace(CONFIGS[method](), storage=storage)
     return PREPARE[method](run) if method in PREPARE else run
 
