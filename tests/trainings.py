@@ -49,7 +49,7 @@ LAST = {"clip": "train", "vild": "detector", "codet": "joint", "ovsam": "clip2sa
 
 
 def prepared(method: str, storage: str) -> Any:
-    """The smoke config of a method, in a storage with the tables that the session makes once, or those of a run there."""
+    """The smoke config of a method, in a storage with the session's tables, or with those of a run that began there."""
     if not Path(storage, "runs").exists():
         shutil.copytree(_prepared(method), storage, dirs_exist_ok=True)
     run = dataclasses.replace(CONFIGS[method](), storage=storage)
