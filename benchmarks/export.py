@@ -49,7 +49,7 @@ from ovd_models.vild.model import ViLD, ViLDConfig
 from workflows.common.teacher import read_categories
 
 THRESHOLD = 0.05
-HEADS = ("rpn.head", "roi.box_head", "projection", "box_deltas", "proposals.heat", "stages.")
+HEADS = ("rpn.head", "roi.box_head", "projection", "box_deltas", "proposals.heat")
 WIDTH = 128
 """Of the embeddings of drawn models."""
 CALIBRATION = 32
@@ -84,7 +84,7 @@ def drawn_parts() -> list[Part]:
     with torch.no_grad():  # regions of new models score all alike, and ties have no order
         for model in detectors.values():
             for name, value in model.detector.named_parameters():
-                if value.ndim > 1 and name.startswith(HEADS):
+                if value.ndim > 1 and (name.startswith(HEADS) or ".projection." in name):
                     value.mul_(3)
     return [
         *sam_parts(SamModel(SamConfig()).eval()),
