@@ -68,8 +68,8 @@ class Run:
     int8: bool = False
     """Also write `detector_int8.onnx`, whose convolutions and layers compute with 8-bit integers."""
     torch_export: bool = False
-    """Also write a program of `torch.export`, `NAME.pt2`, of each part that it captures: not of detectors, nor of the
-    naming of masks, where the number of regions depends on their values."""
+    """Also write a program of `torch.export`, `NAME.pt2`, of each part that it captures: not of detectors, where the
+    number of regions depends on their scores."""
     threshold: float = 0.05
     """Score above which detections are compared."""
     storage: str = "store"

@@ -248,6 +248,7 @@ def ovsam_parts(model: OvSam, text_KD: Tensor, is_base_K: Tensor) -> list[Part]:
         PROMPT_SIZES | {"boxes": {0: "prompts"}},
         prompts,
         partial(decode_ovsam, model),
+        program=model.config.iou_head,  # without one, the program keeps the traced number of prompts
     )
     originals = example_images([tuple(prompt[-1].tolist()) for prompt in prompts[::2]])
     examples: list[tuple[Tensor, ...]] = []
@@ -270,7 +271,6 @@ def ovsam_parts(model: OvSam, text_KD: Tensor, is_base_K: Tensor) -> list[Part]:
         },
         examples,
         partial(name_masks, model, is_base_K),
-        program=False,
     )
     return [encoder, decoder, namer]
 
