@@ -96,7 +96,6 @@ def local() -> Run:
 
 
 CONFIGS = {"local": local}
-MAX_PORT = 65_535
 
 
 def check(run: Run) -> None:
@@ -220,8 +219,8 @@ def free_port(host: str, port: int) -> int:
     Raises:
         InputError: the port is taken, or the host is not an address of this machine.
     """
-    if not 0 <= port <= MAX_PORT:
-        raise InputError(f"--port {port}: expected 0, for a free one, to {MAX_PORT}")
+    if not 0 <= port <= cluster.MAX_PORT:
+        raise InputError(f"--port {port}: expected 0, for a free one, to {cluster.MAX_PORT}")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -20,6 +20,7 @@ from ovd_models.errors import InputError
 from workflows.common import quiet
 
 POLL_SECONDS = 1.0
+MAX_PORT = 65_535
 ANSWER_SECONDS = 10.0
 """A cluster's address that does not answer for so long is refused."""
 
@@ -85,7 +86,7 @@ def join(address: str) -> None:
         if "://" in address.removeprefix("ray://"):
             hint = "; jobs are submitted there with `ray job submit`" if address.startswith("http") else ""
             raise InputError(f"{wrong}: no address of a cluster{hint}, expected HOST:PORT, auto, or none")
-        if not host or not port.isdecimal():
+        if not host or not port.isdecimal() or int(port) > MAX_PORT:  # the system would take its last 16 bits
             raise InputError(f"{wrong}: no address of a cluster, expected HOST:PORT, auto, or none")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()

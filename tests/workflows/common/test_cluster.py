@@ -95,7 +95,7 @@ def test_a_cluster_that_grows_is_waited_for(cpus: int, minutes: float, node: str
         (":6379", "no address of a cluster, expected HOST:PORT"),
         ("127.0.0.1:1", "no answer ([Errno 111] Connection refused)"),
         ("ray://127.0.0.1:1", "no answer ([Errno 111] Connection refused)"),
-        ("127.0.0.1:99999", "no answer ("),
+        ("127.0.0.1:99999", "no address of a cluster, expected HOST:PORT"),
         ("no.such.host.invalid:6379", "no answer ("),
     ],
 )

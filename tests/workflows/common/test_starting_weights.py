@@ -112,6 +112,9 @@ def test_configs_of_published_results_need_their_weights_and_short_ones_do_not()
     assert {name for name, run in runs.items() if run.from_scratch} == {"coco_48_17", "lvis_r50", "lvis_r152"}
     assert {name: run.published_backbone.file for name, run in runs.items() if run.published_backbone.url} == {
         "photos": "resnet50-0676ba61.pth",
+        "photos_laptop": "resnet50-0676ba61.pth",
+        "photos_gpu": "resnet50-0676ba61.pth",
+        "photos_8gpu": "resnet50-0676ba61.pth",
         "coco_48_17_short": "resnet50-0676ba61.pth",
         "lvis_r50_short": "resnet50-0676ba61.pth",
         "lvis_r152_short": "resnet152-394f9c45.pth",
