@@ -96,7 +96,7 @@ def pictograms() -> Run:
 
 
 def pictograms_quick() -> Run:
-    """`pictograms` in half the time, with almost the same accuracy; the demo's."""
+    """`pictograms` in less than half the steps, a little less accurate; the demo's."""
     run = pictograms()
     # One thread is as fast as two here, and faster in bf16.
     quick = replace(run.optimisation, steps=700, optimiser="muon", precision="fast", threads=1, checkpoint_every=200)
