@@ -87,7 +87,8 @@ def new_words_study(run: NewWords, seed: int) -> codet_study.Run:
     """The study of all variants of a seed, which start from one box stage."""
     prepare_world(run.storage, pairs=True)
     _, splits = read_categories(run.storage, run.training.boxes)
-    novel = tuple(name for name, split in splits.items() if split == "novel")
+    mentioned = set(tables.read_table(run.storage, "concepts", run.training.pairs, ["name"])["name"].to_pylist())
+    novel = tuple(name for name, split in splits.items() if split == "novel" and name in mentioned)
     training = replace(
         run.training,
         texts=write_new_words(run, seed, teacher_of(run, 0)),
