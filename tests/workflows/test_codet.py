@@ -16,6 +16,7 @@ import trainings
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from reference_data import LVIS, PHOTOS, needs
+from tiny_centernet2 import TINY_CENTERNET2
 
 import ovd_models
 from data_prep import tables
@@ -27,8 +28,6 @@ from ovd_models.checkpoint_info import SOURCE
 from ovd_models.checkpoints import load_model
 from ovd_models.clip.model import Clip, ClipConfig
 from ovd_models.codet.model import CoDet
-from ovd_models.detectors.centernet import CenterNetConfig
-from ovd_models.detectors.centernet2 import CenterNet2Config
 from ovd_models.errors import InputError
 from workflows import codet, evaluate
 from workflows.codet import Metrics
@@ -283,17 +282,11 @@ def test_kinds_of_batches_can_alternate(prepared: Run, trained: Trained[Metrics]
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_detector_of_lvis_trains_with_masks_and_is_evaluated(prepared: Run) -> None:
-    small = CenterNet2Config(
-        backbone="resnet10t",
-        backbone_options={"channels": [8, 16, 24, 32], "stem_width": 8},
-        freeze_norm=False,
-        pyramid_channels=64,
-        proposals=CenterNetConfig(num_convs=1, pre_nms=(100, 60), post_nms=(50, 30)),
-        head_width=32,
+    small = dataclasses.replace(
+        TINY_CENTERNET2,
         min_size=128,
         max_size=128,
         rois_per_image=32,
-        mask_convs=1,
     )
     model = dataclasses.replace(
         prepared.model,

@@ -3,15 +3,14 @@ import dataclasses
 import pytest
 import torch
 from faster_coco_eval import mask as rle
+from tiny_centernet2 import TINY_CENTERNET2
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from ovd_models.batches import ConceptBatch, DetectionBatch
 from ovd_models.codet.model import CoDet, CoDetConfig
-from ovd_models.detectors.centernet import CenterNetConfig
 from ovd_models.detectors.centernet2 import (
     CenterNet2,
-    CenterNet2Config,
     StageOutput,
     combine_scores,
     match_boxes,
@@ -25,18 +24,12 @@ from ovd_models.errors import InputError
 from ovd_models.losses import federated_classes, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
 
-TINY = CenterNet2Config(
-    backbone="resnet10t",
-    backbone_options={"channels": [8, 16, 24, 32], "stem_width": 8},
-    freeze_norm=False,
-    pyramid_channels=64,
-    proposals=CenterNetConfig(num_convs=1, pre_nms=(100, 60), post_nms=(50, 30)),
-    head_width=32,
+TINY = dataclasses.replace(
+    TINY_CENTERNET2,
     embed_dim=16,
     min_size=64,
     max_size=128,
     rois_per_image=32,
-    mask_convs=1,
 )
 MODEL = CoDetConfig(architecture="centernet2", centernet2=TINY, num_proposals=6)
 

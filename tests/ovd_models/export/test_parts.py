@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from distinct_regions import spread_out
+from tiny_centernet2 import TINY_CENTERNET2
 from torch.nn import functional as F
 
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.c4 import coco_r50_c4
-from ovd_models.detectors.centernet import CenterNetConfig
-from ovd_models.detectors.centernet2 import CenterNet2Config
 from ovd_models.detectors.eva import EvaConfig
 from ovd_models.detectors.rcnn import RCNN, RCNNConfig
 from ovd_models.errors import InputError
@@ -41,17 +40,11 @@ from ovd_models.vild.model import ViLD, ViLDConfig
 from ovd_models.vocabulary import Vocabulary
 
 C4 = replace(coco_r50_c4(), backbone="resnet18", head_width=512, min_size=96, max_size=160, pre_nms=200, post_nms=50)
-CENTRES = CenterNet2Config(
-    backbone="resnet10t",
-    backbone_options={"channels": [8, 16, 24, 32], "stem_width": 8},
-    freeze_norm=False,
-    pyramid_channels=64,
-    proposals=CenterNetConfig(num_convs=1, pre_nms=(100, 60), post_nms=(50, 30)),
-    head_width=32,
+CENTRES = replace(
+    TINY_CENTERNET2,
     embed_dim=16,
     min_size=128,
     max_size=200,
-    mask_convs=1,
 )
 SWIN = {"patch_size": [4, 4], "window_size": [7, 7], "embed_dim": 8, "depths": [2] * 4, "num_heads": [1, 2, 2, 4]}
 MASKS = RCNNConfig(masks=True)
