@@ -11,7 +11,7 @@ import math
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -20,16 +20,13 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from tqdm import tqdm
 
+from data_prep.progress import watched
 from ovd_models.errors import InputError
 
 PAUSE_SECONDS = 0.05
 MIN_BLOCKS, BLOCKS_PER_WORKER = 128, 64
 """Parts are sent in blocks: Ray Data takes some 10 ms of CPU time for each, on both sides."""
-LINE_SECONDS = 5.0
-LINE_SHARE = 0.02
-"""Lines of progress are at least `LINE_SECONDS` apart, and this share of the time so far."""
 P = TypeVar("P")
 R = TypeVar("R")
 Worker: TypeAlias = Callable[[P], R]
@@ -67,9 +64,11 @@ def run_parts(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool:
     yield from _run_on_ray(make_worker, parts, pool) if pool.workers else _run_here(make_worker, parts, pool)
 
 
-def collect_parts(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool: Pool) -> list[R]:
-    """The results of all parts in their order."""
-    done = dict(run_parts(make_worker, parts, pool))
+def collect_parts(
+    make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool: Pool, label: str, unit: str
+) -> list[R]:
+    """The results of all parts in their order; `label` and `unit` (in the plural) are of the lines of progress."""
+    done = dict(watched(run_parts(make_worker, parts, pool), label, unit, len(parts)))
     return [done[number] for number in range(len(parts))]
 
 
@@ -155,69 +154,3 @@ class ExecutorPause(ExecutionCallback):
     def on_execution_step(self, executor: object) -> None:
         """Pause."""
         time.sleep(PAUSE_SECONDS)
-
-
-class Progress:
-    """How far a job is, its rate and the time left: a bar on a terminal, lines of text elsewhere."""
-
-    def __init__(self, label: str, unit: str, total: int) -> None:
-        """Start the clock; `total` counts units such as "rows"."""
-        self.label, self.unit, self.total, self.done = label, unit, total, 0
-        self.started = self._shown = time.monotonic()
-        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", disable=None, dynamic_ncols=True)
-
-    def add(self, count: int, note: str = "") -> bool:
-        """Count finished units; returns whether a line was due. The note is added to it."""
-        self.done += count
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(count)
-        now = time.monotonic()
-        due = now - self._shown >= max(LINE_SECONDS, LINE_SHARE * (now - self.started))
-        if due:
-            self._shown = now
-            if self._bar.disable and self.done < self.total:  # else `close` prints it
-                print(self._line(note), flush=True)
-        return due
-
-    def close(self, note: str = "") -> None:
-        """End the bar, and print the last line."""
-        self._bar.close()
-        print(self._line(note), flush=True)
-
-    @property
-    def seconds(self) -> float:
-        """Time since the start."""
-        return time.monotonic() - self.started
-
-    def end(self) -> None:
-        """End the bar, and print the last line unless the job was a short one."""
-        if self.seconds >= LINE_SECONDS:
-            self.close()
-        self._bar.close()
-
-    def _line(self, note: str) -> str:
-        rate = self.done / max(self.seconds, 1e-9)
-        if self.done >= self.total:
-            state = f"{self.done:,} {self.unit} in {tqdm.format_interval(self.seconds)}"
-        else:
-            state = f"{self.done:,} of {self.total:,} {self.unit} ({self.done / self.total:.0%})"
-        entries = [state, f"{rate:,.1f} {self.unit}/s"]
-        if 0 < self.done < self.total:
-            entries.append(f"{tqdm.format_interval((self.total - self.done) / rate)} left")
-        return f"{self.label}: {', '.join([*entries, *filter(None, [note])])}"
-
-
-def watched(items: Iterable[P], label: str, unit: str, total: int | None = None) -> Iterator[P]:
-    """The items one after another, with the progress of the work on them if it takes more than a few seconds.
-
-    Args:
-        items: any.
-        label: start of the lines.
-        unit: what an item is, in the plural.
-        total: number of items; their length if None.
-    """
-    progress = Progress(label, unit, len(items) if total is None and isinstance(items, Sized) else total or 0)
-    for item in items:
-        yield item
-        progress.add(1)
-    progress.end()

@@ -24,7 +24,8 @@ import torch
 import ovd_models
 from data_prep import locks, storage, tables
 from data_prep.boxes.cleaning import SkipReport
-from data_prep.parts import Pool, Progress, run_parts
+from data_prep.parts import Pool, run_parts
+from data_prep.progress import Progress
 from data_prep.streams.images import read_image
 from data_prep.tables import FileEntry
 from ovd_models.batches import Detections

@@ -28,7 +28,7 @@ from data_prep.boxes.cleaning import SkipReport
 from data_prep.embeddings.crops import FITS, CropConfig, square
 from data_prep.embeddings.labelled import LabelledSet, read_boxes, read_labelled
 from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions, store_released, unit
-from data_prep.parts import Progress
+from data_prep.progress import Progress
 from data_prep.streams.images import read_all, read_image
 from ovd_models.clip.classification import Answers, answer
 from ovd_models.clip.model import load_text_encoder

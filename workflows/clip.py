@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from data_prep import storage
 from data_prep.embeddings.crops import FITS
 from data_prep.pictograms.world import PICTURES, World, single_objects
+from data_prep.progress import watched
 from data_prep.streams.collate import PairCollate
 from data_prep.streams.pair_loader import PairLoader, pair_loader
 from data_prep.streams.shard_loader import ShardLoader, shard_loader
@@ -155,7 +156,8 @@ def held_out(clip: Clip, run: Run) -> HeldOut:
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     if pixels.shape[-1] != run.model.image_size:
         pixels = F.interpolate(pixels, size=run.model.image_size, mode="bicubic", antialias=True)
-    parts = [zero_shot_logits(clip, part.to(device), vocabulary.embeddings) for part in torch.split(pixels, 256)]
+    batches = watched(torch.split(pixels, 256), "zero-shot test", "batches")
+    parts = [zero_shot_logits(clip, part.to(device), vocabulary.embeddings) for part in batches]
     novel = torch.tensor([split == "novel" for split in world.splits])
     return HeldOut(torch.cat(parts).cpu(), torch.from_numpy(labels), novel[torch.from_numpy(labels)])
 

@@ -38,7 +38,8 @@ from data_prep.embeddings.teachers import (
     Shard,
     ShardWorker,
 )
-from data_prep.parts import Pool, Progress, run_parts
+from data_prep.parts import Pool, run_parts
+from data_prep.progress import Progress
 from data_prep.tables import Manifest
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster

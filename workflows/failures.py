@@ -14,7 +14,7 @@ brief_help.answer(__name__, __file__, "model teacher storage boxes score_thresho
 from dataclasses import asdict, dataclass
 
 from data_prep import storage
-from data_prep.parts import Progress
+from data_prep.progress import Progress
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import build_vocabulary

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from data_prep.boxes.cleaning import SkipReport
-from data_prep.parts import Progress
+from data_prep.progress import Progress
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.images import EXTENSIONS, open_image

@@ -51,8 +51,8 @@ from data_prep.boxes.pictures import add_pictures
 from data_prep.boxes.splits import frequency_split, named_split
 from data_prep.pairs.dedup import CorpusConfig
 from data_prep.pairs.filters import FilterConfig
-from data_prep.parts import watched
 from data_prep.pictograms.world import SCENES, SECOND_STYLE, World
+from data_prep.progress import watched
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
 from workflows.common import cli, cluster

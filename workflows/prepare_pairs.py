@@ -349,10 +349,11 @@ def write_shards(job: Job, decisions: pa.Table, extractor: Extractor) -> list[sh
         start, stop = np.searchsorted(ids, [first, first + run.rows_per_shard])
         own = decisions.take(np.arange(start, stop))  # a slice would be sent with the whole table
         parts.append(shards.PartitionPart(name, own, count < SAMPLED_PARTITIONS))
-    written = collect_parts(lambda: partial(shards.write_partition, partition_job, extractor), parts, job.pool)
+    write = partial(shards.write_partition, partition_job, extractor)
+    written = collect_parts(lambda: write, parts, job.pool, f"pairs/{run.name}", "shards")
     if published is not None:
         stage = partial(shards.stage_published_mentions, partition_job, extractor)
-        collect_parts(lambda: stage, published.index_files(), job.pool)
+        collect_parts(lambda: stage, published.index_files(), job.pool, "groups", "files of captions")
     return written
 
 

@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from data_prep import storage, tables
 from data_prep.boxes.cleaning import Account
-from data_prep.parts import watched
+from data_prep.progress import watched
 from ovd_models.errors import InputError
 from ovd_models.images import ImageError, check_whole, open_picture
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import torch
 
 from data_prep import storage, tables
-from data_prep.parts import Pool, Progress, run_parts
+from data_prep.parts import Pool, run_parts
+from data_prep.progress import Progress
 from data_prep.streams.images import read_image
 from data_prep.tables import FileEntry, Manifest
 from ovd_models.checkpoints import load_model

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from data_prep import locks, storage, tables
-from data_prep.parts import HERE, Pool, Progress, run_parts
+from data_prep.parts import HERE, Pool, run_parts
+from data_prep.progress import Progress
 from data_prep.tables import FileEntry, Manifest
 from ovd_models.errors import InputError, first_line
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, clean_names

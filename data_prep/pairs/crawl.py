@@ -29,7 +29,7 @@ from data_prep.pairs.fetch import Fetched, Fetcher, with_fetch_status
 from data_prep.pairs.files import FileReader
 from data_prep.pairs.rows import Rejection
 from data_prep.pairs.staging import Part, Staging
-from data_prep.parts import Progress
+from data_prep.progress import Progress
 
 ALARMING_FAILURES = 0.5
 """Share of failed fetches that causes a warning."""

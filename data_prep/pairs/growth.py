@@ -272,7 +272,7 @@ def plan_crawl(
     if saved is not None:
         return saved
     cut = functools.partial(inputs.cut_file, columns=columns, staging=staging)
-    new = collect_parts(lambda: cut, lists, pool if len(lists) > 1 else HERE)
+    new = collect_parts(lambda: cut, lists, pool if len(lists) > 1 else HERE, "pairs", "lists")
     if lists and not sum(source.rows for source in new):
         raise InputError(f"{lists[0]}: holds no rows, expected at least one")
     kinds = dict(published.pairs.details["columns"]) if published else {}

@@ -12,9 +12,10 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.pictograms.world import PICTURES, SCENES, World, encode_jpeg
+from data_prep.progress import Progress
 
 IMAGES_PER_FOLDER = 1000
 
@@ -107,11 +109,13 @@ def build_site(
     root, total = Path(root), num_pictures + num_scenes
     chunk = max(400, -(-total // (processes or os.cpu_count() or 1)))
     jobs = [(root, start, min(start + chunk, total), num_pictures, seed) for start in range(0, total, chunk)]
+    progress = Progress("web site", "images", total)
     if len(jobs) < 2:
-        parts = [render_images(*job) for job in jobs]
+        parts = [list(render_images(*job)) for job in jobs]
     else:
         with ThreadPoolExecutor(len(jobs)) as pool:
-            parts = list(pool.map(_render_elsewhere, jobs))
+            parts = list(pool.map(partial(_render_elsewhere, progress), jobs))
+    progress.end()
     for kind, body in _fault_bodies().items():
         _write(root / "bodies" / kind, body)
     captions = [caption for part in parts for caption in part]
@@ -121,26 +125,30 @@ def build_site(
     return expected
 
 
-def render_images(root: Path, start: int, stop: int, num_pictures: int, seed: int) -> list[str]:
-    """Draw images `start` to `stop` as JPEG files and return their captions; each depends on seed and index alone."""
-    world, captions = World.create(seed), []
+def render_images(root: Path, start: int, stop: int, num_pictures: int, seed: int) -> Iterator[str]:
+    """Draw images `start` to `stop` as JPEG files and yield their captions; each depends on seed and index alone."""
+    world = World.create(seed)
     for index in range(start, stop):
         rng = np.random.default_rng([seed, 1, index])
         style, caption = (PICTURES, world.caption) if index < num_pictures else (SCENES, world.loose_caption)
         scene = world.scene(rng, style)
         while not len(scene.labels):
             scene = world.scene(rng, style)
-        captions.append(caption(rng, scene))
         _write(image_path(root, index), encode_jpeg(scene.pixels))
-    return captions
+        yield caption(rng, scene)
 
 
-def _render_elsewhere(job: tuple[Path, int, int, int, int]) -> list[str]:
+def _render_elsewhere(progress: Progress, job: tuple[Path, int, int, int, int]) -> list[str]:
     """`render_images` in a fresh interpreter; the caller's threads may make forking unsafe."""
     command = [sys.executable, "-m", "data_prep.pictograms.website", json.dumps([str(job[0]), *job[1:]])]
-    captions: list[str] = json.loads(
-        subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, check=True).stdout
-    )
+    captions: list[str] = []
+    with subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            captions.append(json.loads(line))
+            progress.add(1)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
     return captions
 
 
@@ -283,9 +291,10 @@ def child_environment() -> dict[str, str]:
 
 
 def main() -> None:
-    """Draw a range of images; `build_site` runs this in child processes."""
+    """Draw a range of images, and print a caption a line; `build_site` runs this in child processes."""
     root, *arguments = json.loads(sys.argv[1])
-    print(json.dumps(render_images(Path(root), *arguments)))
+    for caption in render_images(Path(root), *arguments):
+        print(json.dumps(caption))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from data_prep import parts
-from data_prep.parts import HERE, Pool, Progress, collect_parts, run_parts, watched
+from data_prep.parts import HERE, Pool, collect_parts, run_parts
 from ovd_models.errors import InputError
 
 POOLS = [
@@ -56,8 +55,8 @@ def test_results_can_be_in_the_order_of_the_parts(pool: Pool, ray_cluster: None)
         time.sleep(0.05 * (5 - part))
         return part
 
-    assert collect_parts(lambda: slow_first, range(5), pool) == [0, 1, 2, 3, 4]
-    assert collect_parts(lambda: slow_first, [], pool) == []
+    assert collect_parts(lambda: slow_first, range(5), pool, "squares", "parts") == [0, 1, 2, 3, 4]
+    assert collect_parts(lambda: slow_first, [], pool, "squares", "parts") == []
 
 
 @everywhere
@@ -84,7 +83,7 @@ def test_parts_of_a_lost_process_are_done_again(tmp_path: Path, ray_cluster: Non
         return part
 
     pool = Pool(workers=1, parts_at_a_time=2)
-    assert collect_parts(lambda: die_once, range(6), pool) == list(range(6))
+    assert collect_parts(lambda: die_once, range(6), pool, "squares", "parts") == list(range(6))
     assert (tmp_path / "died").exists()
 
 
@@ -100,7 +99,7 @@ def test_parts_of_a_worker_overlap(pool: Pool, ray_cluster: None) -> None:
 
     one = Pool(workers=min(1, pool.workers), parts_at_a_time=pool.parts_at_a_time)
     count = 2 * pool.parts_at_a_time
-    assert collect_parts(Meeting, range(count), one) == list(range(count))
+    assert collect_parts(Meeting, range(count), one, "squares", "parts") == list(range(count))
 
 
 def test_parts_can_be_left_early(tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_parts_can_be_left_early(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_pool_that_may_grow_starts_with_its_size(marked: Callable[[], Marker], tmp_path: Path) -> None:
     pool = Pool(workers=2, grows=True, cpus=1)
-    assert collect_parts(marked, range(20), pool) == [part * part for part in range(20)]
+    assert collect_parts(marked, range(20), pool, "squares", "parts") == [part * part for part in range(20)]
     assert 1 <= len(list(tmp_path.glob("worker-*"))) <= 4
 
 
@@ -124,35 +123,4 @@ def test_more_parts_than_blocks_are_all_done(
     monkeypatch.setattr(parts, "MIN_BLOCKS", 3)
     monkeypatch.setattr(parts, "BLOCKS_PER_WORKER", 1)
     pool = Pool(workers=1, parts_at_a_time=2)
-    assert collect_parts(marked, range(10), pool) == [part * part for part in range(10)]
-
-
-def test_progress_tells_the_share_the_rate_and_the_time_left(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = SimpleNamespace(monotonic=lambda: 100.0)
-    monkeypatch.setattr(parts, "time", clock)
-    progress = Progress("pairs", "rows", 8_000)
-    clock.monotonic = lambda: 104.0
-    assert not progress.add(1_000)  # too early for a line
-    clock.monotonic = lambda: 106.0
-    assert progress.add(2_000, "2,900 good")
-    clock.monotonic = lambda: 120.0
-    progress.add(5_000)
-    progress.close("7,500 good")
-    first, last = capsys.readouterr().out.splitlines()
-    assert first == "pairs: 3,000 of 8,000 rows (38%), 500.0 rows/s, 00:10 left, 2,900 good"
-    assert last == "pairs: 8,000 rows in 00:20, 400.0 rows/s, 7,500 good"
-
-
-def test_only_long_work_is_watched_aloud(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = SimpleNamespace(monotonic=lambda: 100.0)
-    monkeypatch.setattr(parts, "time", clock)
-    assert list(watched([3, 4], "boxes", "pictures")) == [3, 4]
-    assert list(watched([], "boxes", "pictures")) == []
-    assert capsys.readouterr().out == ""
-    for number in watched(iter(range(4)), "boxes", "pictures", 4):
-        clock.monotonic = lambda number=number: 104.0 + 4 * number
-    first, last = capsys.readouterr().out.splitlines()
-    assert first == "boxes: 2 of 4 pictures (50%), 0.2 pictures/s, 00:08 left"
-    assert last == "boxes: 4 pictures in 00:16, 0.2 pictures/s"
+    assert collect_parts(marked, range(10), pool, "squares", "parts") == [part * part for part in range(10)]

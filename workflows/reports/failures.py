@@ -17,7 +17,7 @@ from torchvision.ops import box_iou
 
 from data_prep.embeddings.crops import CropConfig, Fit, crop_squares, crop_windows
 from data_prep.embeddings.teachers import Teacher, embed_regions
-from data_prep.parts import watched
+from data_prep.progress import watched
 from ovd_models.batches import Detections
 from ovd_models.vocabulary import Vocabulary
 from workflows.reports import page

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep import tables
-from data_prep.parts import watched
+from data_prep.progress import watched
 from ovd_models.errors import InputError
 from ovd_models.metrics.records import Floats
 from ovd_models.ovsam.baselines import BaselineConfig, SamClip

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data_prep.embeddings.crops import CropConfig
 from data_prep.embeddings.teachers import embed_regions
-from data_prep.parts import watched
+from data_prep.progress import watched
 from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.detectors.region_scores import RegionRecord, Scoring, use_teacher
 from ovd_models.errors import InputError

@@ -17,7 +17,7 @@ import pytest
 import ray
 from PIL import Image
 
-from data_prep import parts, tables
+from data_prep import progress, tables
 from data_prep.pairs import crawl, inputs
 from data_prep.pairs.crawl import DECODERS, Crawler, CrawlSteps, PartCounts, watch
 from data_prep.pairs.decode import DecodeConfig, Decoded, decode_body
@@ -175,8 +175,8 @@ def test_a_part_that_a_lost_process_saved_is_not_fetched_again(tmp_path: Path, m
 def test_a_crawl_of_which_most_fetches_fail_warns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parts, "LINE_SECONDS", 0.0)
-    monkeypatch.setattr(parts, "LINE_SHARE", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SHARE", 0.0)
     good, bad = PartCounts(rows=10, good=9, unfetched=1), PartCounts(rows=10, good=2, unfetched=8)
     done = watch([good, good], 40)
     assert [rows for _, rows in done] == [10, 20, 20]

@@ -14,6 +14,7 @@ import pytest
 
 from data_prep import tables
 from data_prep.pictograms import webserver, website
+from data_prep.progress import Progress
 
 
 def get(url: str) -> tuple[int, bytes]:
@@ -37,16 +38,16 @@ def test_a_site_is_built_then_served(tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_bytes_in_any_split(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    first = website.render_images(one, 0, 6, 4, 5)
-    second = website.render_images(two, 0, 3, 4, 5) + website.render_images(two, 3, 6, 4, 5)
+    first = list(website.render_images(one, 0, 6, 4, 5))
+    second = [*website.render_images(two, 0, 3, 4, 5), *website.render_images(two, 3, 6, 4, 5)]
     assert first == second
     for index in range(6):
         assert website.image_path(one, index).read_bytes() == website.image_path(two, index).read_bytes()
 
 
 def test_images_rendered_in_child_processes_equal_those_rendered_here(tmp_path: Path) -> None:
-    captions = website._render_elsewhere((tmp_path, 2, 5, 4, 5))
-    assert captions == website.render_images(tmp_path / "here", 2, 5, 4, 5)
+    captions = website._render_elsewhere(Progress("web site", "images", 3), (tmp_path, 2, 5, 4, 5))
+    assert captions == list(website.render_images(tmp_path / "here", 2, 5, 4, 5))
     assert website.image_path(tmp_path, 4).read_bytes() == website.image_path(tmp_path / "here", 4).read_bytes()
 
 
