@@ -114,6 +114,11 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
+def relative(uri: str, root: str) -> str:
+    """The path of `uri` below `root`, which `join` gives back, also where the root has moved; absolute if elsewhere."""
+    return absolute(uri).removeprefix(f"{absolute(root).rstrip('/')}/")
+
+
 def join(uri: str, *parts: str) -> str:
     """`uri/part/...`; a part that is an absolute path or a URI replaces everything before it."""
     for part in parts:

@@ -246,7 +246,7 @@ def make_table(run: Run, task: EmbeddingTask) -> Manifest:
         [saved[shard.name] for shard in shards],
         producer=PRODUCER,
         config_hash=config_hash,
-        provenance={**provenance, "checkpoint": run.teacher},
+        provenance={**provenance, "checkpoint": storage.relative(run.teacher, run.storage)},
     )
 
 

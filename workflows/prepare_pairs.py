@@ -226,7 +226,8 @@ def reuse(run: Run, published: Published) -> Summary:
         print(f"pairs: no row of {run.name} is rejected for {', '.join(run.retry)}")
     else:
         print(f"pairs: {tables.table_uri(run.storage, 'pairs', run.name)} is there already, from the same config")
-        storage.remove_folder(published.pairs.details["staging"])  # left by a run that was killed at its very end
+        staging = storage.join(run.storage, published.pairs.details["staging"])
+        storage.remove_folder(staging)  # left by a run that was killed at its very end
     return Summary(**{**published.pairs.details["summary"], "reused": True})
 
 
@@ -387,7 +388,7 @@ def publish(
         "sources": plan.sources,
         "columns": plan.columns,
         "progress": progress,
-        "staging": job.staging.uri,
+        "staging": storage.relative(job.staging.uri, run.storage),
         "files": {name: [dataclasses.asdict(entry) for entry in files[name]] for name in ("rejects", "scores")},
     }
     files |= {"concepts": grouped.concepts, "groups": grouped.groups}
@@ -461,14 +462,15 @@ def prepare_smoke(storage_uri: str) -> None:
 
 
 HELP_AGAINST = {
-    "forbidden_address": "private addresses are not fetched, but those of --fetch.allow-networks, such as 127.0.0.1/32",
-    "dns": "no host was found: is this machine online, and is the URL column the right one?",
-    "connect": "no host answered: is this machine online?",
-    "bad_url": "is --columns.url the column of the URLs?",
-    "opt_out": "the hosts do not want to be used; --fetch.no-respect-opt-out fetches nevertheless",
-    "too_small": "--filters.min-side is the smallest accepted side",
+    "forbidden_address": "private addresses are not fetched; `--retry forbidden_address --fetch.allow-networks "
+    "127.0.0.1/32` fetches those of a network",
+    "dns": "no host was found: is this machine online, and is the URL column the right one? `--retry dns` tries again",
+    "connect": "no host answered: is this machine online? `--retry connect` tries again",
+    "bad_url": "is --columns.url the column of the URLs? Another one needs a new --name",
+    "opt_out": "the hosts do not want to be used; `--retry opt_out --fetch.no-respect-opt-out` fetches nevertheless",
+    "too_small": "--filters.min-side is the smallest accepted side; another one needs a new --name",
 }
-"""What to do when most rows are rejected for a reason."""
+"""What to do when most rows are rejected for a reason, as flags that are added to the command."""
 
 
 def why_nothing(rejected: Mapping[str, int]) -> str:

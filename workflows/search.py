@@ -112,7 +112,7 @@ def search(run: Run) -> list[Hit]:
     """
     table, column = ARRAYS[run.over]
     manifest = tables.read_manifest(run.storage, table, run.name)
-    checkpoint = run.teacher or str(manifest.details["checkpoint"])
+    checkpoint = run.teacher or storage.join(run.storage, str(manifest.details["checkpoint"]))
     teacher, query_D = embed_query(checkpoint, run.text, run.prompt_set)
     rows = open_rows(run.storage, table, run.name, {"teacher": teacher}, column)
     local = "store" if "://" in run.storage else run.storage

@@ -129,9 +129,11 @@ def find_published(
         return None
     if published.pairs.config_hash != config_hash:
         changed = tables.changed_settings(published.pairs, settings)
-        if not (retry and changed and all(each.startswith("fetch.") for each in changed)):
+        only_fetch = bool(changed) and all(each.startswith("fetch.") for each in changed)
+        if not (retry and only_fetch):
             differs = f" (other {', '.join(changed)})" if changed else ""
-            expected = "the same one, a new --name or an empty place"
+            retrying = "--retry REASON to fetch such rejected rows so, " if only_fetch else ""
+            expected = f"{retrying}the same one, a new --name or an empty place"
             raise InputError(f"{uri}: made from another config{differs}, expected {expected}")
     if not add and any(digest not in published.sources for digest in lists):
         raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")

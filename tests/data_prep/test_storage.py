@@ -82,3 +82,19 @@ def test_the_file_that_marks_a_whole_folder_comes_last(tmp_path: Path, monkeypat
 def test_an_unknown_scheme_is_told() -> None:
     with pytest.raises(InputError, match=r"^nowhere://x: not a storage location"):
         storage.resolve("nowhere://x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "root", "found"),
+    [
+        ("/a/b/c", "/a", "b/c"),
+        ("/a/b/c", "/a/", "b/c"),
+        ("/ab/c", "/a", "/ab/c"),
+        ("s3://bucket/a/b", "s3://bucket/a", "b"),
+        ("s3://bucket/a", "/a", "s3://bucket/a"),
+    ],
+)
+def test_a_path_below_a_root_is_given_back_under_another(uri: str, root: str, found: str) -> None:
+    assert storage.relative(uri, root) == found
+    assert storage.join(root, found) == uri
+    assert storage.relative("x/y", "x") == "y"

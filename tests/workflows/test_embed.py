@@ -160,6 +160,20 @@ def test_search_finds_captions_and_frames_regions(undisturbed: Path, teacher: st
     assert search.result_sheet("cat", []).width == 5 * 224
 
 
+def test_a_moved_storage_is_searched_with_its_own_teacher(teacher: str, tmp_path: Path) -> None:
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    make_tables(first, images=2)
+    shutil.copytree(teacher, first / "teacher")
+    embedding = EmbedConfig(actors=0)
+    embed.embed(embed.Run(storage=str(first), teacher=str(first / "teacher"), name="t", pairs="t", embed=embedding))
+    first.rename(moved)
+    run = search.Run(storage=str(moved), name="t", text="a cat", over="captions", top=1)
+    assert len(search.search(run)) == 1
+    (moved / "teacher").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=str(moved / "teacher")):
+        search.search(run)
+
+
 @pytest.mark.ray
 def test_an_image_that_cannot_be_read_has_no_rows_and_is_named(
     undisturbed: Path, root: Path, teacher: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]

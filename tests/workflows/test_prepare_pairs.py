@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,21 @@ def test_published_tables_are_reused_and_never_overwritten(crawled: tuple[Run, S
 
 
 @pytest.mark.ray
+def test_a_copied_storage_never_touches_the_first(crawled: tuple[Run, Summary], tmp_path: Path) -> None:
+    run, summary = crawled
+    shutil.copytree(Path(run.storage) / "pairs", tmp_path / "copy/pairs")
+    staging = tables.read_manifest(run.storage, "pairs", "t").details["staging"]
+    kept = Path(storage.join(run.storage, staging), "file")
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert prepare(dataclasses.replace(run, storage=str(tmp_path / "copy"))) == dataclasses.replace(
+        summary, reused=True
+    )
+    assert kept.exists()
+    assert prepare(run).reused and not kept.parent.exists()
+
+
+@pytest.mark.ray
 def test_rows_do_not_depend_on_partitions_or_on_the_kind_of_storage(
     crawled: tuple[Run, Summary], tmp_path: Path
 ) -> None:
@@ -310,10 +326,16 @@ def test_a_crawl_that_keeps_nothing_fails_and_says_what_helps(tmp_path: Path) ->
     done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "error: no row was kept, 2 of 2 rejected for forbidden_address: private addresses are not fetched, but those "
-        "of --fetch.allow-networks, such as 127.0.0.1/32"
+        "error: no row was kept, 2 of 2 rejected for forbidden_address: private addresses are not fetched; "
+        "`--retry forbidden_address --fetch.allow-networks 127.0.0.1/32` fetches those of a network"
     )
     assert "next:" not in done.stdout
+    allowed = [*flags, "--fetch.allow-networks", "127.0.0.1/32"]
+    again = subprocess.run([sys.executable, str(SCRIPT), *allowed], capture_output=True, text=True, cwd=tmp_path)
+    assert "(other fetch.allow_networks), expected --retry REASON to fetch" in again.stderr
+    retried = [sys.executable, str(SCRIPT), *allowed, "--retry", "forbidden_address"]
+    done = subprocess.run(retried, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1].startswith("error: no row was kept, 1 of 2 rejected for connect: ")
 
 
 @pytest.mark.parametrize(
