@@ -19,6 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 import pyarrow as pa
 import ray
 import ray.data
+from ray._private.state import state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from data_prep.progress import watched
@@ -58,6 +59,7 @@ def run_parts(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool:
 
     Raises:
         InputError, OSError: a worker raised it; the parts that are running are finished or repeated by the next run.
+        InputError: the workers need GPUs, and there is none.
     """
     if not parts:
         return
@@ -87,7 +89,15 @@ def _run_here(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool:
                 yield running.pop(future), future.result()
 
 
+def check_gpus(gpus: float) -> None:
+    """Raise InputError if a worker needs GPUs and the cluster cannot have any: Ray would wait for them for ever."""
+    grown = state.get_max_resources_from_cluster_config() or {}  # None where no autoscaler runs
+    if gpus and not max(ray.cluster_resources().get("GPU", 0), grown.get("GPU", 0)):  # type: ignore[no-untyped-call]
+        raise InputError(f"{gpus:g} GPUs for a worker: there is none here or in the cluster, expected 0")
+
+
 def _run_on_ray(make_worker: Callable[[], Worker[P, R]], parts: Sequence[P], pool: Pool) -> Iterator[tuple[int, R]]:
+    check_gpus(pool.gpus)
     rows = [{"number": number, "part": pickle.dumps(part)} for number, part in enumerate(parts)]
     size = min(pool.workers, len(parts))
     blocks = min(len(parts), max(MIN_BLOCKS, BLOCKS_PER_WORKER * pool.workers))

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
+from workflows import clip, embed, prepare_boxes, prepare_pairs
 from workflows.common import cli
 
 ROOT = Path(__file__).parents[1]
@@ -105,3 +107,19 @@ def test_a_job_is_submitted_with_the_token() -> None:
 def test_named_files_exist(place: str) -> None:
     for name in re.findall(r"(?:deploy|docs|workflows|tests)/[\w./-]*\.(?:yaml|md|py)", (ROOT / place).read_text()):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (clip.next_command(clip.CONFIGS["pictograms_quick"](), "a b"), "--config pictograms_quick --storage store"),
+        (clip.next_command(replace(clip.CONFIGS["pictograms"](), pairs="mine"), "m"), "--pairs mine --data PHOTOS"),
+        (prepare_boxes.next_command(replace(prepare_boxes.coco(), name="my set", data="d")), "--boxes 'my set'"),
+        (prepare_boxes.next_command(prepare_boxes.pictograms()), "--boxes pictograms --pairs pictograms"),
+        (prepare_pairs.next_command(replace(prepare_pairs.smoke(), name="x", urls="u.tsv")), "--max-side None"),
+        (embed.next_command(replace(embed.pictograms(), boxes="")), "--over captions"),
+    ],
+)
+def test_the_command_that_a_script_ends_with_is_right(command: str, expected: str, tmp_path: Path) -> None:
+    assert expected in command
+    check_script(shlex.split(command), tmp_path)

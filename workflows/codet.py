@@ -22,7 +22,6 @@ brief_help.answer(
 )
 
 import dataclasses
-import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -456,9 +455,7 @@ def main() -> None:
         return
     trained = train(run)
     rows = {"box supervision": trained.metrics.box_supervised, "CoDet": trained.metrics.codet}
-    runs.print_results(
-        run, trained, runs.ap_table(rows), f"python workflows/serve.py --model {shlex.quote(trained.model)}"
-    )
+    runs.print_results(run, trained, runs.ap_table(rows), cli.script_command("serve", "--model", trained.model))
 
 
 if __name__ == "__main__":

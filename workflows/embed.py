@@ -16,7 +16,6 @@ brief_help.answer(__name__, __file__, "storage name teacher pretrained boxes det
 import dataclasses
 import json
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -326,6 +325,12 @@ def make_smoke_tables(run: Run) -> Run:
     return dataclasses.replace(run, teacher=untrained_teacher(run.storage))
 
 
+def next_command(run: Run) -> str:
+    """A search for a text among the regions, or else among the captions."""
+    over = () if run.boxes else ("--over", "captions")
+    return cli.script_command("search", "--name", run.name, "--storage", run.storage, *over, "--text", "red umbrella")
+
+
 def main() -> None:
     """Run the script."""
     run = cli.parse(CONFIGS, __doc__)
@@ -337,8 +342,7 @@ def main() -> None:
             f"{manifest.table}/{manifest.name}: {details['rows']:,} rows of width {details['width']} "
             f"for {details['images']:,} images, teacher {details['teacher']}"
         )
-    flags = f"--storage {shlex.quote(run.storage)} --name {shlex.quote(run.name)}"
-    print(f"next: python workflows/search.py {flags} --text 'red umbrella'")
+    print("next:", next_command(run))
 
 
 if __name__ == "__main__":

@@ -61,12 +61,12 @@ class Run:
 
 CONFIGS = {"released": Run}
 TAKEN_BY = {
-    "detector": "python workflows/serve.py --model {out}; a training continues from it by --box-model {out}",
-    "sam": "python workflows/ovsam.py --sam {out} ...",
-    "clip": "any training, embed.py and search.py take it by --teacher {out}; python workflows/serve.py --model {out}",
-    "ovsam": "python workflows/serve.py --model {out}",
+    "detector": "trainings continue from it by --box-model",
+    "sam": "ovsam.py takes it by --sam",
+    "clip": "trainings, embed.py and search.py take it by --teacher",
+    "ovsam": "predict.py and evaluate.py take it by --model",
 }
-"""Kind of a folder -> the commands that take it."""
+"""Kind of a folder -> what takes it, besides the endpoint."""
 
 
 def read_released_names(path: str) -> dict[str, str]:
@@ -200,7 +200,9 @@ def convert(run: Run) -> None:
             save(folder)
 
         output.write_folder(save_with_digests, Path(run.out))
-        print(f"{run.out}: written; next: {TAKEN_BY[kind].format(out=run.out)}")
+        print(f"{run.out}: written; {TAKEN_BY[kind]}")
+        training = ("ovsam", "--config", "photos_laptop", "--sam", run.out, "--teacher", "CLIP", "--data", "PHOTOS")
+        print("next:", cli.script_command(*(training if kind == "sam" else ("serve", "--model", run.out))))
 
 
 def plan_texts(run: Run) -> Plan:

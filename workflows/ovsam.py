@@ -23,7 +23,6 @@ brief_help.answer(
 )
 
 import dataclasses
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -487,7 +486,7 @@ def main() -> None:
         dry_run(run)
         return
     trained = train(run)
-    command = f"python workflows/serve.py --model {shlex.quote(trained.model)}"
+    command = cli.script_command("serve", "--model", trained.model)
     runs.print_results(run, trained, trained.metrics.table(), command)
 
 

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import json
 import math
-import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -456,6 +455,14 @@ def prepare_for_training(storage_uri: str, config: str, boxes: str, data: str, h
         prepare(dataclasses.replace(smoke(), storage=storage_uri))
 
 
+def next_command(run: Run) -> str:
+    """The training of a detector on these boxes, with pairs and a CLIP that may have to be made first."""
+    config = "photos_laptop" if run.data else "smoke" if run.name == "smoke" else "pictograms"
+    pairs = "PAIRS" if run.data and not run.captions else run.name
+    inputs = ("--boxes", run.name, "--pairs", pairs, "--teacher", "CLIP")
+    return cli.script_command("codet", "--config", config, *inputs, "--storage", run.storage)
+
+
 def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
@@ -463,11 +470,7 @@ def main() -> None:
     if run.captions:
         prepare_captions(run, run.name)
         check_concepts(run)
-    config = "photos_laptop" if run.data else "smoke" if run.name == "smoke" else "pictograms"
-    name, place = shlex.quote(run.name), shlex.quote(run.storage)
-    pairs = name if run.captions else "<PAIRS>"
-    flags = f"--config {config} --boxes {name} --storage {place} --pairs {pairs} --teacher <CLIP>"
-    print(f"next: python workflows/codet.py {flags}")
+    print("next:", next_command(run))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ brief_help.answer(__name__, __file__, "storage name urls shards images add retry
 import contextlib
 import dataclasses
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +59,7 @@ from data_prep.pairs.rows import EMBEDDING, LABEL, LIGHT
 from data_prep.pairs.scores import ScoreStage
 from data_prep.pairs.shuffle import ShuffledCorpus
 from data_prep.pairs.staging import Staging
-from data_prep.parts import Pool, collect_parts, run_parts
+from data_prep.parts import Pool, check_gpus, collect_parts, run_parts
 from data_prep.pictograms import webserver, website
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
@@ -255,6 +254,7 @@ def crawl_steps(run: Run, pool: Pool, *, are_files: bool) -> Iterator[CrawlSteps
     scorers: list[Any] = []
     if uses_models(run):
         cluster.start_ray()
+        check_gpus(run.scores.gpus)
         stage = ray.remote(ScoreStage).options(**RESTARTING, num_gpus=run.scores.gpus)
         scorers = [stage.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
     try:
@@ -482,12 +482,17 @@ def why_nothing(rejected: Mapping[str, int]) -> str:
     return f", {rejected[reason]:,} of {sum(rejected.values()):,} rejected for {reason}: {advice}"
 
 
+def next_command(run: Run) -> str:
+    """The training of a CLIP on these pairs, of any size unless they are drawn."""
+    config = "smoke" if run.name == "smoke" else "pictograms"
+    any_size = ("--max-side", "None") if run.urls or run.shards or run.images else ()
+    return cli.script_command("clip", "--config", config, "--pairs", run.name, *any_size, "--storage", run.storage)
+
+
 def main() -> None:
     """The script."""
     run = cli.parse(CONFIGS, __doc__)
-    config = "smoke" if run.name == "smoke" else "pictograms"
-    is_real = run.urls or run.shards or run.images
-    training = f"--config {config} --pairs {shlex.quote(run.name)}" + (" --max-side None" if is_real else "")
+    following = next_command(run)
     with pictogram_site(run) as run:
         summary = prepare(run)
     print(f"pairs: {summary.kept:,} of {summary.input:,} rows kept, {summary.concepts} concepts, {summary.seconds:g} s")
@@ -495,7 +500,7 @@ def main() -> None:
         print(f"    {reason:20} {count:,}")
     if not summary.kept:
         sys.exit(f"error: no row was kept{why_nothing(summary.rejected)}")
-    print(f"next: python workflows/clip.py {training} --storage {shlex.quote(run.storage)}")
+    print("next:", following)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,10 @@ class Run:
     """CPUs that Ray reserves for a replica."""
     threads: int = 0
     """Threads of a replica's models; 0 chooses one or all cores by a measurement at the start."""
-    gpus: float = 0
-    """GPUs of a replica, such as 0.5 for two replicas on one."""
+    gpus: float | None = None
+    """GPUs of a replica, such as 0.5 for two replicas on one; None for one if each replica can have it, else 0."""
+    wait_minutes: float = 20.0
+    """How long a cluster that grows is waited for."""
     max_batch: int = 8
     """Images of waiting requests that are encoded together at most."""
     image_cache_mb: int = 64
@@ -102,8 +104,15 @@ def check(run: Run) -> None:
     """Check the models and the token before any work.
 
     Raises:
-        InputError: a checkpoint is missing or not served, or strangers could reach the endpoint.
+        InputError: a number is out of range, a checkpoint is missing or not served, or strangers could reach the
+            endpoint.
     """
+    for name in ("replicas", "max_batch"):
+        if getattr(run, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected 1 or more")
+    for name in ("cpus", "gpus"):
+        if (getattr(run, name) or 0) < 0:
+            raise InputError(f"--{name} {getattr(run, name):g}: expected 0 or more")
     check_models(run.model, run.storage)
     if run.host not in LOOPBACK and not read_token(run):
         raise InputError(
@@ -128,14 +137,28 @@ def read_token(run: Run) -> str:
     return token
 
 
+def count_gpus(run: Run) -> float:
+    """GPUs of a replica: those asked for, or one if this machine, or the cluster, has one for each."""
+    if run.gpus is not None:
+        return run.gpus
+    if ray.is_initialized():
+        have = cluster.resources().get("GPU", 0)
+    else:
+        import torch  # here, since it takes seconds
+
+        have = torch.cuda.device_count()
+    return float(have >= max(run.replicas, run.max_replicas))
+
+
 def build_application(run: Run) -> Application:
     """Configure the Ray Serve application."""
+    gpus = count_gpus(run)
     settings = Settings(
         model=run.model,
         storage=run.storage,
         texts=run.texts,
         threads=run.threads,
-        device="cuda" if run.gpus else "cpu",
+        device="cuda" if gpus else "cpu",
         max_batch=run.max_batch,
         image_cache_mb=run.image_cache_mb,
         text_cache_mb=run.text_cache_mb,
@@ -147,7 +170,7 @@ def build_application(run: Run) -> Application:
         settings,
         replicas=run.replicas,
         max_replicas=run.max_replicas,
-        gpus=run.gpus,
+        gpus=gpus,
         cpus=run.cpus,
         log_requests=run.log_requests,
     )
@@ -197,13 +220,19 @@ def serve_model(run: Run) -> Iterator[str]:
     """Serve while the block runs; yields the base URL. Ray must be initialised.
 
     Raises:
-        InputError: there is no such checkpoint, or the port is taken.
+        InputError: there is no such checkpoint, the port is taken, or the cluster has too little for the replicas.
+        TimeoutError: it has not grown in time.
     """
     check(run)
+    gpus = count_gpus(run)
+    cluster.require(
+        run.replicas * run.cpus, run.replicas * gpus, run.wait_minutes, flags="--replicas, --cpus and --gpus"
+    )
     port = free_port(run.host, run.port)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        print(f"loading {run.model} on {'GPUs' if gpus else 'CPUs'}", flush=True)
         options = {"host": run.host, "port": port, "request_timeout_s": 120}
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
         serve.run(build_application(run), name="ovd")
@@ -236,6 +265,7 @@ def main() -> None:
     check(run)
     free_port(run.host, run.port)
     with contextlib.suppress(KeyboardInterrupt):  # the normal way to stop
+        print("starting Ray", flush=True)
         cluster.start_ray()
         try:
             with serve_model(run) as url:

@@ -20,7 +20,6 @@ brief_help.answer(
 )
 
 import dataclasses
-import shlex
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -422,7 +421,7 @@ def main() -> None:
         return
     trained = train(run)
     table = runs.ap_table({run.model.variant: trained.metrics})
-    runs.print_results(run, trained, table, f"python workflows/serve.py --model {shlex.quote(trained.model)}")
+    runs.print_results(run, trained, table, cli.script_command("serve", "--model", trained.model))
 
 
 if __name__ == "__main__":

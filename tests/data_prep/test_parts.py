@@ -124,3 +124,9 @@ def test_more_parts_than_blocks_are_all_done(
     monkeypatch.setattr(parts, "BLOCKS_PER_WORKER", 1)
     pool = Pool(workers=1, parts_at_a_time=2)
     assert collect_parts(marked, range(10), pool, "squares", "parts") == [part * part for part in range(10)]
+
+
+@pytest.mark.ray
+def test_gpus_that_nobody_has_are_not_waited_for(marked: Marker, ray_cluster: None) -> None:
+    with pytest.raises(InputError, match="1 GPUs for a worker: there is none here or in the cluster, expected 0"):
+        list(run_parts(lambda: marked, [1], Pool(workers=1, gpus=1)))

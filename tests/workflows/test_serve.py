@@ -386,6 +386,9 @@ def test_builder_reads_command_line_arguments(checkpoint: Path) -> None:
         (["--model", "other"], "format 99"),
         (["--model", "models:/x@champion"], "models:/x@champion"),
         (["--config", "cloud"], "cloud"),
+        (["--replicas", "0"], "--replicas 0: expected 1 or more"),
+        (["--max-batch", "0"], "--max-batch 0: expected 1 or more"),
+        (["--gpus", "-1"], "--gpus -1: expected 0 or more"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(
@@ -399,6 +402,13 @@ def test_bad_arguments_are_named_before_any_work(
     with pytest.raises(InputError, match=expected) as caught:
         serve.main()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.ray
+def test_a_cluster_too_small_for_the_replicas_is_refused(checkpoint: Path, ray_cluster: None) -> None:
+    expected = r"--replicas, --cpus and --gpus: 1 GPUs are needed, the cluster has at most 0 GPUs"
+    with pytest.raises(InputError, match=expected), serve.serve_model(serve.Run(model=str(checkpoint), port=0, gpus=1)):
+        pass
 
 
 def test_taken_port_is_bad_input() -> None:
@@ -429,6 +439,8 @@ def test_script_serves_until_it_is_stopped_and_leaves_nothing(checkpoint: Path) 
     watchdog.start()
     try:
         assert script.stdout is not None
+        assert script.stdout.readline() == "starting Ray\n"
+        assert script.stdout.readline() == f"loading {checkpoint} on CPUs\n"
         url = script.stdout.readline().split(" at ")[1].split(";")[0]
         with httpx.Client(base_url=url, timeout=60) as client:
             assert detect(client).status_code == 200

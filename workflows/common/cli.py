@@ -279,3 +279,8 @@ def flatten(run: Any) -> dict[str, Any]:
 def config_hash(config: Any) -> str:
     """16 hexadecimal digits that change with any field of a config dataclass."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+
+
+def script_command(script: str, *words: str) -> str:
+    """The command of a script of `workflows/` as it is pasted into a shell."""
+    return shlex.join(["python", f"workflows/{script}.py", *words])

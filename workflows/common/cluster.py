@@ -124,8 +124,8 @@ def speaks_grpc(address: str) -> bool:
     return True
 
 
-def require(cpus: float, gpus: float, wait_minutes: float) -> None:
-    """Return once the cluster has these resources. A cluster that grows is asked for them.
+def require(cpus: float, gpus: float, wait_minutes: float, flags: str = "--workers") -> None:
+    """Return once the cluster has these resources, which some flags ask for. A cluster that grows is asked for them.
 
     Raises:
         InputError: the cluster cannot have them.
@@ -140,7 +140,7 @@ def require(cpus: float, gpus: float, wait_minutes: float) -> None:
     most = {name: max(resources().get(name, 0), limits.get(name, 0)) for name in missing}
     if any(most[name] < need for name, need in missing.items()):
         found = ", ".join(f"{amount:g} {name}s" for name, amount in most.items())
-        raise InputError(f"--workers: {wanted} are needed, the cluster has at most {found}")
+        raise InputError(f"{flags}: {wanted} are needed, the cluster has at most {found}")
     print(f"waiting up to {wait_minutes:g} minutes for the cluster to have {wanted}", flush=True)
     request_resources(bundles=[{"CPU": 1}] * math.ceil(cpus) + [{"GPU": 1}] * math.ceil(gpus))
     deadline = time.monotonic() + 60 * wait_minutes

@@ -97,10 +97,11 @@ class Endpoint:
             raise refusal("masks", "this model finds boxes only, expected false")
         query = await self._query(model, fields, request, parse_attributes(fields.attributes))
         assert isinstance(model.predictor, Detector)
+        own = model.predictor.info.score_threshold
         find = partial(
             model.predictor.find,
             query=query,
-            score_threshold=fields.score_threshold,
+            score_threshold=own if fields.score_threshold is None else fields.score_threshold,
             max_detections=fields.max_detections,
         )
 
@@ -313,6 +314,7 @@ def describe(model: ServedModel) -> ModelResponse:
         vocabulary=list(model.predictor.vocabulary),
         routes=[f"/v1/{task}" for task in model.tasks],
         masks=masks_of(model),
+        score_threshold=model.predictor.info.score_threshold if isinstance(model.predictor, Detector) else None,
     )
 
 

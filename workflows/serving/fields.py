@@ -41,7 +41,9 @@ class Fields(BaseModel):
 class DetectFields(Fields):
     """Fields of `/v1/detect`."""
 
-    score_threshold: float = Field(0.05, ge=0, le=1, description="detections score above it")
+    score_threshold: float | None = Field(
+        None, ge=0, le=1, description="detections score above it; by default the checkpoint's own, see `/v1/model`"
+    )
     max_detections: int = Field(100, ge=1)
     masks: bool = Field(False, description="masks too, if the model predicts them")
     attributes: str = Field("", description='for ViLD: JSON list of words that go with any name, `["red", "blue"]`')

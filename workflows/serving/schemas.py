@@ -111,6 +111,8 @@ class ModelResponse(BaseModel):
     routes: list[str]
     masks: bool
     """Whether `/v1/detect` can answer masks."""
+    score_threshold: float | None
+    """Default of `/v1/detect`: the score of best F1 where the detector was evaluated; null for other models."""
 
 
 class ModelsResponse(BaseModel):

@@ -2,9 +2,11 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from serving import (
 from starlette.testclient import TestClient
 
 import ovd_models
+from ovd_models.checkpoint_info import write_calibration
 from ovd_models.segments import Prompts
 from workflows.serving.api import WEB, Endpoint, build_api
 from workflows.serving.deployment import digest_of_token
@@ -67,6 +70,23 @@ def test_several_models_answer_by_name(client: TestClient, folders: dict[str, Pa
     assert "'clip' does not answer /v1/detect, but /v1/classify" in problem(post(client, "detect", model="clip"), 422)
     assert "expected one of boxes, words" in problem(post(client, "detect", model="nobody"), 422)
     problem(client.get("/v1/model", params={"name": "nobody"}), 422)
+
+
+def test_detections_score_above_the_checkpoints_own_threshold_by_default(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, image = tmp_path / "calibrated", picture()
+    shutil.copytree(folders["boxes"], folder)
+    scores = [entry.score for entry in ovd_models.load(folder).detect(image, score_threshold=0.0)]
+    middle = sorted(scores)[len(scores) // 2]
+    write_calibration(folder, middle, "t")
+    own = ovd_models.load(folder).info.score_threshold
+    with TestClient(build_api(endpoint(str(folder), tmp_path))) as client:
+        assert client.get("/v1/model").json()["score_threshold"] == own
+        found = [entry["score"] for entry in post(client, "detect", image).json()["detections"]]
+        lower = post(client, "detect", image, score_threshold="0").json()["detections"]
+    assert 0 < len(found) < len(lower)
+    assert found == pytest.approx(sorted((score for score in scores if score > own), reverse=True), abs=1e-4)
 
 
 def test_each_route_answers_as_the_python_call(client: TestClient, folders: dict[str, Path]) -> None:
@@ -142,7 +162,8 @@ def test_waiting_images_of_one_size_are_encoded_together_with_equal_answers(
 
     monkeypatch.setattr(type(model), "encode", slow)
     with TestClient(build_api(opened)) as client, ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda image: post(client, "detect", image).json()["detections"], images))
+        low = partial(post, client, "detect", score_threshold="0.05")
+        answers = list(pool.map(lambda image: low(image).json()["detections"], images))
     assert max(map(len, sizes)) > 1
     assert all(len(set(batch)) == 1 for batch in sizes)
     for answer, expected in zip(answers, alone, strict=True):

@@ -38,6 +38,11 @@ async function start() {
   const offered = Object.keys(MODES).filter((mode) => state.models.some((model) => model.routes.includes(`/v1/${mode}`)));
   $("modes").replaceChildren(...offered.map(modeButton));
   setMode(offered.includes(state.mode) ? state.mode : offered[0]);
+  const own = sides[0].model.score_threshold; // of the first model, as a start
+  if (own != null) {
+    $("threshold").value = own;
+    writeThreshold();
+  }
   say("Choose a picture, or a sample.");
   if (!state.picture) await useSample(SAMPLES[0]);
 }
@@ -169,6 +174,10 @@ function showSide(index) {
   pane.show(state.mode === "detect" && $("distinct").checked ? distinct(answer) : answer, threshold(), side.allNames());
 }
 
+function writeThreshold() {
+  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
+}
+
 function threshold() {
   return ["classify", "segment", "text-to-mask"].includes(state.mode) ? -1 : Number($("threshold").value);
 }
@@ -275,7 +284,7 @@ addEventListener("drop", (event) => { event.preventDefault(); $("drop").classLis
 $("run").onclick = run;
 $("distinct").onchange = () => active().forEach(showSide);
 $("threshold").oninput = () => {
-  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
+  writeThreshold();
   active().forEach(showSide);
 };
 $("compare").onchange = () => {
