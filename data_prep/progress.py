@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -79,3 +80,26 @@ def watched(items: Iterable[T], label: str, unit: str, total: int | None = None)
         yield item
         progress.add(1)
     progress.end()
+
+
+@contextmanager
+def working(label: str) -> Iterator[None]:
+    """Tell that a step without units goes on, at growing distances, and how long it took; nothing if it is short."""
+    started, done = time.monotonic(), threading.Event()
+
+    def line(state: str) -> str:
+        return f"{label}: {state}{tqdm.format_interval(time.monotonic() - started)}"
+
+    def tell() -> None:
+        while not done.wait(max(LINE_SECONDS, time.monotonic() - started)):
+            print(line(""), flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+    if time.monotonic() - started >= LINE_SECONDS:
+        print(line("done in "), flush=True)

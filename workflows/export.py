@@ -28,6 +28,7 @@ import ovd_models
 from data_prep import storage
 from data_prep.boxes import folders
 from data_prep.pictograms.world import SCENES, World
+from data_prep.progress import working
 from ovd_models.checkpoint_info import read_info
 from ovd_models.checkpoints import load_model
 from ovd_models.clip.model import ClipTextEncoder, load_clip
@@ -94,11 +95,13 @@ def export(run: Run) -> dict[str, float]:
 
     def save(target: Path) -> None:
         for part in write_model(run, folder, target):
-            differences[f"{part.name}.onnx"] = write_part(part, target)
+            with working(f"{part.name}.onnx"):
+                differences[f"{part.name}.onnx"] = write_part(part, target)
             if run.torch_export and part.program:
                 differences[f"{part.name}.pt2"] = write_program(part, target)
             if run.int8 and part.name == "detector":
-                quantise(part, target / "detector.onnx", target / "detector_int8.onnx", part.examples)
+                with working("detector_int8.onnx"):
+                    quantise(part, target / "detector.onnx", target / "detector_int8.onnx", part.examples)
         described = {"model": run.model, "opset": OPSET, "max_difference": differences}
         (target / "export.json").write_text(json.dumps(described, indent=1))
 

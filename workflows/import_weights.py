@@ -23,6 +23,7 @@ from typing import Any
 
 from data_prep.boxes.coco import coco_splits
 from data_prep.embeddings.texts import read_matrix
+from data_prep.progress import working
 from ovd_models.checkpoint_info import SOURCE
 from ovd_models.errors import InputError
 from ovd_models.importers.folders import Names, Plan, ReadFile, plan_clip, plan_detector, plan_ovsam, plan_sam
@@ -181,8 +182,9 @@ def convert(run: Run) -> None:
     if run.weights[0].endswith(".npy"):
         kind, plan = "texts", plan_texts(run)
     else:
-        files = [read_file(path) for path in run.weights]
-        kind, plan = make_plan(run, files)
+        with working("reading"):
+            files = [read_file(path) for path in run.weights]
+            kind, plan = make_plan(run, files)
         digests = {Path(file.path).name: file.sha256 for file in files}
     for path, account in plan.accounts.items():
         print_account(path, account)

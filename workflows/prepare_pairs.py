@@ -61,6 +61,7 @@ from data_prep.pairs.shuffle import ShuffledCorpus
 from data_prep.pairs.staging import Staging
 from data_prep.parts import Pool, check_gpus, collect_parts, run_parts
 from data_prep.pictograms import webserver, website
+from data_prep.progress import working
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
 from workflows.configs.pairs import CONFIGS, Run, smoke
@@ -196,7 +197,9 @@ def _prepare(run: Run, lists: Mapping[str, str], *, are_files: bool = False) -> 
     job = Job(run=run, config_hash=config_hash, published=published, plan=plan, staging=staging, pool=pool)
     repeated_urls = find_repeated_urls(job)
     progress = crawl(job, repeated_urls, are_files=are_files)
-    written = write_shards(job, deduplicate(job, repeated_urls), extractor)
+    with working("pairs: comparing all rows"):
+        decisions = deduplicate(job, repeated_urls)
+    written = write_shards(job, decisions, extractor)
 
     summary = publish(job, written, progress, started)
     from workflows.reports.pairs import write_pairs_report  # imported here to save its memory during the crawl
@@ -364,14 +367,16 @@ def publish(
     """Group the kept pairs by concept and publish all tables."""
     run, plan, published = job.run, job.plan, job.published
     generation = published.generation + 1 if published else 0
-    grouped = (shuffle_groups if is_shuffled(job) else write_groups)(
-        job.staging.open("mentions", shards.MENTIONS),
-        run.storage,
-        run.name,
-        f"part-{generation:03d}",
-        min_images=run.min_images,
-        memory=run.corpus.memory,
-    )
+    group = shuffle_groups if is_shuffled(job) else write_groups
+    with working("pairs: grouping by concept"):
+        grouped = group(
+            job.staging.open("mentions", shards.MENTIONS),
+            run.storage,
+            run.name,
+            f"part-{generation:03d}",
+            min_images=run.min_images,
+            memory=run.corpus.memory,
+        )
     files = growth.combine_files(published, plan, written)
     num_rows, rejected = sum(plan.sources.values()), growth.count_rejected(published, plan, written)
     summary = Summary(

@@ -44,6 +44,7 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
+from data_prep.progress import working
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
 from workflows.serving.limits import Limits
@@ -235,7 +236,8 @@ def serve_model(run: Run) -> Iterator[str]:
         print(f"loading {run.model} on {'GPUs' if gpus else 'CPUs'}", flush=True)
         options = {"host": run.host, "port": port, "request_timeout_s": 120}
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
-        serve.run(build_application(run), name="ovd")
+        with working("loading"):
+            serve.run(build_application(run), name="ovd")
         yield f"http://{run.host}:{port}"
     finally:
         with contextlib.redirect_stdout(io.StringIO()):  # Ray prints there that its own controller ends

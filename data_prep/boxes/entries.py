@@ -16,13 +16,12 @@ from urllib.parse import urlsplit
 import msgspec
 
 from data_prep.boxes.cleaning import Account
+from data_prep.progress import working
 from ovd_models.errors import InputError
 
 EXPECTED = "an annotation file in COCO's or LVIS's format"
 MAX_ID, MAX_CATEGORY_ID = 2**63 - 1, 2**31 - 1
 """Largest ids of images and of categories that tables hold."""
-LARGE_BYTES = 100_000_000
-"""Of a file that takes seconds to read, which is said."""
 WORD = re.compile(r"[^\W_]")
 DRIVE = re.compile(r"[a-zA-Z]:")
 ROOTS = ("", "none", "null")
@@ -122,12 +121,11 @@ def decode_file(path: str | Path, kind: type[F], expected: str) -> F:
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise InputError(f"{path}: cannot be read (not a regular file), expected {expected}")
-        if (size := Path(path).stat().st_size) > LARGE_BYTES:
-            print(f"{path}: reading {size / 1e6:,.0f} MB", flush=True)
         content = Path(path).read_bytes()
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
             content = content.decode("utf-16").encode()
-        return msgspec.json.decode(content.removeprefix(b"\xef\xbb\xbf"), type=kind, strict=False)
+        with working(f"{path}: reading"):
+            return msgspec.json.decode(content.removeprefix(b"\xef\xbb\xbf"), type=kind, strict=False)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}), expected {expected}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

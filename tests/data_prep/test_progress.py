@@ -1,12 +1,13 @@
 """Lines of progress: their content, and when they are printed."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
 from data_prep import progress
-from data_prep.progress import Progress, watched
+from data_prep.progress import Progress, watched, working
 
 
 def test_progress_tells_the_share_the_rate_and_the_time_left(
@@ -45,3 +46,19 @@ def test_units_are_counted_in_threads() -> None:
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(rows.add, [1] * 8_000))
     assert rows.done == 8_000
+
+
+def test_a_step_without_units_tells_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with working("pairs: comparing"):
+        time.sleep(0.1)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    with pytest.raises(ValueError, match="broken"), working("pairs: comparing"):
+        time.sleep(0.15)
+        raise ValueError("broken")
+    assert set(capsys.readouterr().out.splitlines()) == {"pairs: comparing: 00:00"}
+    with working("pairs: comparing"):
+        time.sleep(0.15)
+    assert capsys.readouterr().out.splitlines()[-1] == "pairs: comparing: done in 00:00"

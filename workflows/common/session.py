@@ -49,6 +49,8 @@ from workflows.common.training import (
 )
 
 R = TypeVar("R", bound=TensorRecord)
+QUIET_SECONDS = 10.0
+"""Between log lines that are further apart, lines tell the steps and the time."""
 CHECKPOINT_STEPS = 2 * STEPS_PER_BLOCK
 """A stream resumes exactly at multiples of this, also one that comes every second step."""
 
@@ -99,7 +101,8 @@ class Session:
         self._restore()
         self.model = DistributedDataParallel(self.module) if self.world > 1 else self.module
         self.model.train()
-        self._begun, self._began_at = self.step, time.perf_counter()
+        self._begun = self.step
+        self._began_at = self._told_at = time.perf_counter()
 
     def _restore(self) -> None:
         given = ray.train.get_checkpoint() if self.settings.workers else None
@@ -242,13 +245,25 @@ class Session:
             logged = {**metrics, "train/learning_rate": max(map(float, self.schedule.get_last_lr()))}
             logged |= {"train/replaced_images": replaced} if replaced else {}
             self.logger.log(logged, self.run_step)
-            elapsed = time.perf_counter() - self._began_at
-            left = elapsed / (self.step - self._begun) * (self.settings.steps - self.step)
-            print_progress(f"{self.stage.job} {self.step}/{self.settings.steps}", metrics, elapsed, left)
+            print_progress(self._label, metrics, self._times())
+            self._told_at = time.perf_counter()
+        elif self.rank == 0 and time.perf_counter() - self._told_at >= QUIET_SECONDS:
+            print(f"{self._label}  {self._times()}", flush=True)  # no losses, which would wait for the device
+            self._told_at = time.perf_counter()
         if self.due or (logs and self._must_save()):
             with self.meter.timing("checkpoint"):
                 committed = self.checkpoint()
             self.logger.flush(until=self.stage.first_step + committed, wait=self.done)
+
+    @property
+    def _label(self) -> str:
+        return f"{self.stage.job} {self.step}/{self.settings.steps}"
+
+    def _times(self) -> str:
+        """The time since the start and that to the end."""
+        elapsed = time.perf_counter() - self._began_at
+        left = elapsed / (self.step - self._begun) * (self.settings.steps - self.step)
+        return f"{tqdm.format_interval(elapsed)}, {tqdm.format_interval(left)} left"
 
     def validate(self, every: int, measure: Callable[[nn.Module], "Validated"]) -> None:
         """Measure the weights, or their average, and log the results under `eval/`.
@@ -271,7 +286,7 @@ class Session:
         for number, picture in enumerate(found.pictures):
             self.logger.log_image(picture, f"validation_{number}", self.run_step)
         values = " ".join(f"{name} {value:.3f}" for name, value in found.metrics.items())
-        print(f"{self.stage.job} {self.step}/{self.settings.steps}  {values}", flush=True)
+        print(f"{self._label}  {values}", flush=True)
 
     def _must_save(self) -> bool:
         """Whether a node is about to be taken away, as spot nodes are, and this step can end with a checkpoint.
@@ -447,11 +462,10 @@ class Meter:
         return result
 
 
-def print_progress(step: str, metrics: Mapping[str, float], elapsed: float, left: float) -> None:
-    """One line of progress, with the seconds since the start and those to the end."""
+def print_progress(step: str, metrics: Mapping[str, float], times: str) -> None:
+    """One line of progress."""
     losses = " ".join(
         f"{name.removeprefix('train/loss_')} {value:.3f}" for name, value in metrics.items() if "/loss_" in name
     )
     rate, wait = metrics["train/images_per_second"], metrics["train/data_wait_fraction"]
-    times = f"{tqdm.format_interval(elapsed)}, {tqdm.format_interval(left)} left"
     print(f"{step}  {losses}  {rate:.3g} images/s  data wait {wait:.1%}  {times}", flush=True)

@@ -247,6 +247,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_log_line(alone: None
         running.end_step(losses, 4)
 
 
+def test_slow_steps_tell_the_time_between_log_lines(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seconds, expected in ((10.0, []), (0.0, [f"test {step}/10  00:00, 00:00 left" for step in range(1, 10)])):
+        monkeypatch.setattr("workflows.common.session.QUIET_SECONDS", seconds)
+        running = session(dataclasses.replace(QUICK, log_every=10), tmp_path / str(seconds))
+        for _ in range(9):
+            losses = {"one": running.model(torch.ones(4, 3)).sum()}
+            running.update(losses)
+            running.end_step(losses, 4)
+        assert capsys.readouterr().out.splitlines() == expected
+
+
 def test_the_host_waits_for_the_metrics_of_a_step_once_a_log_line(alone: None, tmp_path: Path) -> None:
     with pretended() as waits:
         settings = dataclasses.replace(QUICK, log_every=10, steps=20, checkpoint_every=20)
