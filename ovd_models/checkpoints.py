@@ -94,7 +94,8 @@ def load_model(folder: str | Path, *kinds: type[M]) -> M:
     accepted = [method for method, (kind, _) in METHODS.items() if kind in kinds]
     if info.method not in accepted:
         expected = " or ".join(map(repr, accepted))
-        raise InputError(f"{folder}: checkpoint of method {info.method!r}, expected {expected}")
+        other = "`workflows.common.models.load` opens any"
+        raise InputError(f"{folder}: checkpoint of method {info.method!r}, expected {expected}; {other}")
     kind, config = METHODS[info.method]
     with as_input_error(f"{folder}: not a readable {info.method} checkpoint"):
         check_depth(info.model)

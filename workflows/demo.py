@@ -204,8 +204,7 @@ def main() -> None:
     print(format_summary(summary))
     path = os.path.relpath(folder)
     print(f"report:   {path}/report.html")
-    print(f"MLflow:   .venv/bin/mlflow ui --backend-store-uri {shlex.quote(summary['mlflow_uri'])}")
-    print(f"          then open {tracking.PAGE}")
+    print(f"MLflow:   {tracking.how_to_open(summary['mlflow_uri'])}")
     print(f"endpoint: .venv/bin/python workflows/serve.py --model {shlex.quote(path)}/codet")
 
 

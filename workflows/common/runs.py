@@ -341,6 +341,7 @@ def print_results(run: TrainingConfig, trained: Trained[M], table: str, next_com
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in trained.seconds.items()))
     for name, output in {"model": trained.model, **trained.outputs}.items():
         print(f"{name}: {output or 'none'}")
+    print(f"MLflow: {tracking.how_to_open(tracking.tracking_uri(run.storage))}")
     print(f"next:  {next_command}")
 
 

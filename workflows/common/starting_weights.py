@@ -72,7 +72,7 @@ def find_backbone(config: str, given: str, published: PublishedBackbone, backbon
     if found:
         print(f"backbone: {found} ({published.trained_on})", flush=True)
     else:
-        hint = f"; {published.file} from {published.url} gives {published.trained_on}'s"
+        hint = f"; {published.file} from {published.url} gives {published.trained_on}'s (docs/weights.md)"
         print(f"backbone: random weights{hint if published.backbone == backbone else ''}", flush=True)
     return found
 

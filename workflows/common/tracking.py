@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import os
+import shlex
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -77,6 +79,14 @@ def tracking_uri(storage_uri: str) -> str:
         raise InputError(f"--storage {storage_uri}: not a local folder, expected MLFLOW_TRACKING_URI to be set")
     path = str(folder / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # MLflow unquotes it
     return f"sqlite:///{path}"
+
+
+def how_to_open(uri: str) -> str:
+    """How a person looks at the runs of a tracking URI: a server's page, or the command and the page of a database."""
+    if uri.startswith(("http://", "https://")):
+        return uri
+    program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
+    return f"{shlex.join([program, 'ui', '--backend-store-uri', uri])}   then {PAGE}"
 
 
 def check_server(storage_uri: str) -> None:

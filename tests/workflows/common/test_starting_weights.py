@@ -55,7 +55,8 @@ def test_random_weights_are_said_with_the_file_that_would_replace_them(
     assert find(RESNET50) == ""
     assert capsys.readouterr().out == (
         "backbone: random weights; resnet50-0676ba61.pth from "
-        "https://download.pytorch.org/models/resnet50-0676ba61.pth gives ImageNet's\n"
+        "https://download.pytorch.org/models/resnet50-0676ba61.pth gives ImageNet's "
+        "(docs/weights.md)\n"
     )
     (caches / "resnet50-0676ba61.pth").touch()
     assert find(RESNET50, backbone="resnet18") == ""  # the file is not one for it

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shlex
 import signal
 import sqlite3
 from concurrent.futures import ProcessPoolExecutor
@@ -357,3 +358,12 @@ def test_an_outage_ends_neither_a_loop_nor_a_run(
     else:
         assert history == {"train/loss": [(5, 2.0)]}
         assert [line.startswith(f"MLflow at {tracked.uri} is away: 2 results") for line in printed] == [True, True]
+
+
+def test_the_way_to_the_runs_is_a_page_or_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.how_to_open("https://mlflow.example") == "https://mlflow.example"
+    monkeypatch.setenv("PATH", "")
+    command, page = tracking.how_to_open("sqlite:////a b/mlflow.db").split("   then ")
+    program, *words = shlex.split(command)
+    assert Path(program).is_file() and words == ["ui", "--backend-store-uri", "sqlite:////a b/mlflow.db"]
+    assert page == tracking.PAGE
