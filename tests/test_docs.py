@@ -114,6 +114,26 @@ def test_a_command_names_a_script_and_flags_that_exist(page: str, command: str, 
     cli.parse(module.CONFIGS, None, arguments)
 
 
+def known_flags() -> set[str]:
+    """The flags of all scripts with their groups, and those that benchmarks read."""
+    found = {"--flag", "--scores.scorers", "--runtime-env-json"}  # any, one that is a table, and `ray job submit`'s
+    for path in (*(ROOT / "workflows").glob("[!_]*.py"), *(ROOT / "workflows/studies").glob("[!_]*.py")):
+        module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for make in getattr(module, "CONFIGS", {}).values():
+            run = make()
+            found |= set(cli.flags_of(run, cli.stages_of(run)))
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        found |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text()))
+    return found | {flag.partition(".")[0] for flag in found}
+
+
+def test_a_flag_that_a_page_names_exists() -> None:
+    known, pages = known_flags(), (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES)
+    named = {(page.name, flag) for page in pages for flag in re.findall(r"`(--[a-z][\w.-]*\w)", page.read_text())}
+    assert len(named) > 100
+    assert not {(page, flag) for page, flag in named if flag not in known and flag.replace("no-", "") not in known}
+
+
 def snippets(page: str) -> str:
     """The Python of a page, one after another."""
     return "\n".join(re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL))
