@@ -182,7 +182,7 @@ def photos_laptop() -> Run:
 
 
 def photos_gpu() -> Run:
-    """Photographs on one GPU: 640 px, 6,000 steps of 8 for boxes and 6,000 with captions."""
+    """Photographs on one GPU: 480 to 800 px, 6,000 steps of 8 for boxes and 6,000 with captions."""
     laptop = photos_laptop()
     boxes = dataclasses.replace(laptop.box_stage, steps=6_000, checkpoint_every=500, log_every=20, use_gpu=True)
     return dataclasses.replace(
