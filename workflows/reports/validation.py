@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from data_prep import storage, tables
+from data_prep.progress import watched
 from ovd_models.codet.model import CoDet
 from ovd_models.evaluation import evaluate_detections
 from ovd_models.preprocess import to_tensor
@@ -85,7 +86,8 @@ class ValidationSet:
         table = tables.read_table(self.storage, "boxes", self.boxes).slice(0, self.images)
         rows, found = [], []
         pictures: list[Image.Image] = []
-        for row, image in read_box_images(self.storage, table.to_pylist()):
+        images = read_box_images(self.storage, table.to_pylist())
+        for row, image in watched(images, "validation", "images", table.num_rows):
             if image is None:
                 continue
             pixels = to_tensor(image).to(device)
