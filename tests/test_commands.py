@@ -18,7 +18,7 @@ from workflows import clip, embed, prepare_boxes, prepare_pairs
 from workflows.common import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/cluster.md", "docs/walkthrough.md")
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 COMMENTED = ("cluster.yaml", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "deploy").iterdir())))
 PROGRAMS = ("ray", "serve", "kubectl", "docker", "helm")
 
@@ -55,7 +55,7 @@ def check_script(words: list[str], tmp_path: Path) -> None:
     program, script, *arguments = words
     assert program == "python"
     module = import_module(".".join(Path(script).with_suffix("").parts))
-    cli.parse(module.CONFIGS, None, [tmp_path.as_uri() if "BUCKET/ovd" in word else word for word in arguments])
+    cli.parse(module.CONFIGS, None, [tmp_path.as_uri() if "://" in word else word for word in arguments])
 
 
 def kubernetes_names() -> set[str]:
