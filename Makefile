@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHMARKS := bench-demo bench-host_waits bench-pairs bench-corpus bench-concepts bench-manifests bench-parity bench-teachers bench-train \
-	bench-alignment bench-group_plan bench-ovsam bench-eval bench-gpu bench-serve bench-export
+	bench-alignment bench-group_plan bench-ovsam bench-eval bench-gpu bench-serve bench-export bench-recovery
 
 .PHONY: help install demo claims test test-slow lint docs first-hour bench clean
 
