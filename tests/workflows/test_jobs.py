@@ -30,10 +30,10 @@ NOISE = ("Traceback", "WARNING", "INFO worker.py", "Tip:", "FutureWarning", "Dep
 
 
 def lines_of(job: subprocess.CompletedProcess[str]) -> list[str]:
-    """What the job itself printed; Ray's line about its environment comes first, if the tail begins early."""
+    """What the job itself printed; Ray's own lines come first, if the tail begins early."""
     _, _, printed = job.stdout.partition("Tailing logs until the job exits")
     lines = [line for line in printed.splitlines()[1:] if line and not line.startswith("---")]
-    return [line for line in lines if "job_manager.py" not in line]
+    return [line for line in lines if "job_manager.py" not in line and not line.startswith("Running entrypoint")]
 
 
 @pytest.mark.slow
