@@ -90,6 +90,18 @@ def parse(
     return parsed
 
 
+def check_file(flag: str, path: str) -> None:
+    """Raise InputError unless a flag's file is there."""
+    if not Path(path).is_file():
+        raise InputError(f"{flag} {path}: no such file, expected one of this machine")
+
+
+def check_checkpoint(flag: str, folder: str) -> None:
+    """Raise InputError unless a flag's folder or URI holds a checkpoint."""
+    if not storage.exists(storage.join(folder, "config.json")):
+        raise InputError(f"{flag} {folder}: no checkpoint (config.json), expected the folder of one")
+
+
 def print_changes(config: str, named: Any, run: Any) -> None:
     """Print a run as its named config and the flags that make it of this config."""
     before, after = joined_factors(flatten(named)), joined_factors(flatten(run))

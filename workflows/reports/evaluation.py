@@ -45,6 +45,12 @@ class Evaluated:
     """On another set than that of the training: AP of its names that the training knew, and of new ones; else empty."""
 
 
+def check_images(storage_uri: str, boxes: str) -> None:
+    """Raise InputError unless a `boxes` table is there and has images, before the hours of a training."""
+    if not tables.read_manifest(storage_uri, "boxes", boxes).rows:
+        raise InputError(f"boxes/{boxes}: no images to evaluate on, expected at least one")
+
+
 def evaluate(run: Run) -> Evaluated:
     """Predict with all names of the set as vocabulary, and evaluate from the published predictions.
 
