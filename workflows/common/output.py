@@ -20,11 +20,25 @@ def check_folder(out: str, flag: str = "--out") -> None:
     with as_input_error(f"{flag} {out}: no folder can be made there"):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{flag} {out}: exists, expected a new or an empty folder")
-        above = next(folder for folder in target.absolute().parents if folder.exists())
-        if not above.is_dir():
-            raise InputError(f"{flag} {out}: {above} is a file, expected a folder")
-        if not os.access(above, os.W_OK):
-            raise InputError(f"{flag} {out}: {above} is read-only, expected a folder that can be written to")
+        _check_above(out, flag)
+
+
+def check_place(path: str, flag: str) -> None:
+    """Raise InputError, which names the flag, unless a file can be written there; URIs are not checked."""
+    if not path or "://" in path:
+        return
+    with as_input_error(f"{flag} {path}: no file can be written there"):
+        if Path(path).is_dir():
+            raise InputError(f"{flag} {path}: a folder, expected the name of a file")
+        _check_above(path, flag)
+
+
+def _check_above(path: str, flag: str) -> None:
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{flag} {path}: {above} is a file, expected a folder")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{flag} {path}: {above} is read-only, expected a folder that can be written to")
 
 
 def write_folder(save: Callable[[Path], T], target: Path) -> T:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -48,6 +49,16 @@ def test_a_named_config_with_changed_fields() -> None:
 def test_the_first_config_is_the_default_and_flags_stand_in_any_order() -> None:
     assert parse() == CONFIGS["small"]()
     assert parse("--steps", "7", "--config=large") == dataclasses.replace(CONFIGS["large"](), steps=7)
+
+
+def test_a_job_writes_nothing_below_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    cli.check_places(SimpleNamespace(out="onnx"))
+    monkeypatch.setenv(cli.JOB, "{}")
+    with pytest.raises(InputError, match=r"^--out onnx: relative, expected a URI or an absolute path"):
+        cli.check_places(SimpleNamespace(out="onnx"))
+    with pytest.raises(InputError, match=r"^--storage store: relative, expected"):
+        parse()
+    cli.check_places(SimpleNamespace(out="/tmp/onnx", output="", page="s3://bucket/page.html"))
 
 
 def test_an_unknown_config_is_refused() -> None:
