@@ -39,6 +39,10 @@ BATCHES = ("batch_size", "detection_batch")
 """The field of a training's run that says how many images a step has."""
 
 
+class WaitedError(TimeoutError):
+    """Something that a script waited for did not come; one line says what."""
+
+
 def parse(
     configs: Mapping[str, Callable[[], R]],
     doc: str | None,
@@ -253,7 +257,7 @@ def outcome(job: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except FloatingPointError as error:
+    except (FloatingPointError, WaitedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:

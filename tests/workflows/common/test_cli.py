@@ -156,6 +156,8 @@ def ends_with(job: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
             raise InputError("a.json: bad, expected good")
         if job == "stop":
             raise KeyboardInterrupt
+        if job == "waited":
+            raise cli.WaitedError("the cluster has not grown")
         if job == "failure":
             raise RuntimeError("it broke")
 
@@ -168,7 +170,12 @@ def ends_with(job: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("job", "code", "line"),
-    [("done", 0, ""), ("input", 2, "error: a.json: bad, expected good\n"), ("stop", 130, "interrupted\n")],
+    [
+        ("done", 0, ""),
+        ("input", 2, "error: a.json: bad, expected good\n"),
+        ("stop", 130, "interrupted\n"),
+        ("waited", 1, "error: the cluster has not grown\n"),
+    ],
 )
 def test_exit_codes(job: str, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ends_with(job, capsys) == (code, line)
