@@ -18,7 +18,8 @@ from workflows.common import brief_help
 brief_help.answer(
     __name__,
     __file__,
-    "storage data boxes pairs teacher pretrained texts backbone_weights workers precision use_gpu dry_run resume",
+    "storage data held_out boxes pairs teacher pretrained texts box_model backbone_weights "
+    "workers precision use_gpu dry_run resume",
 )
 
 import dataclasses

@@ -11,7 +11,7 @@ The first one is what the others are compared with.
 
 from workflows.common import brief_help
 
-brief_help.answer(__name__, __file__, "runs storage boxes ground_truth name output workers")
+brief_help.answer(__name__, __file__, "runs storage boxes ground_truth name output workers device")
 
 import json
 from dataclasses import dataclass
@@ -60,6 +60,7 @@ class Run:
     output: str = ""
     """File for the differences, in JSON."""
     device: str = "auto"
+    """Device of all models, such as `cuda`; `auto` is a GPU if this machine has one."""
     workers: int = 0
     """Actors that predict; 0 predicts in this process."""
 

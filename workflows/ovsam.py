@@ -19,7 +19,8 @@ from workflows.common import brief_help
 brief_help.answer(
     __name__,
     __file__,
-    "storage data boxes teacher pretrained sam sam_model distill_images workers precision use_gpu dry_run resume",
+    "storage data held_out boxes teacher pretrained sam distill_images text_to_mask "
+    "workers precision use_gpu dry_run resume",
 )
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Boxes: an annotated set with a base/novel split, for training (base boxes only) and for evaluation (all boxes).
+r"""Boxes: an annotated set with a base/novel split, for training (base boxes only) and for evaluation (all boxes).
 
 COCO json, or the pictogram world --read or draw--> boxes, categories --strip novel boxes--> boxes for training
 

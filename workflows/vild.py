@@ -16,7 +16,8 @@ from workflows.common import brief_help
 brief_help.answer(
     __name__,
     __file__,
-    "storage data boxes teacher pretrained backbone_weights workers precision use_gpu dry_run resume",
+    "storage data boxes teacher pretrained proposals box_model backbone_weights "
+    "workers precision use_gpu dry_run resume",
 )
 
 import dataclasses
