@@ -523,6 +523,13 @@ def test_a_stream_that_comes_every_second_step_has_rows_in_those_steps_alone() -
     assert [odd.positions(step).tolist() for step in range(3)] == [[], [0, 1, 2], []]
 
 
+def test_a_run_is_held_to_its_tables_and_not_to_the_number_of_held_out_images(tmp_path: Path) -> None:
+    runs.hold_to_settings(str(tmp_path), {"held_out": 20, "group_size": 2})
+    runs.hold_to_settings(str(tmp_path), {"held_out": 0, "group_size": 2})
+    with pytest.raises(InputError, match="--group-size is 3, the run began with 2"):
+        runs.hold_to_settings(str(tmp_path), {"held_out": 0, "group_size": 3})
+
+
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
     folders = [runs.run_folder(str(tmp_path), "clip", "smoke", "") for _ in range(5)]
     assert len(set(folders)) == 5
