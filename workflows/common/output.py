@@ -1,4 +1,4 @@
-"""Folders that a script writes whole or not at all."""
+"""Where a script writes: checks before its work, and folders that are written whole or not at all."""
 
 import os
 import shutil

@@ -59,11 +59,10 @@ def check_detector(info: CheckpointInfo, origin: str, kind: IouType) -> None:
     """
     if info.method not in ("codet", "vild"):
         raise InputError(f"{origin}: checkpoint of method {info.method!r}, expected 'codet' or 'vild'")
-    config = info.model
     if info.method == "vild":
-        masks = bool(config["detector"]["masks"])
+        masks = info.model.get("detector", {}).get("masks")
     else:
-        masks = config["architecture"] == "centernet2" and config["centernet2"]["mask_convs"] > 0
+        masks = info.model.get("architecture") == "centernet2" and info.model.get("centernet2", {}).get("mask_convs")
     if kind == "segm" and not masks:
         raise InputError(f"--iou-type segm: {origin} predicts boxes only, expected a detector with masks")
 
