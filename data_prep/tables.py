@@ -4,6 +4,7 @@ A table is the folder `<storage>/<table>/<name>/`: Parquet files (zstd) and, wri
 without a manifest is not a table, so readers never see an incomplete one. Published files never change.
 """
 
+import difflib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from data_prep import storage
 from ovd_models.errors import InputError
@@ -327,12 +329,21 @@ def read_manifest(storage_uri: str, table: TableName, name: str) -> Manifest:
     """The manifest of a published table.
 
     Raises:
-        InputError: there is no such table; the message says which command makes it.
+        InputError: there is no such table; the message says which command makes it, and which name is close.
     """
     manifest = find_manifest(storage_uri, table, name)
     if manifest is None:
-        raise InputError(f"{table_uri(storage_uri, table, name)}: no such table; `{PRODUCERS[table]}` makes it")
+        close = difflib.get_close_matches(name, list_tables(storage_uri, table), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"{table_uri(storage_uri, table, name)}: no such table; `{PRODUCERS[table]}` makes it{hint}")
     return manifest
+
+
+def list_tables(storage_uri: str, table: TableName) -> list[str]:
+    """The names of the published tables of a kind."""
+    filesystem, path = storage.resolve(storage.join(storage_uri, table))
+    names = [info.base_name for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))]
+    return [name for name in names if storage.exists(storage.join(storage_uri, table, name, "manifest.json"))]
 
 
 def parquet_files(manifest: Manifest) -> list[str]:

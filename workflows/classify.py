@@ -10,7 +10,7 @@ python workflows/classify.py --model MODEL --data labels.tsv --prompts imagenet 
 
 from workflows.common import brief_help
 
-brief_help.answer(__name__, __file__, "model pretrained data names boxes storage prompts top output")
+brief_help.answer(__name__, __file__, "model pretrained data names boxes storage prompts top output device")
 
 import json
 import time
@@ -66,6 +66,7 @@ class Run:
     """Number of images, from the start; 0 means all."""
     batch_size: int = 64
     device: str = "cpu"
+    """Device of the CLIP, such as `cuda`."""
     output: str = ""
     """File for the numbers, in JSON."""
 

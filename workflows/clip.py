@@ -194,6 +194,7 @@ def train(run: Run) -> Trained[Accuracy]:
     if pretrained is not None:
         run = dataclasses.replace(run, model=pretrained.config)
     settings = run.optimisation
+    open_pairs(run)  # refuses them before Ray and MLflow are started
     with runs.open_run(
         run,
         "clip",

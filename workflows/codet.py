@@ -18,7 +18,8 @@ from workflows.common import brief_help
 brief_help.answer(
     __name__,
     __file__,
-    "storage data boxes pairs teacher pretrained texts backbone_weights workers precision use_gpu dry_run resume",
+    "storage data held_out boxes pairs teacher pretrained texts box_model backbone_weights "
+    "workers precision use_gpu dry_run resume",
 )
 
 import dataclasses
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep import storage, tables
-from data_prep.streams.box_loader import detection_loader
+from data_prep.streams.box_loader import DetectionLoader, detection_loader
 from data_prep.streams.collate import DetectionCollate, GroupCollate
 from data_prep.streams.group_loader import GroupLoader, group_loader
 from ovd_models.batches import ConceptBatch
@@ -45,6 +46,7 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import adopt_config, fit_config, load_backbone, read_backbone
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
+from ovd_models.prompts import find_prompt_set
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
 from workflows import prepare_boxes, prepare_pairs
 from workflows.common import cli, descriptions, runs, starting_weights, training
@@ -163,15 +165,7 @@ def train_stage(
 ) -> dict[str, Tensor]:
     """Feed the streams of one stage to the loop; returns the final weights."""
     settings = stage.settings
-    boxes = detection_loader(
-        run.storage,
-        f"{run.boxes}-train",
-        names.base_ids,
-        seed=settings.seed,
-        augmentation=run.augmentation,
-        masks=run.model.architecture == "centernet2" and run.model.centernet2.mask_convs > 0,
-        repeat_threshold=run.repeat_threshold,
-    )
+    boxes = box_images(run, names, settings.seed)
     every = 2 if run.alternate and uses_captions(run, stage) else 1
     streams = {"boxes": training.feed(boxes, run.detection_batch, settings, every)}
     if uses_captions(run, stage):
@@ -179,6 +173,23 @@ def train_stage(
         streams["groups"] = training.feed(groups, run.groups_per_step, settings, every, every - 1)
     loop = partial(train_worker, run, stage, names, encoder_folder, start, validation_set(run, names), logger)
     return fit(loop, stage, streams)
+
+
+def box_images(run: Run, names: CodetNames, seed: int) -> DetectionLoader:
+    """The stream of annotated images.
+
+    Raises:
+        InputError: the table is missing, or has no box or mask to train on.
+    """
+    return detection_loader(
+        run.storage,
+        f"{run.boxes}-train",
+        names.base_ids,
+        seed=seed,
+        augmentation=run.augmentation,
+        masks=run.model.architecture == "centernet2" and run.model.centernet2.mask_convs > 0,
+        repeat_threshold=run.repeat_threshold,
+    )
 
 
 def caption_groups(run: Run, seed: int) -> GroupLoader:
@@ -248,8 +259,11 @@ def read_inputs(run: Run) -> tuple[Run, TextEncoder, CodetNames, dict[str, Tenso
     run = find_weights(run)
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
     names = read_codet_names(run.storage, run.boxes, run.pairs, encoder, run.synonyms)
+    # All tables are checked before the hours of the first stage.
+    box_images(run, names, run.box_stage.seed)
+    evaluation.check_images(run.storage, f"{run.boxes}-eval")
     if run.model.supervision != "boxes":
-        caption_groups(run, run.joint_stage.seed)  # its tables are checked before the hours of the first stage
+        caption_groups(run, run.joint_stage.seed)
     run, weights = initial_weights(run, names, encoder.teacher)
     return run, encoder, names, weights
 
@@ -425,12 +439,31 @@ def prepare_data(run: Run) -> Run:
         teacher = find_teacher(
             run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
         )
+    check_flags(run)
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
     if run.data and run.pairs:
         prepare_boxes.prepare_captions(boxes, run.pairs, run.config)
     elif run.config == "smoke":
         prepare_pairs.prepare_smoke(run.storage)
     return dataclasses.replace(run, teacher=teacher)
+
+
+def check_flags(run: Run) -> None:
+    """Check that the files of flags are there, before tables are made.
+
+    Raises:
+        InputError: one is not, or the prompt set is unknown.
+    """
+    if run.box_model and is_release(run.box_model):
+        cli.check_file("--box-model", run.box_model)
+    elif run.box_model:
+        cli.check_checkpoint("--box-model", run.box_model)
+    if run.texts:
+        cli.check_file("--texts", run.texts)
+    if run.backbone_weights != "auto":
+        cli.check_file("--backbone-weights", run.backbone_weights)
+    if run.prompt_set:
+        find_prompt_set(run.prompt_set)
 
 
 def own_encoder(run: Run) -> str:

@@ -11,7 +11,7 @@ The first one is what the others are compared with.
 
 from workflows.common import brief_help
 
-brief_help.answer(__name__, __file__, "runs storage boxes ground_truth name output workers")
+brief_help.answer(__name__, __file__, "runs storage boxes ground_truth name output workers device")
 
 import json
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from ovd_models.metrics.protocols import Measured, Protocol, measure
 from ovd_models.metrics.records import GroundTruth, IouType, Predictions
 from workflows.common import cli, measured, models
 from workflows.common.measured import ProtocolChoice
+from workflows.common.output import check_place
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.reports import evaluation
 from workflows.reports.compare import Compared, Entry, compare, console_table, render
@@ -59,6 +60,7 @@ class Run:
     output: str = ""
     """File for the differences, in JSON."""
     device: str = "auto"
+    """Device of all models, such as `cuda`; `auto` is a GPU if this machine has one."""
     workers: int = 0
     """Actors that predict; 0 predicts in this process."""
 
@@ -81,8 +83,30 @@ def evaluate_each(run: Run) -> tuple[list[Entry], Protocol]:
     protocol = measured.choose_protocol(truth, run.protocol)
     if protocol == "ovsam":
         raise InputError("--protocol ovsam: has no average precision, expected another")
+    check_runs(run)
     names = short_names(run.runs)
     return [entry_of(run, uri, name, truth, protocol) for uri, name in zip(run.runs, names, strict=True)], protocol
+
+
+def check_runs(run: Run) -> None:
+    """Check that each of the runs can be evaluated, before the first one predicts.
+
+    Raises:
+        InputError: one is missing, or cannot be compared on this set.
+    """
+    for uri in run.runs:
+        if uri.endswith(FILES):
+            if not storage.exists(uri):
+                raise InputError(f"--runs {uri}: no such file, expected one of predictions")
+            continue
+        if run.ground_truth:
+            raise InputError(f"--runs {uri}: a checkpoint needs pictures, expected --boxes instead of --ground-truth")
+        model = checkpoint_of(uri, run.storage)
+        if "://" in model:  # not downloaded for this
+            cli.check_checkpoint("--runs", model)
+        else:
+            info = read_info(models.local_model(model, run.storage))
+            evaluation.check_detector(info, f"--runs {uri}", run.iou_type)
 
 
 def entry_of(run: Run, uri: str, name: str, truth: GroundTruth, protocol: Protocol) -> Entry:
@@ -90,8 +114,6 @@ def entry_of(run: Run, uri: str, name: str, truth: GroundTruth, protocol: Protoc
     settings: dict[str, Any] = {}
     if uri.endswith(FILES):
         predictions = measured.read_prediction_file(uri, truth, run.iou_type)
-    elif run.ground_truth:
-        raise InputError(f"--runs {uri}: a checkpoint needs pictures, expected --boxes instead of --ground-truth")
     else:
         predictions, settings = predict(run, uri, protocol)
     result: Measured = measure(truth, predictions, protocol, run.iou_type)
@@ -176,6 +198,7 @@ def write_page(run: Run, compared: Compared, protocol: Protocol) -> str:
 def main() -> None:
     """Evaluate each, print the differences and write the page."""
     run = cli.parse(CONFIGS, __doc__)
+    check_place(run.output, "--output")
     entries, protocol = evaluate_each(run)
     compared = compare(entries)
     print(console_table(compared))

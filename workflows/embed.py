@@ -155,7 +155,8 @@ def embed(run: Run) -> list[Manifest]:
         tasks.append(region_task(run, teacher))
     if run.pairs:
         tasks.append(pair_task(run, teacher))
-    return [make_table(run, task) for task in tasks]
+    checked = [(task, check_task(run, task)) for task in tasks]  # all of them before the hours of the first
+    return [make_table(run, task, provenance) for task, provenance in checked]
 
 
 def read_teacher_info(checkpoint: str) -> TeacherInfo:
@@ -214,25 +215,32 @@ def pair_task(run: Run, teacher: TeacherInfo) -> EmbeddingTask:
     )
 
 
-def make_table(run: Run, task: EmbeddingTask) -> Manifest:
-    """Embed the shards of a table that are missing and publish it, unless it is published.
+def check_task(run: Run, task: EmbeddingTask) -> dict[str, Any]:
+    """The provenance of a table, with that of its source.
 
     Raises:
         InputError: the source is missing or empty, or the name has embeddings with other settings.
     """
     table, name = task.source
     manifest = tables.read_manifest(run.storage, table, name)
-    digest = manifest.digest
     if not manifest.rows:
         raise InputError(f"{table}/{name}: no images, expected at least one")
-    provenance = {**task.provenance, "source": f"{table}/{name}", "source_digest": digest}
-    config_hash = storage.sha256(repr((task.provenance, task.source, digest)).encode())[:16]
-    uri = tables.table_uri(run.storage, task.table, run.name)
+    provenance = {**task.provenance, "source": f"{table}/{name}", "source_digest": manifest.digest}
     published = tables.find_manifest(run.storage, task.table, run.name)
     if published is not None:
-        stores.check_provenance(published, uri, provenance)
+        stores.check_provenance(published, tables.table_uri(run.storage, task.table, run.name), provenance)
+    return provenance
+
+
+def make_table(run: Run, task: EmbeddingTask, provenance: dict[str, Any]) -> Manifest:
+    """Embed the shards of a table that are missing and publish it, unless it is published."""
+    table, name = task.source
+    published = tables.find_manifest(run.storage, task.table, run.name)
+    if published is not None:
+        uri = tables.table_uri(run.storage, task.table, run.name)
         print(f"{task.table}: {uri} is there already, from the same config")
         return published
+    config_hash = storage.sha256(repr((task.provenance, task.source, provenance["source_digest"])).encode())[:16]
     layout = storage.sha256(f"{config_hash} {run.embed.images_per_shard} {run.embed.batch_size}".encode())[:8]
     staging = storage.join(run.storage, "staging", task.table, run.name, layout)
     job = EmbeddingJob(storage=run.storage, table=task.table, name=run.name, staging=staging)

@@ -31,6 +31,7 @@ from ovd_models.metrics.official import evaluate_official
 from ovd_models.metrics.protocols import Measured, Protocol, measure
 from ovd_models.metrics.records import GroundTruth, Predictions
 from workflows.common import cli, measured
+from workflows.common.output import check_place
 from workflows.configs.evaluation import Run
 
 CONFIGS = {"default": Run}
@@ -90,11 +91,18 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
     from workflows.common import models, tracking
     from workflows.reports import evaluation
 
+    if run.export and not run.export.endswith((".json", ".parquet")):
+        raise InputError(f"--export {run.export}: expected a name that ends with .json or .parquet")
     tracking.check_server(run.storage)
     started = time.perf_counter()
     folder = models.local_model(run.model, run.storage)
     local = run if run.workers else replace(run, model=str(folder))
-    method = read_info(folder).method
+    info = read_info(folder)
+    method = info.method
+    if method != "ovsam":
+        evaluation.check_detector(info, run.model, run.iou_type)
+        if run.protocol == "ovsam":
+            raise InputError(f"--protocol ovsam: {run.model} is of method {method!r}, expected an OV-SAM")
     start_run = partial(
         tracking.run,
         run.storage,
@@ -146,6 +154,8 @@ def transfer_table(numbers: Mapping[str, float]) -> list[str]:
 def main() -> None:
     """Evaluate and print the metrics; those with nothing to measure are -1."""
     run = cli.parse(CONFIGS, __doc__)
+    for flag, file in (("--output", run.output), ("--page", run.page), ("--export", run.export)):
+        check_place(file, flag)
     numbers, summary = evaluate_files(run) if run.ground_truth or run.predictions else evaluate_model(run)
     for name, value in numbers.items():
         print(f"{name:16} {value:.3f}")

@@ -11,7 +11,7 @@ python workflows/import_weights.py --list                        # released file
 
 from workflows.common import brief_help
 
-brief_help.answer(__name__, __file__, "weights out names table")
+brief_help.answer(__name__, __file__, "weights out names table clip pretrained dry_run list")
 
 import hashlib
 import json

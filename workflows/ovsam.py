@@ -19,7 +19,8 @@ from workflows.common import brief_help
 brief_help.answer(
     __name__,
     __file__,
-    "storage data boxes teacher pretrained sam sam_model distill_images workers precision use_gpu dry_run resume",
+    "storage data held_out boxes teacher pretrained sam distill_images text_to_mask "
+    "workers precision use_gpu dry_run resume",
 )
 
 import dataclasses
@@ -38,7 +39,7 @@ from data_prep.embeddings import features
 from data_prep.embeddings.texts import StoredEncoder, TextStore
 from data_prep.streams.collate import FeatureCollate, MaskCollate
 from data_prep.streams.mask_loader import MaskLoader, feature_loader, mask_loader
-from ovd_models.checkpoints import load_model, sam_id, save_checkpoint
+from ovd_models.checkpoints import load_model, read_info, sam_id, save_checkpoint
 from ovd_models.clip.model import Clip, ClipTextEncoder, load_clip
 from ovd_models.errors import InputError
 from ovd_models.ovsam.clip_pyramid import TowerConfig
@@ -456,13 +457,19 @@ def choose_sam(run: Run) -> Run:
     """The run with the SAM that it learns from, which a printed line names; without one it trains its own first.
 
     Raises:
-        InputError: the config trains none, and none is given or in torch hub's cache.
+        InputError: the config trains none, and none is given or in torch hub's cache; or what is given is none.
     """
     published = run.published_sam
     sam = run.sam or (starting_weights.find_published(published) if run.needs_sam else "")
     file = f"{published.file} from {published.url}"
     if run.needs_sam and not sam:
         raise InputError(f"--sam: missing, expected a SAM, since this config trains none; it is made for {file}")
+    if run.sam.endswith(".pth"):
+        cli.check_file("--sam", run.sam)
+    elif run.sam:
+        cli.check_checkpoint("--sam", run.sam)
+        if "://" not in run.sam and (method := read_info(run.sam).method) != "sam":
+            raise InputError(f"--sam {run.sam}: a checkpoint of method {method!r}, expected 'sam'")
     hint = f"; {file} is trained on {published.trained_on}" if published.url and not sam else ""
     print(f"sam: {sam or 'random weights'}{hint}", flush=True)
     return dataclasses.replace(run, sam=sam)

@@ -5,33 +5,40 @@ model, names, pictures --> drawings, predictions.json (COCO), index.html
 python workflows/predict.py --model runs/demo/codet --images photos/ --names "dog, red umbrella"
 python workflows/predict.py --model models:/ovd-codet-pictograms@champion --storage runs/demo --images 'photos/*.jpg'
 python workflows/predict.py --model store/runs/ovsam/<run>/model --images street.jpg    # all masks, named
+python workflows/predict.py --model OVSAM --images photos/ --boxes predictions/predictions.json --output masks
 """
 
 from workflows.common import brief_help
 
-brief_help.answer(__name__, __file__, "model images names output score_threshold device storage")
+brief_help.answer(__name__, __file__, "model images names boxes output score_threshold device storage")
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_prep.boxes.cleaning import SkipReport
+from data_prep.boxes.cleaning import Account, SkipReport, clip_box
+from data_prep.boxes.coco import file_name
+from data_prep.boxes.entries import load_entries
 from data_prep.progress import Progress
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.images import EXTENSIONS, open_image
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
-from ovd_models.segments import Segments
+from ovd_models.segments import Prompts, Segments
 from workflows.common import cli, models
+from workflows.common.output import check_folder, write_folder
 from workflows.reports.page import render_page
 
 Predictor = Detector | Segmenter | TextSegmenter
+Boxes = Mapping[str, Sequence[Sequence[float]]]
+"""Boxes (xyxy, pixels) by the name of their picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +51,12 @@ class Run:
     """A folder, which is searched with the folders below it, a file, or a pattern such as `photos/*.jpg`."""
     names: str = ""
     """Names to find, separated by commas; the model's own if empty."""
+    boxes: str = ""
+    """For OV-SAM: a file in COCO's format with boxes of the pictures; each gets a mask and a name."""
     output: str = "predictions"
     """New folder for the results."""
     score_threshold: float | None = None
-    """Detections score above it; if None, above the threshold of best F1 where the model was evaluated."""
+    """What is found scores above it; if None, a detector's threshold of best F1, and all masks of other models."""
     device: str = "auto"
     """Device of the model, such as `cuda:1`; `auto` is a GPU if there is one."""
     storage: str = "store"
@@ -55,6 +64,18 @@ class Run:
 
 
 CONFIGS = {"default": Run}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prediction that can start."""
+
+    predictor: Predictor
+    pictures: Sequence[tuple[Path, str]]
+    """Paths, and names relative to the searched folder."""
+    names: Sequence[str] | None
+    boxes: Boxes | None
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -117,51 +138,91 @@ def read_names(text: str) -> list[str] | None:
     return names
 
 
+def read_boxes(path: str, pictures: Sequence[tuple[Path, str]]) -> Boxes | None:
+    """The boxes of pictures in a file in COCO's format; None if no file is given.
+
+    Raises:
+        InputError: the file cannot be read, or has no box of these pictures.
+    """
+    if not path:
+        return None
+    content = load_entries(path, Account(path))
+    names = {picture.id: file_name(picture) for picture in content.images}
+    boxes: dict[str, list[list[float]]] = {name: [] for _, name in pictures}
+    for annotation in content.annotations:
+        if annotation.bbox and (name := names.get(annotation.image_id)) in boxes:
+            x, y, width, height = annotation.bbox
+            boxes[name].append([x, y, x + width, y + height])
+    if not any(boxes.values()):
+        raise InputError(
+            f"--boxes {path}: no box of a picture of --images, expected file names such as {pictures[0][1]}"
+        )
+    return boxes
+
+
 def load_predictor(run: Run) -> Predictor:
     """The detector, OV-SAM or text-to-mask model that `--model` names.
 
     Raises:
-        InputError: there is no such model, or it finds nothing, as a CLIP.
+        InputError: there is no such model, it finds nothing, as a CLIP, or it takes no boxes.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     predictor = models.load(run.model, run.storage, run.device)
     if isinstance(predictor, Classifier):
         raise InputError(f"--model {run.model}: a CLIP, which names whole images, expected a detector or an OV-SAM")
+    if run.boxes and not isinstance(predictor, Segmenter):
+        raise InputError(f"--boxes {run.boxes}: {run.model} is of method {predictor.method}, expected an OV-SAM")
     return predictor
 
 
-def predict_one(
-    predictor: Predictor, path: Path, names: Sequence[str] | None, threshold: float | None
-) -> Detections | Segments:
-    """What a model finds in a picture: boxes, all masks, or a mask for each name.
-
-    Raises:
-        InputError: the picture cannot be read, or a name cannot be embedded.
-    """
-    image = open_image(path)
-    if isinstance(predictor, Detector):
-        return predictor.detect(image, names, score_threshold=threshold).distinct()
-    if isinstance(predictor, Segmenter):
-        return predictor.everything(image, names)
-    return predictor.segment(image, names)
-
-
-def predict(run: Run) -> Iterator[tuple[str, Detections | Segments | InputError]]:
-    """The name of each picture and what is found in it, or why it cannot be read.
+def prepare(run: Run) -> Job:
+    """Check all settings and load the model.
 
     Raises:
         InputError: a setting is wrong; nothing was predicted.
     """
     pictures, names = find_pictures(run.images), read_names(run.names)
-    if Path(run.output).exists():
-        raise InputError(f"--output {run.output}: exists, expected the name of a new folder")
+    check_folder(run.output, "--output")
     if run.score_threshold is not None and not 0 <= run.score_threshold <= 1:
         raise InputError(f"--score-threshold {run.score_threshold:g}: expected 0 to 1")
+    boxes = read_boxes(run.boxes, pictures)
     predictor = load_predictor(run)
-    progress = Progress("predict", "pictures", len(pictures))
-    for path, name in pictures:
+    own = predictor.info.score_threshold if isinstance(predictor, Detector) else 0.0
+    return Job(predictor, pictures, names, boxes, own if run.score_threshold is None else run.score_threshold)
+
+
+def predict_one(job: Job, path: Path, name: str) -> Detections | Segments:
+    """What a model finds in a picture: boxes, all masks, the masks of given boxes, or a mask for each name.
+
+    Raises:
+        InputError: the picture cannot be read or has no box, or a name cannot be embedded.
+    """
+    image, predictor = open_image(path), job.predictor
+    if isinstance(predictor, Detector):
+        return predictor.detect(image, job.names, score_threshold=job.threshold).distinct()
+    if isinstance(predictor, TextSegmenter):
+        found = predictor.segment(image, job.names)
+    elif job.boxes is None:
+        found = predictor.everything(image, job.names)
+    else:
+        clipped = [clip_box(box, image.width, image.height) for box in job.boxes[name]]
+        boxes = [box for box, reason in clipped if not reason]
+        if not boxes:
+            raise InputError(f"{path}: no box in the file of --boxes, expected some")
+        found = predictor.segment(image, Prompts.create(boxes=boxes), job.names)
+    return found.filter(min_score=job.threshold)
+
+
+def predict(job: Job) -> Iterator[tuple[str, Detections | Segments | InputError]]:
+    """The name of each picture and what is found in it, or why it is left out.
+
+    Raises:
+        InputError: a name cannot be embedded.
+    """
+    progress = Progress("predict", "pictures", len(job.pictures))
+    for path, name in job.pictures:
         try:
-            yield name, predict_one(predictor, path, names, run.score_threshold)
+            yield name, predict_one(job, path, name)
         except InputError as error:
             if not str(error).startswith(str(path)):
                 raise
@@ -178,18 +239,21 @@ def summarise(name: str, drawing: Path, result: Detections | Segments) -> Predic
     return Predicted(name, drawing.as_posix(), dict(found.most_common()), note)
 
 
-def write_results(run: Run) -> tuple[list[Predicted], SkipReport]:
-    """Predict, and write drawings, `predictions.json` and `index.html`; returns what was found and left out.
+def write_results(run: Run, job: Job, output: Path) -> tuple[list[Predicted], list[str]]:
+    """Predict, and write drawings, `predictions.json` and `index.html`.
+
+    Returns:
+        What was found in each picture, and why others are left out.
 
     Raises:
         InputError: see `predict`, or no picture can be read.
     """
-    output, skipped = Path(run.output), SkipReport()
     shown: list[Predicted] = []
+    left_out: list[str] = []
     merged: dict[str, list[Any]] = {"images": [], "categories": [], "annotations": []}
-    for name, result in predict(run):
+    for name, result in predict(job):
         if isinstance(result, InputError):
-            skipped.add("pictures that cannot be read", str(result))
+            left_out.append(str(result))
             continue
         drawing = Path("drawn", f"{name}.jpg")
         (output / drawing).parent.mkdir(parents=True, exist_ok=True)
@@ -201,26 +265,36 @@ def write_results(run: Run) -> tuple[list[Predicted], SkipReport]:
         merged["annotations"] += [entry | {"id": first + at} for at, entry in enumerate(one["annotations"])]
         shown.append(summarise(name, drawing, result))
     if not shown:
-        raise InputError(f"--images {run.images}: {skipped}, expected at least one readable picture")
+        raise InputError(f"--images {run.images}: {count_left_out(left_out)}, expected at least one readable picture")
     (output / "predictions.json").write_text(json.dumps(merged))
-    page = render_page("predictions", {"model": run.model, "names": run.names, "pictures": shown, "skipped": skipped})
-    (output / "index.html").write_text(page)
-    return shown, skipped
+    values = {"model": run.model, "names": run.names, "threshold": job.threshold, "pictures": shown}
+    (output / "index.html").write_text(render_page("predictions", values | {"left_out": left_out}))
+    return shown, left_out
+
+
+def count_left_out(reasons: Sequence[str]) -> str:
+    """The number of pictures that are left out, and the first of them."""
+    skipped = SkipReport()
+    for reason in reasons:
+        skipped.add("pictures left out", reason)
+    return str(skipped)
 
 
 def main() -> None:
     """Predict, and print what was found and where the results are."""
     run = cli.parse(CONFIGS, __doc__, writes=False)
-    shown, skipped = write_results(run)
+    job = prepare(run)
+    print(f"score threshold: {job.threshold:g}", flush=True)
+    shown, left_out = write_folder(partial(write_results, run, job), Path(run.output))
     total = sum((Counter(entry.found) for entry in shown), Counter())
     names = ", ".join(f"{count} {name}" for name, count in total.most_common(10)) or "nothing"
     print(f"{len(shown):,} pictures: {names}")
-    if skipped:
-        print(f"left out: {skipped}")
+    if left_out:
+        print(count_left_out(left_out))
     for note, count in Counter(entry.note for entry in shown if entry.note).most_common(3):
         print(f"{count:,} of {len(shown):,} pictures: {note}")
     if not total and not any(entry.note for entry in shown):
-        print("nothing scores above the threshold: try a lower --score-threshold, or other names")
+        print(f"nothing scores above {job.threshold:g}: try a lower --score-threshold, or other names")
     print(f"drawings, predictions.json and page: {Path(run.output, 'index.html').absolute()}")
 
 

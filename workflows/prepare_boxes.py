@@ -1,4 +1,4 @@
-"""Boxes: an annotated set with a base/novel split, for training (base boxes only) and for evaluation (all boxes).
+r"""Boxes: an annotated set with a base/novel split, for training (base boxes only) and for evaluation (all boxes).
 
 COCO json, or the pictogram world --read or draw--> boxes, categories --strip novel boxes--> boxes for training
 
@@ -127,7 +127,7 @@ def pictograms() -> Run:
 
 def coco() -> Run:
     """A folder in COCO's format; needs `--data`."""
-    return Run(name="photos", train_images=0, eval_images=20)
+    return Run(name="photos", train_images=0, eval_images=0)
 
 
 def second_style() -> Run:
@@ -317,7 +317,8 @@ def split_rows(run: Run, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray
         return np.arange(count), np.arange(0)
     size = run.eval_images or max(1, min(MOST_HELD_OUT, count // 5))
     if not 0 < size < count:
-        raise InputError(f"images held out: {size}, expected 1 to {count - 1} of the {count} images")
+        flag = f"--held-out {size} (of prepare_boxes.py: --eval-images)"
+        raise InputError(f"{flag}: expected 1 to {count - 1} of the {count} images")
     order = np.random.default_rng(run.seed).permutation(count)
     kept, held_out = np.split(order, [count - size])
     return np.sort(kept), np.sort(held_out)

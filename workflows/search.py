@@ -16,7 +16,6 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -81,12 +80,27 @@ class Run:
             raise InputError(f"--top {self.top}: expected 1 or more")
 
 
-CONFIGS: dict[str, Callable[[], Run]] = {
-    "smoke": partial(Run, name="smoke"),
-    "pictograms": partial(Run, name="pictograms"),
-    "photos": partial(Run, name="photos"),
-    "lvis": partial(Run, name="lvis"),
-}
+def smoke() -> Run:
+    """The handful of pictures of `embed.py --config smoke`."""
+    return Run(name="smoke")
+
+
+def pictograms() -> Run:
+    """The pictogram world."""
+    return Run(name="pictograms")
+
+
+def photos() -> Run:
+    """The photographs of `prepare_boxes.py --config coco`."""
+    return Run(name="photos")
+
+
+def lvis() -> Run:
+    """Proposals in LVIS's pictures."""
+    return Run(name="lvis")
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {"smoke": smoke, "pictograms": pictograms, "photos": photos, "lvis": lvis}
 """Over the tables of `embed.py` with the same config; those of `smoke` are made first if they are missing."""
 
 

@@ -16,7 +16,8 @@ from workflows.common import brief_help
 brief_help.answer(
     __name__,
     __file__,
-    "storage data boxes teacher pretrained backbone_weights workers precision use_gpu dry_run resume",
+    "storage data boxes teacher pretrained proposals box_model backbone_weights "
+    "workers precision use_gpu dry_run resume",
 )
 
 import dataclasses
@@ -31,11 +32,12 @@ from torch import Tensor
 from data_prep import storage, tables
 from data_prep.streams.box_loader import DetectionLoader, RegionSource, detection_loader
 from data_prep.streams.collate import DetectionCollate
-from ovd_models.checkpoints import load_model, read_info, save_checkpoint
+from ovd_models.checkpoints import load_encoder, load_model, read_info, save_checkpoint
 from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_config, load_backbone, read_backbone
+from ovd_models.prompts import find_prompt_set
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, prepare_boxes
@@ -170,7 +172,11 @@ def read_inputs(run: Run) -> tuple[Run, VildNames, TextEncoder]:
     """The run completed by its data and starting weights, the names and their encoder."""
     run = find_weights(continue_model(run))
     encoder = open_encoder(run.storage, run.boxes, teacher=run.teacher, texts=run.texts, prompt_set=run.prompt_set)
+    check_teacher(run, encoder)
     names = read_names(run, encoder)
+    # Both tables are checked before the hours of the first stage.
+    box_stream(run, names, "rpn", run.rpn_stage.seed, None)
+    evaluation.check_images(run.storage, f"{run.boxes}-eval")
     return complete(run, names), names, encoder
 
 
@@ -230,6 +236,19 @@ def dry_run(run: Run) -> None:
         train_stage(share, stage, names, start, None, rehearsal, rehearsal.fit)
 
     rehearse(run, {"rpn": "rpn_stage", "detector": "detector_stage"}, train_some)
+
+
+def check_teacher(run: Run, encoder: TextEncoder) -> None:
+    """Check that the model that is continued was trained with this teacher.
+
+    Raises:
+        InputError: it was trained with another.
+    """
+    if not run.box_model:
+        return
+    theirs = load_encoder(storage.local_folder(storage.join(run.box_model, "text"))).teacher
+    if theirs != encoder.teacher:
+        raise InputError(f"--box-model {run.box_model}: trained with teacher {theirs}, expected {encoder.teacher}")
 
 
 def check_proposals(run: Run) -> None:
@@ -357,6 +376,7 @@ def continue_model(run: Run) -> Run:
         if run.config == "finetune":
             raise InputError("--box-model: missing, expected the ViLD checkpoint to continue")
         return run
+    cli.check_checkpoint("--box-model", run.box_model)
     model = load_model(storage.local_folder(run.box_model), ViLD).config
     return dataclasses.replace(run, model=model, proposals=run.proposals or run.box_model)
 
@@ -402,12 +422,31 @@ def complete(run: Run, names: VildNames) -> Run:
     )
 
 
+def check_flags(run: Run) -> None:
+    """Check that the files and tables of flags are there, before tables are made.
+
+    Raises:
+        InputError: one is not, or the prompt set is unknown.
+    """
+    if run.proposals:
+        cli.check_checkpoint("--proposals", run.proposals)
+    if run.regions:
+        tables.read_manifest(run.storage, "regions", run.regions)
+    if run.texts:
+        cli.check_file("--texts", run.texts)
+    if run.backbone_weights != "auto":
+        cli.check_file("--backbone-weights", run.backbone_weights)
+    if run.prompt_set:
+        find_prompt_set(run.prompt_set)
+
+
 def prepare_data(run: Run) -> Run:
     """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
     run = find_weights(continue_model(run))
     teacher = find_teacher(
         run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
     )
+    check_flags(run)
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
     return dataclasses.replace(run, teacher=teacher)
 

@@ -43,6 +43,17 @@ def test_without_a_manifest_there_is_no_table(tmp_path: Path) -> None:
         tables.read_table(str(tmp_path), "concepts", "t")
 
 
+def test_the_close_name_of_a_published_table_is_named(tmp_path: Path) -> None:
+    for name in ("photos-train", "photos-eval"):
+        tables.publish(str(tmp_path), "boxes", name, [], producer="test", config_hash="h")
+    tables.write_part(str(tmp_path), "concepts", "photo", "part-0.parquet", concepts(["cat"]))
+    with pytest.raises(InputError, match=r"boxes/photo-eval: no such table; .* makes it; did you mean photos-eval\?$"):
+        tables.read_table(str(tmp_path), "boxes", "photo-eval")
+    for table, name in (("boxes", "street"), ("concepts", "photos")):
+        with pytest.raises(InputError, match=r"makes it$"):
+            tables.read_table(str(tmp_path), table, name)  # type: ignore[arg-type]
+
+
 def test_a_table_may_be_empty(tmp_path: Path) -> None:
     tables.publish(str(tmp_path), "rejects", "t", [], producer="test", config_hash="h")
     assert tables.read_table(str(tmp_path), "rejects", "t").schema.equals(tables.SCHEMAS["rejects"])

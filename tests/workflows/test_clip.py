@@ -197,9 +197,14 @@ def test_captions_are_tokenised_outside_the_loop(prepared: Run, monkeypatch: pyt
 
 
 @pytest.mark.ray
-def test_missing_and_unfit_pairs_are_told(prepared: Run, tmp_path: Path) -> None:
+def test_missing_and_unfit_pairs_are_told(prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"no such table; `python workflows/prepare_pairs\.py` makes it"):
         clip.train(dataclasses.replace(prepared, storage=str(tmp_path)))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a run was opened")
+
+    monkeypatch.setattr(clip.runs, "open_run", never)
     with pytest.raises(InputError, match="no pair with sides up to 3 px"):
         clip.train(dataclasses.replace(prepared, max_side=3))
 

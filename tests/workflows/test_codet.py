@@ -502,7 +502,7 @@ def test_photographs_train_checkpoint_evaluate_and_draw(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is absent")
 def test_captions_built_from_names_mention_no_novel_thing(ray_cluster: None, tmp_path: Path) -> None:
-    run = dataclasses.replace(codet_configs.photos(), storage=str(tmp_path), data=str(PHOTOS), texts="names.npy")
+    run = dataclasses.replace(codet_configs.photos(), storage=str(tmp_path), data=str(PHOTOS), texts=__file__)
     codet.prepare_data(run)
     concepts = set(tables.read_table(str(tmp_path), "concepts", "photos", ["name"])["name"].to_pylist())
     categories = tables.read_table(str(tmp_path), "categories", "photos").to_pylist()

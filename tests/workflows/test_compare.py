@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from eval_data import lvis_like, predictions_for, write_results
+from serving import save_detector, save_segmenter
 
+from ovd_models.errors import InputError
 from workflows import compare
 from workflows.common import cli
 
@@ -56,7 +58,7 @@ def test_files_are_compared_with_the_first_one_by_paired_draws(
     ("flags", "message"),
     [
         (["a.json"], "--runs: 1 given, expected two or more"),
-        (["a.json", "none.json"], "none.json: cannot be read"),
+        (["a.json", "none.json"], "none.json: no such file, expected one of predictions"),
         (["a.json", "model"], "model: a checkpoint needs pictures, expected --boxes instead of --ground-truth"),
     ],
 )
@@ -66,6 +68,17 @@ def test_bad_input_is_one_line(
     assert run(monkeypatch, folder, "--runs", *(str(folder / flag) for flag in flags)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_every_run_is_there_before_the_first_predicts(tmp_path: Path) -> None:
+    given = {"storage": str(tmp_path), "runs": (str(save_detector(tmp_path / "one")), str(tmp_path / "gone"))}
+    with pytest.raises(InputError, match=r"gone: no detector checkpoint, expected config\.json"):
+        compare.check_runs(compare.Run(**given))  # type: ignore[arg-type]
+    other = str(save_segmenter(tmp_path / "ovsam"))
+    with pytest.raises(InputError, match=r"--runs .*ovsam: checkpoint of method 'ovsam', expected 'codet' or 'vild'"):
+        compare.check_runs(compare.Run(**{**given, "runs": (given["runs"][0], other)}))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"--iou-type segm: .* predicts boxes only"):
+        compare.check_runs(compare.Run(**given, iou_type="segm"))  # type: ignore[arg-type]
 
 
 def test_names_are_as_short_as_tells_them_apart() -> None:

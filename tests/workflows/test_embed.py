@@ -267,6 +267,9 @@ def test_bad_requests_say_what_is_wrong(root: Path, teacher: str) -> None:
         embed.embed(run_of(root, str(root)))
     with pytest.raises(InputError, match="boxes/nowhere"):
         embed.embed(dataclasses.replace(run_of(root, teacher), boxes="nowhere"))
+    with pytest.raises(InputError, match="pairs/nowhere"):
+        embed.embed(dataclasses.replace(run_of(root, teacher), pairs="nowhere"))
+    assert not (root / "staging").exists()
     with pytest.raises(InputError, match="--boxes"):
         dataclasses.replace(run_of(root, teacher), boxes="")
     with pytest.raises(InputError, match="max-proposals"):

@@ -19,17 +19,36 @@ from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.reports import evaluation
 from workflows.studies import vild_sweep
 
+BOX = {
+    "image_id": "a",
+    "source_id": 1,
+    "uri": "a.jpg",
+    "width": 64,
+    "height": 64,
+    "boxes": [[1, 1, 40, 40]],
+    "category_ids": [1],
+    "iscrowd": [False],
+    "masks": [""],
+    "neg_category_ids": [],
+    "not_exhaustive_category_ids": [],
+}
 CAT = {"category_id": 1, "name": "cat", "synonyms": [], "frequency": "f", "split": "base", "image_count": 1}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A storage with tables without rows, `none` also without names, a CLIP and a ViLD of that CLIP."""
+    """A storage with tables without rows, `none` also without names, a CLIP and a ViLD of that CLIP.
+
+    Of `blind` and `lone` only the table for evaluation has no rows, or is missing.
+    """
     root = tmp_path_factory.mktemp("empty")
     for table, name, rows in (
         ("categories", "none", []),
         ("categories", "hollow", [CAT]),
         *(("boxes", f"{name}-{part}", []) for name in ("none", "hollow") for part in ("train", "eval")),
+        *(("categories", name, [CAT]) for name in ("blind", "lone")),
+        *(("boxes", f"{name}-train", [BOX]) for name in ("blind", "lone")),
+        ("boxes", "blind-eval", []),
         *((table, "hollow", []) for table in ("pairs", "groups", "concepts")),
     ):
         content = pa.Table.from_pylist(rows, schema=tables.SCHEMAS[table])
@@ -49,9 +68,27 @@ def test_trainings_refuse_them(place: Path, boxes: str, message: str) -> None:
         vild.train(dataclasses.replace(vild_configs.smoke(), **given))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
         ovsam.train(dataclasses.replace(ovsam_configs.smoke(), text_to_mask=False, **given))  # type: ignore[arg-type]
-    expected = message if boxes == "none" else "groups/hollow: no concept has 2 images"
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(InputError, match=message):
         codet.train(dataclasses.replace(codet_configs.smoke(), pairs="hollow", **given))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [("blind", "boxes/blind-eval: no images to evaluate on"), ("lone", "boxes/lone-eval: no such table")],
+)
+def test_detectors_are_not_trained_without_a_set_to_evaluate_on(place: Path, boxes: str, message: str) -> None:
+    given = {"storage": str(place), "boxes": boxes, "teacher": str(place / "clip")}
+    with pytest.raises(InputError, match=message):
+        vild.read_inputs(dataclasses.replace(vild_configs.smoke(), **given))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message):
+        codet.read_inputs(dataclasses.replace(codet_configs.smoke(), pairs="hollow", **given))  # type: ignore[arg-type]
+
+
+def test_a_model_is_continued_with_its_own_teacher_only(place: Path) -> None:
+    given = {"storage": str(place), "boxes": "blind", "teacher": str(place / "clip")}
+    run = dataclasses.replace(vild_configs.smoke(), box_model=str(place / "vild"), **given)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"--box-model \S+vild: trained with teacher clip:tiny, expected clip:"):
+        vild.read_inputs(run)
 
 
 def test_evaluations_and_embeddings_refuse_them(place: Path) -> None:

@@ -259,6 +259,11 @@ def test_the_script_prints_and_tracks(
         (["--categories", "none"], "no such table; `python workflows/prepare_boxes.py` makes it"),
         (["--model", "file:///nowhere"], "/nowhere: no detector checkpoint"),
         (["--batch-size", "0"], "batch_size"),
+        (["--export", "x.txt"], "--export x.txt: expected a name that ends with .json or .parquet"),
+        (["--protocol", "ovsam"], "is of method 'codet', expected an OV-SAM"),
+        (["--iou-type", "segm"], "predicts boxes only, expected a detector with masks"),
+        (["--output", "."], "--output .: a folder, expected the name of a file"),
+        (["--output", f"{__file__}/numbers.json"], "test_evaluate.py is a file, expected a folder"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -268,6 +273,10 @@ def test_bad_input_is_one_line(
     flags: list[str],
     message: str,
 ) -> None:
+    def never(*given: object) -> None:
+        raise AssertionError("predicted")
+
+    monkeypatch.setattr(Detector, "detect", never)
     given = flags if "--model" in flags else ["--model", run.model, *flags]
     assert main(monkeypatch, run, *given) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import trainings
 from PIL import Image
+from serving import SMALL_SAM, save_segmenter
 
 import ovd_models
 from data_prep import tables
@@ -302,7 +303,7 @@ def test_every_config_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_config_without_a_sam_of_its_own_asks_for_it_with_file_and_url(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(starting_weights, "find_published", lambda published: "")
     with pytest.raises(InputError, match=r"--sam: missing, .* sam_vit_b_01ec64\.pth from https://\S+/sam_vit_b"):
@@ -310,7 +311,15 @@ def test_a_config_without_a_sam_of_its_own_asks_for_it_with_file_and_url(
     run = ovsam_configs.photos_laptop()
     assert ovsam.choose_sam(run) == run
     assert "sam: random weights; sam_vit_b_01ec64.pth from https://" in capsys.readouterr().out
-    given = dataclasses.replace(ovsam_configs.coco_rn50x16(), sam="store/sam")
+    given = dataclasses.replace(ovsam_configs.coco_rn50x16(), sam=str(tmp_path / "sam"), data="nowhere")
+    for sam, message in (
+        (given.sam, r"--sam \S+: no checkpoint \(config\.json\)"),
+        ("gone.pth", r"--sam gone\.pth: no such file"),
+        (str(save_segmenter(tmp_path / "ovsam")), "--sam .*: a checkpoint of method 'ovsam', expected 'sam'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ovsam.prepare_data(dataclasses.replace(given, sam=sam))
+    ovsam.write_sam(run, SamModel(SMALL_SAM), tmp_path / "sam")
     assert ovsam.choose_sam(given) == given
     monkeypatch.setattr(starting_weights, "find_published", lambda published: f"cache/{published.file}")
     assert ovsam.choose_sam(ovsam_configs.photos_gpu()).sam == "cache/sam_vit_b_01ec64.pth"

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,18 @@ from serving import save_detector, save_segmenter, save_text_segmenter
 from ovd_models.errors import InputError
 from ovd_models.segments import Segments
 from workflows import predict
-from workflows.predict import Run
+from workflows.common import cli
+from workflows.common.output import check_folder
+from workflows.predict import Predicted, Run
+
+
+def write_results(run: Run) -> tuple[list[Predicted], list[str]]:
+    return predict.write_results(run, predict.prepare(run), Path(run.output))
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["predict.py", *flags])
+    return cli.outcome(predict.main)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +45,9 @@ def pictures(tmp_path: Path) -> Path:
 def test_a_folder_becomes_drawings_a_coco_file_and_a_page(detector: str, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     run = Run(model=detector, images=str(pictures), names="anchor, umbrella", output=str(output), score_threshold=0.0)
-    shown, skipped = predict.write_results(run)
+    shown, left_out = write_results(run)
     assert [entry.file_name for entry in shown] == ["a.png", "below/b.jpg"]
-    assert not skipped
+    assert not left_out
     coco = json.loads((output / "predictions.json").read_text())
     assert [(entry["file_name"], entry["width"], entry["height"]) for entry in coco["images"]] == [
         ("a.png", 80, 60),
@@ -49,29 +63,101 @@ def test_a_folder_becomes_drawings_a_coco_file_and_a_page(detector: str, picture
         assert entry.drawing in page
 
 
-def test_a_broken_picture_among_good_ones_is_named_and_the_rest_goes_on(
-    detector: str, pictures: Path, tmp_path: Path
+def test_broken_pictures_among_good_ones_are_named_and_the_rest_goes_on(
+    detector: str,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    run = Run(model=detector, images=str(pictures), output=str(tmp_path / "out"))
-    shown, skipped = predict.write_results(run)
-    assert len(shown) == 2
-    assert skipped.counts == {"pictures that cannot be read": 1}
-    assert "broken.png" in str(skipped)
-    alone = Run(model=detector, images=str(pictures / "broken.png"), output=str(tmp_path / "alone"))
-    with pytest.raises(InputError, match=r"1 pictures that cannot be read .*broken\.png.*at least one readable"):
-        predict.write_results(alone)
-    assert not Path(alone.output).exists()
+    for number in range(4):
+        (pictures / f"broken{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    flags = ("--model", detector, "--images", str(pictures), "--output", f"{tmp_path}/out", "--score-threshold", "0.25")
+    assert call(monkeypatch, *flags) == 0
+    printed = capsys.readouterr().out
+    assert "4 pictures left out" in printed
+    assert "broken0.png" in printed
+    assert "score threshold: 0.25" in printed
+    page = (tmp_path / "out/index.html").read_text()
+    assert all(f"broken{number}.png: not an image" in page for number in range(4))
+    assert "Score threshold: 0.25" in page
+    alone = ("--model", detector, "--images", f"{pictures}/broken1.png", "--output", f"{tmp_path}/alone")
+    assert call(monkeypatch, *alone) == 2
+    assert "1 pictures left out" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
+
+
+def test_a_stopped_prediction_leaves_nothing(
+    detector: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "summarise", stop)
+    flags = ("--model", detector, "--images", str(pictures), "--output", f"{tmp_path}/out")
+    assert call(monkeypatch, *flags) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
 @pytest.mark.parametrize("kind", [save_segmenter, save_text_segmenter])
 def test_models_with_masks_give_them_for_a_pattern_of_files(kind: object, pictures: Path, tmp_path: Path) -> None:
     assert callable(kind)
     run = Run(model=str(kind(tmp_path / "model")), images=f"{pictures}/*.png", names="anchor", output=f"{tmp_path}/out")
-    shown, _ = predict.write_results(run)
+    shown, _ = write_results(run)
     coco = json.loads((tmp_path / "out/predictions.json").read_text())
     assert [entry.file_name for entry in shown] == ["a.png"]
     assert all(entry["segmentation"]["size"] == [60, 80] for entry in coco["annotations"])
+
+
+def test_ovsam_gives_a_mask_for_each_box_of_a_file(pictures: Path, tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "elsewhere.png"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 1, "bbox": [-5, 10, 30, 20]},
+            {"image_id": 7, "category_id": 1, "bbox": [40, 5, 20, 20]},
+            {"image_id": 7, "category_id": 1, "bbox": [400, 5, 20, 20]},
+            {"image_id": 8, "category_id": 1, "bbox": [0, 0, 9, 9]},
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps(content))
+    model = str(save_segmenter(tmp_path / "model"))
+    run = Run(model=model, images=str(pictures), names="anchor", boxes=str(file), output=f"{tmp_path}/out")
+    shown, left_out = write_results(run)
+    assert [entry.file_name for entry in shown] == ["a.png"]
+    assert len(json.loads((tmp_path / "out/predictions.json").read_text())["annotations"]) == 2
+    assert left_out == [f"{pictures}/below/b.jpg: no box in the file of --boxes, expected some"]
+    with pytest.raises(InputError, match=r"--boxes .*: no box of a picture .* file names such as b\.jpg"):
+        predict.prepare(dataclasses.replace(run, images=str(pictures / "below"), output=f"{tmp_path}/other"))
+
+
+def test_boxes_are_refused_for_models_that_take_none(detector: str, pictures: Path, tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}],
+        "categories": [],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    run = Run(model=detector, images=str(pictures), boxes=f"{tmp_path}/boxes.json", output=f"{tmp_path}/out")
+    with pytest.raises(InputError, match=r"--boxes .*: .* is of method codet, expected an OV-SAM"):
+        predict.prepare(run)
+
+
+@pytest.mark.parametrize("kind", [save_segmenter, save_text_segmenter])
+def test_masks_below_the_score_threshold_are_left_out(kind: object, pictures: Path, tmp_path: Path) -> None:
+    assert callable(kind)
+    run = Run(model=str(kind(tmp_path / "model")), images=f"{pictures}/a.png", names="anchor", score_threshold=1.0)
+    job = predict.prepare(run)
+    ((_, found),) = predict.predict(job)
+    assert isinstance(found, Segments)
+    assert len(found) == 0
+
+
+def test_an_output_in_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(InputError, match=rf"--output {tmp_path}/out: {tmp_path} is read-only"):
+        check_folder(f"{tmp_path}/out", "--output")
 
 
 def test_names_whose_masks_are_empty_are_said_to_be() -> None:
@@ -93,13 +179,25 @@ def test_names_whose_masks_are_empty_are_said_to_be() -> None:
         ({"names": "anchor,,cat"}, "--names 'anchor,,cat': name 2 is empty"),
         ({"names": "cat, anchor,cat"}, "--names 'cat, anchor,cat': 'cat' is repeated"),
         ({"output": "."}, r"--output \.: exists"),
+        ({"output": "s3://bucket/found"}, "--output 's3://bucket/found': expected a folder of this machine"),
+        ({"output": f"{__file__}/below"}, "--output .*test_predict.py is a file, expected a folder"),
+        ({"boxes": "/nothing.json"}, r"/nothing\.json: cannot be read .* expected an annotation file"),
         ({"score_threshold": 2.0}, "--score-threshold 2: expected 0 to 1"),
         ({"model": ""}, "--model: missing"),
     ],
 )
 def test_wrong_settings_are_one_line(
-    changes: dict[str, object], message: str, detector: str, pictures: Path, tmp_path: Path
+    changes: dict[str, object],
+    message: str,
+    detector: str,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = {"model": detector, "images": str(pictures), "output": f"{tmp_path}/out", **changes}
-    with pytest.raises(InputError, match=message):
-        predict.write_results(Run(**given))  # type: ignore[arg-type]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    assert call(monkeypatch, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(f"error: .*{message}", error)

@@ -178,13 +178,13 @@ def test_a_fifth_is_held_out_of_a_small_folder_and_twenty_of_a_large_one() -> No
         kept, held_out = prepare_boxes.split_rows(dataclasses.replace(run, eval_images=given), count)
         assert (len(kept), len(held_out)) == (count - expected, expected)
         assert sorted([*kept, *held_out]) == list(range(count))
-    with pytest.raises(InputError, match="images held out: 1, expected 1 to 0 of the 1 images"):
+    with pytest.raises(InputError, match=r"--held-out 1 .*: expected 1 to 0 of the 1 images"):
         prepare_boxes.split_rows(dataclasses.replace(run, eval_images=0), 1)
 
 
 @pytest.mark.parametrize("count", [6, 7, -1])
 def test_an_impossible_split_is_refused(tmp_path: Path, count: int) -> None:
-    with pytest.raises(InputError, match=f"images held out: {count}, expected 1 to 5 of the 6 images"):
+    with pytest.raises(InputError, match=rf"--held-out {count} .*--eval-images\): expected 1 to 5 of the 6 images"):
         prepare(photos(tmp_path, eval_images=count))
 
 

@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -139,6 +140,35 @@ def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
         run = dataclasses.replace(codet_configs.smoke(), model=model, backbone_weights=str(tmp_path / "other.pth"))
         with pytest.raises(InputError, match=r"other.pth: conv1.weight is missing, expected \[64, 3, 7, 7\]"):
             started(run)
+
+
+@pytest.mark.parametrize("method", ["codet", "vild"])
+def test_missing_files_are_refused_before_tables_are_made(method: str, tmp_path: Path) -> None:
+    (tmp_path / "names.npy").touch()
+    given = {"storage": f"{tmp_path}/store", "data": "nowhere", "texts": f"{tmp_path}/names.npy"}
+    run: Any = codet_configs.smoke() if method == "codet" else vild_configs.smoke()
+    if method == "vild":
+        run = dataclasses.replace(run, model=ViLDConfig(variant="text"))
+    prepare = {"codet": codet.prepare_data, "vild": vild.prepare_data}[method]
+    cases = [
+        ({"box_model": "gone"}, "--box-model gone: no checkpoint"),
+        ({"texts": "gone.npy"}, r"--texts gone\.npy: no such file"),
+        ({"backbone_weights": "gone.pth"}, r"--backbone-weights gone\.pth: no such file"),
+        ({"prompt_set": "unheard"}, "prompt set 'unheard': unknown"),
+    ]
+    if method == "codet":
+        cases += [
+            ({"box_model": "gone.pth"}, r"--box-model gone\.pth: no such file"),
+            ({"box_model": f"{tmp_path}/names.npy", "backbone_weights": "gone.pth"}, "no checkpoint"),
+        ]
+    else:
+        cases += [
+            ({"proposals": "gone"}, "--proposals gone: no checkpoint"),
+            ({"regions": "gone"}, "regions/gone: no such table"),
+        ]
+    for changes, message in cases:
+        with pytest.raises(InputError, match=message):
+            prepare(dataclasses.replace(run, **{**given, **changes}))
 
 
 @pytest.mark.parametrize("config", ["coco_r50", "lvis_r50", "lvis_swin_b", "lvis_eva"])

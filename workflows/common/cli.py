@@ -32,9 +32,15 @@ from workflows.common.quiet import is_storage_failure
 R = TypeVar("R")
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the driver of a submitted job."""
+PLACES = ("storage", "output", "out", "page", "export")
+"""Fields that say where a script writes."""
 HELP = {"-h", "--help", "--help-all"}
 BATCHES = ("batch_size", "detection_batch")
 """The field of a training's run that says how many images a step has."""
+
+
+class WaitedError(TimeoutError):
+    """Something that a script waited for did not come; one line says what."""
 
 
 def parse(
@@ -80,14 +86,37 @@ def parse(
         rest = ["--help"]
     with on_parse_error(partial(_raise_input_error, flags_of(run, stages))):
         parsed = tyro.cli(type(run), args=rest, default=run, description=description)
+    check_places(parsed)
     if uri := getattr(parsed, "storage", ""):
-        if JOB in os.environ and "://" not in uri and not Path(uri).is_absolute():
-            expected = "a URI or an absolute path that all nodes reach: the job's folder is deleted with it"
-            raise InputError(f"--storage {uri}: relative, expected {expected}")
         parsed = dataclasses.replace(parsed, storage=storage.open_storage(uri, writes=writes))  # type: ignore[type-var]
     parsed = scale_rates(parsed, run, rest) if stages else parsed
     print_changes(known.config, configs[known.config](), parsed)
     return parsed
+
+
+def check_places(run: Any) -> None:
+    """Check that a job writes nothing below its own folder.
+
+    Raises:
+        InputError: a flag of `PLACES` is relative.
+    """
+    for name in PLACES if JOB in os.environ else ():
+        uri = getattr(run, name, "")
+        if uri and "://" not in uri and not Path(uri).is_absolute():
+            expected = "a URI or an absolute path that all nodes reach: the job's folder is deleted with it"
+            raise InputError(f"--{name} {uri}: relative, expected {expected}")
+
+
+def check_file(flag: str, path: str) -> None:
+    """Raise InputError unless a flag's file is there."""
+    if not Path(path).is_file():
+        raise InputError(f"{flag} {path}: no such file, expected one of this machine")
+
+
+def check_checkpoint(flag: str, folder: str) -> None:
+    """Raise InputError unless a flag's folder or URI holds a checkpoint."""
+    if not storage.exists(storage.join(folder, "config.json")):
+        raise InputError(f"{flag} {folder}: no checkpoint (config.json), expected the folder of one")
 
 
 def print_changes(config: str, named: Any, run: Any) -> None:
@@ -228,7 +257,7 @@ def outcome(job: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except FloatingPointError as error:
+    except (FloatingPointError, WaitedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:

@@ -18,6 +18,7 @@ from ray.autoscaler.sdk import request_resources
 
 from ovd_models.errors import InputError
 from workflows.common import quiet
+from workflows.common.cli import WaitedError
 
 POLL_SECONDS = 1.0
 MAX_PORT = 65_535
@@ -129,7 +130,7 @@ def require(cpus: float, gpus: float, wait_minutes: float, flags: str = "--worke
 
     Raises:
         InputError: the cluster cannot have them.
-        TimeoutError: it has not grown in time.
+        WaitedError: it has not grown in time.
     """
     needed = {"CPU": cpus, "GPU": gpus}
     missing = lacking(needed)
@@ -146,7 +147,7 @@ def require(cpus: float, gpus: float, wait_minutes: float, flags: str = "--worke
     deadline = time.monotonic() + 60 * wait_minutes
     while lacking(needed):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the cluster has not grown to {wanted} in {wait_minutes:g} minutes")
+            raise WaitedError(f"the cluster has not grown to {wanted} in {wait_minutes:g} minutes")
         time.sleep(POLL_SECONDS)
 
 

@@ -24,6 +24,7 @@ from workflows.common.training import Stage
 
 FREE_SETTINGS = {
     *("storage", "resume", "teacher", "sam", "backbone_weights"),
+    "held_out",  # the tables that it makes are inputs
     *("use_gpu", "wait_minutes", "max_failures", "log_every", "waiting_bytes", "dry_run"),
 }
 """Fields that may differ when a run is resumed."""

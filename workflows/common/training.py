@@ -31,6 +31,8 @@ DRIVER_CHECKPOINTS = ("driver_checkpoint/a", "driver_checkpoint/b")
 """Written in turn, so that one of them is complete at any time."""
 NOT_FINITE = "not_finite.json"
 """Written by a worker whose loss is not finite."""
+BAD_INPUT = "bad_input.txt"
+"""Written by a worker that met bad input: the line that says what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ def start_ray_for(*stages: Optimisation, wait_minutes: float) -> None:
 
     Raises:
         InputError: the cluster cannot have the resources of a stage and a CPU for its data tasks.
-        TimeoutError: it has not grown to have them in time.
+        WaitedError: it has not grown to have them in time.
     """
     cluster.configure_ray()
     if any(stage.workers for stage in stages):
@@ -231,6 +233,7 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
 
     Raises:
         NotFiniteError: a loss is not finite; the rows of its step are saved in the stage's folder.
+        InputError: a worker met bad input.
     """
     settings = stage.settings
     if committed_step(stage.folder) >= settings.steps:
@@ -238,6 +241,7 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
     parent, name = stage.folder.rsplit("/", 1)
     filesystem, path = storage.resolve(parent)
     filesystem.create_dir(path, recursive=True)
+    take_bad_input(stage)  # of a run that was killed
 
     def from_committed(make: Feed) -> Callable[[], Stream]:
         # Called whenever a group of workers starts, so that a replaced group gets the rest of the stream.
@@ -247,7 +251,7 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
         object_store_memory=settings.waiting_bytes * max(1, settings.workers)
     )
     options = ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits)
-    Trainer(
+    trainer = Trainer(
         partial(run_loop, worker, stage),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
@@ -264,19 +268,45 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
         # Inside the driver Ray Train passes on whatever it is given.
         datasets={key: from_committed(make) for key, make in feeds.items()},  # type: ignore[misc]
         dataset_config=ray.train.DataConfig(enable_shard_locality=False, execution_options=options),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    finally:
+        if message := take_bad_input(stage):
+            raise InputError(message)
     raise_if_not_finite(stage, feeds)
     return final_weights(stage.folder)
 
 
 def run_loop(worker: Callable[[], None], stage: Stage) -> None:
-    """Run a loop; if a loss is not finite, record it and end in order, since another attempt would meet it again."""
+    """Run a loop; record a loss that is not finite, or bad input, which another attempt would meet again.
+
+    All workers meet such a loss, and end in order. One that met bad input alone raises it, which ends the others, and
+    the next attempt ends at once.
+    """
+    if storage.exists(storage.join(stage.folder, BAD_INPUT)):
+        return
     try:
         worker()
+    except InputError as error:
+        line = str(getattr(error, "cause", error))  # of a task of Ray's, whose own text is a traceback
+        storage.write_bytes(storage.join(stage.folder, BAD_INPUT), line.encode())
+        if ray.train.get_context().get_world_size() > 1:
+            raise
     except NotFiniteError as error:
         if error.losses:  # this worker's
             record = json.dumps({"step": error.step, "losses": error.losses})
             storage.write_bytes(storage.join(stage.folder, NOT_FINITE), record.encode())
+
+
+def take_bad_input(stage: Stage) -> str:
+    """The line that `run_loop` recorded, which is deleted; empty if there is none."""
+    filesystem, path = storage.resolve(uri := storage.join(stage.folder, BAD_INPUT))
+    if not storage.exists(uri):
+        return ""
+    line = storage.read_bytes(uri).decode()
+    filesystem.delete_file(path)
+    return line
 
 
 def raise_if_not_finite(stage: Stage, feeds: Mapping[str, Feed]) -> None:

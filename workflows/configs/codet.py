@@ -48,7 +48,7 @@ class Run:
     data: str = ""
     """A folder with `instances.json`, `images/` and captions, whose tables are made first; captions are `captions.tsv`
     or COCO's `captions_*.json`, and may be missing for `photos`."""
-    held_out: int = 20
+    held_out: int = 0
     """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
     backbone_weights: str = "auto"
     """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
@@ -225,7 +225,6 @@ def finetune() -> Run:
     return Run(
         config="finetune",
         boxes="finetune",
-        held_out=0,
         pairs="",
         continues=True,
         model=CoDetConfig(supervision="boxes"),

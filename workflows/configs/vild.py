@@ -43,7 +43,7 @@ class Run:
     """Replaces the teacher for names: a .npy file with an embedding for each category, in category-id order."""
     data: str = ""
     """A folder with `instances.json` and `images/`, whose tables are made first."""
-    held_out: int = 20
+    held_out: int = 0
     """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
     backbone_weights: str = "auto"
     """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
@@ -277,7 +277,6 @@ def finetune() -> Run:
     return Run(
         config="finetune",
         boxes="finetune",
-        held_out=0,
         detection_batch=4,
         augmentation=Augmentation(flip_probability=0.5),
         rpn_stage=stage,

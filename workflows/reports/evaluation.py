@@ -10,13 +10,13 @@ from PIL import Image
 from data_prep import storage, tables
 from data_prep.predictions import PredictionJob, list_parts, pool_of, predict
 from data_prep.streams.images import read_image
-from ovd_models.checkpoints import load_model, read_info
+from ovd_models.checkpoints import CheckpointInfo, load_model, read_info
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, detection_metrics
 from ovd_models.metrics.average_precision import LVIS_LIMIT, Curves
 from ovd_models.metrics.explanation import Calibration
 from ovd_models.metrics.protocols import Measured, Protocol, measure
-from ovd_models.metrics.records import GroundTruth, Predictions
+from ovd_models.metrics.records import GroundTruth, IouType, Predictions
 from ovd_models.predictors import choose_device, load_segmenter
 from ovd_models.sam.model import SamModel
 from workflows.common import cluster, measured, models, training
@@ -43,6 +43,28 @@ class Evaluated:
     """Name of the `predictions` table."""
     transfer: Mapping[str, float]
     """On another set than that of the training: AP of its names that the training knew, and of new ones; else empty."""
+
+
+def check_images(storage_uri: str, boxes: str) -> None:
+    """Raise InputError unless a `boxes` table is there and has images, before the hours of a training."""
+    if not tables.read_manifest(storage_uri, "boxes", boxes).rows:
+        raise InputError(f"boxes/{boxes}: no images to evaluate on, expected at least one")
+
+
+def check_detector(info: CheckpointInfo, origin: str, kind: IouType) -> None:
+    """Check that a checkpoint is a detector with what is evaluated, before it predicts.
+
+    Raises:
+        InputError: it is of another method, or has no masks for `segm`.
+    """
+    if info.method not in ("codet", "vild"):
+        raise InputError(f"{origin}: checkpoint of method {info.method!r}, expected 'codet' or 'vild'")
+    if info.method == "vild":
+        masks = info.model.get("detector", {}).get("masks")
+    else:
+        masks = info.model.get("architecture") == "centernet2" and info.model.get("centernet2", {}).get("mask_convs")
+    if kind == "segm" and not masks:
+        raise InputError(f"--iou-type segm: {origin} predicts boxes only, expected a detector with masks")
 
 
 def evaluate(run: Run) -> Evaluated:

@@ -9,7 +9,7 @@ python -m workflows.studies.finetune --box-model runs/demo/runs/codet/<run>/mode
 
 from workflows.common import brief_help
 
-brief_help.answer(__name__, __file__, "box_model counts boxes training")
+brief_help.answer(__name__, __file__, "box_model counts storage")
 
 import io
 from collections.abc import Callable, Sequence

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -48,6 +49,16 @@ def test_a_named_config_with_changed_fields() -> None:
 def test_the_first_config_is_the_default_and_flags_stand_in_any_order() -> None:
     assert parse() == CONFIGS["small"]()
     assert parse("--steps", "7", "--config=large") == dataclasses.replace(CONFIGS["large"](), steps=7)
+
+
+def test_a_job_writes_nothing_below_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    cli.check_places(SimpleNamespace(out="onnx"))
+    monkeypatch.setenv(cli.JOB, "{}")
+    with pytest.raises(InputError, match=r"^--out onnx: relative, expected a URI or an absolute path"):
+        cli.check_places(SimpleNamespace(out="onnx"))
+    with pytest.raises(InputError, match=r"^--storage store: relative, expected"):
+        parse()
+    cli.check_places(SimpleNamespace(out="/tmp/onnx", output="", page="s3://bucket/page.html"))
 
 
 def test_an_unknown_config_is_refused() -> None:
@@ -145,6 +156,8 @@ def ends_with(job: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
             raise InputError("a.json: bad, expected good")
         if job == "stop":
             raise KeyboardInterrupt
+        if job == "waited":
+            raise cli.WaitedError("the cluster has not grown")
         if job == "failure":
             raise RuntimeError("it broke")
 
@@ -157,7 +170,12 @@ def ends_with(job: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("job", "code", "line"),
-    [("done", 0, ""), ("input", 2, "error: a.json: bad, expected good\n"), ("stop", 130, "interrupted\n")],
+    [
+        ("done", 0, ""),
+        ("input", 2, "error: a.json: bad, expected good\n"),
+        ("stop", 130, "interrupted\n"),
+        ("waited", 1, "error: the cluster has not grown\n"),
+    ],
 )
 def test_exit_codes(job: str, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ends_with(job, capsys) == (code, line)

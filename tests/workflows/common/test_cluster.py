@@ -69,7 +69,7 @@ def test_workers_that_a_cluster_cannot_have_are_refused_at_once(ray_cluster: Non
     [
         (4, 5, "arrives", "has 5.0"),
         (6, 5, "none", "InputError --workers: 6 CPUs are needed, the cluster has at most 5 CPUs"),
-        (5, 0.05, "none", "TimeoutError the cluster has not grown to 5 CPUs in 0.05 minutes"),
+        (5, 0.05, "none", "WaitedError the cluster has not grown to 5 CPUs in 0.05 minutes"),
     ],
 )
 def test_a_cluster_that_grows_is_waited_for(cpus: int, minutes: float, node: str, last: str) -> None:

@@ -504,10 +504,43 @@ def test_the_rows_of_a_loss_that_is_not_finite_are_saved_and_the_loop_is_not_tri
     assert training.committed_step(stage.folder) == 5
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_bad_input_of_a_worker_is_its_line_and_not_met_again(ray_cluster: None, tmp_path: Path, workers: int) -> None:
+    settings = dataclasses.replace(QUICK, workers=workers)
+    stage = stage_of(settings, tmp_path / "run")
+    attempts = tmp_path / "attempts"
+
+    def worker() -> None:
+        training.prepare_worker(settings)
+        with attempts.open("a") as lines:
+            lines.write("began\n")
+        if ray.train.get_context().get_world_rank() != 0:
+            time.sleep(600)  # until it is ended, as one that waits for the gradients of the other
+        while attempts.read_text().count("began") % max(1, workers):
+            time.sleep(0.1)
+        raise InputError("a.jpg: bad, expected good")
+
+    def load(positions: Integers) -> pa.Table:
+        return pa.table({"position": positions})
+
+    for times in (1,) if workers else (1, 2):  # what was recorded does not outlive the run
+        with pytest.raises(InputError, match=r"^a\.jpg: bad, expected good$"):
+            training.fit(worker, stage, {"rows": training.feed(load, 4, settings)})
+        assert attempts.read_text().count("began") == times * max(1, workers)
+
+
 def test_a_stream_that_comes_every_second_step_has_rows_in_those_steps_alone() -> None:
     even, odd = (training.feed(lambda positions: positions, 3, QUICK, 2, first) for first in (0, 1))
     assert [even.positions(step).tolist() for step in range(3)] == [[0, 1, 2], [], [3, 4, 5]]
     assert [odd.positions(step).tolist() for step in range(3)] == [[], [0, 1, 2], []]
+
+
+def test_a_run_is_held_to_its_tables_and_not_to_the_number_of_held_out_images(tmp_path: Path) -> None:
+    runs.hold_to_settings(str(tmp_path), {"held_out": 20, "group_size": 2})
+    runs.hold_to_settings(str(tmp_path), {"held_out": 0, "group_size": 2})
+    with pytest.raises(InputError, match="--group-size is 3, the run began with 2"):
+        runs.hold_to_settings(str(tmp_path), {"held_out": 0, "group_size": 3})
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:

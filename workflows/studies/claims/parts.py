@@ -27,8 +27,8 @@ from workflows.studies.claims.sampled import Sampled
 from workflows.studies.study import Claim, ClaimResult, Metrics, Result, Results
 
 Draws = dict[str, dict[str, list[float]]]
-OF_A_PLACE = ("storage", "teacher", "box_model", "seeds", "use_gpu", "threads")
-"""Last names of settings that differ between machines and change no result."""
+OF_A_PLACE = ("storage", "teacher", "box_model", "seeds", "use_gpu", "threads", "held_out")
+"""Last names of settings that differ between machines and change no result; no part reads a folder of `held_out`."""
 
 
 @dataclass(frozen=True, kw_only=True)
