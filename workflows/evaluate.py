@@ -138,7 +138,7 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
             f"page: {page.uri}",
         ]
     seconds = time.perf_counter() - started
-    lines.append(f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {tracked.uri}")
+    lines.append(f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {tracking.how_to_open(tracked.uri)}")
     return numbers, "\n".join(lines)
 
 

@@ -222,7 +222,7 @@ def serve_model(run: Run) -> Iterator[str]:
 
     Raises:
         InputError: there is no such checkpoint, the port is taken, or the cluster has too little for the replicas.
-        TimeoutError: it has not grown in time.
+        WaitedError: it has not grown in time.
     """
     check(run)
     gpus = count_gpus(run)
