@@ -242,6 +242,7 @@ def checkpoint() -> Path:
                 text={"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
                 mean=OPENAI_DATASET_MEAN,
                 std=OPENAI_DATASET_STD,
+                resize_mode="shortest",
                 prompt_set="photo",
             )
         )

@@ -302,7 +302,8 @@ def embedder_pool(config: EmbedConfig) -> Pool:
     cluster.start_ray()
     actors = count_actors(config)
     calls = config.threads + GPU_SHARDS if config.gpus else max(1, cluster.cores() // actors)
-    cpus = 0.5 if config.gpus else 0.5 * calls
+    # A pool that grows starts more actors wherever they fit, so on CPUs each takes its share of them.
+    cpus = 0.5 if config.gpus else max(0.5, cluster.resources().get("CPU", 1) / actors - 0.5)
     return Pool(workers=actors, grows=config.actors is None, parts_at_a_time=calls, cpus=cpus, gpus=config.gpus)
 
 

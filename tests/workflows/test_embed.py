@@ -16,6 +16,7 @@ import numpy as np
 import open_clip
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from killing import MOST_REPEATED, children_named
 from PIL import Image
@@ -158,6 +159,14 @@ def test_search_finds_captions_and_frames_regions(undisturbed: Path, teacher: st
     # Five tiles of 224 pixels, two lines of text below them and two above.
     assert search.result_sheet("cat", framed).size == (5 * 224, 224 + 4 * 16)
     assert search.result_sheet("cat", []).width == 5 * 224
+
+
+@pytest.mark.ray
+def test_more_actors_start_only_on_more_machines(ray_cluster: None) -> None:
+    cpus = ray.cluster_resources()["CPU"]  # type: ignore[no-untyped-call]
+    pool = embed.embedder_pool(EmbedConfig())
+    assert pool.grows and pool.cpus * pool.workers <= cpus < pool.cpus * (pool.workers + 1)
+    assert not embed.embedder_pool(EmbedConfig(actors=2)).grows
 
 
 def test_a_moved_storage_is_searched_with_its_own_teacher(teacher: str, tmp_path: Path) -> None:
