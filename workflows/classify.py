@@ -65,8 +65,8 @@ class Run:
     images: int = 0
     """Number of images, from the start; 0 means all."""
     batch_size: int = 64
-    device: str = "cpu"
-    """Device of the CLIP, such as `cuda`."""
+    device: str = "auto"
+    """Device of the CLIP, such as `cuda:1`; `auto` is a GPU if there is one."""
     output: str = ""
     """File for the numbers, in JSON."""
 
@@ -150,14 +150,14 @@ def classify(run: Run) -> tuple[LabelledSet, list[int], dict[str, Answers], str]
     """
     if not run.model:
         raise InputError("--model: missing, expected a CLIP checkpoint, or an architecture with --pretrained")
-    find_device(run.device)
+    device = find_device(run.device)
     labelled = read_set(run)
     model = store_released(run.storage, run.model, run.pretrained) if run.pretrained else run.model
     folder = storage.local_folder(model)
     encoder = load_text_encoder(folder)
     encoders = {prompts: encoder.with_prompts(prompts) for prompts in run.prompts or (encoder.prompt_set,)}
-    config = EmbedConfig(batch_size=run.batch_size, gpus=0 if run.device == "cpu" else 1)
-    teacher = Teacher(str(folder), config, run.device)
+    config = EmbedConfig(batch_size=run.batch_size, gpus=int(device.type != "cpu"))
+    teacher = Teacher(str(folder), config, str(device))
     features, numbers = embed_set(teacher, labelled, run.crops)
     labels = torch.tensor([labelled.labels[number] for number in numbers])
     scale = float(teacher.clip.model.logit_scale.detach().exp())

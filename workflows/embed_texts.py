@@ -51,8 +51,8 @@ class Run:
     """JSON with `id` and `name` of every row of `matrix`."""
     teacher: str = ""
     """Id of the model that embedded `matrix`; if empty, derived from the file's name and content."""
-    device: str = "cpu"
-    """Device of the model, such as `cuda`."""
+    device: str = "auto"
+    """Device of the model, such as `cuda:1`; `auto` is a GPU if there is one, or if `gpus` gives the process one."""
     workers: int = 0
     """Processes of a cluster that embed names; 0 embeds inside the driver."""
     gpus: float = 0
