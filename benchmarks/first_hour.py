@@ -69,7 +69,7 @@ class Hour:
 
     @contextlib.contextmanager
     def running(self, name: str, command: Sequence[str], url: str) -> Iterator[None]:
-        """Start a server, wait until a URL answers, and end it with Ctrl-C after the block."""
+        """Start a server, wait until a URL answers, and end it after the block."""
         started = time.perf_counter()
         with (BENCH / "first_hour" / f"{name}.log").open("wb") as log:
             server = subprocess.Popen(
@@ -80,7 +80,8 @@ class Hour:
                     self.failed.append(name)
                 yield
             finally:
-                os.killpg(server.pid, signal.SIGINT)  # its children too: those of `mlflow ui` outlive it
+                # Its children too: those of `mlflow ui` outlive it. A job of `nohup` would ignore Ctrl-C's signal.
+                os.killpg(server.pid, signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     server.wait(60)
                 with contextlib.suppress(ProcessLookupError):

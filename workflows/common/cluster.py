@@ -25,6 +25,8 @@ MAX_PORT = 65_535
 ANSWER_SECONDS = 10.0
 """A cluster's address that does not answer for so long is refused."""
 
+CPUS = max(4, os.cpu_count() or 1)
+"""Of a Ray that is started here; oversubscribed, see `start_ray`."""
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for about one interval
@@ -33,6 +35,7 @@ ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # what goes wrong is raised in Python; Ray's native notes look like errors
     "RAY_prestart_worker_first_driver": "0",  # a process costs a second of CPU: start none in advance
     "RAY_enable_worker_prestart": "0",
+    "RAY_worker_maximum_startup_concurrency": str(CPUS),  # Ray warns of four times as many; its own is of real cores
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # keep freed image memory for the next image
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -64,7 +67,7 @@ def start_ray() -> None:
     with quiet.native_code():
         ray.init(
             address="local",  # not a cluster that another user started here
-            num_cpus=max(4, os.cpu_count() or 1),
+            num_cpus=CPUS,
             include_dashboard=False,
             logging_level=logging.WARNING,
             runtime_env={"worker_process_setup_hook": "workflows.common.quiet.setup"},
