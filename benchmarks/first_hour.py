@@ -1,6 +1,6 @@
 """The first hour of a new user, played on a fresh clone: the README's commands, then pictures and URLs of one's own.
 
-make first-hour                                        about half an hour on two idle cores
+make first-hour                                        about a quarter of an hour on two idle cores
 python benchmarks/first_hour.py --config smoke         the same steps with tiny trainings
 
 minutes           all commands together, without the installation
