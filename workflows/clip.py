@@ -13,6 +13,7 @@ brief_help.answer(
     __name__, __file__, "storage pairs max_side pretrained batch_size workers precision use_gpu dry_run resume"
 )
 
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -151,7 +152,8 @@ def held_out(clip: Clip, run: Run) -> HeldOut:
     device = next(clip.parameters()).device
     world = World.create(run.world_seed)
     images, labels = single_objects(world, PICTURES, run.eval_images, seed=run.world_seed + 1_000)
-    vocabulary = build_vocabulary(ClipTextEncoder(run.model, clip.model.text, "clip:training"), world.names).to(device)
+    text = copy.deepcopy(clip.model.text)  # an encoder freezes its tower, and this one may be in training
+    vocabulary = build_vocabulary(ClipTextEncoder(run.model, text, "clip:training"), world.names).to(device)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     if pixels.shape[-1] != run.model.image_size:
         pixels = F.interpolate(pixels, size=run.model.image_size, mode="bicubic", antialias=True)

@@ -58,6 +58,13 @@ def test_an_untrained_model_names_at_chance() -> None:
     assert 0 <= accuracy.top1_novel < 0.15
 
 
+def test_a_model_that_is_measured_stays_trainable() -> None:
+    run = clip_configs.smoke()
+    model = Clip(run.model)
+    clip.measure(dataclasses.replace(run, eval_images=68), model)
+    assert all(value.requires_grad for value in model.parameters())
+
+
 def test_a_model_that_knows_the_answer_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     run = dataclasses.replace(clip_configs.smoke(), eval_images=136)
     world = World.create(0)

@@ -58,6 +58,7 @@ def drop_native_lines() -> None:
 def setup() -> None:
     """Set up a worker process of a Ray that was started on this machine: log only errors."""
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
     _keep_to_cluster()
 
 
