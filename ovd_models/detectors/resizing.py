@@ -17,6 +17,8 @@ from ovd_models.preprocess import add_edge
 
 Size = tuple[int, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CANDIDATES = 20
+"""Pairs of a box and a class that suppression takes for each detection at most, best first."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ def select_detections(box_N4: Tensor, score_NK: Tensor, selection: Selection) ->
     limit = selection.max_detections
     region, label = torch.nonzero(score_NK > selection.score_threshold, as_tuple=True)
     score = score_NK[region, label]
-    if len(score) > 20 * limit:  # suppression is quadratic: drop hopeless candidates first
-        best = score.topk(20 * limit).indices
+    if len(score) > CANDIDATES * limit:  # suppression is quadratic: drop hopeless candidates first
+        best = score.topk(CANDIDATES * limit).indices
         region, label, score = region[best], label[best], score[best]
     keep = batched_nms(box_N4[region], score, label, selection.nms)[:limit]
     return box_N4[region[keep]], score[keep], label[keep]

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
+from torchvision.models.detection._utils import _topk_min
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import batched_nms, roi_align
+
+from ovd_models.detectors.resizing import CANDIDATES
 
 
 def resize_traced(transform: GeneralizedRCNNTransform, pixels_3HW: Tensor) -> ImageList:
@@ -40,6 +43,8 @@ def select_traced(
     """The best (region, name) pairs after suppression within each name: boxes [M, 4], scores [M], names [M]."""
     region, label = torch.where(score_RK > threshold)
     score = score_RK[region, label]
+    best = score.topk(_topk_min(score, CANDIDATES * limit, 0)).indices
+    region, label, score = region[best], label[best], score[best]
     keep = batched_nms(box_R4[region], score, label, overlap)[:limit]
     return box_R4[region[keep]], score[keep], label[keep]
 

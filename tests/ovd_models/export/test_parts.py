@@ -10,12 +10,14 @@ import torch
 from distinct_regions import spread_out
 from tiny_centernet2 import TINY_CENTERNET2
 from torch.nn import functional as F
+from torchvision.ops import batched_nms
 
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.c4 import coco_r50_c4
 from ovd_models.detectors.eva import EvaConfig
 from ovd_models.detectors.rcnn import RCNN, RCNNConfig
+from ovd_models.detectors.resizing import Selection, select_detections
 from ovd_models.errors import InputError
 from ovd_models.export.files import open_session, run_session, write_part
 from ovd_models.export.parts import (
@@ -32,6 +34,7 @@ from ovd_models.export.parts import (
 )
 from ovd_models.export.programs import write_program
 from ovd_models.export.quantise import quantise
+from ovd_models.export.tracing import select_traced
 from ovd_models.ovsam.clip_pyramid import TowerConfig
 from ovd_models.ovsam.model import OvSam, OvSamConfig, published
 from ovd_models.sam.model import SamConfig, SamModel
@@ -106,6 +109,17 @@ def test_a_detector_finds_the_same_on_any_size_and_with_any_names(kind: str, tmp
         for mask in masks:
             assert mask.shape == (len(scores), 28, 28)
             assert np.allclose(mask, expected[3], atol=1e-4)
+
+
+def test_of_many_candidates_the_same_ones_are_suppressed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(600, 2, generator=generator) * 10
+    boxes, scores = torch.cat((corner, corner + 40), 1), torch.rand(600, 20, generator=generator)
+    expected = select_detections(boxes, scores, Selection(nms=0.5, score_threshold=0.1, max_detections=30))
+    region, label = torch.where(scores > 0.1)
+    assert len(expected[1]) < min(30, len(batched_nms(boxes[region], scores[region, label], label, 0.5)))
+    found = select_traced(boxes, scores, torch.tensor(0.1), 0.5, 30)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_clips_towers_take_batches_of_any_size(tmp_path: Path) -> None:
