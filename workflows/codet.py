@@ -46,7 +46,6 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import adopt_config, fit_config, load_backbone, read_backbone
 from ovd_models.importers.codet import ImportedDetector, load_codet_release
-from ovd_models.prompts import find_prompt_set
 from ovd_models.vocabulary import TextEncoder, build_vocabulary
 from workflows import prepare_boxes, prepare_pairs
 from workflows.common import cli, descriptions, runs, starting_weights, training
@@ -458,12 +457,7 @@ def check_flags(run: Run) -> None:
         cli.check_file("--box-model", run.box_model)
     elif run.box_model:
         cli.check_checkpoint("--box-model", run.box_model)
-    if run.texts:
-        cli.check_file("--texts", run.texts)
-    if run.backbone_weights != "auto":
-        cli.check_file("--backbone-weights", run.backbone_weights)
-    if run.prompt_set:
-        find_prompt_set(run.prompt_set)
+    starting_weights.check_given(run.texts, run.backbone_weights, run.prompt_set)
 
 
 def own_encoder(run: Run) -> str:

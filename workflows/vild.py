@@ -37,7 +37,6 @@ from ovd_models.detectors.rcnn import ProposalNetwork, RCNNConfig
 from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics
 from ovd_models.importers.backbones import BackboneWeights, adopt_config, fit_config, load_backbone, read_backbone
-from ovd_models.prompts import find_prompt_set
 from ovd_models.vild.model import ViLD
 from ovd_models.vocabulary import TextEncoder, Vocabulary, build_vocabulary
 from workflows import embed, prepare_boxes
@@ -432,12 +431,7 @@ def check_flags(run: Run) -> None:
         cli.check_checkpoint("--proposals", run.proposals)
     if run.regions:
         tables.read_manifest(run.storage, "regions", run.regions)
-    if run.texts:
-        cli.check_file("--texts", run.texts)
-    if run.backbone_weights != "auto":
-        cli.check_file("--backbone-weights", run.backbone_weights)
-    if run.prompt_set:
-        find_prompt_set(run.prompt_set)
+    starting_weights.check_given(run.texts, run.backbone_weights, run.prompt_set)
 
 
 def prepare_data(run: Run) -> Run:

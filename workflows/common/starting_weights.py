@@ -11,6 +11,8 @@ import tyro
 from huggingface_hub import try_to_load_from_cache
 
 from ovd_models.errors import InputError
+from ovd_models.prompts import find_prompt_set
+from workflows.common import cli
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,20 @@ class PublishedBackbone:
 
 Published = Annotated[PublishedBackbone, tyro.conf.Suppress]
 """A config's own field, without a flag."""
+
+
+def check_given(texts: str, backbone_weights: str, prompt_set: str) -> None:
+    """Check that what a detector is told to start from is there, before any work.
+
+    Raises:
+        InputError: a file is not there, or the prompt set is unknown.
+    """
+    if texts:
+        cli.check_file("--texts", texts)
+    if backbone_weights != "auto":
+        cli.check_file("--backbone-weights", backbone_weights)
+    if prompt_set:
+        find_prompt_set(prompt_set)
 
 
 def find_backbone(config: str, given: str, published: PublishedBackbone, backbone: str, *, from_scratch: bool) -> str:
