@@ -294,14 +294,31 @@ def test_bad_requests_say_what_is_wrong(root: Path, teacher: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- kills
 
 PROGRAM = """
-import sys
+import sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
 from counting_stage import CountingStage
 from data_prep.embeddings.teachers import EmbedConfig
 from workflows import embed
 
-storage, teacher = sys.argv[1:]
+storage, teacher, node_dies_after = sys.argv[1], sys.argv[2], float(sys.argv[3])
 embed.RegionStage = CountingStage
-embed.embed(embed.Run(storage=storage, teacher=teacher, name="t", boxes="t", embed=EmbedConfig(actors=1)))
+if node_dies_after:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    node = cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    cluster.wait_for_nodes()
+    def kill():
+        while not list(Path(storage).glob("staging/**/*.json")):
+            time.sleep(0.02)
+        time.sleep(node_dies_after)
+        cluster.remove_node(node, allow_graceful=False)
+        print("node removed", flush=True)
+    threading.Thread(target=kill, daemon=True).start()
+actors = 2 if node_dies_after else 1  # one on each
+embed.embed(embed.Run(storage=storage, teacher=teacher, name="t", boxes="t", embed=EmbedConfig(actors=actors)))
+ray.shutdown()
 """
 
 
@@ -317,21 +334,22 @@ class Job:
     seconds: float
 
 
-def start(root: Path, teacher: str) -> subprocess.Popen[str]:
+def start(root: Path, teacher: str, node_dies_after: float = 0.0) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     tests = Path(__file__).parents[1]  # after the project, or `workflows` would be the tests' folder
     paths = os.pathsep.join(filter(None, (str(tests.parent), str(tests), os.environ.get("PYTHONPATH"))))
     ours = {"RAY_AUTH_MODE": "disabled", "COUNTED": str(root / "counted"), "PYTHONPATH": paths}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(root), teacher],
+        [sys.executable, "-c", PROGRAM, str(root), teacher, str(node_dies_after)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**environment, **ours}, start_new_session=True,
     )  # fmt: skip
 
 
-def finish(job: subprocess.Popen[str]) -> None:
+def finish(job: subprocess.Popen[str]) -> str:
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
+    return output
 
 
 def wait_for_first(job: subprocess.Popen[str], root: Path) -> float:
@@ -376,3 +394,13 @@ def test_a_kill_at_a_random_point_changes_nothing(finished: Job, tmp_path: Path,
     assert files_of(root) == finished.files
     assert again <= MOST_REPEATED
     assert not list(root.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_lost_node_changes_nothing(finished: Job, tmp_path: Path) -> None:
+    root = tmp_path / "storage"
+    shutil.copytree(finished.tables, root)
+    assert "node removed" in finish(start(root, finished.teacher, node_dies_after=1.0))
+    assert files_of(root) == finished.files
+    again = len((root / "counted").read_text().splitlines()) / finished.shards - 1
+    assert again <= MOST_REPEATED
