@@ -26,8 +26,6 @@ from torch.nn import functional as F
 from ovd_models.batches import ConceptBatch, DetectionBatch, StoredRegions
 from ovd_models.clip.model import Clip, ClipConfig
 from ovd_models.codet.model import CoDet, CoDetConfig
-from ovd_models.detectors.centernet import CenterNetConfig
-from ovd_models.detectors.centernet2 import CenterNet2Config
 from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.ovsam.model import OvSam, OvSamConfig
 from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskModelConfig
@@ -44,6 +42,7 @@ from workflows.common.training import Stage
 
 sys.path.append(str(REPOSITORY / "tests"))
 from pretend_device import DEVICE, Wait, pretended
+from tiny_centernet2 import TINY_CENTERNET2
 
 SIDE = 64
 SETTINGS = Optimisation(learning_rate=1e-3, steps=20, log_every=10, checkpoint_every=1000, workers=0)
@@ -67,18 +66,12 @@ C4 = replace(
     anchor_sizes=(8, 16, 32),
     head_width=512,
 )
-CENTERNET2 = CenterNet2Config(
-    backbone="resnet10t",
-    backbone_options={"channels": [8, 16, 24, 32], "stem_width": 8},
-    freeze_norm=False,
-    pyramid_channels=64,
-    proposals=CenterNetConfig(num_convs=1, pre_nms=(100, 60), post_nms=(50, 30)),
-    head_width=32,
+CENTERNET2 = replace(
+    TINY_CENTERNET2,
     embed_dim=16,
     min_size=SIDE,
     max_size=2 * SIDE,
     rois_per_image=32,
-    mask_convs=1,
 )
 SAM = SamConfig(
     image_size=SIDE, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,), prompt_width=32

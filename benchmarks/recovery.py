@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from measure import REPOSITORY, write_figures
+from measure import REPOSITORY, descendants, write_figures
 
 STEPS, LINE_EVERY = 4_000, 5
 STEP = re.compile(r"clip train (\d+)/")
@@ -27,17 +27,17 @@ TURNS_SECONDS = 2.0
 """Lines that come this soon after a kill are of steps before it."""
 
 
-def workers(session: int) -> list[int]:
-    """The workers of Ray Train whose processes belong to a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            name = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
-            if b"RayTrainWorker" in name and os.getsid(int(entry.name)) == session:
-                found.append(int(entry.name))
-        except OSError:  # it has ended
-            continue
-    return found
+def workers() -> list[int]:
+    """The workers of Ray Train that this process has started."""
+    return [pid for pid in descendants() if b"RayTrainWorker" in command_line(pid)]
+
+
+def command_line(pid: int) -> bytes:
+    """The command line of a process; empty once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def steps_of(training: "subprocess.Popen[str]") -> Iterator[int]:
@@ -63,7 +63,7 @@ def kill_workers(kills: int, storage: str) -> list[float]:
             while next(steps) < wanted:
                 pass
             killed = time.monotonic()
-            os.kill(rng.choice(workers(training.pid)), signal.SIGKILL)
+            os.kill(rng.choice(workers()), signal.SIGKILL)
             while next(steps) and time.monotonic() - killed < TURNS_SECONDS:
                 pass
             seconds.append(time.monotonic() - killed)

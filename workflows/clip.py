@@ -196,7 +196,7 @@ def train(run: Run) -> Trained[Accuracy]:
     if pretrained is not None:
         run = dataclasses.replace(run, model=pretrained.config)
     settings = run.optimisation
-    open_pairs(run)  # refuses them before Ray and MLflow are started
+    loader = open_pairs(run)  # refuses them before Ray and MLflow are started
     with runs.open_run(
         run,
         "clip",
@@ -208,7 +208,6 @@ def train(run: Run) -> Trained[Accuracy]:
     ) as active:
         first = active.save("first", partial(save_clip, pretrained)) if pretrained is not None else ""
         stage = active.stage("train", settings)
-        loader = open_pairs(run)
         with active.timing("train"):
             loop = partial(train_worker, run, stage, first, active.tracked.logger())
             weights = training.fit(loop, stage, {"pairs": training.feed(loader, run.batch_size, settings)})

@@ -7,11 +7,11 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import killing
 import numpy as np
 import open_clip
 import pyarrow as pa
@@ -294,28 +294,17 @@ def test_bad_requests_say_what_is_wrong(root: Path, teacher: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- kills
 
 PROGRAM = """
-import sys, threading, time
-from pathlib import Path
+import sys
 import ray
-from ray.cluster_utils import Cluster
 from counting_stage import CountingStage
+from killing import join_cluster_that_loses_a_node
 from data_prep.embeddings.teachers import EmbedConfig
 from workflows import embed
 
 storage, teacher, node_dies_after = sys.argv[1], sys.argv[2], float(sys.argv[3])
 embed.RegionStage = CountingStage
 if node_dies_after:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    node = cluster.add_node(num_cpus=2)
-    ray.init(address=cluster.address, log_to_driver=False)
-    cluster.wait_for_nodes()
-    def kill():
-        while not list(Path(storage).glob("staging/**/*.json")):
-            time.sleep(0.02)
-        time.sleep(node_dies_after)
-        cluster.remove_node(node, allow_graceful=False)
-        print("node removed", flush=True)
-    threading.Thread(target=kill, daemon=True).start()
+    cluster = join_cluster_that_loses_a_node(storage, "staging/**/*.json", node_dies_after)
 actors = 2 if node_dies_after else 1  # one on each
 embed.embed(embed.Run(storage=storage, teacher=teacher, name="t", boxes="t", embed=EmbedConfig(actors=actors)))
 ray.shutdown()
@@ -335,21 +324,7 @@ class Job:
 
 
 def start(root: Path, teacher: str, node_dies_after: float = 0.0) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    tests = Path(__file__).parents[1]  # after the project, or `workflows` would be the tests' folder
-    paths = os.pathsep.join(filter(None, (str(tests.parent), str(tests), os.environ.get("PYTHONPATH"))))
-    ours = {"RAY_AUTH_MODE": "disabled", "COUNTED": str(root / "counted"), "PYTHONPATH": paths}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(root), teacher, str(node_dies_after)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**environment, **ours}, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(job: subprocess.Popen[str]) -> str:
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, output
-    return output
+    return killing.start(PROGRAM, root, teacher, node_dies_after, COUNTED=str(root / "counted"))
 
 
 def wait_for_first(job: subprocess.Popen[str], root: Path) -> float:
@@ -367,7 +342,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Job:
     shutil.copytree(images, root, dirs_exist_ok=True)
     job = start(root, str(folder))
     first = wait_for_first(job, root)
-    finish(job)
+    killing.finish(job, 300)
     shards = (root / "counted").read_text().splitlines()
     assert len(shards) == len(set(shards)) == 80
     return Job(images, str(folder), files_of(root), len(shards), time.monotonic() - first)
@@ -388,7 +363,7 @@ def test_a_kill_at_a_random_point_changes_nothing(finished: Job, tmp_path: Path,
         os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
         job = start(root, finished.teacher)
-    finish(job)
+    killing.finish(job, 300)
     again = len((root / "counted").read_text().splitlines()) / finished.shards - 1
     print(f"{kind} killed: {again:.2%} of the shards were embedded again")
     assert files_of(root) == finished.files
@@ -400,7 +375,7 @@ def test_a_kill_at_a_random_point_changes_nothing(finished: Job, tmp_path: Path,
 def test_a_lost_node_changes_nothing(finished: Job, tmp_path: Path) -> None:
     root = tmp_path / "storage"
     shutil.copytree(finished.tables, root)
-    assert "node removed" in finish(start(root, finished.teacher, node_dies_after=1.0))
+    assert "node removed" in killing.finish(start(root, finished.teacher, node_dies_after=1.0), 300)
     assert files_of(root) == finished.files
     again = len((root / "counted").read_text().splitlines()) / finished.shards - 1
     assert again <= MOST_REPEATED

@@ -5,12 +5,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import killing
 import pytest
 from killing import MOST_REPEATED, children_named
 
@@ -20,10 +20,9 @@ from data_prep.pictograms import webserver, website
 pytestmark = pytest.mark.slow
 TABLES = ("pairs", "rejects", "concepts", "groups")
 PROGRAM = """
-import dataclasses, sys, threading, time
-from pathlib import Path
+import dataclasses, sys
 import ray
-from ray.cluster_utils import Cluster
+from killing import join_cluster_that_loses_a_node
 from workflows import prepare_pairs
 from workflows.configs import pairs as configs
 
@@ -37,18 +36,8 @@ run = dataclasses.replace(
 if cpus:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
 if node_dies_after:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    node = cluster.add_node(num_cpus=2)
-    ray.init(address=cluster.address, log_to_driver=False)
-    cluster.wait_for_nodes()
+    cluster = join_cluster_that_loses_a_node(storage, "staging/pairs/t/*/parts/*.parquet", node_dies_after)
     run = dataclasses.replace(run, crawlers=2)  # one on each
-    def kill():
-        while not list(Path(storage).glob("staging/pairs/t/*/parts/*.parquet")):
-            time.sleep(0.02)
-        time.sleep(node_dies_after)
-        cluster.remove_node(node, allow_graceful=False)
-        print("node removed", flush=True)
-    threading.Thread(target=kill, daemon=True).start()
 prepare_pairs.prepare(run)
 print("prepared", flush=True)
 """
@@ -62,18 +51,11 @@ class Undisturbed:
 
 
 def start(urls: Path, root: Path, node_dies_after: float = 0.0, cpus: int = 0) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(urls), str(root), str(node_dies_after), str(cpus)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**environment, "RAY_AUTH_MODE": "disabled"}, start_new_session=True,
-    )  # fmt: skip
+    return killing.start(PROGRAM, urls, root, node_dies_after, cpus)
 
 
 def finish(job: subprocess.Popen[str]) -> str:
-    output, _ = job.communicate(timeout=600)
-    assert job.returncode == 0, output
-    return output
+    return killing.finish(job, 600)
 
 
 def requests_of(base_url: str) -> int:
