@@ -38,11 +38,6 @@ async function start() {
   const offered = Object.keys(MODES).filter((mode) => state.models.some((model) => model.routes.includes(`/v1/${mode}`)));
   $("modes").replaceChildren(...offered.map(modeButton));
   setMode(offered.includes(state.mode) ? state.mode : offered[0]);
-  const own = sides[0].model.score_threshold; // of the first model, as a start
-  if (own != null) {
-    $("threshold").value = own;
-    writeThreshold();
-  }
   say("Choose a picture, or a sample.");
   if (!state.picture) await useSample(SAMPLES[0]);
 }
@@ -174,10 +169,6 @@ function showSide(index) {
   pane.show(state.mode === "detect" && $("distinct").checked ? distinct(answer) : answer, threshold(), side.allNames());
 }
 
-function writeThreshold() {
-  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
-}
-
 function threshold() {
   return ["classify", "segment", "text-to-mask"].includes(state.mode) ? -1 : Number($("threshold").value);
 }
@@ -284,7 +275,7 @@ addEventListener("drop", (event) => { event.preventDefault(); $("drop").classLis
 $("run").onclick = run;
 $("distinct").onchange = () => active().forEach(showSide);
 $("threshold").oninput = () => {
-  writeThreshold();
+  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
   active().forEach(showSide);
 };
 $("compare").onchange = () => {
