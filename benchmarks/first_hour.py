@@ -1,10 +1,16 @@
-"""The first hour of a new user, played on a fresh clone: the README's commands, then pictures and URLs of one's own.
+"""The first hour of a new user, played on a fresh clone: the README's commands and Python as they are pasted.
 
-make first-hour                                        about a quarter of an hour on two idle cores
-python benchmarks/first_hour.py --config smoke         the same steps with tiny trainings
+make first-hour                                        about twenty minutes on two idle cores
+python benchmarks/first_hour.py --config smoke         the same with tiny trainings
+python benchmarks/first_hour.py --config smoke --pages docs/codet.md    further pages after the README
+
+The README's list of URLs and folder of photographs are thirty of each. What the pages show for things that a fresh
+machine without internet has not (buckets, clusters, released weights, published data sets) is listed, not run.
 
 minutes           all commands together, without the installation
+commands          how many ran
 commands_failed   commands that did not exit with 0, or did not print what they should
+not_run           commands that need what is not here
 help_lines_max    lines of the longest `--help`
 help_seconds_max  time of the slowest `--help`, best of two
 noise_lines       lines of `make demo` that are not ours: Ray's, tqdm's, warnings, and repeated ones
@@ -27,17 +33,53 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import documented
 from head_node import started_head
 from measure import BENCH, REPOSITORY, write_figures
+from PIL import Image
 
 NOISE = re.compile(
     r"WARNING|INFO |Tip:|FutureWarning|DeprecationWarning|UserWarning|Traceback|\(\w+ pid=|it/s\]|raylet|auth_token"
 )
 OWN = 30
 """Photographs and URLs of one's own."""
-PORT, MLFLOW_PORT = 8765, 5765
 TIMEOUT = 3600
-SNIPPETS = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_HERE = {
+    r"make install|\. \.venv": "this environment is used",
+    r"make (bench|claims)|python benchmarks": "minutes to hours, and no first step",
+    r"docker|helm|kubectl|serve (deploy|run)|ray |export ": "a cluster",
+    r".*(s3:|BUCKET)": "a bucket",
+    r".*(--pretrained|RN50x16|sam_vit|FILE)": "released weights",
+    r".*(COCO|TRAIN|lvis|coco_|cc3m|WORDNET|imagenet|SA-1B|laion)": "a published data set",
+    r".*(CLIP_|VIT|CODET|VILD| SAM)": "several trainings that the page names",
+}
+"""Beginnings of commands that need what is not here, and what that is."""
+SERVERS = {
+    "python workflows/serve.py": "http://127.0.0.1:8000/healthz",
+    "mlflow ui": "http://127.0.0.1:5000/",
+}
+"""Commands that run until Ctrl-C, and a URL that answers when they are ready."""
+EXPECTED = {
+    "python workflows/demo.py": "report:",
+    "python workflows/predict.py": "index.html",
+    "python workflows/c": "next:",
+    "python workflows/vild.py": "next:",
+    "curl": '"detections"',
+}
+"""What a command prints in the end."""
+ADDED = {
+    "--urls list.tsv": "--fetch.allow-networks 127.0.0.1/32",
+    "--urls more.tsv": "--fetch.allow-networks 127.0.0.1/32",
+}
+"""Flags without which a command fails here: the thirty pictures are served from this machine."""
+TINY = {
+    "codet.py --config photos": "--box-stage.steps 2 --joint-stage.steps 2",
+    "codet.py --config finetune": "--box-stage.steps 2 --joint-stage.steps 2",
+    "vild.py --config photos": "--rpn-stage.steps 2 --detector-stage.steps 2",
+    "vild.py --config finetune": "--detector-stage.steps 2",
+    "ovsam.py --config photos": "--sam-stage.steps 2 --sam2clip-stage.steps 2 --clip2sam-stage.steps 2",
+}
+"""Further flags for tiny trainings."""
 
 
 @dataclass
@@ -45,39 +87,58 @@ class Hour:
     """The commands so far, in a clone of the repository."""
 
     clone: Path
+    smoke: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
+    variables: list[str] = field(default_factory=list)
+    """Assignments so far, which hold for the commands after them."""
+    server: str = ""
+    """The last command that serves a model; requests are sent while it runs."""
 
     def environment(self) -> dict[str, str]:
         """With the clone's packages first, and the programs of this environment."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return {**os.environ, "PYTHONPATH": str(self.clone), "PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
 
-    def run(self, name: str, command: Sequence[str], expected: str = "") -> str:
+    def in_shell(self, command: str) -> list[str]:
+        """A command with the assignments before it."""
+        return ["bash", "-c", "\n".join(["set -eo pipefail", *self.variables, command])]
+
+    def name_of(self, command: str) -> str:
+        """A short name for a command that has none yet."""
+        words = command.split()
+        name = Path(words[1]).stem if words[0] == "python" else words[0]
+        count = sum(other.split("-")[0] == name for other in self.seconds)
+        return f"{name}-{count + 1}" if count else name
+
+    def run(self, command: str) -> str:
         """Run a command to its end; returns what it printed, which must have the expected text."""
-        started = time.perf_counter()
+        name, started = self.name_of(command), time.perf_counter()
         done = subprocess.run(
-            command, cwd=self.clone, env=self.environment(), text=True, timeout=TIMEOUT,
+            self.in_shell(command), cwd=self.clone, env=self.environment(), text=True, timeout=TIMEOUT,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.seconds[name] = time.perf_counter() - started
-        (BENCH / "first_hour" / f"{name}.log").write_text(done.stdout)
+        (BENCH / "first_hour" / f"{name}.log").write_text(f"$ {command}\n{done.stdout}")
+        expected = next((text for start, text in EXPECTED.items() if command.startswith(start)), "")
         if done.returncode or expected not in done.stdout:
-            self.failed.append(name)
-        print(f"{name:16} {self.seconds[name]:7.1f} s  {'FAILED' if name in self.failed else ''}", flush=True)
+            self.failed.append(f"{name}: {command}")
+        self.report(name, command)
         return done.stdout
 
     @contextlib.contextmanager
-    def running(self, name: str, command: Sequence[str], url: str) -> Iterator[None]:
+    def running(self, command: str, url: str) -> Iterator[None]:
         """Start a server, wait until a URL answers, and end it after the block."""
-        started = time.perf_counter()
+        name, started = self.name_of(command), time.perf_counter()
         with (BENCH / "first_hour" / f"{name}.log").open("wb") as log:
             server = subprocess.Popen(
-                command, cwd=self.clone, env=self.environment(), stdout=log, stderr=log, start_new_session=True
-            )
+                self.in_shell(command), cwd=self.clone, env=self.environment(), stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
             try:
                 if not answers(url, server):
-                    self.failed.append(name)
+                    self.failed.append(f"{name}: {command}")
                 yield
             finally:
                 # Its children too: those of `mlflow ui` outlive it. A job of `nohup` would ignore Ctrl-C's signal.
@@ -87,7 +148,68 @@ class Hour:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(server.pid, signal.SIGKILL)
                 self.seconds[name] = time.perf_counter() - started
-                print(f"{name:16} {self.seconds[name]:7.1f} s  {'FAILED' if name in self.failed else ''}", flush=True)
+                self.report(name, command)
+
+    def report(self, name: str, command: str) -> None:
+        """Print the time of a command and whether it failed."""
+        failed = any(entry.startswith(f"{name}:") for entry in self.failed)
+        print(f"{self.seconds[name]:7.1f} s  {'FAILED  ' if failed else ''}{command}", flush=True)
+
+    def play(self, page: str) -> None:
+        """Run a page's commands in its order, then its Python."""
+        text, method = (self.clone / page).read_text(), Path(page).stem
+        for shown in documented.commands(text):
+            command = self.filled_in(shown, method)
+            reason = next((why for start, why in NOT_HERE.items() if re.match(start, command)), "")
+            if reason:
+                self.not_run.append(f"{page}: {command} ({reason})")
+            elif re.match(r"[A-Z_]+=", command):
+                self.variables.append(self.adapted(command))
+            else:
+                self.play_command(self.adapted(command))
+        code = self.adapted(self.filled_in(documented.snippets(text), method))
+        if code:
+            (self.clone / "snippets.py").write_text(code)
+            self.run("python snippets.py")
+
+    def play_command(self, command: str) -> None:
+        """Run a command; a server until it answers, and a request while the last server runs."""
+        url = next((url for start, url in SERVERS.items() if command.startswith(start)), "")
+        if url:
+            with self.running(command, url):
+                pass
+            self.server = command if "serve.py" in command else self.server
+        elif command.startswith("curl"):
+            with self.running(self.server, SERVERS["python workflows/serve.py"]):
+                self.run(command)
+        else:
+            self.run(command)
+
+    def filled_in(self, command: str, method: str) -> str:
+        """A command with the newest models in place of the documentation's words for them."""
+        for word, pattern in {
+            r"(?<!\$)\bCLIP\b(?!=)": "store/runs/clip/*/model",
+            r"\bMODEL\b": f"store/runs/{method}/*/model",
+            r"\bRUN\b|store/runs/\w+/<run>": f"store/runs/{method}/*",
+            r"\bNAME\b": f"store/runs/{method}/*",
+        }.items():
+            found = sorted(self.clone.glob(pattern), key=lambda path: path.stat().st_mtime)
+            if found:
+                newest = found[-1].name if "NAME" in word else str(found[-1].relative_to(self.clone))
+                command = re.sub(word, newest, command)
+        return command.replace("store/codet", "runs/demo/codet")
+
+    def adapted(self, command: str) -> str:
+        """What is run for what is shown: nothing is installed, and pictures come from this machine."""
+        command = command.replace("make demo", "python workflows/demo.py --storage runs/demo")
+        added = [ADDED]
+        if self.smoke:  # a detector of ten steps finds nothing
+            command = command.replace("print(found[0], ", "print(")
+            command = re.sub(r"pictograms(_mixed)?(?!2)", "smoke", command).replace("--config sweeps", "--config smoke")
+            command = command.replace("demo.py", "demo.py --config smoke")
+            added.append(TINY)
+        flags = (flags for table in added for shown, flags in table.items() if shown in command)
+        return " ".join([command, *flags])
 
 
 def answers(url: str, server: "subprocess.Popen[bytes]") -> bool:
@@ -102,62 +224,25 @@ def answers(url: str, server: "subprocess.Popen[bytes]") -> bool:
     return False
 
 
-def script(name: str, *flags: str) -> list[str]:
-    """The command of a script of `workflows/`."""
-    return ["python", f"workflows/{name}.py", *flags]
-
-
-def play(hour: Hour, smoke: bool) -> str:
-    """Run all steps; returns what the demo printed."""
-    config = ["--config", "smoke", "--storage", "runs/demo"] if smoke else []
-    demo = hour.run("demo", script("demo", *config), "report:")
-    model = ["--model", "runs/demo/codet"]
-    (images,) = [path.parent for path in (hour.clone / "runs/demo/images").glob("*-eval/000000.jpg")]
-    hour.run("smoke", script("codet", "--config", "smoke", "--joint-stage.steps", "10"), "next:")
-    snippet = "\n".join(SNIPPETS.findall((hour.clone / "README.md").read_text()))
-    if smoke:  # a detector of ten steps finds nothing
-        snippet = snippet.replace("pictograms-eval", "smoke-eval").replace("print(found[0], ", "print(")
-        snippet = snippet.replace("ovd-codet-pictograms", "ovd-codet-smoke")
-    hour.run("snippets", ["python", "-c", snippet])
-    predict = script("predict", *model, "--images", str(images.relative_to(hour.clone)), "--names", "cup, hand, bishop")
-    hour.run("predict", predict, "index.html")
-    with hour.running("serve", script("serve", *model, "--port", str(PORT)), f"http://127.0.0.1:{PORT}/healthz"):
-        form = ["-F", f"image=@{images}/000000.jpg", "-F", 'vocabulary=["cup", "hand"]']
-        hour.run("request", ["curl", "-sf", *form, f"http://127.0.0.1:{PORT}/v1/detect"], '"detections"')
-    database = f"sqlite:///{hour.clone}/runs/demo/mlflow.db"
-    page = ["mlflow", "ui", "--port", str(MLFLOW_PORT), "--backend-store-uri", database]
-    with hour.running("mlflow", page, f"http://127.0.0.1:{MLFLOW_PORT}/"):
-        pass
-    own_pictures(hour, images, smoke)
+def play(hour: Hour, pages: Sequence[str]) -> str:
+    """Play the README and further pages; returns what the demo printed."""
+    photos = write_photos(hour.clone / "photos")
+    with serve_folder(photos / "images") as base:
+        names = sorted(path.name for path in (photos / "images").iterdir())
+        for file, first in (("list.tsv", 0), ("more.tsv", OWN)):
+            rows = [
+                f"{base}/{names[row % len(names)]}?{row}\ta dog beside a bicycle, number {row}"
+                for row in range(first, first + OWN)
+            ]
+            (hour.clone / file).write_text("\n".join(["url\tcaption", *rows]))
+        for page in ("README.md", *pages):
+            hour.play(page)
+    own = "--model $(ls -td store/runs/codet/photos-*/model | head -1) --images photos/images --names 'dog, person'"
+    hour.run(f"python workflows/predict.py {own}")
     with started_head({**hour.environment(), "RAY_AUTH_MODE": "disabled"}) as head:
-        submit = ["ray", "job", "submit", "--address", head.address, "--working-dir", "."]
-        hour.run(
-            "job", [*submit, "--", *script("codet", "--config", "smoke", "--storage", f"{hour.clone}/jobs")], "next:"
-        )
-    return demo
-
-
-def own_pictures(hour: Hour, images: Path, smoke: bool) -> None:
-    """A crawl of thirty URLs, and a training on thirty annotated pictures."""
-    teacher = ["--teacher", str(newest(hour.clone / "runs/demo/runs/clip"))]
-    with serve_folder(images) as base:
-        names = sorted(path.name for path in images.glob("*.jpg"))
-        rows = [
-            f"{base}/{names[row % len(names)]}?{row}\ta red cup and a black hand, number {row}" for row in range(OWN)
-        ]
-        (hour.clone / "list.tsv").write_text("\n".join(["url\tcaption", *rows]))
-        flags = ["--config", "web", "--name", "mine", "--urls", "list.tsv", "--fetch.allow-networks", "127.0.0.1/32"]
-        hour.run("crawl", script("prepare_pairs", *flags), "next:")
-    photos = reference_photos() or write_photos(hour.clone / "photos", images)
-    flags = ["--config", "photos", "--data", str(photos), "--held-out", "5", *teacher]
-    stages = [f"--{stage}.{key}" for stage in ("box-stage", "joint-stage") for key in ("steps", "checkpoint-every")]
-    tiny = [word for flag in stages for word in (flag, "5")] if smoke else []
-    hour.run("photos", script("codet", *flags, *tiny), "next:")
-
-
-def newest(folder: Path) -> Path:
-    """The model of the last run in a folder."""
-    return max(folder.glob("*/model"), key=lambda path: path.stat().st_mtime)
+        job = f"python workflows/codet.py --config smoke --storage {hour.clone}/jobs"
+        hour.run(f"ray job submit --address {head.address} --working-dir . -- {job}")
+    return (BENCH / "first_hour/demo.log").read_text()
 
 
 @contextlib.contextmanager
@@ -177,22 +262,19 @@ def serve_folder(folder: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def reference_photos() -> Path | None:
-    """The folder of photographs of the reference data, if it is there."""
-    folder = Path(os.environ.get("OVD_REFERENCE_DATA", REPOSITORY.parent / "shared")) / "data/coco_photos"
-    return folder if (folder / "instances.json").is_file() else None
-
-
-def write_photos(folder: Path, images: Path) -> Path:
-    """Thirty drawn scenes in COCO's form, where there are no photographs."""
+def write_photos(folder: Path) -> Path:
+    """Thirty annotated photographs of the reference data, or as many noisy pictures; with COCO's annotations."""
+    reference = Path(os.environ.get("OVD_REFERENCE_DATA", REPOSITORY.parent / "shared")) / "data/coco_photos"
+    if (reference / "instances.json").is_file():
+        shutil.copytree(reference, folder)
+        return folder
     (folder / "images").mkdir(parents=True)
-    files = sorted(images.glob("*.jpg"))[:OWN]
-    for path in files:
-        shutil.copy(path, folder / "images")
-    entries = [{"id": k, "file_name": path.name, "width": 128, "height": 128} for k, path in enumerate(files, 1)]
+    entries = [{"id": k, "file_name": f"{k}.jpg", "width": 320, "height": 240} for k in range(1, OWN + 1)]
+    for entry in entries:
+        Image.effect_noise((320, 240), 90).convert("RGB").save(folder / "images" / str(entry["file_name"]))
     boxes = [{"id": k, "image_id": k, "category_id": 1 + k % 2, "bbox": [9, 9, 60, 60], "area": 3600, "iscrowd": 0}
-             for k in range(1, len(files) + 1)]  # fmt: skip
-    categories = [{"id": 1, "name": "cup"}, {"id": 2, "name": "hand"}]
+             for k in range(1, OWN + 1)]  # fmt: skip
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "person"}]
     contents = {"images": entries, "annotations": boxes, "categories": categories}
     (folder / "instances.json").write_text(json.dumps(contents))
     return folder
@@ -230,23 +312,27 @@ def noise_of(output: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", choices=("pictograms", "smoke"), default="pictograms")
-    smoke = parser.parse_args().config == "smoke"
+    parser.add_argument("--pages", nargs="*", default=[], help="further pages, for example docs/codet.md")
+    arguments = parser.parse_args()
+    smoke = arguments.config == "smoke"
     work = BENCH / "first_hour"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY.as_uri(), work / "clone"], check=True)
-    hour = Hour(work / "clone")
+    hour = Hour(work / "clone", smoke)
     lines, slowest = time_help(hour.clone, hour.environment())
-    demo = play(hour, smoke)
+    demo = play(hour, arguments.pages)
     noise = noise_of(demo)
     figures = {
         "config": "smoke" if smoke else "pictograms",
         "minutes": round(sum(hour.seconds.values()) / 60, 1),
+        "commands": len(hour.seconds),
         "commands_failed": len(hour.failed),
         "help_lines_max": lines,
         "help_seconds_max": round(slowest, 2),
         "noise_lines": len(noise),
         "failed": hour.failed,
+        "not_run": hour.not_run,
         "seconds": {name: round(value, 1) for name, value in hour.seconds.items()},
     }
     write_figures("first_hour", figures)

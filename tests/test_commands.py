@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import documented
 import kuberay
 import pytest
 import yaml
@@ -23,17 +24,14 @@ COMMENTED = ("cluster.yaml", *(str(path.relative_to(ROOT)) for path in sorted((R
 PROGRAMS = ("ray", "serve", "kubectl", "docker", "helm")
 
 
-def blocks_of(page: str) -> list[str]:
-    """The code blocks of a page."""
-    return re.findall(r"^```\w*\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-
-
 def commands_of(name: str) -> list[str]:
     """Commands that a page shows in its blocks, or a file in its comments."""
     text = (ROOT / name).read_text()
-    text = "\n".join(blocks_of(text) if name in PAGES else re.findall(r"^#\s+(.*)$", text, re.MULTILINE))
-    lines = re.sub(r"\\\n\s*", "", text).splitlines()
-    lines += re.findall(r": (kubectl apply .*)$", text, re.MULTILINE)
+    if name in PAGES:
+        lines = documented.commands(text)
+    else:
+        text = "\n".join(re.findall(r"^#\s+(.*)$", text, re.MULTILINE))
+        lines = [*re.sub(r"\\\n\s*", "", text).splitlines(), *re.findall(r": (kubectl apply .*)$", text, re.MULTILINE)]
     return [line for line in lines if line.split(" ")[0] in PROGRAMS]
 
 
@@ -96,7 +94,8 @@ def test_every_kind_of_command_is_found() -> None:
 
 
 def test_a_job_is_submitted_with_the_token() -> None:
-    blocks = [block for page in ("README.md", "docs/cluster.md") for block in blocks_of((ROOT / page).read_text())]
+    pages = [(ROOT / page).read_text() for page in ("README.md", "docs/cluster.md")]
+    blocks = [block for text in pages for _, block in documented.BLOCK.findall(text)]
     blocks = [*(block for block in blocks if "ray job submit" in block), (ROOT / "cluster.yaml").read_text()]
     assert len(blocks) == 5
     for block in blocks:

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import documented
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -83,12 +84,8 @@ def commands() -> Iterator[tuple[str, str]]:
     """Page and command of every `python workflows/...`, in a block of code or inside a line."""
     for page in (ROOT / "README.md", *PAGES):
         text = page.read_text()
-        fenced = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-        blocks = "\n".join(code for language, code in fenced.findall(text) if language != "python")
-        blocks = re.sub(r"\\\n\s*", "", blocks)
-        inside = re.findall(r"`([^`\n]*\bpython workflows/[^`\n]+)`", fenced.sub("", text))
-        for line in (*blocks.splitlines(), *inside):
-            if (at := line.find("python workflows/")) >= 0 and not line.startswith("error"):
+        for line in (*documented.commands(text), *documented.inline_commands(text)):
+            if (at := line.find("python workflows/")) >= 0:
                 yield str(page.relative_to(ROOT)), line[at:]
 
 
@@ -116,7 +113,8 @@ def test_a_command_names_a_script_and_flags_that_exist(page: str, command: str, 
 
 def known_flags() -> set[str]:
     """The flags of all scripts with their groups, and those that benchmarks read."""
-    found = {"--flag", "--scores.scorers", "--runtime-env-json"}  # any, one that is a table, and `ray job submit`'s
+    of_ray_job_submit = {"--runtime-env-json", "--working-dir"}
+    found = {"--flag", "--scores.scorers", *of_ray_job_submit}  # any, and one that is a table
     for path in (*(ROOT / "workflows").glob("[!_]*.py"), *(ROOT / "workflows/studies").glob("[!_]*.py")):
         module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
         for make in getattr(module, "CONFIGS", {}).values():
@@ -134,11 +132,6 @@ def test_a_flag_that_a_page_names_exists() -> None:
     assert not {(page, flag) for page, flag in named if flag not in known and flag.replace("no-", "") not in known}
 
 
-def snippets(page: str) -> str:
-    """The Python of a page, one after another."""
-    return "\n".join(re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL))
-
-
 def test_snippets_run_as_they_are_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = save_detector_of_any_name(Path("runs/demo/codet"))
@@ -153,13 +146,13 @@ def test_snippets_run_as_they_are_pasted(tmp_path: Path, monkeypatch: pytest.Mon
     save_text_segmenter(Path("store/runs/ovsam/<run>/text_model"))
     for page in ("README.md", "docs/walkthrough.md", "docs/ovsam.md"):
         Path("found.png").unlink(missing_ok=True)
-        exec(compile(snippets(page), page, "exec"), {})
+        exec(compile(documented.snippets((ROOT / page).read_text()), page, "exec"), {})
         assert Image.open("found.png").width
 
 
 def run_snippets(page: str, *changes: tuple[str, str]) -> dict[str, Any]:
     """Run a page's Python with some words changed, each of which it must have; returns its variables."""
-    code, variables = snippets(page), dict[str, Any]()
+    code, variables = documented.snippets((ROOT / page).read_text()), dict[str, Any]()
     for old, new in changes:
         assert code.count(old) == 1
         code = code.replace(old, new)

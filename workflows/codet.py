@@ -454,7 +454,7 @@ def check_flags(run: Run) -> None:
         InputError: one is not, or the prompt set is unknown.
     """
     if run.box_model and is_release(run.box_model):
-        cli.check_file("--box-model", run.box_model)
+        starting_weights.check_file("--box-model", run.box_model)
     elif run.box_model:
         cli.check_checkpoint("--box-model", run.box_model)
     starting_weights.check_given(run.texts, run.backbone_weights, run.prompt_set)

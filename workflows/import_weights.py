@@ -28,7 +28,7 @@ from ovd_models.checkpoint_info import SOURCE
 from ovd_models.errors import InputError
 from ovd_models.importers.folders import Names, Plan, ReadFile, plan_clip, plan_detector, plan_ovsam, plan_sam
 from ovd_models.importers.recognise import fitting_backbones, recognise
-from ovd_models.importers.released import find_released, released_files
+from ovd_models.importers.released import check_released, released_files
 from ovd_models.prompts import clean_name
 from ovd_models.torchscript import is_torchscript
 from ovd_models.weights import TensorAccount, read_state
@@ -100,7 +100,7 @@ def read_released_names(path: str) -> dict[str, str]:
 
 
 def read_file(path: str) -> ReadFile:
-    """A file in memory, its digest compared with the published one if the file has a released name.
+    """A file in memory, after a check that it is what was published under its name, if that is a released one.
 
     Raises:
         InputError: it cannot be read safely, or is not what was published under its name.
@@ -112,11 +112,7 @@ def read_file(path: str) -> ReadFile:
         script = is_torchscript(source)
     except (OSError, ValueError) as error:
         raise InputError(f"--weights {path!r}: cannot be read ({type(error).__name__}), expected a file") from error
-    released = find_released(source.name)
-    if released is not None and not digest.startswith(released.sha256):
-        raise InputError(
-            f"{path}: sha256 {digest}, published {released.sha256}...; expected the whole file from {released.url}"
-        )
+    check_released(source)
     return ReadFile(path, digest, read_state(source), script)
 
 
@@ -230,7 +226,8 @@ def plan_texts(run: Run) -> Plan:
 def print_list() -> None:
     """Print the released files: where each is from, what its conversion needs, its digest and its published results."""
     for entry in released_files():
-        digest = f"sha256 {entry.sha256}{'...' if len(entry.sha256) < 64 else ''}" if entry.sha256 else "no digest"
+        sha256 = f"sha256 {entry.sha256}{'...' if len(entry.sha256) < 64 else ''}" if entry.sha256 else ""
+        digest = sha256 or (f"md5 {entry.md5}..." if entry.md5 else "no digest")
         print(f"{entry.file}\n    {entry.kind}, {digest}, {entry.url}")
         for line in filter(None, (entry.needs and f"needs {entry.needs}", entry.results)):
             print(f"    {line}")

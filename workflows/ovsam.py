@@ -465,7 +465,7 @@ def choose_sam(run: Run) -> Run:
     if run.needs_sam and not sam:
         raise InputError(f"--sam: missing, expected a SAM, since this config trains none; it is made for {file}")
     if run.sam.endswith(".pth"):
-        cli.check_file("--sam", run.sam)
+        starting_weights.check_file("--sam", run.sam)
     elif run.sam:
         cli.check_checkpoint("--sam", run.sam)
         if "://" not in run.sam and (method := read_info(run.sam).method) != "sam":

@@ -3,9 +3,13 @@
 The results are the authors' and were not measured here: neither the files nor the data sets are at hand.
 """
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+from ovd_models.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +25,8 @@ class ReleasedFile:
     """What its conversion needs beside it."""
     sha256: str = ""
     """Digest, or its start, as published in the file's name or URL; empty if none is."""
+    md5: str = ""
+    """The same for SAM's files, whose names end with the start of their MD5."""
     results: str = ""
     """As published."""
 
@@ -61,7 +67,8 @@ def _backbone(url: str, sha256: str = "") -> ReleasedFile:
 
 
 def _sam(file: str) -> ReleasedFile:
-    return ReleasedFile(file=file, url=f"https://dl.fbaipublicfiles.com/segment_anything/{file}", kind="sam")
+    url = f"https://dl.fbaipublicfiles.com/segment_anything/{file}"
+    return ReleasedFile(file=file, url=url, kind="sam", md5=Path(file).stem.rpartition("_")[2])
 
 
 def _ovsam(file: str, needs: str) -> ReleasedFile:
@@ -115,3 +122,21 @@ def released_files() -> tuple[ReleasedFile, ...]:
 def find_released(file: str) -> ReleasedFile | None:
     """The released file of this name; None if there is none."""
     return next((entry for entry in released_files() if entry.file == file), None)
+
+
+def check_released(path: str | Path) -> None:
+    """Check that a file with a released name is what was published under it, as an interrupted download is not.
+
+    Raises:
+        InputError: it is another file.
+    """
+    entry = find_released(Path(path).name)
+    for kind in ("sha256", "md5"):
+        published = getattr(entry, kind, "")
+        if entry is None or not published:
+            continue
+        with Path(path).open("rb") as stream:
+            digest = hashlib.file_digest(stream, kind).hexdigest()
+        if not digest.startswith(published):
+            more = "..." if len(published) < len(digest) else ""
+            raise InputError(f"{path}: {kind} {digest}, published {published}{more}; expected the whole {entry.url}")

@@ -11,6 +11,7 @@ import tyro
 from huggingface_hub import try_to_load_from_cache
 
 from ovd_models.errors import InputError
+from ovd_models.importers.released import check_released
 from ovd_models.prompts import find_prompt_set
 from workflows.common import cli
 
@@ -41,16 +42,22 @@ Published = Annotated[PublishedBackbone, tyro.conf.Suppress]
 """A config's own field, without a flag."""
 
 
+def check_file(flag: str, path: str) -> None:
+    """Raise InputError unless a flag's file is there and, if it has a released name, is what was published."""
+    cli.check_file(flag, path)
+    check_released(path)
+
+
 def check_given(texts: str, backbone_weights: str, prompt_set: str) -> None:
     """Check that what a detector is told to start from is there, before any work.
 
     Raises:
-        InputError: a file is not there, or the prompt set is unknown.
+        InputError: a file is not there or not what its name says, or the prompt set is unknown.
     """
     if texts:
         cli.check_file("--texts", texts)
     if backbone_weights != "auto":
-        cli.check_file("--backbone-weights", backbone_weights)
+        check_file("--backbone-weights", backbone_weights)
     if prompt_set:
         find_prompt_set(prompt_set)
 
@@ -94,9 +101,14 @@ def find_backbone(config: str, given: str, published: PublishedBackbone, backbon
 
 
 def find_published(published: PublishedBackbone) -> str:
-    """The published file in the cache of torch hub or, by its name in timm, of Hugging Face; empty if in neither."""
+    """The published file in the cache of torch hub or, by its name in timm, of Hugging Face; empty if in neither.
+
+    Raises:
+        InputError: what lies in torch hub's cache is not what was published.
+    """
     local = Path(torch.hub.get_dir()) / "checkpoints" / published.file
     if local.is_file():
+        check_released(local)
         return str(local)
     recorded = timm.get_pretrained_cfg(published.timm_name) if published.timm_name else None
     if recorded is None or not recorded.hf_hub_id:

@@ -8,7 +8,14 @@ import torch
 import torchvision
 
 from ovd_models.errors import InputError
-from workflows.common.starting_weights import PublishedBackbone, digest_of, find_backbone, find_published
+from workflows.common.starting_weights import (
+    PublishedBackbone,
+    check_file,
+    check_given,
+    digest_of,
+    find_backbone,
+    find_published,
+)
 from workflows.configs import codet, vild
 from workflows.configs.detectors import EVA02_L, MIIL_RESNET50, RESNET50, RESNET152, SWIN_B
 
@@ -31,11 +38,25 @@ def find(
 
 
 def test_an_earlier_download_is_used_and_said(caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert find_published(RESNET50) == ""
-    (caches / "resnet50-0676ba61.pth").touch()
-    assert find(RESNET50) == str(caches / "resnet50-0676ba61.pth")
-    assert capsys.readouterr().out == f"backbone: {caches / 'resnet50-0676ba61.pth'} (ImageNet)\n"
-    assert find(RESNET50, from_scratch=True) == ""
+    assert find_published(MIIL_RESNET50) == ""
+    file = caches / MIIL_RESNET50.file
+    file.touch()
+    assert find(MIIL_RESNET50) == str(file)
+    assert capsys.readouterr().out == f"backbone: {file} (ImageNet-21k)\n"
+    assert find(MIIL_RESNET50, from_scratch=True) == ""
+
+
+def test_half_a_download_is_refused(caches: Path) -> None:
+    half = caches / RESNET50.file
+    half.write_bytes(b"half")
+    with pytest.raises(InputError, match=r"resnet50-0676ba61.pth: sha256 \w+, published 0676ba61...; expected the"):
+        find(RESNET50)
+    with pytest.raises(InputError, match=r"resnet50-0676ba61.pth: sha256"):
+        check_given("", str(half), "")
+    sam = caches / "sam_vit_b_01ec64.pth"
+    sam.write_bytes(b"half")
+    with pytest.raises(InputError, match=r"sam_vit_b_01ec64.pth: md5 \w+, published 01ec64...; expected the whole"):
+        check_file("--sam", str(sam))
 
 
 def test_a_copy_that_timm_downloaded_is_used(caches: Path) -> None:
