@@ -227,6 +227,7 @@ def answers(url: str, server: "subprocess.Popen[bytes]") -> bool:
 def play(hour: Hour, pages: Sequence[str]) -> str:
     """Play the README and further pages; returns what the demo printed."""
     photos = write_photos(hour.clone / "photos")
+    write_others(hour.clone, photos)
     with serve_folder(photos / "images") as base:
         names = sorted(path.name for path in (photos / "images").iterdir())
         for file, first in (("list.tsv", 0), ("more.tsv", OWN)):
@@ -278,6 +279,18 @@ def write_photos(folder: Path) -> Path:
     contents = {"images": entries, "annotations": boxes, "categories": categories}
     (folder / "instances.json").write_text(json.dumps(contents))
     return folder
+
+
+def write_others(clone: Path, photos: Path) -> None:
+    """What further pages name: captions of the photographs, other folders of them, single ones, and a list of names."""
+    annotated = json.loads((photos / "instances.json").read_text())
+    lines = [f"{entry['file_name']}\ta dog and a person" for entry in annotated["images"]]
+    (photos / "captions.tsv").write_text("\n".join(["file_name\tcaption", *lines]))
+    for name, target in (("photos_val", photos), ("my_images", photos), ("other_photos", photos / "images")):
+        (clone / name).symlink_to(target)
+    for name in ("street.jpg", "picture.jpg"):
+        shutil.copy(next((photos / "images").iterdir()), clone / name)
+    (clone / "names.txt").write_text("umbrella\nanchor\n")
 
 
 def time_help(clone: Path, environment: dict[str, str]) -> tuple[int, float]:

@@ -179,7 +179,7 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__)
     tracking.check_server(run.storage)
     started = time.perf_counter()
-    labelled, numbers, answers, teacher = classify(run)
+    labelled, numbers, answers, teacher_id = classify(run)
     name = run.boxes or run.data.rstrip("/").rpartition("/")[2]
     page = render(labelled, numbers, answers, title=f"Zero-shot: {name}", model=run.model)
     uri = storage.join(run.storage, "reports", f"classify-{name}.html")
@@ -193,7 +193,7 @@ def main() -> None:
         experiment=run.boxes.removesuffix("-eval") or name,
         name=f"classify {name}",
         params=cli.flatten(run),
-        tags={"method": "clip", "teacher": teacher},
+        tags={"method": "clip", "teacher": teacher_id},
     ) as tracked:
         tracked.log_metrics({f"eval/{key}": value for key, value in next(iter(results.values())).items()})
         tracked.log_text(page, "eval/page.html")
@@ -201,6 +201,8 @@ def main() -> None:
         storage.write_bytes(run.output, (json.dumps(results, indent=1) + "\n").encode())
     print(f"{len(numbers):,} examples of {len(labelled.names):,} names, {time.perf_counter() - started:.0f} s")
     print(f"page: {uri}")
+    teacher = ("--teacher", run.model, *(("--pretrained", run.pretrained) if run.pretrained else ()))
+    print("next:", cli.script_command("codet", "--config", "photos", "--data", "PHOTOS", *teacher))
 
 
 COLUMNS = (("top1", 8), ("topk", 8), ("mean_of_classes", 10), ("calibration_error", 8), ("calibration_error_fitted", 8))

@@ -99,6 +99,8 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
     local = run if run.workers else replace(run, model=str(folder))
     info = read_info(folder)
     method = info.method
+    if method == "ovsam" and run.export:
+        raise InputError(f"--export: {run.model} is an OV-SAM, expected a detector; predict.py writes masks as COCO's")
     if method != "ovsam":
         evaluation.check_detector(info, run.model, run.iou_type)
         if run.protocol == "ovsam":
@@ -162,6 +164,9 @@ def main() -> None:
     if run.output:
         measured.write_metrics(run.output, numbers)
     print(summary)
+    if run.model:
+        words = ("--model", run.model, "--storage", run.storage, "--images", "PICTURES")
+        print("next:", cli.script_command("predict", *words))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from workflows.common import brief_help
 brief_help.answer(__name__, __file__, "model out images num_images int8 torch_export storage")
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -186,6 +187,8 @@ def main() -> None:
     run = cli.parse(CONFIGS, __doc__, writes=False)
     for file, difference in export(run).items():
         print(f"{run.out}/{file}: differs from PyTorch by at most {difference:.1e}")
+    if (detect := Path(run.out, "detect.py")).is_file():
+        print("next:", shlex.join(["python", str(detect), "PICTURE", "NAME"]))
 
 
 if __name__ == "__main__":

@@ -296,6 +296,7 @@ def main() -> None:
     if not total and not any(entry.note for entry in shown):
         print(f"nothing scores above {job.threshold:g}: try a lower --score-threshold, or other names")
     print(f"drawings, predictions.json and page: {Path(run.output, 'index.html').absolute()}")
+    print("next:", cli.script_command("serve", "--model", run.model, "--storage", run.storage))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from workflows.common import brief_help
 brief_help.answer(
     __name__,
     __file__,
-    "storage data boxes teacher pretrained proposals box_model backbone_weights "
+    "storage data held_out boxes teacher pretrained proposals box_model backbone_weights "
     "workers precision use_gpu dry_run resume",
 )
 

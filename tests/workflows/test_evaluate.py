@@ -15,6 +15,7 @@ from eval_data import lvis_like, predictions_for, write_results
 from mlflow.tracking import MlflowClient
 from object_storage import BUCKET, s3_server
 from PIL import Image
+from serving import save_segmenter
 
 from data_prep import tables
 from data_prep.boxes import annotations
@@ -235,7 +236,10 @@ def test_the_script_prints_and_tracks(
     assert list(numbers)[:3] == ["AP50_novel", "AP50_base", "AP50_all"]
     rows = json.loads(export.read_text())
     assert {row["image_id"] for row in rows} <= {row["source_id"] for row in rows_of(run)}
-    assert tracking.tracking_uri(run.storage) in lines[-1]
+    assert tracking.tracking_uri(run.storage) in lines[-2]
+    assert (
+        lines[-1] == f"next: python workflows/predict.py --model {run.model} --storage {run.storage} --images PICTURES"
+    )
     client = MlflowClient(tracking.tracking_uri(run.storage))
     (tracked,) = client.search_runs([client.get_experiment_by_name("t").experiment_id])
     assert {
@@ -282,6 +286,14 @@ def test_bad_input_is_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_an_ov_sam_exports_no_boxes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(save_segmenter(tmp_path / "ovsam"))
+    assert main(monkeypatch, run, "--model", model, "--export", f"{tmp_path}/dt.json") == 2
+    assert "is an OV-SAM, expected a detector" in capsys.readouterr().err
 
 
 def test_names_of_another_set_are_matched_with_those_of_the_training(

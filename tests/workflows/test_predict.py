@@ -78,6 +78,7 @@ def test_broken_pictures_among_good_ones_are_named_and_the_rest_goes_on(
     assert "4 pictures left out" in printed
     assert "broken0.png" in printed
     assert "score threshold: 0.25" in printed
+    assert printed.splitlines()[-1] == f"next: python workflows/serve.py --model {detector} --storage store"
     page = (tmp_path / "out/index.html").read_text()
     assert all(f"broken{number}.png: not an image" in page for number in range(4))
     assert "Score threshold: 0.25" in page
