@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,56 @@ def test_the_report_opens_in_a_browser(finished: FinishedDemo) -> None:
     assert images > 25
     assert all(reason in text for reason in finished.summary["pairs"]["rejected"])
     assert f"{finished.summary['codet']['ap50_base']:.3f}" in text
+
+
+def write_every_page(finished: FinishedDemo) -> list[Path]:
+    """The pages of all scripts that write one, about the demo's models and tables."""
+    root = finished.folder
+    (clip,) = (root / "runs/clip").glob("*/model")
+    model, boxes = str(root / "codet"), ("--boxes", "smoke-eval")
+    pictures, annotated = root / "images/smoke-eval", root / "annotated"
+    shutil.copytree(pictures, annotated / "images")
+    files = sorted(path.name for path in pictures.iterdir())
+    contents = {
+        "images": [{"id": k, "file_name": name, "width": 128, "height": 128} for k, name in enumerate(files, 1)],
+        "annotations": [
+            {"id": k, "image_id": k, "category_id": 1 + k % 2, "bbox": [9, 9, 60, 60], "area": 3600, "iscrowd": 0}
+            for k in range(1, len(files) + 1)
+        ],
+        "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": "hand"}],
+    }
+    (annotated / "instances.json").write_text(json.dumps(contents))
+    for script, *flags in (
+        ("predict", "--model", model, "--images", str(pictures), "--output", str(root / "reports/predictions")),
+        ("failures", "--model", model, "--teacher", str(clip), *boxes, "--storage", str(root)),
+        ("compare", "--runs", model, model, *boxes, "--storage", str(root)),
+        ("classify", "--model", str(clip), *boxes, "--storage", str(root)),
+        ("prepare_boxes", "--config", "coco", "--name", "own", "--data", str(annotated), "--storage", str(root)),
+    ):
+        command = [sys.executable, str(SCRIPT.with_name(f"{script}.py")), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return [root / "report.html", *(root / "reports").rglob("*.html")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is absent")
+def test_every_page_fits_a_phone_a_tablet_and_a_screen(finished: FinishedDemo) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    pages = write_every_page(finished)
+    kinds = {re.split(r"[-.]", str(path.relative_to(finished.folder)).removeprefix("reports/"))[0] for path in pages}
+    assert kinds == {"report", "eval", "pairs", "predictions/index", "failures", "compare", "classify", "boxes"}
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
+        widths = {}
+        for path in pages:
+            for width in (390, 768, 1440):
+                page = browser.new_page(viewport={"width": width, "height": 900})
+                page.goto(path.as_uri())
+                widths[path.name, width] = page.evaluate("document.documentElement.scrollWidth")
+                page.close()
+        browser.close()
+    assert {key: wide for key, wide in widths.items() if wide > key[1]} == {}
 
 
 @pytest.mark.slow
