@@ -21,9 +21,9 @@ from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.ovsam.model import OvSam
-from ovd_models.ovsam.text_to_mask import TextToMask
+from ovd_models.ovsam.text_to_mask import NamedImage, TextToMask
 from ovd_models.preprocess import ImageLike, to_tensor
-from ovd_models.sam.model import EncodedImage, EverythingConfig
+from ovd_models.sam.model import EverythingConfig
 from ovd_models.segments import Prompts, Segments
 from ovd_models.vild.model import EncodedViLD, ViLD
 from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, build_vocabulary, clean_names
@@ -297,8 +297,8 @@ class TextSegmenter(Predictor[TextToMask]):
         vocabulary = build_vocabulary(self.encoder, chosen, self.info.splits).to(self.device)
         return _with_image(self.find(tensor, vocabulary, clicks), tensor)
 
-    def find(self, image: Tensor | EncodedImage, vocabulary: Vocabulary, clicks: Prompts | None = None) -> Segments:
-        """One mask of an image ([3, H, W] uint8, or encoded by the model's SAM) for each name of a vocabulary."""
+    def find(self, image: Tensor | NamedImage, vocabulary: Vocabulary, clicks: Prompts | None = None) -> Segments:
+        """One mask of an image ([3, H, W] uint8, or encoded by the model) for each name of a vocabulary."""
         segments = self.model.segment_text(image, vocabulary.embeddings, clicks)
         labels = torch.arange(len(vocabulary), device=self.device)
         return replace(segments, labels=labels, scores=segments.ious, names=vocabulary.names)

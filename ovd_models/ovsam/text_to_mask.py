@@ -1,15 +1,22 @@
 """Text to mask: SAM prompted by CLIP embeddings of crops in training, of names at test time (arXiv 2304.02643, D.5).
 
-B images, P prompts, D width of CLIP's space, C prompt width, L side of the decoder's maps, S side of the input.
+SAM's own features say little about what a thing is, so a name also becomes a point: the centre of the window of the
+image whose CLIP embedding is nearest to it. Training puts the point near the centre of the object. The paper has the
+embedding alone (`windows` empty).
+
+B images, P prompts, D width of CLIP's space, C prompt width, L side of the decoder's maps, S side of the input, N
+windows.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 from ovd_models.losses import zero_loss
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
@@ -22,10 +29,14 @@ from ovd_models.sam.training import (
     prompt_losses,
     sample_objects,
 )
-from ovd_models.segments import PIXELS_AT_A_TIME, MaskBatch, Prompts, Segments
+from ovd_models.segments import ON, PIXELS_AT_A_TIME, MaskBatch, Prompts, Segments
 
 CENTRE_MOMENTUM = 0.99
 NAMES_AT_A_TIME = 64
+WINDOW_STEPS = 16
+"""Windows are a sixteenth of the input's side apart."""
+CENTRAL = 0.5
+"""The points of training lie in the central half of an object's box, each way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +53,8 @@ class TextToMaskConfig:
     """Rounds after the name that add a corrective click to the last mask."""
     min_area: int = 0
     """Minimum area of a mask to learn from, in pixels of the model's input."""
+    windows: tuple[float, ...] = (0.15, 0.3, 0.6)
+    """Sides of the square windows in which a name is looked for, relative to the input's side; none: no point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +65,17 @@ class TextToMaskModelConfig:
     tower: TowerConfig = field(default_factory=TowerConfig)
     """CLIP's image tower."""
     text: TextToMaskConfig = field(default_factory=TextToMaskConfig)
+
+
+@dataclass(frozen=True)
+class NamedImage(TensorRecord):
+    """An encoded image, for any names."""
+
+    sam: EncodedImage
+    windows: Tensor
+    """[N, D] centred unit rows of CLIP's embeddings of its windows."""
+    centres: Tensor
+    """[N, 2] xy of the windows' centres in pixels of the model's input."""
 
 
 class TextToMask(nn.Module):
@@ -104,9 +128,13 @@ class TextToMask(nn.Module):
             self.image_centre.lerp_(image_PD.mean(0), share)
         embedding_PChw, centred_PD = embedding_BChw[objects.images], image_PD - self.image_centre
         settings = SamTrainingConfig()
-        low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD)
-        rounds = [prompt_losses(low_PKLL, ious_PK, objects.masks, settings, ambiguous=False)]
         points, labels = [], []
+        if self.settings.windows:
+            points.append(central_points(objects.boxes, generator))
+            labels.append(torch.full_like(objects.labels, ON))
+        located = Prompts(torch.stack(points, 1), torch.stack(labels, 1)) if points else None
+        low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD, located)
+        rounds = [prompt_losses(low_PKLL, ious_PK, objects.masks, settings, ambiguous=False)]
         for _ in range(self.settings.clicks):
             last_PLL = low_PKLL.detach()[:, 0]
             shown_PSS = F.interpolate(last_PLL[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0] > 0
@@ -147,11 +175,25 @@ class TextToMask(nn.Module):
         return self.sam.decode(embedding_PChw, sparse_PnC, dense)
 
     @torch.no_grad()
-    def segment_text(self, image: Tensor | EncodedImage, text_PD: Tensor, clicks: Prompts | None = None) -> Segments:
+    def encode(self, image_3HW: Tensor) -> NamedImage:
+        """Encode an image [3, H, W] uint8 and the windows of it in which names are looked for."""
+        side, encoded = self.sam.config.image_size, self.sam.encode(image_3HW)
+        fitted = fit_on_device(image_3HW, side)
+        height, width = fitted.shape[1:]
+        centres_N2, boxes_N4 = place_windows(height, width, side, self.settings.windows)
+        centres_N2, boxes_N4 = centres_N2.to(fitted.device), boxes_N4.to(fitted.device)
+        if not len(boxes_N4):
+            return NamedImage(encoded, self.image_centre.new_zeros(0, len(self.image_centre)), centres_N2)
+        top_1CHW = self.clip(self.clip.normalise(fitted, side)[None])[-1]
+        rows_ND = self.clip.region_embeddings(top_1CHW, F.pad(boxes_N4, (1, 0)))
+        return NamedImage(encoded, F.normalize(rows_ND - self.image_centre, dim=-1), centres_N2)
+
+    @torch.no_grad()
+    def segment_text(self, image: Tensor | NamedImage, text_PD: Tensor, clicks: Prompts | None = None) -> Segments:
         """One mask of an image for each unit row of names, with its IoU.
 
         Args:
-            image: [3, H, W] uint8, or encoded by the SAM.
+            image: [3, H, W] uint8, or encoded.
             text_PD: the names.
             clicks: points for each of the names, in pixels of the image, with the earlier masks
                 (`Segments.low_res`) that they correct.
@@ -159,18 +201,58 @@ class TextToMask(nn.Module):
         Raises:
             InputError: the clicks do not fit the image, or are not as many as the names.
         """
-        encoded = self.sam.encode(image) if isinstance(image, Tensor) else image
+        named = self.encode(image) if isinstance(image, Tensor) else image
+        encoded = named.sam
         if clicks is not None:
             if clicks.points is None or len(clicks) != len(text_PD):
                 raise InputError(f"clicks: {len(clicks)}, expected points for each of the {len(text_PD)} names")
             clicks = input_prompts(clicks, encoded)
+        centred_PD = text_PD - self.text_centre
+        clicks = with_points(named, centred_PD, clicks)
         height, width = encoded.size
         parts = []
         count = max(1, min(NAMES_AT_A_TIME, PIXELS_AT_A_TIME // math.prod(encoded.padded_size)))
         for rows_P in torch.split(torch.arange(len(text_PD), device=text_PD.device), count):
             embedding_PChw = encoded.embedding.expand(len(rows_P), -1, -1, -1)
             own = None if clicks is None else clicks.take(rows_P)
-            low_PKLL, ious_PK = self._decode(embedding_PChw, text_PD[rows_P] - self.text_centre, own)
+            low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD[rows_P], own)
             masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
             parts.append((masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
         return unnamed(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def central_points(boxes_P4: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[P, 2] points drawn in the central part of boxes."""
+    draws_P2 = torch.rand((len(boxes_P4), 2), generator=generator).to(boxes_P4.device, non_blocking=True)
+    share_P2 = 0.5 + CENTRAL * (draws_P2 - 0.5)
+    return boxes_P4[:, :2] + share_P2 * (boxes_P4[:, 2:] - boxes_P4[:, :2])
+
+
+def place_windows(height: int, width: int, side: int, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Centres [N, 2] and boxes [N, 4] of square windows all over an image, cut off at its edges.
+
+    Args:
+        height: of the image in pixels of the model's input.
+        width: the same.
+        side: S.
+        shares: sides of the windows relative to S.
+    """
+    step = side / WINDOW_STEPS
+    ys, xs = (torch.arange(step / 2, max(length, step), step) for length in (height, width))
+    centres_M2 = torch.cartesian_prod(ys, xs).flip(1)
+    limits = torch.tensor([width, height, width, height])
+    boxes = [torch.cat([centres_M2 - share * side / 2, centres_M2 + share * side / 2], 1) for share in shares]
+    boxes_N4 = torch.cat([torch.zeros(0, 4), *boxes]).clamp(min=torch.zeros(4), max=limits.float())
+    return centres_M2.repeat(len(shares), 1), boxes_N4
+
+
+def with_points(image: NamedImage, centred_PD: Tensor, clicks: Prompts | None) -> Prompts | None:
+    """Clicks in pixels of the model's input, after the point of each name; None if there is neither."""
+    if not len(image.windows) or not len(centred_PD):
+        return clicks
+    points_P12 = image.centres[(centred_PD @ image.windows.T).argmax(1)][:, None]
+    labels_P1 = torch.full(points_P12.shape[:2], ON, device=points_P12.device)
+    if clicks is None or clicks.points is None or clicks.point_labels is None:
+        return Prompts(points_P12, labels_P1)
+    points, labels = torch.cat([points_P12, clicks.points], 1), torch.cat([labels_P1, clicks.point_labels], 1)
+    return replace(clicks, points=points, point_labels=labels)

@@ -300,7 +300,7 @@ def segment_names(images: Iterable[ImageObjects], vocabulary: Vocabulary, text: 
         metrics.setdefault(("sam", kind), PointingMetrics()).add(ious_PP.diagonal(), best, labels, flags)
 
     for objects in images:
-        name_PD, encoded = vocabulary.embeddings[objects.labels], text.sam.encode(objects.image)
+        name_PD, encoded = vocabulary.embeddings[objects.labels], text.encode(objects.image)
         segments = text.segment_text(encoded, name_PD)
         add("text", segments, objects)
         if text.settings.clicks:

@@ -73,10 +73,8 @@ class ServedModel:
     def encode(self, images: Sequence[Tensor]) -> Sequence[Any]:
         """Images of one size, encoded for any prompts and names."""
         predictor = self.predictor
-        if isinstance(predictor, Segmenter):
+        if isinstance(predictor, Segmenter | TextSegmenter):
             return [predictor.model.encode(image) for image in images]
-        if isinstance(predictor, TextSegmenter):
-            return [predictor.model.sam.encode(image) for image in images]
         return predictor.encode(images)
 
     def query(

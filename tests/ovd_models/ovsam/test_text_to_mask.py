@@ -5,7 +5,13 @@ from torch.nn import functional as F
 
 from ovd_models.errors import InputError
 from ovd_models.ovsam import text_to_mask
-from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig, TextToMaskModelConfig
+from ovd_models.ovsam.text_to_mask import (
+    TextToMask,
+    TextToMaskConfig,
+    TextToMaskModelConfig,
+    place_windows,
+    with_points,
+)
 from ovd_models.sam.model import SamConfig
 from ovd_models.sam.training import mask_ious
 from ovd_models.segments import MaskBatch, Prompts
@@ -36,7 +42,10 @@ def crops_of(model: TextToMask, batch: MaskBatch) -> Tensor:
     return F.normalize(model.clip.tower(flat.expand(-1, -1, 64, 64)), dim=-1)
 
 
-def test_names_give_the_masks_of_what_they_name(model: TextToMask) -> None:
+def test_names_give_the_masks_of_what_they_name() -> None:
+    # Without windows: an untrained CLIP knows no things, so they would put the points anywhere.
+    torch.manual_seed(0)
+    model = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(max_margin=1.2, windows=())))
     batch, generator = two_squares(), torch.Generator().manual_seed(0)
     model.sam.requires_grad_(True)  # here SAM itself is untrained
     optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-3)
@@ -52,6 +61,34 @@ def test_names_give_the_masks_of_what_they_name(model: TextToMask) -> None:
     ious = mask_ious(found.masks.flatten(1), batch.masks[0].flatten(1))
     swapped = mask_ious(found.masks.flatten(1), batch.masks[0].flip(0).flatten(1))
     assert (ious > swapped + 0.3).all(), (ious, swapped)
+
+
+def test_a_name_becomes_a_point_on_what_it_names(model: TextToMask) -> None:
+    batch = two_squares()
+    image = model.encode(batch.images[0])
+    middles = torch.tensor([[18.0, 18.0], [46.0, 46.0]])  # of the squares
+    nearest = (image.centres[:, None] - middles).norm(dim=2).argmin(0)
+    located = with_points(image, image.windows[nearest], None)
+    assert located is not None and located.points is not None
+    column, row = located.points[:, 0].long().unbind(1)
+    assert batch.masks[0][torch.arange(2), row, column].all()
+
+
+def test_without_windows_a_name_alone_is_the_prompt(model: TextToMask, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(windows=()))).eval()
+    plain.load_state_dict(model.state_dict())
+    image, names = two_squares().images[0], F.normalize(torch.randn(2, 128), dim=-1)
+    assert with_points(plain.encode(image), names, None) is None
+    assert plain.segment_text(image, names).masks.shape == (2, 64, 64)
+    assert float(plain(two_squares())["dice"]) > 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (20, 64), (64, 3)])
+def test_windows_cover_an_image_of_any_shape(height: int, width: int) -> None:
+    centres, boxes = place_windows(height, width, 64, (0.2, 0.5))
+    assert len(centres) == len(boxes) == 2 * -(-height // 4) * -(-width // 4)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
 def test_many_names_are_asked_for_in_parts(model: TextToMask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +128,11 @@ def test_clicks_and_earlier_masks_join_the_name_as_prompts(model: TextToMask) ->
     points, labels = torch.tensor([[[3.0, 5.0]], [[20.0, 9.0]]]), torch.tensor([[1], [0]])
     after = model.segment_text(image, names, Prompts(points, labels, masks=before.low_res))
     encoder, encoded = model.sam.sam.prompt_encoder, model.sam.encode(image)
-    clicked, dense = encoder((points * 2, labels), None, before.low_res[:, None])  # the input is twice as large
+    located = with_points(model.encode(image), names, None)
+    assert located is not None and located.points is not None and located.point_labels is not None
+    given = torch.cat([located.points, points * 2], 1)  # the input is twice as large
+    labelled = torch.cat([located.point_labels, labels], 1)
+    clicked, dense = encoder((given, labelled), None, before.low_res[:, None])
     sparse = torch.cat([model.token(names)[:, None], clicked], 1)
     low, ious = model.sam.decode(encoded.embedding.expand(2, -1, -1, -1), sparse, dense)
     assert torch.allclose(after.low_res, low[:, 0], atol=1e-5) and torch.allclose(after.ious, ious[:, 0], atol=1e-5)
@@ -114,12 +155,11 @@ def test_each_click_of_training_is_where_the_last_mask_is_wrong(
 
     monkeypatch.setattr(clicking, "_decode", noted)
     losses = clicking(two_squares(), torch.Generator().manual_seed(0))
-    first, second, third = asked
-    assert first is None and second is not None and third is not None
-    assert [len(clicks.points[0]) for clicks in (second, third) if clicks.points is not None] == [1, 2]
-    assert second.points is not None and third.points is not None
-    assert torch.equal(third.points[:, :1], second.points)
-    assert second.masks is not None and not second.masks.requires_grad
+    points = [clicks.points for clicks in asked if clicks is not None and clicks.points is not None]
+    assert [len(of_object[0]) for of_object in points] == [1, 2, 3]
+    assert torch.equal(points[1][:, :1], points[0]) and torch.equal(points[2][:, :2], points[1])
+    second = asked[1]
+    assert second is not None and second.masks is not None and not second.masks.requires_grad
     plain = model(two_squares(), torch.Generator().manual_seed(0))
     assert losses["dice"] != plain["dice"]  # the mean of three rounds
 

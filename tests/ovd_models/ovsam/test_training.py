@@ -81,9 +81,9 @@ def test_no_stage_resizes_with_pillow(
 
 
 # Object, place in the order, box corners, first click and two corrective ones; object, box corners, click, place in the
-# order, and xy of 24 candidates and 2 further points; object, blank or not, margin.
+# order, and xy of 24 candidates and 2 further points; object, blank or not, margin, xy of its point.
 @pytest.mark.parametrize(
-    ("stage", "limit"), [(sam, 1 + 1 + 4 + 3), (sam2clip, 0), (clip2sam, 1 + 4 + 1 + 1 + 2 * 26), (text_to_mask, 3)]
+    ("stage", "limit"), [(sam, 1 + 1 + 4 + 3), (sam2clip, 0), (clip2sam, 1 + 4 + 1 + 1 + 2 * 26), (text_to_mask, 5)]
 )
 def test_the_random_numbers_of_a_prompt_do_not_grow_with_the_image(stage: Callable[[], Losses], limit: int) -> None:
     torch.manual_seed(0)

@@ -79,7 +79,7 @@ def prompted_ious(
 
 def named_ious(model: TextToMask, objects: ImageObjects, name_KD: Tensor) -> Iterator[tuple[str, Tensor]]:
     """IoUs [P] of the objects of an image, prompted by their names, and by a corrective click after these."""
-    encoded, own_PD = model.sam.encode(objects.image), name_KD[objects.labels]
+    encoded, own_PD = model.encode(objects.image), name_KD[objects.labels]
     found = model.segment_text(encoded, own_PD)
     yield "name", mask_ious(found.masks.flatten(1), objects.masks.flatten(1))
     point_P2, label_P = next_click(found.masks, objects.masks)
