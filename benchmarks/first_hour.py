@@ -238,7 +238,7 @@ def play(hour: Hour, pages: Sequence[str]) -> str:
             (hour.clone / file).write_text("\n".join(["url\tcaption", *rows]))
         for page in ("README.md", *pages):
             hour.play(page)
-    own = "--model $(ls -td store/runs/codet/photos-*/model | head -1) --images photos/images --names 'dog, person'"
+    own = "--model $(ls -td store/runs/codet/photos-*/model | head -1) --images photos/images --names 'dog, person' --output own"
     hour.run(f"python workflows/predict.py {own}")
     with started_head({**hour.environment(), "RAY_AUTH_MODE": "disabled"}) as head:
         job = f"python workflows/codet.py --config smoke --storage {hour.clone}/jobs"
