@@ -46,9 +46,9 @@ OWN = 30
 TIMEOUT = 3600
 NOT_HERE = {
     r"make install|\. \.venv": "this environment is used",
-    r"make (bench|claims)|python benchmarks": "minutes to hours, and no first step",
+    r"make (bench|claims)|python benchmarks|python workflows/claims|.*studies.finetune": "hours, and no first step",
     r"docker|helm|kubectl|serve (deploy|run)|ray |export ": "a cluster",
-    r".*(s3:|BUCKET)": "a bucket",
+    r".*(s3:|BUCKET|OVD_TOKEN)": "a bucket or a cluster",
     r".*(--pretrained|RN50x16|sam_vit|FILE)": "released weights",
     r".*(COCO|TRAIN|lvis|coco_|cc3m|WORDNET|imagenet|SA-1B|laion)": "a published data set",
     r".*(CLIP_|VIT|CODET|VILD| SAM)": "several trainings that the page names",
@@ -64,7 +64,7 @@ EXPECTED = {
     "python workflows/predict.py": "index.html",
     "python workflows/c": "next:",
     "python workflows/vild.py": "next:",
-    "curl": '"detections"',
+    "curl": '{"width"',
 }
 """What a command prints in the end."""
 ADDED = {
@@ -73,6 +73,8 @@ ADDED = {
 }
 """Flags without which a command fails here: the thirty pictures are served from this machine."""
 TINY = {
+    "vild_sweep": "--boxes smoke-eval",
+    "failures.py --model store/runs/vild": "--boxes smoke-eval",
     "codet.py --config photos": "--box-stage.steps 2 --joint-stage.steps 2",
     "codet.py --config finetune": "--box-stage.steps 2 --joint-stage.steps 2",
     "vild.py --config photos": "--rpn-stage.steps 2 --detector-stage.steps 2",
@@ -93,8 +95,8 @@ class Hour:
     not_run: list[str] = field(default_factory=list)
     variables: list[str] = field(default_factory=list)
     """Assignments so far, which hold for the commands after them."""
-    server: str = ""
-    """The last command that serves a model; requests are sent while it runs."""
+    servers: list[str] = field(default_factory=list)
+    """The commands so far that serve models; requests are sent while the last fitting one runs."""
 
     def environment(self) -> dict[str, str]:
         """With the clone's packages first, and the programs of this environment."""
@@ -157,9 +159,9 @@ class Hour:
 
     def play(self, page: str) -> None:
         """Run a page's commands in its order, then its Python."""
-        text, method = (self.clone / page).read_text(), Path(page).stem
+        text, stem = (self.clone / page).read_text(), Path(page).stem
         for shown in documented.commands(text):
-            command = self.filled_in(shown, method)
+            command = self.filled_in(shown, stem)
             reason = next((why for start, why in NOT_HERE.items() if re.match(start, command)), "")
             if reason:
                 self.not_run.append(f"{page}: {command} ({reason})")
@@ -167,7 +169,7 @@ class Hour:
                 self.variables.append(self.adapted(command))
             else:
                 self.play_command(self.adapted(command))
-        code = self.adapted(self.filled_in(documented.snippets(text), method))
+        code = self.adapted(self.filled_in(documented.snippets(text), stem))
         if code:
             (self.clone / "snippets.py").write_text(code)
             self.run("python snippets.py")
@@ -178,19 +180,25 @@ class Hour:
         if url:
             with self.running(command, url):
                 pass
-            self.server = command if "serve.py" in command else self.server
+            if "serve.py" in command:
+                self.servers.append(command)
         elif command.startswith("curl"):
-            with self.running(self.server, SERVERS["python workflows/serve.py"]):
+            kind = "ovsam" if "/v1/segment" in command else ""
+            server = next(server for server in reversed(self.servers) if kind in server)
+            with self.running(server, SERVERS["python workflows/serve.py"]):
                 self.run(command)
         else:
             self.run(command)
 
-    def filled_in(self, command: str, method: str) -> str:
+    def filled_in(self, command: str, page: str) -> str:
         """A command with the newest models in place of the documentation's words for them."""
+        named = re.search(r"workflows[/.](?:studies\.)?(codet|vild|ovsam)", f"{command} workflows/{page}")
+        method = named[1] if named else "codet"
         for word, pattern in {
             r"(?<!\$)\bCLIP\b(?!=)": "store/runs/clip/*/model",
             r"\bMODEL\b": f"store/runs/{method}/*/model",
-            r"\bRUN\b|store/runs/\w+/<run>": f"store/runs/{method}/*",
+            r"store/runs/ovsam/<run>|runs/ovsam(?=\s|$)": "store/runs/ovsam/*",
+            r"\bRUN\b": f"store/runs/{method}/*",
             r"\bNAME\b": f"store/runs/{method}/*",
         }.items():
             found = sorted(self.clone.glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -238,8 +246,9 @@ def play(hour: Hour, pages: Sequence[str]) -> str:
             (hour.clone / file).write_text("\n".join(["url\tcaption", *rows]))
         for page in ("README.md", *pages):
             hour.play(page)
-    own = "--model $(ls -td store/runs/codet/photos-*/model | head -1) --images photos/images --names 'dog, person' --output own"
-    hour.run(f"python workflows/predict.py {own}")
+    model = "$(ls -td store/runs/codet/photos-*/model | head -1)"
+    own = "--images photos/images --names 'dog, person' --output own"
+    hour.run(f"python workflows/predict.py --model {model} {own}")
     with started_head({**hour.environment(), "RAY_AUTH_MODE": "disabled"}) as head:
         job = f"python workflows/codet.py --config smoke --storage {hour.clone}/jobs"
         hour.run(f"ray job submit --address {head.address} --working-dir . -- {job}")

@@ -5,7 +5,7 @@ claims x seeds --what is not recorded yet: train, measure--> docs/claims/*.json 
 A killed run continues: finished results are files, finished trainings are reused and unfinished ones resume. Seeds are
 outermost, so that each claim has one seed before any has two.
 
-python workflows/claims.py                             # all claims, seeds 0 1 2
+python workflows/claims.py                             # all claims, three seeds or more each
 python workflows/claims.py --claims 10 12 --seeds 0
 python workflows/claims.py --render                    # the page from the recorded results
 python workflows/claims.py --check                     # measure one recorded claim again and compare
@@ -45,8 +45,8 @@ class Run:
     """Folder of the recorded results; the page is beside it."""
     claims: tuple[int, ...] = ()
     """Numbers of the claims to measure; all if empty."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of all trainings; every claim has one before any has two."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of all trainings; each claim's own if empty. Every claim has one before any has two."""
     render: bool = False
     """Only render the page from the recorded results."""
     check: bool = False
@@ -92,7 +92,14 @@ def render(run: Run) -> None:
 def plan(run: Run, records: dict[int, list[Record]]) -> list[tuple[Part, int]]:
     """What remains, one seed of every claim before the next; prints it with the recorded hours."""
     done = {(number, record.seed) for number, of in records.items() for record in of}
-    remaining = [(part, seed) for seed in run.seeds for part in chosen_parts(run) if (part.number, seed) not in done]
+    chosen = chosen_parts(run)
+    wanted = [
+        (part, seed)
+        for seed in run.seeds or range(max(part.seeds for part in chosen))
+        for part in chosen
+        if run.seeds or seed < part.seeds
+    ]
+    remaining = [(part, seed) for part, seed in wanted if (part.number, seed) not in done]
     seconds = [record.seconds for of in records.values() for record in of]
     print(f"recorded: {len(done)} results in {sum(seconds) / 3600:.2f} h")
     known, unknown = 0.0, 0

@@ -169,6 +169,7 @@ def measure_interactive(run: ClipStudy, seed: int) -> dict[str, Metrics]:
 
 INTERACTIVE = Part(
     number=9,
+    seeds=5,
     statement="Attributes can be asked for at run time: a category, then its colour. What is abstract (upside-down, "
     "rotated, crossed out) is hardly seen.",
     paper=("Shown as pictures: colours and fruit, bird species; animal posture fails (ViLD)*",),

@@ -54,6 +54,8 @@ class Part:
     """Draws what a seed has learned: settings, seed -> picture; that of the first seed is on the page."""
     picture_text: str = ""
     """What the picture shows."""
+    seeds: int = 3
+    """How many seeds the claim is measured with, from 0: more where the interval of three is wide."""
     remark: str = ""
     """What limits the measurement, or why the claim does not hold."""
 

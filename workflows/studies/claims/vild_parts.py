@@ -220,6 +220,7 @@ SCHEDULE = (
 
 DISTILLATION = Part(
     number=4,
+    seeds=5,
     statement="Distillation raises novel AP over names alone (ViLD-text < ViLD), and the ensemble of two heads keeps "
     "base AP.",
     paper=(f"10.1 (ViLD-text), 16.1 (ViLD), 16.6 (ensemble): {LVIS}",),
