@@ -10,7 +10,7 @@ python workflows/predict.py --model OVSAM --images photos/ --boxes predictions/p
 
 from workflows.common import brief_help
 
-brief_help.answer(__name__, __file__, "model images names boxes output score_threshold device storage")
+brief_help.answer(__name__, __file__, "model images names boxes output score_threshold min_iou device storage")
 
 import json
 import os
@@ -31,6 +31,7 @@ from ovd_models.batches import Detections
 from ovd_models.errors import InputError
 from ovd_models.images import EXTENSIONS, open_image
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
+from ovd_models.sam.model import EverythingConfig
 from ovd_models.segments import Prompts, Segments
 from workflows.common import cli, models
 from workflows.common.output import check_folder, write_folder
@@ -57,6 +58,10 @@ class Run:
     """New folder for the results."""
     score_threshold: float | None = None
     """What is found scores above it; if None, a detector's threshold of best F1, and all masks of other models."""
+    min_iou: float = EverythingConfig.min_iou
+    """For OV-SAM without `--boxes`: the predicted IoU of a mask is at least this."""
+    min_stability: float = EverythingConfig.min_stability
+    """For the same: a mask's IoU at a higher and a lower threshold is at least this."""
     device: str = "auto"
     """Device of the model, such as `cuda:1`; `auto` is a GPU if there is one."""
     storage: str = "store"
@@ -76,6 +81,8 @@ class Job:
     names: Sequence[str] | None
     boxes: Boxes | None
     threshold: float
+    everything: EverythingConfig
+    """Which masks of a whole picture are kept."""
 
 
 @dataclass(frozen=True)
@@ -185,10 +192,15 @@ def prepare(run: Run) -> Job:
     check_folder(run.output, "--output")
     if run.score_threshold is not None and not 0 <= run.score_threshold <= 1:
         raise InputError(f"--score-threshold {run.score_threshold:g}: expected 0 to 1")
+    for flag, value in (("--min-iou", run.min_iou), ("--min-stability", run.min_stability)):
+        if not 0 <= value <= 1:
+            raise InputError(f"{flag} {value:g}: expected 0 to 1")
     boxes = read_boxes(run.boxes, pictures)
     predictor = load_predictor(run)
     own = predictor.info.score_threshold if isinstance(predictor, Detector) else 0.0
-    return Job(predictor, pictures, names, boxes, own if run.score_threshold is None else run.score_threshold)
+    threshold = own if run.score_threshold is None else run.score_threshold
+    everything = EverythingConfig(min_iou=run.min_iou, min_stability=run.min_stability)
+    return Job(predictor, pictures, names, boxes, threshold, everything)
 
 
 def predict_one(job: Job, path: Path, name: str) -> Detections | Segments:
@@ -203,7 +215,7 @@ def predict_one(job: Job, path: Path, name: str) -> Detections | Segments:
     if isinstance(predictor, TextSegmenter):
         found = predictor.segment(image, job.names)
     elif job.boxes is None:
-        found = predictor.everything(image, job.names)
+        found = predictor.everything(image, job.names, job.everything)
     else:
         clipped = [clip_box(box, image.width, image.height) for box in job.boxes[name]]
         boxes = [box for box, reason in clipped if not reason]
@@ -293,6 +305,8 @@ def main() -> None:
         print(count_left_out(left_out))
     for note, count in Counter(entry.note for entry in shown if entry.note).most_common(3):
         print(f"{count:,} of {len(shown):,} pictures: {note}")
+    if isinstance(job.predictor, Segmenter) and job.boxes is None and not total:
+        print("lower limits keep more masks: --min-iou 0.6 --min-stability 0.7")
     if not total and not any(entry.note for entry in shown):
         print(f"nothing scores above {job.threshold:g}: try a lower --score-threshold, or other names")
     print(f"drawings, predictions.json and page: {Path(run.output, 'index.html').absolute()}")

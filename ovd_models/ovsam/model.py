@@ -248,8 +248,8 @@ class OvSam(nn.Module):
         The image is [3, H, W] uint8, or the result of `encode`.
 
         As in the package's automatic mask generator, prompts are a grid of clicks, and masks of low predicted IoU, low
-        stability or high overlap with a better one are dropped. Without settings, the number of clicks follows the
-        image's size. If nothing remains, `Segments.reason` says why.
+        stability or high overlap with a better one are dropped. By default, the number of clicks follows the image's
+        size. If nothing remains, `Segments.reason` says why.
 
         Raises:
             InputError: the model has no IoU head.
@@ -258,8 +258,8 @@ class OvSam(nn.Module):
             raise InputError("everything: this model has no IoU head to choose masks by")
         encoded = self.encode(image) if isinstance(image, Tensor) else image
         height, width = encoded.sam.size
-        settings = settings or EverythingConfig.for_size(width, height)
-        grid = torch.from_numpy(build_point_grid(settings.points_per_side)).float()
+        settings = settings or EverythingConfig()
+        grid = torch.from_numpy(build_point_grid(settings.clicks_along(width, height))).float()
         points = grid * grid.new_tensor([width, height])
         parts, confident, best_iou = [], 0, 0.0
         for clicks in torch.split(points, settings.points_per_batch):

@@ -236,9 +236,10 @@ def fit_on_device(image: Tensor, side: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class EverythingConfig:
-    """Settings of the automatic mask generator; the defaults are the package's."""
+    """Settings of the automatic mask generator; the defaults of all but the clicks are the package's."""
 
-    points_per_side: int = 32
+    points_per_side: int | None = None
+    """Clicks along each side; if None, one every 8 pixels of the longer side, 8 to 32 (the package's)."""
     points_per_batch: int = 64
     min_iou: float = 0.88
     """Minimum predicted IoU of a mask."""
@@ -248,10 +249,9 @@ class EverythingConfig:
     max_masks: int = 1024
     """Maximum number of masks, the best by predicted IoU."""
 
-    @classmethod
-    def for_size(cls, width: int, height: int) -> "EverythingConfig":
-        """A click every 8 pixels of the longer side, at least 8 and at most the package's 32 along each side."""
-        return cls(points_per_side=min(32, max(8, round(max(width, height) / 8))))
+    def clicks_along(self, width: int, height: int) -> int:
+        """Clicks along each side of an image."""
+        return self.points_per_side or min(32, max(8, round(max(width, height) / 8)))
 
 
 class SamModel(nn.Module):
@@ -316,7 +316,7 @@ class SamModel(nn.Module):
         pixels = add_edge(image, self.config.image_size).permute(1, 2, 0).cpu().numpy()
         generator = SamAutomaticMaskGenerator(
             self.sam,
-            points_per_side=settings.points_per_side,
+            points_per_side=settings.clicks_along(int(image.shape[-1]), int(image.shape[-2])),
             points_per_batch=settings.points_per_batch,
             pred_iou_thresh=settings.min_iou,
             stability_score_thresh=settings.min_stability,

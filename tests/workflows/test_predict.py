@@ -184,6 +184,7 @@ def test_names_whose_masks_are_empty_are_said_to_be() -> None:
         ({"output": f"{__file__}/below"}, "--output .*test_predict.py is a file, expected a folder"),
         ({"boxes": "/nothing.json"}, r"/nothing\.json: cannot be read .* expected an annotation file"),
         ({"score_threshold": 2.0}, "--score-threshold 2: expected 0 to 1"),
+        ({"min_iou": 2.0}, "--min-iou 2: expected 0 to 1"),
         ({"model": ""}, "--model: missing"),
     ],
 )

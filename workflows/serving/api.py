@@ -147,7 +147,11 @@ class Endpoint:
                 raise ProblemError(413, "Image too large", f"image: {width} x {height} pixels, {most}")
             most_masks = max(1, self.limits.max_mask_pixels // (width * height))
             settings = EverythingConfig(
-                points_per_side=fields.points_per_side, points_per_batch=min(64, most_masks), max_masks=most_masks
+                points_per_side=fields.points_per_side,
+                points_per_batch=min(64, most_masks),
+                min_iou=fields.min_iou,
+                min_stability=fields.min_stability,
+                max_masks=most_masks,
             )
             segments = segmenter.everything(encoded, query.names, settings)
             return {"width": width, "height": height, "segments": segments.to_list(), "note": segments.note}
@@ -163,7 +167,7 @@ class Endpoint:
         segmenter, names = model.predictor, query.names
 
         def answer(encoded: Any) -> dict[str, Any]:
-            height, width = encoded.size
+            height, width = encoded.sam.size
             self._check_masks(len(names), width, height, "vocabulary")
             segments = segmenter.find(encoded, names)
             return {"width": width, "height": height, "segments": segments.to_list(), "note": segments.note}

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from ovd_models.errors import InputError
 from ovd_models.images import FORMATS, ImageError, has_image_magic, open_picture
+from ovd_models.sam.model import EverythingConfig
 from ovd_models.segments import Prompts
 from workflows.serving.limits import MAX_SIDE, Limits, ProblemError, refusal
 
@@ -62,6 +63,13 @@ class EverythingFields(Fields):
     """Fields of `/v1/everything`."""
 
     points_per_side: int = Field(16, ge=1, le=32, description="clicks along each side of the image")
+    min_iou: float = Field(EverythingConfig.min_iou, ge=0, le=1, description="minimum predicted IoU of a mask")
+    min_stability: float = Field(
+        EverythingConfig.min_stability,
+        ge=0,
+        le=1,
+        description="minimum IoU of a mask at a higher and at a lower threshold",
+    )
 
 
 class TextToMaskFields(Fields):

@@ -177,7 +177,7 @@ def test_training_resizes_images_as_pillow_does_up_to_a_grey_level() -> None:
 
 
 def test_small_pictures_get_fewer_clicks() -> None:
-    sides = [EverythingConfig.for_size(*size).points_per_side for size in ((20, 10), (128, 96), (256, 100), (4000, 10))]
+    sides = [EverythingConfig().clicks_along(*size) for size in ((20, 10), (128, 96), (256, 100), (4000, 10))]
     assert sides == [8, 16, 32, 32]
 
 

@@ -101,6 +101,9 @@ def test_each_route_answers_as_the_python_call(client: TestClient, folders: dict
     everything = post(client, "everything", image, points_per_side="4")
     assert everything.status_code == 200, everything.text
     assert bool(everything.json()["note"]) == (not everything.json()["segments"])
+    lower = post(client, "everything", image, points_per_side="4", min_iou="0.125", min_stability="0.5").json()
+    assert lower["segments"] or "a predicted IoU of 0.125 or more" in lower["note"]
+    assert post(client, "everything", image, min_iou="2").status_code == 422
     by_name = post(client, "text-to-mask", image, vocabulary='["anchor", "snowman"]').json()
     masks = by_name["segments"]
     empty = [entry["label"] for entry in masks if not any(entry["box"])]
