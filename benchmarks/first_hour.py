@@ -109,8 +109,8 @@ class Hour:
 
     def name_of(self, command: str) -> str:
         """A short name for a command that has none yet."""
-        words = command.split()
-        name = Path(words[1]).stem if words[0] == "python" else words[0]
+        program, *words = command.split()
+        name = program if program != "python" else Path(words[0]).stem if words[0] != "-m" else words[1].split(".")[-1]
         count = sum(other.split("-")[0] == name for other in self.seconds)
         return f"{name}-{count + 1}" if count else name
 
@@ -158,7 +158,7 @@ class Hour:
         print(f"{self.seconds[name]:7.1f} s  {'FAILED  ' if failed else ''}{command}", flush=True)
 
     def play(self, page: str) -> None:
-        """Run a page's commands in its order, then its Python."""
+        """Run a page's commands in its order, and the README's Python; that of other pages is run by the tests."""
         text, stem = (self.clone / page).read_text(), Path(page).stem
         for shown in documented.commands(text):
             command = self.filled_in(shown, stem)
@@ -169,9 +169,8 @@ class Hour:
                 self.variables.append(self.adapted(command))
             else:
                 self.play_command(self.adapted(command))
-        code = self.adapted(self.filled_in(documented.snippets(text), stem))
-        if code:
-            (self.clone / "snippets.py").write_text(code)
+        if page == "README.md":
+            (self.clone / "snippets.py").write_text(self.adapted(documented.snippets(text)))
             self.run("python snippets.py")
 
     def play_command(self, command: str) -> None:
