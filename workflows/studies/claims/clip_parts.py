@@ -51,9 +51,14 @@ def image_features(model: Clip, pixels_BHW3: npt.NDArray[np.uint8]) -> Tensor:
         return torch.cat([F.normalize(model.encode_images(part).float(), dim=1) for part in torch.split(images, BATCH)])
 
 
+def answers(feature_ND: Tensor, name_KD: Tensor) -> npt.NDArray[np.int64]:
+    """[N] the best name of each picture."""
+    return np.asarray((feature_ND @ name_KD.T).argmax(1).numpy())
+
+
 def right_answers(feature_ND: Tensor, name_KD: Tensor, label_N: npt.NDArray[np.int64]) -> Floats:
     """[N] 1 for pictures whose best name is their own, else 0."""
-    return np.asarray((feature_ND @ name_KD.T).argmax(1).numpy() == label_N, np.float64)
+    return np.asarray(answers(feature_ND, name_KD) == label_N, np.float64)
 
 
 def top1(right_N: Floats, label_N: npt.NDArray[np.int64], world: World) -> Metrics:
@@ -99,6 +104,9 @@ PROMPTS = Part(
     columns={"top-1": "top1", "base top-1": "top1_base", "novel top-1": "top1_novel"},
     schedule="One CLIP a seed (`clip.py --config pictograms`, 1,600 steps); 4,080 held-out pictures of one object, 68 "
     "names. Base and novel names are the same to CLIP, which reads captions of both.",
+    remark="Prompts help as far as the CLIP has read their words: those of `photo` and `colours` are words of the "
+    "captions, and are above the bare name; `vild`, `imagenet` and `ovsam` have words that no caption has, and are "
+    "below it. A CLIP of one world cannot show more, and the nine prompts of `colours` add nothing to one.",
 )
 
 
@@ -208,14 +216,25 @@ def many_names(own: Sequence[str], size: int) -> list[str]:
 
 
 def measure_sizes(run: ClipStudy, seed: int) -> dict[str, Metrics]:
-    """Accuracy among more and more names, and relative to that among the world's own."""
+    """Accuracy among more and more names, and relative to that among the world's own.
+
+    `kept_or_kind` also counts a composed name of the right thing, as `wooden alarm clock` for an alarm clock.
+    """
     folder, world = teacher_of(run, seed), World.create(0)
     pixels, labels = single_objects(world, PICTURES, run.pictures, seed=HELD_OUT_SEED)
     feature_ND, encoder = image_features(load_clip(folder)[0], pixels), load_text_encoder(folder)
-    name_KD = encoder.embed_names(many_names(world.names, max(run.vocabulary_sizes)))
-    right = {size: right_answers(feature_ND, name_KD[:size], labels) for size in run.vocabulary_sizes}
-    first = right[run.vocabulary_sizes[0]]
-    return {f"{size} names": {**top1(own, labels, world), "kept": ratio(own, first)} for size, own in right.items()}
+    names = many_names(world.names, max(run.vocabulary_sizes))
+    name_KD = encoder.embed_names(names)
+    first = right_answers(feature_ND, name_KD[: run.vocabulary_sizes[0]], labels)
+    found: dict[str, Metrics] = {}
+    for size in run.vocabulary_sizes:
+        best = answers(feature_ND, name_KD[:size])
+        right = np.asarray(best == labels, np.float64)
+        kind = [names[given].endswith(f" {names[label]}") for given, label in zip(best, labels, strict=True)]
+        metrics = top1(right, labels, world)
+        metrics |= {"kept": ratio(right, first), "kept_or_kind": ratio(np.maximum(right, kind), first)}
+        found[f"{size} names"] = metrics
+    return found
 
 
 SIZES = Part(
@@ -231,8 +250,16 @@ SIZES = Part(
         Claim("share of top-1 kept among 1,203 names", "kept", "1203 names", at_least=0.9),
         Claim("share of top-1 kept among 22,000 names", "kept", "22000 names", at_least=0.75),
     ),
-    columns={"top-1": "top1", "base top-1": "top1_base", "novel top-1": "top1_novel", "kept": "kept"},
+    columns={
+        "top-1": "top1",
+        "base top-1": "top1_base",
+        "novel top-1": "top1_novel",
+        "kept": "kept",
+        "kept, or a kind of it": "kept_or_kind",
+    },
     schedule="The CLIPs of claim 1 and its pictures. The added names are those of the font's other glyphs in Unicode "
-    "and composed ones (`wooden alarm clock`), in turn.",
-    remark="Measured on CLIP alone; the study of OV-SAM measures its label branch too (`docs/ovsam.md`).",
+    "and composed ones (`wooden alarm clock`), in turn. An answer is a kind of the right one if it is such a name of "
+    "the same thing.",
+    remark="Many of the answers that change are composed names of the same thing; the last column counts these as "
+    "kept. Measured on CLIP alone; the study of OV-SAM measures its label branch too (`docs/ovsam.md`).",
 )
