@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -160,6 +161,8 @@ def prepare(run: Run) -> None:
     for name, default in (("split", "published"), ("novel", ""), ("style", "first")):
         if settings[name] == default:  # tables from before these settings stay those of the same config
             del settings[name]
+    if run.data and "://" not in run.data:
+        settings["data"] = os.path.normpath(run.data)  # `photos/` is `photos`
     digests = [file_digest(annotation_file(data)) for data in (run.data, run.eval_data) if data]
     digests += [file_digest(Path(run.novel))] if run.novel else []
     config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
