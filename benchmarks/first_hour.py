@@ -274,10 +274,16 @@ def serve_folder(folder: Path) -> Iterator[str]:
 def write_photos(folder: Path) -> Path:
     """Thirty annotated photographs of the reference data, or as many noisy pictures; with COCO's annotations."""
     reference = Path(os.environ.get("OVD_REFERENCE_DATA", REPOSITORY.parent / "shared")) / "data/coco_photos"
-    if (reference / "instances.json").is_file():
-        shutil.copytree(reference, folder)
-        return folder
     (folder / "images").mkdir(parents=True)
+    if (reference / "instances.json").is_file():
+        contents = json.loads((reference / "instances.json").read_text())
+        contents["images"] = contents["images"][:OWN]
+        kept = {entry["id"] for entry in contents["images"]}
+        contents["annotations"] = [entry for entry in contents["annotations"] if entry["image_id"] in kept]
+        for entry in contents["images"]:
+            shutil.copy(reference / "images" / entry["file_name"], folder / "images")
+        (folder / "instances.json").write_text(json.dumps(contents))
+        return folder
     entries = [{"id": k, "file_name": f"{k}.jpg", "width": 320, "height": 240} for k in range(1, OWN + 1)]
     for entry in entries:
         Image.effect_noise((320, 240), 90).convert("RGB").save(folder / "images" / str(entry["file_name"]))
