@@ -62,8 +62,7 @@ SERVERS = {
 EXPECTED = {
     "python workflows/demo.py": "report:",
     "python workflows/predict.py": "index.html",
-    "python workflows/c": "next:",
-    "python workflows/vild.py": "next:",
+    **{f"python workflows/{name}.py": "next:" for name in ("prepare_pairs", "clip", "codet", "vild", "ovsam")},
     "curl": '{"width"',
 }
 """What a command prints in the end."""
@@ -133,6 +132,9 @@ class Hour:
     def running(self, command: str, url: str) -> Iterator[None]:
         """Start a server, wait until a URL answers, and end it after the block."""
         name, started = self.name_of(command), time.perf_counter()
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(url, timeout=5)
+            raise SystemExit(f"{url}: another server answers, expected its port to be free")
         with (BENCH / "first_hour" / f"{name}.log").open("wb") as log:
             server = subprocess.Popen(
                 self.in_shell(command), cwd=self.clone, env=self.environment(), stdout=log, stderr=log,
@@ -183,7 +185,7 @@ class Hour:
                 self.servers.append(command)
         elif command.startswith("curl"):
             kind = "ovsam" if "/v1/segment" in command else ""
-            server = next(server for server in reversed(self.servers) if kind in server)
+            server = next((server for server in reversed(self.servers) if kind in server), "false")
             with self.running(server, SERVERS["python workflows/serve.py"]):
                 self.run(command)
         else:

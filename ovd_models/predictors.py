@@ -21,7 +21,7 @@ from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.detectors.region_scores import Scoring
 from ovd_models.errors import InputError
 from ovd_models.ovsam.model import OvSam
-from ovd_models.ovsam.text_to_mask import NamedImage, TextToMask
+from ovd_models.ovsam.text_to_mask import EncodedTextToMask, TextToMask
 from ovd_models.preprocess import ImageLike, to_tensor
 from ovd_models.sam.model import EverythingConfig
 from ovd_models.segments import Prompts, Segments
@@ -297,7 +297,9 @@ class TextSegmenter(Predictor[TextToMask]):
         vocabulary = build_vocabulary(self.encoder, chosen, self.info.splits).to(self.device)
         return _with_image(self.find(tensor, vocabulary, clicks), tensor)
 
-    def find(self, image: Tensor | NamedImage, vocabulary: Vocabulary, clicks: Prompts | None = None) -> Segments:
+    def find(
+        self, image: Tensor | EncodedTextToMask, vocabulary: Vocabulary, clicks: Prompts | None = None
+    ) -> Segments:
         """One mask of an image ([3, H, W] uint8, or encoded by the model) for each name of a vocabulary."""
         segments = self.model.segment_text(image, vocabulary.embeddings, clicks)
         labels = torch.arange(len(vocabulary), device=self.device)

@@ -25,7 +25,7 @@ from ovd_models.ovsam.baselines import BaselineConfig, SamClip
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, build_tower
 from ovd_models.ovsam.metrics import PointingMetrics, centre_points
 from ovd_models.ovsam.model import OvSam
-from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskModelConfig
+from ovd_models.ovsam.text_to_mask import WINDOWS, TextToMask, TextToMaskConfig, TextToMaskModelConfig
 from ovd_models.sam.model import EverythingConfig, SamModel
 from ovd_models.sam.training import mask_ious
 from ovd_models.segments import Prompts, Segments
@@ -207,7 +207,7 @@ def test_a_baseline_answers_on_an_accelerator(crop: Any, background: Any) -> Non
 def test_names_prompt_masks_on_an_accelerator() -> None:
     torch.manual_seed(0)
     with pretended():
-        model = moved(TextToMask(TextToMaskModelConfig(sam=SAM)))
+        model = moved(TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(windows=WINDOWS))))
         model.set_text_centre(WORDS.embeddings.to(DEVICE))
         check(model.segment_text(PHOTO.to(DEVICE), WORDS.embeddings.to(DEVICE)))
 

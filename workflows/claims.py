@@ -46,7 +46,7 @@ class Run:
     claims: tuple[int, ...] = ()
     """Numbers of the claims to measure; all if empty."""
     seeds: tuple[int, ...] = ()
-    """Seeds of all trainings; each claim's own if empty. Every claim has one before any has two."""
+    """Seeds of all trainings; if empty, each claim has its own number. Every claim has one seed before any has two."""
     render: bool = False
     """Only render the page from the recorded results."""
     check: bool = False

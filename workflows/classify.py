@@ -202,7 +202,10 @@ def main() -> None:
     print(f"{len(numbers):,} examples of {len(labelled.names):,} names, {time.perf_counter() - started:.0f} s")
     print(f"page: {uri}")
     teacher = ("--teacher", run.model, *(("--pretrained", run.pretrained) if run.pretrained else ()))
-    print("next:", cli.script_command("codet", "--config", "photos", "--data", "PHOTOS", *teacher))
+    print(
+        "next:",
+        cli.script_command("codet", "--config", "photos", "--data", "PHOTOS", *teacher, "--storage", run.storage),
+    )
 
 
 COLUMNS = (("top1", 8), ("topk", 8), ("mean_of_classes", 10), ("calibration_error", 8), ("calibration_error_fitted", 8))

@@ -100,7 +100,9 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
     info = read_info(folder)
     method = info.method
     if method == "ovsam" and run.export:
-        raise InputError(f"--export: {run.model} is an OV-SAM, expected a detector; predict.py writes masks as COCO's")
+        raise InputError(
+            f"--export: {run.model} is an OV-SAM, expected a detector; predict.py writes masks in COCO's format"
+        )
     if method != "ovsam":
         evaluation.check_detector(info, run.model, run.iou_type)
         if run.protocol == "ovsam":

@@ -37,6 +37,8 @@ from workflows.common import cli, models
 from workflows.common.output import check_folder, write_folder
 from workflows.reports.page import render_page
 
+LOWER = (0.6, 0.7)
+"""Limits of predicted IoU and stability that a SAM of a short training reaches."""
 Predictor = Detector | Segmenter | TextSegmenter
 Boxes = Mapping[str, Sequence[Sequence[float]]]
 """Boxes (xyxy, pixels) by the name of their picture."""
@@ -61,7 +63,7 @@ class Run:
     min_iou: float = EverythingConfig.min_iou
     """For OV-SAM without `--boxes`: the predicted IoU of a mask is at least this."""
     min_stability: float = EverythingConfig.min_stability
-    """For the same: a mask's IoU at a higher and a lower threshold is at least this."""
+    """For OV-SAM without `--boxes`: a mask's IoU at a higher and a lower threshold is at least this."""
     device: str = "auto"
     """Device of the model, such as `cuda:1`; `auto` is a GPU if there is one."""
     storage: str = "store"
@@ -177,6 +179,9 @@ def load_predictor(run: Run) -> Predictor:
     predictor = models.load(run.model, run.storage, run.device)
     if isinstance(predictor, Classifier):
         raise InputError(f"--model {run.model}: a CLIP, which names whole images, expected a detector or an OV-SAM")
+    limits, own = (run.min_iou, run.min_stability), (EverythingConfig.min_iou, EverythingConfig.min_stability)
+    if limits != own and (run.boxes or not isinstance(predictor, Segmenter)):
+        raise InputError("--min-iou, --min-stability: expected an OV-SAM without --boxes, whose masks they choose")
     if run.boxes and not isinstance(predictor, Segmenter):
         raise InputError(f"--boxes {run.boxes}: {run.model} is of method {predictor.method}, expected an OV-SAM")
     return predictor
@@ -305,8 +310,8 @@ def main() -> None:
         print(count_left_out(left_out))
     for note, count in Counter(entry.note for entry in shown if entry.note).most_common(3):
         print(f"{count:,} of {len(shown):,} pictures: {note}")
-    if isinstance(job.predictor, Segmenter) and job.boxes is None and not total:
-        print("lower limits keep more masks: --min-iou 0.6 --min-stability 0.7")
+    if any(entry.note for entry in shown) and isinstance(job.predictor, Segmenter) and run.min_iou > LOWER[0]:
+        print("lower limits keep more masks: --min-iou {:g} --min-stability {:g}".format(*LOWER))
     if not total and not any(entry.note for entry in shown):
         print(f"nothing scores above {job.threshold:g}: try a lower --score-threshold, or other names")
     print(f"drawings, predictions.json and page: {Path(run.output, 'index.html').absolute()}")

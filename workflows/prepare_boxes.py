@@ -19,11 +19,10 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -144,6 +143,11 @@ CONFIGS: dict[str, Callable[[], Run]] = {
 }
 
 
+def hash_settings(settings: Mapping[str, object], digests: Sequence[str]) -> str:
+    """What tables are told apart by: settings and the digests of files."""
+    return storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
+
+
 @locks.exclusive("boxes", "categories")
 def prepare(run: Run) -> None:
     """Publish `categories`, `boxes` for training and `boxes` for evaluation.
@@ -161,15 +165,15 @@ def prepare(run: Run) -> None:
     for name, default in (("split", "published"), ("novel", ""), ("style", "first")):
         if settings[name] == default:  # tables from before these settings stay those of the same config
             del settings[name]
-    if run.data and "://" not in run.data:
-        settings["data"] = os.path.normpath(run.data)  # `photos/` is `photos`
     digests = [file_digest(annotation_file(data)) for data in (run.data, run.eval_data) if data]
     digests += [file_digest(Path(run.novel))] if run.novel else []
-    config_hash = storage.sha256(" ".join([json.dumps(settings, indent=1), *digests]).encode())[:16]
+    as_written = hash_settings(settings, digests)  # as older tables have it
+    settings |= {name: storage.absolute(settings[name].rstrip("/")) for name in ("data", "images") if settings[name]}
+    config_hash = hash_settings(settings, digests)
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
         uri = tables.table_uri(run.storage, "boxes", f"{run.name}-eval")
-        if done.config_hash != config_hash:
+        if done.config_hash not in (config_hash, as_written):
             changed = tables.changed_settings(done, settings)
             differs = f" (other {', '.join(changed)})" if changed else ""
             raise InputError(f"{uri}: made from another config{differs}, expected a new --name or an empty place")

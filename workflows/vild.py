@@ -437,10 +437,10 @@ def check_flags(run: Run) -> None:
 def prepare_data(run: Run) -> Run:
     """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
     run = find_weights(continue_model(run))
+    check_flags(run)
     teacher = find_teacher(
         run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
     )
-    check_flags(run)
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
     return dataclasses.replace(run, teacher=teacher)
 

@@ -234,9 +234,13 @@ def store_released(storage_uri: str, name: str, pretrained: str) -> str:
         pretrained: a tag of its weights, or a file.
 
     Raises:
-        InputError: the architecture or the weights are unknown.
+        InputError: the architecture or the weights are unknown, or a file is not what its name says.
     """
     file = Path(pretrained)
+    if file.is_file():
+        from ovd_models.importers.released import check_released
+
+        check_released(file)
     tag = f"{file.stem}-{storage.sha256(file.read_bytes())[:8]}" if file.is_file() else pretrained
     checkpoint = storage.join(storage.absolute(storage_uri), "teachers", f"{name}-{tag}")
     if not storage.exists(storage.join(checkpoint, "clip.json")):

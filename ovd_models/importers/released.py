@@ -125,11 +125,7 @@ def find_released(file: str) -> ReleasedFile | None:
 
 
 def check_released(path: str | Path) -> None:
-    """Check that a file with a released name is what was published under it, as an interrupted download is not.
-
-    Raises:
-        InputError: it is another file.
-    """
+    """Raise InputError if a file with a released name is not the published one, as after an interrupted download."""
     entry = find_released(Path(path).name)
     for kind in ("sha256", "md5"):
         published = getattr(entry, kind, "")
@@ -139,4 +135,6 @@ def check_released(path: str | Path) -> None:
             digest = hashlib.file_digest(stream, kind).hexdigest()
         if not digest.startswith(published):
             more = "..." if len(published) < len(digest) else ""
-            raise InputError(f"{path}: {kind} {digest}, published {published}{more}; expected the whole {entry.url}")
+            raise InputError(
+                f"{path}: {kind} {digest}, published {published}{more}; expected the whole file from {entry.url}"
+            )

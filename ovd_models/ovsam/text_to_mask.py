@@ -33,8 +33,11 @@ from ovd_models.segments import ON, PIXELS_AT_A_TIME, MaskBatch, Prompts, Segmen
 
 CENTRE_MOMENTUM = 0.99
 NAMES_AT_A_TIME = 64
+WINDOWS = (0.15, 0.3, 0.6)
+"""Sides of windows for objects of any size."""
 WINDOW_STEPS = 16
 """Windows are a sixteenth of the input's side apart."""
+WINDOWS_AT_A_TIME = 64
 CENTRAL = 0.5
 """The points of training lie in the central half of an object's box, each way."""
 
@@ -53,7 +56,7 @@ class TextToMaskConfig:
     """Rounds after the name that add a corrective click to the last mask."""
     min_area: int = 0
     """Minimum area of a mask to learn from, in pixels of the model's input."""
-    windows: tuple[float, ...] = (0.15, 0.3, 0.6)
+    windows: tuple[float, ...] = ()
     """Sides of the square windows in which a name is looked for, relative to the input's side; none: no point."""
 
 
@@ -68,7 +71,7 @@ class TextToMaskModelConfig:
 
 
 @dataclass(frozen=True)
-class NamedImage(TensorRecord):
+class EncodedTextToMask(TensorRecord):
     """An encoded image, for any names."""
 
     sam: EncodedImage
@@ -81,8 +84,8 @@ class NamedImage(TensorRecord):
 class TextToMask(nn.Module):
     """A SAM with CLIP embeddings as prompts; only the mask decoder and the projection of prompts are trained.
 
-    Embeddings of images and of sentences lie apart in CLIP's space. Each kind is centred at its own mean, so that names
-    give prompts near those of training.
+    Embeddings of images and of sentences lie apart in CLIP's space. Those of crops and windows are centred at the mean
+    of the crops of training and those of names at the mean of names, so that names give prompts near those of training.
     """
 
     image_centre: Tensor
@@ -175,7 +178,7 @@ class TextToMask(nn.Module):
         return self.sam.decode(embedding_PChw, sparse_PnC, dense)
 
     @torch.no_grad()
-    def encode(self, image_3HW: Tensor) -> NamedImage:
+    def encode(self, image_3HW: Tensor) -> EncodedTextToMask:
         """Encode an image [3, H, W] uint8 and the windows of it in which names are looked for."""
         side, encoded = self.sam.config.image_size, self.sam.encode(image_3HW)
         fitted = fit_on_device(image_3HW, side)
@@ -183,13 +186,16 @@ class TextToMask(nn.Module):
         centres_N2, boxes_N4 = place_windows(height, width, side, self.settings.windows)
         centres_N2, boxes_N4 = centres_N2.to(fitted.device), boxes_N4.to(fitted.device)
         if not len(boxes_N4):
-            return NamedImage(encoded, self.image_centre.new_zeros(0, len(self.image_centre)), centres_N2)
+            return EncodedTextToMask(encoded, self.image_centre.new_zeros(0, len(self.image_centre)), centres_N2)
         top_1CHW = self.clip(self.clip.normalise(fitted, side)[None])[-1]
-        rows_ND = self.clip.region_embeddings(top_1CHW, F.pad(boxes_N4, (1, 0)))
-        return NamedImage(encoded, F.normalize(rows_ND - self.image_centre, dim=-1), centres_N2)
+        parts = torch.split(F.pad(boxes_N4, (1, 0)), WINDOWS_AT_A_TIME)  # a large head takes megabytes a window
+        rows_ND = torch.cat([self.clip.region_embeddings(top_1CHW, part) for part in parts])
+        return EncodedTextToMask(encoded, F.normalize(rows_ND - self.image_centre, dim=-1), centres_N2)
 
     @torch.no_grad()
-    def segment_text(self, image: Tensor | NamedImage, text_PD: Tensor, clicks: Prompts | None = None) -> Segments:
+    def segment_text(
+        self, image: Tensor | EncodedTextToMask, text_PD: Tensor, clicks: Prompts | None = None
+    ) -> Segments:
         """One mask of an image for each unit row of names, with its IoU.
 
         Args:
@@ -208,7 +214,7 @@ class TextToMask(nn.Module):
                 raise InputError(f"clicks: {len(clicks)}, expected points for each of the {len(text_PD)} names")
             clicks = input_prompts(clicks, encoded)
         centred_PD = text_PD - self.text_centre
-        clicks = with_points(named, centred_PD, clicks)
+        clicks = add_name_points(named, centred_PD, clicks)
         height, width = encoded.size
         parts = []
         count = max(1, min(NAMES_AT_A_TIME, PIXELS_AT_A_TIME // math.prod(encoded.padded_size)))
@@ -238,7 +244,7 @@ def place_windows(height: int, width: int, side: int, shares: Sequence[float]) -
         shares: sides of the windows relative to S.
     """
     step = side / WINDOW_STEPS
-    ys, xs = (torch.arange(step / 2, max(length, step), step) for length in (height, width))
+    ys, xs = (torch.arange(min(step, length) / 2, max(length, 1), step) for length in (height, width))
     centres_M2 = torch.cartesian_prod(ys, xs).flip(1)
     limits = torch.tensor([width, height, width, height])
     boxes = [torch.cat([centres_M2 - share * side / 2, centres_M2 + share * side / 2], 1) for share in shares]
@@ -246,7 +252,7 @@ def place_windows(height: int, width: int, side: int, shares: Sequence[float]) -
     return centres_M2.repeat(len(shares), 1), boxes_N4
 
 
-def with_points(image: NamedImage, centred_PD: Tensor, clicks: Prompts | None) -> Prompts | None:
+def add_name_points(image: EncodedTextToMask, centred_PD: Tensor, clicks: Prompts | None) -> Prompts | None:
     """Clicks in pixels of the model's input, after the point of each name; None if there is neither."""
     if not len(image.windows) or not len(centred_PD):
         return clicks

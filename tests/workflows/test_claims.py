@@ -83,6 +83,17 @@ def test_claims_are_measured_once_and_rendered(
     assert "remaining: 0 results" in capsys.readouterr().out
 
 
+def test_each_claim_has_its_own_number_of_seeds(
+    one_part: claims.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claims, "PARTS", {1: replace(PART, seeds=1), 2: replace(PART, number=2, seeds=2)})
+    monkeypatch.setattr(claims, "CHEAP_FIRST", (1, 2))
+    assert run_script(monkeypatch, one_part) == 0
+    assert "remaining: 3 results" in capsys.readouterr().out
+    assert run_script(monkeypatch, one_part, "--seeds", "1") == 0
+    assert "remaining: 1 results" in capsys.readouterr().out
+
+
 def test_one_seed_decides_nothing_and_two_may(one_part: claims.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run_script(monkeypatch, one_part, "--seeds", "0")
     (record,) = claims.read_records(one_part)[1]

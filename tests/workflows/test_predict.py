@@ -11,6 +11,8 @@ from PIL import Image
 from serving import save_detector, save_segmenter, save_text_segmenter
 
 from ovd_models.errors import InputError
+from ovd_models.predictors import Segmenter
+from ovd_models.sam.model import EverythingConfig
 from ovd_models.segments import Segments
 from workflows import predict
 from workflows.common import cli
@@ -155,6 +157,20 @@ def test_masks_below_the_score_threshold_are_left_out(kind: object, pictures: Pa
     assert len(found) == 0
 
 
+def test_the_limits_of_everything_mode_arrive(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def everything(self: Segmenter, image: object, names: object, settings: EverythingConfig) -> Segments:
+        asked.append(settings)
+        return find(self, image, names, settings)  # type: ignore[arg-type]
+
+    find = Segmenter.everything
+    monkeypatch.setattr(Segmenter, "everything", everything)
+    model = str(save_segmenter(tmp_path / "model"))
+    write_results(Run(model=model, images=str(pictures), output=f"{tmp_path}/out", min_iou=0.125, min_stability=0.5))
+    assert {(settings.min_iou, settings.min_stability) for settings in asked} == {(0.125, 0.5)}
+
+
 def test_an_output_in_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
     with pytest.raises(InputError, match=rf"--output {tmp_path}/out: {tmp_path} is read-only"):
@@ -185,6 +201,7 @@ def test_names_whose_masks_are_empty_are_said_to_be() -> None:
         ({"boxes": "/nothing.json"}, r"/nothing\.json: cannot be read .* expected an annotation file"),
         ({"score_threshold": 2.0}, "--score-threshold 2: expected 0 to 1"),
         ({"min_iou": 2.0}, "--min-iou 2: expected 0 to 1"),
+        ({"min_iou": 0.5}, "--min-iou, --min-stability: expected an OV-SAM without --boxes"),
         ({"model": ""}, "--model: missing"),
     ],
 )

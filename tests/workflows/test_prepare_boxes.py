@@ -163,13 +163,20 @@ def test_published_tables_are_kept_and_another_config_is_refused(tmp_path: Path)
         prepare(dataclasses.replace(run, eval_images=3))
 
 
-def test_a_folder_is_the_same_however_it_is_written(tmp_path: Path) -> None:
+def test_a_folder_is_the_same_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = photos(tmp_path)
     prepare(run)
     before = storage.read_bytes(f"{run.storage}/boxes/photos-eval/manifest.json")
-    for data in (f"{run.data}/", f"{run.data}/../{Path(run.data).name}"):
+    folder = Path(run.data)
+    monkeypatch.chdir(folder.parent)
+    for data in (f"{folder}/", folder.name, f"./{folder.name}/"):
         prepare(dataclasses.replace(run, data=data))
     assert storage.read_bytes(f"{run.storage}/boxes/photos-eval/manifest.json") == before
+    older = dataclasses.replace(run, name="older", data=f"./{folder.name}/")
+    with monkeypatch.context() as patch:  # tables that were told apart by the text
+        patch.setattr(prepare_boxes.storage, "absolute", lambda uri: f"{uri}/" if uri.startswith(".") else uri)
+        prepare(older)
+    prepare(older)
 
 
 def test_a_changed_annotation_file_is_noticed(tmp_path: Path) -> None:

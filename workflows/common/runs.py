@@ -24,7 +24,7 @@ from workflows.common.training import Stage
 
 FREE_SETTINGS = {
     *("storage", "resume", "teacher", "sam", "backbone_weights"),
-    "held_out",  # the tables that it makes are inputs
+    *("data", "held_out", "distill_images"),  # the tables that they make are inputs
     *("use_gpu", "wait_minutes", "max_failures", "log_every", "waiting_bytes", "dry_run"),
 }
 """Fields that may differ when a run is resumed."""
@@ -303,8 +303,8 @@ def hold_to_settings(folder: str, settings: Mapping[str, object]) -> None:
         storage.write_bytes(uri, json.dumps(now, indent=1).encode())
         return
     before = json.loads(storage.read_bytes(uri))
-    for name in {**before, **now}:
-        old, new, field_name = before.get(name), now.get(name), name.rpartition(".")[2]
+    for name, old in before.items():  # a setting that is newer than the run had no choice then
+        new, field_name = now.get(name), name.rpartition(".")[2]
         if old == new or field_name in FREE_SETTINGS:
             continue
         flag = f"--{name.replace('_', '-')}"

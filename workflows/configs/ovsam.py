@@ -7,7 +7,7 @@ from typing import Literal
 
 from data_prep.streams.augmentation import Augmentation
 from ovd_models.ovsam.clip_pyramid import NUM_LEVELS
-from ovd_models.ovsam.text_to_mask import TextToMaskConfig
+from ovd_models.ovsam.text_to_mask import WINDOWS, TextToMaskConfig
 from ovd_models.ovsam.training import Clip2SamConfig
 from ovd_models.sam.model import VIT_B, VIT_H, SamConfig
 from ovd_models.sam.training import SamTrainingConfig
@@ -73,7 +73,7 @@ class Run:
     clip2sam_stage: Optimisation
     text_to_mask: bool = False
     """Whether SAM is also trained to take a name as its prompt."""
-    text: TextToMaskConfig = field(default_factory=TextToMaskConfig)
+    text: TextToMaskConfig = field(default_factory=lambda: TextToMaskConfig(windows=WINDOWS))
     text_stage: Optimisation = field(default_factory=lambda: Optimisation(steps=500, learning_rate=1e-3))
     eval_images: int = 0
     """Evaluate on this many first images of the evaluation set; all if 0."""

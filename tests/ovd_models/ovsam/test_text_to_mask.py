@@ -6,15 +6,18 @@ from torch.nn import functional as F
 from ovd_models.errors import InputError
 from ovd_models.ovsam import text_to_mask
 from ovd_models.ovsam.text_to_mask import (
+    WINDOWS,
+    EncodedTextToMask,
     TextToMask,
     TextToMaskConfig,
     TextToMaskModelConfig,
+    add_name_points,
+    central_points,
     place_windows,
-    with_points,
 )
 from ovd_models.sam.model import SamConfig
 from ovd_models.sam.training import mask_ious
-from ovd_models.segments import MaskBatch, Prompts
+from ovd_models.segments import ON, MaskBatch, Prompts
 
 SAM = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,), prompt_width=32)
 
@@ -22,7 +25,7 @@ SAM = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=
 @pytest.fixture
 def model() -> TextToMask:
     torch.manual_seed(0)
-    return TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(max_margin=1.2)))
+    return TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(max_margin=1.2, windows=WINDOWS)))
 
 
 def two_squares() -> MaskBatch:
@@ -45,7 +48,7 @@ def crops_of(model: TextToMask, batch: MaskBatch) -> Tensor:
 def test_names_give_the_masks_of_what_they_name() -> None:
     # Without windows: an untrained CLIP knows no things, so they would put the points anywhere.
     torch.manual_seed(0)
-    model = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(max_margin=1.2, windows=())))
+    model = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(max_margin=1.2)))
     batch, generator = two_squares(), torch.Generator().manual_seed(0)
     model.sam.requires_grad_(True)  # here SAM itself is untrained
     optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-3)
@@ -64,31 +67,39 @@ def test_names_give_the_masks_of_what_they_name() -> None:
 
 
 def test_a_name_becomes_a_point_on_what_it_names(model: TextToMask) -> None:
-    batch = two_squares()
-    image = model.encode(batch.images[0])
-    middles = torch.tensor([[18.0, 18.0], [46.0, 46.0]])  # of the squares
-    nearest = (image.centres[:, None] - middles).norm(dim=2).argmin(0)
-    located = with_points(image, image.windows[nearest], None)
-    assert located is not None and located.points is not None
-    column, row = located.points[:, 0].long().unbind(1)
-    assert batch.masks[0][torch.arange(2), row, column].all()
+    text, centres = torch.eye(3)[:2], torch.tensor([[40.0, 8.0], [8.0, 30.0], [5.0, 5.0]])
+    image = EncodedTextToMask(model.sam.encode(two_squares().images[0]), torch.eye(3), centres)
+    located = add_name_points(image, text, None)
+    assert located is not None and located.points is not None and located.point_labels is not None
+    assert located.points[:, 0].tolist() == [[40.0, 8.0], [8.0, 30.0]]
+    assert (located.point_labels == ON).all()
+
+
+def test_the_points_of_training_are_near_the_objects_centres() -> None:
+    boxes = torch.tensor([[0.0, 10.0, 40.0, 20.0]]).expand(200, 4)
+    points = central_points(boxes, torch.Generator().manual_seed(0))
+    assert (points >= torch.tensor([10.0, 12.5])).all() and (points <= torch.tensor([30.0, 17.5])).all()
+    assert (points.amax(0) - points.amin(0) > torch.tensor([18.0, 4.5])).all()
 
 
 def test_without_windows_a_name_alone_is_the_prompt(model: TextToMask, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(windows=()))).eval()
+    plain = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig())).eval()
     plain.load_state_dict(model.state_dict())
     image, names = two_squares().images[0], F.normalize(torch.randn(2, 128), dim=-1)
-    assert with_points(plain.encode(image), names, None) is None
+    assert add_name_points(plain.encode(image), names, None) is None
     assert plain.segment_text(image, names).masks.shape == (2, 64, 64)
     assert float(plain(two_squares())["dice"]) > 0
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (20, 64), (64, 3)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (20, 64), (64, 3), (1, 64)])
 def test_windows_cover_an_image_of_any_shape(height: int, width: int) -> None:
     centres, boxes = place_windows(height, width, 64, (0.2, 0.5))
     assert len(centres) == len(boxes) == 2 * -(-height // 4) * -(-width // 4)
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
-    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert (centres > 0).all() and (centres < torch.tensor([width, height])).all()
+    half = torch.tensor([6.4, 16.0]).repeat_interleave(len(centres) // 2)[:, None]
+    limits = torch.tensor([width, height, width, height])
+    uncut = torch.cat([centres - half, centres + half], 1)
+    assert torch.allclose(boxes, uncut.clamp(min=torch.zeros(4), max=limits.float()))
 
 
 def test_many_names_are_asked_for_in_parts(model: TextToMask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +139,7 @@ def test_clicks_and_earlier_masks_join_the_name_as_prompts(model: TextToMask) ->
     points, labels = torch.tensor([[[3.0, 5.0]], [[20.0, 9.0]]]), torch.tensor([[1], [0]])
     after = model.segment_text(image, names, Prompts(points, labels, masks=before.low_res))
     encoder, encoded = model.sam.sam.prompt_encoder, model.sam.encode(image)
-    located = with_points(model.encode(image), names, None)
+    located = add_name_points(model.encode(image), names, None)
     assert located is not None and located.points is not None and located.point_labels is not None
     given = torch.cat([located.points, points * 2], 1)  # the input is twice as large
     labelled = torch.cat([located.point_labels, labels], 1)
@@ -144,7 +155,7 @@ def test_clicks_and_earlier_masks_join_the_name_as_prompts(model: TextToMask) ->
 def test_each_click_of_training_is_where_the_last_mask_is_wrong(
     model: TextToMask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clicking = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(clicks=2)))
+    clicking = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(clicks=2, windows=WINDOWS)))
     clicking.load_state_dict(model.state_dict())
     asked: list[Prompts | None] = []
     decode = clicking._decode

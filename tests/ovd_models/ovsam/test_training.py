@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovd_models.ovsam.model import OvSam, OvSamConfig
-from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskModelConfig
+from ovd_models.ovsam.text_to_mask import WINDOWS, TextToMask, TextToMaskConfig, TextToMaskModelConfig
 from ovd_models.ovsam.training import Clip2SamConfig, Clip2SamTraining, FeatureBatch, Sam2ClipTraining
 from ovd_models.sam.model import SamConfig
 from ovd_models.sam.training import SamTraining, SamTrainingConfig
@@ -39,7 +39,7 @@ def clip2sam() -> Losses:
 
 
 def text_to_mask() -> Losses:
-    training = TextToMask(TextToMaskModelConfig(sam=SAM))
+    training = TextToMask(TextToMaskModelConfig(sam=SAM, text=TextToMaskConfig(windows=WINDOWS)))
     return lambda batch: training(batch, torch.Generator().manual_seed(0))
 
 

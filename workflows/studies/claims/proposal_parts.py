@@ -32,19 +32,18 @@ def measure_quality(run: VildRun, seed: int) -> dict[str, Metrics]:
 
     Both detectors distil the same embeddings, of the good proposals of seed 0.
     """
-    ready, found = without_teacher(run), dict[str, Metrics]()
+    ready, found = prepared(run), dict[str, Metrics]()
     base = studies.seeded(ready.training, ready.storage, ready.teacher, seed)
     for steps in run.rpn_steps:
         found[f"{steps} steps"] = recall_of(of_length(base, steps), seed)
     for width in run.widths:
         if width != 1:  # that is `base`
             found[f"width {width:g}"] = recall_of(replace(base, model=of_width(base.model, width)), seed)
-    ready = prepared(run)
     own = vild_study.variant_training(ready, "vild", seed)
     for steps in (run.weak_steps, base.rpn_stage.steps):
-        proposals = vild_study.train_proposals(of_length(replace(base, teacher=ready.teacher), steps), seed)
+        proposals = vild_study.train_proposals(of_length(base, steps), seed)
         trained = vild_study.train_detector(replace(own, proposals=proposals), seed, "vild")
-        found[f"{steps} steps"] |= sampled(ready, trained)
+        found.setdefault(f"{steps} steps", {}).update(sampled(ready, trained))
     return found
 
 

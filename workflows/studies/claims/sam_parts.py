@@ -11,7 +11,7 @@ from torch import Tensor
 from data_prep import storage, tables
 from ovd_models.checkpoints import load_model
 from ovd_models.ovsam.metrics import centre_points, next_click
-from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskConfig
+from ovd_models.ovsam.text_to_mask import WINDOWS, TextToMask, TextToMaskConfig
 from ovd_models.sam.model import EncodedImage, SamConfig, SamModel
 from ovd_models.sam.training import mask_ious
 from ovd_models.segments import ON, Prompts, boxes_of
@@ -38,7 +38,7 @@ def small_sam() -> ovsam_configs.Run:
         sam_training=replace(config.sam_training, clicks=3),
         batch_size=8,
         sam_stage=replace(config.sam_stage, steps=500, workers=0, checkpoint_every=50),
-        text=TextToMaskConfig(clicks=1),
+        text=TextToMaskConfig(clicks=1, windows=WINDOWS),
         text_stage=replace(config.text_stage, steps=300, workers=0, checkpoint_every=50),
     )
 
@@ -133,7 +133,9 @@ CLICKS = Part(
     schedule="One SAM a seed: patches of 8 pixels, 500 steps of 8 scenes with up to three corrective clicks "
     "(`pictograms`: patches of 4, 1,800 steps of 4 scenes, one corrective click); 100 scenes. The first click is the "
     "deepest pixel of the object, the next ones the deepest of the larger error, with the last mask as a prompt. Names "
-    "are learned in 300 steps of the mask decoder from CLIP's embeddings of crops, with a click after each.",
+    "are learned in 300 steps of the mask decoder from CLIP's embeddings of crops, each with a point near the object's "
+    "centre and a click after it; at test time the point is the centre of the window that CLIP finds nearest to the "
+    "name.",
 )
 
 
