@@ -432,13 +432,11 @@ def prepare_data(run: Run) -> Run:
     )
     if run.data and run.pairs:
         prepare_boxes.check_captions(boxes, run.pairs, run.config)
+    own = own_encoder(run) if run.continues and not (run.teacher or run.texts) else ""
     check_flags(run)
-    if run.continues and not (run.teacher or run.texts):
-        teacher = own_encoder(run)
-    else:
-        teacher = find_teacher(
-            run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
-        )
+    teacher = own or find_teacher(
+        run.storage, run.config, data=run.data, teacher=run.teacher, pretrained=run.pretrained, texts=run.texts
+    )
     prepare_boxes.prepare_for_training(run.storage, run.config, run.boxes, run.data, run.held_out)
     if run.data and run.pairs:
         prepare_boxes.prepare_captions(boxes, run.pairs, run.config)
