@@ -114,6 +114,7 @@ def measure_clicks(run: SamStudy, seed: int) -> dict[str, Metrics]:
 
 CLICKS = Part(
     number=15,
+    seeds=5,
     statement="SAM segments what points, boxes and earlier masks point at; a box is clearer than a click, more clicks "
     "make a better mask, and a click after a name repairs what the name alone gets wrong.",
     paper=(
@@ -247,6 +248,7 @@ def measure_detector(run: DetectorRun, seed: int) -> dict[str, Metrics]:
 
 DETECTORS = Part(
     number=17,
+    seeds=5,
     statement="OV-SAM segments what a prompt points at about as well as SAM, and on detectors' boxes its masks and "
     "names are above SAM's masks with the detectors' names.",
     paper=(
