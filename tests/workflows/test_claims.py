@@ -94,16 +94,20 @@ def test_each_claim_has_its_own_number_of_seeds(
     assert "remaining: 1 results" in capsys.readouterr().out
 
 
-def test_one_seed_decides_nothing_and_two_may(one_part: claims.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_is_decided_when_all_its_seeds_are_measured(
+    one_part: claims.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_script(monkeypatch, one_part, "--seeds", "0")
     (record,) = claims.read_records(one_part)[1]
     assert parts.judge(PART, [record]).holds is None
     assert page.verdict_word(parts.judge(PART, [record])) == "undecided"
     two = [record, replace(record, seed=1, results={"better": {"ap": 0.611}, "worse": {"ap": 0.5}})]
-    assert parts.judge(PART, two).holds is True
+    assert parts.judge(PART, two).holds is None
+    assert parts.judge(replace(PART, seeds=2), two).holds is True
     apart = [record, replace(record, seed=1, results={"better": {"ap": 0.8}, "worse": {"ap": 0.5}})]
-    assert parts.judge(PART, apart).holds is False  # 0.1 and 0.3: the interval of two seeds contains 0
-    no_rule_yet = replace(PART, claims=(*PART.claims, Claim("AP of another", "ap", "another")))
+    # 0.1 and 0.3: the interval of two seeds contains 0
+    assert parts.judge(replace(PART, seeds=2), apart).holds is False
+    no_rule_yet = replace(PART, seeds=2, claims=(*PART.claims, Claim("AP of another", "ap", "another")))
     assert parts.judge(no_rule_yet, two).holds is None
 
 

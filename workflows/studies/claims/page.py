@@ -27,8 +27,8 @@ python workflows/claims.py --check                   # one claim again, compared
 ```
 
 Intervals are 95 % intervals of the mean over seeds (Student's t); differences are paired by seed. A claim *holds* if
-every line of its rule does: the whole interval (or, where the rule says so, the mean) is within the bounds. With one
-seed there is no interval, and the claim is *undecided*. *Over images* is a bootstrap: the 95 % interval of the mean if
+every line of its rule does: the whole interval (or, where the rule says so, the mean) is within the bounds. It is
+*undecided* until all its seeds are measured. *Over images* is a bootstrap: the 95 % interval of the mean if
 the evaluation images were others, with the same trainings; seeds whose draws are not recorded are left out. A paper's
 value with a star is recalled and was not checked against the paper's text.
 """
@@ -61,7 +61,8 @@ def render_markdown(verdicts: Sequence[Verdict]) -> str:
     rows = [["claim", "headline: mean (95 % interval)", "state"]]
     for verdict, word in zip(verdicts, words, strict=True):
         number, count = verdict.part.number, len(verdict.seeds)
-        seeds = f", {count} seed{'s' if count > 1 else ''}" if count else ""
+        more = f" of {verdict.part.seeds}" if count < verdict.part.seeds else ""
+        seeds = f", {count}{more} seed{'s' if count > 1 or more else ''}" if count else ""
         rows.append([f"[{number}](#claim-{number}). {verdict.part.statement}", headline(verdict), word + seeds])
     summary = (
         f"Claims: {counts}. The recorded results took {cpu / 3600:.2f} CPU-hours and {seconds / 3600:.1f} h of wall "

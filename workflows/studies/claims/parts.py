@@ -103,10 +103,10 @@ class Verdict:
 
     @property
     def holds(self) -> bool | None:
-        """Whether every claim of the part holds; None if one has fewer than two seeds, since there is no interval."""
+        """Whether every claim of the part holds; None if one has fewer seeds than the part is measured with."""
         if not self.judged or len(self.judged) < len(self.part.claims):
             return None
-        if any(len(judged.ours) < 2 for judged in self.judged):
+        if any(len(judged.ours) < self.part.seeds for judged in self.judged):
             return None
         return all(judged.holds for judged in self.judged)
 
