@@ -137,7 +137,7 @@ class Hour:
             raise SystemExit(f"{url}: another server answers, expected its port to be free")
         with (BENCH / "first_hour" / f"{name}.log").open("wb") as log:
             server = subprocess.Popen(
-                self.in_shell(command), cwd=self.clone, env=self.environment(), stdout=log, stderr=log,
+                self.in_shell(f"exec {command}"), cwd=self.clone, env=self.environment(), stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
             try:
@@ -145,10 +145,10 @@ class Hour:
                     self.failed.append(f"{name}: {command}")
                 yield
             finally:
-                # Its children too: those of `mlflow ui` outlive it. A job of `nohup` would ignore Ctrl-C's signal.
-                os.killpg(server.pid, signal.SIGTERM)
+                server.terminate()  # a job of `nohup` would ignore Ctrl-C's signal
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     server.wait(60)
+                # Its children too: those of `mlflow ui` outlive it.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(server.pid, signal.SIGKILL)
                 self.seconds[name] = time.perf_counter() - started
