@@ -10,6 +10,7 @@ Imports no torch, so that data tasks start fast and stay small.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,12 @@ def training_rows(
     return index, skipped
 
 
+@cache
+def print_once(line: str) -> None:
+    """Print a line, unless this process has: a loader is built to check its tables, and again for every stage."""
+    print(line, flush=True)
+
+
 def detection_loader(
     storage_uri: str,
     name: str,
@@ -205,7 +212,7 @@ def detection_loader(
     if not index:
         raise InputError(f"boxes/{name}: no image has a box of the {len(category_ids)} training categories")
     if skipped:
-        print(f"boxes/{name}: trains on {len(index):,} images; left out: {skipped}", flush=True)
+        print_once(f"boxes/{name}: trains on {len(index):,} images; left out: {skipped}")
     if masks and not all(mask for row in index for mask in row["masks"]):
         raise InputError(f"boxes/{name}: a box has no mask, expected one for each, or model.detector.masks=False")
     weights = repeat_factors([row["labels"] for row in index], repeat_threshold) if repeat_threshold else None

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.embeddings.stores import EmbeddingJob, Regions, publish_embeddings, save_shard, saved_shards
+from data_prep.streams import box_loader
 from data_prep.streams.augmentation import Augmentation
 from data_prep.streams.box_loader import RegionSource, detection_loader, sample_stored_regions, training_rows
 from data_prep.streams.collate import DetectionCollate
@@ -127,9 +128,12 @@ def test_boxes_are_cut_to_their_image() -> None:
 
 
 @pytest.mark.ray
-def test_skipped_boxes_are_printed(ray_cluster: None, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_boxes_are_printed_once(ray_cluster: None, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    box_loader.print_once.cache_clear()
     load(store)
     assert "boxes/t: trains on 2 images; left out: 2 boxes of other categories (category 99" in capsys.readouterr().out
+    load(store)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.ray
