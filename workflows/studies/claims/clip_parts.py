@@ -88,6 +88,7 @@ def measure_prompts(run: ClipStudy, seed: int) -> dict[str, Metrics]:
 
 PROMPTS = Part(
     number=1,
+    seeds=5,
     statement="CLIP names pictures it was never trained to name; a prompt beats the bare name, and the mean over many "
     "prompts beats one.",
     paper=(

@@ -55,7 +55,8 @@ class Part:
     picture_text: str = ""
     """What the picture shows."""
     seeds: int = 3
-    """How many seeds the claim is measured with, from 0: more where the interval of three is wide."""
+    """How many seeds the claim is measured with, from 0: five if the means of three are within the bounds, but an
+    interval is not."""
     remark: str = ""
     """What limits the measurement, or why the claim does not hold."""
 

@@ -98,6 +98,7 @@ PROPOSALS = Part(
 )
 QUALITY = Part(
     number=3,
+    seeds=5,
     statement="A better proposal network keeps more objects that it was never trained on.",
     paper=("not measured alone; the first stage is trained on base boxes (ViLD, section 3.2)",),
     settings=VildRun(),
