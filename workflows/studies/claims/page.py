@@ -15,9 +15,9 @@ from workflows.studies.study import ClaimResult, Results
 
 TITLE = """# The papers' claims, measured again
 
-`make claims` measures each claim of the three papers on the [pictogram world](walkthrough.md) and renders this page from
-the results in `docs/claims/`. A claim has three seeds, or five where the means of three were within the bounds but an
-interval was not. Results with other settings are refused, not mixed.
+`make claims` measures each claim of the three papers on the [pictogram world](walkthrough.md), and renders this page
+from the results in `docs/claims/`. A claim has three seeds, or five where the means of three were within the bounds but
+an interval was not. Results with other settings are refused, not mixed.
 
 ```
 make claims                                          # what is not recorded yet
