@@ -198,12 +198,18 @@ class OvSam(nn.Module):
         Raises:
             InputError: the prompts do not fit the image, see `Prompts.checked`.
         """
+        low_PLL, ious_P, boxes_P4 = self.low_masks(encoded, prompts)
+        return unnamed(self.full_size(low_PLL, encoded.sam), ious_P, low_PLL), boxes_P4
+
+    @torch.no_grad()
+    def low_masks(self, encoded: EncodedOvSam, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`masks` before they are enlarged: logits [P, L, L], predicted IoUs [P], and the box prompts."""
         given = input_prompts(prompts, encoded.sam)
         points = None if given.points is None else (given.points, given.point_labels)
         masks = None if given.masks is None else given.masks[:, None]
         sparse, dense = self.prompt_encoder(points, given.boxes, masks)
         low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
-        return unnamed(self.full_size(low_PLL, encoded.sam), ious_P, low_PLL), given.boxes
+        return low_PLL, ious_P, given.boxes
 
     def full_size(self, low_PLL: Tensor, encoded: EncodedImage) -> Tensor:
         """[P, L, L] logits -> masks [P, H, W] of the original image, in parts that bound the memory."""
@@ -264,12 +270,15 @@ class OvSam(nn.Module):
         parts, confident, best_iou = [], 0, 0.0
         for clicks in torch.split(points, settings.points_per_batch):
             prompts = Prompts(points=clicks[:, None], point_labels=torch.ones(len(clicks), 1).long())
-            part, _ = self.masks(encoded, prompts)
-            good = (part.ious >= settings.min_iou) & part.masks.flatten(1).any(1)
-            confident, best_iou = confident + int(good.sum()), max(best_iou, float(part.ious.max()))
-            good &= calculate_stability_score(part.low_res, 0.0, 1.0) >= settings.min_stability
+            low_PLL, ious_P, _ = self.low_masks(encoded, prompts)
+            good = (ious_P >= settings.min_iou) & (low_PLL > 0).flatten(1).any(1)
+            confident, best_iou = confident + int(good.sum()), max(best_iou, float(ious_P.max()))
+            good &= calculate_stability_score(low_PLL, 0.0, 1.0) >= settings.min_stability
+            low_PLL, ious_P = low_PLL[good], ious_P[good]
+            part = unnamed(self.full_size(low_PLL, encoded.sam), ious_P, low_PLL)
+            shown = part.masks.flatten(1).any(1)  # not only in the padding
             # not the masks: before suppression there are hundreds, each of the image's size
-            parts.append((part.low_res[good], part.ious[good], part.boxes[good]))
+            parts.append((low_PLL[shown], ious_P[shown], part.boxes[shown]))
         low_PLL, ious_P, boxes_P4 = map(torch.cat, zip(*parts, strict=True))
         best = nms(boxes_P4, ious_P, settings.nms_iou)[: settings.max_masks]
         segments = unnamed(self.full_size(low_PLL[best], encoded.sam), ious_P[best], low_PLL[best])
