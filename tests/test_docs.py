@@ -3,10 +3,13 @@
 import ast
 import contextlib
 import dataclasses
+import json
 import re
 import shlex
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from importlib import import_module
@@ -148,6 +151,17 @@ def test_snippets_run_as_they_are_pasted(tmp_path: Path, monkeypatch: pytest.Mon
         Path("found.png").unlink(missing_ok=True)
         exec(compile(documented.snippets((ROOT / page).read_text()), page, "exec"), {})
         assert Image.open("found.png").width
+
+
+@pytest.mark.slow
+def test_the_commands_of_all_pages_run_as_they_are_pasted() -> None:
+    pages = [str(page.relative_to(ROOT)) for page in PAGES if page.parent.name == "docs"]
+    subprocess.run(
+        [sys.executable, "benchmarks/first_hour.py", "--config", "smoke", "--pages", *pages], cwd=ROOT, check=True
+    )
+    found = json.loads((ROOT / "runs/bench/first_hour.json").read_text())
+    assert found["failed"] == []
+    assert found["commands"] > 60
 
 
 def run_snippets(page: str, *changes: tuple[str, str]) -> dict[str, Any]:
