@@ -112,7 +112,7 @@ def read_file(path: str) -> ReadFile:
         script = is_torchscript(source)
     except (OSError, ValueError) as error:
         raise InputError(f"--weights {path!r}: cannot be read ({type(error).__name__}), expected a file") from error
-    check_released(source)
+    check_released(source, digest)
     return ReadFile(path, digest, read_state(source), script)
 
 

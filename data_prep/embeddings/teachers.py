@@ -236,12 +236,13 @@ def store_released(storage_uri: str, name: str, pretrained: str) -> str:
     Raises:
         InputError: the architecture or the weights are unknown, or a file is not what its name says.
     """
-    file = Path(pretrained)
+    file, tag = Path(pretrained), pretrained
     if file.is_file():
         from ovd_models.importers.released import check_released
 
-        check_released(file)
-    tag = f"{file.stem}-{storage.sha256(file.read_bytes())[:8]}" if file.is_file() else pretrained
+        digest = storage.sha256(file.read_bytes())
+        check_released(file, digest)
+        tag = f"{file.stem}-{digest[:8]}"
     checkpoint = storage.join(storage.absolute(storage_uri), "teachers", f"{name}-{tag}")
     if not storage.exists(storage.join(checkpoint, "clip.json")):
         from ovd_models.clip.model import ClipConfig, open_clip_model

@@ -124,17 +124,19 @@ def find_released(file: str) -> ReleasedFile | None:
     return next((entry for entry in released_files() if entry.file == file), None)
 
 
-def check_released(path: str | Path) -> None:
-    """Raise InputError if a file with a released name is not the published one, as after an interrupted download."""
+def check_released(path: str | Path, sha256: str = "") -> None:
+    """Raise InputError if a file with a released name is not the published one, as after an interrupted download.
+
+    The file is not read for its SHA-256 if that is given.
+    """
     entry = find_released(Path(path).name)
-    for kind in ("sha256", "md5"):
-        published = getattr(entry, kind, "")
-        if entry is None or not published:
-            continue
+    if entry is None or not (entry.sha256 or entry.md5):
+        return
+    kind, published = ("sha256", entry.sha256) if entry.sha256 else ("md5", entry.md5)
+    digest = sha256 if kind == "sha256" else ""
+    if not digest:
         with Path(path).open("rb") as stream:
             digest = hashlib.file_digest(stream, kind).hexdigest()
-        if not digest.startswith(published):
-            more = "..." if len(published) < len(digest) else ""
-            raise InputError(
-                f"{path}: {kind} {digest}, published {published}{more}; expected the whole file from {entry.url}"
-            )
+    if not digest.startswith(published):
+        published += "..." if len(published) < len(digest) else ""
+        raise InputError(f"{path}: {kind} {digest}, published {published}; expected the whole file from {entry.url}")

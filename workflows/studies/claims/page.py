@@ -17,7 +17,8 @@ TITLE = """# The papers' claims, measured again
 
 `make claims` measures each claim of the three papers on the [pictogram world](walkthrough.md), and renders this page
 from the results in `docs/claims/`. A claim has three seeds, or five where the means of three were within the bounds but
-an interval was not. Results with other settings are refused, not mixed.
+an interval was not: with three alone, these claims do not hold, and seeds that are added after a look at the first make
+an interval somewhat too narrow. Results with other settings are refused, not mixed.
 
 ```
 make claims                                          # what is not recorded yet
