@@ -131,22 +131,21 @@ class TextToMask(nn.Module):
             self.image_centre.lerp_(image_PD.mean(0), share)
         embedding_PChw, centred_PD = embedding_BChw[objects.images], image_PD - self.image_centre
         settings = SamTrainingConfig()
-        points, labels = [], []
+        points, labels, rounds = [], [], []
         if self.settings.windows:
             points.append(central_points(objects.boxes, generator))
             labels.append(torch.full_like(objects.labels, ON))
-        located = Prompts(torch.stack(points, 1), torch.stack(labels, 1)) if points else None
-        low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD, located)
-        rounds = [prompt_losses(low_PKLL, ious_PK, objects.masks, settings, ambiguous=False)]
-        for _ in range(self.settings.clicks):
-            last_PLL = low_PKLL.detach()[:, 0]
-            shown_PSS = F.interpolate(last_PLL[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0] > 0
-            point_P2, label_P = corrective_clicks(shown_PSS, objects.masks, generator)
-            points.append(point_P2)
-            labels.append(label_P)
-            clicks = Prompts(torch.stack(points, 1), torch.stack(labels, 1), masks=last_PLL)
+        last_PLL: Tensor | None = None
+        for _ in range(1 + self.settings.clicks):
+            if last_PLL is not None:
+                enlarged_P1SS = F.interpolate(last_PLL[:, None], (side, side), mode="bilinear", align_corners=False)
+                point_P2, label_P = corrective_clicks(enlarged_P1SS[:, 0] > 0, objects.masks, generator)
+                points.append(point_P2)
+                labels.append(label_P)
+            clicks = Prompts(torch.stack(points, 1), torch.stack(labels, 1), masks=last_PLL) if points else None
             low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD, clicks)
             rounds.append(prompt_losses(low_PKLL, ious_PK, objects.masks, settings, ambiguous=False))
+            last_PLL = low_PKLL.detach()[:, 0]
         return {name: torch.stack([entry[name] for entry in rounds]).mean() for name in rounds[0]}
 
     @torch.no_grad()
