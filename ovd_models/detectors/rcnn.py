@@ -7,7 +7,7 @@ Boxes are xyxy in pixels of the resized image inside this file, of the original 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,12 @@ from ovd_models.detectors.masks import MaskHead
 from ovd_models.detectors.region_pool import POOLED, RegionPool
 from ovd_models.detectors.resizing import ResizedImages, Selection, annotated_targets, build_transform, resize_images
 from ovd_models.detectors.sampling import best_boxes, overlaps, pad, sample_balanced
+from ovd_models.errors import InputError
 from ovd_models.losses import cosine_logits, sigmoid_loss
 from ovd_models.vocabulary import Vocabulary
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
+Objectness = Literal["label", "overlap"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,10 @@ class RCNNConfig:
     """Shorter side of a resized image in pixels ..."""
     max_size: int = 256
     """... unless the longer side would then exceed this."""
+    objectness: Objectness = "label"
+    """What the proposals' score predicts: whether an anchor is an object (`label`), or how far it overlaps one
+    (`overlap`). The latter is learned from anchors near annotated objects alone, so that no object is taken for
+    background for want of an annotation (OLN, arXiv 2108.06753, section 3)."""
     rpn_batch_size: int = 128
     pre_nms: int = 300
     """Proposals per level before suppression."""
@@ -73,6 +79,11 @@ class RCNNConfig:
     box_beta: float = 1 / 9
     """Transition of the smooth L1 box loss from quadratic to linear."""
     box_nms: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check what the proposals' score predicts."""
+        if self.objectness not in get_args(Objectness):
+            raise InputError(f"objectness: {self.objectness!r}, expected one of {', '.join(get_args(Objectness))}")
 
 
 @dataclass(frozen=True)
@@ -175,12 +186,14 @@ class ProposalNetwork(nn.Module):
         best_BA, matched_BA = iou_BMA.max(1)
         # Each true box has at least one anchor: those of its largest overlap (Faster R-CNN, section 3.1.2).
         closest_BA = ((iou_BMA == iou_BMA.amax(2, keepdim=True)) & real_BM[..., None]).any(1)
-        positive_BA = closest_BA | (best_BA >= self.rpn.proposal_matcher.high_threshold)
-        negative_BA = ~positive_BA & (best_BA < self.rpn.proposal_matcher.low_threshold)
-        row_BS, valid_BS = sample_balanced(positive_BA, negative_BA, self.config.rpn_batch_size, 0.5)
+        matcher, graded = self.rpn.proposal_matcher, self.config.objectness == "overlap"
+        positive_BA = closest_BA | (best_BA >= (matcher.low_threshold if graded else matcher.high_threshold))
+        negative_BA = ~positive_BA & (best_BA < matcher.low_threshold) & (not graded)
+        row_BS, valid_BS = sample_balanced(positive_BA, negative_BA, self.config.rpn_batch_size, 1.0 if graded else 0.5)
         logit_BS = proposals.objectness.view(-1, len(anchor_A4))[:count].gather(1, row_BS)
         object_BS = positive_BA.gather(1, row_BS) & valid_BS
-        entropy_BS = F.binary_cross_entropy_with_logits(logit_BS, object_BS.float(), valid_BS.float(), reduction="none")
+        score_BS = best_BA.gather(1, row_BS) if graded else object_BS.float()
+        entropy_BS = F.binary_cross_entropy_with_logits(logit_BS, score_BS, valid_BS.float(), reduction="none")
         row_BS4 = row_BS[..., None].expand(-1, -1, 4)
         delta_R4 = proposals.deltas.view(-1, len(anchor_A4), 4)[:count].gather(1, row_BS4).flatten(0, 1)
         matched_BS4 = true_BM4.gather(1, matched_BA.gather(1, row_BS)[..., None].expand(-1, -1, 4))

@@ -8,10 +8,12 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from ovd_models.detectors.rcnn import (
     RCNN,
+    ProposalNetwork,
     RCNNConfig,
     sample_regions,
 )
 from ovd_models.detectors.resizing import Selection, select_detections
+from ovd_models.errors import InputError
 from ovd_models.preprocess import add_edge
 from ovd_models.vocabulary import Vocabulary
 
@@ -211,6 +213,34 @@ def _depends(value: Tensor, leaf: Tensor) -> bool:
 RESNET = RCNNConfig(
     backbone="resnet18", backbone_options={}, strides=(4, 8, 16, 32), anchor_sizes=(16, 32, 64, 128), freeze_norm=True
 )
+
+
+def test_objectness_by_overlap_takes_no_anchor_for_background() -> None:
+    config = dataclasses.replace(CONFIG, objectness="overlap", rpn_batch_size=4096)
+    network = ProposalNetwork(config).train()
+    images = network.preprocess([noise(64, 64), noise(64, 64, 1)])
+    proposals = network.propose(images, network.features(images))
+    annotated = torch.tensor([[10.0, 12.0, 40.0, 41.0]])
+    targets = [{"boxes": annotated}, {"boxes": annotated[:0]}]
+    iou_A = box_iou(proposals.anchors[0], annotated).amax(1)
+    near_A = iou_A >= torch.minimum(torch.tensor(0.3), iou_A.max())
+    assert 0 < int(near_A.sum()) < len(near_A)
+
+    def gradient(logit_A: Tensor) -> Tensor:
+        """Of the logits of both images, which have the same values: [2, anchors]."""
+        logits = logit_A.repeat(2)[:, None].requires_grad_()
+        losses = network.proposal_losses(dataclasses.replace(proposals, objectness=logits), targets)
+        return torch.autograd.grad(losses["objectness"], logits)[0].view(2, -1)
+
+    first, without_boxes = gradient(torch.zeros(len(iou_A)))
+    assert torch.equal(first != 0, near_A)
+    assert not without_boxes.any()
+    assert torch.allclose(gradient(iou_A.logit(1e-6)), torch.zeros(2, len(iou_A)), atol=1e-6)
+
+
+def test_an_unknown_objectness_is_refused() -> None:
+    with pytest.raises(InputError, match="objectness: 'iou', expected one of label, overlap"):
+        dataclasses.replace(CONFIG, objectness="iou")  # type: ignore[arg-type]
 
 
 def test_frozen_norms_have_no_parameters_and_never_change() -> None:
