@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep import tables
+from data_prep.pictograms.world import GLYPHS, SCENES, World
 from ovd_models.errors import InputError
-from workflows import claims
+from workflows import claims, prepare_boxes
 from workflows.common import cli
 from workflows.studies.claims import page, parts
 from workflows.studies.claims.catalogue import CHEAP_FIRST, PARTS
 from workflows.studies.claims.parts import Part
 from workflows.studies.claims.sampled import ratio
+from workflows.studies.claims.transfer_parts import MERGED, publish_coloured, publish_merged
+from workflows.studies.claims.vild_parts import VildRun
 from workflows.studies.study import Claim, Metrics, StudyRun
 
 REPOSITORY = Path(__file__).parents[2]
@@ -234,3 +238,28 @@ def test_the_catalogue_is_complete() -> None:
     assert sorted(CHEAP_FIRST) == list(PARTS)
     for part in PARTS.values():
         assert part.statement and part.paper and part.schedule and part.claims and part.columns
+
+
+def test_other_vocabularies_name_the_same_boxes(tmp_path: Path) -> None:
+    boxes = replace(prepare_boxes.pictograms(), storage=str(tmp_path), train_images=2, eval_images=8)
+    prepare_boxes.prepare(boxes)
+    run = VildRun(storage=str(tmp_path), boxes=boxes)
+
+    def names_of(table: str, categories: str) -> list[list[str]]:
+        rows = tables.read_table(str(tmp_path), "categories", categories).to_pylist()
+        name_of = {row["category_id"]: row["name"] for row in rows}
+        keys = tables.read_table(str(tmp_path), "boxes", table)["category_ids"].to_pylist()
+        return [[name_of[key] for key in of] for of in keys]
+
+    own = names_of("pictograms-eval", "pictograms")
+    word_of = {name: word for word, members in MERGED.items() for name in members}
+    assert set(word_of) <= set(GLYPHS) and not set(MERGED) & set(GLYPHS)
+    merged = names_of(publish_merged(run), "pictograms-merged")
+    assert merged == [[word_of.get(name, name) for name in of] for of in own]
+    assert merged != own
+    coloured = names_of(publish_coloured(run), "pictograms-coloured")
+    assert [[name.split(" ", 1)[1] for name in of] for of in coloured] == own
+    first = World.create(boxes.seed).scene(np.random.default_rng([boxes.seed + 2, 0]), SCENES, None)
+    assert [name.split(" ", 1)[0] for name in coloured[0]] == list(first.colours)
+    table = tables.read_table(str(tmp_path), "categories", "pictograms-merged").to_pylist()
+    assert {row["name"]: tuple(row["synonyms"]) for row in table if row["synonyms"]} == MERGED

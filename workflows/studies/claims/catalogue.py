@@ -5,13 +5,13 @@ from workflows.studies.claims.codet_parts import GROUPS_AGAINST_NAMES, SHARED, S
 from workflows.studies.claims.parts import Part
 from workflows.studies.claims.proposal_parts import PROPOSALS, QUALITY
 from workflows.studies.claims.sam_parts import ABLATION, CLICKS, DETECTORS, NAIVE, TOWERS
+from workflows.studies.claims.transfer_parts import TRANSFER
 from workflows.studies.claims.vild_parts import (
     BACKBONES,
     CROPS,
     DISTILLATION,
     RARE,
     TEACHERS,
-    TRANSFER,
     WEIGHTS,
 )
 

@@ -13,8 +13,6 @@ from data_prep.boxes.coco import flat_categories, keep_annotations
 from ovd_models.vild.model import Variant, ViLDConfig
 from workflows import prepare_boxes
 from workflows.configs import vild as vild_configs
-from workflows.configs.evaluation import Run as EvaluationRun
-from workflows.reports import evaluation
 from workflows.studies import study as studies
 from workflows.studies import vild as vild_study
 from workflows.studies import vild_sweep
@@ -131,28 +129,6 @@ def measure_rare(run: VildRun, seed: int) -> dict[str, Metrics]:
     for name, threshold in (("supervised", 0.0), ("supervised, repeated", run.repeat_threshold)):
         trained = vild_study.train_detector(replace(own, repeat_threshold=threshold), seed, "supervised-rare")
         found[f"{name}, {run.rare_boxes} boxes"] = sampled(ready, trained)
-    return found
-
-
-def measure_transfer(run: VildRun, seed: int) -> dict[str, Metrics]:
-    """AP50 of `text` and `vild` on the world's own scenes and on the second style, and the teacher's accuracy there."""
-    ready = prepared(run)
-    prepare_world(run.storage, second_style=True)
-    found: dict[str, Metrics] = {}
-    names: tuple[Variant, ...] = ("text", "vild")
-    for boxes, style in ((run.boxes.name, ""), ("pictograms2", ", second style")):
-        shown = replace(studies.seeded(ready.training, ready.storage, ready.teacher, seed), boxes=boxes)
-        teacher = studies.remember("vild", seed, "teacher", shown, vild_study.name_objects)
-        for name in names:
-            own = vild_study.variant_training(ready, name, seed)
-            model = vild_study.train_detector(own, seed, name)["model"]
-            settings = EvaluationRun(storage=run.storage, model=model, boxes=f"{boxes}-eval")
-
-            def job(own: vild_configs.Run, settings: EvaluationRun = settings) -> Metrics:
-                return evaluation.evaluate(settings).metrics.summary()
-
-            metrics = studies.remember("vild", seed, f"{name}-on-{boxes}", own, job)
-            found[f"{name}{style}"] = with_draws(metrics, run.storage, model, f"{boxes}-eval") | teacher
     return found
 
 
@@ -287,31 +263,6 @@ TEACHERS = Part(
     ),
     columns={**AP50_COLUMNS, **TEACHER},
     schedule="`vild`, one head, from three CLIPs that differ in steps. " + SCHEDULE,
-)
-TRANSFER = Part(
-    number=8,
-    statement="A detector transfers to other data by names alone, and distillation transfers better than names.",
-    paper=(
-        "AP50 of ViLD-text and ViLD on PASCAL VOC 40.5 and 72.2, on COCO 43.4 and 55.6, on Objects365 15.8 and 18.2 "
-        "(ViLD-text's are recalled)*",
-    ),
-    settings=VildRun(),
-    measure=measure_transfer,
-    claims=(
-        Claim(
-            "AP50 of all names, second style: ViLD above ViLD-text",
-            "ap50_all",
-            "vild, second style",
-            ("text, second style",),
-            paper=0.317,
-            source="PASCAL VOC*",
-        ),
-        Claim("novel AP50, second style: ViLD", NOVEL, "vild, second style", at_least=0.05),
-    ),
-    columns={**AP50_COLUMNS, "all AP50": "ap50_all", **TEACHER},
-    schedule="The detectors of claim 4 on scenes of the second style: outlines in another font on stripes. " + SCHEDULE,
-    remark="The cause is the teacher: a CLIP that has seen one style only names objects of the second one hardly "
-    "better than by chance. A vocabulary with new and merged names has no command yet.",
 )
 CROPS = Part(
     number=10,
