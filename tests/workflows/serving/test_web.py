@@ -16,12 +16,14 @@ import pytest
 import uvicorn
 from serving import endpoint, save_detector, save_segmenter
 
+from ovd_models.checkpoint_info import write_calibration
 from workflows.serving.api import WEB, build_api
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 expect = playwright.expect
+OWN_THRESHOLD = 0.12
 WIDTHS = {"phone": (390, 844), "tablet": (768, 1024), "desk": (1440, 900)}
 
 
@@ -29,6 +31,7 @@ WIDTHS = {"phone": (390, 844), "tablet": (768, 1024), "desk": (1440, 900)}
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("web")
     models = f"boxes={save_detector(root / 'boxes')},pointer={save_segmenter(root / 'pointer')}"
+    write_calibration(root / "boxes", OWN_THRESHOLD, "pictograms-eval")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(build_api(endpoint(models, root)), port=port, log_level="warning"))
@@ -90,6 +93,20 @@ def test_names_are_found_and_singled_out(page: "playwright.Page") -> None:
     expect(page.locator(".empty:visible")).to_contain_text("below the threshold")
     page.get_by_label("Remove anchor").click()
     expect(page.locator(".chip")).to_have_count(1)
+
+
+def test_scores_are_shown_above_the_models_own_threshold_until_another_is_chosen(page: "playwright.Page") -> None:
+    slider, shown = page.locator("#threshold"), page.locator("#threshold-value")
+    expect(slider).to_have_value(str(OWN_THRESHOLD))
+    expect(shown).to_have_text(f"{OWN_THRESHOLD:.2f}")
+    choose(page, "Everything")
+    expect(slider).to_have_value("0.3")
+    choose(page, "Find")
+    expect(slider).to_have_value(str(OWN_THRESHOLD))
+    slider.fill("0.5")
+    choose(page, "Everything")
+    expect(slider).to_have_value("0.5")
+    expect(shown).to_have_text("0.50")
 
 
 def test_an_object_has_one_name_unless_all_are_wanted(page: "playwright.Page", url: str) -> None:

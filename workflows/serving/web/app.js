@@ -21,8 +21,8 @@ const MODES = {
 const SAMPLES = ["scene-1.jpg", "scene-2.jpg", "scene-3.jpg"];
 const MAX_SIDE = 2048;
 
-const state = { models: [], mode: "", picture: null, prompts: new Prompts(), pending: null, lastAnswers: [], notes: [] };
-const sides = [new Side("Names", () => later()), new Side("Names, second side", () => later())];
+const state = { models: [], mode: "", thresholdChosen: false, picture: null, prompts: new Prompts(), pending: null, lastAnswers: [], notes: [] };
+const sides = [new Side("Names", () => { suggestThreshold(); later(); }), new Side("Names, second side", () => later())];
 const panes = sides.map(() => new Pane("", addPrompt));
 
 // -------------------------------------------------------------------------------------------------- start
@@ -58,6 +58,7 @@ function setMode(mode) {
   $("distinct-row").hidden = mode !== "detect";
   const able = state.models.filter((model) => model.routes.includes(`/v1/${mode}`));
   sides.forEach((side) => side.offer(able));
+  suggestThreshold();
   if ($("compare").checked && able.length > 1 && sides[0].model === sides[1].model) sides[1].select.selectedIndex = 1;
   panes.forEach((pane) => {
     pane.point(mode === "segment");
@@ -173,6 +174,16 @@ function threshold() {
   return ["classify", "segment", "text-to-mask"].includes(state.mode) ? -1 : Number($("threshold").value);
 }
 
+/** The model's own threshold, until the user chooses another. */
+function suggestThreshold() {
+  if (!state.thresholdChosen) setThreshold((state.mode === "detect" && sides[0].model?.score_threshold) || 0.3);
+}
+
+function setThreshold(value) {
+  $("threshold").value = value;
+  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
+}
+
 let timer;
 function later() {
   clearTimeout(timer);
@@ -275,7 +286,8 @@ addEventListener("drop", (event) => { event.preventDefault(); $("drop").classLis
 $("run").onclick = run;
 $("distinct").onchange = () => active().forEach(showSide);
 $("threshold").oninput = () => {
-  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
+  state.thresholdChosen = true;
+  setThreshold($("threshold").value);
   active().forEach(showSide);
 };
 $("compare").onchange = () => {
