@@ -26,6 +26,7 @@ import torch
 from data_prep.boxes.cleaning import Account, SkipReport, clip_box
 from data_prep.boxes.coco import file_name
 from data_prep.boxes.entries import load_entries
+from data_prep.boxes.pictures import PathEnds
 from data_prep.progress import Progress
 from ovd_models.batches import Detections
 from ovd_models.errors import InputError
@@ -150,14 +151,18 @@ def read_names(text: str) -> list[str] | None:
 def read_boxes(path: str, pictures: Sequence[tuple[Path, str]]) -> Boxes | None:
     """The boxes of pictures in a file in COCO's format; None if no file is given.
 
+    The file's `a.jpg` is also the only picture `images/a.jpg`, and the reverse.
+
     Raises:
         InputError: the file cannot be read, or has no box of these pictures.
     """
     if not path:
         return None
     content = load_entries(path, Account(path))
-    names = {picture.id: file_name(picture) for picture in content.images}
     boxes: dict[str, list[list[float]]] = {name: [] for _, name in pictures}
+    ends = PathEnds(boxes)
+    of_file = {picture.id: file_name(picture) for picture in content.images}
+    names = {number: name if name in boxes else ends.find(name) for number, name in of_file.items()}
     for annotation in content.annotations:
         if annotation.bbox and (name := names.get(annotation.image_id)) in boxes:
             x, y, width, height = annotation.bbox

@@ -3,7 +3,7 @@
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,25 +97,33 @@ class PictureFolder:
         `cam2/1.jpg` is never taken for `cam1/1.jpg`.
         """
         longest = [path for path in options if not any(other.endswith(f"/{path}") for other in options)]
-        for path in map(_plain, (*longest, *map(unquote, longest))):
-            alike = [
-                name
-                for name in self._by_name[path.rpartition("/")[2]]
-                if f"/{_plain(name)}".endswith(f"/{path}") or f"/{path}".endswith(f"/{_plain(name)}")
-            ]
-            if len(alike) == 1:
-                return self._read_file(alike[0], renamed=True)
+        for path in (*longest, *map(unquote, longest)):
+            if alike := self._files.find(path):
+                return self._read_file(alike, renamed=True)
         return missing
 
     @cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        """Paths of all files by their plain name."""
+    def _files(self) -> "PathEnds":
         filesystem, root = storage.resolve(self.root)
-        paths: dict[str, list[str]] = defaultdict(list)
-        for info in filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True)):
-            if info.type == fs.FileType.File:
-                paths[_plain(info.base_name)].append(info.path.removeprefix(root).lstrip("/"))
-        return paths
+        infos = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True))
+        return PathEnds(info.path.removeprefix(root).lstrip("/") for info in infos if info.type == fs.FileType.File)
+
+
+class PathEnds:
+    """Paths that are found by how they end, in any Unicode form and case."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        """Index the paths by their plain file name."""
+        self._by_name: dict[str, list[str]] = defaultdict(list)
+        for path in paths:
+            self._by_name[_plain(path).rpartition("/")[2]].append(path)
+
+    def find(self, path: str) -> str:
+        """The only path that ends in another, or in which the other ends; empty if there is none, or several."""
+        other = f"/{_plain(path)}"
+        names = self._by_name.get(other.rpartition("/")[2], [])
+        alike = [name for name in names if f"/{_plain(name)}".endswith(other) or other.endswith(f"/{_plain(name)}")]
+        return alike[0] if len(alike) == 1 else ""
 
 
 def _plain(path: str) -> str:

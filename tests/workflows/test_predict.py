@@ -135,6 +135,28 @@ def test_ovsam_gives_a_mask_for_each_box_of_a_file(pictures: Path, tmp_path: Pat
         predict.prepare(dataclasses.replace(run, images=str(pictures / "below"), output=f"{tmp_path}/other"))
 
 
+def test_boxes_of_a_file_are_found_in_its_folder_of_images(pictures: Path, tmp_path: Path) -> None:
+    def boxes_of(*names: str) -> dict[str, list[list[float]]] | None:
+        content = {
+            "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+            "annotations": [
+                {"image_id": number, "category_id": 1, "bbox": [number, 2, 9, 9]} for number in range(len(names))
+            ],
+            "categories": [{"id": 1, "name": "thing"}],
+        }
+        (tmp_path / "instances.json").write_text(json.dumps(content))
+        return predict.read_boxes(f"{tmp_path}/instances.json", [(pictures / name, name) for name in own])
+
+    own = ["images/a.jpg", "images/b.jpg"]  # relative to a folder with `instances.json` and `images/`
+    assert boxes_of("b.jpg", "train/images/a.jpg", "c.jpg") == {
+        "images/a.jpg": [[1, 2, 10, 11]],
+        "images/b.jpg": [[0, 2, 9, 11]],
+    }
+    own = ["left/a.jpg", "right/a.jpg"]  # either could be meant
+    with pytest.raises(InputError, match=r"no box of a picture .* file names such as left/a\.jpg"):
+        boxes_of("a.jpg")
+
+
 def test_boxes_are_refused_for_models_that_take_none(detector: str, pictures: Path, tmp_path: Path) -> None:
     content = {
         "images": [{"id": 1, "file_name": "a.png"}],
