@@ -198,13 +198,13 @@ class Hour:
         for word, pattern in {
             r"(?<!\$)\bCLIP\b(?!=)": "store/runs/clip/*/model",
             r"\bMODEL\b": f"store/runs/{method}/*/model",
-            r"store/runs/ovsam/<run>|runs/ovsam(?=\s|$)": "store/runs/ovsam/*",
+            r"store/runs/ovsam/NAME": "store/runs/ovsam/*",
             r"\bRUN\b": f"store/runs/{method}/*",
             r"\bNAME\b": f"store/runs/{method}/*",
         }.items():
             found = sorted(self.clone.glob(pattern), key=lambda path: path.stat().st_mtime)
             if found:
-                newest = found[-1].name if "NAME" in word else str(found[-1].relative_to(self.clone))
+                newest = found[-1].name if word == r"\bNAME\b" else str(found[-1].relative_to(self.clone))
                 command = re.sub(word, newest, command)
         return command.replace("store/codet", "runs/demo/codet")
 

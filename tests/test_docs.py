@@ -145,8 +145,8 @@ def test_snippets_run_as_they_are_pasted(tmp_path: Path, monkeypatch: pytest.Mon
     shutil.copy(scene, "street.jpg")
     with tracking.run("runs/demo", experiment="pictograms", name="a", params={}, tags={}) as tracked:
         registry.register(tracked, model, method="codet", data_set="pictograms", metric="ap", value=0.5)
-    save_segmenter(Path("store/runs/ovsam/<run>/model"))
-    save_text_segmenter(Path("store/runs/ovsam/<run>/text_model"))
+    save_segmenter(Path("store/runs/ovsam/NAME/model"))
+    save_text_segmenter(Path("store/runs/ovsam/NAME/text_model"))
     for page in ("README.md", "docs/walkthrough.md", "docs/ovsam.md"):
         Path("found.png").unlink(missing_ok=True)
         exec(compile(documented.snippets((ROOT / page).read_text()), page, "exec"), {})

@@ -1,6 +1,6 @@
 """CLIP: learn which captions belong to which images, then name images by prompts.
 
-pairs --shuffle, decode--> images, captions -> train -> zero-shot accuracy -> runs/clip/<run>/model
+pairs --shuffle, decode--> images, captions -> train -> zero-shot accuracy -> runs/clip/NAME/model
 
 python workflows/clip.py --config smoke
 python workflows/clip.py --config pictograms --model.name ViT-B-32 --pretrained openai --max-side None

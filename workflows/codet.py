@@ -1,14 +1,14 @@
 """CoDet: learn to detect from boxes of some categories and from captions that share a concept.
 
 boxes (base categories) --> DetectionBatch --+
-                                             +-> train -> AP50 of base and novel names -> runs/codet/<run>/model
+                                             +-> train -> AP50 of base and novel names -> runs/codet/NAME/model
 groups (captioned images) -> ConceptBatch ---+
                              teacher (clip.py) embeds names and captions
 
 First `boxes`: box supervision alone. Then `joint`, continued from it: every step takes both kinds of batch.
 
 python workflows/codet.py --config smoke
-python workflows/codet.py --config pictograms --teacher store/runs/clip/<run>/model
+python workflows/codet.py --config pictograms --teacher store/runs/clip/NAME/model
 python workflows/codet.py --config photos_laptop --data photos/ --teacher <CLIP>
 ray job submit --working-dir . -- python workflows/codet.py --config smoke --storage s3://bucket/ovd
 """

@@ -3,7 +3,7 @@
 names (a file with one a line, or a box set's) --teacher, prompt set--> texts/<teacher>
 .npy matrix + categories (JSON)               --count, width, order--> texts/<teacher>
 
-python workflows/embed_texts.py --model store/runs/clip/<run>/model --names names.txt --prompt-set vild
+python workflows/embed_texts.py --model store/runs/clip/NAME/model --names names.txt --prompt-set vild
 python workflows/embed_texts.py --model ViT-B-32 --pretrained openai --boxes pictograms
 python workflows/embed_texts.py --matrix lvis_clip.npy --categories lvis_v1_categories.json --teacher ViT-B-32:openai
 """

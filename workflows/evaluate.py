@@ -8,7 +8,7 @@ python workflows/evaluate.py --model runs/demo/codet --storage runs/demo --boxes
 python workflows/evaluate.py --model MODEL --boxes lvis-eval --workers 8 --device cuda --export dt.json
 python workflows/evaluate.py --ground-truth gt.json --predictions dt.json --protocol lvis --output metrics.json
 python workflows/evaluate.py --model MODEL --boxes pictograms2-eval   # transfer: another set, by its names alone
-python workflows/evaluate.py --model store/runs/ovsam/<run>/model --sam store/runs/ovsam/<run>/sam_model
+python workflows/evaluate.py --model store/runs/ovsam/NAME/model --sam store/runs/ovsam/NAME/sam_model
 """
 
 from workflows.common import brief_help

@@ -6,7 +6,7 @@ checkpoint folder --> detector.onnx, names.npz, detect.py | image_tower.onnx, te
 
 python workflows/export.py --model runs/demo/codet --out runs/demo/exported
 python runs/demo/exported/detect.py picture.jpg umbrella anchor      # needs onnxruntime, numpy and Pillow only
-python workflows/export.py --model store/runs/clip/<run>/model --out exported_clip
+python workflows/export.py --model store/runs/clip/NAME/model --out exported_clip
 """
 
 from workflows.common import brief_help

@@ -4,7 +4,7 @@ model, boxes/<name> --detect--> objects missed, things invented, objects detecte
 teacher ----crops of annotated boxes--> elongated objects distorted by the square resize: warp, pad and centre compared
                                     --> parts and loose boxes that score as high as the tight box
 
-python workflows/failures.py --model store/runs/vild/<run>/model --teacher store/runs/clip/<run>/model
+python workflows/failures.py --model store/runs/vild/NAME/model --teacher store/runs/clip/NAME/model
 """
 
 from workflows.common import brief_help

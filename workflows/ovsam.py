@@ -9,8 +9,8 @@ teacher (clip.py) --> sam2clip: CLIP's levels -> SAM's embedding <---------+
       with --text-to-mask also: SAM is trained to take CLIP's embeddings, and so names, as prompts
 
 python workflows/ovsam.py --config smoke
-python workflows/ovsam.py --config pictograms --teacher store/runs/clip/<run>/model
-python workflows/ovsam.py --config pictograms --teacher ... --sam store/runs/ovsam/<run>/sam_model
+python workflows/ovsam.py --config pictograms --teacher store/runs/clip/NAME/model
+python workflows/ovsam.py --config pictograms --teacher ... --sam store/runs/ovsam/NAME/sam_model
 ray job submit --working-dir . -- python workflows/ovsam.py --config smoke --storage s3://bucket/ovd
 """
 

@@ -4,7 +4,7 @@ model, names, pictures --> drawings, predictions.json (COCO), index.html
 
 python workflows/predict.py --model runs/demo/codet --images photos/ --names "dog, red umbrella"
 python workflows/predict.py --model models:/ovd-codet-pictograms@champion --storage runs/demo --images 'photos/*.jpg'
-python workflows/predict.py --model store/runs/ovsam/<run>/model --images street.jpg    # all masks, named
+python workflows/predict.py --model store/runs/ovsam/NAME/model --images street.jpg    # all masks, named
 python workflows/predict.py --model OVSAM --images photos/ --boxes predictions/predictions.json --output masks
 """
 

@@ -4,7 +4,7 @@ checkpoint folder or models:/ URI --> replicas (Ray Serve) behind HAProxy
 image, names --> gate (token, bytes, queue) --> decode --> encode, batched --> detect, segment, classify --> JSON
 
 python workflows/serve.py --model runs/demo/codet --port 8000
-python workflows/serve.py --model detector=models:/ovd-codet-pictograms@champion,pointer=runs/ovsam --storage store
+python workflows/serve.py --model detector=models:/ovd-codet-pictograms@champion,pointer=store/runs/ovsam/NAME/model
 serve run workflows.serve:app model=runs/demo/codet
 
 curl -F image=@street.jpg -F 'vocabulary=["red umbrella", "anchor"]' http://127.0.0.1:8000/v1/detect

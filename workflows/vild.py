@@ -3,10 +3,10 @@
 boxes (novel ones stripped) --> rpn --> proposals checkpoint
                                            | its best proposals of every image -> crops -> teacher (embed.py)
                                            v
-boxes, regions --> DetectionBatch --> detector -> AP50 of base and novel names -> runs/vild/<run>/model
+boxes, regions --> DetectionBatch --> detector -> AP50 of base and novel names -> runs/vild/NAME/model
 
 python workflows/vild.py --config smoke
-python workflows/vild.py --config pictograms --teacher store/runs/clip/<run>/model
+python workflows/vild.py --config pictograms --teacher store/runs/clip/NAME/model
 python workflows/vild.py --config pictograms --model.variant text --teacher ... --proposals runs/.../proposals
 python workflows/vild.py --config lvis_r50 --storage s3://bucket/ovd --teacher s3://bucket/clip
 """

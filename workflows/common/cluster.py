@@ -139,11 +139,9 @@ def require(cpus: float, gpus: float, wait_minutes: float, flags: str = "--worke
     missing = lacking(needed)
     if not missing:
         return
-    limits = state.get_max_resources_from_cluster_config() or {}  # None where no autoscaler runs
     wanted = ", ".join(f"{need:g} {name}s" for name, need in missing.items())
-    most = {name: max(resources().get(name, 0), limits.get(name, 0)) for name in missing}
-    if any(most[name] < need for name, need in missing.items()):
-        found = ", ".join(f"{amount:g} {name}s" for name, amount in most.items())
+    if any(most(name) < need for name, need in missing.items()):
+        found = ", ".join(f"{most(name):g} {name}s" for name in missing)
         raise InputError(f"{flags}: {wanted} are needed, the cluster has at most {found}")
     print(f"waiting up to {wait_minutes:g} minutes for the cluster to have {wanted}", flush=True)
     request_resources(bundles=[{"CPU": 1}] * math.ceil(cpus) + [{"GPU": 1}] * math.ceil(gpus))
@@ -152,6 +150,12 @@ def require(cpus: float, gpus: float, wait_minutes: float, flags: str = "--worke
         if time.monotonic() > deadline:
             raise WaitedError(f"the cluster has not grown to {wanted} in {wait_minutes:g} minutes")
         time.sleep(POLL_SECONDS)
+
+
+def most(name: str) -> float:
+    """How much of a resource the cluster has, or can grow to."""
+    limits = state.get_max_resources_from_cluster_config() or {}  # None where no autoscaler runs
+    return float(max(resources().get(name, 0), limits.get(name, 0)))
 
 
 def lacking(needed: Mapping[str, float]) -> dict[str, float]:

@@ -64,7 +64,7 @@ def _change(path: str, value: Any, *, is_choice: bool) -> str:
 
 
 def teacher_key(teacher: str) -> str:
-    """The key of the run that left a checkpoint in its folder, such as `clip/<run>`; empty for other places."""
+    """The key of the run that left a checkpoint in its folder, such as `clip/NAME`; empty for other places."""
     found = re.search(r"(?:^|/)runs/([^/]+/[^/]+)/[^/]+/?$", teacher)
     return found[1] if found else ""
 

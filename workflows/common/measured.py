@@ -138,8 +138,6 @@ def read_truth_table(
         Category(row["category_id"], row["name"], row["frequency"], row["split"]) for row in table if row["split"]
     ]
     truth = truth_of_rows(rows, chosen, f"boxes/{boxes}")
-    if all(category.frequency in ("r", "c", "f") for category in chosen) and truth.negative is None:
-        truth = replace(truth, negative=np.zeros(0, np.int64))
     sources = [row["source_id"] for row in rows]
     return replace(truth, image_ids=np.array(sources, np.int64)), {source: n for n, source in enumerate(sources)}
 
@@ -154,11 +152,16 @@ def _checked(predictions: Predictions, kind: IouType, origin: str) -> Prediction
 
 
 def choose_protocol(truth: GroundTruth, chosen: ProtocolChoice) -> Protocol:
-    """The protocol of a data set unless another is named: LVIS's, OV-COCO's if a category is novel, or COCO's."""
+    """The protocol of a data set unless another is named: LVIS's, OV-COCO's if a category is novel, or COCO's.
+
+    LVIS's needs the names that images are known not to show: without any, it would count no false detection of a name
+    in images without it.
+    """
     if chosen != "auto":
         return chosen
-    if truth.categories and all(entry.frequency in ("r", "c", "f") for entry in truth.categories):
-        return "lvis" if truth.negative is not None and truth.not_exhaustive is not None else "coco-ovd"
+    frequencies = truth.categories and all(entry.frequency in ("r", "c", "f") for entry in truth.categories)
+    if frequencies and truth.negative is not None and truth.not_exhaustive is not None:
+        return "lvis"
     return "coco-ovd" if any(entry.split == "novel" for entry in truth.categories) else "coco"
 
 

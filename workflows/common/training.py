@@ -147,24 +147,27 @@ def start_ray_for(*stages: Optimisation, wait_minutes: float) -> None:
 
 
 def choose_devices(run: R, *, dry_run: bool = False) -> R:
-    """A training's run with its stages on the GPUs of this machine, where they do not say and there are enough.
+    """A training's run with its stages on GPUs, where they do not say and there are enough.
+
+    Those of the cluster, or of this machine if the run is in none; a stage without workers is always on this one.
 
     Raises:
-        InputError: a stage asks for GPUs that this machine lacks, and it is no cluster.
+        InputError: a stage asks for GPUs that this machine lacks, and it is no cluster; or no cluster answers.
     """
-    if cluster.is_joined():
-        return run
-    have, changes = torch.cuda.device_count(), {}
+    joined, changes = cluster.is_joined(), {}
     for name in cli.stages_of(run):
         stage = getattr(run, name)
-        needed = max(1, stage.workers)
-        if stage.use_gpu and have < needed and not dry_run:
+        needed, here = max(1, stage.workers), torch.cuda.device_count()
+        if stage.use_gpu and here < needed and not (joined or dry_run):
             expected = "--no-use-gpu, fewer --workers, or a cluster (RAY_ADDRESS or `ray job submit`)"
-            raise InputError(f"--use-gpu: {needed} GPUs are needed, this machine has {have}, expected {expected}")
+            raise InputError(f"--use-gpu: {needed} GPUs are needed, this machine has {here}, expected {expected}")
         if stage.use_gpu is None:
-            changes[name] = dataclasses.replace(stage, use_gpu=have >= needed)
-            if 0 < have < needed:
-                print(f"{name}: not on a GPU, {needed} workers need one each; --workers {have} uses the GPUs here")
+            if joined and stage.workers:
+                cluster.start_ray()
+                here = int(cluster.most("GPU"))
+            changes[name] = dataclasses.replace(stage, use_gpu=here >= needed)
+            if 0 < here < needed:
+                print(f"{name}: not on a GPU, {needed} workers need one each; --workers {here} uses the GPUs here")
     return dataclasses.replace(run, **changes) if changes else run  # type: ignore[type-var]
 
 

@@ -5,8 +5,8 @@ each seed: boxes -> joint stage of each variant -> AP50, and attention on an obj
 sweeps:    AP50 over group sizes and numbers of proposals
 -> claims with 95 % intervals -> <storage>/reports/codet_study.json, .md, .png
 
-python -m workflows.studies.codet --config pictograms --teacher store/runs/clip/<run>/model
-python -m workflows.studies.codet --config sweeps --teacher store/runs/clip/<run>/model
+python -m workflows.studies.codet --config pictograms --teacher store/runs/clip/NAME/model
+python -m workflows.studies.codet --config sweeps --teacher store/runs/clip/NAME/model
 """
 
 from workflows.common import brief_help

@@ -4,7 +4,7 @@ second style: a pool of scenes with base boxes --each seed its own images--> 10,
 finetune --> AP50 on 300 further scenes with all names, beside the detector as it was
 -> claims with 95 % intervals -> <storage>/reports/finetune_study.json, .md, .png
 
-python -m workflows.studies.finetune --box-model runs/demo/runs/codet/<run>/model
+python -m workflows.studies.finetune --box-model runs/demo/runs/codet/NAME/model
 """
 
 from workflows.common import brief_help

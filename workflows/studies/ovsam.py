@@ -8,9 +8,9 @@ each seed: SAM -> its embeddings, once -> OV-SAM from each teacher -> IoU, accur
 OV-SAM is compared with the baselines that have the highest novel accuracy. Other teachers get the number of steps that
 takes the same number of operations. More names and other weights of CLIP are tried on images outside the main table.
 
-python -m workflows.studies.ovsam --config pictograms --teacher store/runs/clip/<run>/model
+python -m workflows.studies.ovsam --config pictograms --teacher store/runs/clip/NAME/model
 python -m workflows.studies.ovsam --config pictograms --teacher ... \
-    --other-teachers store/runs/clip/<run of a ViT>/model --detectors store/runs/codet/<run>/model
+    --other-teachers store/runs/clip/NAME_OF_A_VIT/model --detectors store/runs/codet/NAME/model
 """
 
 from workflows.common import brief_help

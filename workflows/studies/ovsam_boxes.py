@@ -2,8 +2,8 @@
 
 boxes/<name>-eval --detector--> boxes with names --> SAM, OV-SAM prompted by the boxes --> masks --> mask AP
 
-python -m workflows.studies.ovsam_boxes --model store/runs/ovsam/<run>/model --sam store/runs/ovsam/<run>/sam_model \
-    --detectors store/runs/codet/<run>/model store/runs/vild/<run>/model
+python -m workflows.studies.ovsam_boxes --model store/runs/ovsam/NAME/model --sam store/runs/ovsam/NAME/sam_model \
+    --detectors store/runs/codet/NAME/model store/runs/vild/NAME/model
 """
 
 from workflows.common import brief_help

@@ -6,7 +6,7 @@ each seed: rpn (base boxes) -> proposals; those of one seed -> embeddings that a
            text's regions -> CLIP on crops, text and CLIP
 -> claims with 95 % intervals -> <storage>/reports/vild_study_<training table>.json, .md
 
-python -m workflows.studies.vild --config pictograms --teacher store/runs/clip/<run>/model
+python -m workflows.studies.vild --config pictograms --teacher store/runs/clip/NAME/model
 """
 
 from workflows.common import brief_help

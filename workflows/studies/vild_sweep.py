@@ -3,8 +3,8 @@
 model, boxes/<name> --one pass--> regions' embeddings, boxes, objectness --> AP50 for every scoring
 teacher --crops of the same regions--> CLIP on crops with and without objectness, ViLD-text fused with CLIP
 
-python -m workflows.studies.vild_sweep --model store/runs/vild/<run>/model --boxes pictograms-eval
-python -m workflows.studies.vild_sweep --model ... --boxes pictograms-eval --teacher store/runs/clip/<run>/model
+python -m workflows.studies.vild_sweep --model store/runs/vild/NAME/model --boxes pictograms-eval
+python -m workflows.studies.vild_sweep --model ... --boxes pictograms-eval --teacher store/runs/clip/NAME/model
 """
 
 from workflows.common import brief_help

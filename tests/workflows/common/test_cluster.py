@@ -176,6 +176,29 @@ def test_gpus_are_used_where_each_worker_has_one_and_nothing_else_is_said(
     assert "box_stage: not on a GPU, 2 workers need one each; --workers 1 uses the GPUs here" in capsys.readouterr().out
 
 
+def test_gpus_of_a_cluster_are_used_where_each_worker_can_have_one(
+    gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(0)  # the head's, where the script runs
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(cluster, "start_ray", lambda: None)
+    monkeypatch.setattr(cluster.state, "get_max_resources_from_cluster_config", lambda: {"GPU": 2})
+    monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 4.0})  # it has not grown yet
+
+    def used(**settings: Any) -> bool | None:
+        run = codet_configs.smoke()
+        stage = dataclasses.replace(run.box_stage, **settings)
+        return training.choose_devices(dataclasses.replace(run, detection_batch=2, box_stage=stage)).box_stage.use_gpu
+
+    assert used(workers=2) is True
+    assert used(workers=2, use_gpu=False) is False
+    assert used(workers=0) is False
+    monkeypatch.setattr(cluster.state, "get_max_resources_from_cluster_config", lambda: None)
+    assert used(workers=2) is False
+    monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    assert (used(workers=1), used(workers=2)) == (True, False)
+
+
 def test_gpus_that_this_machine_lacks_are_refused_before_any_work(
     gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
