@@ -48,7 +48,7 @@ NOT_HERE = {
     r"make install|\. \.venv": "this environment is used",
     r"make (bench|claims)|python benchmarks|python workflows/claims|.*studies.finetune": "hours, and no first step",
     r"docker|helm|kubectl|serve (deploy|run)|ray |export ": "a cluster",
-    r".*(s3:|BUCKET|OVD_TOKEN)": "a bucket or a cluster",
+    r".*(s3:|BUCKET|HOST|OVD_TOKEN)": "a bucket or a cluster",
     r".*(--pretrained|RN50x16|sam_vit|FILE)": "released weights",
     r".*(COCO|TRAIN|lvis|coco_|cc3m|WORDNET|imagenet|SA-1B|laion)": "a published data set",
     r".*(CLIP_|VIT|CODET|VILD| SAM)": "several trainings that the page names",
@@ -193,8 +193,8 @@ class Hour:
 
     def filled_in(self, command: str, page: str) -> str:
         """A command with the newest models in place of the documentation's words for them."""
-        named = re.search(r"workflows[/.](?:studies\.)?(codet|vild|ovsam)", f"{command} workflows/{page}")
-        method = named[1] if named else "codet"
+        script = re.search(r"workflows[/.](?:studies\.)?(codet|vild|ovsam)", f"{command} workflows/{page}")
+        method = script[1] if script else "codet"
         for word, pattern in {
             r"(?<!\$)\bCLIP\b(?!=)": "store/runs/clip/*/model",
             r"\bMODEL\b": f"store/runs/{method}/*/model",
@@ -202,7 +202,9 @@ class Hour:
             r"\bRUN\b": f"store/runs/{method}/*",
             r"\bNAME\b": f"store/runs/{method}/*",
         }.items():
-            found = sorted(self.clone.glob(pattern), key=lambda path: path.stat().st_mtime)
+            # Without a study's, whose variants are not all what a page means.
+            named = (path for path in self.clone.glob(pattern) if "/study-" not in str(path))
+            found = sorted(named, key=lambda path: path.stat().st_mtime)
             if found:
                 newest = found[-1].name if word == r"\bNAME\b" else str(found[-1].relative_to(self.clone))
                 command = re.sub(word, newest, command)
@@ -307,6 +309,7 @@ def write_others(clone: Path, photos: Path) -> None:
     for name in ("street.jpg", "picture.jpg"):
         shutil.copy(next((photos / "images").iterdir()), clone / name)
     (clone / "names.txt").write_text("umbrella\nanchor\n")
+    (clone / "novel.txt").write_text(f"{annotated['categories'][0]['name']}\n")
 
 
 def time_help(clone: Path, environment: dict[str, str]) -> tuple[int, float]:

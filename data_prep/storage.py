@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import errno
+import functools
 import hashlib
 import posixpath
 import shutil
@@ -137,6 +138,16 @@ def exists(uri: str) -> bool:
     if not found:
         _check_bucket(uri)
     return found
+
+
+def is_file(uri: str) -> bool:
+    """Whether there is a file at `uri`.
+
+    Raises:
+        OSError: it cannot be asked.
+    """
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type == fs.FileType.File)
 
 
 def _check_bucket(uri: str) -> None:
@@ -318,6 +329,23 @@ def local_folder(uri: str) -> Path:
     except OSError as error:
         raise InputError(f"{uri}: cannot be read ({error}), expected a folder") from error
     return target
+
+
+@functools.cache
+def local_file(uri: str) -> Path:
+    """The path of a local file, or of a copy of a remote one, of the same name, that is deleted when this process ends.
+
+    Raises:
+        OSError: a remote file cannot be read.
+    """
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return Path(path)
+    target = Path(tempfile.mkdtemp(prefix="ovd-"))
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    copy = target / posixpath.basename(path)
+    copy.write_bytes(read_bytes(uri))
+    return copy
 
 
 def remove_folder(uri: str) -> None:

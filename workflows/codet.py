@@ -332,10 +332,10 @@ def initial_weights(run: Run, names: CodetNames, teacher: str) -> tuple[Run, dic
         centernet2 = adopt_config(centernet2, given.config.centernet2)
         backbone = None
     elif model.architecture == "centernet2":
-        backbone = None if file == "auto" else read_backbone(file, centernet2)
+        backbone = None if file == "auto" else read_backbone(storage.local_file(file), centernet2)
         centernet2 = fit_config(centernet2, backbone)
     else:
-        backbone = None if file == "auto" else read_backbone(file, detector)
+        backbone = None if file == "auto" else read_backbone(storage.local_file(file), detector)
         detector = fit_config(detector, backbone)
     width = names.base_embeddings.shape[1]
     detector = dataclasses.replace(detector, embed_dim=width)
@@ -371,7 +371,7 @@ def read_box_model(run: Run, names: CodetNames, teacher: str) -> CoDet:
         InputError: it is no detector, or was trained with another teacher.
     """
     if is_release(run.box_model):
-        imported = load_codet_release(run.box_model)
+        imported = load_codet_release(storage.local_file(run.box_model))
         check_release_teacher(run, imported, names)
         return imported.model
     folder = storage.local_folder(run.box_model)

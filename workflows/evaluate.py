@@ -91,6 +91,8 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
     from workflows.common import models, tracking
     from workflows.reports import evaluation
 
+    if run.engine != "fast":
+        raise InputError(f"--engine {run.engine}: reads files, expected --ground-truth and --predictions, not --model")
     if run.export and not run.export.endswith((".json", ".parquet")):
         raise InputError(f"--export {run.export}: expected a name that ends with .json or .parquet")
     tracking.check_server(run.storage)

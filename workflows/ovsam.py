@@ -179,8 +179,10 @@ def open_sam(run: Run) -> tuple[SamModel, str]:
     Raises:
         InputError: there is none, or the file is not a SAM of `sam_model`.
     """
-    published = run.sam.endswith(".pth")
-    sam = load_sam(run.sam, run.sam_model) if published else load_model(storage.local_folder(run.sam), SamModel)
+    if run.sam.endswith(".pth"):
+        sam = load_sam(storage.local_file(run.sam), run.sam_model)
+    else:
+        sam = load_model(storage.local_folder(run.sam), SamModel)
     return sam, sam_id(sam)
 
 

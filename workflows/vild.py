@@ -401,7 +401,9 @@ def read_weights(run: Run) -> BackboneWeights | None:
     Raises:
         InputError: the file cannot be read, or holds no backbone.
     """
-    return None if run.backbone_weights == "auto" else read_backbone(run.backbone_weights, run.model.detector)
+    if run.backbone_weights == "auto":
+        return None
+    return read_backbone(storage.local_file(run.backbone_weights), run.model.detector)
 
 
 def fit_detector(run: Run) -> RCNNConfig:

@@ -282,7 +282,7 @@ def read_matrix(path: str, names: Sequence[str], width: int | None = None) -> Em
         InputError: the file is not such a matrix, or not of the required `width`.
     """
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(storage.local_file(path), allow_pickle=False)
     except (OSError, EOFError, ValueError, MemoryError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)}), expected a .npy matrix") from error
     if not isinstance(array, np.ndarray):

@@ -4,6 +4,7 @@ R regions, F channels, K names, M detections.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +21,14 @@ from ovd_models.detectors.resizing import CANDIDATES
 def resize_traced(transform: GeneralizedRCNNTransform, pixels_3HW: Tensor) -> ImageList:
     """A batch of one, resized, normalised and padded as the detector's own transform does.
 
-    The scale is a quotient in double precision, as there: traced, the transform multiplies a float32 reciprocal, and
-    200 pixels times 160 / 200 become 159.
+    The size is a product in double precision, as there: traced, the transform and `interpolate` compute it in float32,
+    where 374 pixels times 128 / 374 are one less.
     """
     side_2 = shape_as_tensor(pixels_3HW)[1:].double()
     limits = torch.tensor([transform.min_size[0], transform.max_size], dtype=torch.float64)
-    scale = (limits / torch.stack([side_2.amin(), side_2.amax()])).amin().float()
-    (resized_3hw,) = F.interpolate(
-        transform.normalize(pixels_3HW)[None],
-        scale_factor=scale,  # type: ignore[arg-type]  # a tensor, which tracing follows
-        mode="bilinear",
-        align_corners=False,
-        recompute_scale_factor=True,
-    )
+    scaled_2 = (side_2 * (limits / torch.stack([side_2.amin(), side_2.amax()])).amin()).floor().long()
+    size: Any = [scaled_2[0], scaled_2[1]]  # tensors, which tracing follows
+    (resized_3hw,) = F.interpolate(transform.normalize(pixels_3HW)[None], size, mode="bilinear", align_corners=False)
     batch = transform.batch_images([resized_3hw], transform.size_divisible)
     return ImageList(batch, [(resized_3hw.shape[1], resized_3hw.shape[2])])
 

@@ -265,6 +265,7 @@ def test_the_script_prints_and_tracks(
         (["--batch-size", "0"], "batch_size"),
         (["--export", "x.txt"], "--export x.txt: expected a name that ends with .json or .parquet"),
         (["--protocol", "ovsam"], "is of method 'codet', expected an OV-SAM"),
+        (["--engine", "lvis"], "--engine lvis: reads files, expected --ground-truth and --predictions, not --model"),
         (["--iou-type", "segm"], "predicts boxes only, expected a detector with masks"),
         (["--output", "."], "--output .: a folder, expected the name of a file"),
         (["--output", f"{__file__}/numbers.json"], "test_evaluate.py is a file, expected a folder"),

@@ -244,8 +244,8 @@ def released_source(run: TrainingConfig) -> str:
         given = str(getattr(run, name, "")).removesuffix("/text")  # a detector's own encoder
         if not given or given in found:
             continue
-        if Path(given).is_file():
-            with Path(given).open("rb") as stream:
+        if storage.is_file(given):
+            with storage.local_file(given).open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             found[given] = f"{name} {Path(given).name} sha256:{digest}"
         elif storage.exists(storage.join(given, SOURCE)):

@@ -10,6 +10,7 @@ import torch
 import tyro
 from huggingface_hub import try_to_load_from_cache
 
+from data_prep import storage
 from ovd_models.errors import InputError
 from ovd_models.importers.released import check_released
 from ovd_models.prompts import find_prompt_set
@@ -43,9 +44,9 @@ Published = Annotated[PublishedBackbone, tyro.conf.Suppress]
 
 
 def check_file(flag: str, path: str) -> None:
-    """Raise InputError unless a flag's file is there and, if it has a released name, is what was published."""
+    """Raise InputError unless a flag's file or URI is there and, if it has a released name, is what was published."""
     cli.check_file(flag, path)
-    check_released(path)
+    check_released(storage.local_file(path))
 
 
 def check_given(texts: str, backbone_weights: str, prompt_set: str) -> None:
@@ -67,7 +68,7 @@ def find_backbone(config: str, given: str, published: PublishedBackbone, backbon
 
     Args:
         config: name of the config.
-        given: `--backbone-weights`: a file, or `auto` for the published one if it is on this machine.
+        given: `--backbone-weights`: a file or its URI, or `auto` for the published one if it is on this machine.
         published: the config's.
         backbone: name of the detector's backbone.
         from_scratch: `--from-scratch`.
@@ -78,8 +79,7 @@ def find_backbone(config: str, given: str, published: PublishedBackbone, backbon
     if given != "auto":
         if from_scratch:
             raise InputError(f"--from-scratch: contradicts --backbone-weights {given}, expected one of them")
-        if not Path(given).is_file():
-            raise InputError(f"--backbone-weights {given}: no such file")
+        cli.check_file("--backbone-weights", given)
         print(f"backbone: {given}", flush=True)
         return given
     if from_scratch or not published.url:
@@ -121,5 +121,5 @@ def digest_of(backbone_weights: str) -> str:
     """Identifies the content of a resolved `--backbone-weights`: `auto`, then for random weights, or a file."""
     if backbone_weights == "auto":
         return "random"
-    with Path(backbone_weights).open("rb") as stream:
+    with storage.local_file(backbone_weights).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

@@ -11,6 +11,7 @@ from data_prep import tables
 from data_prep.boxes import formats
 from ovd_models.errors import InputError
 from workflows import prepare_boxes
+from workflows.common import measured
 
 OPEN_IMAGES = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf\n"
 VOC = """<annotation><filename>{name}.jpg</filename><size><width>100</width><height>50</height><depth>3</depth></size>
@@ -145,6 +146,9 @@ def test_names_of_a_file_or_rare_names_are_novel(tmp_path: Path) -> None:
         storage = str(tmp_path / f"store-{len(splits)}-{splits[0]}")
         prepare_boxes.prepare(replace(run, storage=storage, **changed))
         assert tables.read_table(storage, "categories", "t")["split"].to_pylist() == splits
+        # LVIS's rules need names that images are known not to show, which no set has by its frequencies alone.
+        truth, _ = measured.read_truth_table(storage, "t-eval", "t")
+        assert measured.choose_protocol(truth, "auto") == "coco-ovd"
     (tmp_path / "novel.txt").write_text("cat\ndog\n")
     with pytest.raises(InputError, match=r"novel.txt: line 2: 'dog' is the name of no category"):
         prepare_boxes.prepare(replace(run, novel=str(tmp_path / "novel.txt")))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from distinct_regions import spread_out
 from tiny_centernet2 import TINY_CENTERNET2
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
@@ -17,7 +18,7 @@ from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.detectors.c4 import coco_r50_c4
 from ovd_models.detectors.eva import EvaConfig
 from ovd_models.detectors.rcnn import RCNN, RCNNConfig
-from ovd_models.detectors.resizing import Selection, select_detections
+from ovd_models.detectors.resizing import Selection, build_transform, select_detections
 from ovd_models.errors import InputError
 from ovd_models.export.files import open_session, run_session, write_part
 from ovd_models.export.parts import (
@@ -34,7 +35,7 @@ from ovd_models.export.parts import (
 )
 from ovd_models.export.programs import write_program
 from ovd_models.export.quantise import quantise
-from ovd_models.export.tracing import select_traced
+from ovd_models.export.tracing import resize_traced, select_traced
 from ovd_models.ovsam.clip_pyramid import TowerConfig
 from ovd_models.ovsam.model import OvSam, OvSamConfig, published
 from ovd_models.sam.model import SamConfig, SamModel
@@ -248,3 +249,16 @@ def test_an_8_bit_detector_is_smaller_and_finds_nearly_the_same(tmp_path: Path) 
     ours = run_session(open_session(small), part, part.examples[0])[1]
     theirs = run_session(open_session(whole), part, part.examples[0])[1]
     assert abs(float(ours[:10].mean()) - float(theirs[:10].mean())) < 0.1
+
+
+def test_a_traced_graph_resizes_pictures_of_all_sizes_as_training_does() -> None:
+    transform = build_transform(128, 256, 16)
+
+    def resized(pixels_3HW: Tensor) -> Tensor:
+        return resize_traced(transform, pixels_3HW).tensors
+
+    traced = torch.jit.trace(resized, torch.rand(3, 60, 80), check_trace=False)
+    for height in range(20, 420):  # of 374 x 500 pixels, float32 makes 127 x 171
+        pixels = torch.rand(3, height, 500 if height > 300 else height + 37)
+        expected = transform([pixels])[0].tensors
+        assert torch.allclose(traced(pixels), expected, atol=1e-5), height

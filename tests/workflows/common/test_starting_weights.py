@@ -1,13 +1,20 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
+import object_storage
 import pytest
 import timm
 import torch
 import torchvision
 
+from data_prep import storage
+from data_prep.embeddings.texts import read_matrix
+from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.errors import InputError
+from ovd_models.importers.backbones import read_backbone
 from workflows.common.starting_weights import (
     PublishedBackbone,
     check_file,
@@ -144,3 +151,23 @@ def test_configs_of_published_results_need_their_weights_and_short_ones_do_not()
     for run in runs.values():  # batch norm is frozen where weights are expected
         assert run.model.detector.freeze_norm == bool(run.published_backbone.url)
         assert run.published_backbone.backbone in ("", run.model.detector.backbone)
+
+
+def test_files_to_start_from_may_lie_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    np.save(tmp_path / "names.npy", np.eye(2, dtype=np.float32))
+    with object_storage.s3_server() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        folder = "s3://bucket/weights"
+        storage.upload_folder(tmp_path, folder)
+        check_given(f"{folder}/names.npy", f"{folder}/resnet18.pth", "")
+        assert find(RESNET50, f"{folder}/resnet18.pth") == f"{folder}/resnet18.pth"
+        assert digest_of(f"{folder}/resnet18.pth") == digest_of(str(tmp_path / "resnet18.pth"))
+        config = RCNNConfig(backbone="resnet18", backbone_options={})
+        assert read_backbone(storage.local_file(f"{folder}/resnet18.pth"), config).state
+        assert read_matrix(f"{folder}/names.npy", ("a", "b")).embeddings.tolist() == [[1, 0], [0, 1]]
+        with pytest.raises(InputError, match=r"--backbone-weights s3://bucket/weights/gone\.pth: no such file"):
+            check_given("", f"{folder}/gone.pth", "")
