@@ -61,6 +61,8 @@ class Run:
     """New folder for the results."""
     score_threshold: float | None = None
     """What is found scores above it; if None, a detector's threshold of best F1, and all masks of other models."""
+    points_per_side: int | None = EverythingConfig.points_per_side
+    """For OV-SAM without `--boxes`: clicks along each side; if None, one every 8 pixels of the longer side, 8 to 32."""
     min_iou: float = EverythingConfig.min_iou
     """For OV-SAM without `--boxes`: the predicted IoU of a mask is at least this."""
     min_stability: float = EverythingConfig.min_stability
@@ -184,12 +186,17 @@ def load_predictor(run: Run) -> Predictor:
     predictor = models.load(run.model, run.storage, run.device)
     if isinstance(predictor, Classifier):
         raise InputError(f"--model {run.model}: a CLIP, which names whole images, expected a detector or an OV-SAM")
-    limits, own = (run.min_iou, run.min_stability), (EverythingConfig.min_iou, EverythingConfig.min_stability)
-    if limits != own and (run.boxes or not isinstance(predictor, Segmenter)):
-        raise InputError("--min-iou, --min-stability: expected an OV-SAM without --boxes, whose masks they choose")
+    if everything_of(run) != EverythingConfig() and (run.boxes or not isinstance(predictor, Segmenter)):
+        flags = "--points-per-side, --min-iou, --min-stability"
+        raise InputError(f"{flags}: expected an OV-SAM without --boxes, whose masks they choose")
     if run.boxes and not isinstance(predictor, Segmenter):
         raise InputError(f"--boxes {run.boxes}: {run.model} is of method {predictor.method}, expected an OV-SAM")
     return predictor
+
+
+def everything_of(run: Run) -> EverythingConfig:
+    """Settings of the masks of all that is seen."""
+    return EverythingConfig(points_per_side=run.points_per_side, min_iou=run.min_iou, min_stability=run.min_stability)
 
 
 def prepare(run: Run) -> Job:
@@ -205,12 +212,13 @@ def prepare(run: Run) -> Job:
     for flag, value in (("--min-iou", run.min_iou), ("--min-stability", run.min_stability)):
         if not 0 <= value <= 1:
             raise InputError(f"{flag} {value:g}: expected 0 to 1")
+    if run.points_per_side is not None and run.points_per_side < 1:
+        raise InputError(f"--points-per-side {run.points_per_side}: expected at least 1")
     boxes = read_boxes(run.boxes, pictures)
     predictor = load_predictor(run)
     own = predictor.info.score_threshold if isinstance(predictor, Detector) else 0.0
     threshold = own if run.score_threshold is None else run.score_threshold
-    everything = EverythingConfig(min_iou=run.min_iou, min_stability=run.min_stability)
-    return Job(predictor, pictures, names, boxes, threshold, everything)
+    return Job(predictor, pictures, names, boxes, threshold, everything_of(run))
 
 
 def predict_one(job: Job, path: Path, name: str) -> Detections | Segments:

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,8 +190,9 @@ def test_the_limits_of_everything_mode_arrive(pictures: Path, tmp_path: Path, mo
     find = Segmenter.everything
     monkeypatch.setattr(Segmenter, "everything", everything)
     model = str(save_segmenter(tmp_path / "model"))
-    write_results(Run(model=model, images=str(pictures), output=f"{tmp_path}/out", min_iou=0.125, min_stability=0.5))
-    assert {(settings.min_iou, settings.min_stability) for settings in asked} == {(0.125, 0.5)}
+    chosen: dict[str, Any] = {"points_per_side": 2, "min_iou": 0.125, "min_stability": 0.5}
+    write_results(Run(model=model, images=str(pictures), output=f"{tmp_path}/out", **chosen))
+    assert set(asked) == {EverythingConfig(**chosen)}
 
 
 def test_an_output_in_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +225,8 @@ def test_names_whose_masks_are_empty_are_said_to_be() -> None:
         ({"boxes": "/nothing.json"}, r"/nothing\.json: cannot be read .* expected an annotation file"),
         ({"score_threshold": 2.0}, "--score-threshold 2: expected 0 to 1"),
         ({"min_iou": 2.0}, "--min-iou 2: expected 0 to 1"),
-        ({"min_iou": 0.5}, "--min-iou, --min-stability: expected an OV-SAM without --boxes"),
+        ({"points_per_side": 0}, "--points-per-side 0: expected at least 1"),
+        ({"min_iou": 0.5}, "--points-per-side, --min-iou, --min-stability: expected an OV-SAM without --boxes"),
         ({"model": ""}, "--model: missing"),
     ],
 )
