@@ -20,7 +20,7 @@ from ovd_models.detectors.eva import EvaConfig
 from ovd_models.detectors.rcnn import RCNN, RCNNConfig
 from ovd_models.detectors.resizing import Selection, build_transform, select_detections
 from ovd_models.errors import InputError
-from ovd_models.export.files import open_session, run_session, write_part
+from ovd_models.export.files import in_order_of, open_session, run_session, write_part
 from ovd_models.export.parts import (
     SIZES,
     detect,
@@ -262,3 +262,16 @@ def test_a_traced_graph_resizes_pictures_of_all_sizes_as_training_does() -> None
         pixels = torch.rand(3, height, 500 if height > 300 else height + 37)
         expected = transform([pixels])[0].tensors
         assert torch.allclose(traced(pixels), expected, atol=1e-5), height
+
+
+def test_detections_of_almost_equal_scores_may_come_in_any_order() -> None:
+    boxes = torch.tensor([[1.0, 2, 30, 40], [50, 2, 90, 40], [1, 2, 30, 40]])
+    expected = (boxes, torch.tensor([0.9, 0.5, 0.5]), torch.tensor([3, 4, 5]), torch.rand(3, 2, 2))
+    swapped = [value[torch.tensor([0, 2, 1])] for value in expected]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(in_order_of(expected, swapped), expected, strict=True))
+    other = [swapped[0] + 7, *swapped[1:]]
+    assert not torch.allclose(in_order_of(expected, other)[0], boxes)
+    fewer = [value[:2] for value in expected]
+    assert [len(value) for value in in_order_of(expected, fewer)] == [2] * 4
+    twice = [value[torch.tensor([0, 1, 1])] for value in expected]
+    assert torch.equal(in_order_of(expected, twice)[2], twice[2])
