@@ -331,7 +331,6 @@ def local_folder(uri: str) -> Path:
     return target
 
 
-@functools.cache
 def local_file(uri: str) -> Path:
     """The path of a local file, or of a copy of a remote one, of the same name, that is deleted when this process ends.
 
@@ -339,11 +338,14 @@ def local_file(uri: str) -> Path:
         OSError: a remote file cannot be read.
     """
     filesystem, path = resolve(uri)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        return Path(path)
+    return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else _fetched_file(uri)
+
+
+@functools.cache
+def _fetched_file(uri: str) -> Path:
     target = Path(tempfile.mkdtemp(prefix="ovd-"))
     atexit.register(shutil.rmtree, target, ignore_errors=True)
-    copy = target / posixpath.basename(path)
+    copy = target / posixpath.basename(resolve(uri)[1])
     copy.write_bytes(read_bytes(uri))
     return copy
 
