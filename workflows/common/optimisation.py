@@ -100,8 +100,7 @@ class Optimisation:
     compile: bool = False
     """Compile the backbones with `torch.compile`, which takes minutes and pays in long runs on a GPU."""
     use_gpu: bool | None = None
-    """Whether each worker has a GPU. If None, it has one if this machine, or the cluster, has enough or can grow to have
-    them."""
+    """Whether each worker has a GPU; if None, it has one where this machine, or the cluster, has or can get enough."""
     max_failures: int = 2
     """How often a lost worker is replaced before the run fails."""
     waiting_bytes: int = 256 << 20
