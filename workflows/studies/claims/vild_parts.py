@@ -214,6 +214,7 @@ DISTILLATION = Part(
 )
 RARE = Part(
     number=5,
+    seeds=5,
     statement="With the same backbone, ViLD is above supervised training on the rare names of a long tail.",
     paper=("rare AP 16.6 (ensemble) against 12.3 (supervised, repeat-factor sampling): mask AP on LVIS",),
     settings=VildRun(),
