@@ -80,7 +80,10 @@ def test_a_documented_command_is_right(place: str, command: str, tmp_path: Path)
         check_script(words[words.index("--") + 1 :], tmp_path)
     if program == "helm" and "install" in words:
         assert words[words.index("--version") + 1] == kuberay.VERSION
-    if program == "kubectl" and "-f" not in words:
+    if arguments[:3] == ["create", "secret", "generic"]:
+        pods = "".join(path.read_text() for path in (ROOT / "deploy").glob("*.yaml"))
+        assert f"secretRef: {{name: {arguments[3]}" in pods
+    elif program == "kubectl" and "-f" not in words:
         named = arguments[1] if "/" in arguments[1] else "/".join(arguments[1:3])
         assert named in kubernetes_names()
     for word in words:

@@ -7,7 +7,7 @@ from data_prep import tables
 from data_prep.pictograms.world import World
 from ovd_models.metrics.matching import draw_images
 from workflows.studies import clip_towers
-from workflows.studies.claims import clip_parts, codet_parts, sam_parts, sampled, vild_parts
+from workflows.studies.claims import clip_parts, codet_parts, sam_parts, sampled, transfer_parts, vild_parts
 from workflows.studies.claims.parts import settings_of
 
 
@@ -101,7 +101,7 @@ def test_few_boxes_of_novel_names_are_kept_and_all_of_base_ones() -> None:
 
 def test_parts_share_the_trainings_of_their_method() -> None:
     """Equal settings give equal names of results, so a later claim reuses what an earlier one trained."""
-    runs = [part.settings.training for part in (vild_parts.DISTILLATION, vild_parts.TRANSFER, vild_parts.CROPS)]
+    runs = [part.settings.training for part in (vild_parts.DISTILLATION, transfer_parts.TRANSFER, vild_parts.CROPS)]
     assert runs[0] == runs[1] == runs[2]
     assert codet_parts.SHARED.settings.training == codet_parts.GROUPS_AGAINST_NAMES.settings.training
     assert sam_parts.NAIVE.settings.training.sam_stage == sam_parts.CLICKS.settings.training.sam_stage
