@@ -163,8 +163,15 @@ def read_boxes(path: str, pictures: Sequence[tuple[Path, str]]) -> Boxes | None:
     content = load_entries(path, Account(path))
     boxes: dict[str, list[list[float]]] = {name: [] for _, name in pictures}
     ends = PathEnds(boxes)
-    of_file = {picture.id: file_name(picture) for picture in content.images}
-    names = {number: name if name in boxes else ends.find(name) for number, name in of_file.items()}
+    names, file_of = dict[int, str](), dict[str, str]()
+    for picture in content.images:
+        file = file_name(picture)
+        if name := file if file in boxes else ends.find(file):
+            names[picture.id] = name
+            if (other := file_of.setdefault(name, file)) != file:
+                raise InputError(
+                    f"--boxes {path}: {other} and {file} are both {name} of --images, expected one of them"
+                )
     for annotation in content.annotations:
         if annotation.bbox and (name := names.get(annotation.image_id)) in boxes:
             x, y, width, height = annotation.bbox

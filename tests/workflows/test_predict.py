@@ -153,6 +153,9 @@ def test_boxes_of_a_file_are_found_in_its_folder_of_images(pictures: Path, tmp_p
         "images/a.jpg": [[1, 2, 10, 11]],
         "images/b.jpg": [[0, 2, 9, 11]],
     }
+    own = ["a.jpg"]  # of a pattern of files
+    with pytest.raises(InputError, match=r"left/a\.jpg and right/a\.jpg are both a\.jpg of --images"):
+        boxes_of("left/a.jpg", "right/a.jpg")
     own = ["left/a.jpg", "right/a.jpg"]  # either could be meant
     with pytest.raises(InputError, match=r"no box of a picture .* file names such as left/a\.jpg"):
         boxes_of("a.jpg")

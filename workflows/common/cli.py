@@ -110,7 +110,7 @@ def check_places(run: Any) -> None:
 def check_file(flag: str, path: str) -> None:
     """Raise InputError unless a flag's file, or that of its URI, is there."""
     if not storage.is_file(path):
-        raise InputError(f"{flag} {path}: no such file")
+        raise InputError(f"{flag} {path}: no such file, expected one of this machine, or a URI")
 
 
 def check_checkpoint(flag: str, folder: str) -> None:

@@ -24,7 +24,7 @@ from workflows.studies import vild as vild_study
 from workflows.studies.claims.parts import Part
 from workflows.studies.claims.sampled import with_draws
 from workflows.studies.claims.teachers import prepare_world
-from workflows.studies.claims.vild_parts import NOVEL, PRODUCER, SCHEDULE, TEACHER, VildRun, prepared
+from workflows.studies.claims.vild_parts import NOVEL, SCHEDULE, TEACHER, VildRun, prepared, publish_derived
 from workflows.studies.study import AP50_COLUMNS, Claim, Metrics
 
 MERGED: dict[str, tuple[str, ...]] = {
@@ -73,7 +73,6 @@ def publish_vocabulary(
 ) -> str:
     """Publish boxes under other categories, which are published too; returns the table's name."""
     table = f"{run.boxes.name}-{name}"
-    digest = tables.read_manifest(run.storage, "boxes", f"{run.boxes.name}-eval").config_hash
     index = boxes.schema.get_field_index("category_ids")
     renamed = boxes.set_column(index, boxes.schema.field(index), pa.array(ids, boxes.schema.field(index).type))
     published: dict[tables.TableName, tuple[str, pa.Table]] = {
@@ -82,9 +81,18 @@ def publish_vocabulary(
     }
     for kind, (own, content) in published.items():
         if tables.find_manifest(run.storage, kind, own) is None:
-            part = tables.write_part(run.storage, kind, own, "part-00000.parquet", content)
-            tables.publish(run.storage, kind, own, [part], producer=PRODUCER, config_hash=digest)
+            publish_derived(run.storage, kind, own, content, f"{run.boxes.name}-eval")
     return f"{table}-eval"
+
+
+def publish_vocabularies(run: VildRun) -> dict[str, tuple[str, SynonymRule]]:
+    """Publish the evaluation scenes under other vocabularies; returns the table and the use of synonyms of each."""
+    merged, coloured = publish_merged(run), publish_coloured(run)
+    return {
+        "general words": (merged, "none"),
+        "merged names": (merged, "max"),
+        "names with colours": (coloured, "none"),
+    }
 
 
 def measure_transfer(run: VildRun, seed: int) -> dict[str, Metrics]:
@@ -94,6 +102,7 @@ def measure_transfer(run: VildRun, seed: int) -> dict[str, Metrics]:
     """
     ready = prepared(run)
     prepare_world(run.storage, second_style=True)
+    vocabularies = publish_vocabularies(run)
     found: dict[str, Metrics] = {}
     names: tuple[Variant, ...] = ("text", "vild")
     for boxes, style in ((run.boxes.name, ""), ("pictograms2", ", second style")):
@@ -110,23 +119,15 @@ def measure_transfer(run: VildRun, seed: int) -> dict[str, Metrics]:
             metrics = studies.remember("vild", seed, f"{name}-on-{boxes}", own, job)
             found[f"{name}{style}"] = with_draws(metrics, run.storage, model, f"{boxes}-eval") | teacher
             if not style:
-                found |= {f"{name}, {words}": of for words, of in measure_vocabularies(run, model).items()}
+                for words, (table, synonyms) in vocabularies.items():
+                    found[f"{name}, {words}"] = measure_vocabulary(run, model, table, synonyms)
     return found
 
 
-def measure_vocabularies(run: VildRun, model: str) -> dict[str, Metrics]:
-    """AP50 of a detector on the world's scenes under other vocabularies."""
-    merged, coloured = publish_merged(run), publish_coloured(run)
-    trials: dict[str, tuple[str, SynonymRule]] = {
-        "general words": (merged, "none"),
-        "merged names": (merged, "max"),
-        "names with colours": (coloured, "none"),
-    }
-    found: dict[str, Metrics] = {}
-    for name, (boxes, synonyms) in trials.items():
-        settings = EvaluationRun(storage=run.storage, model=model, boxes=boxes, synonyms=synonyms)
-        found[name] = {"ap50_all": evaluation.evaluate(settings).metrics.summary()["ap50_all"]}
-    return found
+def measure_vocabulary(run: VildRun, model: str, boxes: str, synonyms: SynonymRule) -> Metrics:
+    """AP50 of a detector under another vocabulary."""
+    settings = EvaluationRun(storage=run.storage, model=model, boxes=boxes, synonyms=synonyms)
+    return {"ap50_all": evaluation.evaluate(settings).metrics.summary()["ap50_all"]}
 
 
 TRANSFER = Part(

@@ -99,12 +99,15 @@ def prepare_rare(run: VildRun) -> str:
     if tables.find_manifest(run.storage, "boxes", name) is None:
         full = tables.read_table(run.storage, "boxes", f"{boxes}-full")
         categories = tables.read_table(run.storage, "categories", boxes).to_pylist()
-        part = tables.write_part(
-            run.storage, "boxes", name, "part-00000.parquet", keep_few(full, categories, run.rare_boxes)
-        )
-        digest = tables.read_manifest(run.storage, "boxes", f"{boxes}-full").config_hash
-        tables.publish(run.storage, "boxes", name, [part], producer=PRODUCER, config_hash=digest)
+        publish_derived(run.storage, "boxes", name, keep_few(full, categories, run.rare_boxes), f"{boxes}-full")
     return name
+
+
+def publish_derived(storage_uri: str, kind: tables.TableName, name: str, rows: pa.Table, boxes: str) -> None:
+    """Publish a table of one part that is made of a `boxes` table, whose config it gets."""
+    digest = tables.read_manifest(storage_uri, "boxes", boxes).config_hash
+    part = tables.write_part(storage_uri, kind, name, "part-00000.parquet", rows)
+    tables.publish(storage_uri, kind, name, [part], producer=PRODUCER, config_hash=digest)
 
 
 def keep_few(boxes: pa.Table, categories: Sequence[Mapping[str, Any]], count: int) -> pa.Table:
