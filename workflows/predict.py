@@ -173,7 +173,7 @@ def read_boxes(path: str, pictures: Sequence[tuple[Path, str]]) -> Boxes | None:
                     f"--boxes {path}: {other} and {file} are both {name} of --images, expected one of them"
                 )
     for annotation in content.annotations:
-        if annotation.bbox and (name := names.get(annotation.image_id)) in boxes:
+        if annotation.bbox and (name := names.get(annotation.image_id, "")):
             x, y, width, height = annotation.bbox
             boxes[name].append([x, y, x + width, y + height])
     if not any(boxes.values()):
