@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # keep freed image memory for the next image
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "ARROW_DEFAULT_MEMORY_POOL": "system",
-    "OMP_WAIT_POLICY": "PASSIVE",  # idle torch threads would spin and take cores from data tasks
+    "OMP_WAIT_POLICY": "PASSIVE",  # as in this process, see `workflows`
 }
 
 

@@ -1,6 +1,7 @@
 """What a training asks of a cluster before any work."""
 
 import dataclasses
+import os
 import socketserver
 import subprocess
 import sys
@@ -218,3 +219,15 @@ def test_a_training_begins_only_where_it_can(gpus: Callable[[int], None], tmp_pa
     with pytest.raises(InputError, match=r"--resume smoke-20261192: no such run, .*; did you mean smoke-20261129\?"):
         runs.begin(run, "codet")
     assert runs.begin(dataclasses.replace(run, resume="smoke-20261129"), "codet").box_stage.use_gpu is False
+
+
+def test_waiting_threads_sleep_in_a_script_that_trains_in_its_own_process() -> None:
+    unset = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    shown = subprocess.run(
+        [sys.executable, "-c", "from workflows.common import brief_help; import torch"],
+        cwd=ROOT,
+        env={**unset, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+    )
+    assert "GOMP_SPINCOUNT = '0'" in shown.stderr  # 300,000 if nothing is set
