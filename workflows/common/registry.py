@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 from ovd_models.errors import InputError
 from workflows.common import tracking
-from workflows.common.models import MODEL_SCHEME
 from workflows.common.tracking import TrackedRun
 
 # After `tracking`, which sets what MLflow reads while it is imported.
@@ -67,7 +67,7 @@ def register(
     is_champion = beaten and not math.isnan(value)
     if is_champion:
         client.set_registered_model_alias(name, CHAMPION, version.version)
-    return ModelVersion(f"{MODEL_SCHEME}{name}/{version.version}", is_champion)
+    return ModelVersion(f"models:/{name}/{version.version}", is_champion)
 
 
 def _log_model(tracked: TrackedRun, folder: Path, name: str, method: str) -> LoggedModel:
@@ -109,11 +109,10 @@ def resolve_model(uri: str, storage_uri: str = "store") -> Resolved:
         InputError: no such model, version or alias, or the URI is malformed.
     """
     uri_of_runs = tracking.tracking_uri(storage_uri)
-    name, separator, alias = uri.removeprefix(MODEL_SCHEME).partition("@")
-    version = "" if separator else name.rpartition("/")[2]
-    name = name if separator else name.rpartition("/")[0]
-    if not uri.startswith(MODEL_SCHEME) or not name or not (alias or version):
+    parsed = re.fullmatch(r"models:/([^@]+)(?:@(.+)|/([^@/]+))", uri)
+    if parsed is None:
         raise InputError(f"{uri}: not a model URI, expected models:/<name>@<alias> or models:/<name>/<version>")
+    name, alias, version = parsed.groups()
     folder = tracking.local_folder(storage_uri)
     if uri_of_runs.startswith("sqlite") and folder is not None and "MLFLOW_TRACKING_URI" not in os.environ:
         database = folder / "mlflow.db"
