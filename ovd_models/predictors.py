@@ -306,30 +306,12 @@ class TextSegmenter(Predictor[TextToMask]):
         return replace(segments, labels=labels, scores=segments.ious, names=vocabulary.names)
 
 
-class Classifier:
-    """A CLIP: names in, probabilities of a whole image out."""
-
-    method = "clip"
+class Classifier(Predictor[Clip]):
+    """A CLIP: names in, probabilities of a whole image out. It has no default names, since none were trained."""
 
     def __init__(self, model: Clip, teacher: str, device: str = "auto") -> None:
-        self.device = find_device(device)
-        self.model = model.to(self.device).eval()
-        self.encoder: TextEncoder = ClipTextEncoder(model.config, model.model.text, teacher)
-
-    @property
-    def teacher(self) -> str:
-        """The model and its weights."""
-        return self.encoder.teacher
-
-    @property
-    def prompt_set(self) -> str:
-        """The templates that names are put into."""
-        return self.encoder.prompt_set
-
-    @property
-    def vocabulary(self) -> tuple[str, ...]:
-        """No default names: a CLIP is trained with none."""
-        return ()
+        encoder = ClipTextEncoder(model.config, model.model.text, teacher)
+        super().__init__(model, encoder, CheckpointInfo("clip", {}, (), {}, {}), device)
 
     def read(self, image: ImageLike) -> Tensor:
         """[3, S, S] uint8 of the model's size, on its device.

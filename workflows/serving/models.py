@@ -89,7 +89,7 @@ class ServedModel:
         words = words or Words(self.predictor.vocabulary)
         if not words.names:
             raise refusal("vocabulary", f"missing, model {self.name!r} has no default vocabulary")
-        splits = dict(self.predictor.info.splits) if not isinstance(self.predictor, Classifier) else {}
+        splits = dict(self.predictor.info.splits)
         splits |= {name: "base" if flag else "novel" for name, flag in words.base}
         encoder = CachedEncoder(cache, self.predictor.encoder, prompt_set or self.predictor.prompt_set)
         query = build_query(
