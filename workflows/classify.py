@@ -49,7 +49,7 @@ class Run:
     model: str = ""
     """Folder or URI of a CLIP checkpoint, or with `pretrained` an open_clip architecture such as `ViT-B-32`."""
     pretrained: str = ""
-    """Released weights of that architecture: a tag (`openai`) or a file."""
+    """Released weights of that architecture: a tag (`openai`), or the path or URI of a file."""
     data: str = ""
     """A folder with a folder of images for each class, or a .tsv or .csv file with the columns `file` and `label`."""
     names: str = ""

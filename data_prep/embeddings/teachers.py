@@ -7,6 +7,7 @@ actors nor on where a run was killed.
 """
 
 import contextlib
+import hashlib
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -231,23 +232,26 @@ def store_released(storage_uri: str, name: str, pretrained: str) -> str:
     Args:
         storage_uri: folder or URI of the storage.
         name: an architecture of open_clip.
-        pretrained: a tag of its weights, or a file.
+        pretrained: a tag of its weights, or the path or URI of a file.
 
     Raises:
         InputError: the architecture or the weights are unknown, or a file is not what its name says.
+        OSError: a URI cannot be read.
     """
-    file, tag = Path(pretrained), pretrained
+    file = storage.local_file(pretrained) if "://" in pretrained else Path(pretrained)
+    tag = pretrained
     if file.is_file():
         from ovd_models.importers.released import check_released
 
-        digest = storage.sha256(file.read_bytes())
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         check_released(file, digest)
         tag = f"{file.stem}-{digest[:8]}"
     checkpoint = storage.join(storage.absolute(storage_uri), "teachers", f"{name}-{tag}")
     if not storage.exists(storage.join(checkpoint, "clip.json")):
         from ovd_models.clip.model import ClipConfig, open_clip_model
 
-        store_checkpoint(open_clip_model(ClipConfig(name=name), pretrained), checkpoint)
+        store_checkpoint(open_clip_model(ClipConfig(name=name), str(file)), checkpoint)
     return checkpoint
 
 

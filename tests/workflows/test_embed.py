@@ -260,6 +260,12 @@ def test_released_weights_are_a_teacher_once_they_are_in_the_storage(tmp_path: P
     written = (Path(checkpoint) / "clip.safetensors").stat()
     assert store_released(run.storage, run.teacher, run.pretrained) == checkpoint
     assert (Path(checkpoint) / "clip.safetensors").stat() == written
+    by_uri = store_released(str(tmp_path / "more"), run.teacher, f"file://{run.pretrained}")
+    assert Path(by_uri, "clip.safetensors").read_bytes() == Path(checkpoint, "clip.safetensors").read_bytes()
+    cut = tmp_path / "ViT-B-32.pt"  # the name of a released file
+    cut.write_bytes(b"the first part of it")
+    with pytest.raises(InputError, match=r"ViT-B-32.pt: sha256 .*, published 40d3657.*; expected the whole file"):
+        store_released(run.storage, run.teacher, str(cut))
     with pytest.raises(InputError, match="unknown to open_clip"):
         store_released(run.storage, "ViT-for-embed-test", run.pretrained)
     with pytest.raises(InputError, match="--pretrained openai: no such file and no weights"):

@@ -149,7 +149,7 @@ def find_teacher(
         config: `smoke` on its own tables has an untrained teacher.
         data: the folder that the tables are made of, if any.
         teacher: folder or URI of a CLIP checkpoint, or an architecture of open_clip.
-        pretrained: the architecture's weights: a tag or a file.
+        pretrained: the architecture's weights: a tag, or the path or URI of a file.
         texts: a table of embedded names.
 
     Raises:

@@ -34,7 +34,7 @@ class Run:
     teacher: str = ""
     """CLIP checkpoint, or with `pretrained` an architecture of open_clip, that embeds names and regions."""
     pretrained: str = ""
-    """Released weights of `teacher`, an architecture of open_clip: a tag (`openai`) or a file."""
+    """Released weights of `teacher`, an architecture of open_clip: a tag (`openai`), or the path or URI of a file."""
     prompt_set: str = ""
     """Prompt templates around names, see `ovd_models/prompts.py`; the teacher's own if empty."""
     synonyms: SynonymMean = "none"
