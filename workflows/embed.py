@@ -57,7 +57,8 @@ class Run:
     teacher: str
     """Folder or URI of a CLIP checkpoint, or with `pretrained` an open_clip architecture such as `ViT-B-32`."""
     pretrained: str = ""
-    """Released weights of that architecture: a tag (`openai`), or the path or URI of a file; stored in `<storage>/teachers`."""
+    """Released weights of that architecture: a tag (`openai`), or the path or URI of a file; stored in
+    `<storage>/teachers`."""
     name: str
     """Name of the tables `regions` and `embeddings`."""
     boxes: str = ""
