@@ -34,6 +34,7 @@ from workflows import prepare_boxes, vild
 from workflows.common import tracking
 from workflows.configs import vild as vild_configs
 from workflows.configs.vild import Run
+from workflows.inputs import vild as vild_inputs
 
 WARM_UP = 20
 """Steps that are not counted, while caches and pools fill."""
@@ -109,7 +110,7 @@ def shares(run: Run, run_id: str) -> dict[str, float]:
 def overheads(run: Run, proposals: str, regions: str) -> dict[str, float]:
     """Additional time of a step with stored embeddings over one of ViLD-text on the same images; without Ray."""
     encoder = load_encoder(Path(run.teacher))
-    names = vild.read_names(run, encoder)
+    names = vild_inputs.read_names(run, encoder)
     source = vild.embed_proposals(dataclasses.replace(run, regions=regions), encoder, proposals)
     loader = detection_loader(
         run.storage, run.train_table, names.ids, seed=0, augmentation=run.augmentation, regions=source
@@ -119,9 +120,11 @@ def overheads(run: Run, proposals: str, regions: str) -> dict[str, float]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     models = {}
     for variant in VARIANTS:
-        own = vild.complete(dataclasses.replace(run, model=dataclasses.replace(run.model, variant=variant)), names)
+        own = vild_inputs.complete(
+            dataclasses.replace(run, model=dataclasses.replace(run.model, variant=variant)), names
+        )
         model = ViLD(own.model).train()
-        model.load_state_dict(vild.detector_start(own, proposals))
+        model.load_state_dict(vild_inputs.detector_start(own, proposals))
         models[variant] = model.to(memory_format=torch.channels_last)
     ratios: dict[str, list[float]] = {variant: [] for variant in VARIANTS[1:]}
     text_KD, trained_K = names.vocabulary.embeddings, names.trained

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("workflows", "data_prep", "ovd_models")
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("**/*.py"))]
-SHARED_FOLDERS = {("workflows", name) for name in ("common", "configs", "reports", "serving")}
+SHARED_FOLDERS = {("workflows", name) for name in ("common", "configs", "inputs", "reports", "serving")}
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.py"))
 SCRIPTS = [path for path in WORKFLOWS if path.stem != "__init__"]
 """All files at the top of `workflows/` are scripts."""
@@ -55,7 +55,12 @@ def test_only_scripts_import_scripts(path: Path) -> None:
     scripts = {f"workflows.{script.stem}" for script in SCRIPTS}
     imported = {".".join(module.split(".")[:2]) for module in imported_modules(path)}
     assert not imported & scripts
-    above = {"common": {"configs", "reports", "serving", "studies"}, "configs": {"reports", "serving", "studies"}}
+    above = {
+        "common": {"configs", "inputs", "reports", "serving", "studies"},
+        "configs": {"inputs", "reports", "serving", "studies"},
+        "reports": {"inputs", "serving", "studies"},
+        "inputs": {"serving", "studies"},
+    }
     room = path.relative_to(ROOT / "workflows").parts[0]
     assert not imported & {f"workflows.{other}" for other in above.get(room, {"studies"})}
 

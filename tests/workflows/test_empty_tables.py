@@ -16,6 +16,8 @@ from workflows.configs import codet as codet_configs
 from workflows.configs import ovsam as ovsam_configs
 from workflows.configs import vild as vild_configs
 from workflows.configs.evaluation import Run as EvaluationRun
+from workflows.inputs import codet as codet_inputs
+from workflows.inputs import vild as vild_inputs
 from workflows.reports import evaluation
 from workflows.studies import vild_sweep
 
@@ -79,16 +81,16 @@ def test_trainings_refuse_them(place: Path, boxes: str, message: str) -> None:
 def test_detectors_are_not_trained_without_a_set_to_evaluate_on(place: Path, boxes: str, message: str) -> None:
     given = {"storage": str(place), "boxes": boxes, "teacher": str(place / "clip")}
     with pytest.raises(InputError, match=message):
-        vild.read_inputs(dataclasses.replace(vild_configs.smoke(), **given))  # type: ignore[arg-type]
+        vild_inputs.read_inputs(dataclasses.replace(vild_configs.smoke(), **given))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
-        codet.read_inputs(dataclasses.replace(codet_configs.smoke(), pairs="hollow", **given))  # type: ignore[arg-type]
+        codet_inputs.read_inputs(dataclasses.replace(codet_configs.smoke(), pairs="hollow", **given))  # type: ignore[arg-type]
 
 
 def test_a_model_is_continued_with_its_own_teacher_only(place: Path) -> None:
     given = {"storage": str(place), "boxes": "blind", "teacher": str(place / "clip")}
     run = dataclasses.replace(vild_configs.smoke(), box_model=str(place / "vild"), **given)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"--box-model \S+vild: trained with teacher clip:tiny, expected clip:"):
-        vild.read_inputs(run)
+        vild_inputs.read_inputs(run)
 
 
 def test_evaluations_and_embeddings_refuse_them(place: Path) -> None:

@@ -28,6 +28,7 @@ from workflows.common.runs import Trained
 from workflows.common.teacher import read_categories
 from workflows.configs import ovsam as ovsam_configs
 from workflows.configs.ovsam import Run
+from workflows.inputs import ovsam as ovsam_inputs
 from workflows.reports import evaluation
 from workflows.reports import pointing as pointing_report
 from workflows.reports.pointing import SegmentationReport
@@ -309,7 +310,7 @@ def test_a_config_without_a_sam_of_its_own_asks_for_it_with_file_and_url(
     with pytest.raises(InputError, match=r"--sam: missing, .* sam_vit_b_01ec64\.pth from https://\S+/sam_vit_b"):
         ovsam.prepare_data(ovsam_configs.photos_gpu())
     run = ovsam_configs.photos_laptop()
-    assert ovsam.choose_sam(run) == run
+    assert ovsam_inputs.choose_sam(run) == run
     assert "sam: random weights; sam_vit_b_01ec64.pth from https://" in capsys.readouterr().out
     given = dataclasses.replace(ovsam_configs.coco_rn50x16(), sam=str(tmp_path / "sam"), data="nowhere")
     for sam, message in (
@@ -320,10 +321,10 @@ def test_a_config_without_a_sam_of_its_own_asks_for_it_with_file_and_url(
         with pytest.raises(InputError, match=message):
             ovsam.prepare_data(dataclasses.replace(given, sam=sam))
     ovsam.write_sam(run, SamModel(SMALL_SAM), tmp_path / "sam")
-    assert ovsam.choose_sam(given) == given
+    assert ovsam_inputs.choose_sam(given) == given
     monkeypatch.setattr(starting_weights, "find_published", lambda published: f"cache/{published.file}")
-    assert ovsam.choose_sam(ovsam_configs.photos_gpu()).sam == "cache/sam_vit_b_01ec64.pth"
-    assert ovsam.choose_sam(run).sam == ""  # a ViT-B is too large for a laptop
+    assert ovsam_inputs.choose_sam(ovsam_configs.photos_gpu()).sam == "cache/sam_vit_b_01ec64.pth"
+    assert ovsam_inputs.choose_sam(run).sam == ""  # a ViT-B is too large for a laptop
 
 
 def test_operations_of_fused_attention_are_counted() -> None:

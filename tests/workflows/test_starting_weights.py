@@ -35,6 +35,8 @@ from workflows.common.optimisation import build_optimiser
 from workflows.common.teacher import CodetNames
 from workflows.configs import codet as codet_configs
 from workflows.configs import vild as vild_configs
+from workflows.inputs import codet as codet_inputs
+from workflows.inputs import vild as vild_inputs
 
 CAT = Vocabulary(("cat",), torch.eye(16)[:1], torch.tensor([True]))
 NAMES = CodetNames({1: "cat"}, {"cat": "base"}, CAT, torch.eye(16)[:1], ("cat",), (1,))
@@ -83,7 +85,7 @@ def config_of(model: CoDetConfig) -> RCNNConfig | CenterNet2Config:
 
 
 def started(run: codet_configs.Run) -> tuple[codet_configs.Run, dict[str, Tensor]]:
-    return codet.initial_weights(codet.find_weights(run), NAMES, "teacher")
+    return codet_inputs.initial_weights(codet_inputs.find_weights(run), NAMES, "teacher")
 
 
 # ----------------------------------------------------------------------------------------------- backbone weights
@@ -111,12 +113,12 @@ def test_every_detector_of_codet_starts_from_the_file(architecture: str, classif
 
 def test_both_stages_of_vild_start_from_the_file(classifier: Path) -> None:
     run = dataclasses.replace(vild_configs.smoke(), model=ViLDConfig(detector=SMALL), start_from_proposals=False)
-    names = vild.VildNames([1], {"cat": "base"}, {1: "cat"}, Vocabulary(("cat",), torch.eye(16)[:1]))
-    given = vild.find_weights(dataclasses.replace(run, backbone_weights=str(classifier)))
-    completed = vild.complete(given, names)
+    names = vild_inputs.VildNames([1], {"cat": "base"}, {1: "cat"}, Vocabulary(("cat",), torch.eye(16)[:1]))
+    given = vild_inputs.find_weights(dataclasses.replace(run, backbone_weights=str(classifier)))
+    completed = vild_inputs.complete(given, names)
     assert completed.model.detector.freeze_norm
-    assert not vild.complete(vild.find_weights(run), names).model.detector.freeze_norm
-    start = vild.detector_start(completed, "")
+    assert not vild_inputs.complete(vild_inputs.find_weights(run), names).model.detector.freeze_norm
+    start = vild_inputs.detector_start(completed, "")
     assert torch.equal(
         start["detector.backbone.layer2.0.conv2.weight"],
         torch.load(classifier, weights_only=True)["layer2.0.conv2.weight"],
@@ -128,10 +130,10 @@ def test_given_proposals_bring_their_own_norms(tmp_path: Path) -> None:
     table = EmbeddingTable(("cat",), torch.eye(16)[:1], "teacher", "name")
     save_checkpoint(ViLD(ViLDConfig(detector=detector)), table, tmp_path, splits={"cat": "base"}, run={})
     run = dataclasses.replace(vild_configs.lvis_r50_short(), model=ViLDConfig(detector=SMALL), proposals=str(tmp_path))
-    names = vild.VildNames([1], {"cat": "base"}, {1: "cat"}, Vocabulary(("cat",), torch.eye(16)[:1]))
-    completed = vild.complete(vild.find_weights(run), names)
+    names = vild_inputs.VildNames([1], {"cat": "base"}, {1: "cat"}, Vocabulary(("cat",), torch.eye(16)[:1]))
+    completed = vild_inputs.complete(vild_inputs.find_weights(run), names)
     assert (completed.model.detector.freeze_norm, completed.model.detector.bottleneck_stride) == (False, "1x1")
-    vild.check_proposals(completed)
+    vild_inputs.check_proposals(completed)
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
@@ -191,8 +193,8 @@ def test_published_configs_refuse_to_start_from_nothing(
 def test_vilds_configs_say_what_they_start_from(capsys: pytest.CaptureFixture[str]) -> None:
     said = {}
     for name, make in vild_configs.CONFIGS.items():
-        found = vild.find_weights(make())
-        assert vild.find_weights(found) == found  # and say it once
+        found = vild_inputs.find_weights(make())
+        assert vild_inputs.find_weights(found) == found  # and say it once
         assert found.from_scratch
         said[name] = capsys.readouterr().out.count("backbone: random weights; resnet")
     assert {name for name, count in said.items() if count} == {
@@ -269,7 +271,7 @@ def test_the_joint_stage_starts_from_a_released_box_model(
     with pytest.raises(InputError, match=r"BoxSup.pth: the teacher embeds names otherwise .* expected the file's"):
         codet.train(run)
     write_release(path, boxes, release, table_KD[:3])
-    codet.read_box_model(
+    codet_inputs.read_box_model(
         run, dataclasses.replace(NAMES, vocabulary=dataclasses.replace(CAT, embeddings=torch.eye(128)[:1])), "teacher"
     )
     assert "BoxSup.pth: records no teacher; Detic and CoDet used CLIP ViT-B/32" in capsys.readouterr().out
@@ -296,11 +298,11 @@ def test_a_step_from_an_imported_detector_is_that_of_the_released_weights(
     import_weights.convert(files)
 
     run = dataclasses.replace(codet_configs.finetune(), box_model=folder)
-    encoder = load_encoder(codet.own_encoder(run))
+    encoder = load_encoder(codet_inputs.own_encoder(run))
     embedded = Vocabulary(words, encoder.embed_names(words), torch.ones(3, dtype=torch.bool))
     splits = dict.fromkeys(words, "base")
     names = CodetNames(dict(enumerate(words)), splits, embedded, embedded.embeddings, words, (1, 1, 1))
-    run, start = codet.initial_weights(codet.find_weights(run), names, encoder.teacher)
+    run, start = codet_inputs.initial_weights(codet_inputs.find_weights(run), names, encoder.teacher)
     imported = CoDet(run.model)
     imported.load_state_dict(start)
     with torch.no_grad():  # the file takes blue first
@@ -363,7 +365,7 @@ def test_detics_box_model_starts_the_published_config(tmp_path: Path) -> None:
         ),
     )
     run = dataclasses.replace(codet_configs.lvis_r50(), storage=str(tmp_path), box_model=str(tmp_path / "BoxSup.pth"))
-    found, weights = codet.initial_weights(codet.find_weights(run), names, "teacher")
+    found, weights = codet_inputs.initial_weights(codet_inputs.find_weights(run), names, "teacher")
     assert found.model.centernet2.freeze_norm
     theirs = "backbone.bottom_up.base.layer4.0.conv2.weight"
     assert torch.equal(weights["detector.pyramid.maps.trunk.layer4.0.conv2.weight"], state[theirs])

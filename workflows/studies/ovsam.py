@@ -38,6 +38,7 @@ from ovd_models.vocabulary import build_vocabulary
 from workflows import ovsam, prepare_boxes
 from workflows.common import cli, training
 from workflows.configs import ovsam as ovsam_configs
+from workflows.inputs import ovsam as ovsam_inputs
 from workflows.reports import pointing as pointing_report
 from workflows.reports.pointing import BASELINES, PROMPT_KINDS
 from workflows.studies import ovsam_boxes
@@ -209,9 +210,9 @@ def train_ovsam(own: ovsam_configs.Run, seed: int, name: str = "ovsam") -> dict[
 
 def at_equal_compute(own: ovsam_configs.Run, model: str) -> ovsam_configs.Run:
     """The training with as many operations as that of another OV-SAM: its steps are scaled by the cost of a step."""
-    clip, _ = ovsam.open_clip_teacher(own)
+    clip, _ = ovsam_inputs.open_clip_teacher(own)
     reference = load_model(storage.local_folder(model), OvSam)
-    other = OvSam(ovsam.model_config(own, reference.config.sam, clip))
+    other = OvSam(ovsam_inputs.model_config(own, reference.config.sam, clip))
     stages = zip(
         (own.sam2clip_stage, own.clip2sam_stage),
         step_operations(reference, own),
@@ -272,7 +273,7 @@ def measure_names(run: Run, names: Sequence[str], seed: int) -> dict[str, Metric
         device = training.device_of(own.clip2sam_stage)
         model, info = load_model(folder, OvSam).to(device), read_info(folder)
         sam = load_model(storage.local_folder(trained["sam"]), SamModel).to(device)
-        _, encoder = ovsam.open_clip_teacher(own)
+        _, encoder = ovsam_inputs.open_clip_teacher(own)
         vocabulary = build_vocabulary(
             StoredEncoder(encoder, TextStore(run.storage, encoder.teacher)), names, info.splits
         ).to(torch.device(device))
@@ -303,8 +304,8 @@ def fuse(run: Run, own: ovsam_configs.Run, seed: int, folder: str) -> dict[str, 
     def job(own: ovsam_configs.Run) -> dict[str, Metrics]:
         device = training.device_of(own.clip2sam_stage)
         model = load_model(storage.local_folder(folder), OvSam).to(device)
-        _, encoder = ovsam.open_clip_teacher(own)
-        names = ovsam.read_names(own, encoder)
+        _, encoder = ovsam_inputs.open_clip_teacher(own)
+        names = ovsam_inputs.read_names(own, encoder)
         labels = {names.ids[name]: label for label, name in enumerate(names.vocabulary.names)}
         vocabulary = names.vocabulary.to(torch.device(device))
         parts, truth = [], []

@@ -17,6 +17,7 @@ from ovd_models.sam.training import mask_ious
 from ovd_models.segments import ON, Prompts, boxes_of
 from workflows import ovsam
 from workflows.configs import ovsam as ovsam_configs
+from workflows.inputs import ovsam as ovsam_inputs
 from workflows.reports.pointing import PROMPT_KINDS, ImageObjects, read_objects
 from workflows.studies import ovsam as ovsam_study
 from workflows.studies import study as studies
@@ -100,9 +101,9 @@ def measure_clicks(run: SamStudy, seed: int) -> dict[str, Metrics]:
     own = replace(own, sam=ovsam_study.train_sam(own, seed))
     model = load_model(storage.local_folder(own.sam), SamModel).eval()
     text = load_model(storage.local_folder(train_text(own, seed)), TextToMask).eval()
-    _, encoder = ovsam.open_clip_teacher(own)
+    _, encoder = ovsam_inputs.open_clip_teacher(own)
     rows = tables.read_table(run.storage, "boxes", f"{run.training.boxes}-eval").to_pylist()[: run.images]
-    names = ovsam.read_names(own, encoder)
+    names = ovsam_inputs.read_names(own, encoder)
     labels = {names.ids[name]: label for label, name in enumerate(names.vocabulary.names)}
     found: dict[str, list[Tensor]] = {}
     for objects in read_objects(run.storage, rows, labels):
