@@ -27,6 +27,7 @@ from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.vocabulary import EmbeddingTable
 from workflows import prepare_boxes
 from workflows.common import cluster
+from workflows.configs import boxes as boxes_configs
 from workflows.configs.evaluation import Run
 from workflows.reports import evaluation
 
@@ -108,7 +109,7 @@ def memory(folder: Path) -> dict[str, float]:
 def actors(folder: Path) -> dict[str, float]:
     """Seconds of prediction with one actor over those with two, with their start; the tables must be equal."""
     storage = str(folder / "store")
-    settings = replace(prepare_boxes.pictograms(), storage=storage, train_images=1, eval_images=SCENES)
+    settings = replace(boxes_configs.pictograms(), storage=storage, train_images=1, eval_images=SCENES)
     prepare_boxes.prepare(settings)
     names = {row["name"]: row["split"] for row in tables.read_table(storage, "categories", "pictograms").to_pylist()}
     torch.manual_seed(0)

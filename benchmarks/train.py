@@ -32,6 +32,7 @@ from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.vild.model import ViLD
 from workflows import prepare_boxes, vild
 from workflows.common import tracking
+from workflows.configs import boxes as boxes_configs
 from workflows.configs import vild as vild_configs
 from workflows.configs.vild import Run
 from workflows.inputs import vild as vild_inputs
@@ -71,7 +72,7 @@ def main() -> None:
 def prepare(storage: str) -> Run:
     """The config `pictograms` on fewer images, with enough steps for one checkpoint interval after the warm-up."""
     prepare_boxes.prepare(
-        dataclasses.replace(prepare_boxes.pictograms(), storage=storage, train_images=320, eval_images=8)
+        dataclasses.replace(boxes_configs.pictograms(), storage=storage, train_images=320, eval_images=8)
     )
     torch.manual_seed(0)
     save_clip(Clip(ClipConfig()), Path(storage, "teacher"))

@@ -23,6 +23,7 @@ from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.sam.model import SamConfig, SamModel
 from workflows import prepare_boxes, prepare_pairs
 from workflows.common.optimisation import Optimisation
+from workflows.configs import boxes as boxes_configs
 from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
 from workflows.configs import ovsam as ovsam_configs
@@ -60,7 +61,7 @@ def prepare_world(root: Path) -> None:
     for name, categories in (("lvis", lvis_categories()), ("coco", coco_categories()), ("photos", coco_categories())):
         for part, seed in (("train", 0), ("val", 1)):
             write_set(root / name / part, categories, seed)
-        coco = prepare_boxes.coco()
+        coco = boxes_configs.coco()
         prepare_boxes.prepare(
             dataclasses.replace(
                 coco, storage=storage, name=name, data=str(root / name / "train"), eval_data=str(root / name / "val")

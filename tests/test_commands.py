@@ -17,6 +17,7 @@ from ray.serve.scripts import cli as serve_cli
 
 from workflows import clip, embed, prepare_boxes, prepare_pairs
 from workflows.common import cli
+from workflows.configs import boxes as boxes_configs
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
@@ -116,8 +117,8 @@ def test_named_files_exist(place: str) -> None:
     [
         (clip.next_command(clip.CONFIGS["pictograms_quick"](), "a b"), "--config pictograms_quick --storage store"),
         (clip.next_command(replace(clip.CONFIGS["pictograms"](), pairs="mine"), "m"), "--pairs mine --data PHOTOS"),
-        (prepare_boxes.next_command(replace(prepare_boxes.coco(), name="my set", data="d")), "--boxes 'my set'"),
-        (prepare_boxes.next_command(prepare_boxes.pictograms()), "--boxes pictograms --pairs pictograms"),
+        (prepare_boxes.next_command(replace(boxes_configs.coco(), name="my set", data="d")), "--boxes 'my set'"),
+        (prepare_boxes.next_command(boxes_configs.pictograms()), "--boxes pictograms --pairs pictograms"),
         (prepare_pairs.next_command(replace(prepare_pairs.smoke(), name="x", urls="u.tsv")), "--max-side None"),
         (embed.next_command(replace(embed.pictograms(), boxes="")), "--over captions"),
     ],

@@ -29,6 +29,7 @@ from ovd_models.checkpoints import load_encoder
 from ovd_models.vild.model import ViLD, ViLDConfig
 from workflows import embed, prepare_boxes
 from workflows.common import cli, registry, tracking
+from workflows.configs import boxes as boxes_configs
 from workflows.serving.api import build_api
 
 ROOT = Path(__file__).parents[1]
@@ -217,7 +218,7 @@ def test_a_released_clip_becomes_a_checkpoint(tmp_path: Path, monkeypatch: pytes
 
 def test_stored_regions_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), name="pictograms", train_images=6, eval_images=2))
+    prepare_boxes.prepare(dataclasses.replace(boxes_configs.smoke(), name="pictograms", train_images=6, eval_images=2))
     teacher = str(save_classifier(Path("clip")))
     embed.embed(dataclasses.replace(embed.pictograms(), teacher=teacher, pairs="", embed=EmbedConfig(actors=0)))
     found = run_snippets("docs/teachers.md")["found"]

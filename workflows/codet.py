@@ -51,6 +51,7 @@ from workflows.common.session import Session
 from workflows.common.teacher import CodetNames, find_teacher
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Fit, Stage
+from workflows.configs import boxes as boxes_configs
 from workflows.configs.codet import CONFIGS, Run
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.inputs.codet import (
@@ -258,7 +259,7 @@ def prepare_data(run: Run) -> Run:
     """Publish missing tables of `--data` or of `smoke`; returns the run with its teacher and starting weights."""
     run = find_weights(run)
     boxes = dataclasses.replace(
-        prepare_boxes.coco(), storage=run.storage, name=run.boxes, data=run.data, eval_images=run.held_out
+        boxes_configs.coco(), storage=run.storage, name=run.boxes, data=run.data, eval_images=run.held_out
     )
     if run.data and run.pairs:
         prepare_boxes.check_captions(boxes, run.pairs, run.config)

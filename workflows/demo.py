@@ -35,6 +35,7 @@ from data_prep import storage, tables
 from ovd_models.errors import InputError
 from workflows import clip, codet, prepare_boxes, prepare_pairs, serve
 from workflows.common import cli, cluster, tracking
+from workflows.configs import boxes as boxes_configs
 from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
 from workflows.configs import pairs as pairs_configs
@@ -51,7 +52,7 @@ class Run:
     storage: str = "runs/demo"
     """Local folder of all results, which each demo empties first."""
     pairs: pairs_configs.Run = field(default_factory=pairs_configs.pictograms)
-    boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
+    boxes: boxes_configs.Run = field(default_factory=boxes_configs.pictograms)
     teacher: clip_configs.Run = field(default_factory=clip_configs.pictograms_quick)
     detector: codet_configs.Run = field(default_factory=codet_configs.pictograms_quick)
     port: int = 0
@@ -70,7 +71,7 @@ def smoke() -> Run:
     return Run(
         storage="runs/demo-smoke",
         pairs=pairs_configs.smoke(),
-        boxes=prepare_boxes.smoke(),
+        boxes=boxes_configs.smoke(),
         teacher=dataclasses.replace(clip_configs.smoke(), optimisation=short),
         detector=dataclasses.replace(codet_configs.smoke(), box_stage=stage, joint_stage=stage),
     )

@@ -42,6 +42,7 @@ from data_prep.progress import Progress
 from data_prep.tables import Manifest
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
+from workflows.configs import boxes as boxes_configs
 
 PRODUCER = "workflows/embed.py"
 CORES_PER_ACTOR = 8
@@ -330,7 +331,7 @@ def make_smoke_tables(run: Run) -> Run:
     from workflows import prepare_boxes, prepare_pairs  # here, so that the driver stays small
     from workflows.common.teacher import untrained_teacher
 
-    prepare_boxes.prepare(dataclasses.replace(prepare_boxes.smoke(), storage=run.storage))
+    prepare_boxes.prepare(dataclasses.replace(boxes_configs.smoke(), storage=run.storage))
     prepare_pairs.prepare_smoke(run.storage)
     return dataclasses.replace(run, teacher=untrained_teacher(run.storage))
 

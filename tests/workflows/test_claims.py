@@ -11,6 +11,7 @@ from data_prep.pictograms.world import GLYPHS, SCENES, World
 from ovd_models.errors import InputError
 from workflows import claims, prepare_boxes
 from workflows.common import cli
+from workflows.configs import boxes as boxes_configs
 from workflows.studies.claims import page, parts
 from workflows.studies.claims.catalogue import CHEAP_FIRST, PARTS
 from workflows.studies.claims.parts import Part
@@ -241,7 +242,7 @@ def test_the_catalogue_is_complete() -> None:
 
 
 def test_other_vocabularies_name_the_same_boxes(tmp_path: Path) -> None:
-    boxes = replace(prepare_boxes.pictograms(), storage=str(tmp_path), train_images=2, eval_images=8)
+    boxes = replace(boxes_configs.pictograms(), storage=str(tmp_path), train_images=2, eval_images=8)
     prepare_boxes.prepare(boxes)
     run = VildRun(storage=str(tmp_path), boxes=boxes)
 

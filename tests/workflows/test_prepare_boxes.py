@@ -18,7 +18,9 @@ from data_prep.streams.box_loader import detection_loader
 from ovd_models.errors import InputError
 from workflows import prepare_boxes
 from workflows.common.teacher import read_categories
-from workflows.prepare_boxes import Run, prepare, prepare_captions
+from workflows.configs import boxes as boxes_configs
+from workflows.configs.boxes import Run
+from workflows.prepare_boxes import prepare, prepare_captions
 
 NAMES = ["person", "cat", "dog", "hair drier"]
 
@@ -41,7 +43,7 @@ def folder_of(root: Path, count: int = 6) -> Path:
 
 def photos(tmp_path: Path, **changes: Any) -> Run:
     data = str(folder_of(tmp_path / "data"))
-    run = dataclasses.replace(prepare_boxes.coco(), storage=str(tmp_path / "store"), data=data, eval_images=2)
+    run = dataclasses.replace(boxes_configs.coco(), storage=str(tmp_path / "store"), data=data, eval_images=2)
     return dataclasses.replace(run, **changes)
 
 
@@ -125,7 +127,7 @@ def test_the_published_files_of_coco_give_the_48_17_protocol(
     train = [["person", "cat"], ["cat"], ["wine glass"], ["dog", "car", "person"], []]
     val = [["teddy bear", "hot dog"], ["umbrella"], [], ["person", "stop sign"], ["dining table"]]
     flags = published_coco(tmp_path / "coco", {"train2017": train, "val2017": val})
-    run = dataclasses.replace(prepare_boxes.coco(), storage=str(tmp_path / "store"), name="coco", **flags)
+    run = dataclasses.replace(boxes_configs.coco(), storage=str(tmp_path / "store"), name="coco", **flags)
     prepare(run)
     assert "5 images for training, 2 of them with base boxes, and 2 for evaluation" in capsys.readouterr().out
     names = {row["category_id"]: row for row in tables.read_table(run.storage, "categories", "coco").to_pylist()}
@@ -189,7 +191,7 @@ def test_a_changed_annotation_file_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_fifth_is_held_out_of_a_small_folder_and_twenty_of_a_large_one() -> None:
-    run = prepare_boxes.coco()
+    run = boxes_configs.coco()
     for given, count, expected in ((0, 2, 1), (0, 9, 1), (0, 10, 2), (0, 99, 19), (0, 1000, 20), (7, 10, 7)):
         kept, held_out = prepare_boxes.split_rows(dataclasses.replace(run, eval_images=given), count)
         assert (len(kept), len(held_out)) == (count - expected, expected)
@@ -211,8 +213,8 @@ def test_a_folder_without_annotations_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_the_coco_config_asks_for_its_folder(ray_cluster: None, tmp_path: Path) -> None:
-    run = dataclasses.replace(prepare_boxes.coco(), storage=str(tmp_path))
-    drawn = dataclasses.replace(prepare_boxes.smoke(), storage=str(tmp_path))
+    run = dataclasses.replace(boxes_configs.coco(), storage=str(tmp_path))
+    drawn = dataclasses.replace(boxes_configs.smoke(), storage=str(tmp_path))
     for wrong in (run, dataclasses.replace(run, name="lvis"), dataclasses.replace(drawn, eval_data="elsewhere")):
         with pytest.raises(InputError, match="--data: missing"):
             prepare(wrong)
@@ -312,12 +314,12 @@ def test_captions_of_other_images_are_refused_before_any_picture_is_read(
     flags = published_coco(tmp_path / "coco", {"train2017": [["person"], ["cat"]], "val2017": [["person"]]})
     coco_captions(tmp_path / "coco", "val2017", [["a man"]])
     shutil.rmtree(tmp_path / "coco/train2017")
-    run = dataclasses.replace(prepare_boxes.coco(), storage=str(tmp_path / "store"), name="coco", **flags)
+    run = dataclasses.replace(boxes_configs.coco(), storage=str(tmp_path / "store"), name="coco", **flags)
     path = str(tmp_path / "coco/annotations" / captions)
     with pytest.raises(InputError, match=re.escape(message)):
         prepare(dataclasses.replace(run, captions=path))
     with pytest.raises(InputError, match="--data: missing"):
-        prepare(dataclasses.replace(prepare_boxes.pictograms(), storage=run.storage, captions=path))
+        prepare(dataclasses.replace(boxes_configs.pictograms(), storage=run.storage, captions=path))
     assert not Path(run.storage).exists()
 
 
@@ -331,7 +333,7 @@ def test_a_published_config_refuses_to_make_captions_up(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_drawn_scenes_do_not_depend_on_their_number(ray_cluster: None, tmp_path: Path) -> None:
-    run = dataclasses.replace(prepare_boxes.smoke(), storage=str(tmp_path), train_images=9, eval_images=4)
+    run = dataclasses.replace(boxes_configs.smoke(), storage=str(tmp_path), train_images=9, eval_images=4)
     prepare(run)
     train = read(run, "train")
     assert [row["source_id"] for row in train] == list(range(9))
@@ -391,7 +393,7 @@ def test_a_set_without_a_box_to_train_on_is_refused(tmp_path: Path) -> None:
 
 def test_the_second_style_has_the_same_names_in_other_pictures(tmp_path: Path) -> None:
     sets = {}
-    for name, config in (("first", prepare_boxes.pictograms()), ("second", prepare_boxes.second_style())):
+    for name, config in (("first", boxes_configs.pictograms()), ("second", boxes_configs.second_style())):
         run = dataclasses.replace(config, storage=str(tmp_path / name), train_images=1, eval_images=3)
         prepare_boxes.prepare(run)
         boxes = tables.read_table(run.storage, "boxes", f"{run.name}-eval")

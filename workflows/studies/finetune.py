@@ -23,6 +23,7 @@ from data_prep import storage, tables
 from ovd_models.errors import InputError
 from workflows import codet, prepare_boxes
 from workflows.common import cli
+from workflows.configs import boxes as boxes_configs
 from workflows.configs import codet as codet_configs
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.reports import evaluation
@@ -42,7 +43,7 @@ class Run(StudyRun):
     """The detector that is continued: a checkpoint folder or URI of `codet.py`."""
     counts: tuple[int, ...] = (10, 50, 200)
     """Numbers of labelled images."""
-    boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.second_style)
+    boxes: boxes_configs.Run = field(default_factory=boxes_configs.second_style)
     """The pool of labelled images and the test set; the pool has room for the images of all seeds."""
     training: codet_configs.Run = field(default_factory=codet_configs.finetune)
     """Settings of all trainings; the study sets seed, tables, detector and storage."""
@@ -53,7 +54,7 @@ def pictograms() -> Run:
     training = codet_configs.finetune()
     stage = replace(training.joint_stage, steps=300, learning_rate=1e-3, workers=0)
     return Run(
-        boxes=replace(prepare_boxes.second_style(), name="finetune-pool", train_images=600),
+        boxes=replace(boxes_configs.second_style(), name="finetune-pool", train_images=600),
         training=replace(training, box_stage=stage, joint_stage=stage, detection_batch=8, validate_every=0),
     )
 
@@ -65,7 +66,7 @@ def smoke() -> Run:
     return Run(
         seeds=(0,),
         counts=(4, 8),
-        boxes=replace(prepare_boxes.second_style(), name="finetune-pool", train_images=8, eval_images=8),
+        boxes=replace(boxes_configs.second_style(), name="finetune-pool", train_images=8, eval_images=8),
         training=replace(training, box_stage=stage, joint_stage=stage, detection_batch=2),
     )
 

@@ -37,6 +37,7 @@ from ovd_models.segments import MaskBatch
 from ovd_models.vocabulary import build_vocabulary
 from workflows import ovsam, prepare_boxes
 from workflows.common import cli, training
+from workflows.configs import boxes as boxes_configs
 from workflows.configs import ovsam as ovsam_configs
 from workflows.inputs import ovsam as ovsam_inputs
 from workflows.reports import pointing as pointing_report
@@ -411,7 +412,7 @@ def main() -> None:
     """Run the study."""
     run = cli.parse(CONFIGS, __doc__)
     if run.training.config == "smoke":
-        prepare_boxes.prepare(replace(prepare_boxes.smoke(), storage=run.storage))
+        prepare_boxes.prepare(replace(boxes_configs.smoke(), storage=run.storage))
     studies.run_study(ovsam_study(run))
 
 

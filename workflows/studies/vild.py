@@ -33,6 +33,7 @@ from ovd_models.vocabulary import build_vocabulary
 from workflows import prepare_boxes, vild
 from workflows.common import cli, training
 from workflows.common.teacher import read_categories
+from workflows.configs import boxes as boxes_configs
 from workflows.configs import vild as vild_configs
 from workflows.reports.detections import read_box_images
 from workflows.reports.failures import annotated_objects
@@ -55,7 +56,7 @@ class Run(StudyRun):
     """More CLIP checkpoints, with which the ensemble is trained too."""
     training: vild_configs.Run = field(default_factory=vild_configs.pictograms)
     """Settings of all trainings; the study sets seed, variant, teacher and storage."""
-    boxes: prepare_boxes.Run = field(default_factory=prepare_boxes.pictograms)
+    boxes: boxes_configs.Run = field(default_factory=boxes_configs.pictograms)
     regions_seed: int = 0
     """Seed of the proposal network whose regions are embedded, once for all seeds."""
     variants: tuple[Variant, ...] = ("text", "ensemble", "vild", "supervised", "image")
@@ -80,7 +81,7 @@ def pictograms_mixed() -> Run:
 
 def smoke() -> Run:
     """One seed, five steps; requires `--teacher`."""
-    return Run(training=vild_configs.smoke(), boxes=prepare_boxes.smoke(), seeds=(0,), variants=("text", "ensemble"))
+    return Run(training=vild_configs.smoke(), boxes=boxes_configs.smoke(), seeds=(0,), variants=("text", "ensemble"))
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {

@@ -12,6 +12,7 @@ from data_prep.boxes import formats
 from ovd_models.errors import InputError
 from workflows import prepare_boxes
 from workflows.common import measured
+from workflows.configs import boxes as boxes_configs
 
 OPEN_IMAGES = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf\n"
 VOC = """<annotation><filename>{name}.jpg</filename><size><width>100</width><height>50</height><depth>3</depth></size>
@@ -86,7 +87,7 @@ def test_voc_counts_pixels_from_one(tmp_path: Path) -> None:
 def test_every_format_becomes_tables(make: Callable[[Path], str], tmp_path: Path) -> None:
     data = make(tmp_path / "data")
     assert formats.needs_conversion(data)
-    run = prepare_boxes.Run(storage=str(tmp_path / "store"), name="t", data=data, train_images=0, eval_images=1)
+    run = boxes_configs.Run(storage=str(tmp_path / "store"), name="t", data=data, train_images=0, eval_images=1)
     prepare_boxes.prepare(run)
     rows = [
         row for part in ("train", "eval") for row in tables.read_table(run.storage, "boxes", f"t-{part}").to_pylist()
@@ -140,7 +141,7 @@ def test_names_of_a_file_or_rare_names_are_novel(tmp_path: Path) -> None:
     }
     (tmp_path / "instances.json").write_text(json.dumps(content))
     (tmp_path / "novel.txt").write_text("cat\n\n")
-    run = prepare_boxes.Run(storage=str(tmp_path / "a"), name="t", data=str(tmp_path), train_images=0, eval_images=1)
+    run = boxes_configs.Run(storage=str(tmp_path / "a"), name="t", data=str(tmp_path), train_images=0, eval_images=1)
     for changed, splits in (({"split": "frequency"}, ["base", "novel"]), ({"novel": "novel.txt"}, ["novel", "base"])):
         changed = {key: str(tmp_path / value) if key == "novel" else value for key, value in changed.items()}
         storage = str(tmp_path / f"store-{len(splits)}-{splits[0]}")

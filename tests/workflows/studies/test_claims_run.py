@@ -12,6 +12,7 @@ import trainings
 from ovd_models.clip.model import Clip, ClipConfig, load_clip, save_clip
 from workflows import claims, clip, prepare_boxes
 from workflows.common.optimisation import Optimisation
+from workflows.configs import boxes as boxes_configs
 from workflows.studies.claims import clip_parts, codet_parts, parts, sam_parts, teachers, vild_parts
 from workflows.studies.claims.catalogue import PARTS
 from workflows.studies.claims.parts import Part
@@ -43,11 +44,11 @@ def vild_settings(part: Part, storage: str) -> Any:
     """ViLD's smoke config on scenes that also show novel objects."""
     run = trainings.prepared("vild", storage)
     if part is vild_parts.TRANSFER:
-        prepare_boxes.prepare(replace(prepare_boxes.second_style(), storage=storage, train_images=4, eval_images=8))
+        prepare_boxes.prepare(replace(boxes_configs.second_style(), storage=storage, train_images=4, eval_images=8))
     small = {"rpn_steps": (5, 10), "teacher_steps": (10,), "widths": (0.5,), "weights": (0.1,)}
     training = replace(run, train_boxes="smoke-mixed")
     return replace(
-        part.settings, storage=storage, teacher=run.teacher, training=training, boxes=prepare_boxes.smoke(), **small
+        part.settings, storage=storage, teacher=run.teacher, training=training, boxes=boxes_configs.smoke(), **small
     )
 
 

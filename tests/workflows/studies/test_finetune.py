@@ -5,13 +5,14 @@ import pytest
 from data_prep import tables
 from ovd_models.errors import InputError
 from workflows import prepare_boxes
+from workflows.configs import boxes as boxes_configs
 from workflows.studies import finetune
 from workflows.studies.study import Result, judge
 
 
 def test_each_seed_trains_on_images_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     storage = str(tmp_path_factory.mktemp("store"))
-    pool = replace(prepare_boxes.second_style(), name="pool", train_images=8, eval_images=2, storage=storage)
+    pool = replace(boxes_configs.second_style(), name="pool", train_images=8, eval_images=2, storage=storage)
     prepare_boxes.prepare(pool)
     run = replace(finetune.smoke(), storage=storage, boxes=pool, counts=(2, 4), seeds=(0, 1))
     shares = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from data_prep import tables
 from workflows import clip, prepare_boxes, prepare_pairs
 from workflows.common import cluster
+from workflows.configs import boxes as boxes_configs
 from workflows.configs import clip as clip_configs
 from workflows.configs import pairs as pairs_configs
 from workflows.studies import study as studies
@@ -22,9 +23,9 @@ def find_demo_teacher(folder: str) -> str:
 
 def prepare_world(storage_uri: str, *, pairs: bool = False, second_style: bool = False) -> None:
     """Publish the pictogram world's tables that are missing: boxes, and on demand captions and the second style."""
-    prepare_boxes.prepare(replace(prepare_boxes.pictograms(), storage=storage_uri))
+    prepare_boxes.prepare(replace(boxes_configs.pictograms(), storage=storage_uri))
     if second_style:
-        prepare_boxes.prepare(replace(prepare_boxes.second_style(), storage=storage_uri))
+        prepare_boxes.prepare(replace(boxes_configs.second_style(), storage=storage_uri))
     if pairs and tables.find_manifest(storage_uri, "pairs", "pictograms") is None:
         with prepare_pairs.pictogram_site(replace(pairs_configs.pictograms(), storage=storage_uri)) as crawl:
             cluster.start_ray()

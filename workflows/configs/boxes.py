@@ -1,0 +1,75 @@
+"""Named box sets of `workflows/prepare_boxes.py`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One box set: `<name>-train` with base boxes only, `<name>-eval` with all."""
+
+    storage: str = "store"
+    """Folder or URI of all tables."""
+    name: str
+    """Name of the tables, before `-train` and `-eval`."""
+    data: str = ""
+    """A file in COCO's or LVIS's format with `images`, or a folder with `instances.json` and `images/`; Objects365's
+    file; Open Images' `*-annotations-bbox.csv`; a folder of YOLO (`data.yaml`) or Pascal VOC (`Annotations/`); the
+    pictogram world if empty.
+
+    COCO's names are split into 48 base and 17 novel ones, LVIS's by `frequency` (`r` is novel); others are base.
+    """
+    split: Literal["published", "frequency", "none"] = "published"
+    """For `data`: `frequency` makes the names in at most 10 training images novel, as LVIS counts; `none` keeps all
+    names base, for a detector that is to learn all that is labelled."""
+    novel: str = ""
+    """For `data`: a file with the names of the novel categories, one a line; the others are base."""
+    eval_data: str = ""
+    """Another such file or folder, with the same categories, for evaluation; if empty, some of `data` are held out."""
+    images: str = ""
+    """Folder or URI of all pictures, such as COCO's with `train2017/` and `val2017/`."""
+    captions: str = ""
+    """COCO's captions of the training images (`captions_train2017.json`), or a .tsv file with the columns `file_name`
+    and `caption`: published as `pairs`, `concepts` and `groups` of the same name."""
+    min_images: int = 20
+    """Concepts of `captions` with fewer images are left out; 20 in CoDet, which found 634 in COCO."""
+    wordnet: str = ""
+    """Folder of WordNet 3.0: concepts of `captions` are nouns by CoDet's rule, not by word lists."""
+    train_images: int = 2400
+    """Drawn scenes for training; 0 if a folder is read."""
+    eval_images: int = 300
+    """Drawn scenes for evaluation, or images of `data` held out for it; 0 for a fifth of them, at most 20."""
+    style: Literal["first", "second"] = "first"
+    """Of drawn scenes; the second, outlined on stripes, is for the transfer of detectors trained on the first."""
+    strict: bool = False
+    """Refuse an annotation file in which anything was mended or left out."""
+    seed: int = 0
+
+
+def smoke() -> Run:
+    """A handful of scenes."""
+    return Run(name="smoke", train_images=48, eval_images=16)
+
+
+def pictograms() -> Run:
+    """2,400 scenes with base boxes along a long tail, 300 with all categories for evaluation."""
+    return Run(name="pictograms")
+
+
+def coco() -> Run:
+    """A folder in COCO's format; needs `--data`."""
+    return Run(name="photos", train_images=0, eval_images=0)
+
+
+def second_style() -> Run:
+    """The pictogram world in another style: a test set for detectors that were trained on the first."""
+    return Run(name="pictograms2", style="second", train_images=48)
+
+
+CONFIGS: dict[str, Callable[[], Run]] = {
+    "smoke": smoke,
+    "pictograms": pictograms,
+    "second_style": second_style,
+    "coco": coco,
+}
