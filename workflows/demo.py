@@ -39,6 +39,7 @@ from workflows.configs import boxes as boxes_configs
 from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
 from workflows.configs import pairs as pairs_configs
+from workflows.inputs.pairs import pictogram_site
 from workflows.reports.demo import format_summary, write_demo_report
 from workflows.reports.detections import read_box_image
 
@@ -110,7 +111,7 @@ def run_demo(run: Run, folder: Path) -> dict[str, Any]:
     stage = partial(time_stage, seconds=seconds)
     with contextlib.ExitStack() as stack:
         with stage("web site"):
-            crawl = stack.enter_context(prepare_pairs.pictogram_site(dataclasses.replace(run.pairs, storage=home)))
+            crawl = stack.enter_context(pictogram_site(dataclasses.replace(run.pairs, storage=home)))
         with stage("pairs"):
             cluster.start_ray()
             crawled = prepare_pairs.prepare(crawl)

@@ -23,6 +23,7 @@ from workflows.common.session import Session
 from workflows.configs import clip as clip_configs
 from workflows.configs import pairs as pairs_configs
 from workflows.configs.clip import Run
+from workflows.inputs.pairs import pictogram_site
 
 
 def test_a_shift_moves_each_image_by_itself_and_repeats_its_edges() -> None:
@@ -78,7 +79,7 @@ def test_a_model_that_knows_the_answer_names_everything(monkeypatch: pytest.Monk
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = str(tmp_path_factory.mktemp("clip"))
-    with prepare_pairs.pictogram_site(dataclasses.replace(pairs_configs.smoke(), storage=root)) as crawl:
+    with pictogram_site(dataclasses.replace(pairs_configs.smoke(), storage=root)) as crawl:
         prepare_pairs.prepare(crawl)
     return dataclasses.replace(clip_configs.smoke(), storage=root)
 

@@ -24,6 +24,7 @@ from ovd_models.errors import InputError
 from workflows import prepare_pairs
 from workflows.configs import pairs as configs
 from workflows.configs.pairs import Run
+from workflows.inputs.pairs import pictogram_site
 from workflows.prepare_pairs import Summary, prepare, prepare_local
 
 SCRIPT = Path(prepare_pairs.__file__)
@@ -82,7 +83,7 @@ def test_kept_and_rejected_rows_are_what_the_faults_imply(crawled: tuple[Run, Su
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_demos_whole_site_comes_out_as_its_faults_imply(ray_cluster: None, tmp_path: Path) -> None:
-    with prepare_pairs.pictogram_site(dataclasses.replace(configs.pictograms(), storage=str(tmp_path))) as run:
+    with pictogram_site(dataclasses.replace(configs.pictograms(), storage=str(tmp_path))) as run:
         summary = prepare(run)
         site = Path(run.urls).parent
     assert outcomes_of(rows_of(tmp_path, "pictograms")) == expected_of(site)

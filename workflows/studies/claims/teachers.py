@@ -9,6 +9,7 @@ from workflows.common import cluster
 from workflows.configs import boxes as boxes_configs
 from workflows.configs import clip as clip_configs
 from workflows.configs import pairs as pairs_configs
+from workflows.inputs.pairs import pictogram_site
 from workflows.studies import study as studies
 from workflows.studies.clip_towers import tower_run
 from workflows.studies.study import StudyRun
@@ -27,7 +28,7 @@ def prepare_world(storage_uri: str, *, pairs: bool = False, second_style: bool =
     if second_style:
         prepare_boxes.prepare(replace(boxes_configs.second_style(), storage=storage_uri))
     if pairs and tables.find_manifest(storage_uri, "pairs", "pictograms") is None:
-        with prepare_pairs.pictogram_site(replace(pairs_configs.pictograms(), storage=storage_uri)) as crawl:
+        with pictogram_site(replace(pairs_configs.pictograms(), storage=storage_uri)) as crawl:
             cluster.start_ray()
             prepare_pairs.prepare(crawl)
 
