@@ -25,8 +25,8 @@ from ovd_models.ovsam.model import RN50X16, OvSam, OvSamConfig
 from ovd_models.ovsam.training import Clip2SamTraining
 from ovd_models.segments import MaskBatch
 from ovd_models.vild.model import ViLD
+from workflows.common.acceleration import DeviceCopies
 from workflows.common.optimisation import Optimisation
-from workflows.common.session import DeviceCopies
 from workflows.configs import codet, ovsam, vild
 
 sys.path.append(str(REPOSITORY / "tests"))

@@ -19,15 +19,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed
 from PIL import Image
-from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.train import CheckpointConsistencyMode, CheckpointUploadMode
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
@@ -36,8 +34,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from data_prep import storage
-from ovd_models.batches import TensorRecord
-from workflows.common.optimisation import STEPS_PER_BLOCK, Precision, build_optimiser, build_schedule, moving_average
+from workflows.common.acceleration import DeviceCopies, PinnedCollate, autocast_dtype, compile_backbones
+from workflows.common.optimisation import STEPS_PER_BLOCK, build_optimiser, build_schedule, moving_average
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import (
     DRIVER_CHECKPOINTS,
@@ -48,7 +46,6 @@ from workflows.common.training import (
     other_than,
 )
 
-R = TypeVar("R", bound=TensorRecord)
 QUIET_SECONDS = 10.0
 """Between log lines that are further apart, lines tell the steps and the time."""
 CHECKPOINT_STEPS = 2 * STEPS_PER_BLOCK
@@ -371,59 +368,6 @@ class Session:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of torch's global generators in a step, different for every step and rank."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type of matrix products and convolutions in training."""
-    chosen: str = precision
-    if precision in ("auto", "fast"):
-        native = precision == "fast" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-        chosen = "bf16" if device.type != "cpu" or native else "fp32"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[chosen]
-
-
-COMPILED = frozenset({"backbone", "pyramid", "image_encoder", "visual", "clip"})
-"""Names of the modules that see whole images: most of a model's work, in few shapes."""
-
-
-def compile_backbones(model: nn.Module) -> None:
-    """Compile the outermost modules named in `COMPILED`, in place; weights keep their names."""
-    for name, child in model.named_children():
-        if name in COMPILED:
-            child.compile()
-        else:
-            compile_backbones(child)
-
-
-class PinnedCollate(ArrowBatchCollateFn):
-    """A collate function whose batches are in pinned memory, from which a GPU copies while it computes."""
-
-    def __init__(self, collate: Callable[[pa.Table], TensorRecord]) -> None:
-        self.collate = collate
-
-    def __call__(self, batch: pa.Table) -> Any:
-        """The batch; runs in the threads that prepare batches ahead of the loop."""
-        return self.collate(batch).map(Tensor.pin_memory)
-
-
-class DeviceCopies:
-    """Copies pinned batches to a GPU on a stream of their own, beside the kernels of the step before."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def __call__(self, batch: R) -> R:
-        """The batch on the device, ready for the current stream."""
-        current = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self.stream):
-            moved = batch.to(self.device)
-        current.wait_stream(self.stream)
-
-        def used_by_current(tensor: Tensor) -> Tensor:
-            tensor.record_stream(current)  # its memory is free once the step has used it
-            return tensor
-
-        return moved.map(used_by_current)
 
 
 class Meter:

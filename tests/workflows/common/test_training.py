@@ -23,8 +23,9 @@ from ovd_models.batches import PairBatch
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import Vocabulary
 from workflows.common import optimisation, runs, training
+from workflows.common.acceleration import autocast_dtype, compile_backbones
 from workflows.common.optimisation import Optimisation, Precision
-from workflows.common.session import Meter, Session, autocast_dtype, compile_backbones, convert_sync_batchnorm
+from workflows.common.session import Meter, Session, convert_sync_batchnorm
 from workflows.common.teacher import CodetNames
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Stage
