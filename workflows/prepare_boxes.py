@@ -94,7 +94,7 @@ def prepare(run: Run) -> None:
     for name, default in (("split", "published"), ("novel", ""), ("style", "first")):
         if settings[name] == default:  # tables from before these settings stay those of the same config
             del settings[name]
-    digests = [file_digest(annotation_file(data)) for data in (run.data, run.eval_data) if data]
+    digests = [file_digest(annotation_file(data, run.images)) for data in (run.data, run.eval_data) if data]
     digests += [file_digest(Path(run.novel))] if run.novel else []
     as_written = hash_settings(settings, digests)  # as older tables have it
     settings |= {name: storage.absolute(settings[name].rstrip("/")) for name in ("data", "images") if settings[name]}
@@ -109,7 +109,9 @@ def prepare(run: Run) -> None:
         if run.strict and done.details.get("account"):
             raise InputError(f"{uri}: --strict: something was mended or left out, see `account` in its manifest")
         return
-    accounts = [Account(str(annotation_file(data))) for data in dict.fromkeys((run.data, run.eval_data)) if data]
+    accounts = [
+        Account(str(annotation_file(data, run.images))) for data in dict.fromkeys((run.data, run.eval_data)) if data
+    ]
     train, evaluation = read_folder(run, accounts) if run.data else draw_pictograms(run)
     check_sets(run, accounts, train, evaluation)
     base_only = strip_novel(train.boxes, train.categories)
@@ -189,14 +191,14 @@ def prepare_full(run: Run) -> None:
 
 
 @functools.cache
-def annotation_file(data: str) -> Path:
-    """The annotation file of `--data`: itself, in the folder, or, of other formats, a converted copy."""
+def annotation_file(data: str, images: str = "") -> Path:
+    """The annotation file of `--data`: itself, in the folder, or a converted copy of other formats."""
     if not formats.needs_conversion(data):
         return Path(data) if data.endswith(".json") else Path(data, "instances.json")
     folder = tempfile.mkdtemp(prefix="ovd-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     converted = Path(folder, "instances.json")
-    converted.write_text(json.dumps(formats.convert(data)))
+    converted.write_text(json.dumps(formats.convert(data, images)))
     return converted
 
 
@@ -223,7 +225,8 @@ def read_folder(run: Run, accounts: Sequence[Account]) -> tuple[BoxSet, BoxSet]:
     account_of = dict(zip(dict.fromkeys(filter(None, (run.data, run.eval_data))), accounts, strict=False))
     images = {data: image_folder(run, data) for data in account_of}
     read = {
-        data: read_annotations(annotation_file(data), images[data], account) for data, account in account_of.items()
+        data: read_annotations(annotation_file(data, run.images), images[data], account)
+        for data, account in account_of.items()
     }
     names = [[(row["category_id"], row["name"]) for row in categories] for categories, _ in read.values()]
     if names[0] != names[-1]:
@@ -237,7 +240,7 @@ def read_folder(run: Run, accounts: Sequence[Account]) -> tuple[BoxSet, BoxSet]:
     sets = {}
     for data in reversed(read):  # the few pictures of the evaluation first, so that a wrong folder is noticed early
         categories, rows = read[data]
-        pictures = add_pictures(rows, images[data], str(annotation_file(data)), account_of[data])
+        pictures = add_pictures(rows, images[data], str(annotation_file(data, run.images)), account_of[data])
         sets[data] = box_set(categories, pictures)
     whole = sets[run.data]
     if run.eval_data:
@@ -325,7 +328,7 @@ def prepare_captions(run: Run, name: str, config: str = "") -> None:
     boxes = tables.read_table(run.storage, "boxes", f"{run.name}-train")
     uris, names = boxes["uri"].to_pylist(), tuple[str, ...]()
     if files:
-        name_of = read_names(annotation_file(run.data))
+        name_of = read_names(annotation_file(run.data, run.images))
         captions = annotations.read_captions(files, [name_of[key] for key in boxes["source_id"].to_pylist()])
     else:
         print(

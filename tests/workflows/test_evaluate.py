@@ -94,6 +94,14 @@ def test_the_annotations_score_one(run: Run, tmp_path: Path, monkeypatch: pytest
     assert unseen == [name for key, name in names_of(run).items() if key not in present]
 
 
+def test_as_many_predictions_of_an_image_as_the_protocol_counts(run: Run) -> None:
+    every = dataclasses.replace(run, score_threshold=0.0)
+    for protocol, most in (("auto", 100), ("lvis-fixed", 10_000)):
+        table = evaluation.predict_boxes(dataclasses.replace(every, protocol=protocol))
+        counts = [len(row["scores"]) for row in tables.read_table(run.storage, "predictions", table).to_pylist()]
+        assert max(counts) == 100 if most == 100 else 100 < max(counts) <= most
+
+
 def test_an_image_that_cannot_be_read_keeps_its_truth_and_is_named(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +274,7 @@ def test_the_script_prints_and_tracks(
         (["--export", "x.txt"], "--export x.txt: expected a name that ends with .json or .parquet"),
         (["--protocol", "ovsam"], "is of method 'codet', expected an OV-SAM"),
         (["--engine", "lvis"], "--engine lvis: reads files, expected --ground-truth and --predictions, not --model"),
+        (["--novel", "novel.txt"], "--novel novel.txt: of files, expected --ground-truth"),
         (["--iou-type", "segm"], "predicts boxes only, expected a detector with masks"),
         (["--output", "."], "--output .: a folder, expected the name of a file"),
         (["--output", f"{__file__}/numbers.json"], "test_evaluate.py is a file, expected a folder"),

@@ -107,7 +107,7 @@ class Run(DetectorRun):
     """For detectors only, as are the settings below."""
     score_threshold: float = 0.01
     max_detections: int = 0
-    """Of an image; 0 is the protocol's: 300 for LVIS, else 100."""
+    """Of an image; 0 is the protocol's: 300 for LVIS, 10,000 for `lvis-fixed`, else 100."""
     synonyms: SynonymRule = "none"
     """Use of the synonyms in `categories`: none, the mean of their embeddings, or the maximum of their scores."""
     num_pictures: int = 8

@@ -15,7 +15,7 @@ from ovd_models.errors import InputError
 from ovd_models.evaluation import DetectionMetrics, detection_metrics
 from ovd_models.metrics.average_precision import LVIS_LIMIT, Curves
 from ovd_models.metrics.explanation import Calibration
-from ovd_models.metrics.protocols import Measured, Protocol, measure
+from ovd_models.metrics.protocols import FIXED_LIMIT, Measured, Protocol, measure
 from ovd_models.metrics.records import GroundTruth, IouType, Predictions
 from ovd_models.predictors import choose_device, load_segmenter
 from ovd_models.sam.model import SamModel
@@ -121,8 +121,6 @@ def predict_boxes(run: Run) -> str:
     """
     run = replace(run, device=choose_device(run.device))
     names, _ = run.read_categories()
-    truth_like = tables.read_table(run.storage, "categories", run.category_table, ["frequency"])
-    lvis = set(truth_like["frequency"].to_pylist()) <= {"r", "c", "f"}
     job = PredictionJob(
         model=shared_model(run),
         boxes=run.boxes,
@@ -130,7 +128,7 @@ def predict_boxes(run: Run) -> str:
         images=run.images,
         batch_size=run.batch_size,
         score_threshold=run.score_threshold,
-        max_detections=run.max_detections or (LVIS_LIMIT if lvis else 100),
+        max_detections=run.max_detections or image_limit(run),
         synonyms=run.synonyms,
         other_words=run.read_synonyms() if run.synonyms != "none" else {},
         device=run.device,
@@ -141,6 +139,14 @@ def predict_boxes(run: Run) -> str:
     if workers:
         cluster.start_ray()
     return predict(job, run.storage, pool_of(workers, run.device))
+
+
+def image_limit(run: Run) -> int:
+    """The number of predictions of an image that the protocol counts."""
+    if run.protocol == "lvis-fixed":
+        return FIXED_LIMIT
+    frequencies = tables.read_table(run.storage, "categories", run.category_table, ["frequency"])["frequency"]
+    return LVIS_LIMIT if set(frequencies.to_pylist()) <= {"r", "c", "f"} else 100
 
 
 def shared_model(run: Run) -> str:

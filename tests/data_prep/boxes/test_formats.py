@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,6 +98,13 @@ def test_every_format_becomes_tables(make: Callable[[Path], str], tmp_path: Path
     assert {"cat", "Cat"} & set(names)
     assert all((row["width"], row["height"]) == (100, 50) for row in rows)
     prepare_boxes.prepare(run)  # again: the same config
+    (pictures,) = (folder for folder in Path(data).parent.rglob("*") if folder.name in ("images", "JPEGImages"))
+    pictures.rename(tmp_path / "elsewhere")
+    elsewhere = dataclasses.replace(run, storage=str(tmp_path / "other"), images=str(tmp_path / "elsewhere"))
+    prepare_boxes.prepare(elsewhere)
+    assert tables.read_table(elsewhere.storage, "boxes", "t-train")["image_id"].to_pylist() == [
+        row["image_id"] for row in tables.read_table(run.storage, "boxes", "t-train").to_pylist()
+    ]
 
 
 @pytest.mark.parametrize(
