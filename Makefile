@@ -38,7 +38,7 @@ lint: $(INSTALLED)  ## Run ruff and mypy
 docs: $(INSTALLED)  ## Build the documentation as a site in build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(BENCHMARKS)  ## Run all benchmarks except clip_towers; bench-NAME runs one; results in runs/bench
+bench: $(BENCHMARKS)  ## Run all benchmarks except clip_towers and scale; bench-NAME runs one; results in runs/bench
 bench-%: benchmarks/%.py $(INSTALLED)
 	$(BIN)/python $<
 

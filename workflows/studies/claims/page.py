@@ -34,7 +34,7 @@ the evaluation images were others, with the same trainings; seeds whose draws ar
 value with a star is recalled and was not checked against the paper's text.
 """
 BLUE = "#24508f"
-WORDS = ("holds", "does not hold", "undecided", "not measured")
+PLURALS = {"holds": "hold", "does not hold": "do not hold", "undecided": "undecided", "not measured": "not measured"}
 
 
 def verdict_word(verdict: Verdict) -> str:
@@ -56,7 +56,7 @@ def headline(verdict: Verdict) -> str:
 def render_markdown(verdicts: Sequence[Verdict]) -> str:
     """The page."""
     words = [verdict_word(verdict) for verdict in verdicts]
-    counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS)
+    counts = ", ".join(f"{words.count(word)} {plural}" for word, plural in PLURALS.items())
     seconds = sum(record.seconds for verdict in verdicts for record in verdict.records)
     cpu = sum(record.cpu_seconds for verdict in verdicts for record in verdict.records)
     rows = [["claim", "headline: mean (95 % interval)", "state"]]
