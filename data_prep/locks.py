@@ -184,7 +184,9 @@ def _hold_file(path: Path, name: str, deadline: float) -> Iterator[None]:
     created = [each for each in (path.parent, path.parent.parent) if not each.exists()]
     while (file := _try_file(path)) is None:
         if time.monotonic() > deadline:
-            holder = Holder.parse(path.read_text()) if path.exists() else None
+            holder = None
+            with contextlib.suppress(FileNotFoundError):  # removed just now
+                holder = Holder.parse(path.read_text())
             raise _refusal(name, holder)
         time.sleep(POLL_SECONDS)
     with file:  # its end ends the lock

@@ -7,7 +7,6 @@ is saved is not predicted again.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -29,7 +27,7 @@ from data_prep.progress import Progress
 from data_prep.streams.images import read_image
 from data_prep.tables import FileEntry
 from ovd_models.batches import Detections
-from ovd_models.checkpoints import read_info
+from ovd_models.checkpoint_info import folder_digest, read_info
 from ovd_models.errors import InputError
 from ovd_models.prompts import SynonymRule
 
@@ -229,28 +227,15 @@ def _saved(storage_uri: str, name: str, part: Part) -> FileEntry | None:
 
 def job_digest(job: PredictionJob, storage_uri: str) -> tuple[str, str]:
     """A digest of all that the predictions depend on, and the name of their table, which holds it."""
+    folder = storage.local_folder(job.model)
+    read_info(folder)  # refuses what is no checkpoint
     settings = dataclasses.asdict(job) | {
-        "model": model_digest(storage.local_folder(job.model)),
+        "model": folder_digest(folder),
         "boxes": tables.read_manifest(storage_uri, "boxes", job.boxes).digest,
         "device": job.device.partition(":")[0],
     }
     digest = storage.sha256(json.dumps(settings, default=str).encode())[:16]
     return digest, f"{job.boxes}-{digest}"
-
-
-def model_digest(folder: Path) -> str:
-    """A digest of a checkpoint's files.
-
-    Raises:
-        InputError: there is no detector checkpoint in the folder.
-    """
-    read_info(folder)
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".npy")):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def report_unreadable(storage_uri: str, name: str) -> None:

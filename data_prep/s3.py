@@ -121,7 +121,9 @@ def remove_folder(uri: str) -> None:
         for page in pages:
             found = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
             if found:
-                client(place).delete_objects(Bucket=place.bucket, Delete={"Objects": found, "Quiet": True})
+                answer = client(place).delete_objects(Bucket=place.bucket, Delete={"Objects": found, "Quiet": True})
+                for refused in answer.get("Errors", ())[:1]:
+                    raise OSError(f"{uri}: cannot be removed: {refused['Key']}: {refused['Message']}")
 
 
 def check(uri: str, *, writes: bool) -> None:

@@ -242,7 +242,9 @@ def write_chunks(uri: str, chunks: Iterable[bytes]) -> tuple[int, str]:
         else:
             _write_and_move(uri, counted())
     except OSError as error:
-        raise error if str(error).startswith(uri) else OSError(f"{uri}: cannot be written: {error}") from error
+        if str(error).startswith(uri):
+            raise
+        raise OSError(f"{uri}: cannot be written: {error}") from error
     return size, digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """What a checkpoint's `config.json` says; without torch, so that commands can check a folder at once."""
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -61,6 +62,16 @@ def read_info(folder: str | Path) -> CheckpointInfo:
         return info
     with as_input_error(f"{calibration}: not a calibration"):
         return replace(info, score_threshold=float(json.loads(calibration.read_text())["score_threshold"]))
+
+
+def folder_digest(folder: Path) -> str:
+    """16 hexadecimal digits of a checkpoint's files, those of its text encoder too."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".npy")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def write_calibration(folder: str | Path, threshold: float, data_set: str) -> None:

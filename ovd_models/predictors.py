@@ -62,6 +62,8 @@ class Predictor(Generic[M]):
     def __init__(self, model: M, encoder: TextEncoder, info: CheckpointInfo, device: str = "auto") -> None:
         self.device = find_device(device)
         self.model, self.encoder, self.info = model.to(self.device).eval(), encoder, info
+        if isinstance(encoder, ClipTextEncoder):
+            encoder.tower.to(self.device)
 
     @property
     def method(self) -> str:

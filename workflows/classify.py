@@ -155,6 +155,7 @@ def classify(run: Run) -> tuple[LabelledSet, list[int], dict[str, Answers], str]
     model = store_released(run.storage, run.model, run.pretrained) if run.pretrained else run.model
     folder = storage.local_folder(model)
     encoder = load_text_encoder(folder)
+    encoder.tower.to(device)
     encoders = {prompts: encoder.with_prompts(prompts) for prompts in run.prompts or (encoder.prompt_set,)}
     config = EmbedConfig(batch_size=run.batch_size, gpus=int(device.type != "cpu"))
     teacher = Teacher(str(folder), config, str(device))

@@ -109,9 +109,7 @@ def prepare(run: Run) -> None:
         if run.strict and done.details.get("account"):
             raise InputError(f"{uri}: --strict: something was mended or left out, see `account` in its manifest")
         return
-    accounts = [
-        Account(str(annotation_file(data, run.images))) for data in dict.fromkeys((run.data, run.eval_data)) if data
-    ]
+    accounts = accounts_of(run)
     train, evaluation = read_folder(run, accounts) if run.data else draw_pictograms(run)
     check_sets(run, accounts, train, evaluation)
     base_only = strip_novel(train.boxes, train.categories)
@@ -130,6 +128,12 @@ def prepare(run: Run) -> None:
         f"{evaluation.boxes.num_rows:,} for evaluation; "
         f"names: {splits['base']} base, {splits['novel']} novel, {splits['']} in neither"
     )
+
+
+def accounts_of(run: Run) -> list[Account]:
+    """An account for each of the run's annotation files."""
+    given = dict.fromkeys(filter(None, (run.data, run.eval_data)))
+    return [Account(str(annotation_file(data, run.images))) for data in given]
 
 
 def check_sets(run: Run, accounts: Sequence[Account], train: BoxSet, evaluation: BoxSet) -> None:
@@ -180,7 +184,7 @@ def prepare_full(run: Run) -> None:
     if tables.find_manifest(run.storage, "boxes", f"{run.name}-mixed") is not None:
         return
     if run.data:
-        full = read_folder(run, [Account(data) for data in dict.fromkeys((run.data, run.eval_data))])[0].boxes
+        full = read_folder(run, accounts_of(run))[0].boxes  # what is odd, `prepare` has said
     else:
         full = draw_in_parallel(run, "full", run.train_images, seed=run.seed + 1, base_only=False)
     mixed = strip_novel(full, tables.read_table(run.storage, "categories", run.name))

@@ -30,13 +30,16 @@ def centre_points(masks_NHW: Tensor) -> Tensor:
 
 
 def next_click(found_PHW: Tensor, true_PHW: Tensor) -> tuple[Tensor, Tensor]:
-    """[P, 2] the deepest pixel of the larger error of each mask, and [P] whether it is missed (`ON`) or surplus."""
+    """[P, 2] the deepest pixel of the larger error of each mask, and [P] whether it is missed (`ON`) or surplus.
+
+    Both on the CPU, as the prompts of a request are.
+    """
     missed_PHW, surplus_PHW = true_PHW & ~found_PHW, found_PHW & ~true_PHW
     missed_P = missed_PHW.flatten(1).sum(1) >= surplus_PHW.flatten(1).sum(1)
     error_PHW = torch.where(missed_P[:, None, None], missed_PHW, surplus_PHW)
     nothing_P = ~error_PHW.flatten(1).any(1)  # a perfect mask: click on the object again
     error_PHW = torch.where(nothing_P[:, None, None], true_PHW, error_PHW)
-    return centre_points(error_PHW), torch.where(missed_P | nothing_P, ON, OFF)
+    return centre_points(error_PHW), torch.where(missed_P | nothing_P, ON, OFF).cpu()
 
 
 def mask_depth(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -51,8 +51,11 @@ def register(
     """
     client, name = tracked.client, f"ovd-{method}-{data_set}"
     model = _log_model(tracked, folder, name, method)
-    with contextlib.suppress(MlflowException):  # there already
+    try:
         client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     version = client.create_model_version(
         name,
         source=str(model.artifact_location),
@@ -156,5 +159,7 @@ def _champion(client: MlflowClient, name: str) -> Any:
     """The model version with the alias, or None."""
     try:
         return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # an outage is no "none"
+            raise
         return None

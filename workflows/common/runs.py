@@ -302,8 +302,9 @@ def hold_to_settings(folder: str, settings: Mapping[str, object]) -> None:
     if not storage.exists(uri):
         storage.write_bytes(uri, json.dumps(now, indent=1).encode())
         return
-    before = json.loads(storage.read_bytes(uri))
-    for name, old in before.items():  # a setting that is newer than the run had no choice then
+    before, now = cli.joined_factors(json.loads(storage.read_bytes(uri))), cli.joined_factors(now)
+    factors = {name: None for name in now if name.endswith(".rate_factors")}  # flat settings have none that is empty
+    for name, old in (factors | before).items():  # a setting that is newer than the run had no choice then
         new, field_name = now.get(name), name.rpartition(".")[2]
         if old == new or field_name in FREE_SETTINGS:
             continue

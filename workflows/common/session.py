@@ -13,6 +13,7 @@ The loop itself stays visible in each workflow:
 import contextlib
 import itertools
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -307,8 +308,8 @@ class Session:
 
     @property
     def due(self) -> bool:
-        """Whether the step just done ends with a checkpoint."""
-        return self.step % self.settings.checkpoint_every == 0 or self.done
+        """Whether the step just done ends with a checkpoint; not between the parts of a batch."""
+        return not self._part and (self.step % self.settings.checkpoint_every == 0 or self.done)
 
     @property
     def done(self) -> bool:
@@ -331,7 +332,11 @@ class Session:
             ray.train.report(report, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
         elif self.settings.workers:
             folder = tempfile.mkdtemp(prefix="ovd-")
-            self._write(Path(folder))
+            try:
+                self._write(Path(folder))
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk would get fuller with each retry
+                raise
             checkpoint = ray.train.Checkpoint.from_directory(folder)  # deleted after its upload
             ray.train.report(report, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
         else:  # Ray Train keeps no checkpoints of a loop inside the driver

@@ -431,15 +431,20 @@ def _metrics(metrics: Mapping[str, float], step: int) -> list[Metric]:
     return [Metric(name, float(value), now, step) for name, value in metrics.items()]
 
 
-def _git_tags() -> dict[str, str]:
-    """The git commit of this code and whether files differ from it; empty without a repository."""
+def git_state() -> tuple[str, bool]:
+    """The git commit of this code, empty without a repository, and whether files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return {}
+        return "", False
     commit, _, dirty = found.stdout.strip().partition("-")
-    return {"mlflow.source.git.commit": commit, "git_dirty": str(bool(dirty)).lower()} if commit else {}
+    return commit, bool(dirty)
+
+
+def _git_tags() -> dict[str, str]:
+    commit, differs = git_state()
+    return {"mlflow.source.git.commit": commit, "git_dirty": str(differs).lower()} if commit else {}
 
 
 def _ray_tags() -> dict[str, str]:

@@ -138,6 +138,7 @@ def predict_boxes(run: Run) -> str:
         workers = 0  # sooner done than an actor is started
     if workers:
         cluster.start_ray()
+        job = replace(job, device=run.device.partition(":")[0])  # Ray shows an actor one GPU
     return predict(job, run.storage, pool_of(workers, run.device))
 
 

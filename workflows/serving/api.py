@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from ovd_models.batches import num_bytes
 from ovd_models.detectors.region_query import RegionQuery
 from ovd_models.errors import InputError
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
@@ -50,7 +51,7 @@ from workflows.serving.schemas import (
     SegmentResponse,
     VocabularyResponse,
 )
-from workflows.serving.texts import TextCache, VocabularyStore, Words, is_vocabulary_id, parse_words
+from workflows.serving.texts import ByteLru, TextCache, VocabularyStore, Words, is_vocabulary_id, parse_words
 from workflows.serving.worker import Job, ModelWorker
 
 R = TypeVar("R")
@@ -82,7 +83,7 @@ class Endpoint:
         self.models, self.worker, self.texts, self.vocabularies = models, worker, texts, vocabularies
         self.metrics, self.limits = metrics, limits
         self._decoding, self._embedding = ThreadPoolExecutor(2, "decode"), ThreadPoolExecutor(2, "texts")
-        self._queries: dict[tuple[Any, ...], RegionQuery] = {}
+        self._queries: ByteLru[tuple[Any, ...], RegionQuery] = ByteLru("queries", MAX_QUERY_BYTES, metrics)
 
     # -------------------------------------------------------------------------------------------------- routes
 
@@ -235,7 +236,6 @@ class Endpoint:
         # Text first: a repeated request need not be parsed again.
         key = (model.digest, model.predictor.teacher, text, fields.prompt_set, fields.merge, attributes)
         query = self._queries.get(key)
-        self.metrics.cache.labels("queries", "miss" if query is None else "hit").inc()
         if query is not None:
             return query
         started = time.perf_counter()
@@ -252,10 +252,7 @@ class Endpoint:
         except InputError as error:
             raise ProblemError(422, "Bad vocabulary", f"vocabulary: {error}") from error
         self._note(request, "text", 1000 * (time.perf_counter() - started))
-        size = len(query.names) * 1_000 + len(text or "")
-        while self._queries and len(self._queries) * size > MAX_QUERY_BYTES:
-            del self._queries[next(iter(self._queries))]
-        self._queries[key] = query
+        self._queries.put(key, query, num_bytes(query) + 100 * len(query.names) + len(text or ""))
         return query
 
     async def _answer(

@@ -117,16 +117,15 @@ async def read_request(request: Request, kind: type[F]) -> tuple[bytes, F]:
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     values: dict[str, Any] = dict(request.query_params)
     if media == "multipart/form-data":
-        form = await request.form(max_files=4, max_fields=20)
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile) != (name == "image"):
-                raise refusal(name, "expected a file" if name == "image" else "a file, expected text")
-        image = form.get("image")
-        if not isinstance(image, UploadFile):
-            raise refusal("image", "missing, expected a file")
-        content = await image.read()
-        values |= {name: value for name, value in form.items() if name != "image"}
-        await form.close()
+        async with request.form(max_files=4, max_fields=20) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile) != (name == "image"):
+                    raise refusal(name, "expected a file" if name == "image" else "a file, expected text")
+            image = form.get("image")
+            if not isinstance(image, UploadFile):
+                raise refusal("image", "missing, expected a file")
+            content = await image.read()
+            values |= {name: value for name, value in form.items() if name != "image"}
     elif media.startswith("image/") or media == "application/octet-stream":
         content = await request.body()
     elif media in ("", "application/json", "application/x-www-form-urlencoded"):

@@ -38,6 +38,10 @@ class Metrics:
         """Prometheus text of all replicas of this machine."""
         if DIRECTORY not in os.environ:
             return generate_latest(self.registry)
+        for path in Path(os.environ[DIRECTORY]).glob("gauge_live*_*.db"):
+            pid = path.stem.rpartition("_")[2]
+            if not Path("/proc", pid).exists():  # else the caches of dead replicas would be counted for ever
+                multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
         shared = CollectorRegistry()
         multiprocess.MultiProcessCollector(shared)  # type: ignore[no-untyped-call]
         return generate_latest(shared)

@@ -1,17 +1,15 @@
 """The models of a replica: loaded by name, replaced by their new versions, and what each can answer."""
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 from torch import Tensor
 
 from data_prep.embeddings.texts import PreloadedEncoder, TextStore
-from ovd_models.checkpoint_info import read_source
+from ovd_models.checkpoint_info import folder_digest, read_source
 from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
 from workflows.common.models import load, local_model
@@ -119,21 +117,12 @@ def load_served(name: str, uri: str, storage_uri: str, *, texts: bool, device: s
         name or predictor.method,
         uri,
         predictor,
-        weights_digest(folder),
+        folder_digest(folder),
         version,
         run_id,
         licence.read_text()[:2_000] if licence.is_file() else "",
         read_source(folder),
     )
-
-
-def weights_digest(folder: Path) -> str:
-    """16 hexadecimal digits of a checkpoint's weights and config."""
-    digest = hashlib.sha256()
-    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 class ModelSet:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ovsam_release import published_form
+from pretend_device import DEVICE
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import nms
@@ -465,6 +466,14 @@ def test_the_order_of_a_regions_parts_counts_for_the_mlp_alone() -> None:
         assert one.shape == (2, 24)
         assert torch.allclose(one, two, atol=1e-6) == (hidden == 0)
         assert bool((one < 0).any()) == (hidden > 0)
+
+
+def test_the_next_click_of_masks_on_a_gpu_is_on_the_cpu_as_other_prompts_are() -> None:
+    true = torch.zeros(1, 8, 8, dtype=torch.bool)
+    true[:, 2:5, 2:5] = True
+    points, labels = next_click(torch.zeros_like(true).to(DEVICE), true.to(DEVICE))
+    assert points.tolist() == [[3, 3]]
+    assert (points.device.type, labels.device.type) == ("cpu", "cpu")
 
 
 def test_the_next_click_lies_in_the_larger_error() -> None:

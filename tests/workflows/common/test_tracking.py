@@ -16,6 +16,7 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 
 from data_prep import locks, tables
@@ -145,6 +146,22 @@ def test_champion_moves_only_to_a_better_version(storage: str, tmp_path: Path) -
     assert (registry.model_folder(f"models:/{MODEL}/2", storage) / "model.json").read_text() == "0.4"
     best = MlflowClient(tracked.uri).get_model_version_by_alias(MODEL, "champion")
     assert best.tags == {"metric": METRIC, "value": "0.6"}
+
+
+def test_an_outage_is_no_missing_champion(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def register(value: float) -> None:
+        folder = checkpoint(tmp_path / str(value), str(value))
+        registry.register(tracked, folder, method="codet", data_set="pictograms", metric=METRIC, value=value)
+
+    def down(*given: object) -> None:
+        raise MlflowException("the server is down", error_code=TEMPORARILY_UNAVAILABLE)
+
+    with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
+        register(0.5)
+        with monkeypatch.context() as patch, pytest.raises(MlflowException, match="the server is down"):
+            patch.setattr(MlflowClient, "get_model_version_by_alias", down)
+            register(0.4)
+    assert MlflowClient(tracked.uri).get_model_version_by_alias(MODEL, "champion").tags["value"] == "0.5"
 
 
 def test_a_model_is_linked_to_its_run_and_metrics(storage: str, tmp_path: Path) -> None:

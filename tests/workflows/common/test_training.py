@@ -338,11 +338,13 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(alone: None, tmp_pat
 
 def test_every_part_of_a_step_has_a_seed_of_its_own(alone: None, tmp_path: Path) -> None:
     running = Session(nn.Linear(3, 1), stage_of(dataclasses.replace(QUICK, accumulate=3), tmp_path), CPU, NOWHERE)
-    draws = []
+    draws, due = [], []
     for _ in range(6):
+        due.append(running.due)
         draws.append(int(torch.randint(1 << 40, (1,), generator=running.generator())))
         running.update({"error": running.model(torch.ones(2, 3)).mean()})
     assert (running.step, len(set(draws))) == (2, 6)
+    assert due[1:3] == due[4:] == [False, False]  # a checkpoint follows a whole step
 
 
 def test_a_batch_that_the_parts_do_not_divide_is_refused() -> None:
@@ -542,6 +544,15 @@ def test_a_run_is_held_to_its_tables_and_not_to_the_number_of_held_out_images(tm
     runs.hold_to_settings(str(tmp_path), {"held_out": 0, "group_size": 2})
     with pytest.raises(InputError, match="--group-size is 3, the run began with 2"):
         runs.hold_to_settings(str(tmp_path), {"held_out": 0, "group_size": 3})
+
+
+@pytest.mark.parametrize(("before", "now"), [({}, {"text": 0.1}), ({"text": 0.1}, {}), ({"text": 0.1}, {"text": 0.2})])
+def test_a_run_is_held_to_its_rate_factors(tmp_path: Path, before: dict[str, float], now: dict[str, float]) -> None:
+    flat = [{f"stage.rate_factors.{name}": value for name, value in each.items()} for each in (before, now)]
+    runs.hold_to_settings(str(tmp_path), flat[0])
+    runs.hold_to_settings(str(tmp_path), flat[0])
+    with pytest.raises(InputError, match=r"--stage\.rate-factors is "):
+        runs.hold_to_settings(str(tmp_path), flat[1])
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +37,7 @@ from ovd_models.checkpoint_info import write_calibration
 from ovd_models.segments import Prompts
 from workflows.serving.api import WEB, Endpoint, build_api
 from workflows.serving.deployment import digest_of_token
+from workflows.serving.metrics import DIRECTORY
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +236,28 @@ def test_a_token_guards_everything_but_the_pages(folders: dict[str, Path], tmp_p
         assert client.get("/metrics").status_code == 200
 
 
+REPLICA = """
+import os, sys
+from workflows.serving.metrics import Metrics
+metrics = Metrics()
+metrics.cache_bytes.labels("images").set(5)
+if os.fork() == 0:  # a replica that dies
+    again = Metrics()
+    again.cache_bytes.labels("images").set(7)
+    os._exit(0)
+os.wait()
+print(metrics.page().decode())
+"""
+
+
+def test_caches_of_replicas_that_died_are_not_counted(tmp_path: Path) -> None:
+    variables = {**os.environ, DIRECTORY: str(tmp_path / "metrics")}
+    shown = subprocess.run(
+        [sys.executable, "-c", REPLICA], env=variables, cwd=Path(__file__).parents[3], capture_output=True, text=True
+    )
+    assert 'ovd_cache_bytes{cache="images"} 5.0' in shown.stdout.splitlines(), shown.stderr
+
+
 def test_metrics_count_stages_batches_and_hits_without_user_data(client: TestClient) -> None:
     post(client, "detect", vocabulary='["anchor"]')
     client.get("/v1/secret-path")
@@ -304,10 +330,13 @@ def test_all_masks_of_a_huge_image_are_refused_before_memory_is_taken(client: Te
     assert "3 masks of the image have 12,000,000 pixels" in problem(answer, 422)
 
 
-def test_model_page_names_the_digest_of_the_weights(client: TestClient, folders: dict[str, Path]) -> None:
+def test_model_page_names_the_digest_of_all_weights(client: TestClient, folders: dict[str, Path]) -> None:
     described = client.get("/v1/model").json()
     assert described["checkpoint"] == str(folders["boxes"])
     digest = hashlib.sha256()
-    for path in sorted((*folders["boxes"].glob("*.safetensors"), *folders["boxes"].glob("*.json"))):
+    paths = [path for path in folders["boxes"].rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".npy")]
+    assert {path.parent.name for path in paths} >= {"text"}
+    for path in sorted(paths):
+        digest.update(path.relative_to(folders["boxes"]).as_posix().encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     assert described["digest"] == digest.hexdigest()[:16]

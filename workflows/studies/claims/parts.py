@@ -8,7 +8,6 @@ part whose settings are others does not read it.
 
 import json
 import math
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from PIL import Image
 
 from ovd_models.errors import InputError
 from ovd_models.metrics.matching import interval
-from workflows.common import cli
+from workflows.common import cli, tracking
 from workflows.studies import study as studies
 from workflows.studies.claims.sampled import Sampled
 from workflows.studies.study import Claim, ClaimResult, Metrics, Result, Results
@@ -141,7 +140,7 @@ def measure(part: Part, seed: int, storage: str, teacher: str) -> Record:
     return Record(
         claim=part.number,
         seed=seed,
-        commit=head_commit(),
+        commit=tracking.git_state()[0],
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - wall, 1),
         cpu_seconds=round(time.process_time() - cpu, 1),
@@ -174,12 +173,6 @@ def draw(part: Part, seed: int, storage: str, teacher: str, folder: str) -> None
         settings = replace(part.settings, storage=storage, teacher=teacher)
         path.parent.mkdir(parents=True, exist_ok=True)
         part.picture(settings, seed).save(path, quality=85)
-
-
-def head_commit() -> str:
-    """The commit of the code; empty outside a checkout."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip()
 
 
 def settings_of(part: Part) -> dict[str, Any]:
