@@ -5,7 +5,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 from serving import NAMES, save_classifier, save_detector, save_segmenter, save_text_segmenter
 
-from ovd_models.clip.model import ClipTextEncoder
+import ovd_models
+from ovd_models.clip.model import load_text_encoder
 from ovd_models.errors import InputError
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
 from workflows.common import models, registry, runs, tracking
@@ -72,9 +73,10 @@ def test_a_moved_storage_keeps_its_models_and_writes_beside_them(move: object, t
 
 
 def test_a_predictors_text_tower_is_on_its_device(tmp_path: Path) -> None:
-    predictor = models.load(str(save_detector(tmp_path / "model")), device="meta")
-    assert isinstance(predictor.encoder, ClipTextEncoder)
-    assert {value.device.type for value in predictor.encoder.tower.parameters()} == {"meta"}
+    encoder = load_text_encoder(save_classifier(tmp_path / "clip"))
+    detector = ovd_models.load(save_detector(tmp_path / "model"))
+    Detector(detector.model, encoder, detector.info, "meta")
+    assert {value.device.type for value in encoder.tower.parameters()} == {"meta"}
 
 
 def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
