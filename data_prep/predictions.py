@@ -71,8 +71,6 @@ class ImageReference:
     image_id: str
     source_id: int
     uri: str
-    width: int
-    height: int
 
 
 Part = tuple[int, tuple[ImageReference, ...]]
@@ -178,7 +176,7 @@ def _predict_parts(job: PredictionJob, storage_uri: str, name: str, pool: Pool) 
     if done:
         print(f"predictions/{name}: {len(done)} of {len(parts)} parts are there already", flush=True)
     progress = Progress("predict", "images", sum(len(part[1]) for part in todo))
-    with threads_of(pool):
+    with same_threads():
         for number, entry in run_parts(partial(PartPredictor, job, storage_uri, name), todo, pool):
             done[todo[number][0]] = entry
             progress.add(entry.rows)
@@ -188,8 +186,8 @@ def _predict_parts(job: PredictionJob, storage_uri: str, name: str, pool: Pool) 
 
 
 @contextmanager
-def threads_of(pool: Pool) -> Iterator[None]:
-    """Inside the driver, keep this process's number of torch threads, which a predictor changes."""
+def same_threads() -> Iterator[None]:
+    """Keep this process's number of torch threads, which a predictor changes."""
     before = torch.get_num_threads()
     try:
         yield
@@ -265,4 +263,4 @@ def pool_of(workers: int, device: str) -> Pool:
     """
     gpus = 0 if device == "cpu" else 1
     cores = len(os.sched_getaffinity(0)) if not gpus and not workers else 1
-    return Pool(workers=workers, parts_at_a_time=cores, cpus=1, gpus=gpus, grows=False)
+    return Pool(workers=workers, parts_at_a_time=cores, cpus=1, gpus=gpus)

@@ -26,7 +26,7 @@ TEMPORARY = ".tmp"
 RANGE_BYTES, RANGES_AT_A_TIME = 8 << 20, 8
 """Large objects are read in ranges of this size, several at a time, since a store limits each connection."""
 ANSWER_SECONDS = 10.0
-MARKERS = ("clip.json", "table.json", "config.json", "progress.pt")
+MARKERS = ("clip.json", "table.json", "config.json", "step")
 """Files whose presence marks a checkpoint folder as complete."""
 
 

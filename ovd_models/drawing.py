@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MIN_SIDE = 320
+GAP = 6
 MIN_LETTERS, MIN_LINE = 12, 2
 LETTERS_SHARE, LINE_SHARE = 1 / 45, 1 / 350
 """Heights of letters and widths of lines by the longer side of a picture, so that both can be seen when it is shown
@@ -30,6 +31,14 @@ def ink_on(colour: Colour) -> str:
     """Black or white, whichever is better read on a colour (relative luminance of ITU-R BT.709)."""
     red, green, blue = colour
     return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 115 else "white"
+
+
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures of one height in one, with a white gap."""
+    both = Image.new("RGB", (left.width + right.width + GAP, left.height), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + GAP, 0))
+    return both
 
 
 def draw_boxes(

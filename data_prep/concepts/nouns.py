@@ -6,25 +6,23 @@ HanTa tags each word. The word lists join compounds, leave out what is not visib
 """
 
 import functools
-import importlib
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.concepts.names import NameMatcher
 from data_prep.concepts.word_lists import read_list, singulars, word_set
 from data_prep.concepts.wordnet import WordNetRule
-from ovd_models.errors import InputError
 
 TOKEN = re.compile(r"[^\W_]+|[^\w\s]")
 # What separates words besides spaces. Endless words are dropped: HanTa's time grows with the square of their length.
 SEPARATOR = re.compile(r"['’](?:s|re|t|ll|ve|d|m)\b|['’_-]|[^\W_]{30,}")
 LATIN = re.compile(r"[a-zß-öø-ÿœ]{2,}")
-NOUN_TAGS = frozenset({"NN0", "NN1", "NN2", "UNC", "NOUN"})
-NAME_TAGS = frozenset({"NP0", "PROPN"})
+NOUN_TAGS = frozenset({"NN0", "NN1", "NN2", "UNC"})
+NAME_TAGS = frozenset({"NP0"})
 ABSTRACT = re.compile(r".{2,}(?:ness|ity|tion|sion|ment|ism|ance|ence|ship|ology|hood)")
 """Endings of nouns that name nothing visible, except the nouns in the list `concrete`."""
 SPORT_HEADS = frozenset(
@@ -53,19 +51,6 @@ def load_hanta() -> Any:
     # Most of the time goes into the morphology of words outside its lexicon, and captions repeat their words.
     tagger._tag_word = functools.lru_cache(maxsize=CACHED_WORDS)(tagger._tag_word)
     return tagger
-
-
-@functools.cache
-def load_spacy() -> Any:
-    """The optional tagger.
-
-    Raises:
-        InputError: spaCy or its model is not installed.
-    """
-    try:
-        return importlib.import_module("spacy").load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
-    except (ImportError, OSError) as error:
-        raise InputError("tagger 'spacy': expected the packages spacy and en_core_web_sm, or use 'hanta'") from error
 
 
 @functools.lru_cache(maxsize=CACHED_WORDS)
@@ -134,7 +119,6 @@ def is_compound(first: str, second: str) -> bool:
 class NounExtractor:
     """Finds every noun of an English caption that names something visible; a compound is one concept."""
 
-    tagger: Literal["hanta", "spacy"] = "hanta"
     rule: WordNetRule | None = None
     """Which nouns are concepts; None: those that the word lists and their endings do not exclude."""
 
@@ -183,8 +167,4 @@ class NounExtractor:
 
     def tags(self, words: Sequence[str]) -> list[str]:
         """The tag of each lower-case word of a caption."""
-        if self.tagger == "hanta":
-            return list(load_hanta().tag_sent(words, taglevel=0))
-        pipeline = load_spacy()
-        doc = importlib.import_module("spacy.tokens").Doc(pipeline.vocab, words=list(words))
-        return [token.pos_ for token in pipeline(doc)]
+        return list(load_hanta().tag_sent(words, taglevel=0))

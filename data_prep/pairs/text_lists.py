@@ -18,7 +18,6 @@ import pyarrow.json
 
 from data_prep.pairs.tars import PROBLEM
 
-BLOCK_BYTES = 1 << 20
 MAX_LINES = 100
 """Lines of a quoted value; behind a quote that stays open for more, only its own line is lost."""
 SHOWN = 60

@@ -362,6 +362,7 @@ class Session:
             "step": self.step,
         }
         torch.save(progress, folder / "progress.pt")
+        (folder / "step").write_text(str(self.step))  # read alone where the rest is not needed
 
     def _wait_for_upload(self) -> None:
         """Return when the last reported checkpoint is committed; the other ranks wait for rank 0 at their next one."""

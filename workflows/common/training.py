@@ -78,8 +78,9 @@ def committed_step(folder: str) -> int:
 
 def step_of(checkpoint: ray.train.Checkpoint) -> int:
     """The step after which a checkpoint was made."""
-    with checkpoint.as_directory() as folder:
-        return int(torch.load(Path(folder) / "progress.pt", weights_only=True, map_location="cpu")["step"])
+    assert checkpoint.filesystem is not None  # Ray Train finds it for any path
+    with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/step") as stream:
+        return int(stream.read())
 
 
 def other_than(name: str) -> str:
@@ -94,7 +95,7 @@ def last_checkpoint(folder: str) -> ray.train.Checkpoint | None:
     found = [
         ray.train.Checkpoint(f"{path}/{name}", filesystem)
         for name in DRIVER_CHECKPOINTS
-        if storage.exists(storage.join(folder, name, "progress.pt"))
+        if storage.exists(storage.join(folder, name, "step"))  # written last
     ]
     if storage.exists(storage.join(folder, "checkpoint_manager_snapshot.json")):
         committed = ray.train.Result.from_path(path, storage_filesystem=filesystem).checkpoint

@@ -11,6 +11,7 @@ from data_prep import storage
 from data_prep.boxes.cleaning import SkipReport
 from data_prep.streams.images import read_image
 from ovd_models.batches import Detections
+from ovd_models.drawing import beside
 from ovd_models.errors import InputError
 
 
@@ -93,7 +94,4 @@ def draw_comparison(
     """Draw annotated boxes on the left and the best name of each detected object above `threshold` on the right."""
     left = annotations_as_detections(row, names, detections).draw(distinct=False)
     right = detections.filter(min_score=threshold).draw()
-    comparison = Image.new("RGB", (left.width + right.width + 6, left.height), "white")
-    comparison.paste(left, (0, 0))
-    comparison.paste(right, (left.width + 6, 0))
-    return comparison
+    return beside(left, right)

@@ -12,7 +12,7 @@ import torch
 from matplotlib import ticker
 from PIL import Image
 
-from ovd_models.drawing import draw_boxes
+from ovd_models.drawing import beside, draw_boxes
 from ovd_models.metrics.average_precision import SIZES, THRESHOLDS, Curves
 from ovd_models.metrics.explanation import (
     ERROR_KINDS,
@@ -316,11 +316,7 @@ def _drawn(explained: Explained, read: ReadImage, order: Ints, f1: Any, counts: 
 
 def draw_pair(explained: Explained, number: int, image: Image.Image) -> Image.Image:
     """The annotated objects of an image on the left, its predictions above the best threshold on the right."""
-    left, right = draw_annotated(explained, number, image), draw_predicted(explained, number, image)
-    pair = Image.new("RGB", (left.width + right.width + 6, left.height), "white")
-    pair.paste(left, (0, 0))
-    pair.paste(right, (left.width + 6, 0))
-    return pair
+    return beside(draw_annotated(explained, number, image), draw_predicted(explained, number, image))
 
 
 def draw_annotated(explained: Explained, number: int, image: Image.Image) -> Image.Image:

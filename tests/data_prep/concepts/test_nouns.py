@@ -1,7 +1,5 @@
 import pickle
-import sys
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
@@ -9,7 +7,6 @@ from data_prep.concepts import nouns
 from data_prep.concepts.names import Extractor, NameMatcher
 from data_prep.concepts.nouns import NounExtractor, is_adverb, is_visual, singular
 from data_prep.concepts.word_lists import WordList, read_list, word_set
-from ovd_models.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -123,32 +120,6 @@ def test_a_worker_gets_the_extractor_without_its_model() -> None:
 def test_both_extractors_have_one_interface() -> None:
     extractors: list[Extractor] = [NounExtractor(), NameMatcher.parse(["cat", "dog"])]
     assert [extractor.match("two dogs and a cat") for extractor in extractors] == [["cat", "dog"]] * 2
-
-
-def test_spacy_tags_words_when_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, disable: list[str]) -> Any:
-        assert name == "en_core_web_sm"
-        tags = {"cat": "NOUN", "sees": "VERB", "frobs": "PROPN", "paris": "PROPN"}
-
-        def pipeline(doc: list[str]) -> list[SimpleNamespace]:
-            return [SimpleNamespace(pos_=tags.get(word, "DET")) for word in doc]
-
-        pipeline.vocab = None  # type: ignore[attr-defined]
-        return pipeline
-
-    monkeypatch.setitem(sys.modules, "spacy", SimpleNamespace(load=load))
-    monkeypatch.setitem(sys.modules, "spacy.tokens", SimpleNamespace(Doc=lambda vocab, words: words))
-    nouns.load_spacy.cache_clear()
-    assert NounExtractor("spacy").match("the cat sees frobs in Paris") == ["cat", "frob"]
-    nouns.load_spacy.cache_clear()
-
-
-def test_missing_spacy_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "spacy", None)
-    monkeypatch.setitem(sys.modules, "spacy.tokens", None)
-    nouns.load_spacy.cache_clear()
-    with pytest.raises(InputError, match="expected the packages spacy and en_core_web_sm"):
-        NounExtractor("spacy").match("a cat")
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,10 @@ from workflows.studies import study as studies
 from workflows.studies.claims.parts import Part
 from workflows.studies.claims.sampled import with_draws
 from workflows.studies.claims.teachers import prepare_world, teacher_of
-from workflows.studies.codet import Variant
+from workflows.studies.codet import NOVEL, OURS, OV_COCO, Variant
 from workflows.studies.study import AP50_COLUMNS, Claim, Metrics, StudyRun
 
 PICTURE_WIDTH, TITLE_HEIGHT = 900, 24
-OV_COCO = "OV-COCO; CoDet's README and Detic's model zoo"
 
 
 def short_codet() -> codet_configs.Run:
@@ -177,7 +176,6 @@ def short_study(**changes: Any) -> codet_study.Run:
     return replace(codet_study.Run(training=short_codet(), variants=()), **changes)
 
 
-NOVEL, OURS = "ap50_novel", "region-region"
 SCHEDULE = (
     "The box stage has 200 steps and each variant's joint stage 300 (`codet.py --config pictograms`: 300 and 600), 8 "
     "images with boxes and 8 captioned ones a step, without the image-text loss; 300 scenes, 68 names at once."

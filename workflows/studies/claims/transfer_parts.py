@@ -24,8 +24,9 @@ from workflows.studies import vild as vild_study
 from workflows.studies.claims.parts import Part
 from workflows.studies.claims.sampled import with_draws
 from workflows.studies.claims.teachers import prepare_world
-from workflows.studies.claims.vild_parts import NOVEL, SCHEDULE, TEACHER, VildRun, prepared, publish_derived
+from workflows.studies.claims.vild_parts import SCHEDULE, TEACHER, VildRun, prepared, publish_derived
 from workflows.studies.study import AP50_COLUMNS, Claim, Metrics
+from workflows.studies.vild import NOVEL
 
 MERGED: dict[str, tuple[str, ...]] = {
     "animal": ("cat", "cow", "monkey", "mouse"),

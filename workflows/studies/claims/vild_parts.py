@@ -20,9 +20,9 @@ from workflows.studies.claims.parts import Part
 from workflows.studies.claims.sampled import with_draws
 from workflows.studies.claims.teachers import FULL_STEPS, prepare_world, teacher_of
 from workflows.studies.study import AP50_COLUMNS, Claim, Metrics
+from workflows.studies.vild import LVIS, NOVEL
 
 PRODUCER = "workflows/claims.py"
-LVIS = "rare mask AP on LVIS"
 
 
 def short_vild(**changes: Any) -> vild_configs.Run:
@@ -112,14 +112,12 @@ def publish_derived(storage_uri: str, kind: tables.TableName, name: str, rows: p
 
 def keep_few(boxes: pa.Table, categories: Sequence[Mapping[str, Any]], count: int) -> pa.Table:
     """The same images with the first `count` boxes of each novel category, and all boxes of base ones."""
-    limit = {
-        row["category_id"]: count if row["split"] == "novel" else len(flat_categories(boxes)[1]) for row in categories
-    }
+    novel = {row["category_id"] for row in categories if row["split"] == "novel"}
     seen: Counter[int] = Counter()
     kept = []
     for category in flat_categories(boxes)[1].tolist():
         seen[category] += 1
-        kept.append(seen[category] <= limit[category])
+        kept.append(category not in novel or seen[category] <= count)
     return keep_annotations(boxes, np.array(kept, bool))
 
 
@@ -189,7 +187,6 @@ def measure_weights(run: VildRun, seed: int) -> dict[str, Metrics]:
     return {name: sampled(ready, vild_study.train_variant(own, "vild", seed)) for name, own in trials.items()}
 
 
-NOVEL = "ap50_novel"
 TEACHER = {"teacher top-1, base": "top1_base", "teacher top-1, novel": "top1_novel"}
 SCHEDULE = (
     "`vild.py --config pictograms --train-boxes pictograms-mixed` with 400 steps of the detector (800 in the config) "
