@@ -297,8 +297,7 @@ def sha256(content: bytes) -> str:
 def download_folder(uri: str, local: Path) -> None:
     """Copy every file below `uri` to a local folder; large objects in ranges, several at a time."""
     filesystem, path = resolve(uri)
-    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    files = [info for info in found if info.type == fs.FileType.File]
+    files = _files_below(filesystem, path)
 
     def copy(task: tuple[fs.FileInfo, int]) -> None:
         info, start = task
@@ -315,8 +314,15 @@ def download_folder(uri: str, local: Path) -> None:
         list(pool.map(copy, tasks))
 
 
+def _files_below(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
+    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    return [info for info in found if info.type == fs.FileType.File]
+
+
 def local_folder(uri: str) -> Path:
     """The path of a local folder, or of a copy of a remote one that is deleted when this process ends.
+
+    A folder that has not changed is copied once.
 
     Raises:
         InputError: a remote folder cannot be read.
@@ -324,12 +330,18 @@ def local_folder(uri: str) -> Path:
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         return Path(path)
-    target = Path(tempfile.mkdtemp(prefix="ovd-"))
-    atexit.register(shutil.rmtree, target, ignore_errors=True)
     try:
-        download_folder(uri, target)
+        files = _files_below(filesystem, path)
+        return _fetched_folder(uri, tuple((info.path, info.size, info.mtime_ns) for info in files))
     except OSError as error:
         raise InputError(f"{uri}: cannot be read ({error}), expected a folder") from error
+
+
+@functools.cache
+def _fetched_folder(uri: str, _files: tuple[tuple[str, int, int], ...]) -> Path:
+    target = Path(tempfile.mkdtemp(prefix="ovd-"))
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    download_folder(uri, target)
     return target
 
 

@@ -62,6 +62,11 @@ def test_a_remote_folder_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(storage, "resolve", lambda uri: (elsewhere, uri.removeprefix("s3://")))
     copy = storage.local_folder("s3://bucket")
     assert (copy / "sub/a.txt").read_text() == "x"
+    assert storage.local_folder("s3://bucket") == copy
+    (tmp_path / "bucket/sub/a.txt").write_text("other")
+    changed = storage.local_folder("s3://bucket")
+    assert (changed / "sub/a.txt").read_text() == "other"
+    assert (copy / "sub/a.txt").read_text() == "x"  # another job may read it still
     with pytest.raises(InputError, match="s3://none: cannot be read"):
         storage.local_folder("s3://none")
 
