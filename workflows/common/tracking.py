@@ -32,7 +32,7 @@ from pyarrow import fs
 from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
 from workflows.common import outbox, quiet
-from workflows.common.outbox import Outbox
+from workflows.common.outbox import Delivery, Outbox
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it while it is imported
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # then `Outbox` tries again
@@ -41,7 +41,6 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it names every ta
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunInfo, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.async_logging.run_operations import RunOperations
 
 DataContext = Literal["training", "evaluation"]
 """What a run does with a data set."""
@@ -124,8 +123,8 @@ class MetricLogger:
         self.run_id = run_id
         self._buffer: list[Metric] = []
         self._pictures: list[tuple[PIL.Image.Image, str, int]] = []
-        self._pending: list[RunOperations] = []
-        self._client: BackgroundClient | None = None
+        self._sent: list[Delivery] = []
+        self._open: tuple[MlflowClient, Outbox] | None = None
 
     def __reduce__(self) -> tuple[type["MetricLogger"], tuple[str, str]]:
         """Pickle without unsent metrics and open connections."""
@@ -149,40 +148,23 @@ class MetricLogger:
         Raises:
             MlflowException: on `wait`, the tracking server refused something sent since the last one.
         """
-        if self._client is None:
+        if self._open is None:
             if not (self._buffer or self._pictures):
                 return  # opening the database of a new storage takes seconds
-            self._client = BackgroundClient(self.uri)
+            self._open = MlflowClient(self.uri), open_outbox(self.uri)
+        client, outgoing = self._open
         limit = math.inf if until is None else until
         due = [metric for metric in self._buffer if metric.step <= limit]
         for start in range(0, len(due), METRICS_PER_REQUEST):
             part = due[start : start + METRICS_PER_REQUEST]
-            sent = self._client.log_batch(self.run_id, metrics=part, synchronous=False)
-            if sent is not None:
-                self._pending.append(sent)
+            self._sent.append(outgoing.put(partial(client.log_batch, self.run_id, metrics=part, synchronous=True)))
         self._buffer = [metric for metric in self._buffer if metric.step > limit]
         for image, name, step in self._pictures:
             if step <= limit:
-                self._client.log_image(self.run_id, image, key=name, step=step)
+                outgoing.put(partial(client.log_image, self.run_id, image, key=name, step=step))
         self._pictures = [picture for picture in self._pictures if picture[2] > limit]
-        while wait and self._pending:
-            self._pending.pop(0).wait()  # type: ignore[no-untyped-call]
-
-
-class BackgroundClient:
-    """What a `MetricLogger` uses of MLflow's client; calls wait while the server is away."""
-
-    def __init__(self, uri: str) -> None:
-        self._client, self._outbox = MlflowClient(uri), open_outbox(uri)
-
-    def log_batch(self, run_id: str, metrics: Sequence[Metric], *, synchronous: Literal[False]) -> RunOperations:
-        """As the client's."""
-        sent = self._outbox.put(partial(self._client.log_batch, run_id, metrics=metrics, synchronous=True))
-        return RunOperations([sent])  # type: ignore[no-untyped-call]
-
-    def log_image(self, run_id: str, image: PIL.Image.Image, *, key: str, step: int) -> None:
-        """As the client's."""
-        self._outbox.put(partial(self._client.log_image, run_id, image, key=key, step=step))
+        while wait and self._sent:
+            self._sent.pop(0).result()
 
 
 def open_outbox(uri: str) -> Outbox:
