@@ -24,7 +24,7 @@ from data_prep import locks, storage, tables
 from data_prep.boxes.cleaning import SkipReport
 from data_prep.parts import Pool, run_parts
 from data_prep.progress import Progress
-from data_prep.streams.images import read_image
+from data_prep.streams.images import try_image
 from data_prep.tables import FileEntry
 from ovd_models.batches import Detections
 from ovd_models.checkpoint_info import folder_digest, read_info
@@ -102,7 +102,8 @@ class PartPredictor:
         return tables.write_part(self.storage, "predictions", self.name, part_path(number), table)
 
     def _predict(self, references: Sequence[ImageReference], readers: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
-        read = list(readers.map(self._read, references))
+        uris = [storage.join(self.storage, reference.uri) for reference in references]
+        read = list(readers.map(try_image, uris))
         images = [image for image in read if not isinstance(image, str)]
         job = self.job
         with torch.inference_mode():
@@ -121,13 +122,6 @@ class PartPredictor:
         for reference, image in zip(references, read, strict=True):
             error = image if isinstance(image, str) else ""
             yield _row(reference, None if error else next(found), list(job.categories), error)
-
-    def _read(self, reference: ImageReference) -> Any:
-        """The image, or why it cannot be read."""
-        try:
-            return read_image(storage.join(self.storage, reference.uri))
-        except InputError as error:
-            return str(error)
 
 
 def _row(reference: ImageReference, found: Detections | None, ids: Sequence[int], error: str) -> dict[str, Any]:

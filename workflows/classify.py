@@ -29,7 +29,7 @@ from data_prep.embeddings.crops import FITS, CropConfig, square
 from data_prep.embeddings.labelled import LabelledSet, read_boxes, read_labelled
 from data_prep.embeddings.teachers import EmbedConfig, Teacher, embed_regions, store_released, unit
 from data_prep.progress import Progress
-from data_prep.streams.images import read_all, read_image
+from data_prep.streams.images import read_all, try_image
 from ovd_models.clip.classification import Answers, answer
 from ovd_models.clip.model import load_text_encoder
 from ovd_models.errors import InputError
@@ -100,7 +100,7 @@ def embed_set(teacher: Teacher, labelled: LabelledSet, crops: CropConfig) -> tup
     progress = Progress("classify", "images", len(labelled.images))
     for first in range(0, len(labelled.images), READ_AT_A_TIME):
         places = range(first, min(first + READ_AT_A_TIME, len(labelled.images)))
-        read = read_all(try_read, [labelled.images[place] for place in places])
+        read = read_all(try_image, [labelled.images[place] for place in places])
         good = [(place, image) for place, image in zip(places, read, strict=True) if isinstance(image, Image.Image)]
         for image in read:
             if isinstance(image, str):
@@ -114,14 +114,6 @@ def embed_set(teacher: Teacher, labelled: LabelledSet, crops: CropConfig) -> tup
     if not numbers:
         raise InputError(f"{labelled.origin}: no image can be read, expected some")
     return np.concatenate(features), numbers
-
-
-def try_read(uri: str) -> Image.Image | str:
-    """The image, or why it cannot be read."""
-    try:
-        return read_image(uri)
-    except InputError as error:
-        return str(error)
 
 
 def embed_images(

@@ -50,6 +50,14 @@ def read_image(uri: str, *, offset: int = 0, size: int | None = None) -> Image.I
     return decode_image(content, name)
 
 
+def try_image(uri: str) -> Image.Image | str:
+    """An image, or why it cannot be read."""
+    try:
+        return read_image(uri)
+    except InputError as error:
+        return str(error)
+
+
 @dataclass(frozen=True)
 class ImageRow:
     """A row of a table with its image."""
