@@ -43,6 +43,9 @@ INDEX = pa.schema(
     [*pa.schema({"uri": pa.string(), "image_id": pa.string(), "masks": pa.list_(pa.string())}), *ANNOTATIONS]
 )
 
+READ = ("image_id", "uri", "width", "height", "boxes", "category_ids", "iscrowd")
+"""Columns of `boxes` that any training needs."""
+
 SampledRegions = tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.float16]]
 NO_REGIONS: SampledRegions = (np.zeros((0, 4), np.float32), np.zeros(0, np.bool_), np.zeros((0, 0), np.float16))
 
@@ -156,14 +159,15 @@ def training_rows(
 ) -> tuple[list[dict[str, Any]], SkipReport]:
     """Rows of `INDEX` for the rows of `boxes` with a usable box, and a report of what was skipped.
 
-    The categories are in the order of the training vocabulary.
+    The categories are in the order of the training vocabulary. Rows without `masks` give masks that are None.
     """
     label_of, skipped = {category: label for label, category in enumerate(category_ids)}, SkipReport()
     index = []
     for row in rows:
         boxes: list[float] = []
         labels, masks = [], []
-        annotations = zip(row["boxes"], row["category_ids"], row["iscrowd"], row["masks"], strict=True)
+        own_masks = row.get("masks", [None] * len(row["boxes"]))
+        annotations = zip(row["boxes"], row["category_ids"], row["iscrowd"], own_masks, strict=True)
         for box, category, crowd, mask in annotations:
             clipped, reason = clip_box(box, row["width"], row["height"])
             if category not in label_of:
@@ -207,7 +211,8 @@ def detection_loader(
     Raises:
         InputError: a table is missing, no box is left, a mask is missing, or the embeddings are not of these images.
     """
-    rows = tables.read_table(storage_uri, "boxes", name).to_pylist()
+    columns = [*READ, *(["masks"] if masks else [])]  # most of a table's bytes
+    rows = tables.read_table(storage_uri, "boxes", name, columns).to_pylist()
     index, skipped = training_rows(rows, category_ids, storage_uri)
     if not index:
         raise InputError(f"boxes/{name}: no image has a box of the {len(category_ids)} training categories")
