@@ -314,6 +314,12 @@ def download_folder(uri: str, local: Path) -> None:
         list(pool.map(copy, tasks))
 
 
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a local file of any size."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _files_below(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
     found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     return [info for info in found if info.type == fs.FileType.File]

@@ -40,6 +40,7 @@ from data_prep.embeddings.teachers import (
 from data_prep.parts import Pool, run_parts
 from data_prep.progress import Progress
 from data_prep.tables import Manifest
+from ovd_models.checkpoint_info import read_info
 from ovd_models.errors import InputError
 from workflows.common import cli, cluster
 from workflows.configs import boxes as boxes_configs
@@ -186,12 +187,10 @@ def region_task(run: Run, teacher: TeacherInfo) -> EmbeddingTask:
     """The crops of boxes."""
     proposals, detector = "given", ""
     if run.detector:
-        from ovd_models.checkpoints import read_info  # here, so that the driver stays small
-
         detector = storage.absolute(run.detector)
         folder = storage.local_folder(detector)
         method = read_info(folder).method
-        proposals = f"{method}:{storage.sha256((folder / 'model.safetensors').read_bytes())[:16]}, {run.max_proposals}"
+        proposals = f"{method}:{storage.file_sha256(folder / 'model.safetensors')[:16]}, {run.max_proposals}"
     return EmbeddingTask(
         table="regions",
         source=("boxes", run.boxes),

@@ -13,7 +13,6 @@ from workflows.common import brief_help
 
 brief_help.answer(__name__, __file__, "weights out names table clip pretrained dry_run list")
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep import storage
 from data_prep.boxes.coco import coco_splits
 from data_prep.embeddings.texts import read_matrix
 from data_prep.progress import working
@@ -107,8 +107,7 @@ def read_file(path: str) -> ReadFile:
     """
     source = Path(path)
     try:
-        with source.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = storage.file_sha256(source)
         script = is_torchscript(source)
     except (OSError, ValueError) as error:
         raise InputError(f"--weights {path!r}: cannot be read ({type(error).__name__}), expected a file") from error

@@ -203,9 +203,9 @@ def embed_proposals(run: Run, encoder: TextEncoder, proposals: str) -> RegionSou
     """
     name = run.regions
     if not name:
-        weights = (storage.local_folder(proposals) / "model.safetensors").read_bytes()
+        weights = storage.local_folder(proposals) / "model.safetensors"
         provenance = (
-            storage.sha256(weights),
+            storage.file_sha256(weights),
             encoder.teacher,
             dataclasses.asdict(run.crops),
             run.max_proposals,

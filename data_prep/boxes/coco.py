@@ -4,7 +4,6 @@ json --entries.py, masks as raw bytes--> pictures, annotations --clip, encode ma
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep import tables
+from data_prep import storage, tables
 from data_prep.boxes.cleaning import Account, clip_box
 from data_prep.boxes.entries import (
     EXPECTED,
@@ -113,8 +112,8 @@ def file_digest(path: Path) -> str:
     Raises:
         InputError: the file cannot be read.
     """
-    with reported(str(path), EXPECTED), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with reported(str(path), EXPECTED):
+        return storage.file_sha256(path)
 
 
 def read_names(path: str | Path) -> dict[int, str]:

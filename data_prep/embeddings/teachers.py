@@ -7,7 +7,6 @@ actors nor on where a run was killed.
 """
 
 import contextlib
-import hashlib
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -243,8 +242,7 @@ def store_released(storage_uri: str, name: str, pretrained: str) -> str:
     if file.is_file():
         from ovd_models.importers.released import check_released
 
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = storage.file_sha256(file)
         check_released(file, digest)
         tag = f"{file.stem}-{digest[:8]}"
     checkpoint = storage.join(storage.absolute(storage_uri), "teachers", f"{name}-{tag}")

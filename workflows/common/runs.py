@@ -1,7 +1,6 @@
 """A training run from its opening to its end: folder, inputs, tracking, stage times, checkpoint, results."""
 
 import contextlib
-import hashlib
 import json
 import tempfile
 import time
@@ -245,9 +244,7 @@ def released_source(run: TrainingConfig) -> str:
         if not given or given in found:
             continue
         if storage.is_file(given):
-            with storage.local_file(given).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            found[given] = f"{name} {Path(given).name} sha256:{digest}"
+            found[given] = f"{name} {Path(given).name} sha256:{storage.file_sha256(storage.local_file(given))}"
         elif storage.exists(storage.join(given, SOURCE)):
             found[given] = f"{name} {read_source(storage.local_folder(given))}"
     return "; ".join(found.values())

@@ -1,6 +1,5 @@
 """The weights that a detector's backbone starts from: a given file, the config's published one, or none."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -121,5 +120,4 @@ def digest_of(backbone_weights: str) -> str:
     """Identifies the content of a resolved `--backbone-weights`: `auto`, then for random weights, or a file."""
     if backbone_weights == "auto":
         return "random"
-    with storage.local_file(backbone_weights).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    return storage.file_sha256(storage.local_file(backbone_weights))[:16]
