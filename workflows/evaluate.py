@@ -80,6 +80,26 @@ def write_page(run: Run, truth: GroundTruth, found: Predictions, protocol: Proto
     print(f"page: {run.page}")
 
 
+def check_flags(run: Run) -> None:
+    """Raise InputError for flags that are of files only, or a wrong ending."""
+    if run.engine != "fast":
+        raise InputError(f"--engine {run.engine}: reads files, expected --ground-truth and --predictions, not --model")
+    if run.novel:
+        raise InputError(f"--novel {run.novel}: of files, expected --ground-truth; a box set has a split of its own")
+    if run.export and not run.export.endswith((".json", ".parquet")):
+        raise InputError(f"--export {run.export}: expected a name that ends with .json or .parquet")
+
+
+def check_method(run: Run, method: str) -> None:
+    """Raise InputError for flags that do not fit the method of the model."""
+    if method == "ovsam" and run.export:
+        raise InputError(
+            f"--export: {run.model} is an OV-SAM, expected a detector; predict.py writes masks in COCO's format"
+        )
+    if method != "ovsam" and run.protocol == "ovsam":
+        raise InputError(f"--protocol ovsam: {run.model} is of method {method!r}, expected an OV-SAM")
+
+
 def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
     """Evaluate a model on a `boxes` table and log to MLflow; returns the numbers and where they are.
 
@@ -91,26 +111,16 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
     from workflows.common import models, tracking
     from workflows.reports import evaluation
 
-    if run.engine != "fast":
-        raise InputError(f"--engine {run.engine}: reads files, expected --ground-truth and --predictions, not --model")
-    if run.novel:
-        raise InputError(f"--novel {run.novel}: of files, expected --ground-truth; a box set has a split of its own")
-    if run.export and not run.export.endswith((".json", ".parquet")):
-        raise InputError(f"--export {run.export}: expected a name that ends with .json or .parquet")
+    check_flags(run)
     tracking.check_server(run.storage)
     started = time.perf_counter()
     folder = models.local_model(run.model, run.storage)
     local = run if run.workers else replace(run, model=str(folder))
     info = read_info(folder)
     method = info.method
-    if method == "ovsam" and run.export:
-        raise InputError(
-            f"--export: {run.model} is an OV-SAM, expected a detector; predict.py writes masks in COCO's format"
-        )
+    check_method(run, method)
     if method != "ovsam":
         evaluation.check_detector(info, run.model, run.iou_type)
-        if run.protocol == "ovsam":
-            raise InputError(f"--protocol ovsam: {run.model} is of method {method!r}, expected an OV-SAM")
     start_run = partial(
         tracking.run,
         run.storage,

@@ -241,6 +241,6 @@ SWEEPS = Part(
     columns=AP50_COLUMNS,
     schedule="In turn, every other step is of boxes alone or of captions alone, and there are twice as many. "
     + SCHEDULE,
-    remark="With 16 proposals, boxes and captions are together and there is no image-text loss. Group sizes are compared "
-    "with 16 captioned images a step, proposals with 8.",
+    remark="With 16 proposals, boxes and captions are together and there is no image-text loss. Group sizes are "
+    "compared with 16 captioned images a step, proposals with 8.",
 )

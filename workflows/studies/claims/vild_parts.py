@@ -241,8 +241,8 @@ BACKBONES = Part(
     claims=(Claim("novel AP50: width 1.5 above width 0.5", NOVEL, "width 1.5", ("width 0.5",)),),
     columns=AP50_COLUMNS,
     schedule="`vild`, one head, by width of the backbone's channels. " + SCHEDULE,
-    remark="The backbone hardly limits a detector of this world: base AP50 rises from width 0.5 to 1 and no further, and "
-    "novel AP50 follows the teacher ([claim 7](#claim-7)). Seeds of one width differ by more than the mean of widths.",
+    remark="The backbone hardly limits a detector of this world: base AP50 rises from width 0.5 to 1 and no further, "
+    "and novel AP50 follows the teacher ([claim 7](#claim-7)). Seeds of one width differ by more than widths do.",
 )
 TEACHERS = Part(
     number=7,
