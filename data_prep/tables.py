@@ -351,6 +351,11 @@ def parquet_files(manifest: Manifest) -> list[str]:
     return [entry.path for entry in manifest.files if entry.path.endswith(".parquet")]
 
 
+def category_table(boxes: str) -> str:
+    """Name of the `categories` table of a `boxes` table: `photos` of `photos-train` and `photos-eval`."""
+    return boxes.rsplit("-", 1)[0]
+
+
 def read_table(storage_uri: str, table: TableName, name: str, columns: Iterable[str] | None = None) -> pa.Table:
     """All rows of a table, in published order.
 

@@ -79,7 +79,7 @@ def evaluate_each(run: Run) -> tuple[list[Entry], Protocol]:
     if run.ground_truth:
         truth = measured.read_truth_file(run.ground_truth, run.iou_type, run.novel)
     else:
-        truth, _ = measured.read_truth_table(run.storage, run.boxes, category_table(run))
+        truth, _ = measured.read_truth_table(run.storage, run.boxes, run.categories or tables.category_table(run.boxes))
     protocol = measured.choose_protocol(truth, run.protocol)
     if protocol == "ovsam":
         raise InputError("--protocol ovsam: has no average precision, expected another")
@@ -134,9 +134,11 @@ def predict(run: Run, uri: str, protocol: Protocol) -> tuple[Predictions, dict[s
         workers=run.workers,
     )
     table = evaluation.predict_boxes(settings)
-    _, predictions = measured.read_tables(run.storage, run.boxes, category_table(run), table, run.iou_type)
+    _, predictions = measured.read_tables(
+        run.storage, run.boxes, run.categories or tables.category_table(run.boxes), table, run.iou_type
+    )
     info = read_info(models.local_model(model, run.storage))
-    return predictions, flatten({"method": info.method, **info.run})
+    return predictions, cli.flatten_settings({"method": info.method, **info.run})
 
 
 def checkpoint_of(uri: str, storage_uri: str) -> str:
@@ -145,11 +147,6 @@ def checkpoint_of(uri: str, storage_uri: str) -> str:
         return uri
     model = storage.join(uri, "model")
     return model if storage.exists(model) else uri
-
-
-def category_table(run: Run) -> str:
-    """Name of the `categories` table."""
-    return run.categories or run.boxes.rsplit("-", 1)[0]
 
 
 def short_names(uris: tuple[str, ...]) -> list[str]:
@@ -163,14 +160,6 @@ def short_names(uris: tuple[str, ...]) -> list[str]:
         shared += 1
     names = ["/".join(own[shared:]) for own in parts]
     return names if len(set(names)) == len(names) else [f"{number}: {uri}" for number, uri in enumerate(uris, 1)]
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def image_reader(run: Run) -> ReadImage | None:

@@ -139,7 +139,7 @@ def read_boxes(storage_uri: str, boxes: str) -> LabelledSet:
     Raises:
         InputError: a table is missing, or there is no box.
     """
-    rows = tables.read_table(storage_uri, "categories", boxes.rsplit("-", 1)[0], ["category_id", "name", "split"])
+    rows = tables.read_table(storage_uri, "categories", tables.category_table(boxes), ["category_id", "name", "split"])
     categories = [row for row in rows.to_pylist() if row["split"]]
     index = {row["category_id"]: number for number, row in enumerate(categories)}
     images: list[str] = []

@@ -296,13 +296,16 @@ def to_json(run: Any) -> str:
 
 def flatten(run: Any) -> dict[str, Any]:
     """A run as flat dotted names, as MLflow wants its parameters."""
+    return flatten_settings(dataclasses.asdict(run))
 
-    def walk(prefix: str, value: Any) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for key, child in value.items() for k, v in walk(f"{prefix}{key}.", child).items()}
-        return {prefix[:-1]: value}
 
-    return walk("", dataclasses.asdict(run))
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names; what is empty has none."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        own = f"{prefix}{key}"
+        flat |= flatten_settings(value, f"{own}.") if isinstance(value, dict) else {own: value}
+    return flat
 
 
 def config_hash(config: Any) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_prep import tables
 from ovd_models.errors import InputError
 from ovd_models.metrics.records import IouType
 from ovd_models.prompts import SynonymRule
@@ -71,7 +72,7 @@ class DetectorRun:
     @property
     def category_table(self) -> str:
         """Name of the `categories` table."""
-        return self.categories or self.boxes.rsplit("-", 1)[0]
+        return self.categories or tables.category_table(self.boxes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,7 @@ def compare_detectors(storage_uri: str, boxes: str, checkpoints: tuple[str, str]
     """Run both detectors on the first held-out scenes."""
     detectors = [ovd_models.load(storage.local_folder(folder)) for folder in checkpoints]
     rows = tables.read_table(storage_uri, "boxes", boxes).slice(0, NUM_SCENES).to_pylist()
-    names, splits = read_categories(storage_uri, boxes.rsplit("-", 1)[0])
+    names, splits = read_categories(storage_uri, tables.category_table(boxes))
     scenes = []
     for row in rows:
         image = read_box_image(storage_uri, row)
