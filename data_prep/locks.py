@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -252,7 +253,7 @@ class ObjectLock:
     def __init__(self, uri: str) -> None:
         self._uri, place = uri, s3.parse(uri)
         self._client, self._object = s3.client(place), {"Bucket": place.bucket, "Key": place.key}
-        self._tag, self._writes = "", 0
+        self._tag, self._writes, self._id = "", 0, uuid.uuid4().hex
         self.holder: Holder | None = None
         """Who had it at the last attempt."""
 
@@ -290,15 +291,26 @@ class ObjectLock:
         from botocore.exceptions import ClientError
 
         self._writes += 1  # another content each time, and so another tag
-        body = f"{Holder.this_process().to_json()}\n{self._writes}"
+        body = f"{Holder.this_process().to_json()}\n{self._id} {self._writes}"
         with s3.errors(self._uri, "cannot be written"):
             try:
                 written: Any = self._client.put_object(**self._object, Body=body.encode(), **condition)
             except ClientError as error:
                 if error.response["Error"]["Code"] in CONDITION_FAILED:
-                    return False
+                    return self._has_written(body)
                 raise
         self._tag = str(written["ETag"])
+        return True
+
+    def _has_written(self, body: str) -> bool:
+        """Whether the object is what was written: the answer was lost, and the second attempt met the first one's."""
+        try:
+            found = self._client.get_object(**self._object)
+        except self._client.exceptions.NoSuchKey:
+            return False
+        if found["Body"].read().decode() != body:
+            return False
+        self._tag = str(found["ETag"])
         return True
 
 

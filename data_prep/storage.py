@@ -306,6 +306,9 @@ def download_folder(uri: str, local: Path) -> None:
             target.write(source.read_at(min(RANGE_BYTES, info.size - start), start))
 
     targets = {info.path: local / posixpath.relpath(info.path, path) for info in files}
+    for name, target in targets.items():
+        if not target.resolve().is_relative_to(local.resolve()):
+            raise OSError(f"{uri}: the object {name!r} leads out of the folder")
     for target in targets.values():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(b"")

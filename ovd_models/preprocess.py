@@ -32,8 +32,12 @@ def to_tensor(image: ImageLike) -> Tensor:
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
             raise InputError(f"image tensor: {image.dtype} {list(image.shape)}, expected uint8 [3, H, W]")
+        if not image.numel():
+            raise InputError(f"image: {list(image.shape)}, expected at least one pixel")
         return image
     if isinstance(image, np.ndarray):
+        if not image.size:
+            raise InputError(f"image array: {list(image.shape)}, expected at least one pixel")
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise InputError(f"image array: {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] or [H, W]")
         return to_tensor(Image.fromarray(image))

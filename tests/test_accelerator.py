@@ -124,6 +124,7 @@ def test_a_detector_answers_on_an_accelerator(name: str, autocast: bool) -> None
     with pretended(autocast=autocast):
         found = moved(model).detect([PHOTO.to(DEVICE)], NAMES.to(DEVICE), score_threshold=0.0, max_detections=5)[0]
         assert found.boxes.device == found.scores.device == found.labels.device == DEVICE
+        assert found.boxes.dtype == found.scores.dtype == torch.float32  # validation within autocast reads them
         assert len(found.to_list()) == len(found) > 0
         assert len(found.filter(min_score=0.0).distinct().with_area()) <= len(found)
         found.draw(image=host_picture())

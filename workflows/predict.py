@@ -292,6 +292,9 @@ def write_results(run: Run, job: Job, output: Path) -> tuple[list[Predicted], li
         if isinstance(result, InputError):
             left_out.append(str(result))
             continue
+        if name != name.encode(errors="ignore").decode():  # an old file system's; neither JSON nor a page can hold it
+            left_out.append(f"{name!a}: the name is not UTF-8, expected another")
+            continue
         drawing = Path("drawn", f"{name}.jpg")
         (output / drawing).parent.mkdir(parents=True, exist_ok=True)
         result.draw(output / drawing)

@@ -124,7 +124,10 @@ def _absolute(location: str, base: URL) -> str:
         return f"{base.origin()}{location}"
     if location.startswith(("?", "#")) or not location:
         return f"{base.origin()}{base.raw_path.partition('?')[0]}{location}"
-    return urljoin(str(base), location)
+    try:
+        return urljoin(str(base), location)
+    except ValueError as error:
+        raise _bad_url(location, str(error)) from error
 
 
 def _bad_url(text: str, problem: str) -> FetchError:

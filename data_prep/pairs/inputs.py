@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from braceexpand import braceexpand
 from pyarrow import fs
 
-from data_prep import storage, tables
+from data_prep import s3, storage, tables
 from data_prep.pairs.labels import label_caption, name_classes
 from data_prep.pairs.rows import INPUT_COLUMNS, LABEL, RESERVED, SCORE, STATUS
 from data_prep.pairs.staging import Staging, partition_name
@@ -138,6 +138,8 @@ def _find_files(uri: str, suffixes: set[str], expected: str) -> list[str]:
         raise InputError(f"{uri}: cannot be read, expected {expected}")
     if isinstance(filesystem, fs.LocalFileSystem):
         return paths
+    if uri.startswith(s3.SCHEME):  # whose keys are taken literally, where other URIs are decoded
+        return [f"{s3.SCHEME}{path}" for path in paths]
     return [f"{uri.partition('://')[0]}://{quote(path)}" for path in paths]
 
 

@@ -3,10 +3,12 @@
 Browsers and urllib read more than aiohttp does: see `get_leniently`.
 """
 
+import contextlib
 import http.client
 import re
 import socket
 import ssl
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +93,11 @@ class LenientResponse:
     content: bytes
 
 
+def _shut_down(opened: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # closed
+        opened.shutdown(socket.SHUT_RDWR)
+
+
 def get_leniently(
     url: URL,
     addresses: Sequence[ResolveResult],
@@ -130,8 +137,13 @@ def get_leniently(
     options: dict[str, Any] = {"context": ssl.create_default_context()} if url.scheme == "https" else {}
     connection = kind(url.raw_host or "", url.port, timeout=seconds, **options)
     connection._create_connection = connect  # type: ignore[attr-defined]
+    end: threading.Timer | None = None
     try:
         connection.request("GET", url.raw_path_qs, headers=dict(headers))
+        # A time-out of a socket is for each byte: a head that drips would never end.
+        end = threading.Timer(max(0.1, deadline - time.monotonic()), _shut_down, [connection.sock])
+        end.daemon = True
+        end.start()
         response = connection.getresponse()
         content = bytearray()
         while len(content) <= limit and time.monotonic() < deadline and (block := response.read1(BLOCK_BYTES)):
@@ -141,4 +153,6 @@ def get_leniently(
         pairs = CIMultiDict(response.getheaders())
         return LenientResponse(status=response.status, reason=response.reason, headers=pairs, content=bytes(content))
     finally:
+        if end is not None:
+            end.cancel()
         connection.close()

@@ -142,6 +142,6 @@ def retry_after(header: str) -> float:
         return float(header)
     try:
         when = email.utils.parsedate_to_datetime(header)
-    except ValueError:
+        return max(0.0, (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - time.time())
+    except (ValueError, OverflowError):  # the latter for a year or a zone of many digits
         return 0.0
-    return max(0.0, (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - time.time())

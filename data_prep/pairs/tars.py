@@ -78,6 +78,8 @@ def _read_members(tar: tarfile.TarFile, stream: BinaryIO, uri: str) -> Iterator[
     try:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+            if member.size < 0:  # the next member would be this one again
+                raise tarfile.ReadError("a member of negative size")
             if member.isreg():
                 data: bytes | str = f"{uri}#{member.offset_data}+{member.size}"
                 if member.name.lower().endswith(TEXTS) and member.size <= MAX_TEXT_BYTES:

@@ -195,8 +195,8 @@ def fit_longer_side(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.
 
 
 def nearest(old: int, new: int) -> Integers:
-    """[new] the pixel of a row of `old` pixels that each pixel takes when the row is resized."""
-    return np.arange(new) * old // new
+    """[new] the pixel of a row of `old` pixels at the centre of each pixel when the row is resized."""
+    return (2 * np.arange(new) + 1) * old // (2 * new)
 
 
 # ----------------------------------------------------------------------------------------------------------- table rows

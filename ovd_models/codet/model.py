@@ -172,7 +172,7 @@ class CoDet(nn.Module):
 
     def _preprocess_captioned(self, images: Sequence[Tensor]) -> ResizedImages:
         """B uint8 images [3, H, W] as one batch in the size of captioned images."""
-        return resize_images(images, self.caption_transform, self.detector.config.max_size)
+        return resize_images(images, self.caption_transform, self.caption_transform.max_size)
 
     def _group_losses(
         self,

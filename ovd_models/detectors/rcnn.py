@@ -272,7 +272,7 @@ class RCNN(ProposalNetwork):
 
     def refine(self, region_RF: Tensor, boxes: list[Tensor]) -> list[Tensor]:
         """The boxes of each image, refined by the box branch."""
-        deltas_R4 = self.box_deltas(region_RF)
+        deltas_R4 = self.box_deltas(region_RF).float()  # bfloat16 has no pixels beyond 256
         refined = self.roi.box_coder.decode(deltas_R4, boxes).view(-1, 4)
         return list(torch.split(refined, [len(entry) for entry in boxes]))
 

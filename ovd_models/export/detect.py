@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     names = sys.argv[2:] or known.tolist()
     rows = [known.tolist().index(name) for name in names]
     session = onnxruntime.InferenceSession(folder / "detector.onnx", providers=["CPUExecutionProvider"])
-    image = np.asarray(Image.open(sys.argv[1]).convert("RGB"))
+    image = np.asarray(ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"))
     inputs = {"image": image, "text": embeddings[rows], "threshold": np.array(0.3, np.float32)}
     if len(session.get_inputs()) == 4:  # ViLD's ensemble
         inputs["image_weight"] = weights[rows]

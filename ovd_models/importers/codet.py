@@ -284,7 +284,7 @@ def detector_of(state: Mapping[str, Tensor], origin: str) -> ImportedDetector:
 
 def text_config() -> ClipConfig:
     """The text tower of CLIP ViT-B/32; prompts are "a" and the name."""
-    return ClipConfig(embed_dim=512, text=TEXT_CONFIG, quick_gelu=True, prompt_set="name")
+    return ClipConfig(embed_dim=512, text=TEXT_CONFIG, quick_gelu=True, prompt_set="name:a")
 
 
 def import_text_encoder(state: dict[str, Tensor], origin: str) -> ClipTextEncoder:

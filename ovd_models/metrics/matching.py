@@ -5,7 +5,7 @@ The engine gives curves of whole sets; this gives each prediction's fate, by the
 T IoU thresholds, P predictions, A objects, I images, K categories.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,9 @@ def match(truth: GroundTruth, predictions: Predictions, kind: IouType, *, federa
         kind: boxes or masks.
         federated: LVIS's rules and limit; else 100 predictions of an image and category.
     """
-    counted = np.ones(len(truth.labels), np.bool_) if federated else ~truth.crowd
+    if federated:  # LVIS has no crowds
+        truth = replace(truth, crowd=np.zeros_like(truth.crowd))
+    counted = ~truth.crowd
     kept = limit_per_image(predictions, 300) if federated else limit_per_image_and_category(predictions, 100)
     kept = verified(truth, kept) if federated else kept
     kept = kept.take(np.lexsort((-kept.scores, kept.labels, kept.images)))

@@ -183,6 +183,16 @@ def test_of_two_that_find_an_old_lock_one_gets_it(bucket: str, monkeypatch: pyte
     assert first.refresh()
 
 
+def test_a_lock_whose_answer_was_lost_is_still_held(bucket: str) -> None:
+    lock = locks.ObjectLock(f"{bucket}/locks/pairs-mine.lock")
+    assert lock.acquire()
+    before = lock._tag
+    assert lock.refresh()
+    lock._tag, lock._writes = before, lock._writes - 1  # the client's second attempt meets what the first one wrote
+    assert lock.refresh()
+    assert lock.refresh()
+
+
 def test_a_paused_job_that_lost_its_lock_ends(bucket: str) -> None:
     script = f"""
 from data_prep import locks

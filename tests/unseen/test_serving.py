@@ -98,11 +98,11 @@ def test_any_name_is_read(name: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["red", '"red"', "[1]", '[""]', "{}", '["a", null]', "[" * 100_000, '["\\ud800"]'],
+    ["red", '"red"', "[1]", '[""]', "{}", '["a", null]', "[" * 100_000, '["\\ud800"]', f'["{"a" * 101}"]'],
     ids=lambda text: ascii(text[:40]),
 )
 def test_words_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ProblemError) as caught:
-        parse_attributes(text)
+        parse_attributes(text, LIMITS)
     assert caught.value.status_code == 422
     caught.value.detail.encode()

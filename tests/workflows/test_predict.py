@@ -75,15 +75,17 @@ def test_broken_pictures_among_good_ones_are_named_and_the_rest_goes_on(
 ) -> None:
     for number in range(4):
         (pictures / f"broken{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    Image.new("RGB", (64, 64)).save(pictures / os.fsdecode(b"caf\xe9.png"))
     flags = ("--model", detector, "--images", str(pictures), "--output", f"{tmp_path}/out", "--score-threshold", "0.25")
     assert call(monkeypatch, *flags) == 0
     printed = capsys.readouterr().out
-    assert "4 pictures left out" in printed
+    assert "5 pictures left out" in printed
     assert "broken0.png" in printed
     assert "score threshold: 0.25" in printed
     assert printed.splitlines()[-1] == f"next: python workflows/serve.py --model {detector} --storage store"
     page = (tmp_path / "out/index.html").read_text()
     assert all(f"broken{number}.png: not an image" in page for number in range(4))
+    assert "the name is not UTF-8" in page
     assert "Score threshold: 0.25" in page
     alone = ("--model", detector, "--images", f"{pictures}/broken1.png", "--output", f"{tmp_path}/alone")
     assert call(monkeypatch, *alone) == 2

@@ -16,6 +16,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -66,6 +67,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 MAX_EVERYTHING_PIXELS = 4_000_000
 """Maximum pixels of an image of which all masks are wanted."""
 MAX_QUERY_BYTES = 64_000_000
+MAX_TEMPLATES = 100
+"""Of a request's own prompts; the largest published set has 81."""
 
 
 class Endpoint:
@@ -96,7 +99,7 @@ class Endpoint:
         model = self.models.find(fields.model, "detect")
         if fields.masks and not masks_of(model):
             raise refusal("masks", "this model finds boxes only, expected false")
-        query = await self._query(model, fields, request, parse_attributes(fields.attributes))
+        query = await self._query(model, fields, request, parse_attributes(fields.attributes, self.limits))
         assert isinstance(model.predictor, Detector)
         own = model.predictor.info.score_threshold
         find = partial(
@@ -244,6 +247,11 @@ class Endpoint:
             words = await self._in_pool(self._embedding, self.vocabularies.get, text.strip().strip('"'))
         elif text is not None:
             words = parse_words(text, self.limits)
+        if fields.prompt_set.count("|") >= MAX_TEMPLATES:
+            raise refusal("prompt_set", f"more than {MAX_TEMPLATES} templates")
+        count = len(attributes) * len(words.names if words else model.predictor.vocabulary)
+        if count > self.limits.max_names:
+            raise refusal("attributes", f"{count:,} pairs of a word and a name, at most {self.limits.max_names:,}")
         embed = partial(
             model.query, words, self.texts, prompt_set=fields.prompt_set, merge=fields.merge, attributes=attributes
         )
@@ -372,6 +380,11 @@ def build_api(endpoint: Endpoint, token_digest: str = "", *, adds_ids: bool = Tr
     for kind in (RequestValidationError, HTTPException):
         api.add_exception_handler(kind, problem)
     api.add_middleware(
-        Gate, limits=endpoint.limits, metrics=endpoint.metrics, token_digest=token_digest, adds_ids=adds_ids
+        Gate,
+        limits=endpoint.limits,
+        metrics=endpoint.metrics,
+        routes=frozenset(route.path for route in api.routes if isinstance(route, APIRoute)),
+        token_digest=token_digest,
+        adds_ids=adds_ids,
     )
     return api

@@ -142,7 +142,7 @@ async def read_request(request: Request, kind: type[F]) -> tuple[bytes, F]:
         raise RequestValidationError(error.errors(include_url=False, include_context=False)) from None
 
 
-def parse_attributes(text: str) -> tuple[str, ...]:
+def parse_attributes(text: str, limits: Limits) -> tuple[str, ...]:
     """Parse a JSON list of words.
 
     Raises:
@@ -157,6 +157,8 @@ def parse_attributes(text: str) -> tuple[str, ...]:
         words = None
     if not isinstance(words, list) or len(words) > 50 or not all(isinstance(word, str) and word for word in words):
         raise refusal("attributes", 'expected a JSON list of up to 50 words as ["red", "blue"]')
+    if max(map(len, words), default=0) > limits.max_name_characters:
+        raise refusal("attributes", f"a word has more than {limits.max_name_characters} characters")
     return tuple(words)
 
 

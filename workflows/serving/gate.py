@@ -47,9 +47,20 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, metrics: Metrics, token_digest: str = "", *, adds_ids: bool = True
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        metrics: Metrics,
+        routes: frozenset[str],
+        token_digest: str = "",
+        *,
+        adds_ids: bool = True,
     ) -> None:
-        """Wrap `app`; with the SHA-256 of a token, requests under `/v1/` and `/metrics` must bear it."""
+        """Wrap `app`; with the SHA-256 of a token, requests under `/v1/` and `/metrics` must bear it.
+
+        Only `routes` are counted and logged by their names: other paths are what a client sends.
+        """
+        self.routes = routes
         self.app, self.limits, self.metrics, self.token_digest = app, limits, metrics, token_digest
         self.adds_ids = adds_ids
         self.uploads = self.held_bytes = self.requests = 0
@@ -78,6 +89,8 @@ class Gate:
 
         try:
             self._check_token(scope, headers)
+            if headers.get(b"sec-fetch-site") == b"cross-site" and scope["method"] != "GET":
+                raise ProblemError(403, "Another site's", "this request comes from another site's page")
             if scope["method"] in ("POST", "PUT"):
                 await self._bounded(scope, headers, receive, send_with_headers)
             else:
@@ -94,7 +107,7 @@ class Gate:
     def _note(self, scope: Scope, journal: Journal, status: int) -> None:
         """Count and log an answered request."""
         path = scope["path"]
-        known = path if path.startswith("/v1/") and status != 404 else "other"
+        known = path if path.startswith("/v1/") and path in self.routes else "other"
         seconds = time.perf_counter() - journal.started
         self.metrics.requests.labels(known, str(status or 499)).inc()
         if known != "other":

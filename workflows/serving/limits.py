@@ -1,5 +1,6 @@
 """Limits on requests, and refusals: `application/problem+json` (RFC 9457)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastapi.exceptions import RequestValidationError
@@ -49,9 +50,9 @@ class Limits:
 class ProblemError(HTTPException):
     """An error sent to the client (RFC 9457)."""
 
-    def __init__(self, status: int, title: str, detail: str) -> None:
-        headers = {503: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
-        super().__init__(status, detail, headers)
+    def __init__(self, status: int, title: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        own = {503: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status, {})
+        super().__init__(status, detail, {**(headers or {}), **own} or None)
         self.title = title
 
     def response(self) -> JSONResponse:
@@ -75,7 +76,7 @@ def as_problem(error: Exception) -> ProblemError:
     if isinstance(error, HTTPException):
         too_large = error.status_code == 400 and "exceeded maximum size" in error.detail  # of a text field
         title = "Request too large" if too_large else "Bad request"
-        return ProblemError(413 if too_large else error.status_code, title, error.detail)
+        return ProblemError(413 if too_large else error.status_code, title, error.detail, error.headers)
     if isinstance(error, InputError):
         return ProblemError(422, "Bad vocabulary or prompts", str(error))
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):

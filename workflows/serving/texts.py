@@ -1,5 +1,6 @@
 """Names of requests: vocabularies as clients send and store them, and a bounded cache of embeddings."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -18,7 +19,7 @@ from data_prep import storage
 from ovd_models.detectors.region_query import embed_prompts
 from ovd_models.prompts import prompts_of
 from ovd_models.vocabulary import TextEncoder
-from workflows.serving.limits import Limits, refusal
+from workflows.serving.limits import Limits, ProblemError, refusal
 from workflows.serving.metrics import Metrics
 
 K = TypeVar("K")
@@ -172,8 +173,10 @@ class VocabularyStore:
             return words
         try:
             text = storage.read_bytes(storage.join(self._folder, f"{digest}.json")).decode()
-        except OSError:
+        except FileNotFoundError:
             raise refusal("vocabulary", f"{digest} is not stored, expected a list or PUT /v1/vocabularies") from None
+        except OSError as error:
+            raise ProblemError(503, "Busy", "the stored vocabularies cannot be read at the moment") from error
         words = Words.from_json(text)
         self._recent.put(digest, words, len(text))
         return words
@@ -184,7 +187,8 @@ class VocabularyStore:
         entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
         files = sorted((entry for entry in entries if entry.path.endswith(".json")), key=lambda entry: entry.mtime_ns)
         for entry in files[: max(0, len(files) + 1 - self._limits.max_vocabularies)]:
-            filesystem.delete_file(entry.path)
+            with contextlib.suppress(FileNotFoundError):  # another replica was faster
+                filesystem.delete_file(entry.path)
 
 
 class TextCache:

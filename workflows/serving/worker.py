@@ -61,8 +61,16 @@ class ModelWorker:
         """Queue a job; its future has the answer."""
         with self._lock:
             self._waiting.append(job)
+        job.future.add_done_callback(lambda _: self._forget(job))
         self._signal.put(None)
         return job.future
+
+    def _forget(self, job: Job) -> None:
+        """Free the image of a job that was cancelled while it waited, as when its client is gone."""
+        with self._lock:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.image = None
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)

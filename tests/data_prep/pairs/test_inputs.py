@@ -388,10 +388,11 @@ def test_files_behind_a_uri_can_be_opened_whatever_their_name(tmp_path: Path, na
 
 
 def test_files_of_an_object_store_are_uris_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(tmp_path / "my list.tsv", "x")
+    (tmp_path / "day=1").mkdir()
+    written(tmp_path / "day=1" / "my list.tsv", "x")
     bucket = fs.SubTreeFileSystem(str(tmp_path.parent), fs.LocalFileSystem())
     monkeypatch.setattr(storage, "resolve", lambda uri: (bucket, uri.removeprefix("s3://")))
-    assert inputs.find_lists(f"s3://{tmp_path.name}/*.tsv") == [f"s3://{tmp_path.name}/my%20list.tsv"]
+    assert inputs.find_lists(f"s3://{tmp_path.name}/day=1/*.tsv") == [f"s3://{tmp_path.name}/day=1/my list.tsv"]
 
 
 def test_a_star_stays_within_a_folder(tmp_path: Path) -> None:

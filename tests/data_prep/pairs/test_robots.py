@@ -217,6 +217,11 @@ def test_any_of_several_headers_opts_out() -> None:
     assert opt_out(["all"], "0", AGENT) is None
 
 
+@pytest.mark.parametrize("digits", ["Jan 99999999999999999999 00:00:00 GMT", "Jan 2030 00:00:00 +99999999999999999"])
+def test_a_date_of_many_digits_asks_for_nothing(digits: str) -> None:
+    assert retry_after(f"Mon, 01 {digits}") == 0.0
+
+
 def test_retry_after_is_a_number_or_a_date() -> None:
     assert retry_after("7") == 7.0
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=60)

@@ -266,3 +266,13 @@ def test_reading_urls_needs_no_torch() -> None:
 def test_other_urls_are_whole_files() -> None:
     assert locate("/x/a.jpg") is None
     assert locate("s3://b/a#1+2.jpg") is None
+
+
+def test_a_member_of_negative_size_ends_the_shard(tmp_path: Path) -> None:
+    content = bytearray(tar_of([("a.jpg", b"x" * 600), ("a.txt", b"a cat")]))
+    content[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512, in base 256
+    content[148:156] = b"        "
+    content[148:156] = f"{sum(content[:512]):06o}\0 ".encode()
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(InputError, match="has no images"):
+        rows_of(tmp_path / "a.tar")

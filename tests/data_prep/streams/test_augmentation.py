@@ -184,7 +184,7 @@ def test_a_mask_moves_as_the_whole_image_would(seed: int) -> None:
 @pytest.mark.parametrize("new", [1, 3, 512, 1024])
 def test_masks_take_the_pixels_that_opencv_takes(old: int, new: int) -> None:
     row = np.arange(old, dtype=np.float32)[None]
-    assert nearest(old, new).tolist() == cv2.resize(row, (new, 1), interpolation=cv2.INTER_NEAREST)[0].tolist()
+    assert nearest(old, new).tolist() == cv2.resize(row, (new, 1), interpolation=cv2.INTER_NEAREST_EXACT)[0].tolist()
 
 
 def test_a_mask_without_pixels_stays_one() -> None:

@@ -258,6 +258,31 @@ def test_caches_of_replicas_that_died_are_not_counted(tmp_path: Path) -> None:
     assert 'ovd_cache_bytes{cache="images"} 5.0' in shown.stdout.splitlines(), shown.stderr
 
 
+def test_paths_that_clients_make_up_are_not_counted_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    with TestClient(build_api(endpoint(folders["boxes"], tmp_path), digest_of_token("secret"))) as client:
+        problem(client.get("/v1/made-up"), 401)
+        problem(post(client, "detect"), 401)
+        page = client.get("/metrics", headers={"Authorization": "Bearer secret"}).text
+    assert "made-up" not in page
+    assert 'route="/v1/detect",status="401"' in page
+
+
+def test_requests_of_other_sites_pages_are_refused(client: TestClient) -> None:
+    client.headers["Sec-Fetch-Site"] = "cross-site"
+    try:
+        assert "another site" in problem(post(client, "detect"), 403)
+    finally:
+        del client.headers["Sec-Fetch-Site"]
+
+
+def test_a_wrong_method_names_the_right_one(client: TestClient) -> None:
+    assert client.get("/v1/detect").headers["allow"] == "POST"
+
+
+def test_prompts_and_attributes_have_limits(client: TestClient) -> None:
+    assert "more than 100 templates" in problem(post(client, "detect", prompt_set="|".join(["{a}"] * 101)), 422)
+
+
 def test_metrics_count_stages_batches_and_hits_without_user_data(client: TestClient) -> None:
     post(client, "detect", vocabulary='["anchor"]')
     client.get("/v1/secret-path")

@@ -125,6 +125,21 @@ def test_an_object_has_one_name_unless_all_are_wanted(page: "playwright.Page", u
     assert found == ["cat", "cow"]
 
 
+def test_a_click_after_undo_begins_an_object(page: "playwright.Page") -> None:
+    kinds = page.evaluate(
+        """async () => {
+          const { Prompts } = await import("/web/prompts.js");
+          const click = { kind: "point", x: 1, y: 1, on: true }, box = { kind: "box", box: [0, 0, 2, 2] };
+          const prompts = new Prompts();
+          for (const prompt of [box, click]) prompts.add(prompt);
+          prompts.undo();
+          prompts.add(click);
+          return prompts.objects.map((entry) => [Boolean(entry.box), entry.points.length]);
+        }"""
+    )
+    assert kinds == [[True, 0], [False, 1]]
+
+
 def test_clicks_and_boxes_give_a_mask_and_a_name(page: "playwright.Page") -> None:
     choose(page, "Click")
     canvas = page.locator("canvas:visible")

@@ -59,9 +59,9 @@ export function form(picture, fields) {
 const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 export function asCurl(route, picture, fields) {
-  const lines = [`curl ${location.origin}${route}`, `-F image=@${shell(picture.name)}`];
+  const lines = [`curl ${location.origin}${route}`, `-F ${shell(`image=@"${picture.name.replace(/["\\]/g, "\\$&")}"`)}`];
   if (token.get()) lines.splice(1, 0, '-H "Authorization: Bearer $OVD_TOKEN"');
-  for (const [name, value] of Object.entries(fields)) lines.push(`-F ${shell(`${name}=${value}`)}`);
+  for (const [name, value] of Object.entries(fields)) lines.push(`--form-string ${shell(`${name}=${value}`)}`);
   return lines.join(" \\\n  ");
 }
 

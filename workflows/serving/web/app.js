@@ -21,7 +21,7 @@ const MODES = {
 const SAMPLES = ["scene-1.jpg", "scene-2.jpg", "scene-3.jpg"];
 const MAX_SIDE = 2048;
 
-const state = { models: [], mode: "", thresholdChosen: false, picture: null, prompts: new Prompts(), pending: null, lastAnswers: [], notes: [] };
+const state = { models: [], mode: "", thresholdChosen: false, picture: null, prompts: new Prompts(), pending: null, turn: 0, lastAnswers: [], notes: [] };
 const sides = [new Side("Names", () => { suggestThreshold(); later(); }), new Side("Names, second side", () => later())];
 const panes = sides.map(() => new Pane("", addPrompt));
 
@@ -48,6 +48,7 @@ function modeButton(mode) {
 }
 
 function setMode(mode) {
+  state.pending?.abort(); // its answer is of another mode
   state.mode = mode;
   document.querySelector(`input[name="mode"][value="${mode}"]`).checked = true;
   $("mode-hint").textContent = MODES[mode].hint;
@@ -69,6 +70,8 @@ function setMode(mode) {
 // -------------------------------------------------------------------------------------------------- pictures
 
 async function usePicture(blob, name) {
+  const turn = ++state.turn; // the last picture wins, also if an earlier one takes longer to open
+  state.pending?.abort();
   let bitmap;
   try {
     bitmap = await createImageBitmap(blob);
@@ -79,6 +82,7 @@ async function usePicture(blob, name) {
     [blob, bitmap] = await reduced(bitmap);
     name = name.replace(/\.[^.]*$/, "") + ".jpg";
   }
+  if (turn !== state.turn) return;
   state.picture = { blob, bitmap, name, width: bitmap.width, height: bitmap.height };
   state.prompts.clear();
   panes.forEach((pane) => { pane.prompts = []; pane.setPicture(state.picture); });
@@ -91,7 +95,10 @@ async function usePicture(blob, name) {
 async function reduced(bitmap) {
   const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
   const canvas = new OffscreenCanvas(Math.max(1, Math.round(bitmap.width * scale)), Math.max(1, Math.round(bitmap.height * scale)));
-  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const pen = canvas.getContext("2d");
+  pen.fillStyle = "white"; // below what is transparent, as the server does
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   const blob = await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
   return [blob, await createImageBitmap(blob)];
 }
@@ -198,6 +205,7 @@ function addPrompt(prompt) {
 function prompted() {
   panes.forEach((pane) => { pane.prompts = state.prompts.objects; pane.draw(); });
   if (state.prompts.requests().length) return run();
+  state.pending?.abort();
   state.lastAnswers = [];
   active().forEach(showSide);
   say(state.prompts.objects.length ? "Only places outside so far: click on the thing itself." : "Click on something in the picture.");

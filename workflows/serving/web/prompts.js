@@ -27,7 +27,8 @@ export class Prompts {
     if (last.points.length) last.points.pop();
     else this.objects.pop();
     if (last.points.length === 0 && !last.box) this.objects = this.objects.filter((entry) => entry !== last);
-    this.fresh = !this.objects.length;
+    const present = this.objects.at(-1);
+    this.fresh = present !== last || Boolean(present.box); // a removed object is over, and a box takes no clicks
   }
 
   clear() {
