@@ -239,6 +239,12 @@ class CoDet(nn.Module):
             concepts: the batch.
             concepts_CD: [C, D] unit rows of all concepts.
         """
+        with torch.autocast(concepts_CD.device.type, enabled=False):  # near-identical proposals tie in bfloat16
+            return self._align(stage, [entry.float() for entry in regions], boxes, concepts, concepts_CD)
+
+    def _align(
+        self, stage: int, regions: list[Tensor], boxes: list[Tensor], concepts: ConceptBatch, concepts_CD: Tensor
+    ) -> Alignment:
         config, shape = self.config, (len(concepts.concept_ids), concepts.group_size)
         region_BND = pad_sequence(regions, batch_first=True)
         if config.supervision == "region_region" and config.aggregation == "learned":
