@@ -7,11 +7,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from ovd_models.detectors.backbones import BottleneckStride, build_backbone, build_last_stage, feature_info
 from ovd_models.detectors.feature_pyramid import pool_regions
-from ovd_models.detectors.rcnn import ASPECT_RATIOS, RCNN, RCNNConfig, build_box_deltas, build_roi_heads, build_rpn
+from ovd_models.detectors.rcnn import (
+    ASPECT_RATIOS,
+    RCNN,
+    RCNNConfig,
+    StridedAnchors,
+    build_box_deltas,
+    build_roi_heads,
+    build_rpn,
+)
 from ovd_models.detectors.resizing import ResizedImages, build_transform
 
 
@@ -35,25 +42,6 @@ def coco_r50_c4() -> RCNNConfig:
     )
 
 
-class StridedAnchors(AnchorGenerator):  # type: ignore[misc]
-    """Anchors at every `stride` pixels, on images whose sides need not be multiples of it.
-
-    torchvision divides the image's side by the map's, which the last partial cell makes smaller than the stride.
-    """
-
-    def __init__(self, sizes: Sequence[int], stride: int) -> None:
-        super().__init__((tuple(sizes),), (ASPECT_RATIOS,))
-        self.stride, self.cell_anchors = stride, [cell_anchors(sizes)]
-
-    def forward(self, images: ResizedImages, maps: list[Tensor]) -> list[Tensor]:
-        """B times the anchors [H * W * sizes * ratios, 4] of the only map [B, F, H, W]."""
-        (level,) = maps
-        self.set_cell_anchors(level.dtype, level.device)
-        step = torch.tensor(self.stride, device=level.device)
-        anchors = self.grid_anchors([level.shape[-2:]], [[step, step]])
-        return [torch.cat(anchors)] * len(images.image_sizes)
-
-
 class C4(RCNN):
     """`RCNN` without a pyramid: one map of stride 16, anchors of all sizes on it, and the last stage as region head.
 
@@ -71,7 +59,8 @@ class C4(RCNN):
             c.backbone, c.backbone_options, c.strides, freeze_norm=c.freeze_norm, stride=stride
         )
         self.res5 = build_last_stage(c.backbone, c.backbone_options, freeze_norm=c.freeze_norm, stride=stride)
-        anchors = StridedAnchors(c.anchor_sizes, c.strides[0])
+        anchors = StridedAnchors((tuple(c.anchor_sizes),), c.strides)
+        anchors.cell_anchors = [cell_anchors(c.anchor_sizes)]
         self.rpn = build_rpn(c, anchors, feature_info(self.backbone).channels()[0], training_factor=2)
         self.roi = build_roi_heads(c.rois_per_image)
         self.box_deltas = build_box_deltas(c.head_width)

@@ -117,6 +117,24 @@ class RegionSample:
     """Number of objects of each image, which come first among its regions."""
 
 
+class StridedAnchors(AnchorGenerator):  # type: ignore[misc]
+    """Anchors at every stride of pixels of each level, on images whose sides need not be multiples of it.
+
+    torchvision divides the image's side by the map's, which the last partial cell makes smaller than the stride.
+    """
+
+    def __init__(self, sizes: tuple[tuple[int, ...], ...], strides: Sequence[int]) -> None:
+        super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
+        self.strides = tuple(strides)
+
+    def forward(self, images: ResizedImages, maps: list[Tensor]) -> list[Tensor]:
+        """B times the anchors [H * W * sizes * ratios, 4] of all levels [B, F, H, W]."""
+        self.set_cell_anchors(maps[0].dtype, maps[0].device)
+        steps = [[torch.tensor(stride, device=maps[0].device)] * 2 for stride in self.strides]
+        anchors = self.grid_anchors([level.shape[-2:] for level in maps], steps)
+        return [torch.cat(anchors)] * len(images.image_sizes)
+
+
 class ProposalNetwork(nn.Module):
     """The first stage: class-agnostic proposals."""
 
@@ -133,7 +151,8 @@ class ProposalNetwork(nn.Module):
         )
         coarser = LastLevelMaxPool() if len(c.anchor_sizes) > len(c.strides) else None
         self.pyramid = FeaturePyramidNetwork(feature_info(self.backbone).channels(), c.pyramid_channels, coarser)
-        anchors = AnchorGenerator(tuple((size,) for size in c.anchor_sizes), (ASPECT_RATIOS,) * len(c.anchor_sizes))
+        coarser_strides = () if coarser is None else (2 * c.strides[-1],)
+        anchors = StridedAnchors(tuple((size,) for size in c.anchor_sizes), (*c.strides, *coarser_strides))
         self.rpn = build_rpn(c, anchors, c.pyramid_channels)
 
     def preprocess(self, images: Sequence[Tensor]) -> ResizedImages:

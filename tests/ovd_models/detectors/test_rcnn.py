@@ -10,9 +10,10 @@ from ovd_models.detectors.rcnn import (
     RCNN,
     ProposalNetwork,
     RCNNConfig,
+    StridedAnchors,
     sample_regions,
 )
-from ovd_models.detectors.resizing import Selection, select_detections
+from ovd_models.detectors.resizing import ResizedImages, Selection, select_detections
 from ovd_models.errors import InputError
 from ovd_models.preprocess import add_edge
 from ovd_models.vocabulary import Vocabulary
@@ -256,3 +257,14 @@ def test_frozen_norms_have_no_parameters_and_never_change() -> None:
 def test_an_unknown_stride_is_refused() -> None:
     with pytest.raises(ValueError):
         RCNN(dataclasses.replace(CONFIG, strides=(4, 7)))
+
+
+@pytest.mark.parametrize("side", [736, 800, 1024])
+def test_the_coarsest_anchors_are_64_pixels_apart_whatever_the_images_size(side: int) -> None:
+    anchors = StridedAnchors(((32,), (64,), (128,), (256,), (512,)), (4, 8, 16, 32, 64))
+    cells = [-(-side // stride) for stride in (4, 8, 16, 32, 64)]
+    images = ResizedImages(torch.zeros(1, 3, side, side), *[[(side, side)]] * 3)
+    found = anchors(images, [torch.zeros(1, 1, cell, cell) for cell in cells])[0]
+    last = found[-3 * cells[-1] ** 2 :]
+    centres = (last[:, 0] + last[:, 2]) / 2
+    assert sorted(set(centres.round().tolist())) == [64.0 * cell for cell in range(cells[-1])]
