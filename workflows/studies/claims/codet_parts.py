@@ -217,6 +217,7 @@ SHARED = Part(
 )
 SWEEPS = Part(
     number=14,
+    seeds=5,
     statement="Group size, number of proposals, mix of batches and image-text loss: what CoDet depends on.",
     paper=("values not in our copy of the paper; released: groups of 2 (COCO) and 8 (LVIS), 32 and 128 proposals",),
     settings=short_study(group_sizes=(2, 4, 8), proposal_counts=(4, 16, 64)),

@@ -234,6 +234,7 @@ RARE = Part(
 )
 BACKBONES = Part(
     number=6,
+    seeds=5,
     statement="A bigger backbone detects novel names better.",
     paper=("rare mask AP on LVIS of the released ensembles: 18.0 (ResNet-50) and 19.2 (ResNet-152)",),
     settings=VildRun(),
