@@ -327,7 +327,7 @@ WEIGHTS = Part(
     columns=AP50_COLUMNS,
     schedule="`vild`, one head. L2 is the sum of squared differences, for unit embeddings twice the cosine distance. "
     "All but the first four have w = 0.5. Images without novel objects show base objects only. " + SCHEDULE,
-    remark="The trade is the paper's: from w = 0.05 to 1, base AP50 falls by 0.10 and novel AP50 rises by 0.045. A scene "
-    "has two to five objects, so most of 32 proposals are background or show an object again; 8 leave these out, and are "
-    "above 32. Differences between the other rows are smaller than those between seeds.",
+    remark="The trade is the paper's: from w = 0.05 to 1, base AP50 falls by 0.10 and novel AP50 rises by 0.045. A "
+    "scene has two to five objects, so most of 32 proposals are background or show an object again; 8 leave these "
+    "out, and are above 32. Differences between the other rows are smaller than those between seeds.",
 )
