@@ -208,7 +208,7 @@ def test_a_run_can_be_repeated(prepared: Run, trained: Trained[Metrics], pair: P
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_joint_stage_starts_from_a_given_box_model(prepared: Run, trained: Trained[Metrics], workers: int) -> None:
     stage = dataclasses.replace(prepared.joint_stage, workers=workers)
     found = codet.train(
