@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fetching import fetch_all
+from yarl import URL
 
 from data_prep.pairs.addresses import (
     Address,
@@ -392,3 +393,9 @@ def test_the_one_who_asked_may_leave_without_the_answer() -> None:
         assert await second == "a"
 
     asyncio.run(run())
+
+
+def test_a_redirect_that_no_parser_reads_is_a_bad_address() -> None:
+    with pytest.raises(FetchError, match="Invalid IPv6 URL") as caught:
+        parse_url("ht\ttp://[x", URL("http://example.org/a"))
+    assert caught.value.reason == "bad_url"
