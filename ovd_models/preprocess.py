@@ -27,23 +27,21 @@ def to_tensor(image: ImageLike) -> Tensor:
             uint8. Nothing is downloaded: an address is no path.
 
     Raises:
-        InputError: it is none of these, or the file cannot be decoded.
+        InputError: it is none of these, it has no pixels, or the file cannot be decoded.
     """
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
             raise InputError(f"image tensor: {image.dtype} {list(image.shape)}, expected uint8 [3, H, W]")
         if not image.numel():
-            raise InputError(f"image: {list(image.shape)}, expected at least one pixel")
+            raise InputError(f"image tensor: {list(image.shape)}, expected at least one pixel")
         return image
     if isinstance(image, np.ndarray):
-        if not image.size:
-            raise InputError(f"image array: {list(image.shape)}, expected at least one pixel")
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise InputError(f"image array: {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] or [H, W]")
         return to_tensor(Image.fromarray(image))
     if isinstance(image, Image.Image):
         pixels = np.array(to_rgb(upright(image)))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return to_tensor(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
     return to_tensor(decode_image(image) if isinstance(image, bytes) else open_image(image))
 
 

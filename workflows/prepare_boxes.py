@@ -111,9 +111,9 @@ def prepare(run: Run) -> None:
         return
     accounts = accounts_of(run)
     train, evaluation = read_folder(run, accounts) if run.data else draw_pictograms(run)
-    check_sets(run, accounts, train, evaluation)
+    check_sets(run, list(accounts.values()), train, evaluation)
     base_only = strip_novel(train.boxes, train.categories)
-    found = [row for account in accounts for row in account.to_rows()]
+    found = [row for account in accounts.values() for row in account.to_rows()]
     details = {"settings": settings} | ({"account": found} if found else {})
     publish_rows(run, "categories", run.name, train.categories, config_hash, details)
     publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash, details)
@@ -130,10 +130,9 @@ def prepare(run: Run) -> None:
     )
 
 
-def accounts_of(run: Run) -> list[Account]:
-    """An account for each of the run's annotation files."""
-    given = dict.fromkeys(filter(None, (run.data, run.eval_data)))
-    return [Account(str(annotation_file(data, run.images))) for data in given]
+def accounts_of(run: Run) -> dict[str, Account]:
+    """An account for each of `data` and `eval_data` that is given."""
+    return {data: Account(str(annotation_file(data, run.images))) for data in (run.data, run.eval_data) if data}
 
 
 def check_sets(run: Run, accounts: Sequence[Account], train: BoxSet, evaluation: BoxSet) -> None:
@@ -220,13 +219,12 @@ def split_categories(run: Run, categories: list[dict[str, Any]], rows: pa.Table)
     return frequency_split(categories, rows) if run.split == "frequency" else categories
 
 
-def read_folder(run: Run, accounts: Sequence[Account]) -> tuple[BoxSet, BoxSet]:
+def read_folder(run: Run, account_of: Mapping[str, Account]) -> tuple[BoxSet, BoxSet]:
     """The training and the evaluation set of a COCO or LVIS folder.
 
     Without `eval_data`, some images are held out (`split_rows`). Of `eval_data`, OV-COCO's images are used, see
     `with_split`. What is odd goes into the account of each file.
     """
-    account_of = dict(zip(dict.fromkeys(filter(None, (run.data, run.eval_data))), accounts, strict=False))
     images = {data: image_folder(run, data) for data in account_of}
     read = {
         data: read_annotations(annotation_file(data, run.images), images[data], account)

@@ -138,6 +138,20 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "image",
     [
+        torch.zeros(3, 0, 5, dtype=torch.uint8),
+        np.zeros((0, 0, 3), np.uint8),
+        np.zeros((4, 0), np.uint8),
+        Image.new("RGB", (0, 5)),
+    ],
+)
+def test_an_image_without_pixels_is_refused(image: torch.Tensor | np.ndarray | Image.Image) -> None:
+    with pytest.raises(InputError, match="expected at least one pixel"):
+        to_tensor(image)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
         torch.zeros(3, 4, 5),
         torch.zeros(4, 5, 3, dtype=torch.uint8),
         torch.zeros(4, 5, dtype=torch.uint8),

@@ -10,6 +10,7 @@ from benchmarks import parity_packs
 from ovd_models.codet.model import CoDet
 from ovd_models.errors import InputError
 from ovd_models.importers import codet as importers
+from ovd_models.prompts import prompts_of
 
 RELEASES = importers.released_architectures()
 MANIFESTS = {
@@ -122,6 +123,10 @@ def test_the_first_convolution_takes_red_first_in_ours() -> None:
     first = torch.arange(3.0).view(1, 3, 1, 1).expand(64, 3, 7, 7)
     translated = importers.translate_state(state | {"backbone.stem.conv1.weight": first}, model, release, "file")
     assert translated["detector.backbone.conv1.weight"][0, :, 0, 0].tolist() == [2, 1, 0]
+
+
+def test_names_have_the_releases_article_also_before_a_vowel() -> None:
+    assert prompts_of("umbrella", importers.text_config().prompt_set) == ["a umbrella"]
 
 
 def test_the_text_tower_is_open_clips_and_says_what_does_not_fit() -> None:
