@@ -60,15 +60,16 @@ WEB = Path(__file__).parent / "web"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
     for status, text in {
-        400: "undecodable image", 401: "missing or wrong token", 408: "body too slow", 413: "too many bytes or pixels",
-        415: "not an image", 422: "bad vocabulary, prompts or parameter", 503: "queue full",
+        400: "undecodable image", 401: "missing or wrong token", 403: "from another site's page",
+        408: "body too slow", 413: "too many bytes or pixels", 415: "not an image",
+        422: "bad vocabulary, prompts or parameter", 503: "queue full",
     }.items()
 }  # fmt: skip
 MAX_EVERYTHING_PIXELS = 4_000_000
 """Maximum pixels of an image of which all masks are wanted."""
 MAX_QUERY_BYTES = 64_000_000
 MAX_TEMPLATES = 100
-"""Of a request's own prompts; the largest published set has 81."""
+"""Of a request's own prompts; the largest published set, CLIP's for ImageNet, has 80."""
 
 
 class Endpoint:
@@ -359,7 +360,7 @@ def build_api(endpoint: Endpoint, token_digest: str = "", *, adds_ids: bool = Tr
             )
     names = {"schema": {"type": "array", "items": {}}, "example": ["red umbrella", "anchor"]}
     stored = {"requestBody": {"required": True, "content": {"application/json": names}}}
-    own: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 408, 413, 422, 503)}
+    own: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 408, 413, 422, 503)}
     api.add_api_route("/v1/vocabularies", endpoint.put_vocabulary, methods=["PUT"], responses=own, openapi_extra=stored)
     api.add_api_route("/v1/model", endpoint.model, responses={401: ERRORS[401], 422: ERRORS[422]})
     api.add_api_route("/v1/models", endpoint.list_models, responses={401: ERRORS[401]})
