@@ -80,6 +80,22 @@ class Prompts(TensorRecord):
         values = (self.points, self.point_labels, self.boxes, self.masks)
         return Prompts(*(None if value is None else value[rows] for value in values))
 
+    def without_padding(self) -> list[tuple[Tensor, "Prompts"]]:
+        """Parts of prompts with equally many points each, and their rows [p] int64.
+
+        SAM's decoder attends to padding points too, so a mask would depend on the other prompts of its batch.
+        """
+        if self.points is None or self.point_labels is None:
+            return [(torch.arange(len(self)), self)]
+        given_Pn = self.point_labels != PADDING
+        count_P, parts = given_Pn.sum(1), []
+        for count in sorted(set(count_P.tolist())):
+            rows = torch.nonzero(count_P == count).flatten()
+            points = self.points[rows][given_Pn[rows]].view(len(rows), count, 2) if count else None
+            labels = self.point_labels[rows][given_Pn[rows]].view(len(rows), count) if count else None
+            parts.append((rows, replace(self.take(rows), points=points, point_labels=labels)))
+        return parts
+
     def checked(self, width: int, height: int, mask_side: int) -> "Prompts":
         """The prompts, valid for an image of this size in pixels and masks of side L, their boxes clipped to it.
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from ovd_models.batches import DetectionBatch, Detections
+from ovd_models.detectors.sampling import suppress
 from ovd_models.preprocess import add_edge
 
 Size = tuple[int, int]
@@ -142,5 +143,5 @@ def select_detections(box_N4: Tensor, score_NK: Tensor, selection: Selection) ->
     if len(score) > CANDIDATES * limit:  # suppression is quadratic: drop hopeless candidates first
         best = score.topk(CANDIDATES * limit).indices
         region, label, score = region[best], label[best], score[best]
-    keep = batched_nms(box_N4[region], score, label, selection.nms)[:limit]
+    keep = suppress(box_N4[region], score, label, selection.nms)[:limit]
     return box_N4[region[keep]], score[keep], label[keep]

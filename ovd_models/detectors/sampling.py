@@ -14,11 +14,11 @@ from torchvision.ops import batched_nms, box_iou, nms
 
 def suppress(box_N4: Tensor, score_N: Tensor, group_N: Tensor, iou: float) -> Tensor:
     """[kept] int64, rows that survive suppression within their group, best first."""
+    box_N4, score_N = box_N4.double(), score_N.double()  # groups are moved apart, which rounds overlaps in float32
     if box_N4.device.type == "cpu":
         return torch.as_tensor(batched_nms(box_N4, score_N, group_N, iou))  # with many boxes, group by group
-    # Groups are moved apart; in float64, where that rounds no overlap.
-    apart_N1 = (group_N * (box_N4.max() + 1).clamp(min=1)).double()[:, None] if len(box_N4) else group_N[:, None]
-    return torch.as_tensor(nms(box_N4.double() + apart_N1, score_N.double(), iou))
+    apart_N1 = (group_N * (box_N4.max() + 1).clamp(min=1))[:, None] if len(box_N4) else group_N[:, None]
+    return torch.as_tensor(nms(box_N4 + apart_N1, score_N, iou))
 
 
 def best_boxes(

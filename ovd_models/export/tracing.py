@@ -41,7 +41,8 @@ def select_traced(
     score = score_RK[region, label]
     best = score.topk(_topk_min(score, CANDIDATES * limit, 0)).indices
     region, label, score = region[best], label[best], score[best]
-    keep = batched_nms(box_R4[region], score, label, overlap)[:limit]
+    # Names are moved apart, in float32: by few of them, else that rounds overlaps.
+    keep = batched_nms(box_R4[region], score, torch.unique(label, return_inverse=True)[1], overlap)[:limit]
     return box_R4[region[keep]], score[keep], label[keep]
 
 

@@ -35,6 +35,7 @@ from ovd_models.sam.model import (
     build_prompt_encoder,
     fit_image,
     fit_on_device,
+    in_order,
     input_prompts,
     run_decoder,
     unnamed,
@@ -205,10 +206,13 @@ class OvSam(nn.Module):
     def low_masks(self, encoded: EncodedOvSam, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor | None]:
         """`masks` before they are enlarged: logits [P, L, L], predicted IoUs [P], and the box prompts."""
         given = input_prompts(prompts, encoded.sam)
-        points = None if given.points is None else (given.points, given.point_labels)
-        masks = None if given.masks is None else given.masks[:, None]
-        sparse, dense = self.prompt_encoder(points, given.boxes, masks)
-        low_PLL, ious_P = self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)
+        found = []
+        for rows_P, part in given.without_padding():
+            points = None if part.points is None else (part.points, part.point_labels)
+            masks = None if part.masks is None else part.masks[:, None]
+            sparse, dense = self.prompt_encoder(points, part.boxes, masks)
+            found.append((rows_P, *self.decode(encoded.sam.embedding.expand(len(sparse), -1, -1, -1), sparse, dense)))
+        low_PLL, ious_P = in_order(found)
         return low_PLL, ious_P, given.boxes
 
     def full_size(self, low_PLL: Tensor, encoded: EncodedImage) -> Tensor:

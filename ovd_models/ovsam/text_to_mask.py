@@ -21,7 +21,7 @@ from ovd_models.errors import InputError
 from ovd_models.losses import zero_loss
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.ovsam.crops import square_crops
-from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_on_device, input_prompts, unnamed
+from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_on_device, in_order, input_prompts, unnamed
 from ovd_models.sam.training import (
     SampledObjects,
     SamTrainingConfig,
@@ -215,15 +215,16 @@ class TextToMask(nn.Module):
         centred_PD = text_PD - self.text_centre
         clicks = add_name_points(named, centred_PD, clicks)
         height, width = encoded.size
-        parts = []
+        every_P, found = torch.arange(len(text_PD), device=text_PD.device), []
         count = max(1, min(NAMES_AT_A_TIME, PIXELS_AT_A_TIME // math.prod(encoded.padded_size)))
-        for rows_P in torch.split(torch.arange(len(text_PD), device=text_PD.device), count):
-            embedding_PChw = encoded.embedding.expand(len(rows_P), -1, -1, -1)
-            own = None if clicks is None else clicks.take(rows_P)
-            low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD[rows_P], own)
-            masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
-            parts.append((masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
-        return unnamed(*map(torch.cat, zip(*parts, strict=True)))
+        for rows_P, part in [(every_P, None)] if clicks is None else clicks.without_padding():
+            for own_P in torch.split(torch.arange(len(rows_P), device=rows_P.device), count):
+                own = None if part is None else part.take(own_P)
+                embedding_PChw = encoded.embedding.expand(len(own_P), -1, -1, -1)
+                low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD[rows_P[own_P]], own)
+                masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
+                found.append((rows_P[own_P], masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
+        return unnamed(*in_order(found))
 
 
 def central_points(boxes_P4: Tensor, generator: torch.Generator | None) -> Tensor:

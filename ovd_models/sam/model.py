@@ -4,6 +4,7 @@ B images, P prompts, C prompt width, T tokens, K mask tokens, S side of the mode
 L = 4 h side of the decoder's maps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -299,16 +300,19 @@ class SamModel(nn.Module):
         height, width = encoded.size
         given = input_prompts(prompts, encoded)
         points_only = given.boxes is None and given.masks is None
-        masks_PKHW, ious_PK, low_PKLL = self.predictor(encoded).predict_torch(
-            given.points,
-            given.point_labels,
-            given.boxes,
-            None if given.masks is None else given.masks[:, None],
-            points_only and given.points is not None and given.points.shape[1] == 1,
-        )
-        best_P = ious_PK.argmax(1)
-        rows = torch.arange(len(best_P), device=best_P.device)
-        return unnamed(masks_PKHW[rows, best_P, :height, :width], ious_PK[rows, best_P], low_PKLL[rows, best_P])
+        predictor, found = self.predictor(encoded), []
+        for rows_P, part in given.without_padding():
+            masks_PKHW, ious_PK, low_PKLL = predictor.predict_torch(
+                part.points,
+                part.point_labels,
+                part.boxes,
+                None if part.masks is None else part.masks[:, None],
+                points_only and part.points is not None and part.points.shape[1] == 1,
+            )
+            best_P = ious_PK.argmax(1)
+            own = torch.arange(len(best_P), device=best_P.device), best_P
+            found.append((rows_P, masks_PKHW[own][:, :height, :width], ious_PK[own], low_PKLL[own]))
+        return unnamed(*in_order(found))
 
     def everything(self, image: Tensor, settings: EverythingConfig) -> Segments:
         """The masks of a whole image, best first, by the package's automatic mask generator."""
@@ -350,6 +354,13 @@ def input_prompts(prompts: Prompts, encoded: EncodedImage) -> Prompts:
     points = None if given.points is None else scale_prompts(given.points, encoded)
     boxes = None if given.boxes is None else scale_prompts(given.boxes.view(-1, 2, 2), encoded).view(-1, 4)
     return replace(given, points=points, boxes=boxes)
+
+
+def in_order(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The results of all parts of prompts, joined and in the order of the rows, which come first in each part."""
+    rows_P, *values = map(torch.cat, zip(*parts, strict=True))
+    order_P = rows_P.argsort()
+    return [value[order_P.to(value.device)] for value in values]
 
 
 def scale_prompts(points: Tensor, encoded: EncodedImage) -> Tensor:

@@ -15,6 +15,7 @@ from ovd_models.detectors.rcnn import (
 )
 from ovd_models.detectors.resizing import ResizedImages, Selection, select_detections
 from ovd_models.errors import InputError
+from ovd_models.export.tracing import select_traced
 from ovd_models.preprocess import add_edge
 from ovd_models.vocabulary import Vocabulary
 
@@ -175,6 +176,22 @@ def test_many_candidates_lose_only_hopeless_ones() -> None:
     scores = torch.rand(3000, 1, generator=torch.Generator().manual_seed(0))
     _, kept, _ = select_detections(boxes, scores, Selection(0.5, 0.0, 5))
     assert torch.equal(kept, scores[:, 0].topk(5).values)
+
+
+def test_overlaps_are_exact_with_22_000_names() -> None:
+    # The last names' boxes are 22,000 images apart, where float32 has steps of 2 px.
+    boxes = torch.tensor([[1320, 0, 1330, 10.0], [1323.42, 0, 1333.42, 10], [0, 0, 10, 10], [3.16, 0, 13.16, 10]])
+    apart, close = box_iou(boxes, boxes)[[0, 2], [1, 3]].tolist()
+    assert apart < 0.5 < close
+    scores = torch.zeros(4, 22_000)
+    scores[:2, 21_999] = scores[2:, 21_998] = torch.tensor([0.9, 0.8])
+    expected = {(0, 21_999), (1, 21_999), (2, 21_998)}
+    for found, _, labels in (
+        select_detections(boxes, scores, Selection(0.5, 0.1, 10)),
+        select_traced(boxes, scores, torch.tensor(0.1), 0.5, 10),
+    ):
+        rows = (found[:, None] == boxes).all(-1).int().argmax(1)
+        assert set(zip(rows.tolist(), labels.tolist(), strict=True)) == expected
 
 
 def test_no_parameter_belongs_to_a_name(detector: RCNN) -> None:

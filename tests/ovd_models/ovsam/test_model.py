@@ -107,6 +107,15 @@ def test_any_names_will_do_on_an_encoded_image(model: OvSam) -> None:
     assert (one.names, two.names) == (("a", "b"), NAMES.names)
 
 
+def test_a_mask_does_not_depend_on_the_other_prompts(model: OvSam) -> None:
+    encoded, clicks, labels = model.encode(picture()), [[[20, 10]], [[30, 30], [5, 5]], [[9, 40]]], [[1], [1, 0], [1]]
+    found = model.segment(encoded, Prompts.create(points=clicks, point_labels=labels), NAMES)
+    for row, (points, label) in enumerate(zip(clicks, labels, strict=True)):
+        alone = model.segment(encoded, Prompts.create(points=[points], point_labels=[label]), NAMES)
+        assert torch.allclose(found.low_res[row], alone.low_res[0], atol=1e-5)
+        assert torch.allclose(found.scores[row], alone.scores[0], atol=1e-5)
+
+
 def test_no_prompt_is_told(model: OvSam) -> None:
     with pytest.raises(InputError, match="prompts: empty"):
         model.segment(picture(), Prompts(), NAMES)

@@ -17,7 +17,7 @@ from ovd_models.ovsam.text_to_mask import (
 )
 from ovd_models.sam.model import SamConfig
 from ovd_models.sam.training import mask_ious
-from ovd_models.segments import ON, MaskBatch, Prompts
+from ovd_models.segments import ON, PADDING, MaskBatch, Prompts
 
 SAM = SamConfig(image_size=64, patch_size=8, width=32, depth=2, heads=2, window=4, global_blocks=(1,), prompt_width=32)
 
@@ -148,6 +148,9 @@ def test_clicks_and_earlier_masks_join_the_name_as_prompts(model: TextToMask) ->
     low, ious = model.sam.decode(encoded.embedding.expand(2, -1, -1, -1), sparse, dense)
     assert torch.allclose(after.low_res, low[:, 0], atol=1e-5) and torch.allclose(after.ious, ious[:, 0], atol=1e-5)
     assert not torch.allclose(after.low_res, before.low_res, atol=1e-3)
+    padded = F.pad(points, (0, 0, 0, 1)), torch.stack([F.pad(labels[0], (0, 1), value=PADDING), labels.new_ones(2)])
+    mixed = model.segment_text(image, names, Prompts(*padded, masks=before.low_res))
+    assert torch.allclose(mixed.low_res[0], after.low_res[0], atol=1e-5)
     with pytest.raises(InputError, match="clicks: 2, expected points for each of the 1 names"):
         model.segment_text(image, names[:1], Prompts(points, labels))
 

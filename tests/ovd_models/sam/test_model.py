@@ -107,14 +107,26 @@ def test_prompts_together_answer_as_one_by_one(model: SamModel) -> None:
     assert torch.allclose(together.low_res, torch.cat([entry.low_res for entry in alone]), atol=1e-5)
 
 
-def test_padding_points_change_nothing(model: SamModel) -> None:
-    # one prompt of one click beside one of two: the first is filled up, and both are answered by the single mask
-    encoded = model.encode(picture())
-    mixed = Prompts.create(points=[[[20, 10]], [[30, 30], [5, 5]]], point_labels=[[1], [1, 0]])
-    assert mixed.point_labels is not None and mixed.point_labels.tolist() == [[1, -1], [1, 0]]
+def test_a_mask_does_not_depend_on_the_other_prompts(model: SamModel) -> None:
+    # A single click has three masks to choose from, two clicks have one; the first prompt is padded to two points.
+    encoded, clicks, labels = model.encode(picture()), [[[20, 10]], [[30, 30], [5, 5]], [[9, 40]]], [[1], [1, 0], [1]]
+    mixed = Prompts.create(points=clicks, point_labels=labels)
+    assert mixed.point_labels is not None and mixed.point_labels.tolist() == [[1, -1], [1, 0], [1, -1]]
     found = model.segment(encoded, mixed)
-    alone = model.segment(encoded, Prompts.create(points=[[[30, 30], [5, 5]]], point_labels=[[1, 0]]))
-    assert torch.allclose(found.low_res[1], alone.low_res[0], atol=1e-5)
+    alone = [
+        model.segment(encoded, Prompts.create(points=[points], point_labels=[label]))
+        for points, label in zip(clicks, labels, strict=True)
+    ]
+    assert torch.allclose(found.low_res, torch.cat([entry.low_res for entry in alone]), atol=1e-5)
+    assert torch.allclose(found.ious, torch.cat([entry.ious for entry in alone]), atol=1e-5)
+
+
+def test_padding_beside_a_box_is_left_out(model: SamModel) -> None:
+    encoded, boxes = model.encode(picture()), torch.tensor([[4.0, 4, 30, 40], [10, 2, 60, 44]])
+    points, labels = torch.tensor([[[0.0, 0]], [[30, 30]]]), torch.tensor([[PADDING], [ON]])
+    found = model.segment(encoded, Prompts(points, labels, boxes))
+    alone = model.segment(encoded, Prompts.create(boxes=boxes[:1].tolist()))
+    assert torch.allclose(found.low_res[0], alone.low_res[0], atol=1e-5)
 
 
 def test_our_decoder_equals_the_packages_over_several_images(model: SamModel) -> None:
