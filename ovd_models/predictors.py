@@ -1,5 +1,6 @@
 """Trained models ready for any image and any names: what `ovd_models.load` and its kin return."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,9 @@ from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, buil
 
 Names = Sequence[str] | Mapping[str, Sequence[str]]
 """Names, or names with the children of each: `{"bird": ["robin", "jay"], "anchor": []}`."""
+
+BATCH = 8
+"""Most images of a list that are encoded together: of equal size, since padding would change the boxes."""
 
 M = TypeVar("M", bound=nn.Module)
 ImageT = TypeVar("ImageT", bound=ImageLike)
@@ -145,7 +149,7 @@ class Detector(Predictor[CoDet | ViLD]):
 
         Args:
             image: a path, a file's bytes, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8 RGB), or a list of
-                them, such as the frames of a video.
+                them, such as the frames of a video; neighbours of equal size are encoded together.
             names: any names; the default vocabulary if None. ViLD also takes names with the children of each.
             attributes: for ViLD, words that hold whatever the name is: `["red", "blue"]` gives "red anchor" ...
             prompts: a prompt set for this request, or templates such as `a drawing of {a}|{name}`; the checkpoint's
@@ -175,15 +179,15 @@ class Detector(Predictor[CoDet | ViLD]):
         ).to(self.device)
         threshold = self.info.score_threshold if score_threshold is None else score_threshold
         images: Sequence[ImageLike] = image if isinstance(image, list | tuple) else [image]
-        tensors = [self.read(entry) for entry in images]
-        if not tensors:
-            return []
-        found = [
-            self.find(each, query, score_threshold=threshold, max_detections=max_detections, scoring=scoring)
-            for each in self.encode(tensors)
-        ]
-        detections = [_with_image(result, tensor) for tensor, result in zip(tensors, found, strict=True)]
-        return detections if isinstance(image, list | tuple) else detections[0]
+        found = []
+        for _, same_size in itertools.groupby(map(self.read, images), lambda tensor: tensor.shape):
+            while batch := list(itertools.islice(same_size, BATCH)):
+                for tensor, encoded in zip(batch, self.encode(batch), strict=True):
+                    result = self.find(
+                        encoded, query, score_threshold=threshold, max_detections=max_detections, scoring=scoring
+                    )
+                    found.append(_with_image(result, tensor))
+        return found if isinstance(image, list | tuple) else found[0]
 
     @property
     def predicts_masks(self) -> bool:

@@ -1,7 +1,7 @@
 import json
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import ovd_models
+from ovd_models import predictors
 from ovd_models.checkpoint_info import read_source, write_calibration
 from ovd_models.checkpoints import from_json, load_encoder, load_model, read_info, save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, load_clip, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
+from ovd_models.detectors.encoded import EncodedRegions
 from ovd_models.detectors.rcnn import RCNNConfig
 from ovd_models.errors import InputError
 from ovd_models.ovsam.model import OvSam, OvSamConfig
 from ovd_models.ovsam.text_to_mask import TextToMask, TextToMaskModelConfig
 from ovd_models.predictors import load
+from ovd_models.vild.model import EncodedViLD
 from ovd_models.vocabulary import EmbeddingTable, TextEncoder, Vocabulary, build_vocabulary
 
 NAMES = ("anchor", "umbrella", "snowman")
@@ -110,6 +114,26 @@ def test_one_image_gives_one_answer_and_a_list_a_list(whole: Path) -> None:
     several = detector.detect([picture(), picture(1)], ["anchor"])
     assert [type(entry).__name__ for entry in several] == ["Detections"] * 2
     assert len(detector.detect([picture()])) == 1
+
+
+def test_an_image_of_a_list_is_answered_as_alone(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector, sizes = ovd_models.load(whole), [(90, 60)] * 3 + [(60, 90), (200, 60)]
+    frames = [picture(number).resize(size) for number, size in enumerate(sizes)]
+    monkeypatch.setattr(predictors, "BATCH", 2)
+    encode, batches = detector.encode, []
+
+    def noted(images: Sequence[Tensor]) -> Sequence[EncodedRegions | EncodedViLD]:
+        batches.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(detector, "encode", noted)
+    together = detector.detect(frames, score_threshold=0.0)
+    assert batches == [2, 1, 1, 1]
+    for frame, found in zip(frames, together, strict=True):
+        alone = detector.detect(frame, score_threshold=0.0)
+        assert len(alone) and found.labels.tolist() == alone.labels.tolist()
+        assert torch.allclose(found.boxes, alone.boxes, atol=1e-3) and found.image is not None
+        assert found.image.size == frame.size
 
 
 def test_detections_of_a_rotated_photograph_are_drawn_on_the_upright_one(whole: Path) -> None:
