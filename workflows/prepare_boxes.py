@@ -96,13 +96,12 @@ def prepare(run: Run) -> None:
             del settings[name]
     digests = [file_digest(annotation_file(data, run.images)) for data in (run.data, run.eval_data) if data]
     digests += [file_digest(Path(run.novel))] if run.novel else []
-    as_written = hash_settings(settings, digests)  # as older tables have it
     settings |= {name: storage.absolute(settings[name].rstrip("/")) for name in ("data", "images") if settings[name]}
     config_hash = hash_settings(settings, digests)
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
     if done is not None:
         uri = tables.table_uri(run.storage, "boxes", f"{run.name}-eval")
-        if done.config_hash not in (config_hash, as_written):
+        if done.config_hash != config_hash:
             changed = tables.changed_settings(done, settings)
             differs = f" (other {', '.join(changed)})" if changed else ""
             raise InputError(f"{uri}: made from another config{differs}, expected a new --name or an empty place")
