@@ -146,10 +146,13 @@ def require(cpus: float, gpus: float, wait_minutes: float, flags: str = "--worke
     print(f"waiting up to {wait_minutes:g} minutes for the cluster to have {wanted}", flush=True)
     request_resources(bundles=[{"CPU": 1}] * math.ceil(cpus) + [{"GPU": 1}] * math.ceil(gpus))
     deadline = time.monotonic() + 60 * wait_minutes
-    while lacking(needed):
-        if time.monotonic() > deadline:
-            raise WaitedError(f"the cluster has not grown to {wanted} in {wait_minutes:g} minutes")
-        time.sleep(POLL_SECONDS)
+    try:
+        while lacking(needed):
+            if time.monotonic() > deadline:
+                raise WaitedError(f"the cluster has not grown to {wanted} in {wait_minutes:g} minutes")
+            time.sleep(POLL_SECONDS)
+    finally:
+        request_resources(bundles=[])  # a request outlives its job, and would keep the machines
 
 
 def most(name: str) -> float:

@@ -23,6 +23,8 @@ STORAGE_FAILURES = (
 """Parts of messages of the operating system, SQLite, pyarrow's object stores, ours and boto3."""
 
 
+START_TIMED_OUT = "The worker group startup timed out"
+"""Start of a message of Ray Train's, with a traceback for each try; the job ends with one line about it."""
 NATIVE_LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z] \d+ \d+\]")
 """Start of a line of Ray's native code."""
 
@@ -59,6 +61,7 @@ def setup() -> None:
     """Set up a worker process of a Ray that was started on this machine: log only errors."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
+    _hide_slow_starts()
     _keep_to_cluster()
 
 
@@ -66,6 +69,7 @@ def setup_on_cluster() -> None:
     """Set up a worker process of a cluster, whose warnings may concern its owner: log warnings and errors."""
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
+    _hide_slow_starts()
     _keep_to_cluster()
 
 
@@ -77,6 +81,12 @@ def _keep_to_cluster() -> None:
     import ray
 
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+def _hide_slow_starts() -> None:
+    """Drop what the controller of a training says about starts that timed out."""
+    controller = logging.getLogger("ray.train.v2._internal.execution.controller.controller")
+    controller.addFilter(lambda record: START_TIMED_OUT not in record.getMessage())
 
 
 def is_storage_failure(text: str) -> bool:

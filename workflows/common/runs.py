@@ -101,6 +101,8 @@ class ActiveRun:
     folder: str
     """Folder or URI of its checkpoints."""
     tracked: TrackedRun
+    wait_minutes: float
+    """Minutes to wait for a cluster that grows."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of each finished stage."""
     outputs: dict[str, str] = field(default_factory=dict)
@@ -125,6 +127,7 @@ class ActiveRun:
             settings=settings,
             folder=storage.join(self.folder, name),
             first_step=self.last_step,
+            wait_minutes=self.wait_minutes,
         )
         self.stages.append(stage)
         return stage
@@ -233,7 +236,9 @@ def open_run(
         teacher = str(getattr(run, "teacher", ""))
         teacher_run = tracked.link_to(descriptions.teacher_key(teacher))
         tracked.describe(descriptions.description(storage.join(folder, "model"), teacher, teacher_run))
-        yield ActiveRun(workflow=workflow, data_set=data_set, folder=folder, tracked=tracked)
+        yield ActiveRun(
+            workflow=workflow, data_set=data_set, folder=folder, tracked=tracked, wait_minutes=run.wait_minutes
+        )
 
 
 def released_source(run: TrainingConfig) -> str:

@@ -16,6 +16,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from workflows.common.training import (
     last_checkpoint,
     load_weights,
     other_than,
+    step_of,
 )
 
 QUIET_SECONDS = 10.0
@@ -81,7 +83,9 @@ class Session:
         self.meter = Meter()
         self._replaced = 0
         self._uploading = self._committed = 0  # steps of the last checkpoint and of the last one that is committed
-        self._unchecked: list[tuple[int, tuple[str, ...], Tensor]] = []  # steps with the names and values of losses
+        self._unchecked: list[
+            tuple[int, tuple[str, ...], Tensor]
+        ] = []  # steps, names and values of losses or gradients
         self._notice, self._saved_on_notice = False, False  # of the end of a node
         self._part = 0  # of the batch, from 0 to `accumulate` - 1
         if device.type == "cuda" and self.world > 1:
@@ -103,8 +107,10 @@ class Session:
         self._began_at = self._told_at = time.perf_counter()
 
     def _restore(self) -> None:
+        checkpoint = last_checkpoint(self.stage.folder)
         given = ray.train.get_checkpoint() if self.settings.workers else None
-        checkpoint = given or last_checkpoint(self.stage.folder)  # a run begun in the driver may continue in workers
+        if given is not None and (checkpoint is None or step_of(given) > step_of(checkpoint)):
+            checkpoint = given
         if checkpoint is None:
             return
         with checkpoint.as_directory() as folder:
@@ -173,7 +179,8 @@ class Session:
     def update(self, losses: Mapping[str, Tensor]) -> None:
         """One optimiser step on the sum of the losses, after the last part of the batch.
 
-        Whether the sum is finite is read where the host waits anyway: before the next log line and checkpoint.
+        Whether the sum and the gradient are finite is read where the host waits anyway: before the next log line and
+        checkpoint.
         """
         values = torch.stack(list(losses.values()))
         self._unchecked.append((self.step, tuple(losses), values.detach()))
@@ -187,8 +194,12 @@ class Session:
         self.scaler.unscale_(self.optimiser)
         if self.settings.clip_value is not None:
             nn.utils.clip_grad_value_(self.module.parameters(), self.settings.clip_value)
+        gradients = [value.grad for value in self.module.parameters() if value.grad is not None]
+        norm = nn.utils.get_total_norm(gradients).to(self.device)
+        if not self.scaler.is_enabled():  # which skips such steps
+            self._unchecked.append((self.step, ("gradient",), norm[None]))
         if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.settings.clip_norm, norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.schedule.step()
@@ -197,7 +208,7 @@ class Session:
         self.step += 1
 
     def _check_losses(self) -> None:
-        """Refuse to go on after a loss that is not finite, on all ranks at once; every rank calls this."""
+        """Refuse to go on after a loss or gradient that is not finite, on all ranks at once; every rank calls this."""
         sums = torch.stack([torch.tensor(0.0, device=self.device), *(values.sum() for *_, values in self._unchecked)])
         broken = ~torch.isfinite(sums)  # counted from 1, so that 0 stands for none
         first = torch.where(broken.any(), broken.int().argmax(), len(sums))
@@ -381,6 +392,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._added: Counter[str] = Counter()  # parts with a loss; some have only boxes, others only captions
         self._parts, self._images = 0, 0.0
         self._spent = dict.fromkeys(("data_wait", "checkpoint"), 0.0)
         self._since = time.perf_counter()
@@ -396,6 +408,7 @@ class Meter:
         """Add the losses of a step or its part, which stay on their device until `collect`, and its images."""
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        self._added.update(losses.keys())
         self._parts += 1
         self._images += images
 
@@ -403,11 +416,13 @@ class Meter:
         """The averages since the last call, under MLflow's names."""
         seconds = max(1e-9, time.perf_counter() - self._since)
         totals = torch.stack(list(self._sums.values())).tolist() if self._sums else []
-        result = {f"train/loss_{name}": total / self._parts for name, total in zip(self._sums, totals, strict=True)}
+        averages = {name: total / self._added[name] for name, total in zip(self._sums, totals, strict=True)}
+        result = {f"train/loss_{name}": average for name, average in averages.items()}
         result["train/total_loss"] = sum(totals) / max(1, self._parts)
         result["train/images_per_second"] = self._images / seconds
         result |= {f"train/{what}_fraction": min(1.0, spent / seconds) for what, spent in self._spent.items()}
         self._sums, self._parts, self._images, self._spent = {}, 0, 0.0, dict.fromkeys(self._spent, 0.0)
+        self._added.clear()
         self._since = time.perf_counter()
         return result
 

@@ -18,7 +18,10 @@ import ray.train.v2._internal.execution.context
 import torch
 import torch.distributed
 from pyarrow import parquet
+from ray.train import ControllerError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from torch import Tensor
 
 from data_prep import storage
@@ -47,6 +50,8 @@ class Stage:
     """Folder or URI of its checkpoints."""
     first_step: int = 0
     """Steps of the stages before it; metrics of all stages share one axis of steps."""
+    wait_minutes: float = 20.0
+    """Minutes to wait for its workers to start, all tries together."""
 
 
 class NotFiniteError(FloatingPointError):
@@ -238,6 +243,7 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
     Raises:
         NotFiniteError: a loss is not finite; the rows of its step are saved in the stage's folder.
         InputError: a worker met bad input.
+        WaitedError: other jobs hold what the workers need, or a lost machine is not replaced.
     """
     settings = stage.settings
     if committed_step(stage.folder) >= settings.steps:
@@ -245,7 +251,7 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
     parent, name = stage.folder.rsplit("/", 1)
     filesystem, path = storage.resolve(parent)
     filesystem.create_dir(path, recursive=True)
-    take_bad_input(stage)  # of a run that was killed
+    take(stage, BAD_INPUT), take(stage, NOT_FINITE)  # of a run that was killed
 
     def from_committed(make: Feed) -> Callable[[], Stream]:
         # Called whenever a group of workers starts, so that a replaced group gets the rest of the stream.
@@ -266,17 +272,28 @@ def fit(worker: Callable[[], None], stage: Stage, feeds: Mapping[str, Feed]) -> 
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=settings.max_failures,
+                # Of starts, which are tried for ever by default; the field is missing in the older class's types.
+                controller_failure_limit=settings.max_failures,  # type: ignore[call-arg]
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
         # Inside the driver Ray Train passes on whatever it is given.
         datasets={key: from_committed(make) for key, make in feeds.items()},  # type: ignore[misc]
         dataset_config=ray.train.DataConfig(enable_shard_locality=False, execution_options=options),
     )
+    os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(60 * stage.wait_minutes / (1 + settings.max_failures))
     try:
         trainer.fit()
+    except ControllerError as error:
+        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise
+        raise cli.WaitedError(
+            f"{stage.job}: the cluster had no room for the {settings.workers} workers in {stage.wait_minutes:g} minutes"
+        ) from error
     finally:
-        if message := take_bad_input(stage):
+        if message := take(stage, BAD_INPUT):
             raise InputError(message)
     raise_if_not_finite(stage, feeds)
     return final_weights(stage.folder)
@@ -303,23 +320,22 @@ def run_loop(worker: Callable[[], None], stage: Stage) -> None:
             storage.write_bytes(storage.join(stage.folder, NOT_FINITE), record.encode())
 
 
-def take_bad_input(stage: Stage) -> str:
-    """The line that `run_loop` recorded, which is deleted; empty if there is none."""
-    filesystem, path = storage.resolve(uri := storage.join(stage.folder, BAD_INPUT))
+def take(stage: Stage, name: str) -> str:
+    """The text of a file that `run_loop` wrote, which is deleted; empty if there is none."""
+    filesystem, path = storage.resolve(uri := storage.join(stage.folder, name))
     if not storage.exists(uri):
         return ""
-    line = storage.read_bytes(uri).decode()
+    text = storage.read_bytes(uri).decode()
     filesystem.delete_file(path)
-    return line
+    return text
 
 
 def raise_if_not_finite(stage: Stage, feeds: Mapping[str, Feed]) -> None:
     """Save the rows of the step that `run_loop` recorded, if any, and raise its error."""
-    filesystem, path = storage.resolve(storage.join(stage.folder, NOT_FINITE))
-    if not storage.exists(storage.join(stage.folder, NOT_FINITE)):
+    text = take(stage, NOT_FINITE)
+    if not text:
         return
-    record = json.loads(storage.read_bytes(storage.join(stage.folder, NOT_FINITE)))
-    filesystem.delete_file(path)  # a resumed run may come to another end
+    record = json.loads(text)
     step, saved = record["step"], []
     for name, stream_of in feeds.items():
         if len(positions := stream_of.positions(step)):

@@ -47,6 +47,10 @@ waiter.join(3)
 if arrives:
     nodes.add_node(num_cpus=4)
 waiter.join()
+state = autoscaler_pb2.GetClusterResourceStateReply()
+state.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_resource_state())
+constraints = state.cluster_resource_state.cluster_resource_constraints
+print("requests left:", sum(len(each.resource_requests) for each in constraints))
 ray.shutdown()
 nodes.shutdown()
 """
@@ -75,11 +79,13 @@ def test_workers_that_a_cluster_cannot_have_are_refused_at_once(ray_cluster: Non
 )
 def test_a_cluster_that_grows_is_waited_for(cpus: int, minutes: float, node: str, last: str) -> None:
     command = [sys.executable, "-c", GROWING, str(cpus), str(minutes), node]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    environment = {**os.environ, "RAY_enable_autoscaler_v2": "1"}  # as Ray's autoscaler sets it
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
     lines = done.stdout.splitlines()
     assert last in lines, done.stdout + done.stderr
     waited = f"waiting up to {minutes:g} minutes for the cluster to have {cpus} CPUs"
     assert (waited in lines) == (not last.startswith("InputError"))
+    assert "requests left: 0" in lines  # or machines would be kept for a job that has ended
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def test_a_registered_model_is_loaded_by_its_name(tmp_path: Path) -> None:
 
 def test_a_finished_training_leaves_the_threshold_of_its_evaluation(tmp_path: Path) -> None:
     with tracking.run(str(tmp_path), experiment="x", name="a", params={}, tags={}) as tracked:
-        active = runs.ActiveRun(workflow="codet", data_set="x", folder=str(tmp_path / "run"), tracked=tracked)
+        active = runs.ActiveRun(
+            workflow="codet", data_set="x", folder=str(tmp_path / "run"), tracked=tracked, wait_minutes=1
+        )
         found = runs.Evaluation(metrics=None, headline="eval/ap50_all", value=0.5, threshold=0.2519)
         trained = active.finish(save_detector, lambda _: found)
     for uri in (trained.model, "models:/ovd-codet-x@champion"):

@@ -59,6 +59,9 @@ def test_a_worker_takes_its_share_of_every_batch() -> None:
     assert share.detection_batch * workers == run.detection_batch
     assert share.groups_per_step * workers == run.groups_per_step
     assert (share.joint_stage.workers, share.joint_stage.learning_rate) == (0, run.joint_stage.learning_rate)
+    other = dataclasses.replace(run.joint_stage, workers=2, accumulate=16)
+    uneven = rehearsal.one_worker(dataclasses.replace(run, joint_stage=other), "box_stage")
+    assert (uneven.detection_batch, uneven.joint_stage.accumulate) == (run.detection_batch // workers, 1)
 
 
 def test_loading_is_measured_in_cpu_time_of_one_step() -> None:

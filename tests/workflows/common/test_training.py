@@ -24,6 +24,7 @@ from ovd_models.errors import InputError
 from ovd_models.vocabulary import Vocabulary
 from workflows.common import optimisation, runs, training
 from workflows.common.acceleration import autocast_dtype, compile_backbones
+from workflows.common.cli import WaitedError
 from workflows.common.optimisation import Optimisation, Precision
 from workflows.common.session import Meter, Session, convert_sync_batchnorm
 from workflows.common.teacher import CodetNames
@@ -248,6 +249,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_log_line(alone: None
         running.end_step(losses, 4)
 
 
+def test_weights_of_a_gradient_that_is_not_finite_are_not_saved(alone: None, tmp_path: Path) -> None:
+    running = session(dataclasses.replace(QUICK, clip_norm=None), tmp_path)
+    for number in range(5):
+        step(running, number)
+    running.checkpoint()
+    for number in range(5, 9):
+        step(running, number)
+    losses = {"fine": (running.model(torch.ones(4, 3)) * 0).square().sum().sqrt()}  # 0, with the slope 0 / 0
+    running.update(losses)
+    with pytest.raises(FloatingPointError, match="test: gradient not finite at step 9"):
+        running.end_step(losses, 4)
+    assert training.committed_step(str(tmp_path)) == 5
+    assert all(torch.isfinite(weight).all() for weight in training.final_weights(str(tmp_path)).values())
+
+
 def test_slow_steps_tell_the_time_between_log_lines(
     alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -429,6 +445,16 @@ def test_a_meter_averages_losses_since_the_last_call() -> None:
     assert "train/loss_a" not in meter.collect()
 
 
+def test_a_meter_averages_each_loss_over_the_parts_that_have_it() -> None:
+    meter = Meter()
+    for _ in range(5):
+        meter.add({"classes": torch.tensor(1.0)}, 4)
+        meter.add({"concept": torch.tensor(3.0)}, 4)
+    found = meter.collect()
+    assert (found["train/loss_classes"], found["train/loss_concept"]) == (1.0, 3.0)
+    assert found["train/total_loss"] == 2.0  # of a step
+
+
 def test_a_meter_measures_the_fraction_of_time_in_checkpoints() -> None:
     meter = Meter()
     with meter.timing("checkpoint"):
@@ -505,6 +531,31 @@ def test_the_rows_of_a_loss_that_is_not_finite_are_saved_and_the_loop_is_not_tri
     assert parquet.read_table(saved)["position"].to_pylist() == rows
     assert attempts.read_text().count("began") == max(1, workers)
     assert training.committed_step(stage.folder) == 5
+
+
+@pytest.mark.ray
+def test_workers_of_a_busy_cluster_are_not_waited_for_longer_than_told(ray_cluster: None, tmp_path: Path) -> None:
+    @ray.remote
+    class Other:
+        def is_here(self) -> bool:
+            return True
+
+    other = Other.options(num_cpus=ray.available_resources()["CPU"]).remote()
+    assert ray.get(other.is_here.remote())
+    settings = dataclasses.replace(QUICK, workers=1, max_failures=1)
+    stage = dataclasses.replace(stage_of(settings, tmp_path / "run"), wait_minutes=0.05)
+    try:
+        with pytest.raises(WaitedError, match=r"^test: the cluster had no room for the 1 workers in 0\.05 minutes$"):
+            training.fit(lambda: None, stage, {})
+    finally:
+        ray.kill(other)
+
+
+@pytest.mark.ray
+def test_a_record_of_a_killed_run_does_not_end_the_next(ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / training.NOT_FINITE).write_text('{"step": 3, "losses": ["error"]}')
+    run_loop(QUICK, tmp_path)
+    assert training.committed_step(str(tmp_path)) == 10
 
 
 @pytest.mark.ray
@@ -596,12 +647,15 @@ def test_two_workers_resume_exactly_after_a_crash(ray_cluster: None, tmp_path: P
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_begun_inside_the_driver_continues_on_a_worker(ray_cluster: None, tmp_path: Path) -> None:
-    whole = run_loop(QUICK, tmp_path / "whole")
-    with pytest.raises(Exception, match="a crash in the middle"):
-        run_loop(QUICK, tmp_path / "halves", stop_after=7)
-    again = run_loop(dataclasses.replace(QUICK, workers=1), tmp_path / "halves")
-    assert training.committed_step(str(tmp_path / "halves")) == 10
+def test_a_run_moves_between_the_driver_and_a_worker(ray_cluster: None, tmp_path: Path) -> None:
+    driver = dataclasses.replace(QUICK, steps=20)
+    whole = run_loop(driver, tmp_path / "whole")
+    for workers, stop in ((0, 7), (1, 12), (0, 17)):
+        with pytest.raises(Exception, match="a crash in the middle"):
+            run_loop(dataclasses.replace(driver, workers=workers, max_failures=0), tmp_path / "parts", stop_after=stop)
+    assert training.committed_step(str(tmp_path / "parts")) == 15  # the driver's; the worker's last one is of step 10
+    again = run_loop(dataclasses.replace(driver, workers=1), tmp_path / "parts")
+    assert training.committed_step(str(tmp_path / "parts")) == 20
     assert all(torch.allclose(value, again[name], atol=1e-6) for name, value in whole.items())
 
 
