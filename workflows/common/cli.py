@@ -80,12 +80,12 @@ def parse(
     description = f"--config NAME: one of {', '.join(configs)} (default {default})"
     if stages:
         description += f"\n\n{STAGE_FLAGS}"
-        run = with_stage_flags(run, known)
     if HELP & set(rest):
         print(doc or "")  # tyro would join its lines
         rest = ["--help"]
     with on_parse_error(partial(_raise_input_error, flags_of(run, stages))):
-        parsed = tyro.cli(type(run), args=rest, default=run, description=description)
+        arguments = [*stage_arguments(stages, known), *rest]  # of several, the last one counts
+        parsed = tyro.cli(type(run), args=arguments, default=run, description=description)
     check_places(parsed)
     if uri := getattr(parsed, "storage", ""):
         parsed = dataclasses.replace(parsed, storage=storage.open_storage(uri, writes=writes))  # type: ignore[type-var]
@@ -143,7 +143,7 @@ def flag_of(name: str, value: object) -> str:
     """The flag that gives a field, by its dotted name, a value."""
     group, _, last = name.replace("_", "-").rpartition(".")
     prefix = f"--{group}." if group else "--"
-    if isinstance(value, bool):
+    if isinstance(value, bool) and not name.endswith(".use_gpu"):  # which may be None, so it takes a word
         return f"{prefix}{'' if value else 'no-'}{last}"
     values = value if isinstance(value, tuple | list) else [value]
     return " ".join([f"{prefix}{last}", *(shlex.quote(str(each)) for each in values)])
@@ -179,15 +179,11 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, action=argparse.BooleanOptionalAction)
 
 
-def with_stage_flags(run: R, known: argparse.Namespace) -> R:
-    """The run with the settings that were given for all stages.
-
-    Raises:
-        InputError: a batch cannot be shared among the workers.
-    """
+def stage_arguments(stages: Sequence[str], known: argparse.Namespace) -> list[str]:
+    """The flags that were given for all stages, as those of each, so that a run is checked with all of its flags."""
     given = {name: value for name, value in vars(known).items() if name != "config" and value is not None}
-    stages = {name: dataclasses.replace(getattr(run, name), **given) for name in stages_of(run)}
-    return dataclasses.replace(run, **stages) if given else run  # type: ignore[type-var]
+    flags = [flag_of(f"{stage}.{name}", value) for stage in stages for name, value in given.items()]
+    return shlex.split(" ".join(flags))
 
 
 def scale_rates(run: R, published: R, arguments: Sequence[str]) -> R:

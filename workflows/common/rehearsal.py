@@ -122,7 +122,7 @@ def peak_gigabytes() -> float:
 def one_worker(run: R, field: str) -> R:
     """The run with the share of one worker in a stage, which trains in this process for some steps."""
     workers = max(1, getattr(run, field).workers)
-    shares = {name: getattr(run, name) // workers for name in SHARED if hasattr(run, name)}
+    shares = {name: max(1, getattr(run, name) // workers) for name in SHARED if hasattr(run, name)}
     short = {"workers": 0, "steps": STEPS, "log_every": COUNTED, "checkpoint_every": STEPS, "accumulate": 1}
     stages = {name: dataclasses.replace(getattr(run, name), **short) for name in cli.stages_of(run)}
     stages[field] = dataclasses.replace(stages[field], accumulate=getattr(run, field).accumulate)

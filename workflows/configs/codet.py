@@ -97,7 +97,8 @@ class Run:
             raise InputError("--pairs: missing, expected the captions that the detector is continued with")
         for stage in (self.box_stage, self.joint_stage):
             check_shared("detection_batch", self.detection_batch, stage)
-            check_shared("groups_per_step", self.groups_per_step, stage)
+        if self.model.supervision != "boxes":
+            check_shared("groups_per_step", self.groups_per_step, self.joint_stage)
         if self.group_size < 2:
             raise InputError(f"group_size: {self.group_size}, expected at least 2")
         if self.alternate and self.joint_stage.checkpoint_every % (2 * STEPS_PER_BLOCK):

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,10 @@ import pytest
 
 from ovd_models.errors import InputError
 from workflows.common import cli
+from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
+from workflows.configs import ovsam as ovsam_configs
+from workflows.configs import vild as vild_configs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +239,34 @@ def test_precision_parts_and_devices_of_all_stages_are_one_flag_each() -> None:
     run = cli.parse(codet_configs.CONFIGS, "A test.", ["--config", "lvis_r50", *flags])
     for stage, precision in ((run.box_stage, "bf16"), (run.joint_stage, "fp16")):
         assert (stage.precision, stage.accumulate, stage.compile, stage.use_gpu) == (precision, 2, True, False)
-    with pytest.raises(InputError, match="precision: half, expected one of auto, fast, bf16, fp16, fp32"):
+    with pytest.raises(InputError, match="precision: 'half', expected one of auto, fast, bf16, fp16, fp32"):
         cli.parse(codet_configs.CONFIGS, "A test.", ["--precision", "half"])
+
+
+@pytest.mark.parametrize(
+    ("configs", "line"),
+    [
+        (codet_configs.CONFIGS, "--config finetune --workers 8 --detection-batch 16"),
+        (codet_configs.CONFIGS, "--config finetune --box-stage.workers 8 --joint-stage.workers 8 --detection-batch 16"),
+        (vild_configs.CONFIGS, "--config photos_gpu --workers 2 --accumulate 8 --detection-batch 16"),
+        (clip_configs.CONFIGS, "--config pictograms --workers 5 --batch-size 100"),
+        (ovsam_configs.CONFIGS, "--config photos_laptop --workers 8 --batch-size 16"),
+    ],
+)
+def test_workers_are_checked_with_the_batch_that_is_given_beside_them(
+    configs: Mapping[str, Callable[[], Any]], line: str
+) -> None:
+    run = cli.parse(configs, "A test.", line.split())
+    for name in cli.stages_of(run):
+        assert f"workers {getattr(run, name).workers}" in line
+
+
+def test_the_printed_flags_of_a_run_give_the_same_run(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--config", "lvis_r50", "--workers", "4", "--no-use-gpu", "--compile", "--precision", "fp32"]
+    run = cli.parse(codet_configs.CONFIGS, "A test.", flags)
+    printed = capsys.readouterr().out.splitlines()[-1].removeprefix("config: ")
+    assert "--box-stage.use-gpu False" in printed
+    assert cli.parse(codet_configs.CONFIGS, "A test.", ["--config", *shlex.split(printed)]) == run
 
 
 def test_learning_rates_follow_the_batch_and_a_given_one_stays(capsys: pytest.CaptureFixture[str]) -> None:
