@@ -167,11 +167,10 @@ def interpolated_ap(right: Floats, wrong: Floats, positives: npt.NDArray[Any]) -
     precision = true / (true + false + np.spacing(1))
     precision = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
     rows = recall.reshape(-1, count)
-    offsets = 2.0 * np.arange(len(rows))[:, None]  # one search for all rows: recall is at most 1
-    places = np.searchsorted((np.minimum(rows, 1.5) + offsets).ravel(), (RECALLS + offsets).ravel(), side="left")
-    places = places.reshape(len(rows), -1) - count * np.arange(len(rows))[:, None]
+    # Row by row: offsets that put all rows into one search would round recalls, and miss levels that are just reached.
+    places = np.stack([np.searchsorted(row, RECALLS, side="left") for row in rows])
     padded = np.concatenate([precision.reshape(-1, count), np.zeros((len(rows), 1))], axis=1)
-    ap = np.take_along_axis(padded, np.clip(places, 0, count), axis=1).mean(1).reshape(shape)
+    ap = np.take_along_axis(padded, places, axis=1).mean(1).reshape(shape)
     return np.where(positives > 0, ap, np.nan)
 
 
