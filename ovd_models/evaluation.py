@@ -19,6 +19,7 @@ from ovd_models.metrics.records import (
     IouType,
     Predictions,
     concatenate,
+    limit_per_image,
     truth_of_rows,
     xywh,
 )
@@ -147,7 +148,7 @@ def recall_by_image(
 ) -> tuple[Floats, Floats]:
     """AR@100 of `evaluate_proposals` by image: [I] found boxes, averaged over IoU thresholds, and [I] boxes to find."""
     truth, found = _proposed(rows, proposals, category_ids)
-    matches = match(truth, found, "bbox", federated=False)
+    matches = match(truth, limit_per_image(found, 100), "bbox")
     hit = np.bincount(matches.predictions.images, matches.hits.mean(0), minlength=len(rows))
     wanted = np.bincount(truth.images[matches.counted], minlength=len(rows))
     return hit.astype(np.float64), wanted.astype(np.float64)

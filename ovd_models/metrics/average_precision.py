@@ -68,16 +68,14 @@ def accumulate(
     Args:
         truth: all images of the set.
         predictions: of these images, at most as many of an image as the protocol allows, if it limits them over all
-            categories; `limits` are for each category.
+            categories; `limits` are for each category. Federated, those of `verified`.
         kind: boxes or masks.
         limits: ascending numbers of best detections of an image and category.
-        federated: LVIS's rules (Gupta et al., 2019): a category counts in images where it is known to be present or
-            absent, and unmatched predictions of one that is not exhaustively annotated are ignored.
+        federated: LVIS's rules (Gupta et al., 2019): unmatched predictions of a category that is not exhaustively
+            annotated in the image are ignored.
     """
     shape = (len(THRESHOLDS), 101, len(truth.categories), len(SIZES), len(limits))
     precision, recall = -np.ones(shape), -np.ones((shape[0], *shape[2:]))
-    if federated:
-        predictions = verified(truth, predictions)
     for label, objects, found in by_category(truth, predictions):
         if len(objects):
             result = _evaluate_category(truth, predictions, label, objects, found, kind, limits, federated)
@@ -86,7 +84,7 @@ def accumulate(
 
 
 def verified(truth: GroundTruth, predictions: Predictions) -> Predictions:
-    """The predictions whose category is annotated in their image, or known to be absent from it."""
+    """The predictions that LVIS counts: their category is annotated in their image, or known to be absent from it."""
     count = len(truth.categories)
     present = np.unique(truth.images * count + truth.labels)
     pairs = predictions.images * count + predictions.labels

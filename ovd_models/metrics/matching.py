@@ -5,13 +5,13 @@ The engine gives curves of whole sets; this gives each prediction's fate, by the
 T IoU thresholds, P predictions, A objects, I images, K categories.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ovd_models.metrics.average_precision import THRESHOLDS, by_category, verified
+from ovd_models.metrics.average_precision import THRESHOLDS, by_category
 from ovd_models.metrics.named_masks import by_image, overlaps
 from ovd_models.metrics.records import (
     Bools,
@@ -21,8 +21,6 @@ from ovd_models.metrics.records import (
     IouType,
     Predictions,
     contains,
-    limit_per_image,
-    limit_per_image_and_category,
 )
 
 RECALLS = np.linspace(0, 1, 101)
@@ -35,7 +33,7 @@ class Matches:
     """Predictions with what became of them."""
 
     predictions: Predictions
-    """[P] those that the protocol counts, best first within each image and category."""
+    """[P] best first within each image and category."""
     hits: Bools
     """[T, P] matched to an object that counts."""
     ignored: Bools
@@ -46,21 +44,18 @@ class Matches:
     """[A] objects that are to be found: no crowds."""
 
 
-def match(truth: GroundTruth, predictions: Predictions, kind: IouType, *, federated: bool) -> Matches:
-    """Match predictions to objects by COCO's rules, or by LVIS's: the best free object of the category, best first.
+def match(truth: GroundTruth, predictions: Predictions, kind: IouType) -> Matches:
+    """Match predictions to objects, best first: each to the best free object of its category.
+
+    Others are ignored if they fit a crowd, or if their category is not exhaustively annotated in the image.
 
     Args:
         truth: all images of the set.
-        predictions: of these images.
+        predictions: of these images; all count. `protocols.counted` gives both as a protocol counts them.
         kind: boxes or masks.
-        federated: LVIS's rules and limit; else 100 predictions of an image and category.
     """
-    if federated:  # LVIS has no crowds
-        truth = replace(truth, crowd=np.zeros_like(truth.crowd))
     counted = ~truth.crowd
-    kept = limit_per_image(predictions, 300) if federated else limit_per_image_and_category(predictions, 100)
-    kept = verified(truth, kept) if federated else kept
-    kept = kept.take(np.lexsort((-kept.scores, kept.labels, kept.images)))
+    kept = predictions.take(np.lexsort((-predictions.scores, predictions.labels, predictions.images)))
     hits = np.zeros((len(THRESHOLDS), len(kept)), np.bool_)
     ignored = np.zeros_like(hits)
     objects = np.full(len(kept), -1, np.int64)
@@ -75,7 +70,7 @@ def match(truth: GroundTruth, predictions: Predictions, kind: IouType, *, federa
             result = _match_category(near[np.ix_(rows, columns)], counted[own[columns]])
             hits[:, found[rows]], ignored[:, found[rows]] = result[0], result[1]
             objects[found[rows]] = np.where(result[2] >= 0, own[columns][result[2]], -1)
-    if federated and truth.not_exhaustive is not None:
+    if truth.not_exhaustive is not None:
         partial = contains(truth.not_exhaustive, kept.images * len(truth.categories) + kept.labels)
         ignored |= ~hits & partial
     return Matches(kept, hits, ignored, objects, counted)

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from ovd_models.errors import InputError
-from ovd_models.metrics.average_precision import LVIS_LIMIT, Curves, accumulate
+from ovd_models.metrics.average_precision import LVIS_LIMIT, Curves, accumulate, verified
 from ovd_models.metrics.named_masks import evaluate_named_masks
 from ovd_models.metrics.records import (
     Bools,
@@ -16,12 +16,14 @@ from ovd_models.metrics.records import (
     Predictions,
     limit_per_category,
     limit_per_image,
-    only_images,
+    limit_per_image_and_category,
 )
 
 Protocol = Literal["lvis", "lvis-fixed", "coco", "coco-ovd", "ovsam"]
 FIXED_LIMIT = 10_000
 """Predictions of a category in the whole set (Dave et al., 2021)."""
+COCO_LIMIT = 100
+"""Predictions of an image and category."""
 RECALL_LIMITS = (10, 100, 300)
 
 
@@ -53,12 +55,28 @@ def measure(truth: GroundTruth, predictions: Predictions, protocol: Protocol, ki
     return PROTOCOLS[protocol](truth, predictions, kind)
 
 
+def counted(truth: GroundTruth, predictions: Predictions, protocol: Protocol) -> tuple[GroundTruth, Predictions]:
+    """The objects and predictions from which a protocol computes AP; images and categories keep their numbers.
+
+    Crowds and categories that are not exhaustively annotated are marked only where the protocol knows them.
+
+    Raises:
+        InputError: the ground truth lacks what the protocol needs.
+    """
+    if protocol in ("lvis", "lvis-fixed"):
+        check_federated(truth, protocol)
+        one_image = protocol == "lvis"
+        kept = limit_per_image(predictions, LVIS_LIMIT) if one_image else limit_per_category(predictions, FIXED_LIMIT)
+        return replace(truth, crowd=np.zeros_like(truth.crowd)), verified(truth, kept)
+    if protocol == "coco-ovd":
+        base, novel = check_splits(truth, protocol)
+        truth, predictions = _with_objects(truth, predictions, base | novel)
+    return replace(truth, not_exhaustive=None), limit_per_image_and_category(predictions, COCO_LIMIT)
+
+
 def lvis(truth: GroundTruth, predictions: Predictions, kind: IouType) -> Measured:
     """LVIS: 300 predictions of an image over all categories, federated; AP by the frequency of the category."""
-    check_federated(truth, "lvis")
-    curves = accumulate(
-        _without_crowds(truth), limit_per_image(predictions, LVIS_LIMIT), kind, limits=(LVIS_LIMIT,), federated=True
-    )
+    curves = accumulate(*counted(truth, predictions, "lvis"), kind, limits=(LVIS_LIMIT,), federated=True)
     numbers = {**_average_precisions(curves), **_frequencies(truth, curves), f"AR@{LVIS_LIMIT}": curves.ar()}
     for size in ("small", "medium", "large"):
         numbers[f"AR{size[0]}@{LVIS_LIMIT}"] = curves.ar(size=size)
@@ -67,9 +85,7 @@ def lvis(truth: GroundTruth, predictions: Predictions, kind: IouType) -> Measure
 
 def lvis_fixed(truth: GroundTruth, predictions: Predictions, kind: IouType) -> Measured:
     """AP-fixed: any number of predictions of an image, at most 10,000 of a category."""
-    check_federated(truth, "lvis-fixed")
-    kept = limit_per_category(predictions, FIXED_LIMIT)
-    curves = accumulate(_without_crowds(truth), kept, kind, limits=(FIXED_LIMIT,), federated=True)
+    curves = accumulate(*counted(truth, predictions, "lvis-fixed"), kind, limits=(FIXED_LIMIT,), federated=True)
     return Measured({**_average_precisions(curves), **_frequencies(truth, curves)}, curves)
 
 
@@ -161,11 +177,11 @@ def check_splits(truth: GroundTruth, protocol: Protocol) -> tuple[Bools, Bools]:
 
 
 def _with_objects(truth: GroundTruth, predictions: Predictions, chosen: Bools) -> tuple[GroundTruth, Predictions]:
-    """The images with an object of some categories, and these categories' objects and predictions there."""
+    """The objects of some categories, and these categories' predictions in the images with such an object."""
     objects = truth.only_categories(chosen)
     keep = np.zeros(len(truth.image_ids), np.bool_)
     keep[objects.images] = True
-    return only_images(objects, predictions.take(chosen[predictions.labels]), keep)
+    return objects, predictions.take(chosen[predictions.labels] & keep[predictions.images])
 
 
 def _average_precisions(curves: Curves) -> dict[str, float]:
@@ -182,8 +198,3 @@ def _average_precisions(curves: Curves) -> dict[str, float]:
 def _frequencies(truth: GroundTruth, curves: Curves) -> dict[str, float]:
     of = np.array([category.frequency for category in truth.categories])
     return {f"AP{letter}": curves.ap(categories=of == letter) for letter in "rcf"}
-
-
-def _without_crowds(truth: GroundTruth) -> GroundTruth:
-    """LVIS has no crowds: its package takes every object as one to be found."""
-    return replace(truth, crowd=np.zeros_like(truth.crowd))

@@ -169,30 +169,6 @@ def _best_of_each(groups: Ints, scores: Floats, limit: int) -> Bools:
     return keep
 
 
-def only_images(truth: GroundTruth, predictions: Predictions, keep: Bools) -> tuple[GroundTruth, Predictions]:
-    """Both on some of the images [I]."""
-    new_of = np.cumsum(keep) - 1
-    kept = truth.only_objects(keep[truth.images])
-    shown = predictions.take(keep[predictions.images])
-    kept = replace(
-        kept,
-        image_ids=truth.image_ids[keep],
-        sizes=truth.sizes[keep],
-        images=new_of[kept.images],
-        negative=_moved(truth.negative, keep, new_of, truth),
-        not_exhaustive=_moved(truth.not_exhaustive, keep, new_of, truth),
-    )
-    return kept, replace(shown, images=new_of[shown.images])
-
-
-def _moved(codes: Ints | None, keep: Bools, new_of: Ints, truth: GroundTruth) -> Ints | None:
-    if codes is None:
-        return None
-    images, labels = np.divmod(codes, len(truth.categories))
-    shown = keep[images]
-    return np.asarray(new_of[images[shown]] * len(truth.categories) + labels[shown], np.int64)
-
-
 def pair_codes(pairs: Iterable[tuple[int, int]], num_categories: int) -> Ints:
     """Pairs of image and category indices as ascending codes."""
     return np.array(sorted({image * num_categories + label for image, label in pairs}), np.int64)

@@ -26,6 +26,8 @@ from ovd_models.checkpoints import save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
 from ovd_models.errors import InputError
+from ovd_models.metrics.matching import average_precisions, mean_of
+from ovd_models.metrics.protocols import Protocol, measure
 from ovd_models.predictors import Detector
 from ovd_models.vocabulary import EmbeddingTable
 from workflows import embed_texts, evaluate, failures
@@ -34,6 +36,7 @@ from workflows.common.teacher import open_teacher
 from workflows.configs.evaluation import Run
 from workflows.reports import evaluation
 from workflows.reports.detections import annotations_as_detections, draw_comparison, read_box_image
+from workflows.reports.explanation import explain
 from workflows.studies import ovsam_boxes, vild_sweep
 
 WORLD = World.create(0)
@@ -358,6 +361,25 @@ def test_predictions_made_elsewhere_are_evaluated_by_either_engine(
     assert lines[1].split() == ["AP", f"{found['fast']['AP']:.3f}"]
     assert lines[14].startswith(f"lvis, {kind}: 4 images, {len(TRUTH['annotations'])} objects, 80 predictions; ")
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("protocol", ["lvis", "lvis-fixed", "coco", "coco-ovd"])
+def test_the_page_explains_the_ap_of_its_protocol(protocol: Protocol, tmp_path: Path) -> None:
+    annotated = lvis_like(6, 6, 4)  # names in neither split count for COCO alone
+    if not protocol.startswith("lvis"):
+        annotated["categories"] = [{"id": entry["id"], "name": entry["name"]} for entry in annotated["categories"]]
+    (tmp_path / "gt.json").write_text(json.dumps(annotated))
+    write_results(predictions_for(annotated, 500), tmp_path / "dt.json")
+    truth = measured.read_truth_file(str(tmp_path / "gt.json"), "bbox")
+    splits = ("base", "novel", "base", "")
+    categories = [dataclasses.replace(each, split=split) for each, split in zip(truth.categories, splits, strict=True)]
+    truth = dataclasses.replace(truth, categories=tuple(categories))
+    found = measured.read_prediction_file(str(tmp_path / "dt.json"), truth, "bbox")
+    numbers = measure(truth, found, protocol, "bbox").numbers
+    explained = explain(truth, found, protocol, "bbox")
+    ap_K = average_precisions(explained.truth, explained.matches).mean(0)
+    expected = numbers["AP_all"] if protocol == "coco-ovd" else numbers["AP"]
+    assert mean_of(ap_K[explained.groups["all"]]) == pytest.approx(expected, abs=1e-9)
 
 
 def test_our_predictions_are_evaluated_as_anybody_elses(

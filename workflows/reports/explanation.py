@@ -25,7 +25,7 @@ from ovd_models.metrics.explanation import (
     image_scores,
 )
 from ovd_models.metrics.matching import Matches, average_precisions, bootstrap, interval, match, mean_of
-from ovd_models.metrics.protocols import Measured, Protocol
+from ovd_models.metrics.protocols import Measured, Protocol, counted
 from ovd_models.metrics.records import Bools, Floats, GroundTruth, Ints, IouType, Predictions, xyxy
 from workflows.reports.page import GREEN, INK, new_plot, plot_data_uri, render_page
 
@@ -62,12 +62,9 @@ class Explained:
 
 def explain(truth: GroundTruth, predictions: Predictions, protocol: Protocol, kind: IouType) -> Explained:
     """Match predictions by a protocol's rules, and find what the page shows."""
-    federated = protocol in ("lvis", "lvis-fixed")
     groups = groups_of(truth)
-    if protocol == "coco-ovd":  # categories in neither split are not evaluated
-        truth = truth.only_categories(groups["all"])
-        predictions = predictions.take(groups["all"][predictions.labels])
-    matches = match(truth, predictions, kind, federated=federated)
+    truth, predictions = counted(truth, predictions, protocol)
+    matches = match(truth, predictions, kind)
     errors = find_errors(truth, matches, kind)
     draws = bootstrap(truth, matches, dict(groups), DRAWS)
     return Explained(
@@ -82,15 +79,15 @@ def explain(truth: GroundTruth, predictions: Predictions, protocol: Protocol, ki
 
 
 def groups_of(truth: GroundTruth) -> dict[str, Bools]:
-    """The categories that are evaluated, and those of each frequency or split."""
+    """All categories, of which those with objects count, and those of each frequency or split."""
     frequencies = np.array([entry.frequency for entry in truth.categories])
     splits = np.array([entry.split for entry in truth.categories])
+    named: dict[str, Bools] = {}
     if len(frequencies) and np.isin(frequencies, ["r", "c", "f"]).all():
         named = {"rare": frequencies == "r", "common": frequencies == "c", "frequent": frequencies == "f"}
-        return {"all": np.ones(len(splits), np.bool_), **named}
-    if (splits == "novel").any():
-        return {"all": splits != "", "base": splits == "base", "novel": splits == "novel"}
-    return {"all": np.ones(len(splits), np.bool_)}
+    elif (splits == "novel").any():
+        named = {"base": splits == "base", "novel": splits == "novel"}
+    return {"all": np.ones(len(splits), np.bool_), **named}
 
 
 def render(

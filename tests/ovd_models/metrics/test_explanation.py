@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,18 +10,20 @@ from eval_data import lvis_like, mask_of, predictions_for
 from ovd_models.metrics.explanation import ERROR_KINDS, calibrate, confusions, find_errors, gains, image_scores
 from ovd_models.metrics.files import read_results, read_truth
 from ovd_models.metrics.matching import Matches, average_precisions, bootstrap, interval, match
-from ovd_models.metrics.protocols import measure
-from ovd_models.metrics.records import GroundTruth, IouType
+from ovd_models.metrics.protocols import Protocol, counted, measure
+from ovd_models.metrics.records import GroundTruth, IouType, Predictions
 
 BOX = [10.0, 10.0, 40.0, 40.0]
 
 
-def read(
-    truth: dict[str, Any], rows: list[dict[str, Any]], kind: IouType, federated: bool
-) -> tuple[GroundTruth, Matches]:
+def read(truth: dict[str, Any], rows: list[dict[str, Any]], kind: IouType) -> tuple[GroundTruth, Predictions]:
     loaded = read_truth(json.dumps(truth).encode(), "gt.json", masks=kind == "segm")
-    found = read_results(io.BytesIO(json.dumps(rows).encode()), "dt.json", loaded, kind)
-    return loaded, match(loaded, found, kind, federated=federated)
+    return loaded, read_results(io.BytesIO(json.dumps(rows).encode()), "dt.json", loaded, kind)
+
+
+def matched(truth: GroundTruth, predictions: Predictions, protocol: Protocol, kind: IouType = "bbox") -> Any:
+    own, found = counted(truth, predictions, protocol)
+    return own, match(own, found, kind)
 
 
 def scene(
@@ -32,32 +35,54 @@ def scene(
         "categories": [{"id": key, "name": f"n{key}"} for key in (1, 2, 3)],
     }
     results = [{"image_id": 1, "category_id": key, "bbox": box, "score": score} for key, box, score in rows]
-    return read(truth, results, "bbox", federated=False)
+    return matched(*read(truth, results, "bbox"), "coco")  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-@pytest.mark.parametrize("federated", [True, False])
-def test_matches_give_the_ap_of_the_engine(kind: IouType, federated: bool) -> None:
-    truth = lvis_like(12, 10, 20, seed=3)
-    if not federated:
-        for number, entry in enumerate(truth["annotations"]):
-            entry["iscrowd"] = int(number % 7 == 0)
-            if entry["iscrowd"]:
-                image = truth["images"][entry["image_id"] - 1]
-                entry["segmentation"] = mask_of(entry["bbox"], image["width"], image["height"], round_=False)
-    rows = list(predictions_for(truth, 120, masks=kind == "segm"))
-    loaded, matches = read(truth, rows, kind, federated)
-    found = read_results(io.BytesIO(json.dumps(rows).encode()), "dt.json", loaded, kind)
-    curves = measure(loaded, found, "lvis" if federated else "coco", kind).curves
+@pytest.mark.parametrize("protocol", ["lvis", "lvis-fixed", "coco", "coco-ovd"])
+def test_matches_give_the_ap_of_the_protocol(kind: IouType, protocol: Protocol) -> None:
+    # Crowds, which LVIS takes as objects; more predictions of an image than LVIS counts, and of a category than COCO
+    # does; an image without any object of a split.
+    truth = lvis_like(8, 10, 6, seed=3)
+    left_out = truth["annotations"][0]["category_id"]
+    truth["annotations"] = [e for e in truth["annotations"] if e["image_id"] > 1 or e["category_id"] == left_out]
+    for number, entry in enumerate(truth["annotations"]):
+        entry["iscrowd"] = int(number % 7 == 0)
+        if entry["iscrowd"]:
+            image = truth["images"][entry["image_id"] - 1]
+            entry["segmentation"] = mask_of(entry["bbox"], image["width"], image["height"], round_=False)
+    rows = list(predictions_for(truth, 600, masks=kind == "segm"))
+    loaded, found = read(truth, rows, kind)
+    splits = {entry.id: "" if entry.id == left_out else ("base", "novel")[entry.id % 2] for entry in loaded.categories}
+    loaded = replace(loaded, categories=tuple(replace(each, split=splits[each.id]) for each in loaded.categories))
+    curves = measure(loaded, found, protocol, kind).curves
     assert curves is not None
-    ap_TK = average_precisions(loaded, matches)
-    assert ap_TK[0] == pytest.approx(curves.ap_of_categories(0.5), nan_ok=True)
-    assert ap_TK.mean(0) == pytest.approx(curves.ap_of_categories(), nan_ok=True)
+    ap_TK = average_precisions(*matched(loaded, found, protocol, kind))
+    assert ap_TK[0] == pytest.approx(curves.ap_of_categories(0.5), abs=1e-9, nan_ok=True)
+    assert ap_TK.mean(0) == pytest.approx(curves.ap_of_categories(), abs=1e-9, nan_ok=True)
+
+
+def test_recall_levels_that_are_just_reached_are_those_of_the_engine() -> None:
+    # With 100 objects each found one reaches a level, but for rounding, which must be the engine's.
+    grid = [[20.0 * (at % 10), 20.0 * (at // 10), 10.0, 10.0] for at in range(100)]
+    for found in range(0, 101, 3):
+        truth = {
+            "images": [{"id": 1, "width": 200, "height": 200}],
+            "annotations": [{"image_id": 1, "category_id": 1, "bbox": box} for box in grid],
+            "categories": [{"id": 1, "name": "n1"}],
+        }
+        rows = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5} for box in grid[:found]]
+        loaded, predictions = read(truth, rows, "bbox")
+        curves = measure(loaded, predictions, "coco", "bbox").curves
+        assert curves is not None
+        assert average_precisions(*matched(loaded, predictions, "coco"))[:, 0] == pytest.approx(
+            [curves.ap()] * 10, abs=1e-9
+        )
 
 
 def test_a_bootstrap_draws_images_with_replacement() -> None:
     truth = lvis_like(30, 8, 5, seed=1)
-    loaded, matches = read(truth, list(predictions_for(truth, 30)), "bbox", True)
+    loaded, matches = matched(*read(truth, list(predictions_for(truth, 30)), "bbox"), "lvis")
     everything = {"all": np.ones(5, np.bool_)}
     draws = bootstrap(loaded, matches, everything, 60, seed=4)
     estimate = float(np.nanmean(average_precisions(loaded, matches)[0]))
@@ -66,7 +91,8 @@ def test_a_bootstrap_draws_images_with_replacement() -> None:
     assert np.array_equal(draws["AP all"], bootstrap(loaded, matches, everything, 60, seed=4)["AP all"])
     # Weights are repetitions: an image that counts twice is an image that is there twice.
     twice = lvis_like(2, 8, 3, seed=2)
-    rows = list(predictions_for(twice, 25))
+    # Scores differ: of equal ones, those of the repeated image would not stand side by side.
+    rows = [{**row, "score": row["score"] + 1e-6 * place} for place, row in enumerate(predictions_for(twice, 25))]
     doubled = {
         **twice,
         "images": [*twice["images"], {**twice["images"][0], "id": 3}],
@@ -76,9 +102,10 @@ def test_a_bootstrap_draws_images_with_replacement() -> None:
         ],
     }
     more = [*rows, *({**row, "image_id": 3} for row in rows if row["image_id"] == 1)]
-    one, two = read(twice, rows, "bbox", True), read(doubled, more, "bbox", True)
+    one, two = (matched(*read(*each, "bbox"), "lvis") for each in ((twice, rows), (doubled, more)))
     weighted = average_precisions(*one, np.array([2.0, 1.0]))
-    assert weighted == pytest.approx(average_precisions(*two), abs=0.02, nan_ok=True)
+    assert weighted == pytest.approx(average_precisions(*two), abs=1e-9, nan_ok=True)
+    assert np.array_equal(average_precisions(*one, np.ones(2)), average_precisions(*one), equal_nan=True)
 
 
 def test_each_kind_of_error_by_hand() -> None:
