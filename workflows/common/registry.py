@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ovd_models.checkpoint_info import folder_digest
 from ovd_models.errors import InputError
 from workflows.common import tracking
 from workflows.common.tracking import TrackedRun
@@ -24,22 +25,11 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS  # isort: skip
 CHAMPION = "champion"
 
 
-@dataclass(frozen=True)
-class ModelVersion:
-    """A registered checkpoint."""
-
-    uri: str
-    """`models:/<name>/<version>`, which `model_folder` resolves."""
-    is_champion: bool
-    """Whether the alias `champion` moved to it."""
-
-
-def register(
-    tracked: TrackedRun, folder: Path, *, method: str, data_set: str, metric: str, value: float
-) -> ModelVersion:
+def register(tracked: TrackedRun, folder: Path, *, method: str, data_set: str, metric: str, value: float) -> None:
     """Store a checkpoint folder as a logged model of its run, and register it as `ovd-<method>-<data set>`.
 
-    The model is linked to the run and to its `eval/` metrics. The best version gets the alias `champion`.
+    The model is linked to the run and to its `eval/` metrics. The best version gets the alias `champion`. A call that
+    is repeated, since an answer of the server was lost, goes on with the run's version of the same files.
 
     Args:
         tracked: the run that made the checkpoint.
@@ -49,28 +39,29 @@ def register(
         metric: the data set's headline metric, higher is better.
         value: this checkpoint's. Versions measured by another metric do not compete with it.
     """
-    client, name = tracked.client, f"ovd-{method}-{data_set}"
-    model = _log_model(tracked, folder, name, method)
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    version = client.create_model_version(
-        name,
-        source=str(model.artifact_location),
-        run_id=tracked.run_id,
-        tags={"metric": metric, "value": repr(float(value))},
-        model_id=str(model.model_id),
-    )
+    client, name, digest = tracked.client, f"ovd-{method}-{data_set}", folder_digest(folder)
+    known = client.search_model_versions(f"run_id = '{tracked.run_id}'")
+    version = next((each for each in known if (each.name, each.tags.get("digest")) == (name, digest)), None)
+    if version is None:
+        model = _log_model(tracked, folder, name, method)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = client.create_model_version(
+            name,
+            source=str(model.artifact_location),
+            run_id=tracked.run_id,
+            tags={"metric": metric, "value": repr(float(value)), "digest": digest, "model": str(model.model_id)},
+            model_id=str(model.model_id),
+        )
     versions = json.dumps([{"name": name, "version": version.version}])
-    client.set_logged_model_tags(str(model.model_id), {MLFLOW_MODEL_VERSIONS: versions})  # the UI's link to the version
+    client.set_logged_model_tags(version.tags["model"], {MLFLOW_MODEL_VERSIONS: versions})  # the UI's link to it
     best = _champion(client, name)
     beaten = best is None or not _same_metric(best.tags, metric) or float(value) > float(best.tags["value"])
-    is_champion = beaten and not math.isnan(value)
-    if is_champion:
+    if beaten and not math.isnan(value):
         client.set_registered_model_alias(name, CHAMPION, version.version)
-    return ModelVersion(f"models:/{name}/{version.version}", is_champion)
 
 
 def _log_model(tracked: TrackedRun, folder: Path, name: str, method: str) -> LoggedModel:

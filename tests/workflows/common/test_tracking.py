@@ -133,19 +133,41 @@ def test_a_logger_without_metrics_opens_no_database(tmp_path: Path, monkeypatch:
 
 
 def test_champion_moves_only_to_a_better_version(storage: str, tmp_path: Path) -> None:
-    moved = []
+    champions = []
     with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
         for number, value in enumerate([0.5, 0.4, 0.5, 0.6, float("nan")]):
-            folder = checkpoint(tmp_path / str(number), str(value))
-            version = registry.register(
-                tracked, folder, method="codet", data_set="pictograms", metric=METRIC, value=value
-            )
-            moved.append(version.is_champion)
-    assert moved == [True, False, False, True, False]
-    assert (registry.model_folder(f"models:/{MODEL}@champion", storage) / "model.json").read_text() == "0.6"
-    assert (registry.model_folder(f"models:/{MODEL}/2", storage) / "model.json").read_text() == "0.4"
+            folder = checkpoint(tmp_path / str(number), f"{number}: {value}")
+            registry.register(tracked, folder, method="codet", data_set="pictograms", metric=METRIC, value=value)
+            champions.append(tracked.client.get_model_version_by_alias(MODEL, "champion").version)
+    assert champions == [1, 1, 1, 4, 4]
+    assert (registry.model_folder(f"models:/{MODEL}@champion", storage) / "model.json").read_text() == "3: 0.6"
+    assert (registry.model_folder(f"models:/{MODEL}/2", storage) / "model.json").read_text() == "1: 0.4"
     best = MlflowClient(tracked.uri).get_model_version_by_alias(MODEL, "champion")
-    assert best.tags == {"metric": METRIC, "value": "0.6"}
+    assert (best.tags["metric"], best.tags["value"]) == (METRIC, "0.6")
+
+
+@pytest.mark.parametrize("lost", ["create_model_version", "set_logged_model_tags", "set_registered_model_alias"])
+def test_a_repeated_registration_makes_no_second_version(
+    lost: str, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.05)
+    call, answers = getattr(MlflowClient, lost), iter([False])
+
+    def lose_the_first_answer(*given: Any, **options: Any) -> Any:
+        answer = call(*given, **options)
+        if next(answers, True):
+            return answer
+        raise MlflowException("API request failed: connection reset")
+
+    monkeypatch.setattr(MlflowClient, lost, lose_the_first_answer)
+    folder = checkpoint(tmp_path / "model", "{}")
+    with tracking.run(storage, experiment="codet", name="smoke", params={}) as tracked:
+        options: Any = {"method": "codet", "data_set": "pictograms", "metric": METRIC, "value": 0.5}
+        tracked.outbox.send(lambda: registry.register(tracked, folder, **options))
+    (version,) = tracked.client.search_model_versions(f"name = '{MODEL}'")
+    assert tracked.client.get_model_version_by_alias(MODEL, "champion").version == version.version
+    (output,) = found(tracked).outputs.model_outputs
+    assert json.loads(tracked.client.get_logged_model(output.model_id).tags["mlflow.modelVersions"])
 
 
 def test_an_outage_is_no_missing_champion(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
