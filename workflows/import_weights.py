@@ -82,7 +82,7 @@ def read_released_names(path: str) -> dict[str, str]:
     if not path:
         return {}
     try:
-        text = Path(path).read_text()
+        text = storage.read_bytes(path).decode()
         if not path.endswith(".json"):
             names = [line.strip() for line in text.splitlines() if line.strip()]
         else:

@@ -51,7 +51,7 @@ from data_prep.pairs.dedup import CorpusConfig
 from data_prep.pairs.filters import FilterConfig
 from data_prep.pictograms.world import SCENES, SECOND_STYLE, World
 from data_prep.progress import watched
-from ovd_models.errors import InputError
+from ovd_models.errors import InputError, as_input_error
 from workflows import prepare_pairs
 from workflows.common import cli, cluster
 from workflows.configs import pairs as pairs_configs
@@ -95,7 +95,9 @@ def prepare(run: Run) -> None:
         if settings[name] == default:  # tables from before these settings stay those of the same config
             del settings[name]
     digests = [file_digest(annotation_file(data, run.images)) for data in (run.data, run.eval_data) if data]
-    digests += [file_digest(Path(run.novel))] if run.novel else []
+    if run.novel:
+        with as_input_error(f"--novel {run.novel}"):
+            digests.append(storage.sha256(storage.read_bytes(run.novel)))
     settings |= {name: storage.absolute(settings[name].rstrip("/")) for name in ("data", "images") if settings[name]}
     config_hash = hash_settings(settings, digests)
     done = tables.find_manifest(run.storage, "boxes", f"{run.name}-eval")
@@ -212,7 +214,7 @@ def image_folder(run: Run, data: str) -> str:
 def split_categories(run: Run, categories: list[dict[str, Any]], rows: pa.Table) -> list[dict[str, Any]]:
     """Rows of `categories` with the split that the run asks for; `rows` are those of all training images."""
     if run.novel:
-        return named_split(categories, Path(run.novel))
+        return named_split(categories, run.novel)
     if run.split == "none":
         return [{**row, "split": "base"} for row in categories]
     return frequency_split(categories, rows) if run.split == "frequency" else categories

@@ -1,11 +1,11 @@
 """Splits of categories into base and novel other than the published ones."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from data_prep import storage
 from data_prep.boxes.coco import flat_categories
 from ovd_models.errors import InputError, as_input_error
 
@@ -13,14 +13,14 @@ RARE, COMMON = 10, 100
 """LVIS's limits: a rare category is in at most 10 training images, a common one in at most 100."""
 
 
-def named_split(categories: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
-    """Rows of `categories` in which the names of a file, one a line, are novel and the others base.
+def named_split(categories: list[dict[str, Any]], file: str) -> list[dict[str, Any]]:
+    """Rows of `categories` in which the names of a file or URI, one a line, are novel and the others base.
 
     Raises:
         InputError: the file cannot be read, or a name is of no category.
     """
-    with as_input_error(str(file)):
-        lines = file.read_text(encoding="utf-8").splitlines()
+    with as_input_error(file):
+        lines = storage.read_bytes(file).decode().splitlines()
     names = {row["name"] for row in categories}
     novel = set()
     for number, line in enumerate(lines, 1):

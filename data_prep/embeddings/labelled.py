@@ -65,7 +65,8 @@ def read_labelled(data: str, names: str = "") -> LabelledSet:
 
     Args:
         data: the folder or file; files of a list are relative to its folder.
-        names: a file with a label, a tab and its name on each line; if empty, labels are names, with spaces for `_`.
+        names: path or URI of a file with a label, a tab and its name on each line; if empty, labels are names, with
+            spaces for `_`.
 
     Raises:
         InputError: there are no images, a row is malformed, or a label has no name.
@@ -75,7 +76,7 @@ def read_labelled(data: str, names: str = "") -> LabelledSet:
     if not pairs:
         raise InputError(f"{data}: no images, expected a folder for each class, or a list of files and labels")
     labels = sorted({label for _, label in pairs})
-    name_of = read_names(Path(names), labels) if names else {label: clean_name(label) for label in labels}
+    name_of = read_names(names, labels) if names else {label: clean_name(label) for label in labels}
     index = {label: number for number, label in enumerate(labels)}
     shown = tuple(name_of[label] for label in labels)
     if len(set(shown)) < len(shown):
@@ -116,10 +117,10 @@ def read_list(path: Path) -> list[tuple[str, str]]:
         return pairs
 
 
-def read_names(path: Path, labels: Sequence[str]) -> dict[str, str]:
+def read_names(path: str, labels: Sequence[str]) -> dict[str, str]:
     """The name of each label."""
-    with as_input_error(str(path)):
-        lines = path.read_text(encoding="utf-8").splitlines()
+    with as_input_error(path):
+        lines = storage.read_bytes(path).decode().splitlines()
     name_of = {}
     for number, line in enumerate(lines, 1):
         label, tab, name = line.partition("\t")

@@ -51,7 +51,7 @@ def test_folders_are_classes(folder: Path) -> None:
 def test_a_list_has_files_and_labels_with_names(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "list.tsv").write_text(f"file\tlabel\n{folder}/data/cat/0.png\tn02\nx.png\tn01\n")
     (tmp_path / "names.tsv").write_text("n01\ttench\n\nn02\tgoldfish\n")
-    found = read_labelled(str(tmp_path / "list.tsv"), str(tmp_path / "names.tsv"))
+    found = read_labelled(str(tmp_path / "list.tsv"), (tmp_path / "names.tsv").as_uri())
     assert (found.names, list(found.labels)) == (("tench", "goldfish"), [1, 0])
     assert found.images == [f"{folder}/data/cat/0.png", str(tmp_path / "x.png")]
 

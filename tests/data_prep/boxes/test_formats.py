@@ -151,7 +151,7 @@ def test_names_of_a_file_or_rare_names_are_novel(tmp_path: Path) -> None:
     (tmp_path / "novel.txt").write_text("cat\n\n")
     run = boxes_configs.Run(storage=str(tmp_path / "a"), name="t", data=str(tmp_path), train_images=0, eval_images=1)
     for changed, splits in (({"split": "frequency"}, ["base", "novel"]), ({"novel": "novel.txt"}, ["novel", "base"])):
-        changed = {key: str(tmp_path / value) if key == "novel" else value for key, value in changed.items()}
+        changed = {key: (tmp_path / value).as_uri() if key == "novel" else value for key, value in changed.items()}
         storage = str(tmp_path / f"store-{len(splits)}-{splits[0]}")
         prepare_boxes.prepare(replace(run, storage=storage, **changed))
         assert tables.read_table(storage, "categories", "t")["split"].to_pylist() == splits
