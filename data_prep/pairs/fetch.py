@@ -57,7 +57,7 @@ class FetchConfig:
     backoff_seconds: float = 0.5
     """Pause before the second attempt, doubled for each further one, plus a random time of up to the same length."""
     max_bytes: int = 20 << 20
-    """Maximum size of a body, before and after content decoding."""
+    """Maximum size of a body, before and after content decoding, and of an image in a shard."""
     max_redirects: int = 5
     concurrency: int = 128
     """Concurrent requests of one process."""

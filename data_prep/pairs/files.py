@@ -7,7 +7,8 @@ import functools
 from pyarrow import NativeFile
 
 from data_prep import storage
-from data_prep.pairs.fetch import Fetched
+from data_prep.pairs.addresses import FetchError
+from data_prep.pairs.fetch import FetchConfig, Fetched
 from data_prep.pairs.tars import locate
 
 FILES_AT_A_TIME = 16
@@ -18,7 +19,9 @@ OPEN_SHARDS = 16
 class FileReader:
     """Like `fetch.Fetcher`, for files and for images in tar shards."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = FetchConfig.max_bytes) -> None:
+        """Set the largest size of an image in a shard, whose header may claim any."""
+        self._max_bytes = max_bytes
         self.gate = asyncio.Event()
         self.gate.set()
         self._slots = asyncio.Semaphore(FILES_AT_A_TIME)
@@ -34,13 +37,18 @@ class FileReader:
             return Fetched(reason="bad_url", detail="no image")
         async with self._slots:
             await self.gate.wait()
-            return Fetched(content=await asyncio.to_thread(self._read, url))
+            try:
+                return Fetched(content=await asyncio.to_thread(self._read, url))
+            except FetchError as error:
+                return Fetched(reason=error.reason, detail=error.detail)
 
     def _read(self, url: str) -> bytes:
         place = locate(url)
         if place is None:
             return storage.read_bytes(url)
         uri, offset, size = place
+        if size > self._max_bytes:
+            raise FetchError("too_large", f"{size} bytes, at most {self._max_bytes}")
         return bytes(self._open_shard(uri).read_at(size, offset))
 
 

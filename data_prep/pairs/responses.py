@@ -26,6 +26,8 @@ SUCCESSES = (200, 201, 202, 203, 226)
 CONTENT_RANGE = re.compile(r"bytes\s+(\d{1,15})-(\d{1,15})/(\d{1,15})", re.IGNORECASE)
 GZIP = b"\x1f\x8b"
 """First bytes of a member of a gzip file, which may have several."""
+MAX_MEMBERS = 1000
+"""Each takes some microseconds, however few its bytes."""
 UNSUPPORTED_ENCODINGS = ("br", "zstd", "compress")
 
 
@@ -37,12 +39,16 @@ class Body:
         self.received = 0
         self._encoding, self._limit = encoding.strip().lower().removeprefix("x-"), limit
         self._stream: zlib._Decompress | None = None
-        self._rest = b""
+        self._rest, self._members = b"", 0
         if self._encoding in UNSUPPORTED_ENCODINGS or "," in self._encoding:
             raise FetchError("http_status", f"200, but encoded as {encoding[:100]!r}, which was not requested")
 
     def feed(self, block: bytes) -> None:
         """Add the next block received."""
+        for start in range(0, len(block), BLOCK_BYTES):  # zlib copies what follows the end of each member
+            self._add(block[start : start + BLOCK_BYTES])
+
+    def _add(self, block: bytes) -> None:
         self.received += len(block)
         self.content += self._decode(block) if self._encoding in ("gzip", "deflate") else block
         if max(self.received, len(self.content)) > self._limit:
@@ -58,6 +64,9 @@ class Body:
                 # Servers send "deflate" with and without a zlib header.
                 bits = 31 if self._encoding == "gzip" else 15 if block[0] & 15 == 8 else -15
                 self._stream = zlib.decompressobj(bits)
+                self._members += 1
+                if self._members > MAX_MEMBERS:
+                    raise FetchError("http_status", f"200, but of more than {MAX_MEMBERS:,} gzip members")
             if self._stream.eof:  # padding
                 break
             try:

@@ -17,9 +17,12 @@ from ovd_models.errors import InputError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 """Extensions of images; of several images in a sample, the first of these counts."""
-TEXTS = (".txt", ".cls", ".json")
-"""Extensions of members that are read: the caption, the class, and a JSON object of further columns."""
+TEXTS = ("txt", "cls", "json")
+"""Extensions (all after the first dot of a name) of members that are read: the caption, the class, and a JSON object
+of further columns."""
 MAX_TEXT_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 17
+"""Of all headers of a member: long names and further fields have headers of their own."""
 PROBLEM = "__problem__"
 """The field of a row that tells why its sample cannot be used."""
 PLACE = re.compile(r"(.*\.tar)#(\d+)\+(\d+)", re.IGNORECASE | re.DOTALL)
@@ -47,7 +50,8 @@ def read_samples(stream: BinaryIO, uri: str, *, url: str, caption: str, label: s
     from webdataset.tariterators import group_by_keys  # imported here because it brings torch: 470 MB
 
     try:
-        tar = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115
+        headers = _Headers(stream)
+        tar = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
     except tarfile.TarError as error:
         raise InputError(f"{uri}: no uncompressed tar file ({error}), expected a WebDataset shard") from error
     repeated: list[str] = []
@@ -58,7 +62,7 @@ def read_samples(stream: BinaryIO, uri: str, *, url: str, caption: str, label: s
 
     has_images = False
     try:
-        for sample in group_by_keys(_read_members(tar, stream, uri), handler=note_repeated):
+        for sample in group_by_keys(_read_members(tar, headers, stream, uri), handler=note_repeated):
             has_images = has_images or _image(sample) is not None
             yield _read_sample(sample, repeated, url=url, caption=caption, label=label)
             repeated.clear()
@@ -69,7 +73,25 @@ def read_samples(stream: BinaryIO, uri: str, *, url: str, caption: str, label: s
         raise InputError(f"{uri}: has no images, expected members with the extensions {', '.join(IMAGES)}")
 
 
-def _read_members(tar: tarfile.TarFile, stream: BinaryIO, uri: str) -> Iterator[dict[str, Any]]:
+class _Headers:
+    """The content of a tar file, of which a member's headers may read `MAX_HEADER_BYTES`.
+
+    `tarfile` reads headers whole, whatever size they claim, and any number of them in a row.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.left = stream, MAX_HEADER_BYTES
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; TarError if they are too many."""
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError(f"a member with headers of more than {MAX_HEADER_BYTES:,} bytes")
+        return self._stream.read(size)
+
+
+def _read_members(tar: tarfile.TarFile, headers: _Headers, stream: BinaryIO, uri: str) -> Iterator[dict[str, Any]]:
     """Files of a tar file in the form that `group_by_keys` takes: texts as bytes, others by their place.
 
     Raises:
@@ -82,9 +104,12 @@ def _read_members(tar: tarfile.TarFile, stream: BinaryIO, uri: str) -> Iterator[
                 raise tarfile.ReadError("a member of negative size")
             if member.isreg():
                 data: bytes | str = f"{uri}#{member.offset_data}+{member.size}"
-                if member.name.lower().endswith(TEXTS) and member.size <= MAX_TEXT_BYTES:
+                extension = member.name.rpartition("/")[2].partition(".")[2].lower()
+                if extension in TEXTS and member.size <= MAX_TEXT_BYTES:
+                    headers.left = MAX_TEXT_BYTES
                     data = tar.extractfile(member).read()  # type: ignore[union-attr]
                 yield {"fname": member.name, "data": data, "__url__": uri}
+            headers.left = MAX_HEADER_BYTES
         stream.seek(tar.offset)
         if any(stream.read(tarfile.BLOCKSIZE)):  # `next` takes a damaged header for the end
             raise tarfile.ReadError("bad header")
@@ -125,7 +150,7 @@ def _read_fields(sample: Mapping[str, Any], *, url: str, caption: str, label: st
     Raises:
         ValueError: a member is malformed.
     """
-    texts = {name: _decode(name, sample[name]) for name in ("txt", "cls", "json") if name in sample}
+    texts = {name: _decode(name, sample[name]) for name in TEXTS if name in sample}
     try:
         found = json.loads(texts.get("json", "{}"), parse_constant=lambda _: None)  # NaN has no place in JSON
     except json.JSONDecodeError as error:

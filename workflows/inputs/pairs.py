@@ -114,7 +114,7 @@ def crawl_steps(run: Run, pool: Pool, *, are_files: bool) -> Iterator[CrawlSteps
         scorers = [stage.remote(run.scores, run.corpus.semantic_model) for _ in range(run.scores.actors)]
     try:
         yield CrawlSteps(
-            fetcher=FileReader if are_files else partial(Fetcher, fetch),
+            fetcher=partial(FileReader, fetch.max_bytes) if are_files else partial(Fetcher, fetch),
             decode=partial(decode_body, config=run.decode),
             filter=partial(filter_rows, config=run.filters),
             scorers=scorers,

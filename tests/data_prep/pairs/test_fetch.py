@@ -25,7 +25,8 @@ import trustme
 from aiohttp import web
 from fetching import fetch_all
 
-from data_prep.pairs import hosts
+from data_prep.pairs import hosts, responses
+from data_prep.pairs.addresses import FetchError
 from data_prep.pairs.fetch import FetchConfig, Fetched, Fetcher, with_fetch_status
 from data_prep.pictograms import website
 
@@ -353,6 +354,17 @@ def test_a_bomb_never_expands_beyond_the_cap(encoding: str) -> None:
     tracemalloc.stop()
     assert (found[0].reason, found[0].attempts) == ("too_large", 1)
     assert peak < 6e6
+
+
+@pytest.mark.parametrize("block", [1 << 16, 1 << 30])  # aiohttp's, and the whole body of the lenient parser
+def test_a_body_of_very_many_gzip_members_is_refused_at_once(block: int) -> None:
+    content = gzip.compress(b"", mtime=0) * 100_000
+    body, started = responses.Body("gzip", 20 << 20), time.process_time()
+    with pytest.raises(FetchError, match="200, but of more than 1,000 gzip members") as raised:
+        for start in range(0, len(content), block):
+            body.feed(content[start : start + block])
+    assert raised.value.reason == "http_status"
+    assert time.process_time() - started < 1
 
 
 def test_the_cap_counts_bytes_that_decode_to_nothing() -> None:

@@ -49,6 +49,13 @@ def test_images_of_a_shard_are_read_from_one_open_file(tmp_path: Path, monkeypat
     assert opened == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
 
 
+def test_an_image_of_any_claimed_size_is_not_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x" * 100, "1.jpg": b"y" * 101})
+    first, second = fetched(FileReader(max_bytes=100), addresses(path))
+    assert first.content == b"x" * 100
+    assert (second.content, second.reason, second.detail) == (None, "too_large", "101 bytes, at most 100")
+
+
 def test_at_most_a_few_shards_stay_open(tmp_path: Path) -> None:
     reader = FileReader()
     for shard in range(files.OPEN_SHARDS + 5):

@@ -268,6 +268,44 @@ def test_other_urls_are_whole_files() -> None:
     assert locate("s3://b/a#1+2.jpg") is None
 
 
+def header_of(kind: bytes, size: int) -> bytes:
+    """A header of a long name or of further fields that claims a size."""
+    member = tarfile.TarInfo("0")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+class Asked(io.BytesIO):
+    """A file that notes the largest read, and has a few bytes of it only."""
+
+    largest = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        assert size is not None and size >= 0
+        self.largest = max(self.largest, size)
+        return super().read(min(size, 1 << 20))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [64 << 30, 11])
+def test_headers_of_any_size_and_number_are_not_read_into_memory(kind: bytes, size: int) -> None:
+    more = header_of(kind, size) + b"11 foo=bar\n".ljust(512, b"\0")
+    file = Asked(tar_of([("0.jpg", b"x")], tarfile.USTAR_FORMAT)[:1024] + more * 2000)
+    first, broken = read_samples(file, "a.tar", url="url", caption="caption", label="")
+    assert first["url"] == "a.tar#512+1"
+    assert broken[PROBLEM].endswith("from byte 1,024 on: a member with headers of more than 131,072 bytes")
+    assert file.largest <= tars.MAX_HEADER_BYTES
+    with pytest.raises(InputError, match=r"a\.tar: no uncompressed tar file \(a member with headers of more than"):
+        next(read_samples(io.BytesIO(more * 2000), "a.tar", url="url", caption="caption", label=""))
+
+
+def test_texts_that_are_no_captions_are_not_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.ocr.txt": b"a" * 100_000, "0.txt": b"a cat"})
+    file = Asked(path.read_bytes())
+    (row,) = read_samples(file, "a.tar", url="url", caption="caption", label="")
+    assert (row["caption"], file.largest) == ("a cat", 512)
+
+
 def test_a_member_of_negative_size_ends_the_shard(tmp_path: Path) -> None:
     content = bytearray(tar_of([("a.jpg", b"x" * 600), ("a.txt", b"a cat")]))
     content[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512, in base 256
