@@ -121,10 +121,20 @@ def relative(uri: str, root: str) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri/part/...`; a part that is an absolute path or a URI replaces everything before it."""
+    """`uri/part/...`, in front of the options of a URI's query.
+
+    A part that is an absolute path or a URI replaces everything before it, options too.
+    """
     for part in parts:
-        uri = part if "://" in part else posixpath.join(uri, part)
+        address, options = split_options(uri)
+        uri = part if "://" in part or part.startswith("/") else posixpath.join(address, part) + options
     return uri
+
+
+def split_options(uri: str) -> tuple[str, str]:
+    """A URI without the options of its query, and these with their question mark: both together are `uri`."""
+    address, mark, query = uri.rpartition("?")
+    return (address, mark + query) if "://" in address and "=" in query else (uri, "")
 
 
 def exists(uri: str) -> bool:

@@ -95,7 +95,7 @@ def check_runs(run: Run) -> None:
         InputError: one is missing, or cannot be compared on this set.
     """
     for uri in run.runs:
-        if uri.endswith(FILES):
+        if storage.split_options(uri)[0].endswith(FILES):
             if not storage.exists(uri):
                 raise InputError(f"--runs {uri}: no such file, expected one of predictions")
             continue
@@ -112,7 +112,7 @@ def check_runs(run: Run) -> None:
 def entry_of(run: Run, uri: str, name: str, truth: GroundTruth, protocol: Protocol) -> Entry:
     """The evaluation of one of the runs."""
     settings: dict[str, Any] = {}
-    if uri.endswith(FILES):
+    if storage.split_options(uri)[0].endswith(FILES):
         predictions = measured.read_prediction_file(uri, truth, run.iou_type)
     else:
         predictions, settings = predict(run, uri, protocol)

@@ -138,14 +138,15 @@ def _find_files(uri: str, suffixes: set[str], expected: str) -> list[str]:
         raise InputError(f"{uri}: cannot be read, expected {expected}")
     if isinstance(filesystem, fs.LocalFileSystem):
         return paths
+    options = storage.split_options(uri)[1]
     if uri.startswith(s3.SCHEME):  # whose keys are taken literally, where other URIs are decoded
-        return [f"{s3.SCHEME}{path}" for path in paths]
-    return [f"{uri.partition('://')[0]}://{quote(path)}" for path in paths]
+        return [f"{s3.SCHEME}{path}{options}" for path in paths]
+    return [f"{uri.partition('://')[0]}://{quote(path)}{options}" for path in paths]
 
 
 def _suffix(name: str) -> str:
     """The suffix of a format, in front of that of a compression."""
-    *_, inner, outer = f"..{name.lower()}".split(".")
+    *_, inner, outer = f"..{storage.split_options(name)[0].lower()}".split(".")
     return inner if outer in COMPRESSIONS and inner in LISTS - {"parquet"} else outer
 
 

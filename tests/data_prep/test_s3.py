@@ -15,6 +15,7 @@ import pytest
 from object_storage import BUCKET
 
 from data_prep import s3, storage, tables
+from data_prep.pairs import inputs
 from data_prep.streams import images
 from ovd_models.errors import InputError
 
@@ -80,11 +81,17 @@ def test_the_endpoint_and_the_key_are_found_where_aws_tools_look(
 
 
 def test_other_inputs_may_have_an_endpoint_of_their_own(
-    server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage.write_bytes(f"{ROOT}/a.txt", b"x")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    assert storage.read_bytes(f"{ROOT}/a.txt?endpoint_override={server['AWS_ENDPOINT_URL']}") == b"x"
+    options = f"?endpoint_override={server['AWS_ENDPOINT_URL']}"
+    assert storage.read_bytes(f"{ROOT}/a.txt{options}") == b"x"
+    assert storage.read_bytes(storage.join(f"{ROOT}{options}", "a.txt")) == b"x"
+    assert storage.list_files(f"{ROOT}{options}", "txt") == [f"{ROOT}/a.txt{options}"]
+    assert inputs.find_lists(f"{ROOT}/*.txt{options}") == [f"{ROOT}/a.txt{options}"]
+    storage.download_folder(f"{ROOT}{options}", tmp_path)
+    assert (tmp_path / "a.txt").read_bytes() == b"x"
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,22 @@ def test_a_file_whose_writing_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("uri", "parts", "joined"),
+    [
+        ("s3://b/x?region=eu&scheme=http", ("y", "z.json"), "s3://b/x/y/z.json?region=eu&scheme=http"),
+        ("s3://b/x/?region=eu", ("y",), "s3://b/x/y?region=eu"),
+        ("s3://b/x?region=eu", ("s3://b/x/y",), "s3://b/x/y"),
+        ("s3://b/x?region=eu", ("/y",), "/y"),
+        ("s3://b/a?b", ("y",), "s3://b/a?b/y"),
+        ("/a?b=c", ("y",), "/a?b=c/y"),
+        ("a?b=c", ("s3://b/x", "y"), "s3://b/x/y"),
+    ],
+)
+def test_a_path_is_joined_in_front_of_the_options_of_a_uri(uri: str, parts: tuple[str, ...], joined: str) -> None:
+    assert storage.join(uri, *parts) == joined
+
+
 def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert storage.open_storage(str(tmp_path / "new/store")) == str(tmp_path / "new/store")
     assert list(tmp_path.iterdir()) == []

@@ -90,7 +90,7 @@ def read_prediction_file(uri: str, truth: GroundTruth, kind: IouType) -> Predict
     Raises:
         InputError: it is unreadable, or a row does not fit the ground truth.
     """
-    if not uri.endswith(".parquet"):
+    if not storage.split_options(uri)[0].endswith(".parquet"):
         with open_file(uri, "a results file: a JSON list, or a .parquet file of predictions") as file:
             return files.read_results(file, uri, truth, kind)
     number_of = {image: number for number, image in enumerate(truth.image_ids.tolist())}

@@ -120,7 +120,7 @@ def measure_as_is(run: Run, seed: int) -> dict[str, Metrics]:
 def measure_count(run: Run, count: int, seed: int) -> dict[str, Metrics]:
     """Metrics after training on `count` images."""
     name = publish_share(run, count, seed)
-    training = studies.seeded(run.training, run.storage, f"{run.box_model}/text", seed)
+    training = studies.seeded(run.training, run.storage, storage.join(run.box_model, "text"), seed)
     training = replace(training, boxes=name, box_model=run.box_model)
 
     def job(own: codet_configs.Run) -> dict[str, Any]:
