@@ -315,6 +315,8 @@ class Fetcher:
         )
         try:
             response = await asyncio.to_thread(ask)
+        except TimeoutError:
+            raise
         except (http.client.HTTPException, OSError, ValueError):
             detail = f"{type(error).__name__}: {error}"
             raise FetchError("connect", " ".join(detail.split()), answered=True) from error

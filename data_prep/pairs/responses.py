@@ -129,6 +129,7 @@ def get_leniently(
         open_socket: makes a socket for one `getaddrinfo` record, or raises.
 
     Raises:
+        TimeoutError: the response is not whole in time.
         OSError: the server cannot be reached or ends too early.
         http.client.HTTPException: the response is not HTTP.
     """
@@ -157,6 +158,8 @@ def get_leniently(
         content = bytearray()
         while len(content) <= limit and time.monotonic() < deadline and (block := response.read1(BLOCK_BYTES)):
             content += block
+        if time.monotonic() >= deadline:  # the parser takes the end of a connection for the end of a head
+            raise TimeoutError(f"not whole after {seconds:g} s")
         if response.length:
             raise ConnectionError(f"the body ends {response.length} bytes early")
         pairs = CIMultiDict(response.getheaders())

@@ -1,5 +1,6 @@
 """Storage on a server with S3's API: settings, wrong ones, large objects, uploads that fail or are killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -171,6 +172,33 @@ def test_a_folder_is_fetched_in_ranges(server: dict[str, str], tmp_path: Path) -
     storage.download_folder(f"{ROOT}/folder", tmp_path)
     assert (tmp_path / "sub/large.bin").read_bytes() == content
     assert (tmp_path / "empty.txt").read_bytes() == b""
+
+
+def test_an_object_whose_name_leads_out_of_the_folder_is_not_fetched(server: dict[str, str], tmp_path: Path) -> None:
+    client = object_storage.client(server)
+    for key in ("ovd/folder/a.txt", "ovd/folder/../../evil.txt"):
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"x")
+    with pytest.raises(OSError, match=r"s3://bucket/ovd/folder: the object '.*evil\.txt' leads out of the folder"):
+        storage.download_folder(f"{ROOT}/folder", tmp_path / "copies/copy")
+    assert list(tmp_path.rglob("*.txt")) == []
+
+
+def test_an_object_that_may_not_be_deleted_is_told(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "kept.txt"):
+        storage.write_bytes(f"{ROOT}/folder/{name}", b"x")
+    policy = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:DeleteObject",
+        "Resource": "arn:aws:s3:::bucket/*/kept.txt",
+    }
+    content = json.dumps({"Version": "2012-10-17", "Statement": [policy]})
+    object_storage.client(server).put_bucket_policy(Bucket=BUCKET, Policy=content)
+    with pytest.raises(
+        OSError, match=r"s3://bucket/ovd/folder: cannot be removed: ovd/folder/kept\.txt: Access Denied"
+    ):
+        storage.remove_folder(f"{ROOT}/folder")
+    assert object_storage.keys(server) == ["ovd/folder/kept.txt"]
 
 
 @pytest.mark.parametrize("count", [1, 30])

@@ -7,9 +7,11 @@ import itertools
 import json
 import os
 import resource
+import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zlib
@@ -23,7 +25,9 @@ import pyarrow as pa
 import pytest
 import trustme
 from aiohttp import web
+from aiohttp.abc import ResolveResult
 from fetching import fetch_all
+from yarl import URL
 
 from data_prep.pairs import hosts, responses
 from data_prep.pairs.addresses import FetchError
@@ -253,6 +257,34 @@ def test_a_dripping_server_ends_at_the_deadline(everywhere: bool) -> None:
     found = fetch_from(dripping(0.1, sent=sent), ["/a"], config, dripping(0.1, sent=sent) if everywhere else None)
     assert (found[0].reason, found[0].attempts) == ("timeout", 1)
     assert len(sent) * 0.1 <= 1.2 * config.deadline_seconds + 0.1  # the last is for the server to end
+
+
+def test_a_head_that_drips_ends_at_the_deadline_of_the_lenient_parser() -> None:
+    def drip(listener: socket.socket) -> None:
+        opened = listener.accept()[0]
+        with opened, contextlib.suppress(OSError):
+            opened.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            for _ in range(100):
+                opened.sendall(b"x")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=drip, args=(listener,))
+        server.start()
+        host, port = listener.getsockname()
+        address = ResolveResult(hostname=host, host=host, port=port, family=socket.AF_INET, proto=0, flags=0)
+        started = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"not whole after 0\.5 s"):
+            responses.get_leniently(
+                URL(f"http://{host}:{port}/"),
+                [address],
+                {},
+                limit=1000,
+                seconds=0.5,
+                open_socket=lambda record: socket.socket(*record[:3]),
+            )
+        assert time.monotonic() - started < 2.5  # of the 5 s that the server takes
+        server.join()
 
 
 def test_a_body_slower_than_the_least_rate_ends_after_the_grace() -> None:
