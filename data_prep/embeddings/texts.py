@@ -138,14 +138,6 @@ class TextStore:
             progress.close()
         return len(new)
 
-    def append(self, names: Sequence[str], prompt_set: str, rows_KD: Floats) -> None:
-        """Publish unit rows in addition to those in the store; jobs that fill one store do so in turn.
-
-        Raises:
-            InputError: their width is another.
-        """
-        self._publish(self.write(names, prompt_set, rows_KD), prompt_set, rows_KD.shape[1])
-
     def write(self, names: Sequence[str], prompt_set: str, rows_KD: Floats) -> FileEntry:
         """Write a file of unit rows, without publishing it.
 

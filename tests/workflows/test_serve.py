@@ -37,6 +37,7 @@ from ovd_models.errors import InputError
 from ovd_models.predictors import Segmenter
 from ovd_models.sam.model import SamConfig, SamModel
 from ovd_models.segments import Prompts
+from ovd_models.vocabulary import EmbeddingTable
 from workflows import serve
 from workflows.common import models, registry, tracking
 from workflows.serving.api import build_api
@@ -250,7 +251,8 @@ def test_embeddings_are_read_from_the_teachers_store(checkpoint: Path, tmp_path:
     (model,) = endpoint(checkpoint, tmp_path).models
     teacher = model.predictor.encoder
     known_KD = teacher.embed_names(NAMES[:1])
-    TextStore(str(tmp_path), teacher.teacher).append(["parasol"], teacher.prompt_set, known_KD.numpy())
+    known = EmbeddingTable(("parasol",), known_KD, teacher.teacher, teacher.prompt_set)
+    TextStore(str(tmp_path), teacher.teacher).import_table(known)
     with TestClient(build_api(endpoint(checkpoint, tmp_path))) as client:
         answers = [detect(client, vocabulary=json.dumps([name])).json() for name in (NAMES[0], "parasol")]
         assert [entry["score"] for entry in answers[0]["detections"]] == [

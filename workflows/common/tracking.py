@@ -201,13 +201,6 @@ class TrackedRun:
         """Log metrics immediately."""
         self.outbox.send(partial(self.client.log_batch, self.run_id, metrics=_metrics(metrics, step)))
 
-    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Copy a file, or all files below a folder, to the run's artifacts, into `folder` if given."""
-        if Path(path).is_dir():
-            self.outbox.send(partial(self.client.log_artifacts, self.run_id, str(path), folder))
-        else:
-            self.outbox.send(partial(self.client.log_artifact, self.run_id, str(path), folder))
-
     def log_image(self, image: PIL.Image.Image | np.ndarray, name: str, step: int | None = None) -> None:
         """Log a picture: the file `name`.jpg or, with a step, one of a series that MLflow shows with a slider."""
         if step is None:

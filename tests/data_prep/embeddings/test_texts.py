@@ -82,9 +82,8 @@ def test_a_preloaded_store_answers_for_its_names_and_grows_by_none(tmp_path: Pat
     store = TextStore(str(tmp_path), teacher.teacher)
     empty = PreloadedEncoder(teacher, store)
     assert torch.equal(empty.embed_names(NAMES), teacher.embed_names(NAMES))
-    planted_ND = np.eye(8, dtype=np.float32)[:2]
-    store.append(["cat", "anchor"], "name", planted_ND)
-    store.append(["dog"], "photo", planted_ND[:1])
+    store.import_table(EmbeddingTable(("cat", "anchor"), torch.eye(8)[:2], teacher.teacher, "name"))
+    store.import_table(EmbeddingTable(("dog",), torch.eye(8)[:1], teacher.teacher, "photo"))
     full = PreloadedEncoder(teacher, store)
     assert (full.teacher, full.prompt_set) == ("clip:0123", "name")
     rows_KD = full.embed_names(["dog", "anchor", "cat", "anchor", "dog"])
@@ -148,13 +147,13 @@ def test_teachers_have_tables_of_their_own() -> None:
 
 
 def test_memory_is_bounded_by_the_part(tmp_path: Path) -> None:
-    teacher = encoder("bare")
-    store = TextStore(str(tmp_path), teacher.teacher)
+    store = TextStore(str(tmp_path), "t")
     names = [f"thing {number}" for number in range(3 * texts.PART)]
     rows = np.ones((texts.PART, 512), np.float32) / np.sqrt(np.float32(512))
     tracemalloc.start()
     for start in range(0, len(names), texts.PART):
-        store.append(names[start : start + texts.PART], "bare", rows)
+        part = EmbeddingTable(tuple(names[start : start + texts.PART]), torch.from_numpy(rows), "t", "bare")
+        store.import_table(part)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2 * rows.nbytes  # of three parts written
