@@ -45,9 +45,10 @@ def build_query(
 
     Args:
         encoder: the teacher's text tower.
-        names: any names, or a mapping from names to their children, `{"bird": ["robin", "jay"], "anchor": []}`.
+        names: any names, or a mapping from names to their children, `{"bird": ["robin", "jay"], "anchor": []}`; an
+            only child has its parent's score.
         splits: `base` or `novel` by name, as in training; if it has none of the names, `is_base` is None.
-        attributes: words that apply to any name, such as colours.
+        attributes: words that apply to any name, such as colours; at least two, between which a region decides.
         prompts: a prompt set for this request, or templates separated by `|` (see `prompts.py`); the encoder's own if
             empty.
         attribute_prompts: the same for attributes, each placed before every name: "a photo of a red cat".
@@ -55,7 +56,8 @@ def build_query(
         merge: see `build_vocabulary`.
 
     Raises:
-        InputError: a name is empty or cannot be embedded, or the prompts are unknown.
+        InputError: a name is empty, a label twice or cannot be embedded, the prompts are unknown, or there is one
+            attribute alone.
     """
 
     def embed(labels: Sequence[str]) -> Tensor:
@@ -76,10 +78,17 @@ def build_query(
             below = clean_names([child for child, _ in pairs])
             if len(below) != len(pairs):
                 raise InputError("vocabulary: a child has two parents, expected one")
+            for child, row in zip(below, (row for _, row in pairs), strict=True):
+                if child in top and child != top[row]:
+                    raise InputError(f"vocabulary: {child!r} is a name and the child of {top[row]!r}, expected one")
             children, rows = Vocabulary(below, embed(below)), torch.tensor([row for _, row in pairs])
     words = None
     if attributes:
         cleaned = clean_names(attributes)
+        if len(cleaned) < 2:  # whose softmax is 1 everywhere
+            raise InputError(
+                f"attributes: {cleaned[0]!r} alone would fit every region, expected words to choose between"
+            )
         labels = children.names if children is not None else top
         # The part that comes from the names is the same for all words, so a softmax over the words ignores it.
         texts = [[text for n in labels for text in prompts_of(f"{word} {n}", attribute_prompts)] for word in cleaned]

@@ -55,9 +55,9 @@ def test_attributes_are_averaged_over_the_names() -> None:
     rows = Letters().embed_captions(texts).view(2, 2, -1).mean(1)
     assert query.attributes is not None
     assert torch.allclose(query.attributes.embeddings, F.normalize(rows, dim=1))
-    plain = build_query(Letters(), ["ant"], {}, attributes=["red"], attribute_prompts="some {name}")
+    plain = build_query(Letters(), ["ant"], {}, attributes=["red", "old"], attribute_prompts="some {name}")
     assert plain.attributes is not None
-    assert torch.allclose(plain.attributes.embeddings, Letters().embed_captions(["some red ant"]))
+    assert torch.allclose(plain.attributes.embeddings, Letters().embed_captions(["some red ant", "some old ant"]))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,11 @@ def test_attributes_are_averaged_over_the_names() -> None:
         ({"names": {"a": ["x"], "a ": ["y"]}}, "a name is repeated"),
         ({"prompts": "unheard"}, "prompt set 'unheard': unknown"),
         ({"prompts": "a photo of {nome}"}, "expected {a}, {a:word} or {name}"),
-        ({"attributes": ["red"], "attribute_prompts": "unheard"}, "prompt set 'unheard': unknown"),
+        ({"attributes": ["red", "old"], "attribute_prompts": "unheard"}, "prompt set 'unheard': unknown"),
         ({"attributes": [""]}, "expected a non-empty name"),
+        ({"attributes": ["red", "red "]}, "attributes: 'red' alone would fit every region, expected words to choose"),
+        ({"names": {"a": ["x", "y"], "x": []}}, "'x' is a name and the child of 'a', expected one"),
+        ({"names": {"a": ["x", "y"], "x": ["z"]}}, "'x' is a name and the child of 'a', expected one"),
     ],
 )
 def test_impossible_queries_are_refused(options: dict[str, object], message: str) -> None:
