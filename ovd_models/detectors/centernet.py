@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -164,7 +165,8 @@ def centre_losses(
 ) -> dict[str, Tensor]:
     """Focal loss of the heat at centres and elsewhere, and generalised IoU of the boxes (CenterNet2, section 4).
 
-    `heat_P` are logits, and `distance_P4` are in strides.
+    `heat_P` are logits, and `distance_P4` are in strides. The sums are divided by the counts of centres and of points
+    with a box, which are means over all workers, as in CenterNet2; in training, every worker calls this.
     """
     clamp = 1e-4
     heat = heat_P.float().sigmoid().clamp(clamp, 1 - clamp)  # half precision rounds 0.9999 to 1
@@ -172,13 +174,22 @@ def centre_losses(
     positive = -(at_centres.log() * (1 - at_centres).square()).sum()
     weight = (heat < config.ignore_above) * (1 - targets.heat).pow(4)
     negative = -((1 - heat).log() * heat.square() * weight).sum()
-    count = max(1, len(targets.centres))
+    counts_2 = torch.stack([targets.regress.sum(), torch.ones_like(targets.centres).sum()]).float()
+    boxes, centres = mean_over_workers(counts_2).clamp(min=1)
     box_loss = distance_loss(distance_P4[targets.regress].float(), targets.distances[targets.regress])
     return {
-        "centre_box": box_loss / targets.regress.sum().clamp(min=1),
-        "centre_positive": config.heat_weight * config.alpha * positive / count,
-        "centre_negative": config.heat_weight * (1 - config.alpha) * negative / count,
+        "centre_box": box_loss / boxes,
+        "centre_positive": config.heat_weight * config.alpha * positive / centres,
+        "centre_negative": config.heat_weight * (1 - config.alpha) * negative / centres,
     }
+
+
+def mean_over_workers(values: Tensor) -> Tensor:
+    """The mean of a tensor over the workers of a training, each of which calls this; the tensor itself without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
 
 
 def distance_loss(predicted_R4: Tensor, target_R4: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
 
 from ovd_models.detectors.centernet import (
     CenterNetConfig,
@@ -142,3 +146,32 @@ def test_a_point_predicts_no_negative_distance_and_starts_cold() -> None:
     assert flatten_levels(heat).shape == (20, 1)
     assert bool((flatten_levels(distances) >= 0).all())
     assert bool((flatten_levels(heat).sigmoid() < 0.1).all())
+
+
+CROWDED = [torch.tensor([[6.0, 6.0, 16.0, 20.0], [1.0, 1.0, 9.0, 12.0], [14.0, 2.0, 25.0, 11.0]])]
+EMPTY = [torch.zeros(0, 4)]
+
+
+def gradient_of(boxes: list[Tensor]) -> Tensor:
+    """The gradient [20] of the losses by the heat of one image with boxes."""
+    heat = torch.linspace(-3, 3, 20, requires_grad=True)
+    losses = centre_losses(heat, torch.ones(20, 4), centre_targets(boxes, SHAPES, CONFIG), CONFIG)
+    (gradient,) = torch.autograd.grad(losses["centre_positive"] + losses["centre_negative"], heat)
+    return gradient
+
+
+def gradient_on_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(gradient_of([CROWDED, EMPTY][rank]), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_boxes_count_equally_however_the_workers_share_them(tmp_path: Path) -> None:
+    mp.spawn(gradient_on_rank, (str(tmp_path),), nprocs=2)
+    crowded, empty = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    count = len(centre_targets(CROWDED, SHAPES, CONFIG).centres)
+    assert count > 2
+    # Alone, each divides by its own count, of at least 1; together, by half of the only boxes.
+    assert torch.allclose(crowded, gradient_of(CROWDED) * 2)
+    assert torch.allclose(empty, gradient_of(EMPTY) * 2 / count)
