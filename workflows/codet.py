@@ -196,7 +196,7 @@ def train(run: Run) -> Trained[Metrics]:
             **({"concepts": run.pairs, "groups": run.pairs} if run.pairs else {}),
         },
         inputs={"teacher": encoder.teacher, "backbone": starting_weights.digest_of(run.backbone_weights)},
-        stages=(boxes, joint),
+        stages=tuple(run.stages.values()),
     ) as active:
         encoder_folder, logger = active.save("encoder", partial(save_encoder, encoder)), active.tracked.logger()
         if not run.box_model:
@@ -208,7 +208,8 @@ def train(run: Run) -> Trained[Metrics]:
             boxes_model = active.save("boxes_model", partial(save, run, weights, names, encoder))
         active.outputs["boxes_model"] = boxes_model
         with active.timing("evaluate"):
-            supervised = evaluate_model(run, active, boxes_model, "eval/box_supervised", boxes)
+            last = joint if run.box_model else boxes
+            supervised = evaluate_model(run, active, boxes_model, "eval/box_supervised", last)
             if not run.box_model:
                 scores = {f"eval/{name}": value for name, value in supervised.metrics.summary().items()}
                 active.tracked.log_metrics(scores, active.last_step)

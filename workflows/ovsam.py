@@ -301,7 +301,7 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
         data_set=run.boxes,
         tables_read={"boxes": f"{run.boxes}-train", "categories": run.boxes},
         inputs=inputs,
-        stages=(run.sam_stage, run.sam2clip_stage, run.clip2sam_stage, run.text_stage),
+        stages=tuple(run.stages.values()),
     ) as active:
         with active.timing("sam"):
             sam_folder = share_sam(run, given[0], active) if given else train_sam(run, active)
@@ -354,17 +354,21 @@ def evaluate_models(
     run: Run, model: OvSam, sam: SamModel, text: TextToMask | None, names: OvSamNames, active: ActiveRun, folder: str
 ) -> Evaluation[pointing_report.SegmentationReport]:
     """Evaluate the OV-SAM beside SAM and the baselines, and log the results."""
-    report = pointing_report.evaluate_ovsam(
-        run.storage,
-        f"{run.boxes}-eval",
-        names.ids,
-        names.vocabulary,
-        model,
-        sam,
-        text,
-        limit=run.eval_images,
-        device=training.device_of(run.clip2sam_stage),
-    )
+
+    def evaluate(device: str) -> pointing_report.SegmentationReport:
+        return pointing_report.evaluate_ovsam(
+            run.storage,
+            f"{run.boxes}-eval",
+            names.ids,
+            names.vocabulary,
+            model,
+            sam,
+            text,
+            limit=run.eval_images,
+            device=device,
+        )
+
+    report = training.on_device(run.clip2sam_stage, evaluate)
     active.tracked.log_data_set(run.storage, "boxes", f"{run.boxes}-eval", "evaluation")
     report.log(active.tracked, "eval", active.last_step)
     metric = "accuracy_novel" if "novel" in names.splits.values() else "accuracy_all"

@@ -146,7 +146,7 @@ def open_vild_run(run: Run, title: str, encoder: TextEncoder) -> AbstractContext
         data_set=run.boxes,
         tables_read={"boxes": run.train_table, "categories": run.boxes},
         inputs={"teacher": encoder.teacher, "backbone": starting_weights.digest_of(run.backbone_weights)},
-        stages=(run.rpn_stage, run.detector_stage),
+        stages=tuple(run.stages.values()),
     )
 
 

@@ -59,6 +59,10 @@ class TrainingConfig(Protocol):
     def dry_run(self) -> bool:
         """Whether it only measures some steps."""
 
+    @property
+    def stages(self) -> Mapping[str, Optimisation]:
+        """The stages that are trained, by their fields."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(Generic[M]):
@@ -203,7 +207,7 @@ def open_run(
         data_set: name of the data set, which is that of the experiment and in that of the registered model.
         tables_read: table -> name of each table that the training reads.
         inputs: ids of further inputs, such as the teacher's.
-        stages: settings of all stages.
+        stages: settings of the stages that it trains.
 
     Raises:
         InputError: the run to resume or a table is missing, an input differs from the resumed run's, or another
@@ -263,7 +267,7 @@ def begin(run: R, workflow: str) -> R:
     """
     tracking.check_server(run.storage)
     run_folder(run.storage, workflow, run.config, run.resume)
-    return training.choose_devices(run, dry_run=run.dry_run)
+    return training.choose_devices(run, run.stages, dry_run=run.dry_run)
 
 
 def run_folder(storage_uri: str, workflow: str, config: str, resume: str) -> str:

@@ -134,6 +134,7 @@ def final_weights(folder: str) -> dict[str, Tensor]:
 RAY_LOGGERS = ("ray.train.v2._internal.util", ray.train.v2._internal.execution.context.__file__)
 """Those of the errors of a loop and of the uploads of its checkpoints."""
 R = TypeVar("R")
+T = TypeVar("T")
 CPUS_PER_WORKER = 0.5
 """Leaves room for the data tasks that feed a worker; threads are set by `prepare_worker`."""
 
@@ -152,8 +153,8 @@ def start_ray_for(*stages: Optimisation, wait_minutes: float) -> None:
         cluster.require(1 + CPUS_PER_WORKER * max(stage.workers for stage in stages), gpus, wait_minutes)
 
 
-def choose_devices(run: R, *, dry_run: bool = False) -> R:
-    """A training's run with its stages on GPUs, where they do not say and there are enough.
+def choose_devices(run: R, stages: Mapping[str, Optimisation], *, dry_run: bool = False) -> R:
+    """A training's run with the stages of some of its fields on GPUs, where they do not say and there are enough.
 
     Those of the cluster, or of this machine if the run is in none; a stage without workers is always on this one.
 
@@ -161,8 +162,7 @@ def choose_devices(run: R, *, dry_run: bool = False) -> R:
         InputError: a stage asks for GPUs that this machine lacks, and it is no cluster; or no cluster answers.
     """
     joined, changes = cluster.is_joined(), {}
-    for name in cli.stages_of(run):
-        stage = getattr(run, name)
+    for name, stage in stages.items():
         needed, here = max(1, stage.workers), torch.cuda.device_count()
         if stage.use_gpu and here < needed and not (joined or dry_run):
             expected = "--no-use-gpu, fewer --workers, or a cluster (RAY_ADDRESS or `ray job submit`)"
@@ -366,3 +366,16 @@ def prepare_worker(settings: Optimisation) -> torch.device:
 def device_of(settings: Optimisation) -> str:
     """Where the driver evaluates a trained model: on a GPU if the training used GPUs and the driver has one."""
     return "cuda" if settings.use_gpu and torch.cuda.is_available() else "cpu"
+
+
+def on_device(settings: Optimisation, work: Callable[[str], T]) -> T:
+    """Do what comes after a stage on a device like its own, whose name `work` gets.
+
+    A driver without a GPU, as on a cluster's head, gives work after a training on the workers' GPUs to a machine that
+    has one.
+    """
+    device = device_of(settings)
+    if device == "cpu" and settings.use_gpu and settings.workers:
+        result: T = ray.get(ray.remote(work).options(num_gpus=1).remote("cuda"))
+        return result
+    return work(device)

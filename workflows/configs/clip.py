@@ -51,6 +51,11 @@ class Run:
     resume: str = ""
     """Name of a run to continue."""
 
+    @property
+    def stages(self) -> dict[str, Optimisation]:
+        """The only stage, by its field."""
+        return {"optimisation": self.optimisation}
+
     def __post_init__(self) -> None:
         """Check the buffer, and that a batch can be shared among the workers."""
         check_shared("batch_size", self.batch_size, self.optimisation)

@@ -91,6 +91,12 @@ class Run:
     resume: str = ""
     """Name of a run to continue."""
 
+    @property
+    def stages(self) -> dict[str, Optimisation]:
+        """The stages that are trained, by their fields."""
+        boxes = {} if self.box_model else {"box_stage": self.box_stage}
+        return {**boxes, "joint_stage": self.joint_stage}
+
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
         if self.continues and self.model.supervision != "boxes" and not self.pairs:

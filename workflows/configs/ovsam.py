@@ -92,6 +92,13 @@ class Run:
         """Whether the config trains no SAM of its own, as the published recipes."""
         return self.published_sam.required
 
+    @property
+    def stages(self) -> dict[str, Optimisation]:
+        """The stages that are trained, by their fields."""
+        sam = {} if self.sam else {"sam_stage": self.sam_stage}
+        text = {"text_stage": self.text_stage} if self.text_to_mask else {}
+        return {**sam, "sam2clip_stage": self.sam2clip_stage, "clip2sam_stage": self.clip2sam_stage, **text}
+
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
         for stage in (self.sam_stage, self.sam2clip_stage, self.clip2sam_stage, self.text_stage):

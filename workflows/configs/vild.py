@@ -87,6 +87,12 @@ class Run:
     resume: str = ""
     """Name of a run to continue."""
 
+    @property
+    def stages(self) -> dict[str, Optimisation]:
+        """The stages that are trained, by their fields."""
+        proposals = {} if self.proposals else {"rpn_stage": self.rpn_stage}
+        return {**proposals, "detector_stage": self.detector_stage}
+
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers and that the settings fit together."""
         for stage in (self.rpn_stage, self.detector_stage):

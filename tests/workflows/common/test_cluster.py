@@ -16,6 +16,8 @@ from ovd_models.errors import InputError
 from workflows.common import cluster, runs, training
 from workflows.common.optimisation import Optimisation
 from workflows.configs import codet as codet_configs
+from workflows.configs import ovsam as ovsam_configs
+from workflows.configs import vild as vild_configs
 
 ROOT = Path(__file__).parents[3]
 STAGE = Optimisation(steps=10, learning_rate=0.1)
@@ -86,6 +88,27 @@ def test_a_cluster_that_grows_is_waited_for(cpus: int, minutes: float, node: str
     waited = f"waiting up to {minutes:g} minutes for the cluster to have {cpus} CPUs"
     assert (waited in lines) == (not last.startswith("InputError"))
     assert "requests left: 0" in lines  # or machines would be kept for a job that has ended
+
+
+GPU_TASK = """
+import ray
+import torch
+from workflows.common import training
+from workflows.common.optimisation import Optimisation
+
+torch.cuda.is_available = lambda: False
+ray.init(num_cpus=1, num_gpus=1, include_dashboard=False)
+for workers in (0, 2):
+    stage = Optimisation(steps=1, learning_rate=0.1, workers=workers, use_gpu=True)
+    print(workers, *training.on_device(stage, lambda device: (device, ray.get_gpu_ids())))
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_without_a_gpu_evaluates_on_one_of_the_cluster() -> None:
+    done = subprocess.run([sys.executable, "-c", GPU_TASK], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["0 cpu []", "2 cuda [0]"], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -170,9 +193,8 @@ def test_gpus_are_used_where_each_worker_has_one_and_nothing_else_is_said(
         gpus(count)
         run = codet_configs.smoke()
         stage = dataclasses.replace(run.box_stage, **settings)
-        chosen = training.choose_devices(
-            dataclasses.replace(run, detection_batch=2, box_stage=stage, joint_stage=stage)
-        )
+        run = dataclasses.replace(run, detection_batch=2, box_stage=stage, joint_stage=stage)
+        chosen = training.choose_devices(run, run.stages)
         return chosen.box_stage.use_gpu, chosen.joint_stage.use_gpu
 
     assert used(0) == (False, False)
@@ -195,7 +217,8 @@ def test_gpus_of_a_cluster_are_used_where_each_worker_can_have_one(
     def used(**settings: Any) -> bool | None:
         run = codet_configs.smoke()
         stage = dataclasses.replace(run.box_stage, **settings)
-        return training.choose_devices(dataclasses.replace(run, detection_batch=2, box_stage=stage)).box_stage.use_gpu
+        run = dataclasses.replace(run, detection_batch=2, box_stage=stage)
+        return training.choose_devices(run, run.stages).box_stage.use_gpu
 
     assert used(workers=2) is True
     assert used(workers=2, use_gpu=False) is False
@@ -212,10 +235,27 @@ def test_gpus_that_this_machine_lacks_are_refused_before_any_work(
     gpus(1)
     wanted = codet_configs.photos_8gpu()
     with pytest.raises(InputError, match=r"--use-gpu: 8 GPUs are needed, this machine has 1, expected --no-use-gpu"):
-        training.choose_devices(wanted)
-    assert training.choose_devices(wanted, dry_run=True) == wanted
+        training.choose_devices(wanted, wanted.stages)
+    assert training.choose_devices(wanted, wanted.stages, dry_run=True) == wanted
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert training.choose_devices(wanted) == wanted
+    assert training.choose_devices(wanted, wanted.stages) == wanted
+
+
+@pytest.mark.parametrize(
+    ("run", "trained"),
+    [
+        (codet_configs.photos_8gpu(), ["box_stage", "joint_stage"]),
+        (dataclasses.replace(codet_configs.photos_8gpu(), box_model="boxes"), ["joint_stage"]),
+        (dataclasses.replace(vild_configs.photos_8gpu(), proposals="rpn"), ["detector_stage"]),
+        (dataclasses.replace(ovsam_configs.photos_8gpu(), sam="sam"), ["sam2clip_stage", "clip2sam_stage"]),
+    ],
+)
+def test_stages_that_are_not_trained_need_no_gpus(run: Any, trained: list[str], gpus: Callable[[int], None]) -> None:
+    gpus(1)
+    assert list(run.stages) == trained
+    alone = {name: dataclasses.replace(getattr(run, name), workers=1, use_gpu=True) for name in trained}
+    fitted = dataclasses.replace(run, **alone)
+    assert training.choose_devices(fitted, fitted.stages) == fitted
 
 
 def test_a_training_begins_only_where_it_can(gpus: Callable[[int], None], tmp_path: Path) -> None:
