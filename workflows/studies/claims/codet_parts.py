@@ -243,5 +243,7 @@ SWEEPS = Part(
     schedule="In turn, every other step is of boxes alone or of captions alone, and there are twice as many. "
     + SCHEDULE,
     remark="With 16 proposals, boxes and captions are together and there is no image-text loss. Group sizes are "
-    "compared with 16 captioned images a step, proposals with 8.",
+    "compared with 16 captioned images a step, proposals with 8. In turn has as many images in twice the steps, and is "
+    "0.029 better on novel names: the interval reaches 0.059, beyond the 0.05 allowed. Longer schedules, where the "
+    "number of steps limits less, were not tried.",
 )
