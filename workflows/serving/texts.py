@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
 import threading
 import unicodedata
 from collections import OrderedDict
@@ -150,7 +151,7 @@ class VocabularyStore:
 
     def __init__(self, storage_uri: str, limits: Limits, metrics: Metrics) -> None:
         self._folder, self._limits = storage.join(storage_uri, "vocabularies"), limits
-        self._recent: ByteLru[str, Words] = ByteLru("vocabularies", 32_000_000, metrics)
+        self._recent: ByteLru[str, str] = ByteLru("vocabularies", 32_000_000, metrics)
 
     def put(self, words: Words) -> str:
         """Store a vocabulary; returns its id."""
@@ -159,7 +160,7 @@ class VocabularyStore:
         if not storage.exists(uri):
             self._make_room()
             storage.write_bytes(uri, text.encode())
-        self._recent.put(digest, words, len(text))
+        self._recent.put(digest, text, sys.getsizeof(text))
         return digest
 
     def get(self, digest: str) -> Words:
@@ -168,18 +169,17 @@ class VocabularyStore:
         Raises:
             ProblemError: 422, there is none.
         """
-        words = self._recent.get(digest)
-        if words is not None:
-            return words
+        text = self._recent.get(digest)
+        if text is not None:
+            return Words.from_json(text)
         try:
             text = storage.read_bytes(storage.join(self._folder, f"{digest}.json")).decode()
         except FileNotFoundError:
             raise refusal("vocabulary", f"{digest} is not stored, expected a list or PUT /v1/vocabularies") from None
         except OSError as error:
             raise ProblemError(503, "Busy", "the stored vocabularies cannot be read at the moment") from error
-        words = Words.from_json(text)
-        self._recent.put(digest, words, len(text))
-        return words
+        self._recent.put(digest, text, sys.getsizeof(text))
+        return Words.from_json(text)
 
     def _make_room(self) -> None:
         """Remove the oldest vocabularies beyond the limit."""
