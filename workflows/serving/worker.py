@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovd_models.batches import num_bytes
+from ovd_models.batches import TensorRecord, num_bytes
 from workflows.serving.metrics import Metrics
 from workflows.serving.models import ServedModel
 from workflows.serving.texts import ByteLru
@@ -121,7 +121,7 @@ class ModelWorker:
         images = [job.image for job in new.values() if job.image is not None]
         if images:
             model = jobs[0].model
-            encoded = dict(zip(new, model.encode(images), strict=True))
+            encoded = dict(zip(new, map(_own, model.encode(images)), strict=True))
             self._metrics.batch.labels(model.name).observe(len(images))
             for key, value in encoded.items():
                 self.images.put(key, value, num_bytes(value) + BLOCK)
@@ -136,3 +136,12 @@ class ModelWorker:
 
 def _has_shape(job: Job, shape: torch.Size) -> bool:
     return job.image is not None and job.image.shape == shape
+
+
+def _own(encoded: Any) -> Any:
+    """An encoded image in memory of its own: a view into its batch would keep all of it as long as itself."""
+    return encoded.map(_copy_view) if isinstance(encoded, TensorRecord) else _copy_view(encoded)
+
+
+def _copy_view(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

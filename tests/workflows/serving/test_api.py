@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 from serving import (
     LIMITS,
@@ -33,11 +35,13 @@ from serving import (
 from starlette.testclient import TestClient
 
 import ovd_models
+from ovd_models.batches import TensorRecord
 from ovd_models.checkpoint_info import write_calibration
 from ovd_models.segments import Prompts
 from workflows.serving.api import WEB, Endpoint, build_api
 from workflows.serving.deployment import digest_of_token
 from workflows.serving.metrics import DIRECTORY
+from workflows.serving.worker import Job
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,25 @@ def test_waiting_images_of_one_size_are_encoded_together_with_equal_answers(
     for answer, expected in zip(answers, alone, strict=True):
         assert [entry["label"] for entry in answer] == [entry["label"] for entry in expected]
         assert [entry["score"] for entry in answer] == pytest.approx([entry["score"] for entry in expected], abs=1e-4)
+
+
+def test_a_cached_image_keeps_no_more_memory_than_is_counted(opened: Endpoint) -> None:
+    for model in opened.models:
+        images = [model.read(Image.open(io.BytesIO(picture(seed=seed)))) for seed in range(20, 24)]
+        jobs = [Job(model, (model.digest, str(row)), image, None, lambda _: None) for row, image in enumerate(images)]
+        with torch.inference_mode():
+            opened.worker._encode(jobs)
+        for job in jobs:
+            encoded, size = opened.worker.images._entries[job.key]
+            kept = sum({part.data_ptr(): part.nbytes() for part in storages(encoded)}.values())
+            assert kept <= size, model.name
+
+
+def storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    if isinstance(value, torch.Tensor):
+        yield value.untyped_storage()
+    for entry in vars(value).values() if isinstance(value, TensorRecord) else value if type(value) is tuple else ():
+        yield from storages(entry)
 
 
 def test_a_name_is_embedded_once(opened: Endpoint, client: TestClient) -> None:
