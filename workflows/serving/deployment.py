@@ -56,12 +56,19 @@ class Replica:
         return self.opening.build_api(self.endpoint, self.token_digest, adds_ids=False)
 
     def check_health(self) -> None:
-        """Run each model on a small image, unless the models have just answered; Ray Serve replaces a failing replica.
+        """Run each model on a small image, unless one is at work or has just answered.
+
+        Ray Serve replaces a replica that fails this three times in a row. What a model is at may take as long as a
+        request may wait for its answer; after that nobody waits for it.
 
         Raises:
             RuntimeError: a model does not answer.
         """
-        if time.monotonic() - self.endpoint.worker.last_done < 10:
+        worker, seconds = self.endpoint.worker, self.settings.limits.answer_seconds
+        since = worker.busy_since
+        if since is not None and time.monotonic() - since > seconds:
+            raise RuntimeError(f"the models have been at one request for more than {seconds:g} seconds")
+        if since is not None or time.monotonic() - worker.last_done < 10:
             return
         self.opening.probe_models(self.endpoint, timeout=25)
 

@@ -55,6 +55,9 @@ class ModelWorker:
         self._lock = threading.Lock()
         self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.last_done = time.monotonic()
+        """When a model last answered, in seconds of `time.monotonic`."""
+        self.busy_since: float | None = None
+        """When the encoding or the answer at work began; None if none is."""
         threading.Thread(target=self._run, name="models", daemon=True).start()
 
     def submit(self, job: Job) -> "Future[Any]":
@@ -80,7 +83,7 @@ class ModelWorker:
             if jobs:
                 with torch.inference_mode():
                     self._step(jobs)
-                self.last_done = time.monotonic()
+                self.busy_since = None
 
     def _take(self) -> list[Job]:
         """The next job, and those that can be encoded with it."""
@@ -98,6 +101,7 @@ class ModelWorker:
 
     def _step(self, jobs: list[Job]) -> None:
         jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+        self.busy_since = time.monotonic()
         try:
             self._encode(jobs)
         except BaseException as error:
@@ -105,12 +109,13 @@ class ModelWorker:
                 job.future.set_exception(error)
             return
         for job in jobs:
-            started = time.perf_counter()
+            started, self.busy_since = time.perf_counter(), time.monotonic()
             try:
                 result = job.answer(job.encoded)
             except BaseException as error:
                 job.future.set_exception(error)
             else:
+                self.last_done = time.monotonic()
                 job.milliseconds["answer"] = 1000 * (time.perf_counter() - started)
                 job.future.set_result(result)
 

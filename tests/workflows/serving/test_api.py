@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -38,8 +40,9 @@ import ovd_models
 from ovd_models.batches import TensorRecord
 from ovd_models.checkpoint_info import write_calibration
 from ovd_models.segments import Prompts
+from workflows.serving import opening
 from workflows.serving.api import WEB, Endpoint, build_api
-from workflows.serving.deployment import digest_of_token
+from workflows.serving.deployment import Replica, digest_of_token
 from workflows.serving.metrics import DIRECTORY
 from workflows.serving.worker import Job
 
@@ -192,6 +195,37 @@ def test_a_cached_image_keeps_no_more_memory_than_is_counted(opened: Endpoint) -
             encoded, size = opened.worker.images._entries[job.key]
             kept = sum({part.data_ptr(): part.nbytes() for part in storages(encoded)}.values())
             assert kept <= size, model.name
+
+
+def test_a_long_answer_is_healthy_and_one_that_never_ends_is_not(folders: dict[str, Path], tmp_path: Path) -> None:
+    replica: Any = Replica.__new__(Replica)
+    replica.opening, replica.endpoint = opening, endpoint(folders["boxes"], tmp_path)
+    replica.settings = SimpleNamespace(limits=dataclasses.replace(LIMITS, answer_seconds=1.0))
+    worker, (model,) = replica.endpoint.worker, replica.endpoint.models
+    begun, ended = threading.Event(), threading.Event()
+
+    def answer(_: Any) -> None:
+        begun.set()
+        ended.wait(60)
+
+    future = worker.submit(Job(model, ("", ""), None, None, answer))
+    begun.wait(60)
+    worker.last_done -= 60
+    replica.check_health()
+    time.sleep(1.1)
+    with pytest.raises(RuntimeError, match="for more than 1 seconds"):
+        replica.check_health()
+    ended.set()
+    future.result(60)
+    replica.check_health()
+
+
+def test_health_is_probed_while_requests_fail(folders: dict[str, Path], tmp_path: Path) -> None:
+    opened = endpoint(folders["boxes"], tmp_path)
+    (model,), before = opened.models, opened.worker.last_done
+    failing = opened.worker.submit(Job(model, ("", ""), None, None, lambda _: 1 / 0))
+    assert isinstance(failing.exception(60), ZeroDivisionError)
+    assert opened.worker.last_done == before
 
 
 def storages(value: Any) -> Iterator[torch.UntypedStorage]:
