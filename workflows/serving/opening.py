@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,6 +24,8 @@ LOGGER = logging.getLogger("ray.serve")
 HEALTH_SIDE = 64
 MIN_SPEEDUP = 1.5
 """Least speed-up by all cores for which they are used."""
+MAX_PAUSE_SECONDS = 600.0
+"""Longest pause before a new version that could not be loaded is tried again."""
 
 
 def open_endpoint(settings: Settings) -> Endpoint:
@@ -36,23 +39,8 @@ def open_endpoint(settings: Settings) -> Endpoint:
     def load(name: str, uri: str) -> ServedModel:
         return load_served(name, uri, settings.storage, texts=settings.texts, device=settings.device)
 
-    reasons: dict[str, str] = {}
-
-    def newer(model: ServedModel) -> ServedModel | None:
-        version = ""
-        try:
-            version, _ = resolve_version(model.uri, settings.storage)
-            if version == model.version or reasons.get(model.name, "").startswith(f"version {version}: "):
-                return None
-            return load(model.name, model.uri)
-        except Exception as error:  # the registry is away, or the new version broken: the old one stays
-            reason = f"version {version or '?'}: {first_line(error)}"
-            if reasons.get(model.name) != reason:
-                reasons[model.name] = reason
-                LOGGER.error("model %s: no new version could be loaded, %s", model.name, reason)
-            return None
-
     loaded = [load(name, uri) for name, uri in parse_models(settings.model).items()]
+    newer = _NewVersions(load, settings.storage, settings.refresh_seconds)
     models = ModelSet({model.name: model for model in loaded}, newer)
     worker = ModelWorker(
         metrics,
@@ -74,6 +62,34 @@ def open_endpoint(settings: Settings) -> Endpoint:
 
         models.watch(settings.refresh_seconds, swapped)
     return endpoint
+
+
+class _NewVersions:
+    """Loads new versions of registered models; one that fails is tried again, after ever longer pauses."""
+
+    def __init__(self, load: Callable[[str, str], ServedModel], storage: str, seconds: float) -> None:
+        self._load, self._storage, self._seconds = load, storage, seconds
+        self._pauses: dict[tuple[str, str], tuple[float, float]] = {}
+        """By model and version: the pause after its last try in seconds, and when that ends."""
+        self._reasons: dict[str, str] = {}
+
+    def __call__(self, model: ServedModel) -> ServedModel | None:
+        """The version behind the model's URI; None if the model has it, or it cannot be loaded at the moment."""
+        version = ""
+        try:
+            version, _ = resolve_version(model.uri, self._storage)
+            pause, ends = self._pauses.get((model.name, version), (self._seconds / 2, 0.0))
+            if version == model.version or time.monotonic() < ends:
+                return None
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
+            self._pauses[model.name, version] = pause, time.monotonic() + pause
+            return self._load(model.name, model.uri)
+        except Exception as error:  # the registry is away, or the new version broken: the old one stays
+            reason = f"version {version or '?'}: {first_line(error)}"
+            if self._reasons.get(model.name) != reason:
+                self._reasons[model.name] = reason
+                LOGGER.error("model %s: no new version could be loaded, %s", model.name, reason)
+            return None
 
 
 def probe_models(endpoint: Endpoint, timeout: float) -> None:

@@ -1,12 +1,18 @@
+import threading
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving import endpoint, post, save_detector
 from starlette.testclient import TestClient
 
 from workflows.common import registry, tracking
+from workflows.serving import opening
 from workflows.serving.api import build_api
+from workflows.serving.models import ServedModel, load_served
 
 
 def register(folder: Path, storage: Path, value: float) -> None:
@@ -34,11 +40,40 @@ def test_a_new_champion_is_taken_up_while_requests_are_answered(
         after = client.get("/v1/model").json()
         assert post(client, "detect").headers["x-model-digest"] == after["digest"] != before["digest"]
         assert set(digests) <= {before["digest"], after["digest"]}
-        # A version that cannot be loaded leaves the old one in place.
-        broken = save_detector(tmp_path / "broken", seed=2)
-        (broken / "model.safetensors").write_bytes(b"broken")
-        register(broken, tmp_path, 0.3)
-        time.sleep(1)
-        assert client.get("/v1/model").json()["version"] == "2"
+    opened.models.close()
+
+
+def test_a_version_that_cannot_be_loaded_leaves_the_old_one_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    register(save_detector(tmp_path / "first"), tmp_path, 0.1)
+    tries: list[float] = []
+    outage = threading.Event()
+
+    def load(*args: Any, **settings: Any) -> ServedModel:
+        tries.append(time.monotonic())
+        if outage.is_set():
+            raise OSError("no route to host")
+        return load_served(*args, **settings)
+
+    monkeypatch.setattr(opening, "load_served", load)
+    opened = endpoint("models:/ovd-codet-x@champion", tmp_path, refresh_seconds=0.1)
+    outage.set()
+    register(save_detector(tmp_path / "second", seed=1), tmp_path, 0.2)
+    with TestClient(build_api(opened)) as client:
+        wait_for(lambda: len(tries) > 5)
+        pauses = [later - earlier for earlier, later in pairwise(tries[1:])]
+        assert all(pause > 0.09 * 2**number for number, pause in enumerate(pauses)), pauses
+        assert client.get("/v1/model").json()["version"] == "1"
         assert post(client, "detect").status_code == 200
-        opened.models.close()
+        outage.clear()
+        wait_for(lambda: client.get("/v1/model").json()["version"] == "2")
+    opened.models.close()
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
