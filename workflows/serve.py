@@ -34,6 +34,8 @@ from workflows.serving.deployment import (  # isort: skip  # before Ray Serve is
     TOKEN_VARIABLE,
     build,
     digest_of_token,
+    find_controller,
+    listening_address,
 )
 
 import click
@@ -50,6 +52,9 @@ from workflows.common import cli, cluster
 from workflows.serving.limits import Limits
 from workflows.serving.settings import Settings
 from workflows.serving.sources import check_models
+
+APPLICATION = "ovd"
+"""Name in Ray Serve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,16 +225,25 @@ def read_arguments(args: dict[str, Any]) -> Run:
 def serve_model(run: Run) -> Iterator[str]:
     """Serve while the block runs; yields the base URL. Ray must be initialised.
 
+    Where Ray Serve already runs, as on a cluster that others use, its address is used and it goes on afterwards.
+
     Raises:
-        InputError: there is no such checkpoint, the port is taken, or the cluster has too little for the replicas.
+        InputError: there is no such checkpoint, the port is taken, the cluster has too little for the replicas, or
+            serves an application of this name.
         WaitedError: it has not grown in time.
     """
+    shared = find_controller() is not None
+    if shared:
+        host, port = listening_address()
+        run = dataclasses.replace(run, host=host, port=port)
     check(run)
     gpus = count_gpus(run)
     cluster.require(
         run.replicas * run.cpus, run.replicas * gpus, run.wait_minutes, flags="--replicas, --cpus and --gpus"
     )
-    port = free_port(run.host, run.port)
+    if APPLICATION in serve.status().applications:
+        raise InputError(f"the cluster already serves an application {APPLICATION!r}, expected none of this name")
+    port = run.port if shared else free_port(run.host, run.port)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
@@ -237,11 +251,16 @@ def serve_model(run: Run) -> Iterator[str]:
         options = {"host": run.host, "port": port, "request_timeout_s": 120}
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
         with working("loading"):
-            serve.run(build_application(run), name="ovd")
+            serve.run(build_application(run), name=APPLICATION)
         yield f"http://{run.host}:{port}"
     finally:
+        others = serve.status().applications.keys() - {APPLICATION}
         with contextlib.redirect_stdout(io.StringIO()):  # Ray prints there that its own controller ends
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            if shared or others:
+                with contextlib.suppress(TimeoutError):  # answers under way; Ray Serve goes on waiting for them
+                    serve.delete(APPLICATION)
+            else:
+                serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def free_port(host: str, port: int) -> int:

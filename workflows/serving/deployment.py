@@ -41,7 +41,7 @@ class Replica:
         """Load the models."""
         self.settings = settings
         self.token_digest = settings.token_digest or digest_of_token(os.environ.get(TOKEN_VARIABLE, "").strip())
-        host = listening_host()
+        host, _ = listening_address()
         if host not in LOOPBACK and not self.token_digest:
             raise InputError(f"host {host}: others can reach it, expected token_file or the variable {TOKEN_VARIABLE}")
         from workflows.serving import opening  # torch and the models: seconds that the driver need not spend
@@ -73,11 +73,18 @@ class Replica:
         self.opening.probe_models(self.endpoint, timeout=25)
 
 
-def listening_host() -> str:
-    """The address on which Ray Serve listens, wherever it was set."""
-    controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    options = ray.get(controller.get_http_config.remote())
-    return str(options.host or "0.0.0.0")
+def find_controller() -> Any:
+    """The actor that runs Ray Serve on this cluster; None if nothing is served."""
+    try:
+        return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None
+
+
+def listening_address() -> tuple[str, int]:
+    """The host and port on which Ray Serve listens, wherever they were set."""
+    options = ray.get(find_controller().get_http_config.remote())
+    return str(options.host or "0.0.0.0"), int(options.port)
 
 
 def build(
