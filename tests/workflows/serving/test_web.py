@@ -1,5 +1,6 @@
 """The web page in Chromium, against the real application without Ray."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,12 +9,14 @@ import subprocess
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from PIL import Image
 from serving import endpoint, save_detector, save_segmenter
 
 from ovd_models.checkpoint_info import write_calibration
@@ -218,6 +221,112 @@ def test_results_are_saved_and_the_request_is_copied(page: "playwright.Page", ur
     page.get_by_role("button", name="Copy Python").click()
     expect(page.locator("#status")).to_contain_text("program copied")
     compile(page.evaluate("navigator.clipboard.readText()"), "copied", "exec")
+
+
+@pytest.mark.slow
+def test_a_copied_request_has_places_of_the_users_file(page: "playwright.Page", tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    Image.new("RGB", (3000, 1000), "grey").save(large)
+    choose(page, "Click")
+    page.locator("#file").set_input_files(large)  # reduced to 2048 x 683
+    expect(page.locator("#status")).to_contain_text("Click on something")
+    frame = page.locator("canvas:visible").bounding_box()
+    assert frame is not None
+    page.mouse.click(frame["x"] + 0.75 * frame["width"], frame["y"] + 0.5 * frame["height"])
+    expect(page.locator(".found:visible button")).to_have_count(1)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy curl").click()
+    expect(page.locator("#status")).to_contain_text("large.png in the current folder")
+    command = page.evaluate("navigator.clipboard.readText()")
+    (((x, y),),) = json.loads(command.split("prompts=")[1].rstrip("'"))["points"]
+    assert (x, y) == pytest.approx((0.75 * 3000, 0.5 * 1000), abs=10)
+    ran = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout)["width"] == 3000
+    page.get_by_role("button", name="COCO JSON").click()
+    expect(page.locator("#status")).to_contain_text("reduced to 2048 x 683 pixels")
+
+
+def hold(page: "playwright.Page", route: str, act: Callable[[], None]) -> "playwright.Route":
+    """A request that an act causes, not answered yet."""
+    held: list[Any] = []
+    page.route(f"**{route}", lambda asked: held.append(asked), times=1)
+    act()
+    for _ in range(500):
+        page.wait_for_timeout(20)
+        if held:
+            return held[0]
+    raise AssertionError(f"no request to {route}")
+
+
+def answer_late(page: "playwright.Page", held: "playwright.Route", field: str) -> None:
+    """Answer a held request; the page no longer waits for it, so nothing is shown."""
+    entry = {"box": [0, 0, 9, 9], "label": "stale", "score": 0.99, "iou": 0.99}
+    with contextlib.suppress(playwright.Error):  # the page has given it up
+        held.fulfill(json={"width": 128, "height": 128, field: [entry]})
+    page.wait_for_timeout(300)
+    expect(page.locator(".found:visible .name", has_text="stale")).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_the_answer_to_an_earlier_picture_or_to_earlier_names_is_not_shown(page: "playwright.Page") -> None:
+    held = hold(page, "/v1/detect", page.get_by_label("Sample picture 2").click)
+    page.get_by_label("Sample picture 3").click()
+    expect(page.locator("#status")).to_contain_text("result")
+    answer_late(page, held, "detections")
+
+    def add(name: str) -> None:
+        page.get_by_label("Names: add a name").fill(name)
+        page.get_by_label("Names: add a name").press("Enter")
+
+    held = hold(page, "/v1/detect", lambda: add("anchor"))
+    add("snowman")
+    expect(page.locator("#status")).to_contain_text("result")
+    answer_late(page, held, "detections")
+
+
+@pytest.mark.slow
+def test_prompts_sent_while_another_picture_opens_are_of_the_earlier_one(page: "playwright.Page") -> None:
+    choose(page, "Click")
+    page.locator("canvas:visible").click()
+    expect(page.locator(".found:visible button")).to_have_count(1)
+    page.evaluate(
+        """() => {
+          const open = createImageBitmap, wait = (seconds) => new Promise((wake) => setTimeout(wake, 1000 * seconds));
+          window.createImageBitmap = async (blob) => (await wait(1), open(blob));
+        }"""
+    )
+    page.get_by_label("Sample picture 2").click()
+    held = hold(page, "/v1/segment", page.locator("canvas:visible").click)
+    expect(page.locator("#status")).to_contain_text("Click on something")
+    answer_late(page, held, "segments")
+
+
+@pytest.mark.slow
+def test_a_finger_scrolls_the_page_unless_it_points_and_a_zoom_gives_no_prompt(page: "playwright.Page") -> None:
+    canvas = page.locator("canvas:visible")
+    touch = "(canvas) => getComputedStyle(canvas).touchAction"
+    assert canvas.evaluate(touch) == "auto"
+    choose(page, "Click")
+    assert canvas.evaluate(touch) == "pinch-zoom"
+    expect(page.locator("#status")).not_to_contain_text("Looking")
+    for kind in ("pointermove", "pointercancel", "pointerup"):
+        place = {"pointerId": 1, "isPrimary": True, "button": 0, "clientX": 400, "clientY": 400, "bubbles": True}
+        if kind == "pointermove":
+            page.mouse.move(500, 300)
+            page.mouse.down()
+        canvas.dispatch_event(kind, place)
+    page.mouse.up()
+    page.wait_for_timeout(300)
+    expect(page.locator(".found:visible button")).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_the_same_file_can_be_chosen_again(page: "playwright.Page") -> None:
+    for _ in range(2):
+        with page.expect_request("**/v1/detect"):
+            page.locator("#file").set_input_files(WEB / "samples" / "scene-2.jpg")
+        expect(page.locator("#status")).to_contain_text("result")
+        assert page.locator("#file").input_value() == ""
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])

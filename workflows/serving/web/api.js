@@ -58,15 +58,17 @@ export function form(picture, fields) {
 
 const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-export function asCurl(route, picture, fields) {
-  const lines = [`curl ${location.origin}${route}`, `-F ${shell(`image=@"${picture.name.replace(/["\\]/g, "\\$&")}"`)}`];
+/** The request as a command; the picture is the file `name`. */
+export function asCurl(route, name, fields) {
+  const lines = [`curl ${location.origin}${route}`, `-F ${shell(`image=@"${name.replace(/["\\]/g, "\\$&")}"`)}`];
   if (token.get()) lines.splice(1, 0, '-H "Authorization: Bearer $OVD_TOKEN"');
-  for (const [name, value] of Object.entries(fields)) lines.push(`--form-string ${shell(`${name}=${value}`)}`);
+  for (const [field, value] of Object.entries(fields)) lines.push(`--form-string ${shell(`${field}=${value}`)}`);
   return lines.join(" \\\n  ");
 }
 
-export function asPython(route, picture, fields) {
-  const data = Object.entries(fields).map(([name, value]) => `    ${JSON.stringify(name)}: ${JSON.stringify(String(value))},`);
+/** The request as a program; the picture is the file `name`. */
+export function asPython(route, name, fields) {
+  const data = Object.entries(fields).map(([field, value]) => `    ${JSON.stringify(field)}: ${JSON.stringify(String(value))},`);
   const headers = token.get() ? ["import os", ""] : [];
   const auth = token.get() ? ', headers={"Authorization": f"Bearer {os.environ[\'OVD_TOKEN\']}"}' : "";
   return [
@@ -76,7 +78,7 @@ export function asPython(route, picture, fields) {
     `fields = {`,
     ...data,
     `}`,
-    `with open(${JSON.stringify(picture.name)}, "rb") as image:`,
+    `with open(${JSON.stringify(name)}, "rb") as image:`,
     `    answer = requests.post(${JSON.stringify(location.origin + route)}, data=fields, files={"image": image}${auth}, timeout=60)`,
     "answer.raise_for_status()",
     "print(answer.json())",

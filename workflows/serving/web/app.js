@@ -71,19 +71,20 @@ function setMode(mode) {
 
 async function usePicture(blob, name) {
   const turn = ++state.turn; // the last picture wins, also if an earlier one takes longer to open
-  state.pending?.abort();
   let bitmap;
   try {
     bitmap = await createImageBitmap(blob);
   } catch {
     return fail(new Error(`${name || "This file"} is not a picture that the browser can show.`));
   }
+  const file = { name, width: bitmap.width, height: bitmap.height };
   if (Math.max(bitmap.width, bitmap.height) > MAX_SIDE || !/^image\/(jpeg|png|webp)$/.test(blob.type)) {
     [blob, bitmap] = await reduced(bitmap);
     name = name.replace(/\.[^.]*$/, "") + ".jpg";
   }
   if (turn !== state.turn) return;
-  state.picture = { blob, bitmap, name, width: bitmap.width, height: bitmap.height };
+  state.pending?.abort(); // its answer is of another picture
+  state.picture = { blob, bitmap, name, width: bitmap.width, height: bitmap.height, file };
   state.prompts.clear();
   panes.forEach((pane) => { pane.prompts = []; pane.setPicture(state.picture); });
   document.querySelectorAll("#samples button").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.name === name)));
@@ -128,11 +129,11 @@ function fieldsOf(side) {
   return fields;
 }
 
-/** The requests of one side: [fields, rows of the prompts] each. */
-function requestsOf(side) {
+/** The requests of one side: [fields, rows of the prompts] each; places times `scale`, [x, y]. */
+function requestsOf(side, scale = [1, 1]) {
   const fields = fieldsOf(side);
   if (state.mode !== "segment") return [[fields, null]];
-  return state.prompts.requests().map(({ rows, prompts }) => [{ ...fields, prompts: JSON.stringify(prompts) }, rows]);
+  return state.prompts.requests(scale).map(({ rows, prompts }) => [{ ...fields, prompts: JSON.stringify(prompts) }, rows]);
 }
 
 async function run() {
@@ -193,6 +194,7 @@ function setThreshold(value) {
 
 let timer;
 function later() {
+  state.pending?.abort(); // its answer is of other names
   clearTimeout(timer);
   timer = setTimeout(() => (state.mode === "segment" && !state.prompts.objects.length ? null : run()), 150);
 }
@@ -229,11 +231,13 @@ function fail(error) {
 
 async function copy(make, what) {
   if (!state.picture) return fail(new Error("Choose a picture first."));
-  const texts = requestsOf(sides[0]).map(([fields]) => make(`/v1/${state.mode}`, state.picture, fields));
+  const { file, width, height } = state.picture; // the command sends the file as it is, not what the page has made of it
+  const requests = requestsOf(sides[0], [file.width / width, file.height / height]);
+  const texts = requests.map(([fields]) => make(`/v1/${state.mode}`, file.name, fields));
   if (!texts.length) return fail(new Error("Click on something in the picture first."));
   try {
     await navigator.clipboard.writeText(texts.join("\n\n"));
-    say(`${what} copied; it reads the picture from ${state.picture.name} in the current folder.`);
+    say(`${what} copied; it reads the picture from ${file.name} in the current folder.`);
   } catch {
     fail(new Error("The browser does not let this page use the clipboard."));
   }
@@ -243,7 +247,8 @@ function save(blob, name) {
   const link = el("a", { href: URL.createObjectURL(blob), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  say(`${name} saved.`);
+  const { file, width, height } = state.picture;
+  say(`${name} saved${file.width === width ? "" : `, of the picture reduced to ${width} x ${height} pixels`}.`);
 }
 
 /** What is shown, as a COCO file. */
@@ -283,7 +288,10 @@ $("samples").append(
     return button;
   }),
 );
-$("file").onchange = () => useFile($("file").files[0]);
+$("file").onchange = () => {
+  useFile($("file").files[0]);
+  $("file").value = ""; // else choosing the same file again would be no change
+};
 addEventListener("paste", (event) => {
   const file = [...event.clipboardData.files].find((entry) => entry.type.startsWith("image/"));
   if (file) useFile(file);

@@ -38,6 +38,7 @@ export class Pane {
 
   setPicture(picture) {
     this.picture = picture;
+    this.drag = null;
     this.show([], 0);
   }
 
@@ -122,7 +123,7 @@ export class Pane {
     this.view.classList.toggle("pointing", on);
     this.canvas.tabIndex = on ? 0 : -1;
     this.canvas.setAttribute("role", on ? "application" : "img");
-    if (!on) this.cursor = null;
+    if (!on) this.cursor = this.drag = null;
     this.draw();
   }
 
@@ -238,13 +239,13 @@ export class Pane {
   _listen() {
     const { canvas } = this;
     canvas.addEventListener("pointerdown", (event) => {
-      if (!this.picture || !this.pointing || event.button) return;
+      if (!this.picture || !this.pointing || event.button || !event.isPrimary) return;
       canvas.setPointerCapture(event.pointerId);
       this.cursor = null;
       this.drag = { from: this._place(event), box: null };
     });
     canvas.addEventListener("pointermove", (event) => {
-      if (!this.picture) return;
+      if (!this.picture || !event.isPrimary) return;
       const [x, y] = this._place(event);
       if (!this.drag) return this.singleOut(this._hit(x, y));
       const [u, v] = this.drag.from;
@@ -254,12 +255,13 @@ export class Pane {
       }
     });
     canvas.addEventListener("pointerup", (event) => {
-      if (!this.drag) return;
+      if (!this.drag || !event.isPrimary) return;
       const { from: [x, y], box } = this.drag;
       this.drag = null;
       if (box && box[2] - box[0] >= 1 && box[3] - box[1] >= 1) this.onPrompt({ kind: "box", box });
       else this.onPrompt({ kind: "point", x, y, on: !event.shiftKey });
     });
+    canvas.addEventListener("pointercancel", () => { this.drag = null; this.draw(); }); // two fingers zoom
     canvas.addEventListener("pointerleave", () => this.drag || this.singleOut(-1));
     canvas.addEventListener("keydown", (event) => this._key_down(event));
     canvas.addEventListener("focus", () => {

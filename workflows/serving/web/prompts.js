@@ -36,22 +36,22 @@ export class Prompts {
     this.fresh = true;
   }
 
-  /** Requests that the server takes: points and boxes apart, each with the objects' places. */
-  requests() {
+  /** Requests that the server takes: points and boxes apart, each with the objects' places times `scale`, [x, y]. */
+  requests(scale = [1, 1]) {
     const requests = [];
     const boxed = this.objects.flatMap((entry, row) => (entry.box ? [row] : []));
     const clicked = this.objects.flatMap((entry, row) => (!entry.box && entry.points.some(({ on }) => on) ? [row] : []));
-    const round = (value) => Math.round(value * 100) / 100;
+    const place = (value, index) => Math.round(value * scale[index % 2] * 100) / 100;
     if (clicked.length) {
       requests.push({
         rows: clicked,
         prompts: {
-          points: clicked.map((row) => this.objects[row].points.map(({ x, y }) => [round(x), round(y)])),
+          points: clicked.map((row) => this.objects[row].points.map(({ x, y }) => [x, y].map(place))),
           point_labels: clicked.map((row) => this.objects[row].points.map(({ on }) => (on ? 1 : 0))),
         },
       });
     }
-    if (boxed.length) requests.push({ rows: boxed, prompts: { boxes: boxed.map((row) => this.objects[row].box.map(round)) } });
+    if (boxed.length) requests.push({ rows: boxed, prompts: { boxes: boxed.map((row) => this.objects[row].box.map(place)) } });
     return requests;
   }
 }
