@@ -254,7 +254,13 @@ class Endpoint:
         if count > self.limits.max_names:
             raise refusal("attributes", f"{count:,} pairs of a word and a name, at most {self.limits.max_names:,}")
         embed = partial(
-            model.query, words, self.texts, prompt_set=fields.prompt_set, merge=fields.merge, attributes=attributes
+            model.query,
+            words,
+            self.texts,
+            prompt_set=fields.prompt_set,
+            merge=fields.merge,
+            attributes=attributes,
+            deadline=time.monotonic() + self.limits.answer_seconds,
         )
         try:
             query = await self._in_pool(self._embedding, embed)
@@ -267,7 +273,7 @@ class Endpoint:
     async def _answer(
         self, model: ServedModel, content: bytes, answer: Callable[[Any], dict[str, Any]], request: Request
     ) -> Response:
-        """Decode the image unless it is known, queue the job at the models, and answer in time."""
+        """Decode the image unless it is known, queue the job at the models, and answer."""
         key = (model.digest, hashlib.sha256(content).hexdigest())
         encoded = self.worker.images.get(key)
         image = None
@@ -277,10 +283,7 @@ class Endpoint:
             self._note(request, "decode", 1000 * (time.perf_counter() - started))
         job = Job(model, key, image, encoded, answer)
         try:
-            future = asyncio.wrap_future(self.worker.submit(job))
-            result = await asyncio.wait_for(future, self.limits.answer_seconds)
-        except TimeoutError:
-            raise ProblemError(503, "Busy", "the answer took too long; try again") from None
+            result = await asyncio.wrap_future(self.worker.submit(job))
         except InputError as error:
             raise ProblemError(422, "Bad prompts or vocabulary", str(error)) from error
         for stage, milliseconds in job.milliseconds.items():

@@ -150,7 +150,10 @@ class Gate:
             self._check_queue()
             self.requests += 1
             try:
-                await self.app(scope, _replay(b"".join(chunks), receive), send)
+                async with asyncio.timeout(self.limits.answer_seconds):
+                    await self.app(scope, _replay(b"".join(chunks), receive), send)
+            except TimeoutError:
+                raise ProblemError(503, "Busy", "the answer took too long; try again") from None
             finally:
                 self.requests -= 1
         except _DisconnectedError:

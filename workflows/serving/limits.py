@@ -29,7 +29,7 @@ class Limits:
     body_seconds: float = 30.0
     """Maximum seconds for the body to arrive; slower ones are answered with 408."""
     answer_seconds: float = 100.0
-    """Maximum seconds for the answer; after them the request is given up and answered with 503."""
+    """Maximum seconds from the whole body to the answer; after them the request is given up and answered with 503."""
     max_pixels: int = 50_000_000
     """Maximum pixels of an image."""
     max_names: int = 10_000

@@ -76,12 +76,20 @@ class ServedModel:
         return predictor.encode(images)
 
     def query(
-        self, words: Words | None, cache: TextCache, *, prompt_set: str, merge: str, attributes: Sequence[str]
+        self,
+        words: Words | None,
+        cache: TextCache,
+        *,
+        prompt_set: str,
+        merge: str,
+        attributes: Sequence[str],
+        deadline: float,
     ) -> RegionQuery:
         """The names of a request, embedded; the model's default vocabulary if None.
 
         Raises:
             InputError: a name cannot be embedded, or the prompt set is unknown.
+            TimeoutError: not all are embedded at `deadline`, in seconds of `time.monotonic`.
             ProblemError: the model has no default vocabulary.
         """
         words = words or Words(self.predictor.vocabulary)
@@ -89,7 +97,7 @@ class ServedModel:
             raise refusal("vocabulary", f"missing, model {self.name!r} has no default vocabulary")
         splits = dict(self.predictor.info.splits)
         splits |= {name: "base" if flag else "novel" for name, flag in words.base}
-        encoder = CachedEncoder(cache, self.predictor.encoder, prompt_set or self.predictor.prompt_set)
+        encoder = CachedEncoder(cache, self.predictor.encoder, prompt_set or self.predictor.prompt_set, deadline)
         query = build_query(
             encoder,
             words.names,

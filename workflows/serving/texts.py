@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import math
 import re
 import sys
 import threading
+import time
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from data_prep import storage
 from ovd_models.detectors.region_query import embed_prompts
-from ovd_models.prompts import prompts_of
+from ovd_models.errors import InputError
+from ovd_models.prompts import find_prompt_set, prompts_of
 from ovd_models.vocabulary import TextEncoder
 from workflows.serving.limits import Limits, ProblemError, refusal
 from workflows.serving.metrics import Metrics
@@ -26,7 +29,8 @@ from workflows.serving.metrics import Metrics
 K = TypeVar("K")
 V = TypeVar("V")
 VOCABULARY_ID = re.compile(r"[0-9a-f]{32}")
-NAMES_AT_A_TIME = 256
+SENTENCES = 512
+"""Sentences embedded before the deadline is looked at again: those that a CLIP embeds at a time."""
 
 
 class ByteLru(Generic[K, V]):
@@ -200,20 +204,30 @@ class TextCache:
         self.computed = 0
         """Names embedded so far."""
 
-    def embed(self, encoder: TextEncoder, prompt_set: str, names: Sequence[str]) -> Tensor:
+    def embed(self, encoder: TextEncoder, prompt_set: str, names: Sequence[str], deadline: float = math.inf) -> Tensor:
         """[K, D] unit rows.
+
+        Args:
+            encoder: of the model.
+            prompt_set: the templates.
+            names: K names.
+            deadline: in seconds of `time.monotonic`; what is embedded by then is kept.
 
         Raises:
             InputError: a name cannot be embedded, or the prompt set is unknown.
+            TimeoutError: not all names are embedded at the deadline.
         """
         found = self._find(encoder, prompt_set, names)
-        if len(found) < len(set(names)):
+        missing = [name for name in dict.fromkeys(names) if name not in found]
+        step = _names_at_a_time(prompt_set)
+        for part in (missing[start : start + step] for start in range(0, len(missing), step)):
             with self._computing:
-                missing = [name for name in dict.fromkeys(names) if name not in found]
-                found |= self._find(encoder, prompt_set, missing)
-                missing = [name for name in missing if name not in found]
-                for start in range(0, len(missing), NAMES_AT_A_TIME):
-                    found |= self._compute(encoder, prompt_set, missing[start : start + NAMES_AT_A_TIME])
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                found |= self._find(encoder, prompt_set, part)
+                new = [name for name in part if name not in found]
+                if new:
+                    found |= self._compute(encoder, prompt_set, new)
         return torch.stack([found[name] for name in names])
 
     def _find(self, encoder: TextEncoder, prompt_set: str, names: Sequence[str]) -> dict[str, Tensor]:
@@ -232,13 +246,21 @@ class TextCache:
         return rows
 
 
+def _names_at_a_time(prompt_set: str) -> int:
+    try:
+        return max(1, SENTENCES // len(find_prompt_set(prompt_set).templates))
+    except InputError:  # of a table, whose names are looked up; unknown ones are refused by the encoder
+        return SENTENCES
+
+
 @dataclass(frozen=True)
 class CachedEncoder:
-    """A model's text encoder with another prompt set, through the cache."""
+    """A model's text encoder with another prompt set, through the cache, until a deadline; see `TextCache.embed`."""
 
     cache: TextCache
     encoder: TextEncoder
     prompt_set: str
+    deadline: float
 
     @property
     def teacher(self) -> str:
@@ -247,7 +269,7 @@ class CachedEncoder:
 
     def embed_names(self, names: Sequence[str]) -> Tensor:
         """[K, D] unit rows."""
-        return self.cache.embed(self.encoder, self.prompt_set, names)
+        return self.cache.embed(self.encoder, self.prompt_set, names, self.deadline)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor | None:
         """[B, D] unit rows, not cached; None without a text tower."""

@@ -246,6 +246,31 @@ def test_a_name_is_embedded_once(opened: Endpoint, client: TestClient) -> None:
     assert "prompt" in problem(post(client, "detect", **fields, prompt_set="no field"), 422)
 
 
+def test_names_that_take_too_long_are_given_up_and_go_on_at_the_next_try(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = endpoint(folders["words"], tmp_path, limits=dataclasses.replace(LIMITS, answer_seconds=1.0))
+    (model,) = opened.models
+    embed = type(model.predictor.encoder.encoder).embed_captions
+
+    def slow(self: Any, captions: Any) -> Any:
+        time.sleep(0.4)
+        return embed(self, captions)
+
+    names = [f"thing {number}" for number in range(20)]
+    fields = {"vocabulary": json.dumps(names), "prompt_set": "|".join(["a {name}"] * 100)}  # five names at a time
+    with TestClient(build_api(opened)) as client:
+        assert post(client, "detect").status_code == 200
+        monkeypatch.setattr(type(model.predictor.encoder.encoder), "embed_captions", slow)
+        before = opened.texts.computed
+        assert "took too long" in problem(post(client, "detect", **fields), 503)
+        time.sleep(1.5)
+        assert 0 < opened.texts.computed - before < 20
+        statuses = {post(client, "detect", **fields).status_code for _ in range(5)}  # each embeds some
+    assert 200 in statuses
+    assert opened.texts.computed - before == 20
+
+
 def test_names_have_synonyms_and_base_flags(client: TestClient) -> None:
     entry = {"name": "sofa", "synonyms": ["couch", "settee"], "base": True}
     for merge in ("mean", "max"):
