@@ -356,6 +356,25 @@ def local_folder(uri: str) -> Path:
         raise InputError(f"{uri}: cannot be read ({error}), expected a folder") from error
 
 
+@contextlib.contextmanager
+def borrow_folder(uri: str) -> Iterator[Path]:
+    """The path of a local folder, or of a copy of a remote one that is deleted after the block.
+
+    Raises:
+        InputError: a remote folder cannot be read.
+    """
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="ovd-", ignore_cleanup_errors=True) as copy:
+        try:
+            download_folder(uri, Path(copy))
+        except OSError as error:
+            raise InputError(f"{uri}: cannot be read ({error}), expected a folder") from error
+        yield Path(copy)
+
+
 @functools.cache
 def _fetched_folder(uri: str, _files: tuple[tuple[str, int, int], ...]) -> Path:
     target = Path(tempfile.mkdtemp(prefix="ovd-"))

@@ -83,8 +83,13 @@ def test_a_remote_folder_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     changed = storage.local_folder("s3://bucket")
     assert (changed / "sub/a.txt").read_text() == "other"
     assert (copy / "sub/a.txt").read_text() == "x"  # another job may read it still
+    with storage.borrow_folder("s3://bucket") as borrowed:
+        assert (borrowed / "sub/a.txt").read_text() == "other"
+    assert not borrowed.exists()
     with pytest.raises(InputError, match="s3://none: cannot be read"):
         storage.local_folder("s3://none")
+    with pytest.raises(InputError, match="s3://none: cannot be read"), storage.borrow_folder("s3://none"):
+        pass
 
 
 def test_the_file_that_marks_a_whole_folder_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

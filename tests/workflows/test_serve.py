@@ -2,10 +2,12 @@ import asyncio
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -434,8 +436,10 @@ def processes_of_session(session: int) -> list[int]:
 @pytest.mark.slow
 def test_script_serves_until_it_is_stopped_and_leaves_nothing(checkpoint: Path) -> None:
     command = [sys.executable, serve.__file__, "--model", str(checkpoint), "--port", "0"]
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # short, since sockets lie there
+    variables = os.environ | {"TMPDIR": str(temporary)}
     script = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=variables
     )
     watchdog = threading.Timer(300, script.kill)  # a start takes long where other jobs fill the machine
     watchdog.start()
@@ -457,7 +461,9 @@ def test_script_serves_until_it_is_stopped_and_leaves_nothing(checkpoint: Path) 
         assert processes_of_session(script.pid) == []
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/healthz")
+        assert [path.name for path in temporary.glob("ovd-*")] == []
     finally:
+        shutil.rmtree(temporary)
         watchdog.cancel()
         for pid in processes_of_session(script.pid):
             os.kill(pid, signal.SIGKILL)

@@ -4,6 +4,7 @@ detector = models.load("models:/ovd-codet-pictograms@champion", "runs/demo")
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -57,6 +58,19 @@ def local_model(uri: str, storage_uri: str = "store") -> Path:
     from workflows.common import registry  # MLflow takes seconds to import
 
     return registry.model_folder(uri, storage_uri)
+
+
+def borrow_model(uri: str, storage_uri: str = "store") -> AbstractContextManager[Path]:
+    """As `local_model`, but a downloaded copy is deleted after the block: processes of Ray may end without cleaning up.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    if not uri.startswith(MODEL_SCHEME):
+        return storage.borrow_folder(uri)
+    from workflows.common import registry  # MLflow takes seconds to import
+
+    return registry.borrow_model(uri, storage_uri)
 
 
 def method_of(folder: Path) -> str:

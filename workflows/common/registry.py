@@ -1,10 +1,12 @@
 """Checkpoints in MLflow: logged models of their runs, and versions of registered models."""
 
+import atexit
 import contextlib
 import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, M
 from mlflow.exceptions import MlflowException  # isort: skip
 from mlflow.tracking import MlflowClient  # isort: skip
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS  # isort: skip
+from mlflow.utils.uri import is_local_uri  # isort: skip
 
 CHAMPION = "champion"
 
@@ -122,14 +125,31 @@ def resolve_model(uri: str, storage_uri: str = "store") -> Resolved:
 
 
 def model_folder(uri: str, storage_uri: str = "store") -> Path:
-    """The local folder of a registered checkpoint, downloaded if it is not on this machine; see `resolve_model`.
+    """The local folder of a registered checkpoint, or a copy that is deleted when this process ends.
 
     Raises:
-        InputError: no such model, version or alias, or the URI is malformed.
+        InputError: no such model, version or alias, or the URI is malformed; see `resolve_model`.
+    """
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(borrow_model(uri, storage_uri))
+
+
+@contextlib.contextmanager
+def borrow_model(uri: str, storage_uri: str = "store") -> Iterator[Path]:
+    """The local folder of a registered checkpoint, or a copy that is deleted after the block.
+
+    Raises:
+        InputError: no such model, version or alias, or the URI is malformed; see `resolve_model`.
     """
     source, uri_of_runs = resolve_model(uri, storage_uri).source, tracking.tracking_uri(storage_uri)
-    with _as_missing(uri, uri_of_runs):
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=uri_of_runs))
+    with contextlib.ExitStack() as stack:
+        copy = None
+        if not is_local_uri(source, is_tracking_or_registry_uri=False):  # type: ignore[no-untyped-call]
+            copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="ovd-", ignore_cleanup_errors=True))
+        with _as_missing(uri, uri_of_runs):
+            folder = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=copy, tracking_uri=uri_of_runs)
+        yield Path(folder)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ray.serve.schema import LoggingConfig
 
 from ovd_models.errors import InputError
 from workflows.serving.limits import RETRY_AFTER_SECONDS
-from workflows.serving.metrics import DIRECTORY
+from workflows.serving.metrics import DIRECTORY, remove_if_last
 from workflows.serving.settings import Settings
 
 TOKEN_VARIABLE = "OVD_TOKEN"
@@ -54,6 +54,10 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         """Build the routes; Ray Serve calls this after constructing the replica."""
         return self.opening.build_api(self.endpoint, self.token_digest, adds_ids=False)
+
+    def __del__(self) -> None:
+        """Remove this application's temporary files on the machine; Ray Serve calls this when it ends a replica."""
+        remove_if_last()
 
     def check_health(self) -> None:
         """Run each model on a small image, unless one is at work or has just answered.

@@ -4,8 +4,10 @@ A cluster that was started without these variables serves through Ray's own prox
 is slower, never closes half-sent headers, and answers 500 when a replica dies. `deploy/rayservice.yaml` sets them.
 """
 
+import atexit
 import os
 import random
+import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,7 @@ def haproxy_environment() -> dict[str, str]:
     if package is None or package.origin is None:
         return {}
     folder = Path(tempfile.gettempdir()) / f"ovd-haproxy-{os.getpid()}"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # of a Ray that ends with this process
     port = random.Random(os.getpid()).randrange(20_000, 29_000, 200)  # other endpoints may run on this machine
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",

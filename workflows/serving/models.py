@@ -12,7 +12,7 @@ from data_prep.embeddings.texts import PreloadedEncoder, TextStore
 from ovd_models.checkpoint_info import folder_digest, read_source
 from ovd_models.detectors.region_query import RegionQuery, build_query
 from ovd_models.predictors import Classifier, Detector, Segmenter, TextSegmenter
-from workflows.common.models import load, local_model
+from workflows.common.models import borrow_model, load
 from workflows.serving.limits import refusal
 from workflows.serving.sources import resolve_version
 from workflows.serving.texts import CachedEncoder, TextCache, Words
@@ -116,21 +116,14 @@ def load_served(name: str, uri: str, storage_uri: str, *, texts: bool, device: s
         InputError: there is no such checkpoint, or it is broken.
     """
     version, run_id = resolve_version(uri, storage_uri)
-    folder = local_model(uri, storage_uri)
-    predictor = load(str(folder), device=device)
+    with borrow_model(uri, storage_uri) as folder:
+        predictor = load(str(folder), device=device)
+        licence = folder / "LICENCE.txt"
+        note = licence.read_text()[:2_000] if licence.is_file() else ""
+        digest, source = folder_digest(folder), read_source(folder)
     if texts:
         predictor.encoder = PreloadedEncoder(predictor.encoder, TextStore(storage_uri, predictor.teacher))
-    licence = folder / "LICENCE.txt"
-    return ServedModel(
-        name or predictor.method,
-        uri,
-        predictor,
-        folder_digest(folder),
-        version,
-        run_id,
-        licence.read_text()[:2_000] if licence.is_file() else "",
-        read_source(folder),
-    )
+    return ServedModel(name or predictor.method, uri, predictor, digest, version, run_id, note, source)
 
 
 class ModelSet:

@@ -1,7 +1,7 @@
 """Where the models of an endpoint come from; imports neither torch nor MLflow before they are needed."""
 
 from ovd_models.errors import InputError
-from workflows.common.models import MODEL_SCHEME, local_model, method_of
+from workflows.common.models import MODEL_SCHEME, borrow_model, method_of
 
 
 def parse_models(text: str) -> dict[str, str]:
@@ -45,7 +45,8 @@ def check_models(model: str, storage_uri: str) -> None:
     """
     names: set[str] = set()
     for name, uri in parse_models(model).items():
-        method = method_of(local_model(uri, storage_uri))
+        with borrow_model(uri, storage_uri) as folder:
+            method = method_of(folder)
         if (name or method) in names:
             raise InputError(
                 f"--model {model}: two models named {name or method!r}, expected NAME=URI with different names"

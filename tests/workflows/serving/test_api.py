@@ -340,6 +340,28 @@ def test_caches_of_replicas_that_died_are_not_counted(tmp_path: Path) -> None:
     assert 'ovd_cache_bytes{cache="images"} 5.0' in shown.stdout.splitlines(), shown.stderr
 
 
+def test_the_last_replica_of_a_machine_removes_the_shared_metrics(tmp_path: Path) -> None:
+    script = """if True:
+        import os, sys
+        from pathlib import Path
+        from workflows.serving.metrics import DIRECTORY, Metrics, remove_if_last
+        metrics = Metrics()
+        if os.fork() == 0:
+            Metrics()
+            remove_if_last()
+            os._exit(0)
+        os.wait()
+        print(Path(os.environ[DIRECTORY]).exists())
+        remove_if_last()
+        print(Path(os.environ[DIRECTORY]).exists())
+    """
+    variables = {**os.environ, DIRECTORY: str(tmp_path / "metrics")}
+    shown = subprocess.run(
+        [sys.executable, "-c", script], env=variables, cwd=Path(__file__).parents[3], capture_output=True, text=True
+    )
+    assert shown.stdout.split() == ["True", "False"], shown.stderr
+
+
 def test_paths_that_clients_make_up_are_not_counted_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
     with TestClient(build_api(endpoint(folders["boxes"], tmp_path), digest_of_token("secret"))) as client:
         problem(client.get("/v1/made-up"), 401)

@@ -1,3 +1,4 @@
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from workflows.common import registry, tracking
 from workflows.serving import opening
 from workflows.serving.api import build_api
 from workflows.serving.models import ServedModel, load_served
+from workflows.serving.sources import check_models
 
 
 def register(folder: Path, storage: Path, value: float) -> None:
@@ -70,6 +72,20 @@ def test_a_version_that_cannot_be_loaded_leaves_the_old_one_and_is_tried_again(
         outage.clear()
         wait_for(lambda: client.get("/v1/model").json()["version"] == "2")
     opened.models.close()
+
+
+def test_a_downloaded_model_is_deleted_once_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    register(save_detector(tmp_path / "first"), tmp_path, 0.1)
+    monkeypatch.setattr(registry, "is_local_uri", lambda *_, **__: False)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    check_models("models:/ovd-codet-x@champion", str(tmp_path))
+    opened = endpoint("models:/ovd-codet-x@champion", tmp_path)
+    assert list(temporary.glob("ovd-*")) == []
+    with TestClient(build_api(opened)) as client:
+        assert post(client, "detect").status_code == 200
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = 30) -> None:
