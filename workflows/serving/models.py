@@ -116,7 +116,8 @@ def load_served(name: str, uri: str, storage_uri: str, *, texts: bool, device: s
         InputError: there is no such checkpoint, or it is broken.
     """
     version, run_id = resolve_version(uri, storage_uri)
-    with borrow_model(uri, storage_uri) as folder:
+    pinned = f"{uri.partition('@')[0]}/{version}" if "@" in uri and version else uri  # the alias may move meanwhile
+    with borrow_model(pinned, storage_uri) as folder:
         predictor = load(str(folder), device=device)
         licence = folder / "LICENCE.txt"
         note = licence.read_text()[:2_000] if licence.is_file() else ""

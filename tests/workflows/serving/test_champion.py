@@ -10,11 +10,12 @@ import pytest
 from serving import endpoint, post, save_detector
 from starlette.testclient import TestClient
 
+from ovd_models.checkpoint_info import folder_digest
 from workflows.common import registry, tracking
-from workflows.serving import opening
+from workflows.serving import models, opening
 from workflows.serving.api import build_api
 from workflows.serving.models import ServedModel, load_served
-from workflows.serving.sources import check_models
+from workflows.serving.sources import check_models, resolve_version
 
 
 def register(folder: Path, storage: Path, value: float) -> None:
@@ -86,6 +87,17 @@ def test_a_downloaded_model_is_deleted_once_it_is_loaded(tmp_path: Path, monkeyp
     assert list(temporary.glob("ovd-*")) == []
     with TestClient(build_api(opened)) as client:
         assert post(client, "detect").status_code == 200
+
+
+def test_a_model_is_of_the_version_that_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri, first = "models:/ovd-codet-x@champion", save_detector(tmp_path / "first")
+    register(first, tmp_path, 0.1)
+    found = resolve_version(uri, str(tmp_path))
+    register(save_detector(tmp_path / "second", seed=1), tmp_path, 0.2)  # the alias moves after it was looked up
+    monkeypatch.setattr(models, "resolve_version", lambda *_: found)
+    model = load_served("", uri, str(tmp_path), texts=False, device="cpu")
+    assert (model.version, model.digest) == ("1", folder_digest(first))
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = 30) -> None:
