@@ -3,17 +3,24 @@
 K names, A attributes, C children, P prompts, D embedding width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ovd_models.batches import TensorRecord
+from ovd_models.clip.model import SENTENCES, ClipTextEncoder
 from ovd_models.errors import InputError
-from ovd_models.prompts import prompts_of
+from ovd_models.prompts import find_prompt_set, prompts_of
 from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, clean_names, embed_words, listed
+
+MOST_KEPT = 8
+"""Prompt sets of requests whose encoders are kept, for each encoder."""
+_KEPT: WeakKeyDictionary[ClipTextEncoder, dict[str, ClipTextEncoder]] = WeakKeyDictionary()
+"""Encoders with other prompts, which share the tower and remember names."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,7 @@ def build_query(
         InputError: a name is empty, a label twice or cannot be embedded, the prompts are unknown, or there is one
             attribute alone.
     """
-
-    def embed(labels: Sequence[str]) -> Tensor:
-        if not prompts:
-            return encoder.embed_names(labels)
-        return embed_prompts(encoder, [prompts_of(name, prompts) for name in labels])
-
+    embed = embedder(encoder, prompts)
     top = clean_names(names)
     has_split = any(name in splits for name in top)
     is_base = torch.tensor([splits.get(name) == "base" for name in top]) if has_split else None
@@ -90,10 +92,37 @@ def build_query(
                 f"attributes: {cleaned[0]!r} alone would fit every region, expected words to choose between"
             )
         labels = children.names if children is not None else top
+        embed = embedder(encoder, attribute_prompts)
         # The part that comes from the names is the same for all words, so a softmax over the words ignores it.
-        texts = [[text for n in labels for text in prompts_of(f"{word} {n}", attribute_prompts)] for word in cleaned]
-        words = Vocabulary(cleaned, embed_prompts(encoder, texts))
+        rows_AD = torch.stack([embed([f"{word} {name}" for name in labels]).mean(0) for word in cleaned])
+        words = Vocabulary(cleaned, F.normalize(rows_AD, dim=1))
     return RegionQuery(parents, words, children, rows)
+
+
+def embedder(encoder: TextEncoder, prompts: str) -> Callable[[Sequence[str]], Tensor]:
+    """What embeds names, [K, D] unit rows, in the prompts of a request; the encoder's own if empty.
+
+    It takes a bounded number of sentences at a time, and a CLIP remembers recent names.
+
+    Raises:
+        InputError: the prompts are unknown.
+    """
+    if not prompts:
+        return encoder.embed_names
+    if isinstance(encoder, ClipTextEncoder):
+        kept = _KEPT.setdefault(encoder, {})
+        prompted = kept.get(prompts) or encoder.with_prompts(prompts)
+        kept[prompts] = prompted
+        if len(kept) > MOST_KEPT:
+            kept.pop(next(iter(kept)))
+        return prompted.embed_names
+    step = max(1, SENTENCES // len(find_prompt_set(prompts).templates))
+
+    def embed(names: Sequence[str]) -> Tensor:
+        parts = (names[start : start + step] for start in range(0, len(names), step))
+        return torch.cat([embed_prompts(encoder, [prompts_of(name, prompts) for name in part]) for part in parts])
+
+    return embed
 
 
 def embed_prompts(encoder: TextEncoder, texts_KP: Sequence[Sequence[str]]) -> Tensor:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovd_models.detectors.region_query import build_query
+from ovd_models.clip.model import SENTENCES, ClipConfig, ClipTextEncoder, build_text_tower
+from ovd_models.detectors.region_query import MOST_KEPT, build_query
 from ovd_models.errors import InputError
 from ovd_models.vocabulary import EmbeddingTable
 
@@ -86,3 +87,55 @@ def test_a_table_of_names_cannot_embed_prompts() -> None:
     table = EmbeddingTable(("cat",), torch.ones(1, 1), "table")
     with pytest.raises(InputError, match="expected one with a text tower"):
         build_query(table, ["cat"], {}, prompts="a {name}")
+
+
+class Counted:
+    """An encoder that counts the sentences of each call."""
+
+    teacher, prompt_set = "counted", "none"
+
+    def __init__(self, encoder: ClipTextEncoder) -> None:
+        self.encoder, self.counts = encoder, list[int]()
+
+    def embed_names(self, names: Sequence[str]) -> Tensor:
+        return self.encoder.embed_names(names)
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        self.counts.append(len(captions))
+        return self.encoder.embed_captions(captions)
+
+
+def tiny_encoder() -> ClipTextEncoder:
+    torch.manual_seed(0)
+    config = ClipConfig(
+        embed_dim=8, text={"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
+    )
+    return ClipTextEncoder(config, build_text_tower(config), "tiny")
+
+
+def test_prompts_of_a_request_are_embedded_in_bounded_parts_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, names, counts = tiny_encoder(), [f"thing {n}" for n in range(20)], list[int]()
+    whole = Counted(encoder)
+    expected = build_query(whole, names, {}, attributes=["red", "old"], prompts="vild", attribute_prompts="ovsam")
+    assert max(whole.counts) <= SENTENCES
+    embed_captions = ClipTextEncoder.embed_captions
+
+    def counted(self: ClipTextEncoder, captions: Sequence[str]) -> Tensor:
+        counts.append(len(captions))
+        return embed_captions(self, captions)
+
+    monkeypatch.setattr(ClipTextEncoder, "embed_captions", counted)
+    for _ in range(2):
+        query = build_query(encoder, names, {}, attributes=["red", "old"], prompts="vild", attribute_prompts="ovsam")
+        assert query.attributes is not None and expected.attributes is not None
+        assert torch.allclose(query.names.embeddings, expected.names.embeddings, atol=1e-5)
+        assert torch.allclose(query.attributes.embeddings, expected.attributes.embeddings, atol=1e-5)
+        assert max(counts) <= SENTENCES
+        assert sum(counts) == 20 * 63 + 2 * 20 * 14
+    for number in range(MOST_KEPT):
+        build_query(encoder, ["thing 0"], {}, prompts=f"{number} {{name}}")
+    counts.clear()
+    build_query(encoder, ["thing 0"], {}, prompts=f"{MOST_KEPT - 1} {{name}}")
+    assert not counts
+    build_query(encoder, ["thing 0"], {}, prompts="vild")
+    assert counts == [63]
