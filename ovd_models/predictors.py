@@ -1,7 +1,7 @@
 """Trained models ready for any image and any names: what `ovd_models.load` and its kin return."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar, overload
@@ -180,13 +180,12 @@ class Detector(Predictor[CoDet | ViLD]):
         threshold = self.info.score_threshold if score_threshold is None else score_threshold
         images: Sequence[ImageLike] = image if isinstance(image, list | tuple) else [image]
         found = []
-        for _, same_size in itertools.groupby(map(self.read, images), lambda tensor: tensor.shape):
-            while batch := list(itertools.islice(same_size, BATCH)):
-                for tensor, encoded in zip(batch, self.encode(batch), strict=True):
-                    result = self.find(
-                        encoded, query, score_threshold=threshold, max_detections=max_detections, scoring=scoring
-                    )
-                    found.append(_with_image(result, tensor))
+        for batch in self._batches(images):
+            for tensor, encoded in zip(batch, self.encode(batch), strict=True):
+                result = self.find(
+                    encoded, query, score_threshold=threshold, max_detections=max_detections, scoring=scoring
+                )
+                found.append(_with_image(result, tensor))
         return found if isinstance(image, list | tuple) else found[0]
 
     @property
@@ -197,8 +196,21 @@ class Detector(Predictor[CoDet | ViLD]):
         return isinstance(self.model.detector, CenterNet2) and self.model.detector.config.mask_convs > 0
 
     def encode(self, images: Sequence[Tensor]) -> Sequence[EncodedRegions | EncodedViLD]:
-        """Encode images [3, H, W] uint8 on the model's device as one batch; `find` searches them for any names."""
+        """Encode images [3, H, W] uint8 on the model's device as one batch; `find` searches them for any names.
+
+        Raises:
+            InputError: their sizes differ, so that padding would change the boxes.
+        """
+        sizes = sorted({f"{image.shape[-1]} x {image.shape[-2]}" for image in images})
+        if len(sizes) > 1:
+            raise InputError(f"images of {' and '.join(sizes[:2])} pixels in one batch, expected one size")
         return self.model.encode(images)
+
+    def _batches(self, images: Iterable[ImageLike]) -> Iterator[list[Tensor]]:
+        """Neighbours of equal size, at most `BATCH` at a time, [3, H, W] uint8."""
+        for _, same_size in itertools.groupby(map(self.read, images), lambda tensor: tensor.shape):
+            while batch := list(itertools.islice(same_size, BATCH)):
+                yield batch
 
     def find(
         self,
@@ -230,17 +242,17 @@ class Detector(Predictor[CoDet | ViLD]):
         """Class-agnostic proposals: boxes [N, 4] (xyxy, pixels), best first, and their objectness [N], on the CPU.
 
         Args:
-            images: as for `detect`.
+            images: as for a list in `detect`.
             limit: maximum number for each image; the detector's proposal network may keep fewer.
 
         Raises:
             InputError: an image cannot be read, or the detector is not an R-CNN.
         """
-        tensors = [self.read(image) for image in images]
         detector = self.model.detector
         if not isinstance(detector, ProposalNetwork):
             raise InputError(f"{type(detector).__name__}: gives no proposals of its own, expected an R-CNN")
-        return [(boxes.cpu(), scores.cpu()) for boxes, scores in detector.find_proposals(tensors, limit)]
+        found = (pair for batch in self._batches(images) for pair in detector.find_proposals(batch, limit))
+        return [(boxes.cpu(), scores.cpu()) for boxes, scores in found]
 
 
 class Segmenter(Predictor[OvSam]):

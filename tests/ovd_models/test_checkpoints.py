@@ -136,6 +136,18 @@ def test_an_image_of_a_list_is_answered_as_alone(whole: Path, monkeypatch: pytes
         assert found.image.size == frame.size
 
 
+def test_proposals_of_an_image_of_a_list_are_those_of_it_alone(whole: Path) -> None:
+    detector, sizes = ovd_models.load(whole), [(90, 60)] * 2 + [(200, 60), (90, 60)]
+    frames = [picture(number).resize(size) for number, size in enumerate(sizes)]
+    assert detector.propose([], 9) == []
+    for frame, (boxes, scores) in zip(frames, detector.propose(frames, 9), strict=True):
+        ((own_boxes, own_scores),) = detector.propose([frame], 9)
+        assert len(boxes) == len(scores) > 0
+        assert torch.allclose(boxes, own_boxes, atol=1e-3) and torch.allclose(scores, own_scores, atol=1e-5)
+    with pytest.raises(InputError, match="images of 200 x 60 and 90 x 60 pixels in one batch, expected one size"):
+        detector.encode([detector.read(frame) for frame in frames])
+
+
 def test_detections_of_a_rotated_photograph_are_drawn_on_the_upright_one(whole: Path) -> None:
     rotated = picture()
     rotated.getexif()[0x0112] = 6
