@@ -158,7 +158,7 @@ class Detector(Predictor[CoDet | ViLD]):
             score_threshold: detections score above it; if None, above the checkpoint's own, `info.score_threshold`.
             max_detections: maximum number for each image.
             scoring: for ViLD, how cosines become scores; the checkpoint's scoring if None.
-            synonyms: other words by name.
+            synonyms: other words by name, child or attribute.
             merge: whether a name's embedding is the mean of its synonyms', or its score the maximum of theirs.
 
         Returns:

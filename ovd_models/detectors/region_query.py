@@ -17,6 +17,8 @@ from ovd_models.errors import InputError
 from ovd_models.prompts import find_prompt_set, prompts_of
 from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, clean_names, embed_words, listed
 
+Embed = Callable[[Sequence[str]], Tensor]
+"""Names -> [K, D] unit rows."""
 MOST_KEPT = 8
 """Prompt sets of requests whose encoders are kept, for each encoder."""
 _KEPT: WeakKeyDictionary[ClipTextEncoder, dict[str, ClipTextEncoder]] = WeakKeyDictionary()
@@ -59,47 +61,63 @@ def build_query(
         prompts: a prompt set for this request, or templates separated by `|` (see `prompts.py`); the encoder's own if
             empty.
         attribute_prompts: the same for attributes, each placed before every name: "a photo of a red cat".
-        synonyms: see `build_vocabulary`.
+        synonyms: other words by name, child or attribute.
         merge: see `build_vocabulary`.
 
     Raises:
-        InputError: a name is empty, a label twice or cannot be embedded, the prompts are unknown, or there is one
-            attribute alone.
+        InputError: a name is empty, a label twice or cannot be embedded, the prompts are unknown, there is one
+            attribute alone, or synonyms of something else.
     """
-    embed = embedder(encoder, prompts)
-    top = clean_names(names)
-    has_split = any(name in splits for name in top)
-    is_base = torch.tensor([splits.get(name) == "base" for name in top]) if has_split else None
-    embeddings, owners = embed_words(embed, top, synonyms, merge)
-    parents, children, rows = Vocabulary(top, embeddings, is_base, owners), None, None
-    if isinstance(names, Mapping):
-        if len(top) != len(names):
-            raise InputError("vocabulary: a name is repeated, expected each parent once")
-        pairs = [(child, row) for row, (name, below) in enumerate(names.items()) for child in listed(below, name)]
-        if pairs:
-            below = clean_names([child for child, _ in pairs])
-            if len(below) != len(pairs):
-                raise InputError("vocabulary: a child has two parents, expected one")
-            for child, row in zip(below, (row for _, row in pairs), strict=True):
-                if child in top and child != top[row]:
-                    raise InputError(f"vocabulary: {child!r} is a name and the child of {top[row]!r}, expected one")
-            children, rows = Vocabulary(below, embed(below)), torch.tensor([row for _, row in pairs])
-    words = None
-    if attributes:
-        cleaned = clean_names(attributes)
-        if len(cleaned) < 2:  # whose softmax is 1 everywhere
-            raise InputError(
-                f"attributes: {cleaned[0]!r} alone would fit every region, expected words to choose between"
-            )
-        labels = children.names if children is not None else top
-        embed = embedder(encoder, attribute_prompts)
+    top, words = clean_names(names), clean_names(attributes) if attributes else ()
+    if len(words) == 1:  # whose softmax is 1 everywhere
+        raise InputError(f"attributes: {words[0]!r} alone would fit every region, expected words to choose between")
+    below, rows = _find_children(names, top) if isinstance(names, Mapping) else ((), [])
+    others = {name.strip(): others for name, others in (synonyms or {}).items()}
+    unknown = others.keys() - {*top, *below, *words}
+    if unknown:
+        raise InputError(f"synonyms of {min(unknown)!r}: not a name of the query, expected one such as {top[0]!r}")
+
+    def build(embed: Embed, labels: tuple[str, ...], is_base: Tensor | None = None) -> Vocabulary:
+        embeddings, owners = embed_words(embed, labels, others, merge)
+        return Vocabulary(labels, embeddings, is_base, owners)
+
+    def embed_attributes(words: Sequence[str]) -> Tensor:
         # The part that comes from the names is the same for all words, so a softmax over the words ignores it.
-        rows_AD = torch.stack([embed([f"{word} {name}" for name in labels]).mean(0) for word in cleaned])
-        words = Vocabulary(cleaned, F.normalize(rows_AD, dim=1))
-    return RegionQuery(parents, words, children, rows)
+        embed, labels = embedder(encoder, attribute_prompts), below or top
+        rows_AD = torch.stack([embed([f"{word} {name}" for name in labels]).mean(0) for word in words])
+        return F.normalize(rows_AD, dim=1)
+
+    embed, has_split = embedder(encoder, prompts), any(name in splits for name in top)
+    is_base = torch.tensor([splits.get(name) == "base" for name in top]) if has_split else None
+    return RegionQuery(
+        build(embed, top, is_base),
+        build(embed_attributes, words) if words else None,
+        build(embed, below) if below else None,
+        torch.tensor(rows) if below else None,
+    )
 
 
-def embedder(encoder: TextEncoder, prompts: str) -> Callable[[Sequence[str]], Tensor]:
+def _find_children(names: Mapping[str, Sequence[str]], top: tuple[str, ...]) -> tuple[tuple[str, ...], list[int]]:
+    """The clean children of clean names, and the row of each one's parent.
+
+    Raises:
+        InputError: a name is twice, or a child has two parents or is a name itself.
+    """
+    if len(top) != len(names):
+        raise InputError("vocabulary: a name is repeated, expected each parent once")
+    pairs = [(child, row) for row, (name, below) in enumerate(names.items()) for child in listed(below, name)]
+    if not pairs:
+        return (), []
+    children, rows = clean_names([child for child, _ in pairs]), [row for _, row in pairs]
+    if len(children) != len(pairs):
+        raise InputError("vocabulary: a child has two parents, expected one")
+    for child, row in zip(children, rows, strict=True):
+        if child in top and child != top[row]:
+            raise InputError(f"vocabulary: {child!r} is a name and the child of {top[row]!r}, expected one")
+    return children, rows
+
+
+def embedder(encoder: TextEncoder, prompts: str) -> Embed:
     """What embeds names, [K, D] unit rows, in the prompts of a request; the encoder's own if empty.
 
     It takes a bounded number of sentences at a time, and a CLIP remembers recent names.

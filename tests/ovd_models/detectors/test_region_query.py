@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from ovd_models.clip.model import SENTENCES, ClipConfig, ClipTextEncoder, build_text_tower
 from ovd_models.detectors.region_query import MOST_KEPT, build_query
 from ovd_models.errors import InputError
-from ovd_models.vocabulary import EmbeddingTable
+from ovd_models.prompts import with_article
+from ovd_models.vocabulary import EmbeddingTable, Merge
 
 
 class Letters:
@@ -61,6 +62,37 @@ def test_attributes_are_averaged_over_the_names() -> None:
     assert torch.allclose(plain.attributes.embeddings, Letters().embed_captions(["some red ant", "some old ant"]))
 
 
+@pytest.mark.parametrize("merge", ["mean", "max"])
+def test_children_and_attributes_have_synonyms_too(merge: Merge) -> None:
+    synonyms = {"robin ": ["redbreast"], "red": ["crimson"], " bird": ["fowl"]}
+    query = build_query(
+        Letters(), {" bird": ["robin", "jay"]}, {}, attributes=["red", "old"], synonyms=synonyms, merge=merge
+    )
+    assert query.children is not None and query.attributes is not None
+    expected = {
+        query.names: [["bird", "fowl"]],
+        query.children: [["robin", "redbreast"], ["jay"]],
+        query.attributes: [["red", "crimson"], ["old"]],
+    }
+    for vocabulary, groups in expected.items():
+        rows = [Letters().embed_names(group) for group in groups]
+        if vocabulary is query.attributes:
+            prompts = [
+                [f"a photo of {with_article(name, word)}" for name in ("robin", "jay")]
+                for group in groups
+                for word in group
+            ]
+            flat = [F.normalize(Letters().embed_names(texts).mean(0), dim=0) for texts in prompts]
+            rows = list(torch.stack(flat).split([2, 1]))
+        if merge == "max":
+            assert vocabulary.owners is not None
+            assert vocabulary.owners.tolist() == [row for row, group in enumerate(groups) for _ in group]
+            assert torch.allclose(vocabulary.embeddings, torch.cat(rows))
+        else:
+            means = torch.stack([F.normalize(group.sum(0), dim=0) for group in rows])
+            assert vocabulary.owners is None and torch.allclose(vocabulary.embeddings, means)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -74,6 +106,8 @@ def test_attributes_are_averaged_over_the_names() -> None:
         ({"attributes": ["red", "red "]}, "attributes: 'red' alone would fit every region, expected words to choose"),
         ({"names": {"a": ["x", "y"], "x": []}}, "'x' is a name and the child of 'a', expected one"),
         ({"names": {"a": ["x", "y"], "x": ["z"]}}, "'x' is a name and the child of 'a', expected one"),
+        ({"synonyms": {"cta": ["puss"]}}, "synonyms of 'cta': not a name of the query, expected one such as 'cat'"),
+        ({"names": {"a": ["x", "y"]}, "synonyms": {"x": "z"}}, "synonyms of x: the text 'z', expected a list"),
     ],
 )
 def test_impossible_queries_are_refused(options: dict[str, object], message: str) -> None:
