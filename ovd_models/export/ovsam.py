@@ -1,6 +1,7 @@
 """OV-SAM's encoder and its naming of masks as traceable functions; its decoder is `ExportedSamDecoder`.
 
-P prompts, S side of the model's square input, H x W original image, K names, D embedding width.
+P prompts, S side of the model's square input, H x W original image, K names, D embedding width, L levels of the label
+branch.
 """
 
 import copy
@@ -16,9 +17,6 @@ from ovd_models.ovsam.head import ROI_SIDE, name_logits, region_levels
 from ovd_models.ovsam.model import OvSam
 from ovd_models.segments import boxes_of
 
-LEVELS = ("level_0", "level_1", "level_2", "level_3")
-"""The label branch's levels."""
-
 
 class ExportedOvSamEncoder(nn.Module):
     """CLIP's tower, the adapter and the label branch's pyramid."""
@@ -28,7 +26,7 @@ class ExportedOvSamEncoder(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """[H, W, 3] uint8 RGB with a longer side S -> the embedding, four levels, and CLIP's last level."""
+        """[H, W, 3] uint8 RGB with a longer side S -> the embedding, L levels, and CLIP's last level."""
         model, side = self.model, self.model.config.sam.image_size
         levels = model.clip(model.clip.normalise(image.permute(2, 0, 1).float(), side)[None])
         return model.adapter(levels), *model.namer.pyramid(levels), levels[-1]
@@ -45,40 +43,26 @@ class ExportedNamer(nn.Module):
             self.tower = copy.deepcopy(self.tower)
             self.tower.positional_embedding = nn.Parameter(self.tower.get_buffer("own_places"), requires_grad=False)
 
-    def forward(
-        self,
-        level_0: Tensor,
-        level_1: Tensor,
-        level_2: Tensor,
-        level_3: Tensor,
-        seen: Tensor,
-        masks: Tensor,
-        boxes: Tensor,
-        text: Tensor,
-        clip_weight: Tensor,
-        bias: Tensor,
-    ) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Probabilities of names, whose rest to 1 is the background's.
 
         Args:
-            level_0: of the encoder.
-            level_1: of the encoder.
-            level_2: of the encoder.
-            level_3: of the encoder.
-            seen: what CLIP sees: its last level, or the original image [H, W, 3] uint8 if the model cuts masks out.
-            masks: [P, 1, H, W] logits of the decoder.
-            boxes: [P, 4] xyxy in pixels of the encoder's input: box prompts, or those of the decoder.
-            text: [K, D] unit rows.
-            clip_weight: [K] CLIP's exponent for each name.
-            bias: [K] added to the log score of each name.
+            inputs: in this order:
+                the L levels of the encoder;
+                what CLIP sees: its last level, or the original image [H, W, 3] uint8 if the model cuts masks out;
+                [P, 1, H, W] logits of the decoder;
+                [P, 4] xyxy in pixels of the encoder's input: box prompts, or those of the decoder;
+                [K, D] unit rows;
+                [K] CLIP's exponent for each name;
+                [K] added to the log score of each name.
 
         Returns:
             [P, K].
         """
-        model, config = self.model, self.model.config
+        *levels, seen, masks, boxes, text, clip_weight, bias = inputs
+        model, config, strides = self.model, self.model.config, self.model.namer.strides
         text_K1D = text[:, None]
         rois_P5 = F.pad(boxes, (1, 0))
-        levels, strides = (level_0, level_1, level_2, level_3), model.namer.strides
         level_P = region_levels(rois_P5, strides[0], len(levels))
         embedding_PD = model.namer.embed(pool_traced(levels, strides, level_P, boxes, ROI_SIDE))
         head_PK = name_logits(embedding_PD, text_K1D, config.log_scale).log_softmax(-1)

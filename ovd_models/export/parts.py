@@ -14,7 +14,7 @@ from ovd_models.detectors.encoded import EncodedRegions
 from ovd_models.export.centernet2 import ExportedCenterNet2
 from ovd_models.export.detector import ExportedDetector
 from ovd_models.export.files import Part
-from ovd_models.export.ovsam import LEVELS, ExportedNamer, ExportedOvSamEncoder
+from ovd_models.export.ovsam import ExportedNamer, ExportedOvSamEncoder
 from ovd_models.export.towers import (
     CORNERS,
     ExportedImageTower,
@@ -227,13 +227,14 @@ def ovsam_parts(model: OvSam, text_KD: Tensor, is_base_K: Tensor) -> list[Part]:
         is_base_K: [K] bool, the names with masks in training.
     """
     side, cuts_out = model.config.sam.image_size, model.config.clip_view == "cut_out"
+    levels = tuple(f"level_{index}" for index in range(len(model.namer.strides)))
     images = example_images([(side, side), (side, side * 5 // 8), (side * 2 // 3, side)])
     encode = partial(encode_ovsam, model)
     encoder = Part(
         "ovsam_encoder",
         ExportedOvSamEncoder(model),
         ("image",),
-        ("embedding", *LEVELS, "top"),
+        ("embedding", *levels, "top"),
         {"image": {0: "height", 1: "width"}},
         [(image,) for image in images],
         encode,
@@ -252,15 +253,15 @@ def ovsam_parts(model: OvSam, text_KD: Tensor, is_base_K: Tensor) -> list[Part]:
     )
     originals = example_images([tuple(prompt[-1].tolist()) for prompt in prompts[::2]])
     examples: list[tuple[Tensor, ...]] = []
-    for index, (_, *levels, top) in enumerate(encoded):
+    for index, (_, *pyramid, top) in enumerate(encoded):
         masks, boxes = decode_ovsam(model, *prompts[2 * index])[:2]
         count = len(text_KD) if index % 2 == 0 else max(1, len(text_KD) // 2)
         weights = name_weights(model, is_base_K[:count])
-        examples.append((*levels, originals[index] if cuts_out else top, masks, boxes, text_KD[:count], *weights))
+        examples.append((*pyramid, originals[index] if cuts_out else top, masks, boxes, text_KD[:count], *weights))
     namer = Part(
         "ovsam_namer",
         ExportedNamer(model),
-        (*LEVELS, "image" if cuts_out else "top", "masks", "boxes", "text", "clip_weight", "bias"),
+        (*levels, "image" if cuts_out else "top", "masks", "boxes", "text", "clip_weight", "bias"),
         ("scores",),
         {
             **({"image": {0: "height", 1: "width"}} if cuts_out else {}),

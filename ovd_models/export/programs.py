@@ -1,6 +1,8 @@
 """Programs of `torch.export`: whole graphs with their weights, for PyTorch without this library's code."""
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import Dim
@@ -15,7 +17,9 @@ def write_program(part: Part, folder: Path) -> float:
         InputError: as `write_part`.
     """
     path = folder / f"{part.name}.pt2"
-    dynamic = tuple(dict.fromkeys(part.dynamic.get(name, {}), Dim.AUTO) for name in part.inputs)
+    dynamic: tuple[Any, ...] = tuple(dict.fromkeys(part.dynamic.get(name, {}), Dim.AUTO) for name in part.inputs)
+    if inspect.getfullargspec(part.model.forward).varargs is not None:  # all inputs are then one argument
+        dynamic = (dynamic,)
     with torch.no_grad(), slow_attention():
         program = torch.export.export(part.model.eval(), part.examples[0], dynamic_shapes=dynamic, strict=False)
         torch.export.save(program, path)

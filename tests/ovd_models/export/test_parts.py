@@ -172,18 +172,18 @@ def test_torch_export_captures_what_it_is_said_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tower", "view", "released"),
+    ("tower", "view", "released", "levels"),
     [
-        ("flat", "features", False),
-        ("flat", "cut_out", True),
-        ("resnet", "features", True),
-        ("resnet", "cut_out", False),
-        ("transformer", "features", True),
-        ("transformer", "cut_out", False),
+        ("flat", "features", False, 4),
+        ("flat", "cut_out", True, 3),
+        ("resnet", "features", True, 4),
+        ("resnet", "cut_out", False, 1),
+        ("transformer", "features", True, 4),
+        ("transformer", "cut_out", False, 4),
     ],
 )
 def test_an_ovsam_segments_and_names_as_its_own_inference_does(
-    tower: str, view: Literal["features", "cut_out"], released: bool, tmp_path: Path
+    tower: str, view: Literal["features", "cut_out"], released: bool, levels: int, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     sam = SamConfig(image_size=64, width=32, depth=2, heads=2, global_blocks=(1,), prompt_width=32)
@@ -192,6 +192,7 @@ def test_an_ovsam_segments_and_names_as_its_own_inference_does(
         if released
         else OvSamConfig(sam=sam, tower=TOWERS[tower], clip_view=view, novel_bias=0.5)
     )
+    config = replace(config, label_levels=levels)
     model = OvSam(config).eval()
     text = names(config.tower.embed_dim)
     base = torch.arange(len(text)) % 2 == 0
@@ -203,12 +204,12 @@ def test_an_ovsam_segments_and_names_as_its_own_inference_does(
     # The three files, one after the other, on a size and a number of prompts and names that were not traced.
     (image,) = example_images([(40, 64)])
     sessions = [open_session(tmp_path / f"{part.name}.onnx", threads=1) for part in parts]
-    embedding, *levels, top = map(torch.from_numpy, run_session(sessions[0], parts[0], (image,)))
+    embedding, *pyramid, top = map(torch.from_numpy, run_session(sessions[0], parts[0], (image,)))
     size, corners = torch.tensor([40, 64]), torch.tensor([[[3.0, 4.0], [30.0, 28.0]]] * 4)
     boxed = (embedding, corners, torch.tensor([[2, 3]] * 4), size, size)
     masks = torch.from_numpy(run_session(sessions[1], parts[1], boxed)[0])
     seen = image if view == "cut_out" else top
-    given = (*levels, seen, masks, corners.flatten(1), text[:5], *name_weights(model, base[:5]))
+    given = (*pyramid, seen, masks, corners.flatten(1), text[:5], *name_weights(model, base[:5]))
     (scores,) = run_session(sessions[2], parts[2], given)
     prompts = Prompts.create(boxes=corners.flatten(1).tolist())
     expected = model.segment(image.permute(2, 0, 1), prompts, Vocabulary(tuple("abcde"), text[:5], base[:5]))
