@@ -131,14 +131,20 @@ def write_model(run: Run, folder: Path, target: Path) -> list[Part]:
 
 
 def detector_parts(run: Run, detector: Detector, target: Path) -> list[Part]:
-    """The parts of a detector; writes its default names with their embeddings, and the example."""
+    """The parts of a detector; writes its default names with their embeddings, its threshold, and the example."""
     names = detector.vocabulary
     if not names:
         raise InputError(f"{run.model}: no default names, expected some to compare the exported detector with")
     text_KD = detector.encoder.embed_names(names)
     part = detector_part(detector.model, read_images(run), text_KD, run.threshold)
     weights = image_weights(detector)
-    np.savez(target / "names.npz", names=np.array(names), embeddings=text_KD.numpy(), image_weight=weights)
+    np.savez(
+        target / "names.npz",
+        names=np.array(names),
+        embeddings=text_KD.numpy(),
+        image_weight=weights,
+        threshold=np.float32(detector.info.score_threshold),
+    )
     shutil.copyfile(example.__file__, target / "detect.py")
     tower = [text_tower_part(detector.encoder)] if isinstance(detector.encoder, ClipTextEncoder) else []
     return [part, *tower]

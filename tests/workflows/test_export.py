@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from distinct_regions import spread_out
 from PIL import Image
 
 import ovd_models
+from ovd_models.checkpoint_info import write_calibration
 from ovd_models.checkpoints import save_checkpoint
 from ovd_models.clip.model import Clip, ClipConfig, ClipTextEncoder, save_clip
 from ovd_models.codet.model import CoDet, CoDetConfig
@@ -38,20 +40,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_exported_files_find_things_without_torch(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "exported"
+def test_exported_files_find_what_the_library_does_without_torch(checkpoint: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 4), np.uint8)
+    pixels[:, 60:, 3] = 0
+    turned, picture, out = Image.Exif(), tmp_path / "picture.png", tmp_path / "exported"
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(picture, exif=turned)
+    scores = ovd_models.load(checkpoint).detect(picture, ["cat"], score_threshold=0.0).scores
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "calibrated")
+    write_calibration(checkpoint, float(scores.median()), "any")
     differences = export.export(Run(model=str(checkpoint), out=str(out), num_images=3))
     assert set(differences) == {"detector.onnx", "text_tower.onnx"}
     assert json.loads((out / "export.json").read_text())["max_difference"] == differences
-    picture = tmp_path / "picture.png"
-    pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
-    Image.fromarray(pixels).save(picture)
     code = WITHOUT_TORCH.replace("FOLDER", repr(str(out)))
     command = [sys.executable, "-c", code, "x", str(picture), "cat"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = ovd_models.load(checkpoint).detect(pixels, ["cat"], score_threshold=0.3)
-    assert len(found) > 0
-    assert [line.split()[:2] for line in printed] == [["cat", f"{score:.2f}"] for score in found.scores.tolist()]
+    found = ovd_models.load(checkpoint).detect(picture, ["cat"])
+    assert 0 < len(found) < len(scores)
+    expected = zip(found.scores.tolist(), found.boxes.round().int().tolist(), strict=True)
+    assert printed == [f"{'cat':20} {score:.2f}  {box}" for score, box in expected]
 
 
 def test_bad_input_is_one_line_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
