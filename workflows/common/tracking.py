@@ -38,7 +38,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it whi
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # then `Outbox` tries again
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it names every table of a new database
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunInfo, RunStatus, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunInfo, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -289,7 +289,7 @@ def run(
             that it began with stay.
 
     Raises:
-        InputError: see `tracking_uri`.
+        InputError: see `tracking_uri`, or the experiment was deleted.
     """
     uri = tracking_uri(storage_uri)
     client, experiment_id = _open(uri, storage_uri, experiment)
@@ -321,6 +321,9 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
     """A client, and the experiment's id.
 
     The first client of a new database creates its tables, and several at once fail: drivers go in turn.
+
+    Raises:
+        InputError: there is no tracking, or the experiment was deleted.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     quiet.hide_storage_failures("mlflow.store.db.utils")
@@ -334,18 +337,36 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
             follow_storage(storage_uri)
             client = MlflowClient(uri)
             found = client.get_experiment_by_name(experiment)
+            if found is None:
+                _create_experiment(client, uri, storage_uri, experiment)
+                found = client.get_experiment_by_name(experiment)
         except MlflowException as error:
             raise _no_tracking(uri, error) from error
-        if found is not None:
-            for tag, value in EXPERIMENT_TAGS.items():
-                if found.tags.get(tag, "_inferred").endswith("_inferred"):  # as the UI does by itself
-                    client.set_experiment_tag(found.experiment_id, tag, value)
-            return client, str(found.experiment_id)
-        location = None  # a server has its own
-        if not uri.startswith(("http", "databricks")):
-            location = (folder / ARTIFACTS).as_uri() if folder else storage.join(storage_uri, ARTIFACTS)
-            location = f"{location}/{experiment}"
-        return client, client.create_experiment(experiment, location, EXPERIMENT_TAGS)
+        if found is None or found.lifecycle_stage != LifecycleStage.ACTIVE:
+            restore = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore"
+            key = "ID" if found is None else found.experiment_id
+            raise InputError(
+                f"MLflow experiment {experiment!r}: deleted, expected it back (`{restore} --experiment-id {key}`) or "
+                f"gone for good (`mlflow gc`)"
+            )
+        for tag, value in EXPERIMENT_TAGS.items():
+            if found.tags.get(tag, "_inferred").endswith("_inferred"):  # as the UI does by itself
+                client.set_experiment_tag(found.experiment_id, tag, value)
+        return client, str(found.experiment_id)
+
+
+def _create_experiment(client: MlflowClient, uri: str, storage_uri: str, experiment: str) -> None:
+    """Create an experiment, unless another job was faster."""
+    location = None  # a server has its own
+    if not uri.startswith(("http", "databricks")):
+        folder = local_folder(storage_uri)
+        location = (folder / ARTIFACTS).as_uri() if folder else storage.join(storage_uri, ARTIFACTS)
+        location = f"{location}/{experiment}"
+    try:
+        client.create_experiment(experiment, location, EXPERIMENT_TAGS)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def follow_storage(storage_uri: str) -> None:

@@ -6,6 +6,8 @@ import pickle
 import shlex
 import signal
 import sqlite3
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -252,6 +254,36 @@ def test_first_runs_of_a_storage_may_start_together(tmp_path: Path, monkeypatch:
     with ProcessPoolExecutor(4) as pool:
         for opened in [pool.submit(open_run, str(tmp_path)) for _ in range(4)]:
             opened.result()
+
+
+def test_an_experiment_that_another_job_creates_meanwhile_is_used(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_run(storage)
+    find, answers = MlflowClient.get_experiment_by_name, [None]
+    monkeypatch.setattr(
+        MlflowClient, "get_experiment_by_name", lambda *given: answers.pop() if answers else find(*given)
+    )
+    open_run(storage)
+    assert not answers
+    client = MlflowClient(tracking.tracking_uri(storage))
+    (experiment,) = (each for each in client.search_experiments() if each.name == "codet")
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
+def test_a_deleted_experiment_is_one_line_that_says_how_to_restore_it(storage: str) -> None:
+    open_run(storage)
+    uri = tracking.tracking_uri(storage)
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name("codet")
+    assert found is not None
+    client.delete_experiment(found.experiment_id)
+    with pytest.raises(InputError, match="MLflow experiment 'codet': deleted, expected it back") as caught:
+        open_run(storage)
+    assert "\n" not in str(caught.value)
+    command = str(caught.value).split("`")[1].replace(" mlflow ", f" {sys.executable} -m mlflow ")
+    subprocess.run(command, shell=True, check=True)
+    open_run(storage)
 
 
 def start_and_die(storage: str) -> None:
