@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from serving import save_detector, save_segmenter, save_text_segmenter
 
+from ovd_models.batches import Detections
+from ovd_models.detectors.resizing import Selection, select_detections
 from ovd_models.errors import InputError
-from ovd_models.predictors import Segmenter
+from ovd_models.predictors import Detector, Segmenter
 from ovd_models.sam.model import EverythingConfig
 from ovd_models.segments import Segments
 from workflows import predict
@@ -64,6 +66,26 @@ def test_a_folder_becomes_drawings_a_coco_file_and_a_page(detector: str, picture
     for entry in shown:
         assert Image.open(output / entry.drawing).width
         assert entry.drawing in page
+
+
+def test_an_object_is_kept_beside_one_with_many_better_names(
+    detector: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = tuple(f"name {row}" for row in range(200))
+    boxes, scores = torch.tensor([[0.0, 0, 20, 20], [30, 30, 50, 50]]), torch.full((2, 200), 0.9)
+    scores[1] = 0.0
+    scores[1, 7] = 0.5
+
+    def find(self: Detector, encoded: object, query: object, **settings: Any) -> Detections:
+        selection = Selection(0.5, settings["score_threshold"], settings["max_detections"])
+        return Detections(*select_detections(boxes, scores, selection), names, 80, 60)
+
+    monkeypatch.setattr(Detector, "find", find)
+    job = predict.prepare(Run(model=detector, images=str(pictures), score_threshold=0.3))
+    found = predict.predict_one(job, *job.pictures[0])
+    assert [entry.box for entry in found] == [(0, 0, 20, 20), (30, 30, 50, 50)]
+    monkeypatch.setattr(predict, "MAX_OBJECTS", 1)
+    assert [entry.box for entry in predict.predict_one(job, *job.pictures[0])] == [(0, 0, 20, 20)]
 
 
 def test_broken_pictures_among_good_ones_are_named_and_the_rest_goes_on(
