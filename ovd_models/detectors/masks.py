@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 from faster_coco_eval import mask as rle
 from torch import Tensor, nn
@@ -56,14 +57,20 @@ def paste_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: int
 
     A pixel belongs to the object if its probability is at least `threshold`; it is 0 outside the box.
     """
-    x_W = torch.arange(width, device=box_N4.device) + 0.5
-    y_H = torch.arange(height, device=box_N4.device) + 0.5
-    left_N1, top_N1, right_N1, bottom_N1 = box_N4[:, :, None].unbind(1)
-    x_NW = (x_W - left_N1) / (right_N1 - left_N1).clamp(min=1e-6) * 2 - 1
-    y_NH = (y_H - top_N1) / (bottom_N1 - top_N1).clamp(min=1e-6) * 2 - 1
-    shape = (len(box_N4), height, width)
-    grid_NHW2 = torch.stack((x_NW[:, None].expand(shape), y_NH[:, :, None].expand(shape)), dim=-1)
-    return F.grid_sample(probability_NSS[:, None], grid_NHW2, align_corners=False)[:, 0] >= threshold
+    # Column after column, as COCO's RLE takes them.
+    masks_NHW = torch.zeros((len(box_N4), width, height), dtype=torch.bool, device=box_N4.device).transpose(1, 2)
+    low_N2, high_N2 = box_N4[:, :2].floor() - 1, box_N4[:, 2:].ceil() + 1  # the rest of a large image takes most time
+    limit_2 = box_N4.new_tensor([width, height])
+    windows_N4 = torch.minimum(torch.cat((low_N2, high_N2), 1).clamp(min=0), limit_2.repeat(2)).long().tolist()
+    for mask_HW, probability_SS, box_4, (x0, y0, x1, y1) in zip(
+        masks_NHW, probability_NSS, box_N4, windows_N4, strict=True
+    ):
+        x_w = (torch.arange(x0, x1, device=box_N4.device) + 0.5 - box_4[0]) / (box_4[2] - box_4[0]).clamp(min=1e-6)
+        y_h = (torch.arange(y0, y1, device=box_N4.device) + 0.5 - box_4[1]) / (box_4[3] - box_4[1]).clamp(min=1e-6)
+        grid_1hw2 = torch.stack(torch.meshgrid(x_w * 2 - 1, y_h * 2 - 1, indexing="xy"), dim=-1)[None]
+        pasted_hw = F.grid_sample(probability_SS[None, None], grid_1hw2, align_corners=False)[0, 0]
+        mask_HW[y0:y1, x0:x1] = pasted_hw >= threshold
+    return masks_NHW
 
 
 def encode_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: int) -> tuple[str, ...]:
@@ -72,8 +79,8 @@ def encode_masks(probability_NSS: Tensor, box_N4: Tensor, height: int, width: in
     counts: list[str] = []
     for mask_NSS, part_N4 in zip(torch.split(probability_NSS, rows), torch.split(box_N4, rows), strict=True):
         if len(part_N4):
-            columns = paste_masks(mask_NSS, part_N4, height, width).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            counts += [entry["counts"].decode() for entry in rle.encode(columns.copy(order="F"))]
+            columns = paste_masks(mask_NSS, part_N4, height, width).view(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            counts += [entry["counts"].decode() for entry in rle.encode(np.asfortranarray(columns))]
     return tuple(counts)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,32 @@ def test_a_full_mask_fills_its_box_and_nothing_else() -> None:
     flat = paste_masks(masks[:1], torch.tensor([[3.0, 3, 3, 9]]), 10, 12)
     assert not bool(flat.any())  # a box without an area
     assert paste_masks(torch.zeros(0, 4, 4), torch.zeros(0, 4), 10, 12).shape == (0, 10, 12)
+
+
+def test_a_mask_pasted_into_its_box_is_that_of_the_whole_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner, side = torch.rand(2, 60, 2, generator=generator) * torch.tensor([30.0, 20])
+    boxes = torch.cat([corner - 6, corner - 6 + side], 1)
+    boxes[:3] = torch.tensor([[-20.0, -9, -3, 40], [40, 2, 50, 9], [4, 5, 4, 9]])  # outside, and without an area
+    masks = torch.rand(60, 28, 28, generator=generator)
+    x, y = torch.meshgrid(torch.arange(30) + 0.5, torch.arange(20) + 0.5, indexing="xy")
+    for mask, box, found in zip(masks, boxes, paste_masks(masks, boxes, 20, 30), strict=True):
+        width, height = (box[2:] - box[:2]).clamp(min=1e-6)
+        grid = torch.stack([(x - box[0]) / width * 2 - 1, (y - box[1]) / height * 2 - 1], -1)
+        assert torch.equal(F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0] >= 0.5, found)
+
+
+def test_pasting_a_mask_samples_its_box_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = []
+
+    def grid_sample(values: torch.Tensor, grid: torch.Tensor, **settings: Any) -> torch.Tensor:
+        sampled.append(tuple(grid.shape[1:3]))
+        return real(values, grid, **settings)
+
+    real = F.grid_sample
+    monkeypatch.setattr(F, "grid_sample", grid_sample)
+    paste_masks(torch.ones(2, 4, 4), torch.tensor([[100.5, 50, 110, 55], [0, 0, 3, 4]]), 1000, 2000)
+    assert sampled == [(7, 12), (5, 4)]
 
 
 def test_regions_of_a_stage_are_the_refined_boxes_of_the_one_before() -> None:
