@@ -21,6 +21,8 @@ from ovd_models.errors import InputError
 
 PIXELS_AT_A_TIME = 1 << 26
 """Maximum pixels of float32 masks in memory at a time: 256 MB, however large the image is."""
+PROMPTS_AT_A_TIME = 64
+"""Maximum prompts in a mask decoder or a naming head at a time: the published ones take 10 to 21 MB for each."""
 ON, OFF, PADDING = 1, 0, -1
 """Labels of a point: on the object, off it, or padding of a prompt with fewer points."""
 
@@ -75,26 +77,32 @@ class Prompts(TensorRecord):
                 return len(value)
         return 0
 
-    def take(self, rows: Tensor) -> "Prompts":
+    def take(self, rows: Tensor | slice) -> "Prompts":
         """The prompts of these rows."""
         values = (self.points, self.point_labels, self.boxes, self.masks)
         return Prompts(*(None if value is None else value[rows] for value in values))
 
-    def without_padding(self) -> list[tuple[Tensor, "Prompts"]]:
-        """Parts of prompts with equally many points each, and their rows [p] int64.
+    def without_padding(self, most: int) -> list[tuple[Tensor, "Prompts"]]:
+        """Parts of at most `most` prompts with equally many points each, and their rows [p] int64.
 
         SAM's decoder attends to padding points too, so a mask would depend on the other prompts of its batch.
         """
+        parts = []
         if self.points is None or self.point_labels is None:
-            return [(torch.arange(len(self)), self)]
-        given_Pn = self.point_labels != PADDING
-        count_P, parts = given_Pn.sum(1), []
-        for count in sorted(set(count_P.tolist())):
-            rows = torch.nonzero(count_P == count).flatten()
-            points = self.points[rows][given_Pn[rows]].view(len(rows), count, 2) if count else None
-            labels = self.point_labels[rows][given_Pn[rows]].view(len(rows), count) if count else None
-            parts.append((rows, replace(self.take(rows), points=points, point_labels=labels)))
-        return parts
+            parts.append((torch.arange(len(self)), self))
+        else:
+            given_Pn = self.point_labels != PADDING
+            count_P = given_Pn.sum(1)
+            for count in sorted(set(count_P.tolist())):
+                rows = torch.nonzero(count_P == count).flatten()
+                points = self.points[rows][given_Pn[rows]].view(len(rows), count, 2) if count else None
+                labels = self.point_labels[rows][given_Pn[rows]].view(len(rows), count) if count else None
+                parts.append((rows, replace(self.take(rows), points=points, point_labels=labels)))
+        return [
+            (rows[start : start + most], part.take(slice(start, start + most)))
+            for rows, part in parts
+            for start in range(0, max(1, len(rows)), most)
+        ]
 
     def checked(self, width: int, height: int, mask_side: int) -> "Prompts":
         """The prompts, valid for an image of this size in pixels and masks of side L, their boxes clipped to it.

@@ -22,6 +22,7 @@ from ovd_models.clip.pretrained import offline
 from ovd_models.clip.towers import FlatConvNet
 from ovd_models.errors import InputError
 from ovd_models.ovsam.crops import Background, crop_masks
+from ovd_models.segments import PROMPTS_AT_A_TIME
 
 NUM_LEVELS = 4
 
@@ -187,7 +188,8 @@ class ClipPyramid(nn.Module):
         """[R, D] unit rows of square crops around masks of a uint8 image, see `crop_masks`."""
         colours = (image_3HW.float() - self.mean) / self.std
         black = -self.mean / self.std
-        return self.embed(crop_masks(colours, masks_RHW, black, margin, background, self.config.image_size))
+        side, parts = self.config.image_size, torch.split(masks_RHW, PROMPTS_AT_A_TIME)
+        return torch.cat([self.embed(crop_masks(colours, part, black, margin, background, side)) for part in parts])
 
     def region_embeddings(self, top_BCHW: Tensor, rois_R5: Tensor) -> Tensor:
         """CLIP's embeddings of boxes: RoIAlign on the last level to the grid of its head, then the head.

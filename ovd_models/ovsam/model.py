@@ -6,7 +6,6 @@ B images, P prompts of an image, C prompt width, S side of the square input, h s
 Y synonyms, D embedding width of names.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -37,10 +36,11 @@ from ovd_models.sam.model import (
     fit_on_device,
     in_order,
     input_prompts,
+    prompts_at_a_time,
     run_decoder,
     unnamed,
 )
-from ovd_models.segments import PIXELS_AT_A_TIME, Prompts, Segments, boxes_of
+from ovd_models.segments import PROMPTS_AT_A_TIME, Prompts, Segments, boxes_of
 from ovd_models.vocabulary import Vocabulary
 
 
@@ -207,7 +207,7 @@ class OvSam(nn.Module):
         """`masks` before they are enlarged: logits [P, L, L], predicted IoUs [P], and the box prompts."""
         given = input_prompts(prompts, encoded.sam)
         found = []
-        for rows_P, part in given.without_padding():
+        for rows_P, part in given.without_padding(PROMPTS_AT_A_TIME):
             points = None if part.points is None else (part.points, part.point_labels)
             masks = None if part.masks is None else part.masks[:, None]
             sparse, dense = self.prompt_encoder(points, part.boxes, masks)
@@ -217,8 +217,8 @@ class OvSam(nn.Module):
 
     def full_size(self, low_PLL: Tensor, encoded: EncodedImage) -> Tensor:
         """[P, L, L] logits -> masks [P, H, W] of the original image, in parts that bound the memory."""
-        count = max(1, PIXELS_AT_A_TIME // math.prod(encoded.padded_size))
         side = self.config.sam.image_size
+        count = prompts_at_a_time(encoded.padded_size, side)
         return torch.cat([enlarge(part, encoded, side) > 0 for part in torch.split(low_PLL, count)])
 
     @torch.no_grad()
@@ -243,8 +243,12 @@ class OvSam(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs of `fuse_scores`: logits [P, K + 1] of the label branch and of CLIP, and [P] bool, not empty."""
         rois_P5, text_KYD = F.pad(self.rois_of(segments.low_res, boxes_P4), (1, 0)), synonym_rows(vocabulary)
-        head_PK = self.head_logits(encoded.pyramid, rois_P5, text_KYD)
-        clip_PK = self.clip_logits(encoded, rois_P5, segments.masks, text_KYD)
+        parts = zip(*(torch.split(rows, PROMPTS_AT_A_TIME) for rows in (rois_P5, segments.masks)), strict=True)
+        logits = [
+            (self.head_logits(encoded.pyramid, rois, text_KYD), self.clip_logits(encoded, rois, masks, text_KYD))
+            for rois, masks in parts
+        ]
+        head_PK, clip_PK = map(torch.cat, zip(*logits, strict=True))
         return head_PK, clip_PK, segments.masks.flatten(1).any(1)
 
     def everything(

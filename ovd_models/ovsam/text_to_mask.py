@@ -8,7 +8,6 @@ B images, P prompts, D width of CLIP's space, C prompt width, L side of the deco
 windows.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +20,16 @@ from ovd_models.errors import InputError
 from ovd_models.losses import zero_loss
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower
 from ovd_models.ovsam.crops import square_crops
-from ovd_models.sam.model import EncodedImage, SamConfig, SamModel, fit_on_device, in_order, input_prompts, unnamed
+from ovd_models.sam.model import (
+    EncodedImage,
+    SamConfig,
+    SamModel,
+    fit_on_device,
+    in_order,
+    input_prompts,
+    prompts_at_a_time,
+    unnamed,
+)
 from ovd_models.sam.training import (
     SampledObjects,
     SamTrainingConfig,
@@ -29,10 +37,9 @@ from ovd_models.sam.training import (
     prompt_losses,
     sample_objects,
 )
-from ovd_models.segments import ON, PIXELS_AT_A_TIME, MaskBatch, Prompts, Segments
+from ovd_models.segments import ON, MaskBatch, Prompts, Segments
 
 CENTRE_MOMENTUM = 0.99
-NAMES_AT_A_TIME = 64
 WINDOWS = (0.15, 0.3, 0.6)
 """Sides of windows for objects of any size."""
 WINDOW_STEPS = 16
@@ -215,15 +222,14 @@ class TextToMask(nn.Module):
         centred_PD = text_PD - self.text_centre
         clicks = add_name_points(named, centred_PD, clicks)
         height, width = encoded.size
-        every_P, found = torch.arange(len(text_PD), device=text_PD.device), []
-        count = max(1, min(NAMES_AT_A_TIME, PIXELS_AT_A_TIME // math.prod(encoded.padded_size)))
-        for rows_P, part in [(every_P, None)] if clicks is None else clicks.without_padding():
-            for own_P in torch.split(torch.arange(len(rows_P), device=rows_P.device), count):
-                own = None if part is None else part.take(own_P)
-                embedding_PChw = encoded.embedding.expand(len(own_P), -1, -1, -1)
-                low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD[rows_P[own_P]], own)
-                masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
-                found.append((rows_P[own_P], masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
+        count, found = prompts_at_a_time(encoded.padded_size, self.sam.config.image_size), []
+        every_P = torch.arange(len(text_PD), device=text_PD.device)
+        unclicked = [(rows_P, None) for rows_P in torch.split(every_P, count)]
+        for rows_P, part in unclicked if clicks is None else clicks.without_padding(count):
+            embedding_PChw = encoded.embedding.expand(len(rows_P), -1, -1, -1)
+            low_PKLL, ious_PK = self._decode(embedding_PChw, centred_PD[rows_P], part)
+            masks = self.sam.sam.postprocess_masks(low_PKLL[:, :1], encoded.input_size, encoded.padded_size) > 0
+            found.append((rows_P, masks[:, 0, :height, :width], ious_PK[:, 0], low_PKLL[:, 0]))
         return unnamed(*in_order(found))
 
 

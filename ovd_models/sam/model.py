@@ -4,6 +4,7 @@ B images, P prompts, C prompt width, T tokens, K mask tokens, S side of the mode
 L = 4 h side of the decoder's maps.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from ovd_models.batches import TensorRecord
 from ovd_models.errors import InputError
 from ovd_models.images import fitted_size
 from ovd_models.preprocess import add_edge
-from ovd_models.segments import OFF, ON, PADDING, Prompts, Segments
+from ovd_models.segments import OFF, ON, PADDING, PIXELS_AT_A_TIME, PROMPTS_AT_A_TIME, Prompts, Segments
 from ovd_models.weights import load_strict, read_state
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -301,7 +302,8 @@ class SamModel(nn.Module):
         given = input_prompts(prompts, encoded)
         points_only = given.boxes is None and given.masks is None
         predictor, found = self.predictor(encoded), []
-        for rows_P, part in given.without_padding():
+        maps = self.sam.mask_decoder.num_multimask_outputs if points_only else 1
+        for rows_P, part in given.without_padding(prompts_at_a_time(encoded.padded_size, self.config.image_size, maps)):
             masks_PKHW, ious_PK, low_PKLL = predictor.predict_torch(
                 part.points,
                 part.point_labels,
@@ -318,10 +320,12 @@ class SamModel(nn.Module):
         """The masks of a whole image, best first, by the package's automatic mask generator."""
         height, width = image.shape[-2:]
         pixels = add_edge(image, self.config.image_size).permute(1, 2, 0).cpu().numpy()
+        maps = self.sam.mask_decoder.num_multimask_outputs
+        most = prompts_at_a_time((pixels.shape[0], pixels.shape[1]), self.config.image_size, maps)
         generator = SamAutomaticMaskGenerator(
             self.sam,
             points_per_side=settings.clicks_along(int(image.shape[-1]), int(image.shape[-2])),
-            points_per_batch=settings.points_per_batch,
+            points_per_batch=min(settings.points_per_batch, most),
             pred_iou_thresh=settings.min_iou,
             stability_score_thresh=settings.min_stability,
             box_nms_thresh=settings.nms_iou,
@@ -354,6 +358,14 @@ def input_prompts(prompts: Prompts, encoded: EncodedImage) -> Prompts:
     points = None if given.points is None else scale_prompts(given.points, encoded)
     boxes = None if given.boxes is None else scale_prompts(given.boxes.view(-1, 2, 2), encoded).view(-1, 4)
     return replace(given, points=points, boxes=boxes)
+
+
+def prompts_at_a_time(size: tuple[int, int], side: int, maps: int = 1) -> int:
+    """Prompts whose masks, `maps` for each, are enlarged at a time, to bound memory.
+
+    Masks are enlarged to the model's square of `side` pixels, then to the image's `size` (height and width).
+    """
+    return max(1, min(PROMPTS_AT_A_TIME, PIXELS_AT_A_TIME // (maps * max(side * side, math.prod(size)))))
 
 
 def in_order(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

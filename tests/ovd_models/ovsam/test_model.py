@@ -14,7 +14,6 @@ from ovd_models.clip.model import Clip, ClipConfig
 from ovd_models.errors import InputError
 from ovd_models.importers.ovsam import account_ovsam_tensors, load_ovsam
 from ovd_models.ovsam import crops as ovsam_crops
-from ovd_models.ovsam import model as ovsam
 from ovd_models.ovsam.adapter import Sam2Clip, feature_distillation_loss, valid_positions
 from ovd_models.ovsam.baselines import BaselineConfig, SamClip
 from ovd_models.ovsam.clip_pyramid import ClipPyramid, TowerConfig, build_tower, resize_places
@@ -34,6 +33,7 @@ from ovd_models.ovsam.head import (
 from ovd_models.ovsam.metrics import PointingMetrics, centre_points, next_click
 from ovd_models.ovsam.model import OvSam, OvSamConfig, enlarge
 from ovd_models.ovsam.training import Clip2SamConfig, Clip2SamTraining, FeatureBatch, Sam2ClipTraining
+from ovd_models.sam import model as sam
 from ovd_models.sam.model import EncodedImage, EverythingConfig, SamConfig, SamModel
 from ovd_models.segments import OFF, ON, MaskBatch, Prompts, boxes_of
 from ovd_models.vocabulary import Vocabulary
@@ -85,11 +85,53 @@ def test_masks_of_large_pictures_are_made_in_parts(model: OvSam, monkeypatch: py
     cut_out = OvSam(dataclasses.replace(TINY, clip_view="cut_out")).eval()
     cut_out.load_state_dict(model.state_dict())
     whole = cut_out.segment(picture(), asked, NAMES)
-    for module in (ovsam, ovsam_crops):
+    for module in (sam, ovsam_crops):
         monkeypatch.setattr(module, "PIXELS_AT_A_TIME", 1)
     parts = cut_out.segment(picture(), asked, NAMES)
     assert torch.equal(parts.masks, whole.masks)
     assert torch.allclose(parts.scores, whole.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("view", ["features", "cut_out"])
+def test_many_prompts_are_answered_in_parts(model: OvSam, view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = OvSam(dataclasses.replace(TINY, clip_view=view)).eval()
+    cut.load_state_dict(model.state_dict())
+    encoded, rows = cut.encode(picture()), count_rows(monkeypatch, cut, "decode", "head_logits", "clip_logits")
+    corner = torch.rand(70, 2, generator=torch.Generator().manual_seed(0)) * 30
+    prompts = Prompts(boxes=torch.cat([corner, corner + 15], 1))
+    found = cut.segment(encoded, prompts, NAMES)
+    assert rows == {"decode": [64, 6], "head_logits": [64, 6], "clip_logits": [64, 6]}
+    last = cut.segment(encoded, prompts.take(slice(60, 70)), NAMES)
+    assert torch.allclose(found.low_res[60:], last.low_res, atol=1e-5)
+    assert torch.allclose(found.scores[60:], last.scores, atol=1e-5)
+
+
+def count_rows(monkeypatch: pytest.MonkeyPatch, model: OvSam, *methods: str) -> dict[str, list[int]]:
+    """The rows that each call of methods answers, by method, from now on."""
+    rows: dict[str, list[int]] = {name: [] for name in methods}
+
+    def counted(name: str) -> Any:
+        method = getattr(model, name)
+
+        def call(*values: Any) -> Any:
+            answer = method(*values)
+            rows[name].append(len(answer[0] if isinstance(answer, tuple) else answer))
+            return answer
+
+        return call
+
+    for name in methods:
+        monkeypatch.setattr(model, name, counted(name))
+    return rows
+
+
+def test_crops_of_many_masks_are_embedded_in_parts(model: OvSam, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, embed = [], model.clip.embed
+    monkeypatch.setattr(model.clip, "embed", lambda crops: (rows.append(len(crops)), embed(crops))[1])
+    masks = torch.zeros(70, 48, 64, dtype=torch.bool)
+    masks[:, 10:20, 10:20] = True
+    assert model.clip.embed_crops(picture(), masks, 1.0, "mean").shape == (70, 128)
+    assert rows == [64, 6]
 
 
 def test_without_a_vocabulary_masks_have_no_names(model: OvSam) -> None:

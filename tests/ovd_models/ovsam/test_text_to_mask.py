@@ -4,7 +4,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovd_models.errors import InputError
-from ovd_models.ovsam import text_to_mask
 from ovd_models.ovsam.text_to_mask import (
     WINDOWS,
     EncodedTextToMask,
@@ -15,6 +14,7 @@ from ovd_models.ovsam.text_to_mask import (
     central_points,
     place_windows,
 )
+from ovd_models.sam import model as sam
 from ovd_models.sam.model import SamConfig
 from ovd_models.sam.training import mask_ious
 from ovd_models.segments import ON, PADDING, MaskBatch, Prompts
@@ -105,7 +105,7 @@ def test_windows_cover_an_image_of_any_shape(height: int, width: int) -> None:
 def test_many_names_are_asked_for_in_parts(model: TextToMask, monkeypatch: pytest.MonkeyPatch) -> None:
     image, names = two_squares().images[0], F.normalize(torch.randn(5, 128), dim=-1)
     whole = model.eval().segment_text(image, names)
-    monkeypatch.setattr(text_to_mask, "NAMES_AT_A_TIME", 2)
+    monkeypatch.setattr(sam, "PROMPTS_AT_A_TIME", 2)
     parts = model.segment_text(image, names)
     assert parts.masks.shape == (5, 64, 64)
     assert torch.allclose(parts.low_res, whole.low_res, atol=1e-4)

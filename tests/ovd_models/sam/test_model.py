@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovd_models.errors import InputError
+from ovd_models.sam import model as sam_model
 from ovd_models.sam.model import (
     VIT_B,
     EverythingConfig,
@@ -105,6 +106,28 @@ def test_prompts_together_answer_as_one_by_one(model: SamModel) -> None:
     together = model.segment(encoded, Prompts.create(boxes=boxes))
     alone = [model.segment(encoded, Prompts.create(boxes=[box])) for box in boxes]
     assert torch.allclose(together.low_res, torch.cat([entry.low_res for entry in alone]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("clicks", "maps"), [(True, 3), (False, 1)])
+def test_masks_of_many_prompts_are_made_in_parts(
+    model: SamModel, clicks: bool, maps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, corner = model.encode(picture()), torch.arange(7)[:, None] * 4.0 + torch.tensor([3.0, 2])
+    prompts = Prompts.create(**{"points": corner} if clicks else {"boxes": torch.cat([corner, corner + 9], 1)})
+    whole, rows, postprocess = model.segment(encoded, prompts), [], model.sam.postprocess_masks
+    monkeypatch.setattr(
+        model.sam, "postprocess_masks", lambda low, *sizes: (rows.append(len(low)), postprocess(low, *sizes))[1]
+    )
+    monkeypatch.setattr(sam_model, "PIXELS_AT_A_TIME", 3 * maps * 64 * 64 + 1)
+    parts = model.segment(encoded, prompts)
+    assert rows == [3, 3, 1]
+    assert torch.equal(parts.masks, whole.masks)
+    assert torch.allclose(parts.low_res, whole.low_res, atol=1e-5)
+    assert sam_model.prompts_at_a_time((4000, 3000), 1024) == 1
+    rows.clear()
+    settings = EverythingConfig(points_per_side=4, min_iou=-9.0, min_stability=0.0)
+    model.everything(picture(), settings)
+    assert max(rows) == (3 if clicks else 1)
 
 
 def test_a_mask_does_not_depend_on_the_other_prompts(model: SamModel) -> None:
