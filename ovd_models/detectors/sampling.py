@@ -9,16 +9,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import batched_nms, box_iou, nms
+from torchvision.ops import box_iou, nms
+
+APART = 2_000
+"""Maximum boxes that a CPU compares with those of all groups; more are compared group by group."""
 
 
 def suppress(box_N4: Tensor, score_N: Tensor, group_N: Tensor, iou: float) -> Tensor:
-    """[kept] int64, rows that survive suppression within their group, best first."""
+    """[kept] int64, rows that survive suppression within their group, best first; boxes may be anywhere."""
     box_N4, score_N = box_N4.double(), score_N.double()  # groups are moved apart, which rounds overlaps in float32
-    if box_N4.device.type == "cpu":
-        return torch.as_tensor(batched_nms(box_N4, score_N, group_N, iou))  # with many boxes, group by group
-    apart_N1 = (group_N * (box_N4.max() + 1).clamp(min=1))[:, None] if len(box_N4) else group_N[:, None]
-    return torch.as_tensor(nms(box_N4 + apart_N1, score_N, iou))
+    if box_N4.device.type != "cpu" or len(box_N4) <= APART:
+        apart_N1 = (group_N * (box_N4.max() - box_N4.min() + 1))[:, None] if len(box_N4) else group_N[:, None]
+        return torch.as_tensor(nms(box_N4 + apart_N1, score_N, iou))
+    order_N = group_N.argsort(stable=True)
+    sizes = torch.unique_consecutive(group_N[order_N], return_counts=True)[1].tolist()
+    kept = torch.cat([rows[nms(box_N4[rows], score_N[rows], iou)] for rows in torch.split(order_N, sizes)])
+    kept = kept.sort().values  # equal scores in the order of rows, as `nms` has them
+    return kept[score_N[kept].argsort(descending=True, stable=True)]
 
 
 def best_boxes(

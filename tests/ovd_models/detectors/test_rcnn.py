@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import FrozenBatchNorm2d, box_iou
+from torchvision.ops import FrozenBatchNorm2d, box_iou, nms
 
+from ovd_models.detectors import sampling
 from ovd_models.detectors.rcnn import (
     RCNN,
     ProposalNetwork,
@@ -14,6 +15,7 @@ from ovd_models.detectors.rcnn import (
     sample_regions,
 )
 from ovd_models.detectors.resizing import ResizedImages, Selection, select_detections
+from ovd_models.detectors.sampling import suppress
 from ovd_models.errors import InputError
 from ovd_models.export.tracing import select_traced
 from ovd_models.preprocess import add_edge
@@ -192,6 +194,24 @@ def test_overlaps_are_exact_with_22_000_names() -> None:
     ):
         rows = (found[:, None] == boxes).all(-1).int().argmax(1)
         assert set(zip(rows.tolist(), labels.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("apart", [0, 10_000])
+def test_suppression_within_groups_equals_a_loop_over_them(apart: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "APART", apart)
+    corner, side = torch.rand(2, 3000, 2, generator=torch.Generator().manual_seed(3)) * 100
+    boxes, scores = torch.cat([corner - 150, corner - 150 + side], 1), torch.rand(3000)
+    groups = torch.arange(3000) % 40
+    kept = suppress(boxes, scores, groups, 0.3)
+    rows = [torch.nonzero(groups == group).squeeze(1) for group in range(40)]
+    assert sorted(kept.tolist()) == sorted(torch.cat([row[nms(boxes[row], scores[row], 0.3)] for row in rows]).tolist())
+    assert torch.equal(scores[kept], scores[kept].sort(descending=True).values)
+    assert len(suppress(boxes[:0], scores[:0], groups[:0], 0.3)) == 0
+
+
+def test_boxes_left_of_the_image_suppress_none_of_the_next_group() -> None:
+    boxes = torch.tensor([[299.0, 299, 804, 804], [-506, -506, -1, -1]])  # a step of 805 px would lay one on the other
+    assert suppress(boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), 0.9).tolist() == [0, 1]
 
 
 def test_no_parameter_belongs_to_a_name(detector: RCNN) -> None:
