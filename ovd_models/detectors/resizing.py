@@ -19,7 +19,7 @@ from ovd_models.preprocess import add_edge
 Size = tuple[int, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CANDIDATES = 20
-"""Pairs of a box and a class that suppression takes for each detection at most, best first."""
+"""Pairs of a box and a class that suppression takes for each detection, best first; more if too few survive it."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +132,22 @@ def by_level(level_R: Tensor, levels: int) -> tuple[Tensor, list[int]]:
 
 
 def select_detections(box_N4: Tensor, score_NK: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
-    """The best (box, class) pairs after suppression within each class.
+    """The best (box, class) pairs after suppression within each class; boxes without an area are left out.
 
     Returns:
         Boxes [M, 4], scores [M] and classes [M], best first, at most `selection.max_detections`.
     """
     limit = selection.max_detections
-    region, label = torch.nonzero(score_NK > selection.score_threshold, as_tuple=True)
-    score = score_NK[region, label]
-    if len(score) > CANDIDATES * limit:  # suppression is quadratic: drop hopeless candidates first
-        best = score.topk(CANDIDATES * limit).indices
-        region, label, score = region[best], label[best], score[best]
-    keep = suppress(box_N4[region], score, label, selection.nms)[:limit]
-    return box_N4[region[keep]], score[keep], label[keep]
+    has_area_N = (box_N4[:, 2:] > box_N4[:, :2]).all(1)
+    above_NK = (score_NK > selection.score_threshold) & has_area_N[:, None]
+    candidates, count = torch.nonzero(above_NK), CANDIDATES * limit  # suppression is quadratic: the best ones first
+    while True:
+        region, label = candidates.unbind(1)
+        score = score_NK[region, label]
+        if cut := len(score) > count:
+            best = score.topk(count).indices
+            region, label, score = region[best], label[best], score[best]
+        keep = suppress(box_N4[region], score, label, selection.nms)[:limit]
+        if len(keep) == limit or not cut:
+            return box_N4[region[keep]], score[keep], label[keep]
+        count *= 4

@@ -36,8 +36,12 @@ def resize_traced(transform: GeneralizedRCNNTransform, pixels_3HW: Tensor) -> Im
 def select_traced(
     box_R4: Tensor, score_RK: Tensor, threshold: Tensor, overlap: float, limit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best (region, name) pairs after suppression within each name: boxes [M, 4], scores [M], names [M]."""
-    region, label = torch.where(score_RK > threshold)
+    """The best (region, name) pairs after suppression within each name: boxes [M, 4], scores [M], names [M].
+
+    As `select_detections`, but a graph cannot take more candidates if too few survive.
+    """
+    has_area_R1 = (box_R4[:, 2:] - box_R4[:, :2]).amin(1, keepdim=True) > 0
+    region, label = torch.where((score_RK > threshold) & has_area_R1)
     score = score_RK[region, label]
     best = score.topk(_topk_min(score, CANDIDATES * limit, 0)).indices
     region, label, score = region[best], label[best], score[best]

@@ -180,6 +180,27 @@ def test_many_candidates_lose_only_hopeless_ones() -> None:
     assert torch.equal(kept, scores[:, 0].topk(5).values)
 
 
+def test_candidates_are_added_until_enough_survive() -> None:
+    # 300 boxes of one object score above four other objects, and 5 detections have only 100 candidates.
+    start = torch.cat([torch.rand(300, generator=torch.Generator().manual_seed(0)), torch.arange(1, 5) * 50.0])[:, None]
+    boxes = torch.cat([start, start * 0, start + 40, start * 0 + 40], 1)
+    scores = torch.linspace(0.9, 0.1, 304)[:, None]
+    assert len(select_detections(boxes[:300], scores[:300], Selection(0.5, 0.0, 5))[0]) == 1
+    found, kept, _ = select_detections(boxes, scores, Selection(0.5, 0.0, 5))
+    assert found[:, 0].tolist() == [start[0].item(), 50, 100, 150, 200]
+    assert torch.equal(kept, scores[[0, 300, 301, 302, 303], 0])
+
+
+def test_boxes_without_an_area_are_no_detections() -> None:
+    boxes = torch.tensor([[0.0, 5, 0, 9], [0, 5, 0, 9], [3, 7, 9, 7], [1, 1, 4, 4]])
+    scores = torch.tensor([[0.9], [0.8], [0.7], [0.6]])
+    for found, kept, _ in (
+        select_detections(boxes, scores, Selection(0.5, 0.1, 2)),
+        select_traced(boxes, scores, torch.tensor(0.1), 0.5, 2),
+    ):
+        assert (found.tolist(), kept.tolist()) == ([[1, 1, 4, 4]], [pytest.approx(0.6)])
+
+
 def test_overlaps_are_exact_with_22_000_names() -> None:
     # The last names' boxes are 22,000 images apart, where float32 has steps of 2 px.
     boxes = torch.tensor([[1320, 0, 1330, 10.0], [1323.42, 0, 1333.42, 10], [0, 0, 10, 10], [3.16, 0, 13.16, 10]])
