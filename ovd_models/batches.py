@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from ovd_models.drawing import draw_boxes
+from ovd_models.images import upright
 
 
 class TensorRecord:
@@ -234,7 +235,7 @@ class Detections(TensorRecord):
 
         Args:
             path: of a picture file.
-            image: to draw on instead of the detections' own.
+            image: to draw on instead of the detections' own; turned upright, as `detect` does.
             distinct: draw only the best name of each object, see `distinct`.
 
         Raises:
@@ -246,7 +247,7 @@ class Detections(TensorRecord):
         shown = self.distinct() if distinct else self
         names = [self.names[label] for label in shown.labels.tolist()]
         texts = [f"{name} {score:.2f}" for name, score in zip(names, shown.scores.tolist(), strict=True)]
-        drawn = draw_boxes(picture, shown.boxes, texts, names)
+        drawn = draw_boxes(upright(picture), shown.boxes, texts, names)
         if path is not None:
             drawn.save(path)
         return drawn

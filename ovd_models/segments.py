@@ -18,6 +18,7 @@ from torch import Tensor
 from ovd_models.batches import Found, ImageBatch, TensorRecord, coco_file, png_of, rows_to_keep
 from ovd_models.drawing import colour_of, draw_boxes
 from ovd_models.errors import InputError
+from ovd_models.images import upright
 
 PIXELS_AT_A_TIME = 1 << 26
 """Maximum pixels of float32 masks in memory at a time: 256 MB, however large the image is."""
@@ -307,13 +308,15 @@ class Segments(TensorRecord):
     def draw(self, path: str | Path | None = None, *, image: Image.Image | None = None) -> Image.Image:
         """The image with its masks that are not empty, in the colours of their names, saved to `path` if given.
 
+        `image` is drawn on instead of the segments' own; it is turned upright, as `segment` does.
+
         Raises:
             ValueError: there is no image to draw on.
         """
         picture = image if image is not None else self.image
         if picture is None:
             raise ValueError("these segments carry no image: pass image=")
-        pixels, shown = np.asarray(picture.convert("RGB"), np.float32).copy(), self.with_area()
+        pixels, shown = np.asarray(upright(picture).convert("RGB"), np.float32).copy(), self.with_area()
         texts = [self.names[k] if k >= 0 else f"{index + 1}" for index, k in enumerate(shown.labels.tolist())]
         for text, mask in zip(texts, shown.masks.cpu().numpy(), strict=True):
             pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.asarray(colour_of(text), np.float32)

@@ -68,6 +68,13 @@ def test_a_notebook_shows_them(found: Detections | Segments) -> None:
     assert replace(found, image=None)._repr_png_() is None
 
 
+@pytest.mark.parametrize("found", [FOUND, SEGMENTS])
+def test_a_picture_to_draw_on_is_turned_as_it_was_for_the_model(found: Detections | Segments) -> None:
+    photo = Image.new("RGB", (6, 8))
+    photo.getexif()[0x0112] = 6  # turned, it is 8 x 6 pixels
+    assert np.array_equal(np.asarray(found.draw(image=photo)), np.asarray(found.draw()))
+
+
 SEVERAL = Detections(
     torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 5], [5, 0, 8, 6]]), torch.tensor([0.9, 0.5, 0.25]), torch.tensor([1, 0, 1]),
     ("anchor", "cat"), 8, 6, BLACK,
