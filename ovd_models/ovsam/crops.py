@@ -37,7 +37,8 @@ def crop_masks(
     crops = []
     for masks, boxes in zip(torch.split(masks_PHW, count), torch.split(boxes_P4, count), strict=True):
         rows, margins = torch.arange(len(masks), device=masks.device), torch.full_like(boxes[:, 0], margin)
-        crops.append(square_crops(torch.where(masks[:, None], colours_3HW, fill), rows, boxes, margins, side))
+        shown = masks | ~masks.flatten(1).any(1)[:, None, None]
+        crops.append(square_crops(torch.where(shown[:, None], colours_3HW, fill), rows, boxes, margins, side))
     return torch.cat(crops)
 
 

@@ -503,6 +503,7 @@ def test_crops_are_squares_around_the_mask() -> None:
         assert crops.shape == (2, 3, 64, 64)  # a square of 40 px: the object's 20 rows fill its middle half
         assert crops[0, 0, 32, 32].item() == pytest.approx(2)
         assert crops[0, 0, 5, 32].item() == pytest.approx(ground)
+        assert crops[1, 0, 5, 32].item() == pytest.approx(43)
     wide = crop_masks(colours, masks[:1], black, 4.0, "keep", 64)[0]
     assert wide[0, 0, 0].item() == 0  # beyond the image's edge is CLIP's mean colour
     assert crop_masks(colours, masks[:0], black, 1.0, "mean", 64).shape == (0, 3, 64, 64)
