@@ -171,8 +171,10 @@ class Detections(TensorRecord):
     @overload
     def __getitem__(self, index: slice) -> "Detections": ...
     def __getitem__(self, index: int | slice) -> "Found | Detections":
-        rows = torch.arange(len(self))[index]
-        return self._select(rows) if isinstance(index, slice) else next(iter(self._select(rows[None])))
+        rows = range(len(self))  # unlike a tensor, also backwards
+        if isinstance(index, slice):
+            return self._select(torch.tensor(rows[index], dtype=torch.int64))
+        return next(iter(self._select(torch.tensor([rows[index]]))))
 
     def filter(self, *, min_score: float = 0.0, names: Collection[str] | None = None) -> "Detections":
         """The detections with at least a score, and of some names; of all names if None."""

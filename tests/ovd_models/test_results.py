@@ -89,6 +89,7 @@ def test_detections_are_used_as_a_list() -> None:
     ]
     assert SEVERAL[-1] == Found("cat", 0.25, (5.0, 0.0, 8.0, 6.0))
     assert [entry.name for entry in SEVERAL[1:]] == ["anchor", "cat"]
+    assert [entry.score for entry in SEVERAL[::-1]] == [0.25, 0.5, pytest.approx(0.9)]
     with pytest.raises(IndexError):
         SEVERAL[3]
     assert list(EMPTY) == []
@@ -99,6 +100,7 @@ def test_segments_are_used_as_a_list() -> None:
     unnamed = replace(SEGMENTS, labels=torch.tensor([-1]), scores=torch.tensor([float("nan")]))
     assert unnamed[0] == Found(None, None, (2.0, 1.0, 6.0, 3.0))
     assert len(unnamed[:0]) == 0
+    assert list(SEGMENTS[::-1]) == list(SEGMENTS)
 
 
 def test_a_filter_keeps_scores_from_the_least_on_and_the_given_names() -> None:
