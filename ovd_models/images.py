@@ -236,7 +236,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image, profile = Image.fromarray(scale_deep(np.asarray(image))), b""
     if not image.has_transparency_data:
         return to_srgb(image, profile)
-    layer = image.convert("RGBA")
+    layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow converts La to LA alone
     alpha = layer.getchannel("A")
     colours = to_srgb(layer.convert("RGB"), profile)
     if alpha.getextrema()[1] == 0:

@@ -40,6 +40,8 @@ def to_tensor(image: ImageLike) -> Tensor:
             raise InputError(f"image array: {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] or [H, W]")
         return to_tensor(Image.fromarray(image))
     if isinstance(image, Image.Image):
+        if not image.width * image.height:
+            raise InputError(f"image: {image.width} x {image.height}, expected at least one pixel")
         pixels = np.array(to_rgb(upright(image)))
         return to_tensor(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
     return to_tensor(decode_image(image) if isinstance(image, bytes) else open_image(image))

@@ -68,6 +68,13 @@ def test_any_mode_becomes_rgb(mode: str) -> None:
     assert to_tensor(gradient().convert("RGB").convert(mode)).shape == (3, 8, 12)
 
 
+@pytest.mark.parametrize(("mode", "multiplied"), [("LA", "La"), ("RGBA", "RGBa")])
+def test_multiplied_transparency_lies_over_white_too(mode: str, multiplied: str) -> None:
+    layer = gradient().convert(mode)
+    layer.putalpha(Image.fromarray(np.full((8, 12), 255, np.uint8)))
+    assert torch.equal(to_tensor(layer.convert(multiplied)), to_tensor(layer))
+
+
 def test_a_grey_array_has_three_equal_channels() -> None:
     grey = np.arange(20, dtype=np.uint8).reshape(4, 5)
     tensor = to_tensor(grey)
@@ -142,6 +149,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         np.zeros((0, 0, 3), np.uint8),
         np.zeros((4, 0), np.uint8),
         Image.new("RGB", (0, 5)),
+        Image.new("RGBA", (0, 5)),
     ],
 )
 def test_an_image_without_pixels_is_refused(image: torch.Tensor | np.ndarray | Image.Image) -> None:
