@@ -330,7 +330,9 @@ class SamModel(nn.Module):
             stability_score_thresh=settings.min_stability,
             box_nms_thresh=settings.nms_iou,
         )
-        records = sorted(generator.generate(pixels), key=lambda record: -float(record["predicted_iou"]))
+        with torch.autocast(self.sam.device.type, enabled=False):  # the package makes arrays, which have no bfloat16
+            generated = generator.generate(pixels)
+        records = sorted(generated, key=lambda record: -float(record["predicted_iou"]))
         records = records[: settings.max_masks]
         masks = np.zeros((len(records), height, width), bool)
         for row, record in enumerate(records):
@@ -386,7 +388,8 @@ def unnamed(masks_PHW: Tensor, ious_P: Tensor, low_res_PLL: Tensor) -> Segments:
     """Segments without a vocabulary."""
     count, device = len(masks_PHW), masks_PHW.device
     nothing = torch.full((count,), float("nan"), device=device)
-    return Segments(masks_PHW, ious_P, torch.full((count,), -1, device=device), nothing, (), low_res_PLL)
+    labels_P = torch.full((count,), -1, device=device)
+    return Segments(masks_PHW, ious_P.float(), labels_P, nothing, (), low_res_PLL.float())  # bfloat16 under autocast
 
 
 def load_sam(path: str | Path, config: SamConfig) -> SamModel:

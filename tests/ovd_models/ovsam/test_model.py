@@ -134,6 +134,12 @@ def test_crops_of_many_masks_are_embedded_in_parts(model: OvSam, monkeypatch: py
     assert rows == [64, 6]
 
 
+def test_results_under_autocast_are_float32(model: OvSam) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.segment(picture(), Prompts.create(points=[[20, 10]]), NAMES)
+    assert {found.ious.dtype, found.low_res.dtype, found.scores.dtype} == {torch.float32}
+
+
 def test_without_a_vocabulary_masks_have_no_names(model: OvSam) -> None:
     found = model.segment(picture(), Prompts.create(points=[[20, 20]]))
     assert found.to_list()[0]["label"] is None

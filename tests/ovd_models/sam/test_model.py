@@ -100,6 +100,15 @@ def test_a_refined_mask_equals_the_packages_exactly(model: SamModel) -> None:
     assert np.array_equal(refined.masks[0].numpy(), masks[0])
 
 
+def test_results_under_autocast_are_float32(model: SamModel) -> None:
+    settings = EverythingConfig(points_per_side=4, min_iou=-9, min_stability=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        clicked = model.segment(picture(), Prompts.create(points=[[20, 10]]))
+        for found in (clicked, model.everything(picture(), settings)):
+            assert len(found) > 0
+            assert (found.ious.dtype, found.low_res.dtype) == (torch.float32, torch.float32)
+
+
 def test_prompts_together_answer_as_one_by_one(model: SamModel) -> None:
     encoded = model.encode(picture())
     boxes = [[4, 4, 30, 40], [10, 2, 60, 44], [0, 0, 64, 48]]
