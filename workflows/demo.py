@@ -137,6 +137,7 @@ def run_demo(run: Run, folder: Path) -> dict[str, Any]:
         "codet": {key: joint[key] for key in ("ap50_base", "ap50_novel")},
         "detect_ms": detect_ms,
         "mlflow_uri": uri,
+        "mlflow_experiment": trained.experiment_id,
         "report": str(folder / "report.html"),
     }
     with stage("report"):
@@ -206,7 +207,7 @@ def main() -> None:
     print(format_summary(summary))
     path = os.path.relpath(folder)
     print(f"report:   {path}/report.html")
-    print(f"MLflow:   {tracking.how_to_open(summary['mlflow_uri'])}")
+    print(f"MLflow:   {tracking.how_to_open(summary['mlflow_uri'], summary['mlflow_experiment'])}")
     print(f"endpoint: .venv/bin/python workflows/serve.py --model {shlex.quote(path)}/codet")
 
 

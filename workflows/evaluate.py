@@ -156,7 +156,8 @@ def evaluate_model(run: Run) -> tuple[dict[str, float], str]:
             f"page: {page.uri}",
         ]
     seconds = time.perf_counter() - started
-    lines.append(f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {tracking.how_to_open(tracked.uri)}")
+    place = tracking.how_to_open(tracked.uri, tracked.experiment_id)
+    lines.append(f"{seconds:.0f} s; metrics, pictures and tables are in MLflow: {place}")
     return numbers, "\n".join(lines)
 
 

@@ -111,7 +111,8 @@ def test_the_demo_leaves_no_process_behind(finished: FinishedDemo) -> None:
 def test_the_summary_has_all_figures(finished: FinishedDemo) -> None:
     summary = finished.summary
     assert set(summary) == {
-        *("seconds", "stage_seconds", "pairs", "clip", "box_supervised", "codet", "detect_ms", "mlflow_uri", "report")
+        *("seconds", "stage_seconds", "pairs", "clip", "box_supervised", "codet", "detect_ms", "report"),
+        *("mlflow_uri", "mlflow_experiment"),
     }
     assert list(summary["stage_seconds"]) == STAGES
     assert set(summary["pairs"]) == {"input", "kept", "rejected"}
@@ -124,6 +125,7 @@ def test_the_summary_has_all_figures(finished: FinishedDemo) -> None:
     assert summary["detect_ms"] > 0
     assert Path(summary["report"]) == finished.folder / "report.html"
     assert summary["mlflow_uri"] == f"sqlite:///{finished.folder}/mlflow.db"
+    assert summary["mlflow_experiment"] == "1"  # as in README's link
 
 
 @pytest.mark.slow

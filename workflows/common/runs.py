@@ -75,6 +75,8 @@ class Trained(Generic[M]):
     """Time of each stage."""
     run_id: str
     """MLflow's."""
+    experiment_id: str
+    """MLflow's."""
     outputs: Mapping[str, str]
     """Further checkpoints and tables by name."""
 
@@ -184,6 +186,7 @@ class ActiveRun:
             seconds=self.seconds,
             outputs=self.outputs,
             run_id=self.tracked.run_id,
+            experiment_id=self.tracked.experiment_id,
         )
 
 
@@ -349,7 +352,7 @@ def print_results(run: TrainingConfig, trained: Trained[M], table: str, next_com
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in trained.seconds.items()))
     for name, output in {"model": trained.model, **trained.outputs}.items():
         print(f"{name}: {output or 'none'}")
-    print(f"MLflow: {tracking.how_to_open(tracking.tracking_uri(run.storage))}")
+    print(f"MLflow: {tracking.how_to_open(tracking.tracking_uri(run.storage), trained.experiment_id)}")
     print(f"next:  {next_command}")
 
 

@@ -59,8 +59,8 @@ LOCATIONS = (
     ("model_versions", "storage_location"),
 )
 """Columns of MLflow's database that hold URIs of artifacts."""
-PAGE = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
-"""Of `mlflow ui`, with the trainings; it opens another page by default."""
+SERVER = "http://127.0.0.1:5000"
+"""Of `mlflow ui`."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """With these the UI opens an experiment on model training."""
 
@@ -80,12 +80,17 @@ def tracking_uri(storage_uri: str) -> str:
     return f"sqlite:///{path}"
 
 
-def how_to_open(uri: str) -> str:
-    """How a person looks at the runs of a tracking URI: a server's page, or the command and the page of a database."""
+def page_of(experiment_id: str, server: str = SERVER) -> str:
+    """MLflow's page with the runs of an experiment; by itself it opens one for agents."""
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}?workflowType=machine_learning"
+
+
+def how_to_open(uri: str, experiment_id: str) -> str:
+    """How a person looks at the runs of an experiment: a server's page, or the command and the page of a database."""
     if uri.startswith(("http://", "https://")):
-        return uri
+        return page_of(experiment_id, uri)
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
-    return f"{shlex.join([program, 'ui', '--backend-store-uri', uri])}   then {PAGE}"
+    return f"{shlex.join([program, 'ui', '--backend-store-uri', uri])}   then {page_of(experiment_id)}"
 
 
 def check_server(storage_uri: str) -> None:
@@ -188,6 +193,7 @@ class TrackedRun:
     uri: str
     """Tracking URI."""
     run_id: str
+    experiment_id: str
     artifact_uri: str
     client: MlflowClient = field(repr=False)
     outbox: Outbox = field(repr=False)
@@ -298,7 +304,7 @@ def run(
     keys = {KEY_TAG: key} if key else {}
     all_tags = {**own_tags, **keys, **_git_tags(), **_ray_tags(), **(tags or {})}
     info = _start(client, experiment_id, name, params, all_tags)
-    tracked = TrackedRun(uri, info.run_id, str(info.artifact_uri), client, open_outbox(uri))
+    tracked = TrackedRun(uri, info.run_id, str(info.experiment_id), str(info.artifact_uri), client, open_outbox(uri))
     status = RunStatus.FAILED
     try:
         yield tracked

@@ -72,7 +72,7 @@ def write_demo_report(
     draw_montage(scenes).save(folder / "before_after.jpg", quality=88)
     values = {
         "summary": summary,
-        "mlflow_page": tracking.PAGE,
+        "mlflow_page": tracking.page_of(summary["mlflow_experiment"]),
         "sheet": contact_sheet(World.create(seed)),
         "reasons": read_rejections(str(folder), pairs),
         "groups": read_groups(str(folder), pairs),

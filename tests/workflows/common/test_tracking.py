@@ -429,9 +429,9 @@ def test_an_outage_ends_neither_a_loop_nor_a_run(
 
 
 def test_the_way_to_the_runs_is_a_page_or_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.how_to_open("https://mlflow.example") == "https://mlflow.example"
+    assert tracking.how_to_open("https://mlflow.example/", "7").startswith("https://mlflow.example/#/experiments/7?")
     monkeypatch.setenv("PATH", "")
-    command, page = tracking.how_to_open("sqlite:////a b/mlflow.db").split("   then ")
+    command, page = tracking.how_to_open("sqlite:////a b/mlflow.db", "7").split("   then ")
     program, *words = shlex.split(command)
     assert Path(program).is_file() and words == ["ui", "--backend-store-uri", "sqlite:////a b/mlflow.db"]
-    assert page == tracking.PAGE
+    assert page == "http://127.0.0.1:5000/#/experiments/7?workflowType=machine_learning"
