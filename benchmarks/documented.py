@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"\s+#\s.*$")
-COMMAND = re.compile(r"(\.|[A-Z_]+=.*|make|python|curl|export|mlflow|ray|serve|docker|helm|kubectl)( |$)")
+COMMAND = re.compile(r"(\.|[A-Z_]+=.*|make|python|curl|export|mlflow|openssl|ray|serve|docker|helm|kubectl)( |$)")
 
 
 def commands(text: str) -> list[str]:
