@@ -36,16 +36,16 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-def processes_with(text: str) -> list[int]:
-    """Processes whose command line carries the text, this one left out."""
+def processes_of(folder: str) -> list[int]:
+    """Processes whose command line names the folder, or that work in it: some of Ray's change their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                command = (entry / "cmdline").read_bytes()
+                command, place = (entry / "cmdline").read_bytes(), (entry / "cwd").readlink()
             except OSError:
                 continue
-            if text.encode() in command:
+            if folder.encode() in command or place.is_relative_to(folder):
                 found.append(int(entry.name))
     return found
 
@@ -53,13 +53,13 @@ def processes_with(text: str) -> list[int]:
 def end(folder: str) -> None:
     """End what the head node started: `ray stop` would end every Ray of the machine."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in processes_with(folder):
+        for pid in processes_of(folder):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
         deadline = time.monotonic() + 4
-        while processes_with(folder) and time.monotonic() < deadline:
+        while processes_of(folder) and time.monotonic() < deadline:
             time.sleep(0.2)
 
 
