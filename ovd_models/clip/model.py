@@ -220,6 +220,15 @@ def zero_shot_logits(model: Clip, images: Tensor, text_KD: Tensor) -> Tensor:
     return logits
 
 
+def names_at_a_time(prompt_set: str) -> int:
+    """Names whose sentences are at most `SENTENCES`, or one.
+
+    Raises:
+        InputError: the prompt set is unknown.
+    """
+    return max(1, SENTENCES // len(find_prompt_set(prompt_set).templates))
+
+
 class ClipTextEncoder:
     """The text tower of a CLIP checkpoint, with which a detector embeds new names.
 
@@ -260,7 +269,7 @@ class ClipTextEncoder:
     def _embed(self, names: Sequence[str]) -> Tensor:
         """[N, D] unit rows, a bounded number of sentences at a time."""
         rows_ND = torch.empty(len(names), self.config.embed_dim)
-        step = max(1, SENTENCES // len(find_prompt_set(self.prompt_set).templates))
+        step = names_at_a_time(self.prompt_set)
         for start in range(0, len(names), step):
             part = names[start : start + step]
             flat = self.embed_captions([prompt for name in part for prompt in prompts_of(name, self.prompt_set)])

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovd_models.batches import TensorRecord
-from ovd_models.clip.model import SENTENCES, ClipTextEncoder
+from ovd_models.clip.model import ClipTextEncoder, names_at_a_time
 from ovd_models.errors import InputError
-from ovd_models.prompts import find_prompt_set, prompts_of
+from ovd_models.prompts import prompts_of
 from ovd_models.vocabulary import Merge, Synonyms, TextEncoder, Vocabulary, clean_names, embed_words, listed
 
 Embed = Callable[[Sequence[str]], Tensor]
@@ -134,7 +134,7 @@ def embedder(encoder: TextEncoder, prompts: str) -> Embed:
         if len(kept) > MOST_KEPT:
             kept.pop(next(iter(kept)))
         return prompted.embed_names
-    step = max(1, SENTENCES // len(find_prompt_set(prompts).templates))
+    step = names_at_a_time(prompts)
 
     def embed(names: Sequence[str]) -> Tensor:
         parts = (names[start : start + step] for start in range(0, len(names), step))

@@ -62,7 +62,7 @@ LOCATIONS = (
 SERVER = "http://127.0.0.1:5000"
 """Of `mlflow ui`."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""With these the UI opens an experiment on model training."""
+"""The kind that the UI gives an experiment of trainings."""
 
 
 def tracking_uri(storage_uri: str) -> str:

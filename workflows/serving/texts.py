@@ -19,9 +19,10 @@ from pyarrow import fs
 from torch import Tensor
 
 from data_prep import storage
+from ovd_models.clip.model import SENTENCES, names_at_a_time
 from ovd_models.detectors.region_query import embed_prompts
 from ovd_models.errors import InputError
-from ovd_models.prompts import find_prompt_set, prompts_of
+from ovd_models.prompts import prompts_of
 from ovd_models.vocabulary import TextEncoder
 from workflows.serving.limits import Limits, ProblemError, refusal
 from workflows.serving.metrics import Metrics
@@ -29,8 +30,6 @@ from workflows.serving.metrics import Metrics
 K = TypeVar("K")
 V = TypeVar("V")
 VOCABULARY_ID = re.compile(r"[0-9a-f]{32}")
-SENTENCES = 512
-"""Sentences embedded before the deadline is looked at again: those that a CLIP embeds at a time."""
 
 
 class ByteLru(Generic[K, V]):
@@ -247,8 +246,9 @@ class TextCache:
 
 
 def _names_at_a_time(prompt_set: str) -> int:
+    """Names embedded before the deadline is looked at again."""
     try:
-        return max(1, SENTENCES // len(find_prompt_set(prompt_set).templates))
+        return names_at_a_time(prompt_set)
     except InputError:  # of a table, whose names are looked up; unknown ones are refused by the encoder
         return SENTENCES
 
