@@ -49,7 +49,7 @@ from data_prep.boxes.pictures import add_pictures
 from data_prep.boxes.splits import frequency_split, named_split
 from data_prep.pairs.dedup import CorpusConfig
 from data_prep.pairs.filters import FilterConfig
-from data_prep.pictograms.world import SCENES, SECOND_STYLE, World
+from data_prep.pictograms.world import STYLES, World
 from data_prep.progress import watched
 from ovd_models.errors import InputError, as_input_error
 from workflows import prepare_pairs
@@ -277,7 +277,7 @@ def draw_pictograms(run: Run) -> tuple[BoxSet, BoxSet]:
 def draw_in_parallel(run: Run, part: str, count: int, *, seed: int, base_only: bool) -> pa.Table:
     """Scenes 0 to `count` as rows of `boxes`, in the order of their numbers."""
     uri, name, world = storage.absolute(run.storage), f"{run.name}-{part}", World.create(run.seed)
-    style = SCENES if run.style == "first" else SECOND_STYLE
+    style = STYLES[run.style]
     storage.remove_temporary(storage.join(uri, "images", name))
 
     def draw(numbers: range) -> pa.Table:

@@ -51,6 +51,12 @@ DISTRACTORS = (
     "with a lot of colour", "my favourite view", "at the old market", "for the new season", "in the morning",
 )  # fmt: skip
 COLOUR_PROBABILITY = 0.7  # that a caption names an object's colour
+WORDINGS = (
+    "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}", "an icon of {}", "a sign with {}",
+    "a close-up of {}", "this is {}", "there is {} here", "here you see {}", "look at {}", "{}",
+)  # fmt: skip
+"""Frames of captions."""
+DISTRACTOR_PROBABILITY = 0.3  # that a caption of any wording ends with words that describe nothing
 GLYPH_RESOLUTION = 160
 MIN_VISIBLE_PIXELS = 12
 
@@ -79,6 +85,13 @@ class Style:
 PICTURES = Style(side=64, object_sizes=(24, 56), object_counts=(1, 1, 1, 2))
 SCENES = Style(side=128, object_sizes=(24, 56), object_counts=(2, 3, 4, 5))
 SECOND_STYLE = replace(SCENES, font="DejaVuSans-Oblique", outline=True, background="stripes")
+STYLES: dict[str, Style] = {
+    "first": SCENES,
+    "second": SECOND_STYLE,
+    "stripes": replace(SCENES, background="stripes"),
+    "outlines": replace(SCENES, outline=True),
+}
+"""How scenes can be drawn: `stripes` and `outlines` are the first style with one change of the second."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,11 @@ class World:
     def caption(self, rng: np.random.Generator, scene: Scene) -> str:
         """A caption that names every object of the scene."""
         return "a photo of " + self._list_objects(rng, scene, range(len(scene.labels)))
+
+    def varied_caption(self, rng: np.random.Generator, scene: Scene) -> str:
+        """A caption that names every object of the scene, in one of many wordings, as people write them."""
+        caption = str(rng.choice(WORDINGS)).format(self._list_objects(rng, scene, range(len(scene.labels))))
+        return f"{caption} {rng.choice(DISTRACTORS)}" if rng.random() < DISTRACTOR_PROBABILITY else caption
 
     def loose_caption(self, rng: np.random.Generator, scene: Scene) -> str:
         """A caption as on the web: it omits about a third of the objects and adds words that describe none."""

@@ -1,7 +1,7 @@
 """Named box sets of `workflows/prepare_boxes.py`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -40,8 +40,9 @@ class Run:
     """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
     """Drawn scenes for evaluation, or images of `data` held out for it; 0 for a fifth of them, at most 20."""
-    style: Literal["first", "second"] = "first"
-    """Of drawn scenes; the second, outlined on stripes, is for the transfer of detectors trained on the first."""
+    style: Literal["first", "second", "stripes", "outlines"] = "first"
+    """Of drawn scenes; the second, outlined on stripes, is for the transfer of detectors trained on the first. The
+    others are the first with one of these changes."""
     strict: bool = False
     """Refuse an annotation file in which anything was mended or left out."""
     seed: int = 0
@@ -67,9 +68,21 @@ def second_style() -> Run:
     return Run(name="pictograms2", style="second", train_images=48)
 
 
+def stripes() -> Run:
+    """The pictogram world on the second style's background."""
+    return replace(second_style(), name="pictograms-stripes", style="stripes")
+
+
+def outlines() -> Run:
+    """The pictogram world with the second style's outlines."""
+    return replace(second_style(), name="pictograms-outlines", style="outlines")
+
+
 CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke,
     "pictograms": pictograms,
     "second_style": second_style,
+    "stripes": stripes,
+    "outlines": outlines,
     "coco": coco,
 }

@@ -108,8 +108,20 @@ def pictograms_quick() -> Run:
     return replace(run, config="pictograms_quick", optimisation=quick)
 
 
+def pictograms_wordings() -> Run:
+    """A CLIP of the pictogram world that has read captions in many wordings, of twice as many pictures."""
+    run = pictograms_quick()
+    return replace(
+        run,
+        config="pictograms_wordings",
+        pairs="pictograms_wordings",
+        optimisation=replace(run.optimisation, steps=2000),
+    )
+
+
 CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke,
     "pictograms": pictograms,
     "pictograms_quick": pictograms_quick,
+    "pictograms_wordings": pictograms_wordings,
 }

@@ -13,7 +13,7 @@ from ovd_models.clip.model import Clip, ClipConfig, load_clip, save_clip
 from workflows import claims, clip, prepare_boxes
 from workflows.common.optimisation import Optimisation
 from workflows.configs import boxes as boxes_configs
-from workflows.studies.claims import clip_parts, codet_parts, parts, sam_parts, teachers, vild_parts
+from workflows.studies.claims import clip_parts, codet_parts, parts, sam_parts, teachers, transfer_parts, vild_parts
 from workflows.studies.claims.catalogue import PARTS
 from workflows.studies.claims.parts import Part
 from workflows.studies.study import StudyRun
@@ -28,7 +28,7 @@ def given_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     save_clip(Clip(ClipConfig(vision=vision)), tmp_path / "vit")
     for module in (clip_parts, codet_parts, sam_parts, vild_parts):
         monkeypatch.setattr(module, "teacher_of", lambda run, *_: run.teacher)
-    for module in (codet_parts, sam_parts, vild_parts):
+    for module in (codet_parts, sam_parts, transfer_parts, vild_parts):
         monkeypatch.setattr(module, "prepare_world", lambda *_, **__: None)
     monkeypatch.setattr(sam_parts, "transformer_teacher", lambda _: str(tmp_path / "vit"))
 
@@ -43,8 +43,9 @@ def clip_settings(part: Part, storage: str) -> Any:
 def vild_settings(part: Part, storage: str) -> Any:
     """ViLD's smoke config on scenes that also show novel objects."""
     run = trainings.prepared("vild", storage)
-    if part is vild_parts.TRANSFER:
-        prepare_boxes.prepare(replace(boxes_configs.second_style(), storage=storage, train_images=4, eval_images=8))
+    if part is transfer_parts.TRANSFER:
+        for config in transfer_parts.OTHER_STYLES.values():
+            prepare_boxes.prepare(replace(config, storage=storage, train_images=4, eval_images=8))
     small = {"rpn_steps": (5, 10), "teacher_steps": (10,), "widths": (0.5,), "weights": (0.1,)}
     training = replace(run, train_boxes="smoke-mixed")
     return replace(
@@ -126,7 +127,7 @@ def test_a_clip_is_trained_once_for_all_claims(
 ) -> None:
     config = trainings.prepared("clip", str(tmp_path))
     quick = Optimisation(steps=2, learning_rate=1e-3, workers=0)
-    monkeypatch.setattr(teachers, "prepare_world", lambda *_, **__: None)
+    monkeypatch.setattr(teachers, "prepare_captions", lambda *_: None)
     run = StudyRun(storage=str(tmp_path))
     folder = teachers.train_clip(run, 1, "clip-2", replace(config, optimisation=quick))
     assert load_clip(folder)[0].config.embed_dim == ClipConfig().embed_dim

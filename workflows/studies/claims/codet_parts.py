@@ -154,21 +154,30 @@ def measure_trainings(run: codet_study.Run, seed: int) -> dict[str, Metrics]:
 
 
 def measure_sweeps(run: codet_study.Run, seed: int) -> dict[str, Metrics]:
-    """`measure_trainings`; then boxes and captions in turn, for twice the steps, and with the image-text loss."""
+    """`measure_trainings`; then boxes and captions in turn, for twice the steps, and with the image-text loss.
+
+    Both mixes of batches also with joint stages of twice the length.
+    """
     found = measure_trainings(run, seed)
     ready = replace(run, teacher=teacher_of(run, 0))
     first = next(iter(codet_study.seed_trainings(ready, seed)))
     box_model = codet_study.trained_variant(ready, first, seed)["box_model"]
     base = studies.seeded(ready.training, ready.storage, ready.teacher, seed)
-    twice = replace(base.joint_stage, steps=2 * base.joint_stage.steps)
     more = {
-        "in turn": replace(base, alternate=True, joint_stage=twice),
+        "in turn": replace(longer(base, 2), alternate=True),
+        "together, twice as long": longer(base, 2),
+        "in turn, twice as long": replace(longer(base, 4), alternate=True),
         "image-text loss": replace(base, model=replace(base.model, caption_weight=CoDetConfig().caption_weight)),
     }
     for name, own in more.items():
-        result = codet_study.train_variant(ready, seed, name.replace(" ", "-"), own, box_model)
+        result = codet_study.train_variant(ready, seed, name.replace(",", "").replace(" ", "-"), own, box_model)
         found[name] = with_draws(result["metrics"], run.storage, result["model"], f"{own.boxes}-eval")
     return found
+
+
+def longer(run: codet_configs.Run, factor: int) -> codet_configs.Run:
+    """The training with a joint stage of `factor` times the steps."""
+    return replace(run, joint_stage=replace(run.joint_stage, steps=factor * run.joint_stage.steps))
 
 
 def short_study(**changes: Any) -> codet_study.Run:

@@ -1,5 +1,6 @@
 """The CLIPs that claims use: one a seed, or a weaker one, trained once for all claims of a storage."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +23,18 @@ def find_demo_teacher(folder: str) -> str:
     return max(map(str, Path(folder).glob("runs/clip/pictograms-*/model")), default="")
 
 
-def prepare_world(storage_uri: str, *, pairs: bool = False, second_style: bool = False) -> None:
-    """Publish the pictogram world's tables that are missing: boxes, and on demand captions and the second style."""
-    prepare_boxes.prepare(replace(boxes_configs.pictograms(), storage=storage_uri))
-    if second_style:
-        prepare_boxes.prepare(replace(boxes_configs.second_style(), storage=storage_uri))
-    if pairs and tables.find_manifest(storage_uri, "pairs", "pictograms") is None:
-        with pictogram_site(replace(pairs_configs.pictograms(), storage=storage_uri)) as crawl:
+def prepare_world(storage_uri: str, *, pairs: bool = False, other_boxes: Iterable[boxes_configs.Run] = ()) -> None:
+    """Publish the pictogram world's tables that are missing: boxes, and on demand captions and other box sets."""
+    for config in (boxes_configs.pictograms(), *other_boxes):
+        prepare_boxes.prepare(replace(config, storage=storage_uri))
+    if pairs:
+        prepare_captions(storage_uri, "pictograms")
+
+
+def prepare_captions(storage_uri: str, name: str) -> None:
+    """Publish the captioned pictures of a named crawl, if they are missing."""
+    if tables.find_manifest(storage_uri, "pairs", name) is None:
+        with pictogram_site(replace(pairs_configs.CONFIGS[name](), storage=storage_uri)) as crawl:
             cluster.start_ray()
             prepare_pairs.prepare(crawl)
 
@@ -42,6 +48,13 @@ def teacher_of(run: StudyRun, seed: int, steps: int = FULL_STEPS) -> str:
     return train_clip(run, seed, f"clip-{steps}", replace(config, optimisation=stage))
 
 
+def well_read_teacher(run: StudyRun, seed: int) -> str:
+    """The checkpoint of a seed's CLIP that has read captions in many wordings."""
+    config = clip_configs.pictograms_wordings()
+    stage = replace(config.optimisation, workers=0)
+    return train_clip(run, seed, "clip-wordings", replace(config, optimisation=stage))
+
+
 def transformer_teacher(run: StudyRun) -> str:
     """The checkpoint of a CLIP whose image tower is a ViT, trained with as many operations as the CLIP of seed 0."""
     return train_clip(run, 0, "clip-vit", tower_run("ViT", FULL_STEPS))
@@ -51,7 +64,7 @@ def train_clip(run: StudyRun, seed: int, name: str, config: clip_configs.Run) ->
     """Train a CLIP, or find it; returns its checkpoint."""
 
     def job(own: clip_configs.Run) -> dict[str, str]:
-        prepare_world(own.storage, pairs=True)
+        prepare_captions(own.storage, own.pairs)
         return {"model": clip.train(own).model}
 
     own = replace(config, storage=run.storage, optimisation=replace(config.optimisation, seed=seed))

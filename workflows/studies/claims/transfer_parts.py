@@ -16,6 +16,7 @@ from data_prep.pictograms.world import COLOURS, SCENES, World
 from ovd_models.errors import InputError
 from ovd_models.prompts import SynonymRule
 from ovd_models.vild.model import Variant
+from workflows.configs import boxes as boxes_configs
 from workflows.configs import vild as vild_configs
 from workflows.configs.evaluation import Run as EvaluationRun
 from workflows.reports import evaluation
@@ -38,6 +39,12 @@ MERGED: dict[str, tuple[str, ...]] = {
     "writing tool": ("pen nib", "pencil"),
 }
 """General words, which no caption has, and the world's names that they stand for."""
+OTHER_STYLES = {
+    ", second style": boxes_configs.second_style(),
+    ", stripes": boxes_configs.stripes(),
+    ", outlines": boxes_configs.outlines(),
+}
+"""Box sets of the same names, and how they are called in the results."""
 
 
 def publish_merged(run: VildRun) -> str:
@@ -97,16 +104,16 @@ def publish_vocabularies(run: VildRun) -> dict[str, tuple[str, SynonymRule]]:
 
 
 def measure_transfer(run: VildRun, seed: int) -> dict[str, Metrics]:
-    """AP50 of `text` and `vild` on the world's scenes, on the second style, and under other vocabularies.
+    """AP50 of `text` and `vild` on the world's scenes, in other styles, and under other vocabularies.
 
     With the teacher's accuracy on the objects of both styles.
     """
     ready = prepared(run)
-    prepare_world(run.storage, second_style=True)
+    prepare_world(run.storage, other_boxes=OTHER_STYLES.values())
     vocabularies = publish_vocabularies(run)
     found: dict[str, Metrics] = {}
     names: tuple[Variant, ...] = ("text", "vild")
-    for boxes, style in ((run.boxes.name, ""), ("pictograms2", ", second style")):
+    for boxes, style in ((run.boxes.name, ""), *((other.name, style) for style, other in OTHER_STYLES.items())):
         shown = replace(studies.seeded(ready.training, ready.storage, ready.teacher, seed), boxes=boxes)
         teacher = studies.remember("vild", seed, "teacher", shown, vild_study.name_objects)
         for name in names:
