@@ -133,7 +133,11 @@ def prepare(run: Run) -> None:
 
 def accounts_of(run: Run) -> dict[str, Account]:
     """An account for each of `data` and `eval_data` that is given."""
-    return {data: Account(str(annotation_file(data, run.images))) for data in (run.data, run.eval_data) if data}
+    return {
+        data: Account(data if formats.needs_conversion(data) else str(annotation_file(data)))
+        for data in (run.data, run.eval_data)
+        if data
+    }
 
 
 def check_sets(run: Run, accounts: Sequence[Account], train: BoxSet, evaluation: BoxSet) -> None:
@@ -243,7 +247,7 @@ def read_folder(run: Run, account_of: Mapping[str, Account]) -> tuple[BoxSet, Bo
     sets = {}
     for data in reversed(read):  # the few pictures of the evaluation first, so that a wrong folder is noticed early
         categories, rows = read[data]
-        pictures = add_pictures(rows, images[data], str(annotation_file(data, run.images)), account_of[data])
+        pictures = add_pictures(rows, images[data], account_of[data].origin, account_of[data])
         sets[data] = box_set(categories, pictures)
     whole = sets[run.data]
     if run.eval_data:
