@@ -112,7 +112,9 @@ def read_descriptions(file: Path) -> dict[str, str]:
     files = sorted(file.parent.glob(f"*{DESCRIPTIONS}*.csv"))
     if not files:
         raise InputError(f"{file.parent}: no {DESCRIPTIONS}*.csv, expected it beside {file.name}")
-    with files[-1].open(newline="", encoding="utf-8-sig") as opened:
+    # The other file of a release also has the 20,000 names that only whole images are labelled with.
+    chosen = next((path for path in files if "boxable" in path.name), files[-1])
+    with chosen.open(newline="", encoding="utf-8-sig") as opened:
         rows = [row for row in csv.reader(opened) if len(row) >= 2 and row[0].startswith("/")]
     return {label: name for label, name, *_ in rows}
 

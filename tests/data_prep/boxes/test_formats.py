@@ -165,6 +165,12 @@ def test_absent_names_are_those_of_the_same_part_of_open_images(tmp_path: Path) 
     ]  # fmt: skip
 
 
+def test_open_images_names_are_those_of_boxes(tmp_path: Path) -> None:
+    file = open_images(tmp_path)
+    (tmp_path / "class-descriptions.csv").write_text("/m/2,Cat\n/m/1,Dog\n/m/3,Cow\n/m/4,Sunset\n")  # sorted last
+    assert [entry["name"] for entry in formats.convert(file)["categories"]] == ["Dog", "Cat", "Cow"]
+
+
 def test_voc_counts_pixels_from_one(tmp_path: Path) -> None:
     content = formats.convert(voc(tmp_path))
     assert content["categories"] == [{"id": 1, "name": "cat"}]
