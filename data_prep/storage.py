@@ -220,6 +220,16 @@ def read_bytes(uri: str, *, offset: int = 0, size: int | None = None) -> bytes:
             return b"".join(pool.map(lambda at: file.read_at(min(RANGE_BYTES, offset + size - at), at), starts))
 
 
+def read_text(uri: str) -> str:
+    """The text of a file in UTF-8, without the byte-order mark that Windows' programs put first.
+
+    Raises:
+        OSError: see `read_bytes`.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_bytes(uri).decode("utf-8-sig")
+
+
 def write_bytes(uri: str, content: bytes) -> None:
     """Write a file so that readers see all of it or none."""
     write_chunks(uri, [content])

@@ -14,8 +14,8 @@ from workflows.common import brief_help
 brief_help.answer(__name__, __file__, "runs storage boxes ground_truth name output workers device")
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -174,9 +174,15 @@ def image_reader(run: Run) -> ReadImage | None:
     return read
 
 
+def page_title(names: Sequence[str]) -> str:
+    """The title of a page from the names of its entries, without the extensions of files: `v1.0` stays itself."""
+    stems = [name.removesuffix(next((end for end in FILES if name.endswith(end)), "")) for name in names]
+    return "-".join(stems)[:80].replace("/", "-")
+
+
 def write_page(run: Run, compared: Compared, protocol: Protocol) -> str:
     """Write the page; returns its URI."""
-    title = run.name or "-".join(Path(entry.name).stem for entry in compared.entries)[:80].replace("/", "-")
+    title = run.name or page_title([entry.name for entry in compared.entries])
     subject = run.ground_truth or run.boxes
     html = render(compared, title=title, subject=subject, protocol=protocol, read=image_reader(run))
     uri = storage.join(run.storage, "reports", f"compare-{title}.html")

@@ -242,7 +242,8 @@ def make_table(run: Run, task: EmbeddingTask, provenance: dict[str, Any]) -> Man
         print(f"{task.table}: {uri} is there already, from the same config")
         return published
     config_hash = storage.sha256(repr((task.provenance, task.source, provenance["source_digest"])).encode())[:16]
-    layout = storage.sha256(f"{config_hash} {run.embed.images_per_shard} {run.embed.batch_size}".encode())[:8]
+    numbers = f"{run.embed.images_per_shard} {run.embed.batch_size}{' bfloat16' if run.embed.half else ''}"
+    layout = storage.sha256(f"{config_hash} {numbers}".encode())[:8]
     staging = storage.join(run.storage, "staging", task.table, run.name, layout)
     job = EmbeddingJob(storage=run.storage, table=task.table, name=run.name, staging=staging)
     shards = teachers.cut_shards(run.storage, table, name, run.embed.images_per_shard, prefix=f"{layout}-")

@@ -72,7 +72,7 @@ def names_to_embed(run: Run) -> tuple[str, ...]:
         names = tables.read_table(run.storage, "categories", run.boxes, ["name"])["name"].to_pylist()
     elif run.names:
         try:
-            names = [line for line in storage.read_bytes(run.names).decode().splitlines() if line.strip()]
+            names = [line for line in storage.read_text(run.names).splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--names {run.names}: {error}, expected a text file with a name on every line") from error
     else:

@@ -11,7 +11,11 @@ from workflows.common import brief_help
 
 brief_help.answer(__name__, __file__, "model teacher storage boxes score_threshold output device")
 
-from dataclasses import asdict, dataclass
+import functools
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+from PIL import Image
 
 from data_prep import storage
 from data_prep.progress import Progress
@@ -22,7 +26,10 @@ from workflows.common import cli
 from workflows.common.teacher import open_teacher
 from workflows.configs.evaluation import DetectorRun
 from workflows.reports import failures as gallery
-from workflows.reports.detections import read_box_images
+from workflows.reports.detections import read_box_image, read_box_images
+
+PICTURES = 4
+"""Pictures in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +67,29 @@ def find_failures(run: Run) -> gallery.Failures:
     vocabulary = build_vocabulary(detector.encoder, list(categories.values()))
     scorer = gallery.CropScorer(open_teacher(run.teacher, detector.teacher, run.device), vocabulary, run.temperature)
 
-    detections = list[Detections]()
     rows = run.read_rows()[: run.max_images]
-    read = [(row, image) for row, image in read_box_images(run.storage, rows) if image is not None]
-    progress = Progress("detect", "images", len(read))
-    for _, image in read:
-        detections.append(detector.detect(image, vocabulary.names, score_threshold=run.score_threshold))
+
+    @functools.lru_cache(PICTURES)  # the objects of a picture follow each other
+    def read(number: int) -> Image.Image:
+        return read_box_image(run.storage, rows[number])
+
+    detections, kept = list[Detections](), list[int]()
+    progress = Progress("detect", "images", len(rows))
+    for number, (_, image) in enumerate(read_box_images(run.storage, rows)):
+        if image is not None:
+            found = detector.detect(image, vocabulary.names, score_threshold=run.score_threshold)
+            detections.append(replace(found, image=None))
+            kept.append(number)
         progress.add(1)
     progress.close()
-    image_objects = [gallery.annotated_objects(row, image, categories) for row, image in read]
+    pictures = [partial(read, number) for number in kept]
+    shown = [rows[number] for number in kept]
+    image_objects = [gallery.annotated_objects(*row, categories) for row in zip(shown, pictures, strict=True)]
     objects = [target for targets in image_objects for target in targets]
     return gallery.Failures(
         num_objects=len(objects),
         missed=gallery.find_missed(image_objects, detections),
-        invented=gallery.find_invented([row for row, _ in read], [image for _, image in read], detections),
+        invented=gallery.find_invented(shown, pictures, detections),
         confused=gallery.find_confusions(image_objects, detections, vocabulary),
         elongated=gallery.find_distortions(objects, scorer, run.elongated),
         loose=gallery.find_loose_boxes(objects, scorer),

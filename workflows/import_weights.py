@@ -77,12 +77,13 @@ def read_released_names(path: str) -> dict[str, str]:
     supervision is unknown.
 
     Raises:
-        InputError: the file cannot be read or has another format.
+        InputError: the file cannot be read, has another format, or repeats a name.
     """
     if not path:
         return {}
+    frequencies: list[Any] = []
     try:
-        text = storage.read_bytes(path).decode()
+        text = storage.read_text(path)
         if not path.endswith(".json"):
             names = [line.strip() for line in text.splitlines() if line.strip()]
         else:
@@ -90,13 +91,16 @@ def read_released_names(path: str) -> dict[str, str]:
             categories = sorted(raw["categories"] if isinstance(raw, dict) else raw, key=lambda entry: int(entry["id"]))
             names = [clean_name(str(entry["name"])) for entry in categories]
             frequencies = [entry.get("frequency") for entry in categories]
-            if any(frequencies):
-                return {name: "novel" if f == "r" else "base" for name, f in zip(names, frequencies, strict=True)}
-        splits = coco_splits(names) or dict.fromkeys(names, "novel")
-        return {name: splits[name] for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "a name a line, or COCO's or LVIS's json"
         raise InputError(f"{path}: no names ({type(error).__name__}), expected {expected}") from error
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{path}: {repeated!r} is there twice, expected a name for each row of the released table")
+    if any(frequencies):
+        return {name: "novel" if f == "r" else "base" for name, f in zip(names, frequencies, strict=True)}
+    splits = coco_splits(names) or dict.fromkeys(names, "novel")
+    return {name: splits[name] for name in names}
 
 
 def read_file(path: str) -> ReadFile:

@@ -40,6 +40,7 @@ from data_prep.boxes.coco import (
     box_set,
     file_digest,
     flat_categories,
+    in_ids_of,
     read_annotations,
     read_names,
     strip_novel,
@@ -133,7 +134,11 @@ def prepare(run: Run) -> None:
 
 def accounts_of(run: Run) -> dict[str, Account]:
     """An account for each of `data` and `eval_data` that is given."""
-    return {data: Account(str(annotation_file(data, run.images))) for data in (run.data, run.eval_data) if data}
+    return {
+        data: Account(data if formats.needs_conversion(data) else str(annotation_file(data)))
+        for data in (run.data, run.eval_data)
+        if data
+    }
 
 
 def check_sets(run: Run, accounts: Sequence[Account], train: BoxSet, evaluation: BoxSet) -> None:
@@ -231,11 +236,8 @@ def read_folder(run: Run, account_of: Mapping[str, Account]) -> tuple[BoxSet, Bo
         data: read_annotations(annotation_file(data, run.images), images[data], account)
         for data, account in account_of.items()
     }
-    names = [[(row["category_id"], row["name"]) for row in categories] for categories, _ in read.values()]
-    if names[0] != names[-1]:
-        raise InputError(f"--eval-data {run.eval_data}: other categories than {run.data}, expected the same")
     split = split_categories(run, *read[run.data])
-    read = {data: (split, rows) for data, (_, rows) in read.items()}
+    read = {data: (split, in_ids_of(split, *each, account_of[data].origin)) for data, each in read.items()}
     rows = read[run.data][1]
     kept, held_out = (rows.take(pa.array(numbers)) for numbers in split_rows(run, rows.num_rows))
     if run.captions:  # before any picture is read
@@ -243,7 +245,7 @@ def read_folder(run: Run, account_of: Mapping[str, Account]) -> tuple[BoxSet, Bo
     sets = {}
     for data in reversed(read):  # the few pictures of the evaluation first, so that a wrong folder is noticed early
         categories, rows = read[data]
-        pictures = add_pictures(rows, images[data], str(annotation_file(data, run.images)), account_of[data])
+        pictures = add_pictures(rows, images[data], account_of[data].origin, account_of[data])
         sets[data] = box_set(categories, pictures)
     whole = sets[run.data]
     if run.eval_data:

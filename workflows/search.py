@@ -14,6 +14,7 @@ brief_help.answer(__name__, __file__, "text storage name teacher top output")
 import dataclasses
 import io
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,6 +46,8 @@ ARRAYS: dict[Kind, tuple[ArrayTable, str]] = {
     "captions": ("embeddings", "text_file"),
 }
 """The table and the column of each kind of row."""
+Place = tuple[str, int]
+"""An image, and how many rows of the same image come before its row: copies of a picture have one id."""
 TILE = 224
 """Side of a picture on the sheet, in pixels."""
 COLUMNS = 5
@@ -135,11 +138,14 @@ def search(run: Run) -> list[Hit]:
     nearest, scores = find_nearest(rows, query_D, run.top, index)
     print(f"{run.over}: {rows.offsets[-1]:,} rows searched in {time.perf_counter() - started:.2f} s")
     positions = rows.image_of(nearest)
-    ids = [rows.ids[position].decode() for position in positions.tolist()]
+    places = [
+        (rows.ids[position].decode(), int((rows.ids[:position] == rows.ids[position]).sum()))
+        for position in positions.tolist()
+    ]
     source_name = str(manifest.details["source"]).split("/", 1)[1]
     if run.over == "regions":
-        return region_hits(run, source_name, ids, (nearest - rows.offsets[positions]).tolist(), scores.tolist())
-    return pair_hits(run, source_name, ids, scores.tolist())
+        return region_hits(run, source_name, places, (nearest - rows.offsets[positions]).tolist(), scores.tolist())
+    return pair_hits(run, source_name, places, scores.tolist())
 
 
 def embed_query(checkpoint: str, text: str, prompt_set: str) -> tuple[str, npt.NDArray[np.float32]]:
@@ -154,40 +160,43 @@ def embed_query(checkpoint: str, text: str, prompt_set: str) -> tuple[str, npt.N
 
 
 def region_hits(
-    run: Run, boxes_name: str, ids: Sequence[str], numbers: Sequence[int], scores: Sequence[float]
+    run: Run, boxes_name: str, places: Sequence[Place], numbers: Sequence[int], scores: Sequence[float]
 ) -> list[Hit]:
-    """Regions, given by their images and their numbers in them, with their pictures."""
-    regions = lookup(run.storage, "regions", run.name, ids, ["boxes"])
-    images = lookup(run.storage, "boxes", boxes_name, ids, ["uri"])
+    """Regions, given by the places of their images and their numbers in them, with their pictures."""
+    regions = lookup(run.storage, "regions", run.name, places, ["boxes"])
+    images = lookup(run.storage, "boxes", boxes_name, [(image_id, 0) for image_id, _ in places], ["uri"])
     hits = []
-    for image_id, number, score in zip(ids, numbers, scores, strict=True):
-        uri = storage.absolute(storage.join(run.storage, images[image_id]["uri"]))
-        box = tuple(regions[image_id]["boxes"][number])
-        hits.append(Hit(score=score, image_id=image_id, picture=read_image(uri), box=box))
+    for region, image, number, score in zip(regions, images, numbers, scores, strict=True):
+        uri = storage.absolute(storage.join(run.storage, image["uri"]))
+        box = tuple(region["boxes"][number])
+        hits.append(Hit(score=score, image_id=region["image_id"], picture=read_image(uri), box=box))
     return hits
 
 
-def pair_hits(run: Run, pairs_name: str, ids: Sequence[str], scores: Sequence[float]) -> list[Hit]:
+def pair_hits(run: Run, pairs_name: str, places: Sequence[Place], scores: Sequence[float]) -> list[Hit]:
     """Pairs with their images and captions."""
-    pairs = lookup(run.storage, "pairs", pairs_name, ids, ["caption", "shard", "offset", "size"])
+    pairs = lookup(run.storage, "pairs", pairs_name, places, ["caption", "shard", "offset", "size"])
     root = storage.absolute(tables.table_uri(run.storage, "pairs", pairs_name))
     hits = []
-    for image_id, score in zip(ids, scores, strict=True):
-        pair = pairs[image_id]
+    for pair, score in zip(pairs, scores, strict=True):
         picture = read_image(storage.join(root, pair["shard"]), offset=pair["offset"], size=pair["size"])
-        hits.append(Hit(score=score, image_id=image_id, picture=picture, caption=pair["caption"]))
+        hits.append(Hit(score=score, image_id=pair["image_id"], picture=picture, caption=pair["caption"]))
     return hits
 
 
 def lookup(
-    storage_uri: str, table: TableName, name: str, ids: Sequence[str], columns: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Some columns of the rows of some images, by image id."""
+    storage_uri: str, table: TableName, name: str, places: Sequence[Place], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Some columns of the rows at some places, in their order."""
     root = tables.table_uri(storage_uri, table, name)
     files = [storage.join(root, path) for path in tables.parquet_files(tables.read_manifest(storage_uri, table, name))]
     schema = pa.schema([tables.SCHEMAS[table].field(column) for column in ("image_id", *columns)])
-    rows = tables.open_parquet(files, schema).to_table(filter=ds.field("image_id").isin(list(ids)))
-    return {row["image_id"]: row for row in rows.to_pylist()}
+    ids = [image_id for image_id, _ in places]
+    rows = tables.open_parquet(files, schema).to_table(filter=ds.field("image_id").isin(ids))
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows.to_pylist():
+        found[row["image_id"]].append(row)
+    return [found[image_id][number] for image_id, number in places]
 
 
 def result_sheet(text: str, hits: Sequence[Hit]) -> Image.Image:

@@ -285,6 +285,34 @@ def keep_annotations(boxes: pa.Table, keep_A: npt.NDArray[np.bool_]) -> pa.Table
     return boxes
 
 
+def in_ids_of(
+    categories: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], rows: pa.Table, origin: str
+) -> pa.Table:
+    """Rows of `read_annotations` of one file with the ids of another's categories, which are matched by name.
+
+    Args:
+        categories: of the other file.
+        own: of the rows.
+        rows: of `read_annotations`.
+        origin: the rows' file, for messages.
+
+    Raises:
+        InputError: a name is not among the other file's.
+    """
+    id_of = {row["name"]: row["category_id"] for row in categories}
+    unknown = [row["name"] for row in own if row["name"] not in id_of]
+    if unknown:
+        raise InputError(f"{origin}: category {unknown[0]!r} is not in the training's file, expected its names")
+    moved = {row["category_id"]: id_of[row["name"]] for row in own}
+    if all(old == new for old, new in moved.items()):
+        return rows
+    for name in ("category_ids", "neg_category_ids", "not_exhaustive_category_ids"):
+        field = rows.schema.field(name)
+        lists = [[moved[key] for key in ids if key in moved] for ids in rows[name].to_pylist()]
+        rows = rows.set_column(rows.schema.get_field_index(name), field, pa.array(lists, field.type))
+    return rows
+
+
 def with_split(boxes: pa.Table, categories: pa.Table) -> pa.Table:
     """The images that OV-COCO evaluates, with an annotation of a base or novel category (4,836 of val2017).
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from data_prep import storage, tables
 from data_prep.boxes.cleaning import Account
+from data_prep.parts import ahead
 from data_prep.progress import watched
 from ovd_models.errors import InputError
 from ovd_models.images import ImageError, check_whole, open_picture
@@ -66,7 +67,8 @@ class PictureFolder:
         absent = {folder for folder in folders if not storage.exists(storage.join(self.root, folder))}
         chosen = [next((p for p in options if p.rpartition("/")[0] not in absent), options[-1]) for options in places]
         with ThreadPoolExecutor(READERS) as pool:
-            found = list(watched(pool.map(self._read_file, chosen), "boxes", "pictures", len(chosen)))
+            calls = (partial(self._read_file, path) for path in chosen)
+            found = list(watched(ahead(calls, pool, 4 * READERS), "boxes", "pictures", len(chosen)))
             missing = [number for number, one in enumerate(found) if isinstance(one, Absent) and one.kind == MISSING]
             if missing:
                 again = pool.map(lambda number: self._read_alike(places[number], found[number]), missing)

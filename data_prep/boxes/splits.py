@@ -20,7 +20,7 @@ def named_split(categories: list[dict[str, Any]], file: str) -> list[dict[str, A
         InputError: the file cannot be read, or a name is of no category.
     """
     with as_input_error(file):
-        lines = storage.read_bytes(file).decode().splitlines()
+        lines = storage.read_text(file).splitlines()
     names = {row["name"] for row in categories}
     novel = set()
     for number, line in enumerate(lines, 1):

@@ -39,7 +39,7 @@ class NameMatcher:
             InputError: the file is missing or malformed.
         """
         try:
-            lines = storage.read_bytes(uri).decode().splitlines()
+            lines = storage.read_text(uri).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             message = " ".join(str(error).split())
             raise InputError(f"{uri}: expected a text file of one name a line ({message})") from error

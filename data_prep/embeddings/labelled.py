@@ -120,7 +120,7 @@ def read_list(path: Path) -> list[tuple[str, str]]:
 def read_names(path: str, labels: Sequence[str]) -> dict[str, str]:
     """The name of each label."""
     with as_input_error(path):
-        lines = storage.read_bytes(path).decode().splitlines()
+        lines = storage.read_text(path).splitlines()
     name_of = {}
     for number, line in enumerate(lines, 1):
         label, tab, name = line.partition("\t")

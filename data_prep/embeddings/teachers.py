@@ -71,6 +71,11 @@ class EmbedConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"--embed.{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more")
 
+    @property
+    def half(self) -> bool:
+        """Whether it computes in bfloat16."""
+        return bool(self.gpus) if self.bfloat16 is None else self.bfloat16
+
 
 # ---------------------------------------------------------------------------------------------------------- shards
 
@@ -174,7 +179,7 @@ class Teacher:
 
         self._torch, self.config = torch, config
         self.device = torch.device(device or ("cuda" if config.gpus else "cpu"))
-        self.half = bool(config.gpus) if config.bfloat16 is None else config.bfloat16
+        self.half = config.half
         clip, self.id = load_clip(storage.local_folder(checkpoint))
         fold_norms(clip.model.visual)
         self.clip = clip.to(self.device)

@@ -79,7 +79,7 @@ def read_class_names(uri: str) -> dict[str, str]:
         InputError: the file is unreadable or has no names.
     """
     try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
+        text = storage.read_text(uri)
         pairs = _json_names(text) if storage.split_options(uri)[0].endswith(".json") else _line_names(text)
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{uri}: {' '.join(str(error).split())}, expected {EXPECTED}") from error

@@ -10,10 +10,14 @@ from PIL import Image, ImageOps
 
 def main() -> None:
     """Print the boxes of a picture; without names, of the model's default vocabulary."""
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: python {sys.argv[0]} PICTURE [NAME ...]")
     folder = Path(__file__).parent
     stored = np.load(folder / "names.npz")
     known = stored["names"].tolist()
     names = sys.argv[2:] or known
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"{unknown[0]!r}: not embedded in names.npz, expected some of {', '.join(known)}")
     rows = [known.index(name) for name in names]
     session = onnxruntime.InferenceSession(folder / "detector.onnx", providers=["CPUExecutionProvider"])
     image = ImageOps.exif_transpose(Image.open(sys.argv[1]))

@@ -85,3 +85,4 @@ def test_names_are_as_short_as_tells_them_apart() -> None:
     assert compare.short_names(("a/x.json", "b/y.json")) == ["x.json", "y.json"]
     assert compare.short_names(("s/runs/codet/one/model", "s/runs/codet/two/model")) == ["one/model", "two/model"]
     assert compare.short_names(("a", "a")) == ["1: a", "2: a"]
+    assert compare.page_title(["v1.0/model", "v1.2", "x.json"]) == "v1.0-model-v1.2-x"  # else v1.1's page would be lost

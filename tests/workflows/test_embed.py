@@ -161,6 +161,22 @@ def test_search_finds_captions_and_frames_regions(undisturbed: Path, teacher: st
     assert search.result_sheet("cat", []).width == 5 * 224
 
 
+def test_search_frames_the_boxes_of_each_copy_of_a_picture(teacher: str, tmp_path: Path) -> None:
+    make_tables(tmp_path, images=2)
+    first, last = tables.read_table(str(tmp_path), "boxes", "t").to_pylist()
+    boxes = [[[4.0, 4.0, 40.0, 40.0]] * 3, [[50.0, 50.0, 90.0, 90.0]], [[8.0, 8.0, 60.0, 60.0]] * 2]
+    rows = [{**row, "boxes": own} for row, own in zip((first, first, last), boxes, strict=True)]
+    table = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["boxes"])
+    entry = tables.write_part(str(tmp_path), "boxes", "t", "part-00000.parquet", table)
+    tables.publish(str(tmp_path), "boxes", "t", [entry], producer="test", config_hash="0")
+    run = run_of(tmp_path, teacher)
+    embed.embed(dataclasses.replace(run, embed=dataclasses.replace(run.embed, actors=0, images_per_shard=2)))
+    found = search.search(search.Run(storage=str(tmp_path), name="t", text="cat", top=9))
+    assert sorted(list(hit.box) for hit in found) == sorted(box for own in boxes for box in own)
+    one, _ = tables.read_table(str(tmp_path), "regions", "t")["image_id"].to_pylist()[:2]
+    assert {tuple(boxes[0][0]), tuple(boxes[1][0])} == {hit.box for hit in found if hit.image_id == one}
+
+
 @pytest.mark.ray
 def test_more_actors_start_only_on_more_machines(ray_cluster: None) -> None:
     cpus = ray.cluster_resources()["CPU"]  # type: ignore[no-untyped-call]
@@ -240,6 +256,18 @@ def test_a_job_that_failed_goes_on_and_gives_the_same_bytes(
     assert "2 of 4 shards done" in capsys.readouterr().out
     assert files_of(root) == files_of(undisturbed)
     assert not list((root / "staging").rglob("*.json"))
+
+
+def test_shards_of_another_precision_are_not_mixed_in(
+    root: Path, teacher: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = EmbedConfig(actors=0, images_per_shard=3)
+    run = dataclasses.replace(run_of(root, teacher), embed=dataclasses.replace(inside, bfloat16=True))
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(embed.stores, "publish_embeddings", None)  # as if it were killed here
+        embed.embed(run)
+    embed.embed(dataclasses.replace(run, embed=inside))
+    assert "shards done by an earlier run" not in capsys.readouterr().out
 
 
 def test_released_weights_are_a_teacher_once_they_are_in_the_storage(tmp_path: Path) -> None:

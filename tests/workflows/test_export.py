@@ -59,6 +59,12 @@ def test_exported_files_find_what_the_library_does_without_torch(checkpoint: Pat
     assert 0 < len(found) < len(scores)
     expected = zip(found.scores.tolist(), found.boxes.round().int().tolist(), strict=True)
     assert printed == [f"{'cat':20} {score:.2f}  {box}" for score, box in expected]
+    for more, message in (
+        ([str(picture), "unicorn"], "'unicorn': not embedded in names.npz, expected some of anchor, cat"),
+        ([], f"usage: python {out}/detect.py PICTURE [NAME ...]"),
+    ):
+        failed = subprocess.run([*command[:4], *more], capture_output=True, text=True, check=False)
+        assert (failed.returncode, failed.stderr.splitlines()) == (1, [message])
 
 
 def test_bad_input_is_one_line_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def found(boxes: list[list[float]], scores: list[float]) -> Detections:
 
 
 def test_a_missed_object_is_covered_by_no_detection_of_any_name() -> None:
-    targets = annotated_objects(ROW, IMAGE, NAMES)
+    targets = annotated_objects(ROW, IMAGE.copy, NAMES)
     nothing = find_missed([targets], [found([], [])])
     assert [entry.name for entry in nothing] == ["cat", "anchor"]  # the larger first; the crowd is no object
     # the first covers 100 of 120 px of the union with the anchor, the second 800 of 1600 with the cat: just enough
@@ -34,9 +34,9 @@ def test_a_missed_object_is_covered_by_no_detection_of_any_name() -> None:
 
 def test_a_detection_is_invented_where_nothing_is_annotated() -> None:
     boxes = [[40.0, 0, 60, 18], [70, 70, 99, 99], [0, 50, 15, 90], [41, 0, 61, 18], [15, 15, 60, 60]]
-    invented = find_invented([ROW], [IMAGE], [found(boxes, [0.6, 0.9, 0.8, 0.5, 0.4])])
+    invented = find_invented([ROW], [IMAGE.copy], [found(boxes, [0.6, 0.9, 0.8, 0.5, 0.4])])
     # a crowd is annotated, the fourth repeats the first, and the last is the cat with a margin
     assert [(entry.name, round(entry.score, 1)) for entry in invented] == [("anchor", 0.8), ("anchor", 0.6)]
     assert np.array_equal(invented[0].box, boxes[2])
     empty = ROW | {"boxes": [], "category_ids": [], "iscrowd": []}
-    assert len(find_invented([empty], [IMAGE], [found(boxes[:1], [0.6])])) == 1
+    assert len(find_invented([empty], [IMAGE.copy], [found(boxes[:1], [0.6])])) == 1

@@ -86,6 +86,12 @@ def test_coco_names_are_split_and_unknown_names_are_novel(tmp_path: Path) -> Non
         assert import_weights.read_released_names(str(tmp_path / "names.txt")) == expected
 
 
+def test_a_repeated_name_is_refused_since_rows_would_move(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("dog\ncar\ndog\n")
+    with pytest.raises(InputError, match=r"names\.txt: 'dog' is there twice"):
+        import_weights.read_released_names(str(tmp_path / "names.txt"))
+
+
 def convert(*files: Path, **flags: object) -> None:
     import_weights.convert(Run(weights=tuple(map(str, files)), **flags))  # type: ignore[arg-type]
 

@@ -70,6 +70,29 @@ def test_a_folder_becomes_a_training_and_an_evaluation_set(tmp_path: Path) -> No
     ]
 
 
+def test_categories_of_two_files_are_matched_by_name(tmp_path: Path) -> None:
+    other = folder_of(tmp_path / "val", count=3)
+    expected = photos(tmp_path, eval_data=str(other), storage=str(tmp_path / "expected"))
+    prepare(expected)
+    file = other / "instances.json"
+    content = json.loads(file.read_text())
+    moved = {row["id"]: number for number, row in enumerate(reversed(content["categories"]), 70)}
+    content["categories"] = [
+        {**row, "id": moved[row["id"]]} for row in content["categories"] if row["name"] != "hair drier"
+    ]
+    for row in content["annotations"]:
+        row["category_id"] = moved[row["category_id"]]
+    for image in content["images"]:
+        image["neg_category_ids"] = [moved[1], 5000]
+    file.write_text(json.dumps(content))
+    run = dataclasses.replace(expected, storage=str(tmp_path / "store"))
+    prepare(run)
+    found = read(run, "eval")
+    assert [row["category_ids"] for row in found] == [row["category_ids"] for row in read(expected, "eval")]
+    assert all(row["neg_category_ids"] == [1] for row in found)
+    assert len(tables.read_table(run.storage, "categories", run.name)) == 4
+
+
 def test_evaluation_may_have_its_own_folder(tmp_path: Path) -> None:
     other = folder_of(tmp_path / "val", count=3)
     run = photos(tmp_path, eval_data=str(other))
@@ -79,7 +102,7 @@ def test_evaluation_may_have_its_own_folder(tmp_path: Path) -> None:
     content["categories"][3]["name"] = "toaster"
     (other / "instances.json").write_text(json.dumps(content))
     again = dataclasses.replace(run, storage=str(tmp_path / "again"), images=str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="other categories than"):  # before any picture is looked for
+    with pytest.raises(InputError, match="category 'toaster' is not in the training's file"):  # before any picture
         prepare(again)
     with pytest.raises(InputError, match=r"nowhere/.*\.png: cannot be read .*expected an image file, named by .*json"):
         prepare(dataclasses.replace(again, eval_data=""))

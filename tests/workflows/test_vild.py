@@ -2,8 +2,10 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from workflows.common.runs import Trained
 from workflows.configs import vild as vild_configs
 from workflows.configs.vild import Run
 from workflows.reports import failures as gallery
+from workflows.reports.detections import read_box_images
 
 NOVEL = 17
 
@@ -174,7 +177,7 @@ def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() 
     image = Image.new("RGB", (100, 20))
     boxes = np.array([[at, 0, at + 8, 8] for at in (0, 20, 40, 60, 80)], np.float32)
     things = [
-        gallery.AnnotatedObject(image, box, name)
+        gallery.AnnotatedObject(image.copy, box, name)
         for box, name in zip(boxes, ("cat", "cow", "cow", "cow", "cat"), strict=True)
     ]
     # The first is called by its name, the last one is found nowhere, and one detection is too small to be the second.
@@ -194,7 +197,20 @@ def test_objects_under_another_name_are_confusions_and_no_pair_fills_the_page() 
 
 
 @pytest.mark.ray
-def test_failures_are_found_and_written(prepared: Run, trained: Trained[DetectionMetrics]) -> None:
+def test_failures_are_found_and_written(
+    prepared: Run, trained: Trained[DetectionMetrics], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[weakref.ref[Image.Image]] = []
+    in_memory: list[int] = []
+
+    def read_counted(*arguments: Any) -> Iterator[tuple[Any, Image.Image | None]]:
+        for row, image in read_box_images(*arguments):
+            assert image is not None
+            read.append(weakref.ref(image))
+            in_memory.append(sum(entry() is not None for entry in read))
+            yield row, image
+
+    monkeypatch.setattr(failures, "read_box_images", read_counted)
     run = failures.Run(
         storage=prepared.storage,
         model=trained.model,
@@ -207,6 +223,10 @@ def test_failures_are_found_and_written(prepared: Run, trained: Trained[Detectio
     found = failures.find_failures(run)
     text = gallery.render_gallery(found, dataclasses.asdict(run), 2)
     assert found.counts["objects"] > found.counts["elongated"] > 0
+    assert (len(in_memory), max(in_memory)) == (
+        6,
+        2,
+    )  # 300 photographs would take 10 GB
     for fit in ("warp", "pad", "centre"):
         assert f"<figcaption>{fit}: " in text
     assert 'src="http' not in text

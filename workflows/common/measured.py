@@ -81,7 +81,7 @@ def storage_text(uri: str) -> str:
         InputError: it cannot be read.
     """
     with open_file(uri, "a file of names, one a line") as file, as_input_error(uri):
-        return file.read().decode()
+        return file.read().decode("utf-8-sig")
 
 
 def read_prediction_file(uri: str, truth: GroundTruth, kind: IouType) -> Predictions:

@@ -26,7 +26,8 @@ class Run:
     novel: str = ""
     """For `data`: a file with the names of the novel categories, one a line; the others are base."""
     eval_data: str = ""
-    """Another such file or folder, with the same categories, for evaluation; if empty, some of `data` are held out."""
+    """Another such file or folder, with the same names or some of them, for evaluation; if empty, some of `data` are
+    held out."""
     images: str = ""
     """Folder or URI of all pictures, such as COCO's with `train2017/` and `val2017/`."""
     captions: str = ""

@@ -4,7 +4,7 @@ K names, T annotated objects, N boxes or detections of one image, D embedding wi
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -23,6 +23,8 @@ from ovd_models.vocabulary import Vocabulary
 from workflows.reports import page
 
 Boxes = npt.NDArray[np.float32]
+ReadPicture = Callable[[], Image.Image]
+"""Reads the picture of an object again: hundreds of large photographs do not fit in memory."""
 RED = "#c1121f"
 FITS: tuple[Fit, ...] = get_args(Fit)
 
@@ -31,10 +33,15 @@ FITS: tuple[Fit, ...] = get_args(Fit)
 class AnnotatedObject:
     """An annotated object."""
 
-    image: Image.Image
+    read: ReadPicture
     box: Boxes
     """[4] xyxy."""
     name: str
+
+    @property
+    def image(self) -> Image.Image:
+        """Its picture."""
+        return self.read()
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class LooseBox:
 class FalsePositive:
     """A detection where nothing is annotated."""
 
-    image: Image.Image
+    read: ReadPicture
     box: Boxes
     """[4] xyxy."""
     name: str
@@ -107,11 +114,11 @@ class Failures:
 
 
 def annotated_objects(
-    row: Mapping[str, Any], image: Image.Image, categories: Mapping[int, str]
+    row: Mapping[str, Any], read: ReadPicture, categories: Mapping[int, str]
 ) -> list[AnnotatedObject]:
     """The annotated objects of a `boxes` row, without crowds and unknown categories."""
     return [
-        AnnotatedObject(image, np.array(box, np.float32), categories[key])
+        AnnotatedObject(read, np.array(box, np.float32), categories[key])
         for box, key, crowd in zip(row["boxes"], row["category_ids"], row["iscrowd"], strict=True)
         if key in categories and not crowd
     ]
@@ -134,16 +141,16 @@ def find_missed(
 
 
 def find_invented(
-    rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], detections: Sequence[Detections]
+    rows: Sequence[Mapping[str, Any]], pictures: Sequence[ReadPicture], detections: Sequence[Detections]
 ) -> list[FalsePositive]:
     """Detections that touch no annotation of their image (IoU < 0.1), crowds included; the surest first."""
     invented = []
-    for row, image, found in zip(rows, images, detections, strict=True):
+    for row, read, found in zip(rows, pictures, detections, strict=True):
         annotated = torch.tensor(row["boxes"], dtype=torch.float32).view(-1, 4)
         shown = found.distinct()
         alone = (box_iou(shown.boxes, annotated) < 0.1).all(1).tolist()
         invented += [
-            FalsePositive(image, np.array(entry.box, np.float32), str(entry.name), float(entry.score or 0))
+            FalsePositive(read, np.array(entry.box, np.float32), str(entry.name), float(entry.score or 0))
             for entry, is_alone in zip(shown, alone, strict=True)
             if is_alone
         ]
@@ -203,12 +210,13 @@ def find_distortions(objects: Sequence[AnnotatedObject], scorer: CropScorer, min
         width, height = (target.box[2:] - target.box[:2]).tolist()
         if max(width, height) < min_aspect * min(width, height):
             continue
-        window = crop_windows(target.box[None], 1.0, *target.image.size).tolist()
+        image = target.image
+        window = crop_windows(target.box[None], 1.0, *image.size).tolist()
         side, margin = scorer.teacher.side, scorer.teacher.margin
         squares, predicted, probability = {}, {}, {}
         for fit in FITS:
-            (probability_K,) = scorer.probabilities(target.image, target.box[None], fit)
-            squares[fit] = Image.fromarray(crop_squares(np.asarray(target.image), window, side, fit, margin)[0])
+            (probability_K,) = scorer.probabilities(image, target.box[None], fit)
+            squares[fit] = Image.fromarray(crop_squares(np.asarray(image), window, side, fit, margin)[0])
             predicted[fit] = scorer.vocabulary.names[int(probability_K.argmax())]
             probability[fit] = float(probability_K[scorer.index_of[target.name]])
         found.append(Distortion(target, squares, predicted, probability))
@@ -219,8 +227,9 @@ def find_loose_boxes(objects: Sequence[AnnotatedObject], scorer: CropScorer) -> 
     """Objects with a part or loose box that scores at least as high as the tight box; the largest surplus first."""
     found = []
     for target in watched(objects, "loose boxes", "objects"):
-        others = alternative_boxes(target.box, *target.image.size)
-        scores_NK = scorer.probabilities(target.image, np.stack([target.box, *others.values()]))
+        image = target.image
+        others = alternative_boxes(target.box, *image.size)
+        scores_NK = scorer.probabilities(image, np.stack([target.box, *others.values()]))
         tight_score, *other_scores = scores_NK[:, scorer.index_of[target.name]].tolist()
         score, kind = max(zip(other_scores, others, strict=True), key=lambda entry: entry[0])
         if score >= tight_score:
@@ -253,7 +262,7 @@ def render_gallery(failures: Failures, settings: Mapping[str, object], num_examp
         "counts": failures.counts,
         "pairs": pairs.most_common(num_examples),
         "missed": [(entry, draw_object(entry)) for entry in failures.missed[:num_examples]],
-        "invented": [(entry, draw_box(entry.image, entry.box, RED)) for entry in failures.invented[:num_examples]],
+        "invented": [(entry, draw_box(entry.read(), entry.box, RED)) for entry in failures.invented[:num_examples]],
         "confused": [(entry, draw_object(entry.target)) for entry in limit_repeats(failures.confused)[:num_examples]],
         "elongated": [(entry, draw_object(entry.target)) for entry in failures.elongated[:num_examples]],
         "right": {fit: sum(each.predicted[fit] == each.target.name for each in failures.elongated) for fit in FITS},
@@ -264,8 +273,9 @@ def render_gallery(failures: Failures, settings: Mapping[str, object], num_examp
 
 def draw_object(target: AnnotatedObject, other: Boxes | None = None) -> Image.Image:
     """The image with the object's box in green, and another box in red."""
-    drawing = draw_box(target.image, target.box, page.GREEN)
-    return drawing if other is None else draw_box(drawing, other * (drawing.width / target.image.width), RED)
+    image = target.image
+    drawing = draw_box(image, target.box, page.GREEN)
+    return drawing if other is None else draw_box(drawing, other * (drawing.width / image.width), RED)
 
 
 def draw_box(image: Image.Image, box: Boxes, colour: str) -> Image.Image:

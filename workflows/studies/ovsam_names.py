@@ -28,7 +28,7 @@ def competing_names(storage_uri: str, boxes: str, sizes: Sequence[int], distract
     own = [row["name"] for row in rows if row["split"]]
     if sizes and min(sizes) < len(own):
         raise InputError(f"vocabulary_sizes: {min(sizes)}, expected at least the set's {len(own)} names")
-    more = storage.read_bytes(distractors).decode().splitlines() if distractors else composed_names()
+    more = storage.read_text(distractors).splitlines() if distractors else composed_names()
     names = list(dict.fromkeys([*own, *(name.strip().lower() for name in more if name.strip())]))
     count = max(sizes, default=len(own))
     if len(names) < count:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,8 +75,100 @@ def test_yolo_has_boxes_polygons_and_pictures_without_objects(tmp_path: Path) ->
         (1, 1, pytest.approx([0, 0, 20, 20], abs=0.01)),
         (2, 1, pytest.approx([10, 10, 40, 20], abs=0.01)),
     ]
-    assert content["annotations"][2]["segmentation"]["size"] == [50, 100]
+    assert content["annotations"][2]["segmentation"] == [pytest.approx([10, 10, 50, 10, 50, 30, 10, 30])]
     assert "segmentation" not in content["annotations"][0]
+
+
+def test_yolo_lines_may_have_confidences_keypoints_and_odd_spaces(tmp_path: Path) -> None:
+    data = yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("names: {0: cat, 1: dog}\nkpt_shape: [2, 2]\n")
+    (tmp_path / "labels/a.txt").write_text("1.0  0.5 0.5 0.2 0.4 0.9\n\n0 0.5 0.5 0.2 0.4 0.1 0.1 0.2 0.2\r\n")
+    found = formats.convert(data)["annotations"]
+    assert [entry["category_id"] for entry in found] == [2, 1, 1]
+    assert [entry["bbox"] for entry in found[:2]] == [pytest.approx([40, 15, 20, 20])] * 2
+    assert "segmentation" not in found[1]
+
+
+def test_polygons_need_no_masks_of_whole_pictures(tmp_path: Path) -> None:
+    data = yolo(tmp_path)
+    (tmp_path / "labels/a.txt").write_text("0 0.1 0.2 0.5 0.2 0.5 0.6\n" * 2000)
+    (tmp_path / "images/a.jpg").unlink()
+    Image.new("RGB", (2000, 2000), "red").save(tmp_path / "images/a.jpg")
+    tracemalloc.start()
+    formats.convert(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6  # the masks would be 8 GB
+
+
+def sorted_out(data: str, store: Path, **others: str) -> tuple[list[str], list[str]]:
+    """Names of a data set's categories, and its boxes for training by name."""
+    run = boxes_configs.Run(storage=str(store), name="t", data=data, train_images=0, eval_images=1, **others)
+    prepare_boxes.prepare(run)
+    rows = tables.read_table(run.storage, "categories", "t").to_pylist()
+    name_of = {row["category_id"]: row["name"] for row in rows}
+    keys = tables.read_table(run.storage, "boxes", "t-eval")["category_ids"].to_pylist()
+    return list(name_of.values()), [name_of[key] for own in keys for key in own]
+
+
+def voc_of(folder: Path, *names: str) -> str:
+    """A picture for each name."""
+    data = voc(folder)
+    draw(folder / "JPEGImages", *(f"{number}.jpg" for number in range(len(names))))
+    for name in ("a", "b"):
+        (folder / f"JPEGImages/{name}.jpg").unlink()
+        (folder / f"Annotations/{name}.xml").unlink()
+    for number, name in enumerate(names):
+        content = VOC.format(name=number).replace("<name>cat", f"<name>{name}")
+        (folder / f"Annotations/{number}.xml").write_text(content)
+    return data
+
+
+def test_voc_folders_with_the_same_names_have_the_same_categories(tmp_path: Path) -> None:
+    train, evaluation = voc_of(tmp_path / "a", "dog", "cat", "cow"), voc_of(tmp_path / "b", "cow", "cat", "dog", "dog")
+    names, shown = sorted_out(train, tmp_path / "store", eval_data=evaluation)
+    assert names == ["cat", "cow", "dog"]
+    assert shown == ["cow", "cat", "dog", "dog"]
+
+
+@pytest.mark.parametrize("make", [open_images, yolo, voc])
+def test_a_missing_picture_is_left_out_and_named(
+    make: Callable[[Path], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make(tmp_path / "data")
+    if make is voc:
+        draw(tmp_path / "data/JPEGImages", "c.jpg", "d.jpg")
+        for name in "cd":
+            (tmp_path / f"data/Annotations/{name}.xml").write_text(VOC.format(name=name))
+    (gone,) = (path for path in (tmp_path / "data").rglob("*.jpg") if path.name in ("b.jpg", "cc.jpg"))
+    gone.unlink()
+    sorted_out(data, tmp_path / "store")
+    assert f"{data}: left out: 1 missing pictures ({gone.name})" in capsys.readouterr().out
+    assert tables.read_manifest(str(tmp_path / "store"), "boxes", "t-train").details["account"][0]["file"] == data
+    for path in gone.parent.glob("*"):
+        path.unlink()
+    draw(gone.parent, "other.jpg")
+    with pytest.raises(InputError, match="pictures are left out"):
+        sorted_out(data, tmp_path / "again")
+
+
+def test_absent_names_are_those_of_the_same_part_of_open_images(tmp_path: Path) -> None:
+    file = Path(open_images(tmp_path))
+    own = tmp_path / "validation-annotations-human-imagelabels-boxable.csv"
+    own.rename(tmp_path / "oidv7-val-annotations-human-imagelabels.csv")  # as the last release has it
+    header = "ImageID,Source,LabelName,Confidence\n"
+    for other in ("oidv6-train-annotations-human", "test-annotations-human", "validation-annotations-machine"):
+        (tmp_path / f"{other}-imagelabels.csv").write_text(f"{header}zz,x,/m/1,0\n")
+    entries = formats.convert(str(file))["images"]
+    assert [(entry["file_name"], entry["neg_category_ids"]) for entry in entries] == [
+        ("aa.jpg", []), ("bb.jpg", [3]), ("cc.jpg", [1])
+    ]  # fmt: skip
+
+
+def test_open_images_names_are_those_of_boxes(tmp_path: Path) -> None:
+    file = open_images(tmp_path)
+    (tmp_path / "class-descriptions.csv").write_text("/m/2,Cat\n/m/1,Dog\n/m/3,Cow\n/m/4,Sunset\n")  # sorted last
+    assert [entry["name"] for entry in formats.convert(file)["categories"]] == ["Dog", "Cat", "Cow"]
 
 
 def test_voc_counts_pixels_from_one(tmp_path: Path) -> None:
@@ -111,7 +204,6 @@ def test_every_format_becomes_tables(make: Callable[[Path], str], tmp_path: Path
     ("make", "change", "message"),
     [
         (open_images, lambda f: (f / "class-descriptions-boxable.csv").unlink(), "no class-descriptions"),
-        (open_images, lambda f: (f / "images/aa.jpg").unlink(), "aa.jpg: FileNotFoundError"),
         (
             open_images,
             lambda f: (f / "validation-annotations-bbox.csv").write_text(OPEN_IMAGES + "a,x,/m/9,1,0,1,0,1,0,0,0\n"),
@@ -123,10 +215,18 @@ def test_every_format_becomes_tables(make: Callable[[Path], str], tmp_path: Path
             "line 2: corners [0.0, 0.0, 90.0, 1.0], expected numbers from 0 to 1",
         ),
         (open_images, lambda f: (f / "validation-annotations-bbox.csv").write_text("a,b\n"), "no column ImageID"),
-        (yolo, lambda f: (f / "labels/a.txt").write_text("5 0.5 0.5 0.2 0.4\n"), "class_id 5"),
-        (yolo, lambda f: (f / "labels/a.txt").write_text("0 0.5 x 0.2 0.4\n"), "a.txt"),
-        (yolo, lambda f: (f / "data.yaml").write_text("nc: 2\n"), "names"),
-        (voc, lambda f: (f / "Annotations/a.xml").write_text("<annotation>"), "Annotations: "),
+        (
+            yolo,
+            lambda f: (f / "labels/a.txt").write_text("5 0.5 0.5 0.2 0.4\n"),
+            "line 1: class 5, expected 0 to 1",
+        ),
+        (yolo, lambda f: (f / "labels/a.txt").write_text("0 0.5 x 0.2 0.4\n"), "a.txt: line 1: "),
+        (yolo, lambda f: (f / "labels/a.txt").write_text("0 0.5 0.5 0.2\n"), "expected a class and a box or a polygon"),
+        (yolo, lambda f: (f / "labels/a.txt").write_text("0 0.5 nan 0.2 0.1\n"), "expected a class and a box"),
+        (yolo, lambda f: (f / "data.yaml").write_text("nc: 2\n"), "names: None, expected a list"),
+        (yolo, lambda f: (f / "data.yaml").write_text("names: {1: cat, 2: dog}\n"), "the name of each class from 0"),
+        (yolo, lambda f: (f / "data.yaml").write_text("names: [cat, dog]\nkpt_shape: x\n"), "kpt_shape: "),
+        (voc, lambda f: (f / "Annotations/a.xml").write_text("<annotation>"), "Annotations/a.xml: "),
     ],
 )
 def test_what_is_malformed_is_named_in_one_line(
