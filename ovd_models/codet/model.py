@@ -306,10 +306,18 @@ class CoDet(nn.Module):
         return self.detector.encode(images)
 
     def find(
-        self, encoded: EncodedRegions, vocabulary: Vocabulary, *, score_threshold: float, max_detections: int
+        self,
+        encoded: EncodedRegions,
+        vocabulary: Vocabulary,
+        *,
+        score_threshold: float,
+        max_detections: int,
+        distinct: bool = False,
     ) -> Detections:
         """Find the vocabulary's names in an encoded image."""
-        return self.detector.find(encoded, vocabulary, score_threshold=score_threshold, max_detections=max_detections)
+        return self.detector.find(
+            encoded, vocabulary, score_threshold=score_threshold, max_detections=max_detections, distinct=distinct
+        )
 
     def detect(
         self,

@@ -108,6 +108,7 @@ class Endpoint:
             query=query,
             score_threshold=own if fields.score_threshold is None else fields.score_threshold,
             max_detections=fields.max_detections,
+            distinct=fields.distinct,
         )
 
         def answer(encoded: Any) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from serving import (
     save_text_segmenter,
 )
 from starlette.testclient import TestClient
+from torchvision.ops import nms
 
 import ovd_models
 from ovd_models.batches import TensorRecord
@@ -126,6 +127,18 @@ def test_each_route_answers_as_the_python_call(client: TestClient, folders: dict
     assert [entry["label"] for entry in labels] == list(best.labels)
     assert [entry["score"] for entry in labels] == pytest.approx(best.scores, abs=1e-5)
     assert "has no default vocabulary" in problem(post(client, "classify", image), 422)
+
+
+def test_distinct_objects_are_chosen_before_the_limit(client: TestClient) -> None:
+    names = json.dumps([f"name {row}" for row in range(LIMITS.max_names)])
+    fields = {"model": "words", "vocabulary": names, "score_threshold": "0.05"}
+    pairs = post(client, "detect", **fields).json()["detections"]
+    objects = post(client, "detect", distinct="true", **fields).json()["detections"]
+    boxes, limited = (torch.tensor([entry["box"] for entry in found]) for found in (objects, pairs))
+    assert len(nms(boxes, torch.ones(len(boxes)), 0.5)) == len(boxes)
+    assert len(nms(limited, torch.tensor([entry["score"] for entry in pairs]), 0.5)) < len(boxes)
+    assert len(pairs) == 100
+    assert objects[0] == pairs[0]
 
 
 def test_a_raw_body_takes_its_fields_from_the_query(client: TestClient) -> None:

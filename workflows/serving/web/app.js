@@ -1,7 +1,6 @@
 // The page: a picture, what to do with it, names, and results. State lives here; parts draw it.
 
 import { asCurl, asPython, call, form, token } from "./api.js";
-import { distinct } from "./boxes.js";
 import { el, Pane } from "./pane.js";
 import { Prompts } from "./prompts.js";
 import { Side } from "./side.js";
@@ -124,6 +123,7 @@ function fieldsOf(side) {
   if (state.models.length > 1) fields.model = side.model.name;
   if (names.length) fields.vocabulary = JSON.stringify(names);
   if (state.mode === "detect") fields.score_threshold = "0.05";
+  if (state.mode === "detect" && $("distinct").checked) fields.distinct = "true";
   if (state.mode === "detect" && side.model.masks) fields.masks = "true";
   if (state.mode === "classify") fields.top = "10";
   return fields;
@@ -174,8 +174,7 @@ function showSide(index) {
   const names = side.vocabulary().length ? `${side.names.slice(0, 4).join(", ")}${side.names.length > 4 ? " …" : ""}` : "the model's own names";
   pane.heading.textContent = `${side.model?.name ?? ""}: ${names}`;
   pane.heading.hidden = !$("compare").checked;
-  const answer = state.lastAnswers[index] ?? [];
-  pane.show(state.mode === "detect" && $("distinct").checked ? distinct(answer) : answer, threshold(), side.allNames());
+  pane.show(state.lastAnswers[index] ?? [], threshold(), side.allNames());
 }
 
 function threshold() {
@@ -300,7 +299,7 @@ addEventListener("dragover", (event) => { event.preventDefault(); $("drop").clas
 addEventListener("dragleave", () => $("drop").classList.remove("over"));
 addEventListener("drop", (event) => { event.preventDefault(); $("drop").classList.remove("over"); useFile(event.dataTransfer.files[0]); });
 $("run").onclick = run;
-$("distinct").onchange = () => active().forEach(showSide);
+$("distinct").onchange = later;
 $("threshold").oninput = () => {
   state.thresholdChosen = true;
   setThreshold($("threshold").value);
