@@ -169,7 +169,7 @@ def teach_sam(run: Run) -> str:
 
 def share_sam(run: Run, sam: SamModel, active: ActiveRun) -> str:
     """The folder of the given SAM, for other processes; a published file is converted to a folder."""
-    if not run.sam.endswith(".pth"):
+    if not storage.base_name(run.sam).endswith(".pth"):
         return storage.absolute(run.sam)  # actors of the cache have other working folders
     return active.save("sam_model", partial(write_sam, run, sam))
 
