@@ -346,7 +346,7 @@ def hold_to_inputs(folder: str, inputs: Mapping[str, str]) -> None:
 def print_results(run: TrainingConfig, trained: Trained[M], table: str, next_command: str) -> None:
     """Print a training's table, its times, where its results are, and the next command."""
     print(table)
-    steps = max(getattr(run, name).steps for name in cli.stages_of(run))
+    steps = max(stage.steps for stage in run.stages.values())
     if steps < SHORT_STEPS:
         print(f"{steps} steps only show that the training runs: this is no model, and its numbers mean nothing")
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in trained.seconds.items()))
