@@ -41,6 +41,7 @@ import ovd_models
 from ovd_models.batches import TensorRecord
 from ovd_models.checkpoint_info import write_calibration
 from ovd_models.segments import Prompts
+from ovd_models.vild.model import ViLD, ViLDConfig
 from workflows.serving import opening
 from workflows.serving.api import WEB, Endpoint, build_api
 from workflows.serving.deployment import Replica, digest_of_token
@@ -246,6 +247,19 @@ def storages(value: Any) -> Iterator[torch.UntypedStorage]:
         yield value.untyped_storage()
     for entry in vars(value).values() if isinstance(value, TensorRecord) else value if type(value) is tuple else ():
         yield from storages(entry)
+
+
+def test_a_name_with_an_attribute_is_embedded_once(tmp_path: Path) -> None:
+    folder = save_detector_of_any_name(tmp_path / "vild", ViLD(ViLDConfig()))
+    opened, image, words = endpoint(folder, tmp_path), picture(), ["red", "blue"]
+    with TestClient(build_api(opened)) as client:
+        for names, computed in ((["anchor", "cat"], 2 + 4), (["cat", "anchor"], 6), (["cat"], 6), (["dog"], 6 + 3)):
+            fields = {"vocabulary": json.dumps(names), "attributes": json.dumps(words), "score_threshold": "0"}
+            found = post(client, "detect", image, **fields).json()["detections"]
+            assert opened.texts.computed == computed
+    expected = ovd_models.load(folder).detect(image, names, attributes=words, score_threshold=0.0).to_list()
+    assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
+    assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-5)
 
 
 def test_a_name_is_embedded_once(opened: Endpoint, client: TestClient) -> None:
