@@ -230,9 +230,19 @@ class Detector(Predictor[CoDet | ViLD]):
         score_threshold: float = 0.05,
         max_detections: int = 100,
         distinct: bool = False,
+        masks: bool = True,
         scoring: Scoring | None = None,
     ) -> Detections:
-        """Find a query's names in an encoded image; arguments as for `detect`. The result is on the model's device.
+        """Find a query's names in an encoded image. The result is on the model's device.
+
+        Args:
+            encoded: by `encode`.
+            query: of `build_query`.
+            score_threshold: and the others as for `detect`.
+            max_detections: as for `detect`.
+            distinct: as for `detect`.
+            masks: whether to make masks too, if the detector predicts them: on a photograph they take seconds.
+            scoring: as for `detect`.
 
         Raises:
             InputError: the method cannot answer such a query.
@@ -245,6 +255,7 @@ class Detector(Predictor[CoDet | ViLD]):
                 score_threshold=score_threshold,
                 max_detections=max_detections,
                 distinct=distinct,
+                masks=masks,
                 scoring=scoring,
             )
         if query.attributes is not None or query.children is not None or scoring is not None:
@@ -258,6 +269,7 @@ class Detector(Predictor[CoDet | ViLD]):
             score_threshold=score_threshold,
             max_detections=max_detections,
             distinct=distinct,
+            masks=masks,
         )
 
     def propose(self, images: Sequence[ImageLike], limit: int) -> list[tuple[Tensor, Tensor]]:

@@ -313,10 +313,16 @@ class CoDet(nn.Module):
         score_threshold: float,
         max_detections: int,
         distinct: bool = False,
+        masks: bool = True,
     ) -> Detections:
-        """Find the vocabulary's names in an encoded image."""
+        """Find the vocabulary's names in an encoded image, with masks if learned and wanted."""
         return self.detector.find(
-            encoded, vocabulary, score_threshold=score_threshold, max_detections=max_detections, distinct=distinct
+            encoded,
+            vocabulary,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            distinct=distinct,
+            masks=masks,
         )
 
     def detect(

@@ -274,10 +274,13 @@ class CenterNet2(nn.Module):
         score_threshold: float,
         max_detections: int,
         distinct: bool = False,
+        masks: bool = True,
     ) -> Detections:
-        """Find the vocabulary's names in an encoded image, with masks if learned."""
+        """Find the vocabulary's names in an encoded image, with masks if learned and wanted."""
         found, boxes = self.find_boxes(encoded, vocabulary, score_threshold, max_detections, distinct)
-        return with_masks([found], self.mask_logits(encoded.features, [boxes]))[0] if self.config.mask_convs else found
+        if not (masks and self.config.mask_convs):
+            return found
+        return with_masks([found], self.mask_logits(encoded.features, [boxes]))[0]
 
     @torch.no_grad()
     def find_boxes(

@@ -313,8 +313,9 @@ class RCNN(ProposalNetwork):
         score_threshold: float,
         max_detections: int,
         distinct: bool = False,
+        masks: bool = True,
     ) -> Detections:
-        """Find the vocabulary's names in an encoded image."""
+        """Find the vocabulary's names in an encoded image; there are no masks, wanted or not."""
         logits_RS = cosine_logits(encoded.stages[0], vocabulary.embeddings, self.config.temperature)
         scores_RK = vocabulary.strongest(logits_RS).sigmoid()
         selection = Selection(self.config.box_nms, score_threshold, max_detections, distinct)

@@ -231,9 +231,10 @@ class ViLD(nn.Module):
         score_threshold: float,
         max_detections: int,
         distinct: bool = False,
+        masks: bool = True,
         scoring: Scoring | None = None,
     ) -> Detections:
-        """Find the labels of a vocabulary or query in an encoded image, with masks if learned."""
+        """Find the labels of a vocabulary or query in an encoded image, with masks if learned and wanted."""
         query = vocabulary if isinstance(vocabulary, RegionQuery) else RegionQuery(vocabulary)
         found = self.find_in_records(
             [encoded.record],
@@ -243,7 +244,7 @@ class ViLD(nn.Module):
             distinct=distinct,
             scoring=scoring,
         )
-        if not self.config.detector.masks:
+        if not (masks and self.config.detector.masks):
             return found[0]
         boxes = encoded.sizes.resized_boxes([found[0].boxes])  # masks are pooled from the final boxes
         features = {str(index): level for index, level in enumerate(encoded.levels)}

@@ -109,15 +109,12 @@ class Endpoint:
             score_threshold=own if fields.score_threshold is None else fields.score_threshold,
             max_detections=fields.max_detections,
             distinct=fields.distinct,
+            masks=fields.masks,
         )
 
         def answer(encoded: Any) -> dict[str, Any]:
             found = find(encoded).to(torch.device("cpu"))
-            detections = found.to_list()
-            if not fields.masks:
-                for entry in detections:
-                    entry.pop("mask", None)
-            return {"width": found.width, "height": found.height, "detections": detections}
+            return {"width": found.width, "height": found.height, "detections": found.to_list()}
 
         return await self._answer(model, content, answer, request)
 

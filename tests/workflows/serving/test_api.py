@@ -40,6 +40,7 @@ from torchvision.ops import nms
 import ovd_models
 from ovd_models.batches import TensorRecord
 from ovd_models.checkpoint_info import write_calibration
+from ovd_models.detectors.masks import with_masks
 from ovd_models.segments import Prompts
 from ovd_models.vild.model import ViLD, ViLDConfig
 from workflows.serving import opening
@@ -247,6 +248,26 @@ def storages(value: Any) -> Iterator[torch.UntypedStorage]:
         yield value.untyped_storage()
     for entry in vars(value).values() if isinstance(value, TensorRecord) else value if type(value) is tuple else ():
         yield from storages(entry)
+
+
+def test_masks_are_made_for_those_who_want_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ViLDConfig()
+    config = dataclasses.replace(config, detector=dataclasses.replace(config.detector, masks=True))
+    folder, made = save_detector_of_any_name(tmp_path / "vild", ViLD(config)), []
+
+    def counted(found: Any, logits: Any) -> Any:
+        made.append(len(found))
+        return with_masks(found, logits)
+
+    monkeypatch.setattr("ovd_models.vild.model.with_masks", counted)
+    fields = {"vocabulary": '["anchor", "cat"]', "score_threshold": "0"}
+    with TestClient(build_api(endpoint(folder, tmp_path))) as client:
+        plain = post(client, "detect", **fields).json()["detections"]
+        assert made == []
+        masked = post(client, "detect", masks="true", **fields).json()["detections"]
+    assert made == [1]
+    assert all("mask" in entry for entry in masked)
+    assert plain == [{key: value for key, value in entry.items() if key != "mask"} for entry in masked]
 
 
 def test_a_name_with_an_attribute_is_embedded_once(tmp_path: Path) -> None:
