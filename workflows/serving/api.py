@@ -330,7 +330,7 @@ def describe(model: ServedModel) -> ModelResponse:
 
 
 async def _send_page(path: Path, request: Request) -> Response:
-    return FileResponse(path, headers={"cache-control": "no-cache"})
+    return FileResponse(path)
 
 
 def build_api(endpoint: Endpoint, token_digest: str = "", *, adds_ids: bool = True) -> FastAPI:

@@ -427,6 +427,13 @@ def test_requests_of_other_sites_pages_are_refused(client: TestClient) -> None:
         del client.headers["Sec-Fetch-Site"]
 
 
+def test_browsers_ask_for_each_file_of_the_page_again(client: TestClient) -> None:
+    for path in ("/", "/docs", "/web/app.js", "/v1/models"):
+        assert client.get(path).headers["cache-control"] == "no-cache"
+    tag = client.get("/web/app.js").headers["etag"]
+    assert client.get("/web/app.js", headers={"if-none-match": tag}).status_code == 304
+
+
 def test_a_wrong_method_names_the_right_one(client: TestClient) -> None:
     assert client.get("/v1/detect").headers["allow"] == "POST"
 
