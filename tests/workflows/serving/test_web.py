@@ -219,6 +219,50 @@ def test_results_are_saved_and_the_request_is_copied(page: "playwright.Page", ur
     compile(page.evaluate("navigator.clipboard.readText()"), "copied", "exec")
 
 
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_a_page_without_a_clipboard_copies_too(browser: "playwright.Browser", url: str, path: str) -> None:
+    # as over plain HTTP from another machine
+    context = browser.new_context()
+    context.add_init_script(
+        """Object.defineProperty(navigator, "clipboard", { value: undefined });
+        sessionStorage.setItem("ovd-token", "secret");
+        addEventListener("copy", () => (window.copied = document.activeElement.value));"""
+    )
+    page = context.new_page()
+    page.goto(url + path)
+    expect(page.locator("#status:has-text('result'), article").first).to_be_visible()
+    button = page.locator("#copy-curl, article:has-text('/v1/detect') button").first
+    button.click()
+    expect(page.locator("#status:has-text('copied'), button:has-text('Copied')").first).to_be_visible()
+    command = page.evaluate("window.copied")
+    expect(button).to_be_focused()
+    context.close()
+    assert f"curl {url}/v1/detect" in command
+    assert '-H "Authorization: Bearer $OVD_TOKEN"' in command
+
+
+def test_results_of_an_earlier_picture_are_not_shown_on_one_that_is_refused(page: "playwright.Page") -> None:
+    page.locator("#threshold").fill("0.05")
+    expect(page.locator(".found:visible button").first).to_be_visible()
+    page.route("**/v1/detect", lambda asked: asked.fulfill(status=400, json={"detail": "image: broken"}))
+    page.get_by_label("Sample picture 2").click()
+    expect(page.locator("#error")).to_contain_text("image: broken")
+    page.locator("#threshold").fill("0.06")
+    expect(page.locator(".found:visible button")).to_have_count(0)
+    page.route("**/web/samples/*", lambda asked: asked.abort())
+    page.get_by_label("Sample picture 3").click()
+    expect(page.locator("#error")).to_contain_text("cannot be reached")
+
+
+def test_a_word_of_an_input_method_is_no_name_yet(page: "playwright.Page") -> None:
+    names = page.get_by_label("Names: add a name")
+    names.fill("an")
+    names.dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+    expect(page.locator(".chip")).to_have_count(0)
+    names.press("Enter")
+    expect(page.locator(".chip")).to_have_count(1)
+
+
 @pytest.mark.slow
 def test_a_copied_request_has_places_of_the_users_file(page: "playwright.Page", tmp_path: Path) -> None:
     large = tmp_path / "large.png"
