@@ -137,6 +137,11 @@ def split_options(uri: str) -> tuple[str, str]:
     return (address, mark + query) if "://" in address and "=" in query else (uri, "")
 
 
+def base_name(uri: str) -> str:
+    """The name of a file or folder, without the options of a URI's query."""
+    return posixpath.basename(split_options(uri)[0])
+
+
 def exists(uri: str) -> bool:
     """Whether there is a file or folder at `uri`.
 

@@ -181,7 +181,10 @@ class Detections(TensorRecord):
         return self._select(rows_to_keep(self.scores, self.labels, self.names, min_score, names))
 
     def distinct(self, iou: float = 0.5) -> "Detections":
-        """The best name of each object: suppression across names, where `detect` suppresses within each name."""
+        """The best name of each object: suppression across names, where `detect` suppresses within each name.
+
+        With many names, `detect(..., distinct=True)` finds more objects: its limit then counts those alone.
+        """
         return self._select(nms(self.boxes, self.scores, iou))
 
     def with_area(self) -> "Detections":

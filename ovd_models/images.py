@@ -266,8 +266,8 @@ def decode_deep(image: Image.Image, content: bytes) -> Image.Image | None:
 def scale_deep(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
     """Values of more than 8 bits as 8 bits.
 
-    Integers are scaled by the smallest of `DEPTHS` that holds them all, or else by their maximum, and floats by their
-    finite extremes. Negative integers and what is not a number become 0.
+    Integers are scaled by the smallest of `DEPTHS` that holds them all, as files rarely say how many bits they use, or
+    else by their maximum, and floats by their finite extremes. Negative integers and what is not a number become 0.
     """
     deep = values.astype(np.float64)
     if np.issubdtype(values.dtype, np.floating):

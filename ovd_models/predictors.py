@@ -112,6 +112,7 @@ class Detector(Predictor[CoDet | ViLD]):
         attribute_prompts: str = ...,
         score_threshold: float | None = ...,
         max_detections: int = ...,
+        distinct: bool = ...,
         scoring: Scoring | None = ...,
         synonyms: Synonyms | None = ...,
         merge: Merge = ...,
@@ -127,6 +128,7 @@ class Detector(Predictor[CoDet | ViLD]):
         attribute_prompts: str = ...,
         score_threshold: float | None = ...,
         max_detections: int = ...,
+        distinct: bool = ...,
         scoring: Scoring | None = ...,
         synonyms: Synonyms | None = ...,
         merge: Merge = ...,
@@ -141,6 +143,7 @@ class Detector(Predictor[CoDet | ViLD]):
         attribute_prompts: str = "photo",
         score_threshold: float | None = None,
         max_detections: int = 100,
+        distinct: bool = False,
         scoring: Scoring | None = None,
         synonyms: Synonyms | None = None,
         merge: Merge = "mean",
@@ -157,6 +160,8 @@ class Detector(Predictor[CoDet | ViLD]):
             attribute_prompts: the same for attributes, which stand before each name in turn.
             score_threshold: detections score above it; if None, above the checkpoint's own, `info.score_threshold`.
             max_detections: maximum number for each image.
+            distinct: only the best name of each object, by suppression across names; else an object has a detection
+                for every name above the threshold, and thousands of names may leave objects without any.
             scoring: for ViLD, how cosines become scores; the checkpoint's scoring if None.
             synonyms: other words by name, child or attribute.
             merge: whether a name's embedding is the mean of its synonyms', or its score the maximum of theirs.
@@ -183,7 +188,12 @@ class Detector(Predictor[CoDet | ViLD]):
         for batch in self._batches(images):
             for tensor, encoded in zip(batch, self.encode(batch), strict=True):
                 result = self.find(
-                    encoded, query, score_threshold=threshold, max_detections=max_detections, scoring=scoring
+                    encoded,
+                    query,
+                    score_threshold=threshold,
+                    max_detections=max_detections,
+                    distinct=distinct,
+                    scoring=scoring,
                 )
                 found.append(_with_image(result, tensor))
         return found if isinstance(image, list | tuple) else found[0]
@@ -219,9 +229,20 @@ class Detector(Predictor[CoDet | ViLD]):
         *,
         score_threshold: float = 0.05,
         max_detections: int = 100,
+        distinct: bool = False,
+        masks: bool = True,
         scoring: Scoring | None = None,
     ) -> Detections:
-        """Find a query's names in an encoded image; arguments as for `detect`. The result is on the model's device.
+        """Find a query's names in an encoded image. The result is on the model's device.
+
+        Args:
+            encoded: by `encode`.
+            query: of `build_query`.
+            score_threshold: and the others as for `detect`.
+            max_detections: as for `detect`.
+            distinct: as for `detect`.
+            masks: whether to make masks too, if the detector predicts them: on a photograph they take seconds.
+            scoring: as for `detect`.
 
         Raises:
             InputError: the method cannot answer such a query.
@@ -229,14 +250,27 @@ class Detector(Predictor[CoDet | ViLD]):
         if isinstance(self.model, ViLD):
             assert isinstance(encoded, EncodedViLD)
             return self.model.find(
-                encoded, query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
+                encoded,
+                query,
+                score_threshold=score_threshold,
+                max_detections=max_detections,
+                distinct=distinct,
+                masks=masks,
+                scoring=scoring,
             )
         if query.attributes is not None or query.children is not None or scoring is not None:
             raise InputError(
                 f"attributes, children, scoring: not of method {self.method!r}, expected a ViLD checkpoint"
             )
         assert isinstance(encoded, EncodedRegions)
-        return self.model.find(encoded, query.names, score_threshold=score_threshold, max_detections=max_detections)
+        return self.model.find(
+            encoded,
+            query.names,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            distinct=distinct,
+            masks=masks,
+        )
 
     def propose(self, images: Sequence[ImageLike], limit: int) -> list[tuple[Tensor, Tensor]]:
         """Class-agnostic proposals: boxes [N, 4] (xyxy, pixels), best first, and their objectness [N], on the CPU.

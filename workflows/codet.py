@@ -224,7 +224,7 @@ def train(run: Run) -> Trained[Metrics]:
 
 
 def dry_run(run: Run) -> None:
-    """Run some steps of both stages in this process, and print what they cost and what their workers need."""
+    """Run some steps of the stages in this process, and print what they cost and what their workers need."""
     run, encoder, names, weights = read_inputs(run)
 
     def train_some(share: Run, stage: Stage, rehearsal: Rehearsal) -> None:

@@ -95,7 +95,7 @@ def check_runs(run: Run) -> None:
         InputError: one is missing, or cannot be compared on this set.
     """
     for uri in run.runs:
-        if storage.split_options(uri)[0].endswith(FILES):
+        if storage.base_name(uri).endswith(FILES):
             if not storage.exists(uri):
                 raise InputError(f"--runs {uri}: no such file, expected one of predictions")
             continue
@@ -112,7 +112,7 @@ def check_runs(run: Run) -> None:
 def entry_of(run: Run, uri: str, name: str, truth: GroundTruth, protocol: Protocol) -> Entry:
     """The evaluation of one of the runs."""
     settings: dict[str, Any] = {}
-    if storage.split_options(uri)[0].endswith(FILES):
+    if storage.base_name(uri).endswith(FILES):
         predictions = measured.read_prediction_file(uri, truth, run.iou_type)
     else:
         predictions, settings = predict(run, uri, protocol)
@@ -151,7 +151,7 @@ def checkpoint_of(uri: str, storage_uri: str) -> str:
 
 def short_names(uris: tuple[str, ...]) -> list[str]:
     """The parts of the names in which the runs differ."""
-    parts = [[part for part in uri.split("/") if part] for uri in uris]
+    parts = [[part for part in storage.split_options(uri)[0].split("/") if part] for uri in uris]
     last = [own[-1] for own in parts]
     if len(set(last)) == len(last):
         return last

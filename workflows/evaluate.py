@@ -86,7 +86,7 @@ def check_flags(run: Run) -> None:
         raise InputError(f"--engine {run.engine}: reads files, expected --ground-truth and --predictions, not --model")
     if run.novel:
         raise InputError(f"--novel {run.novel}: of files, expected --ground-truth; a box set has a split of its own")
-    if run.export and not run.export.endswith((".json", ".parquet")):
+    if run.export and not storage.base_name(run.export).endswith((".json", ".parquet")):
         raise InputError(f"--export {run.export}: expected a name that ends with .json or .parquet")
 
 

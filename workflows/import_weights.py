@@ -84,7 +84,7 @@ def read_released_names(path: str) -> dict[str, str]:
     frequencies: list[Any] = []
     try:
         text = storage.read_text(path)
-        if not path.endswith(".json"):
+        if not storage.base_name(path).endswith(".json"):
             names = [line.strip() for line in text.splitlines() if line.strip()]
         else:
             raw: Any = json.loads(text)
@@ -178,7 +178,7 @@ def convert(run: Run) -> None:
     if run.out:
         output.check_folder(run.out)
     digests: dict[str, str] = {}
-    if run.weights[0].endswith(".npy"):
+    if storage.base_name(run.weights[0]).endswith(".npy"):
         kind, plan = "texts", plan_texts(run)
     else:
         with working("reading"):

@@ -169,7 +169,7 @@ def teach_sam(run: Run) -> str:
 
 def share_sam(run: Run, sam: SamModel, active: ActiveRun) -> str:
     """The folder of the given SAM, for other processes; a published file is converted to a folder."""
-    if not run.sam.endswith(".pth"):
+    if not storage.base_name(run.sam).endswith(".pth"):
         return storage.absolute(run.sam)  # actors of the cache have other working folders
     return active.save("sam_model", partial(write_sam, run, sam))
 
@@ -239,20 +239,24 @@ def build_text_training(sam: SamConfig, tower: TowerConfig, settings: TextToMask
     return TextToMask(TextToMaskModelConfig(sam=sam, tower=tower, text=settings))
 
 
-def train_text(
-    run: Run, config: OvSamConfig, sam: SamModel, clip: Clip, names: OvSamNames, active: ActiveRun
-) -> TextToMask:
-    """Train a copy of the SAM to use CLIP's embeddings as prompts."""
-    settings = run.text_stage
-    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=settings.seed, side=config.sam.image_size)
-    torch.manual_seed(settings.seed)
+def text_feeding(run: Run, sam: SamModel, clip: Clip) -> Feeding:
+    """What trains a copy of the SAM to use CLIP's embeddings as prompts."""
+    config, seed = model_config(run, sam.config, clip), run.text_stage.seed
+    load = mask_loader(run.storage, f"{run.boxes}-train", [], seed=seed, side=config.sam.image_size)
+    torch.manual_seed(seed)
     build = partial(build_text_training, config.sam, config.tower, run.text)
     module = build()
     assert isinstance(module, TextToMask)
     module.sam.load_state_dict(sam.state_dict())
     module.clip.load_tower(clip.model.visual.state_dict())
-    feeding = Feeding(Task(build, MaskCollate(), seeded=True), load, module)
-    train_stage(run, active.stage("text", settings), feeding, active.tracked.logger())
+    return Feeding(Task(build, MaskCollate(), seeded=True), load, module)
+
+
+def train_text(run: Run, sam: SamModel, clip: Clip, names: OvSamNames, active: ActiveRun) -> TextToMask:
+    """Train a copy of the SAM to use CLIP's embeddings as prompts."""
+    feeding = text_feeding(run, sam, clip)
+    train_stage(run, active.stage("text", run.text_stage), feeding, active.tracked.logger())
+    module: TextToMask = feeding.module
     module.set_text_centre(names.base.embeddings)
     return module.eval()
 
@@ -273,7 +277,7 @@ def teach_text(run: Run) -> str:
         inputs={"teacher": encoder.teacher, "sam": sam_name},
         stages=(run.text_stage,),
     ) as active:
-        text = train_text(run, model_config(run, sam.config, clip), sam, clip, names, active)
+        text = train_text(run, sam, clip, names, active)
         return active.save("text_model", partial(save, run, text, encoder, names))
 
 
@@ -319,7 +323,7 @@ def train(run: Run) -> Trained[pointing_report.SegmentationReport]:
         text = None
         if run.text_to_mask:
             with active.timing("text"):
-                text = train_text(run, model.config, sam, clip, names, active)
+                text = train_text(run, sam, clip, names, active)
                 active.outputs["text"] = active.save("text_model", partial(save, run, text, encoder, names))
         evaluation = partial(evaluate_models, run, model.eval(), sam, text, names, active)
         return active.finish(partial(save, run, model, encoder, names), evaluation)
@@ -332,17 +336,18 @@ def dry_run(run: Run) -> None:
     """
     clip, encoder = open_clip_teacher(run)
     names = read_names(run, encoder)
-    sam = open_sam(run)[0].config if run.sam else run.sam_model
+    sam = open_sam(run)[0] if run.sam else SamModel(run.sam_model)
 
     def train_some(share: Run, stage: Stage, rehearsal: Rehearsal) -> None:
         if stage.name == "sam":
             feeding = sam_feeding(share)
+        elif stage.name == "text":
+            feeding = text_feeding(share, sam, clip)
         else:
-            feeding = head_feeding(share, OvSam(model_config(share, sam, clip)), names)
+            feeding = head_feeding(share, OvSam(model_config(share, sam.config, clip)), names)
         train_stage(share, stage, feeding, rehearsal, rehearsal.fit)
 
-    own = {} if run.sam else {"sam": "sam_stage"}
-    rehearse(run, {**own, "clip2sam": "clip2sam_stage"}, train_some)
+    rehearse(run, {"sam": "sam_stage", "clip2sam": "clip2sam_stage", "text": "text_stage"}, train_some)
 
 
 def save(run: Run, model: OvSam | TextToMask, encoder: ClipTextEncoder, names: OvSamNames, folder: Path) -> None:

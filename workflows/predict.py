@@ -40,10 +40,6 @@ from workflows.reports.page import render_page
 
 LOWER = (0.6, 0.7)
 """Limits of predicted IoU and stability that a SAM of a short training reaches."""
-MAX_OBJECTS = 100
-"""Maximum number of objects that a detector finds in a picture."""
-MAX_PAIRS = 1_000
-"""Maximum pairs of a box and a name that they are chosen from: with many names, an object takes dozens."""
 Predictor = Detector | Segmenter | TextSegmenter
 Boxes = Mapping[str, Sequence[Sequence[float]]]
 """Boxes (xyxy, pixels) by the name of their picture."""
@@ -240,8 +236,7 @@ def predict_one(job: Job, path: Path, name: str) -> Detections | Segments:
     """
     image, predictor = open_image(path), job.predictor
     if isinstance(predictor, Detector):
-        pairs = predictor.detect(image, job.names, score_threshold=job.threshold, max_detections=MAX_PAIRS)
-        return pairs.distinct()[:MAX_OBJECTS]
+        return predictor.detect(image, job.names, score_threshold=job.threshold, distinct=True)
     if isinstance(predictor, TextSegmenter):
         found = predictor.segment(image, job.names)
     elif job.boxes is None:

@@ -244,7 +244,7 @@ def crawl(job: Job, repeated_urls: pa.Table, *, are_files: bool) -> list[tuple[f
     """
     run, pool = job.run, job.pool
     every = job.plan.parts(job.staging, repeated_urls["id"].to_numpy())
-    done = {uri.rpartition("/")[2] for uri in job.staging.files("parts")}
+    done = {storage.base_name(uri) for uri in job.staging.files("parts")}
     parts = [part for part in every if part.name not in done]
     if not parts:
         return []

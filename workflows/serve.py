@@ -116,9 +116,11 @@ def check(run: Run) -> None:
     for name in ("replicas", "max_batch"):
         if getattr(run, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected 1 or more")
-    for name in ("cpus", "gpus"):
+    for name in ("cpus", "gpus", "threads", "max_replicas", "image_cache_mb", "text_cache_mb", "refresh_seconds"):
         if (getattr(run, name) or 0) < 0:
-            raise InputError(f"--{name} {getattr(run, name):g}: expected 0 or more")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(run, name):g}: expected 0 or more")
+    if 0 < run.max_replicas < run.replicas:
+        raise InputError(f"--max-replicas {run.max_replicas}: expected 0, or at least the {run.replicas} of --replicas")
     check_models(run.model, run.storage)
     if run.host not in LOOPBACK and not read_token(run):
         raise InputError(
@@ -267,11 +269,13 @@ def free_port(host: str, port: int) -> int:
     """Check that a port is free, or choose one if it is 0.
 
     Raises:
-        InputError: the port is taken, or the host is not an address of this machine.
+        InputError: the port is taken, or the host is not an address of this machine that Ray Serve can listen on.
     """
+    if ":" in host:
+        raise InputError(f"--host {host}: IPv6, on which Ray Serve's proxy never answers; expected IPv4 or a name")
     if not 0 <= port <= cluster.MAX_PORT:
         raise InputError(f"--port {port}: expected 0, for a free one, to {cluster.MAX_PORT}")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

@@ -181,7 +181,7 @@ def train_proposals(run: Run, names: VildNames, encoder: TextEncoder, active: Ac
 
 
 def dry_run(run: Run) -> None:
-    """Run some steps of both stages in this process, and print what they cost and what their workers need.
+    """Run some steps of the stages in this process, and print what they cost and what their workers need.
 
     There are no embeddings of proposals yet, so the detector's steps are those of ViLD-text.
     """

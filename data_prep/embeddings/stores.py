@@ -98,7 +98,7 @@ def saved_shards(staging: str) -> dict[str, SavedShard]:
         raw = json.loads(storage.read_bytes(uri))
         files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
         reasons = tuple(raw.pop("unreadable", ()))
-        saved[Path(uri).stem] = SavedShard(files=files, unreadable=reasons, **raw)
+        saved[storage.base_name(uri).removesuffix(".json")] = SavedShard(files=files, unreadable=reasons, **raw)
     return saved
 
 

@@ -80,7 +80,7 @@ def read_class_names(uri: str) -> dict[str, str]:
     """
     try:
         text = storage.read_text(uri)
-        pairs = _json_names(text) if storage.split_options(uri)[0].endswith(".json") else _line_names(text)
+        pairs = _json_names(text) if storage.base_name(uri).endswith(".json") else _line_names(text)
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{uri}: {' '.join(str(error).split())}, expected {EXPECTED}") from error
     if not pairs:

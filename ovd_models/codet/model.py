@@ -306,10 +306,24 @@ class CoDet(nn.Module):
         return self.detector.encode(images)
 
     def find(
-        self, encoded: EncodedRegions, vocabulary: Vocabulary, *, score_threshold: float, max_detections: int
+        self,
+        encoded: EncodedRegions,
+        vocabulary: Vocabulary,
+        *,
+        score_threshold: float,
+        max_detections: int,
+        distinct: bool = False,
+        masks: bool = True,
     ) -> Detections:
-        """Find the vocabulary's names in an encoded image."""
-        return self.detector.find(encoded, vocabulary, score_threshold=score_threshold, max_detections=max_detections)
+        """Find the vocabulary's names in an encoded image, with masks if learned and wanted."""
+        return self.detector.find(
+            encoded,
+            vocabulary,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            distinct=distinct,
+            masks=masks,
+        )
 
     def detect(
         self,

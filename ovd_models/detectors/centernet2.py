@@ -267,15 +267,29 @@ class CenterNet2(nn.Module):
 
     @torch.no_grad()
     def find(
-        self, encoded: EncodedRegions, vocabulary: Vocabulary, *, score_threshold: float, max_detections: int
+        self,
+        encoded: EncodedRegions,
+        vocabulary: Vocabulary,
+        *,
+        score_threshold: float,
+        max_detections: int,
+        distinct: bool = False,
+        masks: bool = True,
     ) -> Detections:
-        """Find the vocabulary's names in an encoded image, with masks if learned."""
-        found, boxes = self.find_boxes(encoded, vocabulary, score_threshold, max_detections)
-        return with_masks([found], self.mask_logits(encoded.features, [boxes]))[0] if self.config.mask_convs else found
+        """Find the vocabulary's names in an encoded image, with masks if learned and wanted."""
+        found, boxes = self.find_boxes(encoded, vocabulary, score_threshold, max_detections, distinct)
+        if not (masks and self.config.mask_convs):
+            return found
+        return with_masks([found], self.mask_logits(encoded.features, [boxes]))[0]
 
     @torch.no_grad()
     def find_boxes(
-        self, encoded: EncodedRegions, vocabulary: Vocabulary, score_threshold: float, max_detections: int
+        self,
+        encoded: EncodedRegions,
+        vocabulary: Vocabulary,
+        score_threshold: float,
+        max_detections: int,
+        distinct: bool = False,
     ) -> tuple[Detections, Tensor]:
         """Detections without masks, and their boxes [N, 4] in pixels of the resized image.
 
@@ -285,7 +299,7 @@ class CenterNet2(nn.Module):
         logits_RS = [cosine_logits(each, vocabulary.embeddings, self.config.temperature) for each in encoded.stages]
         stage_SRK = torch.stack([vocabulary.strongest(logits).sigmoid() for logits in logits_RS])
         score_RK = combine_scores(stage_SRK, encoded.proposal_scores)
-        selection = Selection(self.config.box_nms, score_threshold, max_detections)
+        selection = Selection(self.config.box_nms, score_threshold, max_detections, distinct)
         (found,), (boxes,) = encoded.sizes.detections([encoded.boxes], [score_RK], vocabulary.names, selection)
         return found, boxes
 

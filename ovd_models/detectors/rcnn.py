@@ -306,12 +306,19 @@ class RCNN(ProposalNetwork):
 
     @torch.no_grad()
     def find(
-        self, encoded: EncodedRegions, vocabulary: Vocabulary, *, score_threshold: float, max_detections: int
+        self,
+        encoded: EncodedRegions,
+        vocabulary: Vocabulary,
+        *,
+        score_threshold: float,
+        max_detections: int,
+        distinct: bool = False,
+        masks: bool = True,
     ) -> Detections:
-        """Find the vocabulary's names in an encoded image."""
+        """Find the vocabulary's names in an encoded image; there are no masks, wanted or not."""
         logits_RS = cosine_logits(encoded.stages[0], vocabulary.embeddings, self.config.temperature)
         scores_RK = vocabulary.strongest(logits_RS).sigmoid()
-        selection = Selection(self.config.box_nms, score_threshold, max_detections)
+        selection = Selection(self.config.box_nms, score_threshold, max_detections, distinct)
         return encoded.sizes.detections([encoded.boxes], [scores_RK], vocabulary.names, selection)[0][0]
 
     def detect(

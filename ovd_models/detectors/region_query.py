@@ -5,6 +5,7 @@ K names, A attributes, C children, P prompts, D embedding width.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +24,14 @@ MOST_KEPT = 8
 """Prompt sets of requests whose encoders are kept, for each encoder."""
 _KEPT: WeakKeyDictionary[ClipTextEncoder, dict[str, ClipTextEncoder]] = WeakKeyDictionary()
 """Encoders with other prompts, which share the tower and remember names."""
+
+
+@runtime_checkable
+class PromptedEncoder(Protocol):
+    """A text encoder that remembers names in the prompts of requests itself."""
+
+    def with_prompts(self, prompt_set: str) -> TextEncoder:
+        """The same encoder with other prompts."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,8 @@ def embedder(encoder: TextEncoder, prompts: str) -> Embed:
         if len(kept) > MOST_KEPT:
             kept.pop(next(iter(kept)))
         return prompted.embed_names
+    if isinstance(encoder, PromptedEncoder):
+        return encoder.with_prompts(prompts).embed_names
     step = names_at_a_time(prompts)
 
     def embed(names: Sequence[str]) -> Tensor:

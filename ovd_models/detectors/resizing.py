@@ -27,9 +27,11 @@ class Selection:
     """Which (box, class) pairs of an image are detections."""
 
     nms: float
-    """Overlap above which the lower score of a class is suppressed."""
+    """Overlap above which the lower score of a class, or with `distinct` of any, is suppressed."""
     score_threshold: float
     max_detections: int
+    distinct: bool = False
+    """Whether each object gets its best class only, so that its other classes do not count as detections."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def by_level(level_R: Tensor, levels: int) -> tuple[Tensor, list[int]]:
 
 
 def select_detections(box_N4: Tensor, score_NK: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
-    """The best (box, class) pairs after suppression within each class; boxes without an area are left out.
+    """The best (box, class) pairs after suppression within each class, or across all with `distinct`.
+
+    Boxes without an area are left out.
 
     Returns:
         Boxes [M, 4], scores [M] and classes [M], best first, at most `selection.max_detections`.
@@ -140,6 +144,9 @@ def select_detections(box_N4: Tensor, score_NK: Tensor, selection: Selection) ->
     limit = selection.max_detections
     has_area_N = (box_N4[:, 2:] > box_N4[:, :2]).all(1)
     above_NK = (score_NK > selection.score_threshold) & has_area_N[:, None]
+    if selection.distinct:  # the other classes of a box would be suppressed by its best one
+        best_N1 = score_NK.topk(min(1, score_NK.shape[1]), dim=1).indices
+        above_NK &= torch.zeros_like(above_NK).scatter(1, best_N1, True)
     candidates, count = torch.nonzero(above_NK), CANDIDATES * limit  # suppression is quadratic: the best ones first
     while True:
         region, label = candidates.unbind(1)
@@ -147,7 +154,8 @@ def select_detections(box_N4: Tensor, score_NK: Tensor, selection: Selection) ->
         if cut := len(score) > count:
             best = score.topk(count).indices
             region, label, score = region[best], label[best], score[best]
-        keep = suppress(box_N4[region], score, label, selection.nms)[:limit]
+        group = torch.zeros_like(label) if selection.distinct else label
+        keep = suppress(box_N4[region], score, group, selection.nms)[:limit]
         if len(keep) == limit or not cut:
             return box_N4[region[keep]], score[keep], label[keep]
         count *= 4

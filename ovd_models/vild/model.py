@@ -230,14 +230,21 @@ class ViLD(nn.Module):
         *,
         score_threshold: float,
         max_detections: int,
+        distinct: bool = False,
+        masks: bool = True,
         scoring: Scoring | None = None,
     ) -> Detections:
-        """Find the labels of a vocabulary or query in an encoded image, with masks if learned."""
+        """Find the labels of a vocabulary or query in an encoded image, with masks if learned and wanted."""
         query = vocabulary if isinstance(vocabulary, RegionQuery) else RegionQuery(vocabulary)
         found = self.find_in_records(
-            [encoded.record], query, score_threshold=score_threshold, max_detections=max_detections, scoring=scoring
+            [encoded.record],
+            query,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            distinct=distinct,
+            scoring=scoring,
         )
-        if not self.config.detector.masks:
+        if not (masks and self.config.detector.masks):
             return found[0]
         boxes = encoded.sizes.resized_boxes([found[0].boxes])  # masks are pooled from the final boxes
         features = {str(index): level for index, level in enumerate(encoded.levels)}
@@ -265,6 +272,7 @@ class ViLD(nn.Module):
         *,
         score_threshold: float = 0.05,
         max_detections: int = 100,
+        distinct: bool = False,
         scoring: Scoring | None = None,
     ) -> list[Detections]:
         """Find a query's labels in recorded images, without a forward pass.
@@ -277,7 +285,7 @@ class ViLD(nn.Module):
         if rows is not None and (query.attributes is not None or query.children is not None):
             raise InputError("query: a supervised model knows its names alone, expected no attributes or children")
         query, scoring = replace(query, names=names), scoring or self.config.scoring
-        selection = Selection(self.config.detector.box_nms, score_threshold, max_detections)
+        selection = Selection(self.config.detector.box_nms, score_threshold, max_detections, distinct)
         detections = [detect_in_record(record, query, scoring, selection) for record in records]
         if rows is None:
             return detections

@@ -45,6 +45,11 @@ def test_a_path_is_joined_in_front_of_the_options_of_a_uri(uri: str, parts: tupl
     assert storage.join(uri, *parts) == joined
 
 
+def test_the_name_of_a_uri_is_without_its_options() -> None:
+    assert storage.base_name("gs://b/x/y.json?endpoint_override=http://a.b:1/") == "y.json"
+    assert [storage.base_name(uri) for uri in ("s3://b/x", "a/b?c=d", "a", "a/")] == ["x", "b?c=d", "a", ""]
+
+
 def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert storage.open_storage(str(tmp_path / "new/store")) == str(tmp_path / "new/store")
     assert list(tmp_path.iterdir()) == []

@@ -84,5 +84,7 @@ def test_every_run_is_there_before_the_first_predicts(tmp_path: Path) -> None:
 def test_names_are_as_short_as_tells_them_apart() -> None:
     assert compare.short_names(("a/x.json", "b/y.json")) == ["x.json", "y.json"]
     assert compare.short_names(("s/runs/codet/one/model", "s/runs/codet/two/model")) == ["one/model", "two/model"]
+    options = "?endpoint_override=http://a.b:1"
+    assert compare.short_names((f"s3://a/x{options}", f"s3://a/y{options}")) == ["x", "y"]
     assert compare.short_names(("a", "a")) == ["1: a", "2: a"]
     assert compare.page_title(["v1.0/model", "v1.2", "x.json"]) == "v1.0-model-v1.2-x"  # else v1.1's page would be lost

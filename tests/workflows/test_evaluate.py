@@ -402,7 +402,8 @@ def test_our_predictions_are_evaluated_as_anybody_elses(
     for ending in ("json", "parquet"):
         rows_out = tables.read_parts(run.storage, "predictions", expected.table)
         file = str(tmp_path / f"dt.{ending}")
-        measured.export(expected.predictions, expected.truth, file, rows_out)
+        uri = f"{Path(file).as_uri()}?region=eu" if ending == "json" else file
+        measured.export(expected.predictions, expected.truth, uri, rows_out)
         flags = ["--ground-truth", str(tmp_path / "gt.json"), "--predictions", file, "--output", f"{file}.out"]
         assert on_files(monkeypatch, *flags, "--novel", str(tmp_path / "novel.txt")) == 0
         assert json.loads(Path(f"{file}.out").read_text()) == pytest.approx(dict(expected.measured.numbers))

@@ -77,15 +77,13 @@ def test_an_object_is_kept_beside_one_with_many_better_names(
     scores[1, 7] = 0.5
 
     def find(self: Detector, encoded: object, query: object, **settings: Any) -> Detections:
-        selection = Selection(0.5, settings["score_threshold"], settings["max_detections"])
+        selection = Selection(0.5, settings["score_threshold"], settings["max_detections"], settings["distinct"])
         return Detections(*select_detections(boxes, scores, selection), names, 80, 60)
 
     monkeypatch.setattr(Detector, "find", find)
     job = predict.prepare(Run(model=detector, images=str(pictures), score_threshold=0.3))
     found = predict.predict_one(job, *job.pictures[0])
     assert [entry.box for entry in found] == [(0, 0, 20, 20), (30, 30, 50, 50)]
-    monkeypatch.setattr(predict, "MAX_OBJECTS", 1)
-    assert [entry.box for entry in predict.predict_one(job, *job.pictures[0])] == [(0, 0, 20, 20)]
 
 
 def test_broken_pictures_among_good_ones_are_named_and_the_rest_goes_on(

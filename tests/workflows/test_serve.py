@@ -391,6 +391,9 @@ def test_builder_reads_command_line_arguments(checkpoint: Path) -> None:
         (["--replicas", "0"], "--replicas 0: expected 1 or more"),
         (["--max-batch", "0"], "--max-batch 0: expected 1 or more"),
         (["--gpus", "-1"], "--gpus -1: expected 0 or more"),
+        (["--threads", "-1"], "--threads -1: expected 0 or more"),
+        (["--refresh-seconds", "-1"], "--refresh-seconds -1: expected 0 or more"),
+        (["--replicas", "3", "--max-replicas", "2"], "--max-replicas 2: expected 0, or at least the 3 of --replicas"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(
@@ -416,6 +419,8 @@ def test_a_cluster_too_small_for_the_replicas_is_refused(checkpoint: Path, ray_c
 def test_taken_port_is_bad_input() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="cannot listen"):
         serve.free_port("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(InputError, match=r"--host ::1: IPv6"):
+        serve.free_port("::1", 0)
 
 
 def processes_of_session(session: int) -> list[int]:

@@ -90,7 +90,7 @@ def read_prediction_file(uri: str, truth: GroundTruth, kind: IouType) -> Predict
     Raises:
         InputError: it is unreadable, or a row does not fit the ground truth.
     """
-    if not storage.split_options(uri)[0].endswith(".parquet"):
+    if not storage.base_name(uri).endswith(".parquet"):
         with open_file(uri, "a results file: a JSON list, or a .parquet file of predictions") as file:
             return files.read_results(file, uri, truth, kind)
     number_of = {image: number for number, image in enumerate(truth.image_ids.tolist())}
@@ -177,9 +177,9 @@ def export(predictions: Predictions, truth: GroundTruth, uri: str, table: Iterat
     Raises:
         InputError: the name ends otherwise.
     """
-    if uri.endswith(".json"):
+    if storage.base_name(uri).endswith(".json"):
         storage.write_chunks(uri, (text.encode() for text in files.results_json(predictions, truth)))
-    elif uri.endswith(".parquet"):
+    elif storage.base_name(uri).endswith(".parquet"):
         storage.write_bytes(uri, tables.parquet_bytes(pa.concat_tables(table)))
     else:
         raise InputError(f"--export {uri}: expected a name that ends with .json or .parquet")

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from workflows.common import cli, cluster, training
+from workflows.common.runs import TrainingConfig
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Feed, Stage
 
-R = TypeVar("R")
+R = TypeVar("R", bound=TrainingConfig)
 STEPS, COUNTED = 10, 5
 """Steps of a stage in a dry run, and the last ones of them, which are measured."""
 SHARED = ("batch_size", "detection_batch", "groups_per_step")
@@ -79,12 +80,14 @@ def rehearse(run: R, stages: Mapping[str, str], train: Callable[[R, Stage, Rehea
 
     Args:
         run: of a training.
-        stages: name -> field of the run with its settings.
+        stages: name -> field of the run with its settings; those that the run does not train are left out.
         train: feeds a stage of a run that is one worker's share to its loop, through `Rehearsal.fit`.
     """
     cluster.configure_ray()
     print(cli.to_json(run))
     for name, field in stages.items():
+        if field not in run.stages:
+            continue
         settings, share, stand_in = getattr(run, field), one_worker(run, field), Rehearsal()
         with tempfile.TemporaryDirectory(prefix="ovd-") as folder:
             own = getattr(share, field)

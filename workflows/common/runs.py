@@ -220,7 +220,7 @@ def open_run(
     digests: dict[str, str] = {
         table: tables.read_manifest(run.storage, table, name).digest for table, name in tables_read.items()
     }
-    name = folder.rpartition("/")[2]
+    name = storage.base_name(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locks.hold(run.storage, f"runs/{workflow}/{name}"))
         storage.remove_temporary(folder)
@@ -256,7 +256,7 @@ def released_source(run: TrainingConfig) -> str:
         if not given or given in found:
             continue
         if storage.is_file(given):
-            found[given] = f"{name} {Path(given).name} sha256:{storage.file_sha256(storage.local_file(given))}"
+            found[given] = f"{name} {storage.base_name(given)} sha256:{storage.file_sha256(storage.local_file(given))}"
         elif storage.exists(storage.join(given, SOURCE)):
             found[given] = f"{name} {read_source(storage.local_folder(given))}"
     return "; ".join(found.values())
@@ -346,7 +346,7 @@ def hold_to_inputs(folder: str, inputs: Mapping[str, str]) -> None:
 def print_results(run: TrainingConfig, trained: Trained[M], table: str, next_command: str) -> None:
     """Print a training's table, its times, where its results are, and the next command."""
     print(table)
-    steps = max(getattr(run, name).steps for name in cli.stages_of(run))
+    steps = max(stage.steps for stage in run.stages.values())
     if steps < SHORT_STEPS:
         print(f"{steps} steps only show that the training runs: this is no model, and its numbers mean nothing")
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in trained.seconds.items()))

@@ -61,8 +61,6 @@ LOCATIONS = (
 """Columns of MLflow's database that hold URIs of artifacts."""
 SERVER = "http://127.0.0.1:5000"
 """Of `mlflow ui`."""
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""The kind that the UI gives an experiment of trainings."""
 
 
 def tracking_uri(storage_uri: str) -> str:
@@ -355,9 +353,6 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
                 f"MLflow experiment {experiment!r}: deleted, expected it back (`{restore} --experiment-id {key}`) or "
                 f"gone for good (`mlflow gc`)"
             )
-        for tag, value in EXPERIMENT_TAGS.items():
-            if found.tags.get(tag, "_inferred").endswith("_inferred"):  # as the UI does by itself
-                client.set_experiment_tag(found.experiment_id, tag, value)
         return client, str(found.experiment_id)
 
 
@@ -369,7 +364,7 @@ def _create_experiment(client: MlflowClient, uri: str, storage_uri: str, experim
         location = (folder / ARTIFACTS).as_uri() if folder else storage.join(storage_uri, ARTIFACTS)
         location = f"{location}/{experiment}"
     try:
-        client.create_experiment(experiment, location, EXPERIMENT_TAGS)
+        client.create_experiment(experiment, location)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -101,7 +101,7 @@ class Run:
         """Check that batches can be shared among the workers."""
         if self.continues and self.model.supervision != "boxes" and not self.pairs:
             raise InputError("--pairs: missing, expected the captions that the detector is continued with")
-        for stage in (self.box_stage, self.joint_stage):
+        for stage in self.stages.values():
             check_shared("detection_batch", self.detection_batch, stage)
         if self.model.supervision != "boxes":
             check_shared("groups_per_step", self.groups_per_step, self.joint_stage)

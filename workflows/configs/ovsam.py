@@ -101,7 +101,7 @@ class Run:
 
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers."""
-        for stage in (self.sam_stage, self.sam2clip_stage, self.clip2sam_stage, self.text_stage):
+        for stage in self.stages.values():
             check_shared("batch_size", self.batch_size, stage)
 
 

@@ -95,7 +95,7 @@ class Run:
 
     def __post_init__(self) -> None:
         """Check that batches can be shared among the workers and that the settings fit together."""
-        for stage in (self.rpn_stage, self.detector_stage):
+        for stage in self.stages.values():
             check_shared("detection_batch", self.detection_batch, stage)
         if self.texts and self.model.distils:
             raise InputError(f"--texts: names only, expected --teacher for the variant {self.model.variant!r}")

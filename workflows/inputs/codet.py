@@ -157,7 +157,7 @@ def adopt_architecture(run: Run, given: CoDetConfig) -> Run:
 
 def is_release(box_model: str) -> bool:
     """Whether `--box-model` is a released file, not a checkpoint folder."""
-    return box_model.endswith((".pth", ".pkl"))
+    return storage.base_name(box_model).endswith((".pth", ".pkl"))
 
 
 def read_box_model(run: Run, names: CodetNames, teacher: str) -> CoDet:

@@ -73,7 +73,7 @@ def choose_sam(run: Run) -> Run:
     file = f"{published.file} from {published.url}"
     if run.needs_sam and not sam:
         raise InputError(f"--sam: missing, expected a SAM, since this config trains none; it is made for {file}")
-    if run.sam.endswith(".pth"):
+    if storage.base_name(run.sam).endswith(".pth"):
         starting_weights.check_file("--sam", run.sam)
     elif run.sam:
         cli.check_checkpoint("--sam", run.sam)
@@ -90,7 +90,7 @@ def open_sam(run: Run) -> tuple[SamModel, str]:
     Raises:
         InputError: there is none, or the file is not a SAM of `sam_model`.
     """
-    if run.sam.endswith(".pth"):
+    if storage.base_name(run.sam).endswith(".pth"):
         sam = load_sam(storage.local_file(run.sam), run.sam_model)
     else:
         sam = load_model(storage.local_folder(run.sam), SamModel)

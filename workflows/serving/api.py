@@ -108,15 +108,13 @@ class Endpoint:
             query=query,
             score_threshold=own if fields.score_threshold is None else fields.score_threshold,
             max_detections=fields.max_detections,
+            distinct=fields.distinct,
+            masks=fields.masks,
         )
 
         def answer(encoded: Any) -> dict[str, Any]:
             found = find(encoded).to(torch.device("cpu"))
-            detections = found.to_list()
-            if not fields.masks:
-                for entry in detections:
-                    entry.pop("mask", None)
-            return {"width": found.width, "height": found.height, "detections": detections}
+            return {"width": found.width, "height": found.height, "detections": found.to_list()}
 
         return await self._answer(model, content, answer, request)
 
@@ -332,7 +330,7 @@ def describe(model: ServedModel) -> ModelResponse:
 
 
 async def _send_page(path: Path, request: Request) -> Response:
-    return FileResponse(path, headers={"cache-control": "no-cache"})
+    return FileResponse(path)
 
 
 def build_api(endpoint: Endpoint, token_digest: str = "", *, adds_ids: bool = True) -> FastAPI:

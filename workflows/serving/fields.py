@@ -46,6 +46,7 @@ class DetectFields(Fields):
         None, ge=0, le=1, description="detections score above it; by default the checkpoint's own, see `/v1/model`"
     )
     max_detections: int = Field(100, ge=1)
+    distinct: bool = Field(False, description="only the best name of each object; else one detection for each name")
     masks: bool = Field(False, description="masks too, if the model predicts them")
     attributes: str = Field("", description='for ViLD: JSON list of words that go with any name, `["red", "blue"]`')
 

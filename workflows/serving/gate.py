@@ -20,12 +20,13 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 MIN_BYTES_PER_SECOND = 512
 GRACE_SECONDS = 5.0
 """A body may arrive more slowly than `MIN_BYTES_PER_SECOND` for so long."""
-SECURITY_HEADERS = [
+HEADERS = [
     (b"content-security-policy", b"default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
      b"form-action 'none'; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-cache"),  # else browsers mix the page's files of two versions
 ]  # fmt: skip
 
 
@@ -80,7 +81,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = list(SECURITY_HEADERS)
+                own = list(HEADERS)
                 if self.adds_ids:
                     own.append((b"x-request-id", journal.request_id.encode()))
                 present = {name for name, _ in message["headers"]}

@@ -11,7 +11,7 @@ import time
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -270,6 +270,10 @@ class CachedEncoder:
     def embed_names(self, names: Sequence[str]) -> Tensor:
         """[K, D] unit rows."""
         return self.cache.embed(self.encoder, self.prompt_set, names, self.deadline)
+
+    def with_prompts(self, prompt_set: str) -> "CachedEncoder":
+        """The same encoder with other prompts."""
+        return replace(self, prompt_set=prompt_set)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor | None:
         """[B, D] unit rows, not cached; None without a text tower."""

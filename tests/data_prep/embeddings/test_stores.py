@@ -48,6 +48,7 @@ def publish(storage: Path, name: str = "t") -> None:
             number += 1
         embeddings.save_shard(pa.Table.from_pylist(images), job)
     saved = embeddings.saved_shards(job.staging)
+    assert embeddings.saved_shards(f"{Path(job.staging).as_uri()}?endpoint_override=http://a.b:1") == saved
     embeddings.publish_embeddings(job, list(saved.values()), producer="test", config_hash="0", provenance=PROVENANCE)
 
 

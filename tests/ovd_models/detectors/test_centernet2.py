@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -293,6 +294,19 @@ def test_detections_have_masks_inside_their_boxes_if_masks_are_learned() -> None
             assert bool((x < box[2]).all() and (y < box[3]).all())
     plain = CoDet(dataclasses.replace(MODEL, centernet2=dataclasses.replace(TINY, mask_convs=0))).eval()
     assert plain.detect(images, words)[0].masks is None
+
+
+def test_distinct_objects_overlap_no_other_and_have_their_own_masks() -> None:
+    torch.manual_seed(0)
+    model = CoDet(MODEL).eval()
+    (encoded,) = model.encode([blocks().images[0]])
+    words = Vocabulary(tuple("abcdefgh"), torch.eye(16)[:8])
+    find = partial(model.find, encoded, words, score_threshold=0.0, max_detections=100)
+    pairs, objects = find(), find(distinct=True)
+    assert len(objects.distinct()) == len(objects)
+    assert len(pairs.distinct()) < len(pairs)
+    assert objects.masks is not None
+    assert len(objects.masks) == len(objects)
 
 
 def test_encoded_masks_are_the_pasted_ones() -> None:

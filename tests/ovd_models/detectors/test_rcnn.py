@@ -171,6 +171,20 @@ def test_selection_of_nothing_is_empty() -> None:
     assert (len(scores), len(labels)) == (0, 0)
 
 
+def test_distinct_selection_keeps_the_best_class_of_each_object_whatever_else_an_object_scores() -> None:
+    boxes = torch.tensor([[0.0, 0, 20, 20], [1, 0, 21, 20], [30, 30, 50, 50]])
+    scores = torch.linspace(0.9, 0.6, 5_000).repeat(3, 1)
+    scores[1] -= 0.01
+    scores[2] = 0.0
+    scores[2, 7] = 0.3
+    found, kept, labels = select_detections(boxes, scores, Selection(0.5, 0.1, 2, distinct=True))
+    assert found.tolist() == boxes[[0, 2]].tolist()
+    assert kept.tolist() == pytest.approx([0.9, 0.3])
+    assert labels.tolist() == [0, 7]
+    for several in (scores[:0], scores[:, :0]):
+        assert len(select_detections(boxes[: len(several)], several, Selection(0.5, 0.1, 2, distinct=True))[0]) == 0
+
+
 def test_many_candidates_lose_only_hopeless_ones() -> None:
     # 3,000 disjoint boxes and a limit of 5: the 5 best are kept although only 100 candidates are compared.
     start = torch.arange(3000.0)[:, None] * 10

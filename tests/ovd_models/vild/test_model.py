@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -232,6 +233,19 @@ def test_recorded_regions_give_the_same_detections(variant: Variant) -> None:
             assert torch.equal(one.boxes, two.boxes)
             assert torch.equal(one.scores, two.scores)
             assert torch.equal(one.labels, two.labels)
+
+
+def test_distinct_objects_overlap_no_other_and_have_their_own_masks() -> None:
+    torch.manual_seed(0)
+    model = ViLD(config("text", masks=True)).eval()
+    (encoded,) = model.encode([scene(0)[0]])
+    vocabulary = Vocabulary(tuple("abcdefgh"), text(8))
+    find = partial(model.find, encoded, vocabulary, score_threshold=0.0, max_detections=100)
+    pairs, objects = find(), find(distinct=True)
+    assert len(objects.distinct()) == len(objects)
+    assert len(pairs.distinct()) < len(pairs)
+    assert objects.masks is not None
+    assert len(objects.masks) == len(objects)
 
 
 def test_temperature_is_a_matter_of_scoring_alone() -> None:

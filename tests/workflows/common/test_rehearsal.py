@@ -8,11 +8,19 @@ import pytest
 from trainings import STAGES, smoke
 
 from workflows import clip, codet, ovsam, vild
-from workflows.common import rehearsal, training
+from workflows.common import rehearsal, runs, training
+from workflows.common.runs import Trained, TrainingConfig
 from workflows.configs import codet as codet_configs
+from workflows.configs import ovsam as ovsam_configs
+from workflows.configs import vild as vild_configs
 
 DRY_RUN = {"clip": clip.dry_run, "vild": vild.dry_run, "codet": codet.dry_run, "ovsam": ovsam.dry_run}
-REHEARSED = {"clip": ["train"], "vild": ["rpn", "detector"], "codet": ["boxes", "joint"], "ovsam": ["sam", "clip2sam"]}
+REHEARSED = {
+    "clip": ["train"],
+    "vild": ["rpn", "detector"],
+    "codet": ["boxes", "joint"],
+    "ovsam": ["sam", "clip2sam", "text"],
+}
 
 
 @pytest.mark.ray
@@ -24,7 +32,8 @@ def test_a_dry_run_prints_what_the_workers_need_and_opens_no_run(
 ) -> None:
     run = smoke(method, str(tmp_path))
     stages = {name: dataclasses.replace(getattr(run, name), workers=2, steps=7200) for name in STAGES[method]}
-    run = dataclasses.replace(run, **stages)
+    text = {"text_to_mask": True} if method == "ovsam" else {}
+    run = dataclasses.replace(run, **stages, **text)
     before = set(tmp_path.glob("runs/*/*"))
     DRY_RUN[method](run)
     assert set(tmp_path.glob("runs/*/*")) == before
@@ -49,6 +58,36 @@ def test_a_dry_run_prints_what_the_workers_need_and_opens_no_run(
         assert megabytes > 0.1
     resolved, _ = json.JSONDecoder().raw_decode(printed[printed.index("{") :])
     assert resolved["config"] == "smoke"
+
+
+@pytest.mark.parametrize(
+    ("run", "names"),
+    [
+        (dataclasses.replace(codet_configs.smoke(), box_model="x"), ["joint_stage"]),
+        (dataclasses.replace(vild_configs.smoke(), proposals="x"), ["detector_stage"]),
+        (dataclasses.replace(ovsam_configs.smoke(), sam="x", text_to_mask=False), ["clip2sam_stage"]),
+    ],
+)
+def test_a_stage_that_is_not_trained_is_not_rehearsed(
+    run: TrainingConfig, names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rehearsal.Rehearsal, "costs", lambda self: (1.0, 1.0, 1.0))
+    fields = ("box_stage", "joint_stage", "rpn_stage", "detector_stage", "sam_stage", "clip2sam_stage", "text_stage")
+    rehearsed: list[str] = []
+    rehearsal.rehearse(run, {field: field for field in fields}, lambda _, stage, __: rehearsed.append(stage.name))
+    assert rehearsed == names
+    assert capsys.readouterr().out.count("dry run, ") == 1
+
+
+def test_results_of_few_steps_are_called_so_also_where_a_stage_is_not_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = dataclasses.replace(codet_configs.smoke().box_stage, steps=7200)
+    run = dataclasses.replace(codet_configs.smoke(), box_stage=long, storage=str(tmp_path))
+    trained = Trained(model="m", metrics=None, seconds={}, run_id="r", experiment_id="1", outputs={})
+    for given, expected in (("", False), ("x", True)):
+        runs.print_results(dataclasses.replace(run, box_model=given), trained, "table", "command")
+        assert ("steps only show that the training runs" in capsys.readouterr().out) == expected
 
 
 def test_a_worker_takes_its_share_of_every_batch() -> None:

@@ -356,14 +356,6 @@ def test_a_run_goes_on_in_the_run_of_its_key(storage: str) -> None:
         assert other.run_id != first.run_id
 
 
-def test_experiments_open_on_model_training(storage: str) -> None:
-    client, old = tracking._open(tracking.tracking_uri(storage), storage, "empty")
-    assert client.get_experiment(old).tags["mlflow.experimentKind"] == "custom_model_development"
-    client.set_experiment_tag(old, "mlflow.experimentKind", "genai_development_inferred")
-    tracking._open(tracking.tracking_uri(storage), storage, "empty")
-    assert client.get_experiment(old).tags["mlflow.experimentKind"] == "custom_model_development"
-
-
 def test_a_description_links_to_the_run_of_a_key_and_is_not_overwritten(storage: str) -> None:
     with tracking.run(storage, experiment="clip", name="clip smoke", params={}, key="clip/a") as teacher:
         pass

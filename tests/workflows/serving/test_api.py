@@ -35,11 +35,14 @@ from serving import (
     save_text_segmenter,
 )
 from starlette.testclient import TestClient
+from torchvision.ops import nms
 
 import ovd_models
 from ovd_models.batches import TensorRecord
 from ovd_models.checkpoint_info import write_calibration
+from ovd_models.detectors.masks import with_masks
 from ovd_models.segments import Prompts
+from ovd_models.vild.model import ViLD, ViLDConfig
 from workflows.serving import opening
 from workflows.serving.api import WEB, Endpoint, build_api
 from workflows.serving.deployment import Replica, digest_of_token
@@ -126,6 +129,18 @@ def test_each_route_answers_as_the_python_call(client: TestClient, folders: dict
     assert [entry["label"] for entry in labels] == list(best.labels)
     assert [entry["score"] for entry in labels] == pytest.approx(best.scores, abs=1e-5)
     assert "has no default vocabulary" in problem(post(client, "classify", image), 422)
+
+
+def test_distinct_objects_are_chosen_before_the_limit(client: TestClient) -> None:
+    names = json.dumps([f"name {row}" for row in range(LIMITS.max_names)])
+    fields = {"model": "words", "vocabulary": names, "score_threshold": "0.05"}
+    pairs = post(client, "detect", **fields).json()["detections"]
+    objects = post(client, "detect", distinct="true", **fields).json()["detections"]
+    boxes, limited = (torch.tensor([entry["box"] for entry in found]) for found in (objects, pairs))
+    assert len(nms(boxes, torch.ones(len(boxes)), 0.5)) == len(boxes)
+    assert len(nms(limited, torch.tensor([entry["score"] for entry in pairs]), 0.5)) < len(boxes)
+    assert len(pairs) == 100
+    assert objects[0] == pairs[0]
 
 
 def test_a_raw_body_takes_its_fields_from_the_query(client: TestClient) -> None:
@@ -233,6 +248,39 @@ def storages(value: Any) -> Iterator[torch.UntypedStorage]:
         yield value.untyped_storage()
     for entry in vars(value).values() if isinstance(value, TensorRecord) else value if type(value) is tuple else ():
         yield from storages(entry)
+
+
+def test_masks_are_made_for_those_who_want_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ViLDConfig()
+    config = dataclasses.replace(config, detector=dataclasses.replace(config.detector, masks=True))
+    folder, made = save_detector_of_any_name(tmp_path / "vild", ViLD(config)), []
+
+    def counted(found: Any, logits: Any) -> Any:
+        made.append(len(found))
+        return with_masks(found, logits)
+
+    monkeypatch.setattr("ovd_models.vild.model.with_masks", counted)
+    fields = {"vocabulary": '["anchor", "cat"]', "score_threshold": "0"}
+    with TestClient(build_api(endpoint(folder, tmp_path))) as client:
+        plain = post(client, "detect", **fields).json()["detections"]
+        assert made == []
+        masked = post(client, "detect", masks="true", **fields).json()["detections"]
+    assert made == [1]
+    assert all("mask" in entry for entry in masked)
+    assert plain == [{key: value for key, value in entry.items() if key != "mask"} for entry in masked]
+
+
+def test_a_name_with_an_attribute_is_embedded_once(tmp_path: Path) -> None:
+    folder = save_detector_of_any_name(tmp_path / "vild", ViLD(ViLDConfig()))
+    opened, image, words = endpoint(folder, tmp_path), picture(), ["red", "blue"]
+    with TestClient(build_api(opened)) as client:
+        for names, computed in ((["anchor", "cat"], 2 + 4), (["cat", "anchor"], 6), (["cat"], 6), (["dog"], 6 + 3)):
+            fields = {"vocabulary": json.dumps(names), "attributes": json.dumps(words), "score_threshold": "0"}
+            found = post(client, "detect", image, **fields).json()["detections"]
+            assert opened.texts.computed == computed
+    expected = ovd_models.load(folder).detect(image, names, attributes=words, score_threshold=0.0).to_list()
+    assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
+    assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-5)
 
 
 def test_a_name_is_embedded_once(opened: Endpoint, client: TestClient) -> None:
@@ -377,6 +425,13 @@ def test_requests_of_other_sites_pages_are_refused(client: TestClient) -> None:
         assert "another site" in problem(post(client, "detect"), 403)
     finally:
         del client.headers["Sec-Fetch-Site"]
+
+
+def test_browsers_ask_for_each_file_of_the_page_again(client: TestClient) -> None:
+    for path in ("/", "/docs", "/web/app.js", "/v1/models"):
+        assert client.get(path).headers["cache-control"] == "no-cache"
+    tag = client.get("/web/app.js").headers["etag"]
+    assert client.get("/web/app.js", headers={"if-none-match": tag}).status_code == 304
 
 
 def test_a_wrong_method_names_the_right_one(client: TestClient) -> None:

@@ -118,14 +118,10 @@ def test_an_object_has_one_name_unless_all_are_wanted(page: "playwright.Page", u
     page.get_by_label("One name for each thing").uncheck()
     expect(page.locator(".found:visible button")).not_to_have_count(few)
     assert page.locator(".found:visible button").count() > few
-    found = page.evaluate(
-        """async (url) => (await import(`${url}/web/boxes.js`)).distinct([
-            {label: "cat", box: [0, 0, 10, 10]}, {label: "dog", box: [0, 0, 10, 9]},
-            {label: "cow", box: [0, 6, 10, 16]},
-        ]).map((entry) => entry.label)""",
-        url,
-    )
-    assert found == ["cat", "cow"]
+    with page.expect_response("**/v1/detect") as answered:
+        page.get_by_label("One name for each thing").check()
+    assert len(answered.value.json()["detections"]) == few  # chosen by the server, before its limit
+    expect(page.locator(".found:visible button")).to_have_count(few)
 
 
 def test_a_click_after_undo_begins_an_object(page: "playwright.Page") -> None:
@@ -221,6 +217,50 @@ def test_results_are_saved_and_the_request_is_copied(page: "playwright.Page", ur
     page.get_by_role("button", name="Copy Python").click()
     expect(page.locator("#status")).to_contain_text("program copied")
     compile(page.evaluate("navigator.clipboard.readText()"), "copied", "exec")
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_a_page_without_a_clipboard_copies_too(browser: "playwright.Browser", url: str, path: str) -> None:
+    # as over plain HTTP from another machine
+    context = browser.new_context()
+    context.add_init_script(
+        """Object.defineProperty(navigator, "clipboard", { value: undefined });
+        sessionStorage.setItem("ovd-token", "secret");
+        addEventListener("copy", () => (window.copied = document.activeElement.value));"""
+    )
+    page = context.new_page()
+    page.goto(url + path)
+    expect(page.locator("#status:has-text('result'), article").first).to_be_visible()
+    button = page.locator("#copy-curl, article:has-text('/v1/detect') button").first
+    button.click()
+    expect(page.locator("#status:has-text('copied'), button:has-text('Copied')").first).to_be_visible()
+    command = page.evaluate("window.copied")
+    expect(button).to_be_focused()
+    context.close()
+    assert f"curl {url}/v1/detect" in command
+    assert '-H "Authorization: Bearer $OVD_TOKEN"' in command
+
+
+def test_results_of_an_earlier_picture_are_not_shown_on_one_that_is_refused(page: "playwright.Page") -> None:
+    page.locator("#threshold").fill("0.05")
+    expect(page.locator(".found:visible button").first).to_be_visible()
+    page.route("**/v1/detect", lambda asked: asked.fulfill(status=400, json={"detail": "image: broken"}))
+    page.get_by_label("Sample picture 2").click()
+    expect(page.locator("#error")).to_contain_text("image: broken")
+    page.locator("#threshold").fill("0.06")
+    expect(page.locator(".found:visible button")).to_have_count(0)
+    page.route("**/web/samples/*", lambda asked: asked.abort())
+    page.get_by_label("Sample picture 3").click()
+    expect(page.locator("#error")).to_contain_text("cannot be reached")
+
+
+def test_a_word_of_an_input_method_is_no_name_yet(page: "playwright.Page") -> None:
+    names = page.get_by_label("Names: add a name")
+    names.fill("an")
+    names.dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+    expect(page.locator(".chip")).to_have_count(0)
+    names.press("Enter")
+    expect(page.locator(".chip")).to_have_count(1)
 
 
 @pytest.mark.slow

@@ -11,17 +11,27 @@ export class ServerError extends Error {
 
 const TRIES = 4;
 
+async function reach(path, options = {}) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError(0, "The server cannot be reached. Is it still running?");
+  }
+}
+
+/** A file of this server. */
+export async function fetchFile(path) {
+  const response = await reach(path);
+  if (!response.ok) throw new ServerError(response.status, await sentence(response));
+  return response.blob();
+}
+
 /** The answer of a route as an object; waits and tries again while the server is busy. */
 export async function call(path, options = {}, signal = undefined) {
   for (let attempt = 1; ; attempt++) {
-    let response;
-    try {
-      const headers = token.get() ? { Authorization: `Bearer ${token.get()}` } : {};
-      response = await fetch(path, { ...options, headers, signal });
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new ServerError(0, "The server cannot be reached. Is it still running?");
-    }
+    const headers = token.get() ? { Authorization: `Bearer ${token.get()}` } : {};
+    const response = await reach(path, { ...options, headers, signal });
     if (response.ok) return response.json();
     if (response.status === 503 && attempt < TRIES) {
       const seconds = Number(response.headers.get("Retry-After") || 1);
@@ -54,6 +64,20 @@ export function form(picture, fields) {
   data.append("image", picture.blob, picture.name);
   for (const [name, value] of Object.entries(fields)) data.append(name, value);
   return { method: "POST", body: data };
+}
+
+/** Copies a text. Over plain HTTP from another machine a page has no clipboard, but may copy what is selected. */
+export async function copyText(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = document.createElement("textarea"), focused = document.activeElement;
+  area.value = text;
+  area.style.position = "fixed"; // else the page scrolls to it
+  document.body.append(area);
+  area.select();
+  const copied = document.execCommand("copy");
+  area.remove();
+  focused?.focus();
+  if (!copied) throw new Error("refused");
 }
 
 const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;

@@ -1,7 +1,6 @@
 // The page: a picture, what to do with it, names, and results. State lives here; parts draw it.
 
-import { asCurl, asPython, call, form, token } from "./api.js";
-import { distinct } from "./boxes.js";
+import { asCurl, asPython, call, copyText, fetchFile, form, token } from "./api.js";
 import { el, Pane } from "./pane.js";
 import { Prompts } from "./prompts.js";
 import { Side } from "./side.js";
@@ -49,6 +48,7 @@ function modeButton(mode) {
 
 function setMode(mode) {
   state.pending?.abort(); // its answer is of another mode
+  state.lastAnswers = [];
   state.mode = mode;
   document.querySelector(`input[name="mode"][value="${mode}"]`).checked = true;
   $("mode-hint").textContent = MODES[mode].hint;
@@ -60,7 +60,7 @@ function setMode(mode) {
   const able = state.models.filter((model) => model.routes.includes(`/v1/${mode}`));
   sides.forEach((side) => side.offer(able));
   suggestThreshold();
-  if ($("compare").checked && able.length > 1 && sides[0].model === sides[1].model) sides[1].select.selectedIndex = 1;
+  if ($("compare").checked && able.length > 1 && sides[0].model === sides[1].model) sides[1].choose(1);
   panes.forEach((pane) => {
     pane.point(mode === "segment");
     pane.show([], 0);
@@ -84,6 +84,7 @@ async function usePicture(blob, name) {
   }
   if (turn !== state.turn) return;
   state.pending?.abort(); // its answer is of another picture
+  state.lastAnswers = [];
   state.picture = { blob, bitmap, name, width: bitmap.width, height: bitmap.height, file };
   state.prompts.clear();
   panes.forEach((pane) => { pane.prompts = []; pane.setPicture(state.picture); });
@@ -105,8 +106,13 @@ async function reduced(bitmap) {
 }
 
 async function useSample(name) {
-  const response = await fetch(`/web/samples/${name}`);
-  await usePicture(await response.blob(), name);
+  let blob;
+  try {
+    blob = await fetchFile(`/web/samples/${name}`);
+  } catch (error) {
+    return fail(error);
+  }
+  await usePicture(blob, name);
 }
 
 function useFile(file) {
@@ -124,6 +130,7 @@ function fieldsOf(side) {
   if (state.models.length > 1) fields.model = side.model.name;
   if (names.length) fields.vocabulary = JSON.stringify(names);
   if (state.mode === "detect") fields.score_threshold = "0.05";
+  if (state.mode === "detect" && $("distinct").checked) fields.distinct = "true";
   if (state.mode === "detect" && side.model.masks) fields.masks = "true";
   if (state.mode === "classify") fields.top = "10";
   return fields;
@@ -174,8 +181,7 @@ function showSide(index) {
   const names = side.vocabulary().length ? `${side.names.slice(0, 4).join(", ")}${side.names.length > 4 ? " …" : ""}` : "the model's own names";
   pane.heading.textContent = `${side.model?.name ?? ""}: ${names}`;
   pane.heading.hidden = !$("compare").checked;
-  const answer = state.lastAnswers[index] ?? [];
-  pane.show(state.mode === "detect" && $("distinct").checked ? distinct(answer) : answer, threshold(), side.allNames());
+  pane.show(state.lastAnswers[index] ?? [], threshold(), side.allNames());
 }
 
 function threshold() {
@@ -236,7 +242,7 @@ async function copy(make, what) {
   const texts = requests.map(([fields]) => make(`/v1/${state.mode}`, file.name, fields));
   if (!texts.length) return fail(new Error("Click on something in the picture first."));
   try {
-    await navigator.clipboard.writeText(texts.join("\n\n"));
+    await copyText(texts.join("\n\n"));
     say(`${what} copied; it reads the picture from ${file.name} in the current folder.`);
   } catch {
     fail(new Error("The browser does not let this page use the clipboard."));
@@ -259,12 +265,12 @@ function coco() {
   return {
     images: [{ id: 1, file_name: name, width, height }],
     categories: names.map((label, index) => ({ id: index + 1, name: label })),
-    annotations: shown.map(({ box: [x0, y0, x1, y1], label, score, mask }, index) => ({
+    annotations: shown.map(({ box: [x0, y0, x1, y1], label, score, mask, tint }, index) => ({
       id: index + 1,
       image_id: 1,
       category_id: names.indexOf(label ?? "mask") + 1,
       bbox: [x0, y0, x1 - x0, y1 - y0],
-      area: (x1 - x0) * (y1 - y0),
+      area: tint ? tint.bits.reduce((sum, bit) => sum + bit, 0) : (x1 - x0) * (y1 - y0),
       iscrowd: 0,
       ...(score == null ? {} : { score }),
       ...(mask ? { segmentation: mask } : {}),
@@ -300,7 +306,7 @@ addEventListener("dragover", (event) => { event.preventDefault(); $("drop").clas
 addEventListener("dragleave", () => $("drop").classList.remove("over"));
 addEventListener("drop", (event) => { event.preventDefault(); $("drop").classList.remove("over"); useFile(event.dataTransfer.files[0]); });
 $("run").onclick = run;
-$("distinct").onchange = () => active().forEach(showSide);
+$("distinct").onchange = later;
 $("threshold").oninput = () => {
   state.thresholdChosen = true;
   setThreshold($("threshold").value);
@@ -310,7 +316,7 @@ $("compare").onchange = () => {
   const two = $("compare").checked;
   sides[1].element.hidden = panes[1].element.hidden = !two;
   $("panes").classList.toggle("two", two);
-  if (two && sides[1].select.options.length > 1) sides[1].select.selectedIndex = 1;
+  if (two && sides[1].select.options.length > 1) sides[1].choose(1);
   if (two) sides[1].heading.textContent = "Names, second side";
   later();
 };

@@ -1,5 +1,6 @@
 // The API's description, drawn from /openapi.json, with commands to paste.
 
+import { copyText, token } from "./api.js";
 import { el } from "./pane.js";
 
 const theme = localStorage.getItem("ovd-theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
@@ -14,7 +15,8 @@ const EXAMPLES = {
 };
 
 function command(verb, path) {
-  const url = location.origin + path;
+  const auth = token.get() && path.startsWith("/v1/") ? ' -H "Authorization: Bearer $OVD_TOKEN"' : "";
+  const url = location.origin + path + auth;
   if (verb === "get") return `curl ${url}`;
   if (path === "/v1/vocabularies") return `curl -X PUT ${url} \\\n  -H 'Content-Type: application/json' -d '["umbrella", "anchor"]'`;
   const sample = `curl -sO ${location.origin}/web/samples/scene-1.jpg`;
@@ -25,8 +27,7 @@ function command(verb, path) {
 function block(text) {
   const button = el("button", { type: "button", textContent: "Copy" });
   button.onclick = async () => {
-    await navigator.clipboard.writeText(text);
-    button.textContent = "Copied";
+    button.textContent = await copyText(text).then(() => "Copied", () => "Not allowed");
     setTimeout(() => (button.textContent = "Copy"), 1500);
   };
   const pre = el("pre", { tabIndex: 0 }, el("code", { textContent: text }));

@@ -39,6 +39,12 @@ export class Side {
     this._describe();
   }
 
+  /** Take the model at a place of the offer. */
+  choose(index) {
+    this.select.selectedIndex = index;
+    this._describe();
+  }
+
   set(names) {
     this.names = [...new Set(names)];
     this._chips();
@@ -69,6 +75,7 @@ export class Side {
   }
 
   _keys(event) {
+    if (event.isComposing) return; // Enter ends a word of an input method, not a name
     if (event.key === "Enter" || event.key === ",") {
       event.preventDefault();
       this._take();
