@@ -296,7 +296,13 @@ def coco_48_17() -> Run:
     paper = lvis_r50()
     stage = dataclasses.replace(paper.detector_stage, steps=45_000, warmup=1 / 45)
     return dataclasses.replace(
-        paper, config="coco_48_17", boxes="coco", rpn_stage=stage, detector_stage=stage, measure_masks=False
+        paper,
+        config="coco_48_17",
+        boxes="coco",
+        rpn_stage=stage,
+        detector_stage=stage,
+        max_detections=100,
+        measure_masks=False,
     )
 
 
