@@ -106,7 +106,8 @@ def prepare(run: Run) -> None:
         if done.config_hash != config_hash:
             changed = tables.changed_settings(done, settings)
             differs = f" (other {', '.join(changed)})" if changed else ""
-            raise InputError(f"{uri}: made from another config{differs}, expected a new --name or an empty place")
+            expected = "a new --name (of a training: --boxes) or an empty place"
+            raise InputError(f"{uri}: made from another config{differs}, expected {expected}")
         if run.strict and done.details.get("account"):
             raise InputError(f"{uri}: --strict: something was mended or left out, see `account` in its manifest")
         return
