@@ -261,7 +261,7 @@ class Segmenter(Predictor[OvSam]):
     def names(self, names: Sequence[str] | None = None) -> Vocabulary:
         """Embedded names, those with masks in training marked as base; the default vocabulary if None.
 
-        If the checkpoint knows none of them, none is marked, so `novel_bias` raises none above the background.
+        If the checkpoint knows none of them, their split is unknown (`is_base` is None) and `novel_bias` is not added.
         """
         chosen = clean_names(names if names is not None else self.vocabulary)
         known = self.info.splits if any(name in self.info.splits for name in chosen) else None

@@ -9,7 +9,7 @@ First `boxes`: box supervision alone. Then `joint`, continued from it: every ste
 
 python workflows/codet.py --config smoke
 python workflows/codet.py --config pictograms --teacher store/runs/clip/NAME/model
-python workflows/codet.py --config photos_laptop --data photos/ --teacher <CLIP>
+python workflows/codet.py --config photos_laptop --data photos/ --teacher CLIP
 ray job submit --working-dir . -- python workflows/codet.py --config smoke --storage s3://bucket/ovd
 """
 

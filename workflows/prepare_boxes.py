@@ -1,6 +1,6 @@
 r"""Boxes: an annotated set with a base/novel split, for training (base boxes only) and for evaluation (all boxes).
 
-COCO json, or the pictogram world --read or draw--> boxes, categories --strip novel boxes--> boxes for training
+annotations, or the pictogram world --read or draw--> boxes, categories --strip novel boxes--> boxes for training
 
 python workflows/prepare_boxes.py --config pictograms
 python workflows/prepare_boxes.py --config coco --data photos/    # photos/instances.json, photos/images/

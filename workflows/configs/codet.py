@@ -47,7 +47,7 @@ class Run:
     """Replaces the teacher: a .npy file with an embedding for each category of the data, in category-id order."""
     data: str = ""
     """A folder with `instances.json`, `images/` and captions, whose tables are made first; captions are `captions.tsv`
-    or COCO's `captions_*.json`, and may be missing for `photos`."""
+    or COCO's `captions_*.json`, which only the published configs need."""
     held_out: int = 0
     """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
     backbone_weights: str = "auto"
