@@ -251,6 +251,7 @@ def evaluate_model(
         model=model,
         boxes=f"{run.boxes}-eval",
         max_detections=run.max_detections,
+        iou_type="segm" if run.measure_masks else "bbox",
         synonyms=run.synonyms,
     )
     return evaluation.evaluate_trained(settings, active, stage, prefix)

@@ -81,6 +81,8 @@ class Run:
     """Take the architecture from `box_model`, and without a teacher its own text encoder."""
     max_detections: int = 100
     """Detections of an image in evaluation."""
+    measure_masks: bool = False
+    """Evaluate masks instead of boxes, as is usual on LVIS; `centernet2` predicts them."""
     validate_every: int = 5000
     """Steps between measurements on the first `validate_images` of the evaluation set during training; 0 for none."""
     validate_images: int = 100
@@ -306,6 +308,7 @@ def lvis_r50() -> Run:
         pairs="cc3m",
         prompt_set="name:a",
         max_detections=300,
+        measure_masks=True,
         published_backbone=MIIL_RESNET50,
         model=dataclasses.replace(
             released,
