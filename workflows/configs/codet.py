@@ -46,8 +46,8 @@ class Run:
     texts: str = ""
     """Replaces the teacher: a .npy file with an embedding for each category of the data, in category-id order."""
     data: str = ""
-    """A folder with `instances.json`, `images/` and captions, whose tables are made first; captions are `captions.tsv`
-    or COCO's `captions_*.json`, which only the published configs need."""
+    """A folder with `instances.json` and `images/`, or of YOLO or Pascal VOC, whose tables are made first. Captions are
+    `captions.tsv` or COCO's `captions_*.json` in it; only the published configs need them."""
     held_out: int = 0
     """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
     backbone_weights: str = "auto"

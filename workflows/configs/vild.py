@@ -42,7 +42,7 @@ class Run:
     texts: str = ""
     """Replaces the teacher for names: a .npy file with an embedding for each category, in category-id order."""
     data: str = ""
-    """A folder with `instances.json` and `images/`, whose tables are made first."""
+    """A folder with `instances.json` and `images/`, or of YOLO or Pascal VOC, whose tables are made first."""
     held_out: int = 0
     """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
     backbone_weights: str = "auto"
