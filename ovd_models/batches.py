@@ -177,7 +177,11 @@ class Detections(TensorRecord):
         return next(iter(self._select(torch.tensor([rows[index]]))))
 
     def filter(self, *, min_score: float = 0.0, names: Collection[str] | None = None) -> "Detections":
-        """The detections with at least a score, and of some names; of all names if None."""
+        """The detections with at least a score, and of some names; of all names if None.
+
+        Raises:
+            ValueError: a name is not in the vocabulary.
+        """
         return self._select(rows_to_keep(self.scores, self.labels, self.names, min_score, names))
 
     def distinct(self, iou: float = 0.5) -> "Detections":

@@ -295,7 +295,7 @@ class Segmenter(Predictor[OvSam]):
     def names(self, names: Sequence[str] | None = None) -> Vocabulary:
         """Embedded names, those with masks in training marked as base; the default vocabulary if None.
 
-        If the checkpoint knows none of them, none is marked, so `novel_bias` raises none above the background.
+        If the checkpoint knows none of them, their split is unknown (`is_base` is None) and `novel_bias` is not added.
         """
         chosen = clean_names(names if names is not None else self.vocabulary)
         known = self.info.splits if any(name in self.info.splits for name in chosen) else None
@@ -396,10 +396,12 @@ class Classifier(Predictor[Clip]):
         synonyms: Synonyms | None = None,
         top: int = 5,
     ) -> TopNames:
-        """The most probable of any names; `prompts` and `synonyms` as for `Detector.detect`.
+        """The `top` most probable of any names, with probabilities among all of them; all if there are fewer.
+
+        The other arguments are those of `Detector.detect`.
 
         Raises:
-            InputError: the image cannot be read, or a name is empty.
+            InputError: the image cannot be read, a name is empty, or the prompts are unknown.
         """
         vocabulary = build_query(self.encoder, names, {}, prompts=prompts, synonyms=synonyms).names
         return self.find(self.encode([self.read(image)])[0], vocabulary, top)
@@ -415,8 +417,12 @@ def load(folder: str | Path, device: str = "auto") -> Detector:
 
     `workflows.common.models.load` takes a checkpoint of any method, and URIs.
 
+    Args:
+        folder: a checkpoint folder on this machine.
+        device: such as `cpu` or `cuda:1`; `auto` is a GPU if there is one.
+
     Raises:
-        InputError: the folder holds no detector checkpoint that this program reads.
+        InputError: the folder holds no detector checkpoint that this program reads, or there is no such device.
     """
     model = load_model(folder, CoDet, ViLD)
     assert isinstance(model, CoDet | ViLD)
@@ -424,27 +430,27 @@ def load(folder: str | Path, device: str = "auto") -> Detector:
 
 
 def load_segmenter(folder: str | Path, device: str = "auto") -> Segmenter:
-    """The segmenter of an OV-SAM checkpoint folder, ready for any prompts and names.
+    """The segmenter of an OV-SAM checkpoint folder, ready for any prompts and names; arguments as for `load`.
 
     Raises:
-        InputError: the folder holds no OV-SAM checkpoint that this program reads.
+        InputError: the folder holds no OV-SAM checkpoint that this program reads, or there is no such device.
     """
     return Segmenter(load_model(folder, OvSam), load_encoder(Path(folder) / "text"), read_info(folder), device)
 
 
 def load_text_segmenter(folder: str | Path, device: str = "auto") -> TextSegmenter:
-    """The model of a text-to-mask checkpoint folder, ready for any names.
+    """The model of a text-to-mask checkpoint folder, ready for any names; arguments as for `load`.
 
     Raises:
-        InputError: the folder holds no such checkpoint that this program reads.
+        InputError: the folder holds no such checkpoint that this program reads, or there is no such device.
     """
     return TextSegmenter(load_model(folder, TextToMask), load_encoder(Path(folder) / "text"), read_info(folder), device)
 
 
 def load_classifier(folder: str | Path, device: str = "auto") -> Classifier:
-    """The CLIP of a checkpoint folder (`clip.json`), ready for any names.
+    """The CLIP of a checkpoint folder (`clip.json`), ready for any names; arguments as for `load`.
 
     Raises:
-        InputError: the folder holds no whole CLIP that this program reads.
+        InputError: the folder holds no whole CLIP that this program reads, or there is no such device.
     """
     return Classifier(*load_clip(folder), device)

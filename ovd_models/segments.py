@@ -53,10 +53,10 @@ class Prompts(TensorRecord):
         """Prompts from plain lists.
 
         Args:
-            points: P lists of points [x, y], or P single points.
-            point_labels: labels in the same form; 1 for every point if None.
-            boxes: P boxes.
-            masks: [P, L, L] logits.
+            points: P lists of points [x, y], or P single points, in pixels of the original image.
+            point_labels: labels in the same form, 1 on the object and 0 off it; 1 for every point if None.
+            boxes: P boxes [x0, y0, x1, y1], in the same pixels.
+            masks: [P, L, L] float32 logits of earlier masks.
 
         Raises:
             InputError: a list does not have this form.
@@ -242,6 +242,9 @@ class Segments(TensorRecord):
         """The segments with at least a score, and of some names; of all names if None.
 
         A segment without a name has a score of 0.
+
+        Raises:
+            ValueError: a name is not in the vocabulary.
         """
         return self._select(rows_to_keep(self.scores.nan_to_num(0.0), self.labels, self.names, min_score, names))
 

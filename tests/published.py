@@ -233,7 +233,7 @@ def small_centernet2(config: CenterNet2Config) -> CenterNet2Config:
         config,
         backbone_options=options,
         eva=dataclasses.replace(config.eva, width=32, depth=3, heads=2, hidden=64),
-        pyramid_channels=32,
+        pyramid_channels=64,  # two a group of the heat head's norm: an image's coarsest level has one cell
         proposals=dataclasses.replace(config.proposals, pre_nms=(64, 64), post_nms=(32, 32)),
         head_width=64,
         min_size=SIDE,

@@ -9,7 +9,7 @@ First `boxes`: box supervision alone. Then `joint`, continued from it: every ste
 
 python workflows/codet.py --config smoke
 python workflows/codet.py --config pictograms --teacher store/runs/clip/NAME/model
-python workflows/codet.py --config photos_laptop --data photos/ --teacher <CLIP>
+python workflows/codet.py --config photos_laptop --data photos/ --teacher CLIP
 ray job submit --working-dir . -- python workflows/codet.py --config smoke --storage s3://bucket/ovd
 """
 
@@ -251,6 +251,7 @@ def evaluate_model(
         model=model,
         boxes=f"{run.boxes}-eval",
         max_detections=run.max_detections,
+        iou_type="segm" if run.measure_masks else "bbox",
         synonyms=run.synonyms,
     )
     return evaluation.evaluate_trained(settings, active, stage, prefix)

@@ -10,7 +10,7 @@ teacher (clip.py) --> sam2clip: CLIP's levels -> SAM's embedding <---------+
 
 python workflows/ovsam.py --config smoke
 python workflows/ovsam.py --config pictograms --teacher store/runs/clip/NAME/model
-python workflows/ovsam.py --config pictograms --teacher ... --sam store/runs/ovsam/NAME/sam_model
+python workflows/ovsam.py --config pictograms --teacher CLIP --sam store/runs/ovsam/NAME/sam_model
 ray job submit --working-dir . -- python workflows/ovsam.py --config smoke --storage s3://bucket/ovd
 """
 

@@ -1,6 +1,6 @@
 r"""Boxes: an annotated set with a base/novel split, for training (base boxes only) and for evaluation (all boxes).
 
-COCO json, or the pictogram world --read or draw--> boxes, categories --strip novel boxes--> boxes for training
+annotations, or the pictogram world --read or draw--> boxes, categories --strip novel boxes--> boxes for training
 
 python workflows/prepare_boxes.py --config pictograms
 python workflows/prepare_boxes.py --config coco --data photos/    # photos/instances.json, photos/images/
@@ -107,7 +107,8 @@ def prepare(run: Run) -> None:
         if done.config_hash != config_hash:
             changed = tables.changed_settings(done, settings)
             differs = f" (other {', '.join(changed)})" if changed else ""
-            raise InputError(f"{uri}: made from another config{differs}, expected a new --name or an empty place")
+            expected = "a new --name (of a training: --boxes) or an empty place"
+            raise InputError(f"{uri}: made from another config{differs}, expected {expected}")
         if run.strict and done.details.get("account"):
             raise InputError(f"{uri}: --strict: something was mended or left out, see `account` in its manifest")
         return

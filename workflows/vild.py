@@ -7,7 +7,7 @@ boxes, regions --> DetectionBatch --> detector -> AP50 of base and novel names -
 
 python workflows/vild.py --config smoke
 python workflows/vild.py --config pictograms --teacher store/runs/clip/NAME/model
-python workflows/vild.py --config pictograms --model.variant text --teacher ... --proposals runs/.../proposals
+python workflows/vild.py --config pictograms --teacher CLIP --proposals store/runs/vild/NAME/proposals
 python workflows/vild.py --config lvis_r50 --storage s3://bucket/ovd --teacher s3://bucket/clip
 """
 

@@ -65,7 +65,8 @@ class FetchConfig:
     """Concurrent requests of one process to one host and port. At most `host_failures` URLs are tried on a host that
     has never answered, so that silent hosts cannot occupy all of the process's requests."""
     host_failures: int = 4
-    """After so many URLs of a host and port in a row without an answer, this process skips the rest of them."""
+    """After so many URLs of a host and port in a row without an answer, this process skips its URLs, but for one every
+    five minutes, until one is answered."""
     dns_cache_seconds: float = 300.0
     dns_threads: int = 32
     """Concurrent name lookups of one process."""

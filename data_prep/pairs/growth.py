@@ -32,6 +32,8 @@ MIN_PART_ROWS = 8
 URLS = pa.schema({"source": pa.string(), "row": pa.int64(), "url": pa.string()})
 IMAGES = LIGHT.remove(LIGHT.get_field_index("reason"))
 EMBEDDINGS = pa.schema({"image_id": pa.string(), EMBEDDING: pa.binary()})
+NEW_NAME = "a new --name (of a training: --pairs)"
+"""What helps where the tables of a name are others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +135,10 @@ def find_published(
         if not (retry and only_fetch):
             differs = f" (other {', '.join(changed)})" if changed else ""
             retrying = "--retry REASON to fetch such rejected rows so, " if only_fetch else ""
-            expected = f"{retrying}the same one, a new --name or an empty place"
+            expected = f"{retrying}the same one, {NEW_NAME} or an empty place"
             raise InputError(f"{uri}: made from another config{differs}, expected {expected}")
     if not add and any(digest not in published.sources for digest in lists):
-        raise InputError(f"{uri}: made from other lists, expected --add to add rows, or a new --name")
+        raise InputError(f"{uri}: made from other lists, expected --add to add rows, or {NEW_NAME}")
     return published
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -299,13 +300,15 @@ def test_the_detector_of_lvis_trains_with_masks_and_is_evaluated(prepared: Run) 
         caption_sizes=(64, 64),
     )
     jitter = Augmentation(flip_probability=0.5, side=128)
-    found = codet.train(dataclasses.replace(prepared, model=model, augmentation=jitter, repeat_threshold=0.1))
+    found = codet.train(
+        dataclasses.replace(prepared, model=model, augmentation=jitter, repeat_threshold=0.1, measure_masks=True)
+    )
     uri = tracking.tracking_uri(prepared.storage)
     history = tracking.metric_history(uri, found.run_id, "train/loss")
     assert {"train/loss_mask", "train/loss_classes_2", "train/loss_concept"} <= set(history)
     evaluation = evaluate.Run(storage=prepared.storage, model=found.model, boxes="smoke-eval", iou_type="segm")
     numbers, _ = evaluate.evaluate_model(evaluation)
-    assert 0.0 <= numbers["AP50"] <= 1.0
+    assert numbers["AP50_all"] == pytest.approx(found.metrics.codet.summary()["ap50_all"])
 
 
 @pytest.mark.ray
@@ -347,6 +350,20 @@ def test_published_settings() -> None:
     assert (
         codet_configs.lvis_swin_b().model.centernet2.min_size == 2 * codet_configs.lvis_swin_b().model.caption_sizes[0]
     )
+
+
+def test_lvis_is_measured_by_masks_and_coco_by_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[str] = []
+    monkeypatch.setattr(codet.evaluation, "evaluate_trained", lambda settings, *_: kinds.append(settings.iou_type))
+    configs = [
+        codet_configs.coco_r50(),
+        codet_configs.lvis_r50(),
+        codet_configs.lvis_swin_b(),
+        codet_configs.lvis_eva(),
+    ]
+    for run in configs:
+        codet.evaluate_model(run, Mock(), "model", "eval", run.joint_stage)
+    assert kinds == ["bbox", "segm", "segm", "segm"]
 
 
 def test_published_configs_jitter_images_as_published() -> None:

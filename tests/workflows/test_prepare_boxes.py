@@ -183,7 +183,8 @@ def test_published_tables_are_kept_and_another_config_is_refused(tmp_path: Path)
     prepare(run)
     assert storage.read_bytes(f"{run.storage}/boxes/photos-eval/manifest.json") == before
     with pytest.raises(
-        InputError, match=r"photos-eval: made from another config \(other eval_images\), expected a new"
+        InputError,
+        match=r"photos-eval: made from another config \(other eval_images\), expected a new --name \(.*: --boxes\) or",
     ):
         prepare(dataclasses.replace(run, eval_images=3))
 

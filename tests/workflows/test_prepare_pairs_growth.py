@@ -106,7 +106,9 @@ def test_rows_of_a_new_list_are_added_and_published_files_stay(ray_cluster: None
     before = files(first)
     requests = Counter(shop.requests)
     more = crawl_of(shop, tmp_path, range(4, 11), "more.tsv")
-    with pytest.raises(InputError, match=r"made from other lists, expected --add"):
+    with pytest.raises(
+        InputError, match=r"other lists, expected --add to add rows, or a new --name \(of a training: --pairs\)"
+    ):
         prepare(more)
     summary = prepare(dataclasses.replace(more, add=True))
     assert (summary.input, summary.kept, summary.rejected) == (13, 11, {"duplicate_url": 2})

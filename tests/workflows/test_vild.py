@@ -245,6 +245,11 @@ def test_the_papers_schedule() -> None:
         assert cli.flatten(make())["config"] == make().config
 
 
+def test_as_many_detections_are_evaluated_as_the_rules_of_the_data_set_count() -> None:
+    limits = {run.config: run.max_detections for run in (make() for make in vild_configs.CONFIGS.values())}
+    assert limits == {name: 300 if name.startswith("lvis") else 100 for name in vild_configs.CONFIGS}
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 

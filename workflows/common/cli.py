@@ -79,7 +79,8 @@ def parse(
     run = configs[known.config]()
     description = f"--config NAME: one of {', '.join(configs)} (default {default})"
     if stages:
-        description += f"\n\n{STAGE_FLAGS}"
+        own = flag_of(f"{stages[0]}.workers", "N")
+        description += f"\n\nOf all stages; a stage's own flag, such as {own}, replaces it:\n{STAGE_FLAGS}"
     if HELP & set(rest):
         print(doc or "")  # tyro would join its lines
         rest = ["--help"]
@@ -152,7 +153,7 @@ def flag_of(name: str, value: object) -> str:
 def flags_of(run: Any, stages: Sequence[str]) -> list[str]:
     """All flags of a run, those of its stages too."""
     own = [f"--{name.replace('_', '-')}" for name in joined_factors(flatten(run))]
-    return ["--config", "--help", "--help-all", *own, *(STAGE_FLAGS.split("\n")[1].split() if stages else [])]
+    return ["--config", "--help", "--help-all", *own, *(STAGE_FLAGS.split() if stages else [])]
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -166,8 +167,7 @@ def stages_of(run: Any) -> list[str]:
     return [entry.name for entry in dataclasses.fields(run) if hasattr(getattr(run, entry.name), "workers")]
 
 
-STAGE_FLAGS = """Of all stages; a stage's own flag, such as --box-stage.workers, replaces it:
---workers N --accumulate N --precision auto|fast|bf16|fp16|fp32 --compile --use-gpu"""
+STAGE_FLAGS = "--workers N --accumulate N --precision auto|fast|bf16|fp16|fp32 --compile --use-gpu"
 
 
 def add_stage_flags(parser: argparse.ArgumentParser) -> None:

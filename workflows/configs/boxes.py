@@ -18,7 +18,8 @@ class Run:
     file; Open Images' `*-annotations-bbox.csv`; a folder of YOLO (`data.yaml`) or Pascal VOC (`Annotations/`); the
     pictogram world if empty.
 
-    COCO's names are split into 48 base and 17 novel ones, LVIS's by `frequency` (`r` is novel); others are base.
+    COCO's names are split into 48 base and 17 novel ones (the other 15 are not used), LVIS's by `frequency` (`r` is
+    novel); names of other data are base.
     """
     split: Literal["published", "frequency", "none"] = "published"
     """For `data`: `frequency` makes the names in at most 10 training images novel, as LVIS counts; `none` keeps all
@@ -60,7 +61,7 @@ def pictograms() -> Run:
 
 
 def coco() -> Run:
-    """A folder in COCO's format; needs `--data`."""
+    """Annotated images, in COCO's format or another that `--data` takes; needs `--data`."""
     return Run(name="photos", train_images=0, eval_images=0)
 
 

@@ -46,8 +46,8 @@ class Run:
     texts: str = ""
     """Replaces the teacher: a .npy file with an embedding for each category of the data, in category-id order."""
     data: str = ""
-    """A folder with `instances.json`, `images/` and captions, whose tables are made first; captions are `captions.tsv`
-    or COCO's `captions_*.json`, and may be missing for `photos`."""
+    """A folder with `instances.json` and `images/`, or of YOLO or Pascal VOC, whose tables are made first. Captions are
+    `captions.tsv` or COCO's `captions_*.json` in it; only the published configs need them."""
     held_out: int = 0
     """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
     backbone_weights: str = "auto"
@@ -81,6 +81,8 @@ class Run:
     """Take the architecture from `box_model`, and without a teacher its own text encoder."""
     max_detections: int = 100
     """Detections of an image in evaluation."""
+    measure_masks: bool = False
+    """Evaluate masks instead of boxes, as is usual on LVIS; `centernet2` predicts them."""
     validate_every: int = 5000
     """Steps between measurements on the first `validate_images` of the evaluation set during training; 0 for none."""
     validate_images: int = 100
@@ -306,6 +308,7 @@ def lvis_r50() -> Run:
         pairs="cc3m",
         prompt_set="name:a",
         max_detections=300,
+        measure_masks=True,
         published_backbone=MIIL_RESNET50,
         model=dataclasses.replace(
             released,

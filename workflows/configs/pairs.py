@@ -22,7 +22,8 @@ class Run:
     name: str
     """Name of the tables."""
     urls: str = ""
-    """The URL lists: a .tsv, .csv, .jsonl or .parquet file, a folder of them, or a pattern; by path or URI."""
+    """The URL lists: a .tsv, .csv, .txt, .jsonl, .json or .parquet file, a folder of them, or a pattern; by path or
+    URI."""
     shards: str = ""
     """Instead of `urls`: WebDataset shards, whose images are not fetched; a .tar file, a folder of them, or a pattern
     such as `s3://bucket/{00000..01242}.tar`."""

@@ -42,7 +42,7 @@ class Run:
     texts: str = ""
     """Replaces the teacher for names: a .npy file with an embedding for each category, in category-id order."""
     data: str = ""
-    """A folder with `instances.json` and `images/`, whose tables are made first."""
+    """A folder with `instances.json` and `images/`, or of YOLO or Pascal VOC, whose tables are made first."""
     held_out: int = 0
     """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
     backbone_weights: str = "auto"
@@ -296,7 +296,13 @@ def coco_48_17() -> Run:
     paper = lvis_r50()
     stage = dataclasses.replace(paper.detector_stage, steps=45_000, warmup=1 / 45)
     return dataclasses.replace(
-        paper, config="coco_48_17", boxes="coco", rpn_stage=stage, detector_stage=stage, measure_masks=False
+        paper,
+        config="coco_48_17",
+        boxes="coco",
+        rpn_stage=stage,
+        detector_stage=stage,
+        max_detections=100,
+        measure_masks=False,
     )
 
 

