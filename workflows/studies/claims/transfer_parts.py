@@ -167,9 +167,9 @@ TRANSFER = Part(
     ),
     columns={**AP50_COLUMNS, "all AP50": "ap50_all", **TEACHER},
     schedule="The detectors of claim 4 on scenes of the second style: outlines in another font on stripes; on scenes "
-    "with its stripes alone and with its outlines alone; then on their own scenes with other vocabularies: 28 of the 68 "
-    "names merged under 7 general words, such as `animal`, each searched by its word alone or by the maximum over its "
-    "members; and 544 new names, each category in each colour. " + SCHEDULE,
+    "with its stripes alone and with its outlines alone; then on their own scenes with other vocabularies: 28 of the "
+    "68 names merged under 7 general words, such as `animal`, each searched by its word alone or by the maximum over "
+    "its members; and 544 new names, each category in each colour. " + SCHEDULE,
     remark="The cause is the outlines: on the second style's stripes alone the detectors keep about two thirds of "
     "their AP50, on its outlines alone hardly any, and there the CLIP names objects hardly better than by chance. Both "
     "have only seen filled shapes. With base names, ViLD is not above ViLD-text on scenes of its own style either.",
