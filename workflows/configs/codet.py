@@ -46,10 +46,11 @@ class Run:
     texts: str = ""
     """Replaces the teacher: a .npy file with an embedding for each category of the data, in category-id order."""
     data: str = ""
-    """A folder with `instances.json`, `images/` and captions, whose tables are made first; captions are `captions.tsv`
-    or COCO's `captions_*.json`, and may be missing for `photos`."""
+    """A folder with `instances.json` and `images/`, or another set that `prepare_boxes.py --data` reads, whose tables
+    are made first; captions in it are `captions.tsv` or COCO's `captions_*.json`, and may be missing for `photos`."""
     held_out: int = 0
-    """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
+    """Images of `data` that are held out for evaluation, if it has no part for that; 0 for a fifth of them, at most
+    20."""
     backbone_weights: str = "auto"
     """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
     from_scratch: bool = False
