@@ -4,6 +4,7 @@ annotations, or the pictogram world --read or draw--> boxes, categories --strip 
 
 python workflows/prepare_boxes.py --config pictograms
 python workflows/prepare_boxes.py --config coco --data photos/    # photos/instances.json, photos/images/
+python workflows/prepare_boxes.py --config coco --data coco128.yaml    # Ultralytics' and Roboflow's folders, too
 python workflows/prepare_boxes.py --config coco --name lvis --data lvis_v1_train.json --eval-data lvis_v1_val.json \
     --images coco/                                                # with train2017/ and val2017/; a URI for a cluster
 python workflows/prepare_boxes.py --config coco --name coco --data instances_train2017.json \
@@ -33,7 +34,7 @@ import pyarrow.compute as pc
 import ray
 
 from data_prep import locks, storage, tables
-from data_prep.boxes import annotations, folders, formats
+from data_prep.boxes import annotations, folders, layouts
 from data_prep.boxes.cleaning import Account
 from data_prep.boxes.coco import (
     BoxSet,
@@ -95,7 +96,7 @@ def prepare(run: Run) -> None:
     for name, default in (("split", "published"), ("novel", ""), ("style", "first")):
         if settings[name] == default:  # tables from before these settings stay those of the same config
             del settings[name]
-    digests = [file_digest(annotation_file(data, run.images)) for data in (run.data, run.eval_data) if data]
+    digests = [file_digest(annotation_file(part)) for part in parts_of(run)]
     if run.novel:
         with as_input_error(f"--novel {run.novel}"):
             digests.append(storage.sha256(storage.read_bytes(run.novel)))
@@ -114,9 +115,9 @@ def prepare(run: Run) -> None:
         return
     accounts = accounts_of(run)
     train, evaluation = read_folder(run, accounts) if run.data else draw_pictograms(run)
-    check_sets(run, list(accounts.values()), train, evaluation)
+    check_sets(run, accounts, train, evaluation)
     base_only = strip_novel(train.boxes, train.categories)
-    found = [row for account in accounts.values() for row in account.to_rows()]
+    found = [row for account in accounts for row in account.to_rows()]
     details = {"settings": settings} | ({"account": found} if found else {})
     publish_rows(run, "categories", run.name, train.categories, config_hash, details)
     publish_rows(run, "boxes", f"{run.name}-train", base_only, config_hash, details)
@@ -133,13 +134,17 @@ def prepare(run: Run) -> None:
     )
 
 
-def accounts_of(run: Run) -> dict[str, Account]:
-    """An account for each of `data` and `eval_data` that is given."""
-    return {
-        data: Account(data if formats.needs_conversion(data) else str(annotation_file(data)))
-        for data in (run.data, run.eval_data)
-        if data
-    }
+def parts_of(run: Run) -> list[layouts.Part]:
+    """The training part of `data` and, if there is one, the set for evaluation: `eval_data`, or that part of `data`."""
+    if not run.data:
+        return []
+    train, *evaluation = layouts.find_parts(run.data, run.images)
+    return [train, *(layouts.find_parts(run.eval_data, run.images)[-1:] if run.eval_data else evaluation)]
+
+
+def accounts_of(run: Run) -> list[Account]:
+    """An account for each of `parts_of`."""
+    return [Account(part.origin) for part in parts_of(run)]
 
 
 def check_sets(run: Run, accounts: Sequence[Account], train: BoxSet, evaluation: BoxSet) -> None:
@@ -201,20 +206,15 @@ def prepare_full(run: Run) -> None:
 
 
 @functools.cache
-def annotation_file(data: str, images: str = "") -> Path:
-    """The annotation file of `--data`: itself, in the folder, or a converted copy of other formats."""
-    if not formats.needs_conversion(data):
-        return Path(data) if data.endswith(".json") else Path(data, "instances.json")
+def annotation_file(part: layouts.Part) -> Path:
+    """The annotation file of a part: its own, or a converted copy of other formats."""
+    if part.convert is None:
+        return Path(part.origin)
     folder = tempfile.mkdtemp(prefix="ovd-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     converted = Path(folder, "instances.json")
-    converted.write_text(json.dumps(formats.convert(data, images)))
+    converted.write_text(json.dumps(part.convert()))
     return converted
-
-
-def image_folder(run: Run, data: str) -> str:
-    """Folder or URI of the pictures of `--data` or `--eval-data`."""
-    return run.images or str(formats.picture_folder(data))
 
 
 def split_categories(run: Run, categories: list[dict[str, Any]], rows: pa.Table) -> list[dict[str, Any]]:
@@ -226,40 +226,33 @@ def split_categories(run: Run, categories: list[dict[str, Any]], rows: pa.Table)
     return frequency_split(categories, rows) if run.split == "frequency" else categories
 
 
-def read_folder(run: Run, account_of: Mapping[str, Account]) -> tuple[BoxSet, BoxSet]:
-    """The training and the evaluation set of a COCO or LVIS folder.
+def read_folder(run: Run, accounts: Sequence[Account]) -> tuple[BoxSet, BoxSet]:
+    """The training and the evaluation set of annotated pictures.
 
-    Without `eval_data`, some images are held out (`split_rows`). Of `eval_data`, OV-COCO's images are used, see
-    `with_split`. What is odd goes into the account of each file.
+    Without a set for evaluation, some images are held out (`split_rows`). Of such a set, OV-COCO's images are used, see
+    `with_split`. What is odd goes into the accounts, those of `parts_of`.
     """
-    images = {data: image_folder(run, data) for data in account_of}
-    read = {
-        data: read_annotations(annotation_file(data, run.images), images[data], account)
-        for data, account in account_of.items()
-    }
-    split = split_categories(run, *read[run.data])
-    read = {data: (split, in_ids_of(split, *each, account_of[data].origin)) for data, each in read.items()}
-    rows = read[run.data][1]
-    kept, held_out = (rows.take(pa.array(numbers)) for numbers in split_rows(run, rows.num_rows))
+    pairs = list(zip(parts_of(run), accounts, strict=True))
+    read = [read_annotations(annotation_file(part), part.pictures, account) for part, account in pairs]
+    split = split_categories(run, *read[0])
+    rows = [in_ids_of(split, *each, account.origin) for each, account in zip(read, accounts, strict=True)]
+    kept, held_out = rows[0], rows[0][:0]
+    if len(rows) == 1:
+        kept, held_out = (rows[0].take(pa.array(numbers)) for numbers in split_rows(run, kept.num_rows))
     if run.captions:  # before any picture is read
         annotations.read_captions([Path(run.captions)], kept["file_name"].to_pylist())
-    sets = {}
-    for data in reversed(read):  # the few pictures of the evaluation first, so that a wrong folder is noticed early
-        categories, rows = read[data]
-        pictures = add_pictures(rows, images[data], account_of[data].origin, account_of[data])
-        sets[data] = box_set(categories, pictures)
-    whole = sets[run.data]
-    if run.eval_data:
-        evaluation = sets[run.eval_data]
-        return whole, BoxSet(evaluation.categories, with_split(evaluation.boxes, whole.categories))
-    parts = [whole.boxes.filter(pc.is_in(whole.boxes["source_id"], part["source_id"])) for part in (kept, held_out)]
-    return BoxSet(whole.categories, parts[0]), BoxSet(whole.categories, parts[1])
+    *evaluation, whole = [  # the few pictures of the evaluation first, so that a wrong folder is noticed early
+        box_set(split, add_pictures(own, part.pictures, account.origin, account))
+        for own, (part, account) in reversed(list(zip(rows, pairs, strict=True)))
+    ]
+    if evaluation:
+        return whole, BoxSet(evaluation[0].categories, with_split(evaluation[0].boxes, whole.categories))
+    sets = [whole.boxes.filter(pc.is_in(whole.boxes["source_id"], part["source_id"])) for part in (kept, held_out)]
+    return BoxSet(whole.categories, sets[0]), BoxSet(whole.categories, sets[1])
 
 
 def split_rows(run: Run, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Which of the images of `data` are for training; without `eval_data`, the last in a seeded order are held out."""
-    if run.eval_data:
-        return np.arange(count), np.arange(0)
+    """Which of the images of `data` are for training, and which are held out for evaluation: the last by the seed."""
     size = run.eval_images or max(1, min(MOST_HELD_OUT, count // 5))
     if not 0 < size < count:
         flag = f"--held-out {size} (of prepare_boxes.py: --eval-images)"
@@ -334,7 +327,7 @@ def prepare_captions(run: Run, name: str, config: str = "") -> None:
     boxes = tables.read_table(run.storage, "boxes", f"{run.name}-train")
     uris, names = boxes["uri"].to_pylist(), tuple[str, ...]()
     if files:
-        name_of = read_names(annotation_file(run.data, run.images))
+        name_of = read_names(annotation_file(parts_of(run)[0]))
         captions = annotations.read_captions(files, [name_of[key] for key in boxes["source_id"].to_pylist()])
     else:
         print(

@@ -1,4 +1,4 @@
-"""Other formats of annotated images as files in COCO's: Open Images, Pascal VOC, YOLO.
+"""Other formats of annotated images as files in COCO's: Open Images, Pascal VOC, YOLO. `layouts.py` finds the files.
 
 Objects365 is in COCO's format already. VOC's boxes and polygons are read by supervision, a picture at a time: its
 readers of whole folders keep a mask of every object's picture in memory, in pixels.
@@ -16,56 +16,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 from defusedxml import ElementTree
 from faster_coco_eval import mask as rle
 
 from data_prep.parts import ahead
 from ovd_models.errors import InputError, as_input_error
-from ovd_models.images import EXTENSIONS, open_picture
+from ovd_models.images import open_picture
 
 DESCRIPTIONS = "class-descriptions"
 """Start of the names of Open Images' files that translate its labels into names."""
 IMAGE_LABELS = "imagelabels"
 """Part of the names of Open Images' files that say which names were checked in an image."""
 READERS = 16
-
-
-def needs_conversion(data: str) -> bool:
-    """Whether `data` is in a format other than COCO's: an Open Images CSV file, or a folder of VOC or YOLO."""
-    folder = Path(data)
-    return data.endswith(".csv") or (
-        not data.endswith(".json")
-        and not (folder / "instances.json").is_file()
-        and (yolo_file(folder) is not None or (folder / "Annotations").is_dir())
-    )
-
-
-def convert(data: str, images: str = "") -> dict[str, Any]:
-    """Read an annotated set of another format; returns the content of a file in COCO's.
-
-    Args:
-        data: Open Images' boxes (`*-annotations-bbox.csv`, beside its `class-descriptions*.csv`), a YOLO folder
-            (`data.yaml`, `images/`, `labels/`), or a Pascal VOC folder (`JPEGImages/`, `Annotations/`).
-        images: folder of the pictures; if empty, that of the format, see `picture_folder`.
-
-    Raises:
-        InputError: a file is missing or malformed.
-    """
-    folder, pictures = Path(data), Path(images or picture_folder(data))
-    if data.endswith(".csv"):
-        return read_open_images(folder, pictures)
-    if (file := yolo_file(folder)) is not None:
-        return read_yolo(folder, file, pictures)
-    return read_voc(folder, pictures)
-
-
-def picture_folder(data: str) -> Path:
-    """Where a format has its pictures: in the folder, or beside the file of Open Images."""
-    if data.endswith(".csv"):
-        return Path(data).parent / "images"
-    is_voc = needs_conversion(data) and yolo_file(Path(data)) is None
-    return Path(data, "JPEGImages" if is_voc else "images")
 
 
 # --------------------------------------------------------------------------------------------------------- Open Images
@@ -166,37 +128,8 @@ class Labelled:
     """In COCO's form, if it has a mask."""
 
 
-def yolo_file(folder: Path) -> Path | None:
-    """The YAML file of a YOLO folder, if it is one."""
-    return next((folder / name for name in ("data.yaml", "data.yml") if (folder / name).is_file()), None)
-
-
-def read_yolo(folder: Path, file: Path, pictures: Path) -> dict[str, Any]:
-    """A YOLO folder: boxes or polygons below `labels/`, pictures of the same names below `images/`."""
-    labels = folder / "labels"
-    for needed in (pictures, labels):
-        if not needed.is_dir():
-            raise InputError(f"{needed}: no such folder, expected images/ and labels/ beside {file.name}")
-    names, pose = read_yolo_names(file)
-    files = {path.stem: path for path in labels.glob("*.txt") if path.name != "classes.txt" and path.stat().st_size}
-    return from_labels(pictures, files, partial(read_yolo_labels, names=names, pose=pose), names)
-
-
-def read_yolo_names(file: Path) -> tuple[list[str], int]:
-    """Names by class, and the numbers that follow each box for the keypoints of a pose.
-
-    Raises:
-        InputError: there are none, or their classes are not 0, 1, 2 ...
-    """
-    with as_input_error(str(file)):
-        content = yaml.safe_load(file.read_text())
-    names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, dict):
-        names = [names.get(key, names.get(str(key))) for key in range(len(names))]
-    if not isinstance(names, list) or not names or None in names:
-        raise InputError(f"{file}: names: {names}, expected a list, or the name of each class from 0 on")
-    with as_input_error(f"{file}: kpt_shape"):
-        return [str(name) for name in names], math.prod(map(int, content.get("kpt_shape") or [0]))
+Reader = Callable[[Path, tuple[int, int]], list[Labelled]]
+"""Reads the objects of a label file, for a picture of a width and height."""
 
 
 def read_yolo_labels(file: Path, size: tuple[int, int], names: Sequence[str], pose: int) -> list[Labelled]:
@@ -236,16 +169,8 @@ def read_yolo_labels(file: Path, size: tuple[int, int], names: Sequence[str], po
     return found
 
 
-def read_voc(folder: Path, pictures: Path) -> dict[str, Any]:
-    """A Pascal VOC folder, whose names are sorted: it has no list of them."""
-    if not pictures.is_dir():
-        raise InputError(f"{pictures}: no such folder, expected JPEGImages/ beside Annotations/, or --images")
-    files = {path.stem: path for path in folder.joinpath("Annotations").glob("*.xml")}
-    return from_labels(pictures, files, read_voc_labels)
-
-
 def read_voc_labels(file: Path, size: tuple[int, int]) -> list[Labelled]:
-    """The objects of an XML file, for a picture of this width and height.
+    """The objects of an XML file of Pascal VOC, for a picture of this width and height.
 
     Raises:
         InputError: it is malformed.
@@ -266,30 +191,28 @@ def encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def from_labels(
-    pictures: Path,
-    files: Mapping[str, Path],
-    read: Callable[[Path, tuple[int, int]], list[Labelled]],
+    folder: Path,
+    pairs: Mapping[Path, Path],
+    read: Reader,
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """A data set with a label file for each picture. One whose picture is missing names it, without a size.
 
     Args:
-        pictures: their folder.
-        files: label files by the plain name of their picture; a picture without one has no objects.
-        read: the objects of a file, for a width and height.
-        names: in the order of their categories; those of all objects, sorted, if None.
+        folder: of the pictures and their folders.
+        pairs: the label file of each picture; one whose file does not exist has no objects.
+        read: the objects of a file.
+        names: in the order of their categories; those of all objects, sorted, if None, as for VOC, which has no list.
     """
-    paths = sorted(path for path in pictures.iterdir() if path.suffix.lower().removeprefix(".") in EXTENSIONS)
-    if not paths:
-        raise InputError(f"{pictures}: no pictures, expected some")
+    if not pairs:
+        raise InputError(f"{folder}: no pictures, expected some")
     entries: list[dict[str, Any]] = []
     objects: list[tuple[int, Labelled]] = []
-    for number, (path, size) in enumerate(zip(paths, read_sizes(paths), strict=True), 1):
-        entries.append(image_entry(number, path.name, size))
-        if size is not None and path.stem in files:
-            objects += [(number, entry) for entry in read(files[path.stem], size)]
-    for stem in sorted(files.keys() - {path.stem for path in paths}):
-        entries.append(image_entry(len(entries) + 1, f"{stem}.jpg", None))
+    sizes = zip(pairs.items(), read_sizes(list(pairs)), strict=True)
+    for number, ((path, label), size) in enumerate(sizes, 1):
+        entries.append(image_entry(number, path.relative_to(folder).as_posix(), size))
+        if size is not None and label.is_file():
+            objects += [(number, entry) for entry in read(label, size)]
     if names is None:
         names = sorted({entry.name for _, entry in objects})
     keys = {name: key for key, name in enumerate(names, 1)}

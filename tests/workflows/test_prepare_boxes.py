@@ -108,6 +108,24 @@ def test_evaluation_may_have_its_own_folder(tmp_path: Path) -> None:
         prepare(dataclasses.replace(again, eval_data=""))
 
 
+def test_a_set_of_two_parts_is_trained_and_evaluated_on_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of(tmp_path / "set/train")
+    valid = folder_of(tmp_path / "set/valid", count=3)
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 200)).save(valid / f"images/{number}.png")
+    prepare_boxes.prepare_for_training(str(tmp_path / "store"), "photos", "mine", str(tmp_path / "set"), held_out=2)
+    run = Run(storage=str(tmp_path / "store"), name="mine")
+    assert [row["uri"] for row in read(run, "train")] == [f"{tmp_path}/set/train/images/{n}.png" for n in range(6)]
+    assert [row["uri"] for row in read(run, "eval")] == [f"{tmp_path}/set/valid/images/{n}.png" for n in range(3)]
+    assert "6 images for training, 6 of them with base boxes, and 3 for evaluation" in capsys.readouterr().out
+    with (valid / "instances.json").open("a") as file:  # part of what the tables are made from
+        file.write(" ")
+    with pytest.raises(InputError, match="made from another config"):
+        prepare_boxes.prepare_for_training(run.storage, "photos", "mine", str(tmp_path / "set"), held_out=2)
+
+
 def published_coco(root: Path, shown: dict[str, list[list[str]]]) -> dict[str, str]:
     """COCO's folders and files as published; the names shown on each picture, by part (`train2017`, `val2017`)."""
     names = [*COCO_BASE, *COCO_NOVEL, *COCO_OTHERS]
@@ -226,7 +244,7 @@ def test_an_impossible_split_is_refused(tmp_path: Path, count: int) -> None:
 
 
 def test_a_folder_without_annotations_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"instances\.json: cannot be read"):
+    with pytest.raises(InputError, match=r": no annotations, expected instances\.json, "):
         prepare(photos(tmp_path, data=str(tmp_path)))
 
 

@@ -15,8 +15,8 @@ class Run:
     """Name of the tables, before `-train` and `-eval`."""
     data: str = ""
     """A file in COCO's or LVIS's format with `images`, or a folder with `instances.json` and `images/`; Objects365's
-    file; Open Images' `*-annotations-bbox.csv`; a folder of YOLO (`data.yaml`) or Pascal VOC (`Annotations/`); the
-    pictogram world if empty.
+    file; Open Images' `*-annotations-bbox.csv`; a YAML of YOLO, or its folder; a folder of Pascal VOC (`Annotations/`);
+    Roboflow's exports; the pictogram world if empty. `docs/evaluation.md` describes each.
 
     COCO's names are split into 48 base and 17 novel ones (the other 15 are not used), LVIS's by `frequency` (`r` is
     novel); names of other data are base.
@@ -27,10 +27,11 @@ class Run:
     novel: str = ""
     """For `data`: a file with the names of the novel categories, one a line; the others are base."""
     eval_data: str = ""
-    """Another such file or folder, with the same names or some of them, for evaluation; if empty, some of `data` are
-    held out."""
+    """Another such file or folder, with the same names or some of them, for evaluation; if empty, that part of `data`
+    (`val`, `valid/`); if it has none, some of `data` are held out."""
     images: str = ""
-    """Folder or URI of all pictures, such as COCO's with `train2017/` and `val2017/`."""
+    """Folder or URI of all pictures, such as COCO's with `train2017/` and `val2017/`; of a set with parts, it has a
+    folder for each."""
     captions: str = ""
     """COCO's captions of the training images (`captions_train2017.json`), or a .tsv file with the columns `file_name`
     and `caption`: published as `pairs`, `concepts` and `groups` of the same name."""
@@ -41,7 +42,8 @@ class Run:
     train_images: int = 2400
     """Drawn scenes for training; 0 if a folder is read."""
     eval_images: int = 300
-    """Drawn scenes for evaluation, or images of `data` held out for it; 0 for a fifth of them, at most 20."""
+    """Drawn scenes for evaluation, or images held out for it of `data` without such a part; 0 for a fifth of them, at
+    most 20."""
     style: Literal["first", "second", "stripes", "outlines"] = "first"
     """Of drawn scenes; the second, outlined on stripes, is for the transfer of detectors trained on the first. The
     others are the first with one of these changes."""

@@ -46,10 +46,12 @@ class Run:
     texts: str = ""
     """Replaces the teacher: a .npy file with an embedding for each category of the data, in category-id order."""
     data: str = ""
-    """A folder with `instances.json` and `images/`, or of YOLO or Pascal VOC, whose tables are made first. Captions are
-    `captions.tsv` or COCO's `captions_*.json` in it; only the published configs need them."""
+    """A folder with `instances.json` and `images/`, or another set that `prepare_boxes.py --data` reads, whose tables
+    are made first. Captions are `captions.tsv` or COCO's `captions_*.json` in it; only the published configs need
+    them."""
     held_out: int = 0
-    """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
+    """Images of `data` that are held out for evaluation, if it has no part for that; 0 for a fifth of them, at most
+    20."""
     backbone_weights: str = "auto"
     """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
     from_scratch: bool = False

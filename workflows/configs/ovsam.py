@@ -27,9 +27,11 @@ class Run:
     boxes: str
     """Name of the box set: tables `boxes/<name>-train` and `boxes/<name>-eval` with masks, `categories/<name>`."""
     data: str = ""
-    """A folder with `instances.json` and `images/`, or of YOLO or Pascal VOC, whose tables are made first."""
+    """A folder with `instances.json` and `images/`, or another set that `prepare_boxes.py --data` reads, whose tables
+    are made first."""
     held_out: int = 0
-    """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
+    """Images of `data` that are held out for evaluation, if it has no part for that; 0 for a fifth of them, at most
+    20."""
     teacher: str = ""
     """CLIP checkpoint, or with `pretrained` an architecture of open_clip: its image tower becomes OV-SAM's encoder, its
     text tower embeds names."""

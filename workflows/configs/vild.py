@@ -42,9 +42,11 @@ class Run:
     texts: str = ""
     """Replaces the teacher for names: a .npy file with an embedding for each category, in category-id order."""
     data: str = ""
-    """A folder with `instances.json` and `images/`, or of YOLO or Pascal VOC, whose tables are made first."""
+    """A folder with `instances.json` and `images/`, or another set that `prepare_boxes.py --data` reads, whose tables
+    are made first."""
     held_out: int = 0
-    """Images of `data` that are held out for evaluation; 0 for a fifth of them, at most 20."""
+    """Images of `data` that are held out for evaluation, if it has no part for that; 0 for a fifth of them, at most
+    20."""
     backbone_weights: str = "auto"
     """A file with the backbone's weights; `auto` is the published one of the config, if it is on this machine."""
     from_scratch: bool = False
