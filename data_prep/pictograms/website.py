@@ -87,16 +87,14 @@ def build_site(
     *,
     num_pictures: int = 12_000,
     num_scenes: int = 4_000,
-    many_wordings: bool = False,
     seed: int = 0,
     rates: Mapping[str, float] | None = None,
     processes: int | None = None,
 ) -> pa.Table:
     """Write the site's files below `root`; the same arguments give the same bytes.
 
-    Captions of small pictures (64 px, one or two objects) name every object, in one wording or in many; those of scenes
-    (128 px, two to five objects) are loose. `rates` holds those that differ from `RATES`; by default one process a core
-    renders.
+    Captions of small pictures (64 px, one or two objects) name every object; those of scenes (128 px, two to five
+    objects) are loose. `rates` holds those that differ from `RATES`; by default one process a core renders.
 
     Returns:
         The outcomes a crawl must give, as in `root/expected.parquet`: one row for each row of the URL list, in order,
@@ -110,9 +108,7 @@ def build_site(
         raise ValueError(f"rates {sorted(rates)}: expected some of {sorted(RATES)}")
     root, total = Path(root), num_pictures + num_scenes
     chunk = max(400, -(-total // (processes or os.cpu_count() or 1)))
-    jobs = [
-        (root, start, min(start + chunk, total), num_pictures, seed, many_wordings) for start in range(0, total, chunk)
-    ]
+    jobs = [(root, start, min(start + chunk, total), num_pictures, seed) for start in range(0, total, chunk)]
     progress = Progress("web site", "images", total)
     if len(jobs) < 2:
         parts = [list(render_images(*job)) for job in jobs]
@@ -129,15 +125,12 @@ def build_site(
     return expected
 
 
-def render_images(
-    root: Path, start: int, stop: int, num_pictures: int, seed: int, many_wordings: bool = False
-) -> Iterator[str]:
+def render_images(root: Path, start: int, stop: int, num_pictures: int, seed: int) -> Iterator[str]:
     """Draw images `start` to `stop` as JPEG files and yield their captions; each depends on seed and index alone."""
     world = World.create(seed)
-    full_caption = world.varied_caption if many_wordings else world.caption
     for index in range(start, stop):
         rng = np.random.default_rng([seed, 1, index])
-        style, caption = (PICTURES, full_caption) if index < num_pictures else (SCENES, world.loose_caption)
+        style, caption = (PICTURES, world.caption) if index < num_pictures else (SCENES, world.loose_caption)
         scene = world.scene(rng, style)
         while not len(scene.labels):
             scene = world.scene(rng, style)
@@ -145,7 +138,7 @@ def render_images(
         yield caption(rng, scene)
 
 
-def _render_elsewhere(progress: Progress, job: tuple[Path, int, int, int, int, bool]) -> list[str]:
+def _render_elsewhere(progress: Progress, job: tuple[Path, int, int, int, int]) -> list[str]:
     """`render_images` in a fresh interpreter; the caller's threads may make forking unsafe."""
     command = [sys.executable, "-m", "data_prep.pictograms.website", json.dumps([str(job[0]), *job[1:]])]
     captions: list[str] = []

@@ -51,12 +51,6 @@ DISTRACTORS = (
     "with a lot of colour", "my favourite view", "at the old market", "for the new season", "in the morning",
 )  # fmt: skip
 COLOUR_PROBABILITY = 0.7  # that a caption names an object's colour
-WORDINGS = (
-    "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}", "an icon of {}", "a sign with {}",
-    "a close-up of {}", "this is {}", "there is {} here", "here you see {}", "look at {}", "{}",
-)  # fmt: skip
-"""Frames of captions."""
-DISTRACTOR_PROBABILITY = 0.3  # that a caption of any wording ends with words that describe nothing
 GLYPH_RESOLUTION = 160
 MIN_VISIBLE_PIXELS = 12
 
@@ -150,11 +144,6 @@ class World:
     def caption(self, rng: np.random.Generator, scene: Scene) -> str:
         """A caption that names every object of the scene."""
         return "a photo of " + self._list_objects(rng, scene, range(len(scene.labels)))
-
-    def varied_caption(self, rng: np.random.Generator, scene: Scene) -> str:
-        """A caption that names every object of the scene, in one of many wordings, as people write them."""
-        caption = str(rng.choice(WORDINGS)).format(self._list_objects(rng, scene, range(len(scene.labels))))
-        return f"{caption} {rng.choice(DISTRACTORS)}" if rng.random() < DISTRACTOR_PROBABILITY else caption
 
     def loose_caption(self, rng: np.random.Generator, scene: Scene) -> str:
         """A caption as on the web: it omits about a third of the objects and adds words that describe none."""

@@ -108,20 +108,15 @@ def pictograms_quick() -> Run:
     return replace(run, config="pictograms_quick", optimisation=quick)
 
 
-def pictograms_wordings() -> Run:
-    """A CLIP of the pictogram world that has read captions in many wordings, of twice as many pictures."""
+def pictograms_long() -> Run:
+    """`pictograms_quick` in almost three times the steps: the most accurate CLIP of the pictogram world."""
     run = pictograms_quick()
-    return replace(
-        run,
-        config="pictograms_wordings",
-        pairs="pictograms_wordings",
-        optimisation=replace(run.optimisation, steps=2000),
-    )
+    return replace(run, config="pictograms_long", optimisation=replace(run.optimisation, steps=2000))
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {
     "smoke": smoke,
     "pictograms": pictograms,
     "pictograms_quick": pictograms_quick,
-    "pictograms_wordings": pictograms_wordings,
+    "pictograms_long": pictograms_long,
 }

@@ -43,8 +43,6 @@ class Run:
     site_pictures: int = 0
     """Instead of `urls`, crawl a locally served pictogram web site with this many pictures."""
     site_scenes: int = 0
-    many_wordings: bool = False
-    """Captions of the web site's pictures have many wordings, instead of "a photo of"."""
     fetch: FetchConfig = field(default_factory=FetchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -106,13 +104,6 @@ def pictograms() -> Run:
     )
 
 
-def pictograms_wordings() -> Run:
-    """24,000 small pictures of the pictogram web site with captions in many wordings, for a CLIP that knows them."""
-    return dataclasses.replace(
-        pictograms(), name="pictograms_wordings", site_pictures=24_000, site_scenes=0, many_wordings=True
-    )
-
-
 def smoke() -> Run:
     """A tiny pictogram web site."""
     run = pictograms()
@@ -127,6 +118,6 @@ def smoke() -> Run:
 
 
 CONFIGS: dict[str, Callable[[], Run]] = {
-    "smoke": smoke, "web": web, "cc3m": cc3m, "coyo": coyo, "laion": laion,
-    "classes": classes, "pictograms": pictograms, "pictograms_wordings": pictograms_wordings,
+    "smoke": smoke, "pictograms": pictograms, "web": web, "cc3m": cc3m, "coyo": coyo, "laion": laion,
+    "classes": classes,
 }  # fmt: skip

@@ -76,7 +76,6 @@ def neutral(run: Run) -> Run:
         vocabulary="",
         site_pictures=0,
         site_scenes=0,
-        many_wordings=False,
         crawlers=0,
         parts_per_crawler=0,
         waiting_bytes=0,
@@ -132,12 +131,9 @@ def pictogram_site(run: Run) -> Iterator[Run]:
         yield run
         return
     local = "store" if "://" in run.storage else run.storage  # the server reads local files
-    wordings = "-many-wordings" if run.many_wordings else ""
-    root = Path(storage.absolute(local)) / "sites" / f"{run.name}-{run.site_pictures}-{run.site_scenes}{wordings}"
+    root = Path(storage.absolute(local)) / "sites" / f"{run.name}-{run.site_pictures}-{run.site_scenes}"
     if not (root / "expected.parquet").exists():
         print(f"web site: drawing {run.site_pictures + run.site_scenes:,} images in {root}", flush=True)
-        website.build_site(
-            root, num_pictures=run.site_pictures, num_scenes=run.site_scenes, many_wordings=run.many_wordings
-        )
+        website.build_site(root, num_pictures=run.site_pictures, num_scenes=run.site_scenes)
     with webserver.serve_site(root):
         yield dataclasses.replace(run, urls=str(root / "urls.tsv"))

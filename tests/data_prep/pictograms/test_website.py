@@ -46,8 +46,8 @@ def test_the_same_seed_gives_the_same_bytes_in_any_split(tmp_path: Path) -> None
 
 
 def test_images_rendered_in_child_processes_equal_those_rendered_here(tmp_path: Path) -> None:
-    captions = website._render_elsewhere(Progress("web site", "images", 3), (tmp_path, 2, 5, 4, 5, True))
-    assert captions == list(website.render_images(tmp_path / "here", 2, 5, 4, 5, many_wordings=True))
+    captions = website._render_elsewhere(Progress("web site", "images", 3), (tmp_path, 2, 5, 4, 5))
+    assert captions == list(website.render_images(tmp_path / "here", 2, 5, 4, 5))
     assert website.image_path(tmp_path, 4).read_bytes() == website.image_path(tmp_path / "here", 4).read_bytes()
 
 

@@ -48,11 +48,10 @@ def teacher_of(run: StudyRun, seed: int, steps: int = FULL_STEPS) -> str:
     return train_clip(run, seed, f"clip-{steps}", replace(config, optimisation=stage))
 
 
-def well_read_teacher(run: StudyRun, seed: int) -> str:
-    """The checkpoint of a seed's CLIP that has read captions in many wordings."""
-    config = clip_configs.pictograms_wordings()
-    stage = replace(config.optimisation, workers=0)
-    return train_clip(run, seed, "clip-wordings", replace(config, optimisation=stage))
+def long_trained_teacher(run: StudyRun, seed: int) -> str:
+    """The checkpoint of a seed's CLIP that is trained longer than those that detectors learn from."""
+    config = clip_configs.pictograms_long()
+    return train_clip(run, seed, "clip-long", replace(config, optimisation=replace(config.optimisation, workers=0)))
 
 
 def transformer_teacher(run: StudyRun) -> str:
