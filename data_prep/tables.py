@@ -284,12 +284,15 @@ def publish(
     producer: str,
     config_hash: str,
     details: Mapping[str, Any] | None = None,
+    others_write: bool = False,
 ) -> Manifest:
-    """Write the manifest, which makes the table visible to readers; nothing else may be writing the table.
+    """Write the manifest, which makes the table visible to readers.
 
-    Temporary files that killed processes left in its folder are removed.
+    Temporary files that killed processes left in its folder are removed, unless `others_write` files of the table
+    meanwhile.
     """
-    storage.remove_temporary(table_uri(storage_uri, table, name))
+    if not others_write:
+        storage.remove_temporary(table_uri(storage_uri, table, name))
     manifest = Manifest(
         table=table,
         name=name,
