@@ -193,15 +193,14 @@ def row_groups() -> RowGroups:
 
 
 def scan_kinds(uris: Sequence[str], count: int, sampling: Sampling) -> npt.NDArray[np.uint8]:
-    """[count] kind of every row, from the widths and heights in Parquet files, a batch at a time."""
+    """[count] kind of every row, from the widths and heights in Parquet files."""
     kinds, done = np.zeros(count, np.uint8), 0
-    for uri in uris:
-        for batch in open_file(uri)[0].iter_batches(batch_size=1 << 20, columns=["width", "height"]):
-            width, height = batch["width"].to_numpy(), batch["height"].to_numpy()
-            kind = np.where((width > height) | (not sampling.by_orientation), 1, 2)
-            kind[np.minimum(width, height) < sampling.min_side] = 0
-            kinds[done : done + len(kind)] = kind
-            done += len(kind)
+    for sides in tables.read_files(uris, ["width", "height"]):
+        width, height = sides["width"].to_numpy(), sides["height"].to_numpy()
+        kind = np.where((width > height) | (not sampling.by_orientation), 1, 2)
+        kind[np.minimum(width, height) < sampling.min_side] = 0
+        kinds[done : done + len(kind)] = kind
+        done += len(kind)
     return kinds
 
 
