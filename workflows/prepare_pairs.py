@@ -152,7 +152,7 @@ def _prepare_files(run: Run, rows: pa.Table) -> Summary:
     """Run all steps for files that exist, by their `url`."""
     content = tables.parquet_bytes(rows)
     digest = storage.sha256(content)[: inputs.DIGEST_DIGITS]
-    folder = storage.join(storage.absolute(run.storage), "staging", "lists", digest)
+    folder = storage.join(storage.absolute(run.storage), "staging", "lists", run.name, digest)
     storage.write_bytes(storage.join(folder, "list.parquet"), content)
     try:
         return _prepare(run, {digest: storage.join(folder, "list.parquet")}, are_files=True)

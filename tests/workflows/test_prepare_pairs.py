@@ -311,6 +311,22 @@ def test_local_files_take_the_same_path(ray_cluster: None, small_site: Path, tmp
         prepare_local(run, pa.table({"url": [images[0], "missing.jpg"], "caption": ["a", "b"]}))
 
 
+def test_a_job_leaves_the_list_of_another_one_with_the_same_files(
+    small_site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(*arguments: Any, **options: Any) -> Summary:
+        monkeypatch.setattr(prepare_pairs, "_prepare", prepare_it)
+        prepare_local(dataclasses.replace(run, name="other"), rows)
+        return prepare_it(*arguments, **options)
+
+    prepare_it = prepare_pairs._prepare
+    monkeypatch.setattr(prepare_pairs, "_prepare", overtaken)
+    rows = pa.table({"url": [str(website.image_path(small_site, 0))], "caption": ["a cat and two dogs"]})
+    run = Run(name="t", storage=str(tmp_path), names=("cat", "dog"), crawlers=0)
+    assert prepare_local(run, rows).kept == 1
+    assert rows_of(tmp_path, "other")["pairs"] == rows_of(tmp_path)["pairs"]
+
+
 @pytest.mark.ray
 def test_a_list_of_nothing_but_rejects_gives_empty_tables(ray_cluster: None, tmp_path: Path) -> None:
     (tmp_path / "list.tsv").write_text("url\tcaption\nfile:///etc/passwd\ta cat\nfile:///etc/passwd\ta cat\n\ta cat\n")
