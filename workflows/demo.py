@@ -31,7 +31,7 @@ import ray
 import requests
 from PIL import Image
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
 from workflows import clip, codet, prepare_boxes, prepare_pairs, serve
 from workflows.common import cli, cluster, quiet, tracking
@@ -198,12 +198,13 @@ def main() -> None:
         raise InputError(f"--storage {run.storage}: expected a local folder")
     serve.free_port(serve.Run().host, run.port)
     folder = Path(run.storage).absolute()
-    empty_folder(folder)
-    try:
-        summary = run_demo(run, folder)
-    finally:
-        ray.shutdown()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    with locks.hold(str(folder.parent), f"demo/{folder.name}"):  # beside the folder, which is emptied
+        empty_folder(folder)
+        try:
+            summary = run_demo(run, folder)
+        finally:
+            ray.shutdown()
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     print(format_summary(summary))
     path = os.path.relpath(folder)
     print(f"report:   {path}/report.html")
