@@ -22,6 +22,8 @@ OPTIONS = ("endpoint_override", "region", "scheme")
 """What the query of a URI may set."""
 ATTEMPTS = 5
 """Attempts of a request, unless `AWS_MAX_ATTEMPTS` says otherwise."""
+adopted: dict[str, str] = {}
+"""Environment variables that URIs have set in this process, for those of a cluster, which do not inherit them."""
 CONNECT_SECONDS, READ_SECONDS = 5, 60
 QUICK: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 2}}
 """Settings of a client that finds out within seconds whether a server answers."""
@@ -59,11 +61,13 @@ def parse(uri: str) -> Place:
 
 def adopt(uri: str) -> str:
     """Move the options of a URI to the environment, for all libraries and processes of this job; returns the rest."""
-    options = dict(parse(uri).options)
+    options, variables = dict(parse(uri).options), dict[str, str]()
     if endpoint := _endpoint(options):
-        os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
+        variables["AWS_ENDPOINT_URL_S3"] = endpoint
     if region := options.get("region"):
-        os.environ.update(AWS_REGION=region, AWS_DEFAULT_REGION=region)
+        variables |= {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}
+    os.environ.update(variables)
+    adopted.update(variables)
     return uri.rpartition("?")[0] if options else uri
 
 

@@ -8,7 +8,9 @@ import difflib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
@@ -20,6 +22,8 @@ from data_prep import storage
 from ovd_models.errors import InputError
 
 SCHEMA_VERSION = 1
+FILES_AT_A_TIME = 8
+"""Files of a table that are read at a time: an object store answers each request in tens of milliseconds."""
 TableName = Literal[
     "pairs", "rejects", "scores", "concepts", "groups", "categories", "boxes", "regions", "embeddings", "features",
     "texts", "predictions",
@@ -250,6 +254,13 @@ def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         return pq.read_table(path, columns=columns, filesystem=filesystem)
 
 
+def read_files(uris: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of each of many Parquet files, `FILES_AT_A_TIME` of which are in memory."""
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        for start in range(0, len(uris), FILES_AT_A_TIME):
+            yield from pool.map(partial(read_parquet, columns=columns), uris[start : start + FILES_AT_A_TIME])
+
+
 def open_parquet(uris: Sequence[str], schema: pa.Schema) -> ds.Dataset:
     """The given columns of Parquet files on one file system, read lazily; no file gives no row."""
     if not uris:
@@ -284,12 +295,15 @@ def publish(
     producer: str,
     config_hash: str,
     details: Mapping[str, Any] | None = None,
+    others_write: bool = False,
 ) -> Manifest:
-    """Write the manifest, which makes the table visible to readers; nothing else may be writing the table.
+    """Write the manifest, which makes the table visible to readers.
 
-    Temporary files that killed processes left in its folder are removed.
+    Temporary files that killed processes left in its folder are removed, unless `others_write` files of the table
+    meanwhile.
     """
-    storage.remove_temporary(table_uri(storage_uri, table, name))
+    if not others_write:
+        storage.remove_temporary(table_uri(storage_uri, table, name))
     manifest = Manifest(
         table=table,
         name=name,
@@ -365,7 +379,7 @@ def read_table(storage_uri: str, table: TableName, name: str, columns: Iterable[
     manifest = read_manifest(storage_uri, table, name)
     root = table_uri(storage_uri, table, name)
     names = list(columns) if columns is not None else None
-    parts = [read_parquet(storage.join(root, path), names) for path in parquet_files(manifest)]
+    parts = list(read_files([storage.join(root, path) for path in parquet_files(manifest)], names))
     if parts:
         return pa.concat_tables(parts, promote_options="default")
     schema = SCHEMAS[table]
@@ -375,11 +389,11 @@ def read_table(storage_uri: str, table: TableName, name: str, columns: Iterable[
 def read_parts(
     storage_uri: str, table: TableName, name: str, columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
-    """The rows of a table, a file at a time, in published order.
+    """The rows of a table, a file at a time, in published order; see `read_files`.
 
     Raises:
         InputError: there is no such table.
     """
     root = table_uri(storage_uri, table, name)
-    for path in parquet_files(read_manifest(storage_uri, table, name)):
-        yield read_parquet(storage.join(root, path), columns)
+    paths = parquet_files(read_manifest(storage_uri, table, name))
+    yield from read_files([storage.join(root, path) for path in paths], columns)

@@ -31,10 +31,10 @@ import ray
 import requests
 from PIL import Image
 
-from data_prep import storage, tables
+from data_prep import locks, storage, tables
 from ovd_models.errors import InputError
 from workflows import clip, codet, prepare_boxes, prepare_pairs, serve
-from workflows.common import cli, cluster, tracking
+from workflows.common import cli, cluster, quiet, tracking
 from workflows.configs import boxes as boxes_configs
 from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
@@ -136,7 +136,7 @@ def run_demo(run: Run, folder: Path) -> dict[str, Any]:
         "box_supervised": {key: box_supervised[key] for key in ("ap50_base", "ap50_novel")},
         "codet": {key: joint[key] for key in ("ap50_base", "ap50_novel")},
         "detect_ms": detect_ms,
-        "mlflow_uri": uri,
+        "mlflow_uri": quiet.hide_logins(uri),
         "mlflow_experiment": trained.experiment_id,
         "report": str(folder / "report.html"),
     }
@@ -198,12 +198,13 @@ def main() -> None:
         raise InputError(f"--storage {run.storage}: expected a local folder")
     serve.free_port(serve.Run().host, run.port)
     folder = Path(run.storage).absolute()
-    empty_folder(folder)
-    try:
-        summary = run_demo(run, folder)
-    finally:
-        ray.shutdown()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    with locks.hold(str(folder.parent), f"demo/{folder.name}"):  # beside the folder, which is emptied
+        empty_folder(folder)
+        try:
+            summary = run_demo(run, folder)
+        finally:
+            ray.shutdown()
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     print(format_summary(summary))
     path = os.path.relpath(folder)
     print(f"report:   {path}/report.html")

@@ -113,10 +113,11 @@ def prepare(run: Run) -> Summary:
     files = inputs.find_shards(run.shards) if run.shards else inputs.find_lists(run.urls)
     with ThreadPoolExecutor(inputs.FILES_AT_A_TIME) as pool:
         digests = list(pool.map(inputs.file_digest, files))
-    for number, digest in enumerate(digests):
-        if digest in digests[:number]:
-            raise InputError(f"{files[number]}: holds the same as {files[digests.index(digest)]}, expected it once")
-    return _prepare(run, dict(zip(digests, files, strict=True)), are_files=bool(run.shards))
+    lists: dict[str, str] = {}
+    for digest, file in zip(digests, files, strict=True):
+        if lists.setdefault(digest, file) != file:
+            raise InputError(f"{file}: holds the same as {lists[digest]}, expected it once")
+    return _prepare(run, lists, are_files=bool(run.shards))
 
 
 def prepare_classes(run: Run) -> Summary:
@@ -151,7 +152,7 @@ def _prepare_files(run: Run, rows: pa.Table) -> Summary:
     """Run all steps for files that exist, by their `url`."""
     content = tables.parquet_bytes(rows)
     digest = storage.sha256(content)[: inputs.DIGEST_DIGITS]
-    folder = storage.join(storage.absolute(run.storage), "staging", "lists", digest)
+    folder = storage.join(storage.absolute(run.storage), "staging", "lists", run.name, digest)
     storage.write_bytes(storage.join(folder, "list.parquet"), content)
     try:
         return _prepare(run, {digest: storage.join(folder, "list.parquet")}, are_files=True)
@@ -291,7 +292,7 @@ def write_shards(job: Job, decisions: pa.Table, extractor: Extractor) -> list[sh
     for count, name in enumerate(plan.partitions):
         first = plan.first_id(name, run.rows_per_shard)
         start, stop = np.searchsorted(ids, [first, first + run.rows_per_shard])
-        own = decisions.take(np.arange(start, stop))  # a slice would be sent with the whole table
+        own = shards.decisions_between(decisions, start, stop)
         parts.append(shards.PartitionPart(name, own, count < SAMPLED_PARTITIONS))
     write = partial(shards.write_partition, partition_job, extractor)
     written = collect_parts(lambda: write, parts, job.pool, f"pairs/{run.name}", "shards")

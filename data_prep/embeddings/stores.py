@@ -9,6 +9,7 @@ A shard of images is one array of each kind, and one Parquet file with rows that
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -93,9 +94,11 @@ def save_shard(rows: pa.Table, job: EmbeddingJob) -> SavedShard:
 
 def saved_shards(staging: str) -> dict[str, SavedShard]:
     """The records of the shards on disk, by name."""
-    saved = {}
-    for uri in storage.list_files(staging, "json"):
-        raw = json.loads(storage.read_bytes(uri))
+    saved, uris = {}, storage.list_files(staging, "json")
+    with ThreadPoolExecutor(tables.FILES_AT_A_TIME) as pool:
+        contents = list(pool.map(storage.read_bytes, uris))
+    for uri, content in zip(uris, contents, strict=True):
+        raw = json.loads(content)
         files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
         reasons = tuple(raw.pop("unreadable", ()))
         saved[storage.base_name(uri).removesuffix(".json")] = SavedShard(files=files, unreadable=reasons, **raw)

@@ -100,9 +100,8 @@ def cut_shards(storage_uri: str, table: ImageTable, name: str, images: int, *, p
     images = min(images, max(MIN_SHARD_IMAGES, manifest.rows // SHARDS))
     root = storage.absolute(tables.table_uri(storage_uri, table, name))
     shards: list[Shard] = []
-    for path in tables.parquet_files(manifest):
-        uri = storage.join(root, path)
-        sides = tables.read_parquet(uri, ["width", "height"])
+    uris = [storage.join(root, path) for path in tables.parquet_files(manifest)]
+    for uri, sides in zip(uris, tables.read_files(uris, ["width", "height"]), strict=True):
         pixels = sides["width"].to_numpy().astype(np.int64) * sides["height"].to_numpy()
         for start, stop in runs_of_size(np.maximum(pixels, SHARD_PIXELS // images).tolist(), SHARD_PIXELS):
             shards.append(Shard(name=f"{prefix}{len(shards):06d}", uri=uri, start=start, stop=stop))

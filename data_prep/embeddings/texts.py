@@ -178,6 +178,7 @@ class TextStore:
                     "prompt_sets": sorted({*prompt_sets, prompt_set}),
                     "generation": published.details["generation"] + 1 if published else 0,
                 },
+                others_write=True,
             )
 
     def _stored(self, prompt_set: str) -> Iterator[tuple[str, pa.Array]]:

@@ -157,10 +157,10 @@ class Corpus:
                 batch = pa.table({"cluster": cluster_N, "id": id_N, "embedding": blobs})
                 self._insert("assigned select cluster, id, embedding from batch", batch)
         self._start_pairs()
-        for cluster in range(clusters):
-            query = f"select id, embedding from assigned where cluster = {cluster} order by id"
-            members = as_arrays(self._sql.sql(query).to_arrow_table())
-            self._insert(f"pairs select * from batch where second >= {NEW}", near_pairs(*members, cosine))
+        # One sort, since a query for each cluster would read all embeddings each time.
+        for members in runs_of_equal(self._stream("select * from assigned order by cluster, id"), "cluster"):
+            found = near_pairs(*as_arrays(members), cosine)
+            self._insert(f"pairs select * from batch where second >= {NEW}", found)
         self._reject_pairs(
             "select second, 'dedup', 'semantic_duplicate', format('cosine {:.3f}', 1 - distance), first from near"
         )
@@ -315,6 +315,21 @@ def as_arrays(rows: pa.Table) -> tuple[Ids, npt.NDArray[np.float32]]:
     """Ids [N] and unit embeddings [N, D] of rows with `id` and `embedding`."""
     flat = np.frombuffer(b"".join(rows["embedding"].to_pylist()), "<f2").astype(np.float32)
     return rows["id"].to_numpy(), flat.reshape(rows.num_rows, -1) if rows.num_rows else flat.reshape(0, 1)
+
+
+def runs_of_equal(batches: Iterable[pa.Table], column: str) -> Iterator[pa.Table]:
+    """The rows of each value of a column of integers by which a stream is sorted."""
+    waiting: list[pa.Table] = []
+    for rows in filter(len, batches):
+        values = rows[column].to_numpy()
+        edges = np.flatnonzero(np.diff(values)) + 1
+        for start, stop in itertools.pairwise([0, *edges.tolist(), len(values)]):
+            if waiting and waiting[-1][column][-1] != rows[column][start]:
+                yield pa.concat_tables(waiting)
+                waiting = []
+            waiting.append(rows.slice(start, stop - start))
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def kmeans(unit_ND: npt.NDArray[np.float32], clusters: int, *, rounds: int = 10) -> npt.NDArray[np.float32]:

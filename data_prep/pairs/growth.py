@@ -209,9 +209,10 @@ def stage_rejects(
     partitions: dict[str, int] = {}
     retried: Counter[str] = Counter()
     earlier: dict[str, str] = {}
-    for entry in published.files["rejects"]:
-        uri = storage.join(tables.table_uri(published.storage, "rejects", published.pairs.name), entry.path)
-        rejects = tables.read_parquet(uri)
+    folder = tables.table_uri(published.storage, "rejects", published.pairs.name)
+    entries = published.files["rejects"]
+    files = tables.read_files([storage.join(folder, entry.path) for entry in entries])
+    for entry, rejects in zip(entries, files, strict=True):
         rows = rejects.filter(pc.is_in(rejects["reason"], pa.array(list(reasons), pa.string())))
         if not rows.num_rows:
             continue

@@ -1,5 +1,6 @@
 """Rows on their way from a list to a table: their order, the columns that stages add, and how stages reject rows."""
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,26 +96,32 @@ class RowNumbering:
         starts = itertools.accumulate((rows[digest] for digest in digests), initial=0)
         return cls(dict(zip(digests, starts, strict=False)), sum(rows.values()))
 
+    @functools.cached_property
+    def _starts(self) -> tuple[pa.Array, npt.NDArray[np.int64]]:
+        """The sources and their bases, in order."""
+        return pa.array(self.bases, pa.string()), np.array(list(self.bases.values()), np.int64)
+
     def ids(self, source: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Ids of new rows of a source."""
         return rows + (self.bases[source] + NEW)
 
     def number(self, batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
         """The base plus the row number of rows with `source` and `row`, as published ones have it for an id."""
-        bases = pa.array(self.bases.values(), pa.int64())
-        base = bases.take(pc.index_in(batch["source"], pa.array(self.bases, pa.string())))
+        known = pc.unique(batch["source"])  # few: an array of all sources would cost more than the rows of a batch
+        bases = pa.array([self.bases[source] for source in known.to_pylist()], pa.int64())
+        base = bases.take(pc.index_in(batch["source"], known))
         numbers: npt.NDArray[np.int64] = pc.add(base, batch["row"]).to_numpy(zero_copy_only=False)
         return numbers
 
     def locate(self, ids: pa.Array) -> pa.StructArray:
         """`{source, row}` of ids, published or not; null for null."""
-        digests, starts = list(self.bases), np.array(list(self.bases.values()), np.int64)
+        digests, starts = self._starts
         known = ids.is_valid().to_numpy(zero_copy_only=False)
         plain = ids.fill_null(0).to_numpy(zero_copy_only=False) % NEW
         # A source without rows starts where the next one does: the last of these is meant.
         source = np.searchsorted(starts, plain, side="right") - 1
         return pa.StructArray.from_arrays(
-            [pa.array(digests, pa.string()).take(pa.array(source)), pa.array(plain - starts[source], pa.int64())],
+            [digests.take(pa.array(source)), pa.array(plain - starts[source], pa.int64())],
             fields=[pa.field("source", pa.string()), pa.field("row", pa.int64())],
             mask=pa.array(~known),
         )

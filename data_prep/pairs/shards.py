@@ -157,6 +157,11 @@ def _write_scores(job: PartitionJob, kept: pa.Table, stem: str) -> list[tables.F
     return [tables.write_part(job.storage, "scores", job.name, f"{stem}.parquet", rows)]
 
 
+def decisions_between(decisions: pa.Table, start: int, stop: int) -> pa.Table:
+    """A copy of some decisions: a slice would be sent with the whole table, `take` without one copy the whole table."""
+    return decisions.slice(start, stop - start).take(np.arange(stop - start))
+
+
 def with_decisions(rows: pa.Table, decisions: pa.Table, order: RowNumbering) -> pa.Table:
     """Apply corpus-wide decisions to rows, and append `duplicate_of` as source and row."""
     survivors = order.locate(decisions["duplicate_of"].combine_chunks())

@@ -150,7 +150,7 @@ def random_rows(rng: np.random.Generator, kinds_R: npt.NDArray[np.uint8], kind: 
 
 
 class RowGroups:
-    """A least-recently-used cache of Parquet row groups, bounded in bytes."""
+    """A least-recently-used cache of Parquet row groups, bounded in bytes; threads read different files at a time."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -160,30 +160,39 @@ class RowGroups:
 
     def row(self, uri: str, number: int) -> dict[str, Any]:
         """A row of a file by its number."""
-        with self._lock:
-            return self._row(uri, number)
-
-    def _row(self, uri: str, number: int) -> dict[str, Any]:
-        file, starts = open_file(uri)
+        file, starts, reading = open_file(uri)
         index = int(np.searchsorted(starts, number, side="right")) - 1
         key = (uri, index)
-        if key not in self._kept:
-            self._kept[key] = file.read_row_group(index, columns=ROW_COLUMNS)
-            self._bytes += self._kept[key].nbytes
-        self._kept.move_to_end(key)
-        while self._bytes > self.max_bytes and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        rows: list[dict[str, Any]] = self._kept[key].slice(number - int(starts[index]), 1).to_pylist()
+        with reading:
+            group = self._find(key)
+            if group is None:
+                group = file.read_row_group(index, columns=ROW_COLUMNS)
+                self._keep(key, group)
+        rows: list[dict[str, Any]] = group.slice(number - int(starts[index]), 1).to_pylist()
         return rows[0]
+
+    def _find(self, key: tuple[str, int]) -> pa.Table | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def _keep(self, key: tuple[str, int], group: pa.Table) -> None:
+        with self._lock:
+            if key not in self._kept:  # else two threads opened its file at once
+                self._kept[key] = group
+                self._bytes += group.nbytes
+            while self._bytes > self.max_bytes and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def open_file(uri: str) -> tuple[pq.ParquetFile, Integers]:
-    """A Parquet file and the first row of each of its row groups."""
+def open_file(uri: str) -> tuple[pq.ParquetFile, Integers, threading.Lock]:
+    """A Parquet file, the first row of each of its row groups, and the lock of the thread that reads it."""
     filesystem, path = storage.resolve(uri)
     file = pq.ParquetFile(filesystem.open_input_file(path))
     counts = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
-    return file, np.cumsum([0, *counts])[:-1]
+    return file, np.cumsum([0, *counts])[:-1], threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -193,15 +202,14 @@ def row_groups() -> RowGroups:
 
 
 def scan_kinds(uris: Sequence[str], count: int, sampling: Sampling) -> npt.NDArray[np.uint8]:
-    """[count] kind of every row, from the widths and heights in Parquet files, a batch at a time."""
+    """[count] kind of every row, from the widths and heights in Parquet files."""
     kinds, done = np.zeros(count, np.uint8), 0
-    for uri in uris:
-        for batch in open_file(uri)[0].iter_batches(batch_size=1 << 20, columns=["width", "height"]):
-            width, height = batch["width"].to_numpy(), batch["height"].to_numpy()
-            kind = np.where((width > height) | (not sampling.by_orientation), 1, 2)
-            kind[np.minimum(width, height) < sampling.min_side] = 0
-            kinds[done : done + len(kind)] = kind
-            done += len(kind)
+    for sides in tables.read_files(uris, ["width", "height"]):
+        width, height = sides["width"].to_numpy(), sides["height"].to_numpy()
+        kind = np.where((width > height) | (not sampling.by_orientation), 1, 2)
+        kind[np.minimum(width, height) < sampling.min_side] = 0
+        kinds[done : done + len(kind)] = kind
+        done += len(kind)
     return kinds
 
 

@@ -1,4 +1,6 @@
 import json
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -65,6 +67,29 @@ def test_parts_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     entries = [tables.write_part(root, "concepts", "t", f"{n}.parquet", concepts([str(n)])) for n in (2, 0, 1)]
     tables.publish(root, "concepts", "t", entries, producer="test", config_hash="h")
     assert tables.read_table(root, "concepts", "t")["name"].to_pylist() == ["0", "1", "2"]
+
+
+def test_files_are_read_side_by_side_but_not_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, names, waiting = str(tmp_path), [f"{number:02d}" for number in range(20)], 0
+    most, lock, together = 0, threading.Lock(), threading.Barrier(tables.FILES_AT_A_TIME)
+
+    def slow(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+        nonlocal waiting, most
+        with lock:
+            waiting += 1
+            most = max(most, waiting)
+        if int(Path(uri).stem) < tables.FILES_AT_A_TIME:
+            together.wait(10)  # raises if they are read one after another
+        with lock:
+            waiting -= 1
+        return read(uri, columns)
+
+    read = tables.read_parquet
+    entries = [tables.write_part(root, "concepts", "t", f"{name}.parquet", concepts([name])) for name in names]
+    tables.publish(root, "concepts", "t", entries, producer="test", config_hash="h")
+    monkeypatch.setattr(tables, "read_parquet", slow)
+    assert tables.read_table(root, "concepts", "t", ["name"])["name"].to_pylist() == names
+    assert most == tables.FILES_AT_A_TIME
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"files": [{"path": "a"}]}'])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import tables
+from data_prep import locks, tables
 from ovd_models.errors import InputError
 from workflows import demo
 
@@ -34,6 +34,18 @@ def test_only_the_demos_own_folder_is_emptied(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="mine: not empty and not of an earlier demo, expected another --storage"):
         demo.empty_folder(tmp_path / "mine")
     assert (tmp_path / "mine/thesis.txt").exists()
+
+
+def test_a_demo_does_not_empty_the_folder_of_a_running_one(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    demo.empty_folder(folder)
+    (folder / "results").touch()
+    with locks.hold(str(tmp_path), "demo/demo"):
+        second = start(folder, uuid.uuid4().hex)
+        output, _ = second.communicate(timeout=100)
+    assert second.returncode == 2
+    assert output.endswith("expected one job of a name at a time\n")
+    assert (folder / "results").exists()
 
 
 def test_stages_are_timed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,15 @@ import pytest
 
 from data_prep import storage, tables
 from data_prep.pairs import shuffle
+from data_prep.pairs.fetch import FetchConfig
+from data_prep.parts import Pool
 from data_prep.pictograms import webserver, website
 from ovd_models.errors import InputError
 from workflows import prepare_pairs
+from workflows.common import cluster
 from workflows.configs import pairs as configs
 from workflows.configs.pairs import Run
-from workflows.inputs.pairs import pictogram_site
+from workflows.inputs.pairs import crawl_steps, crawler_pool, pictogram_site
 from workflows.prepare_pairs import Summary, prepare, prepare_local
 
 SCRIPT = Path(prepare_pairs.__file__)
@@ -311,6 +314,39 @@ def test_local_files_take_the_same_path(ray_cluster: None, small_site: Path, tmp
         prepare_local(run, pa.table({"url": [images[0], "missing.jpg"], "caption": ["a", "b"]}))
 
 
+def test_hosts_are_spared_by_all_crawlers_that_a_cluster_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def per_host(run: Run) -> tuple[Pool, int]:
+        pool = crawler_pool(run)
+        with crawl_steps(run, pool, are_files=False) as steps:
+            return pool, steps.fetcher.args[0].per_host  # type: ignore[union-attr]
+
+    empty = {"start_ray": lambda: None, "is_joined": lambda: True, "cores": lambda: 1, "most": lambda _: 12.0}
+    for name, answer in empty.items():  # an autoscaling cluster before its first worker
+        monkeypatch.setattr(cluster, name, answer)
+    run = Run(name="t", fetch=FetchConfig(per_host=16))
+    pool, requests = per_host(run)
+    assert (pool.workers, pool.grows, pool.cpus) == (1, True, 1.5)
+    assert requests == 16 // (12 / pool.cpus)
+    assert per_host(dataclasses.replace(run, crawlers=4))[1] == 4
+    assert per_host(dataclasses.replace(run, crawlers=0))[1] == 16
+
+
+def test_a_job_leaves_the_list_of_another_one_with_the_same_files(
+    small_site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(*arguments: Any, **options: Any) -> Summary:
+        monkeypatch.setattr(prepare_pairs, "_prepare", prepare_it)
+        prepare_local(dataclasses.replace(run, name="other"), rows)
+        return prepare_it(*arguments, **options)
+
+    prepare_it = prepare_pairs._prepare
+    monkeypatch.setattr(prepare_pairs, "_prepare", overtaken)
+    rows = pa.table({"url": [str(website.image_path(small_site, 0))], "caption": ["a cat and two dogs"]})
+    run = Run(name="t", storage=str(tmp_path), names=("cat", "dog"), crawlers=0)
+    assert prepare_local(run, rows).kept == 1
+    assert rows_of(tmp_path, "other")["pairs"] == rows_of(tmp_path)["pairs"]
+
+
 @pytest.mark.ray
 def test_a_list_of_nothing_but_rejects_gives_empty_tables(ray_cluster: None, tmp_path: Path) -> None:
     (tmp_path / "list.tsv").write_text("url\tcaption\nfile:///etc/passwd\ta cat\nfile:///etc/passwd\ta cat\n\ta cat\n")
@@ -342,7 +378,7 @@ def test_a_crawl_that_keeps_nothing_fails_and_says_what_helps(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "nonsense"], "error: --config nonsense: unknown, expected one of smoke, pictograms, web"),
+        (["--config", "nonsense"], "error: --config nonsense: unknown, expected one of smoke, web, cc3m"),
         (["--config", "web", "--urls", "none.tsv"], "none.tsv: cannot be read, expected a URL list"),
         (["--config", "web", "--urls", "list.tsv"], "list.tsv: no column 'url', expected it among: link, caption"),
         (["--config", "web"], "--urls: missing, expected"),

@@ -16,6 +16,7 @@ from ray._private import ray_constants
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 
+from data_prep import s3
 from ovd_models.errors import InputError
 from workflows.common import quiet
 from workflows.common.cli import WaitedError
@@ -98,14 +99,15 @@ def join(address: str) -> None:
             raise InputError(f"{wrong}: no answer ({error}), expected a running cluster, or no RAY_ADDRESS") from error
         if not speaks_grpc(f"{host}:{port}"):
             raise InputError(f"{wrong}: the answer is not a cluster's, expected a running one, or no RAY_ADDRESS")
+    # A job may set the same variables: then they have its values here already, unless a URI has replaced them.
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    variables = {name: os.environ[name] for name in ENVIRONMENT} | s3.adopted  # its processes have not inherited them
     try:
         with quiet.native_code():
             ray.init(
                 logging_level=logging.WARNING,
                 runtime_env={
-                    "env_vars": {
-                        name: os.environ[name] for name in ENVIRONMENT
-                    },  # its processes have not inherited them
+                    "env_vars": variables,
                     "worker_process_setup_hook": "workflows.common.quiet.setup_on_cluster",
                 },
             )

@@ -121,7 +121,7 @@ class Optimisation:
                 raise InputError(f"{name}: {getattr(self, name)}, expected 0 to less than 1")
         if self.precision not in get_args(Precision):
             raise InputError(f"precision: {self.precision}, expected one of {', '.join(get_args(Precision))}")
-        for name, least in (("workers", 0), ("threads", 0), ("accumulate", 1)):
+        for name, least in (("workers", 0), ("threads", 0), ("seed", 0), ("accumulate", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: {getattr(self, name)}, expected {least} or more")
         if self.checkpoint_every < 1 or self.checkpoint_every % STEPS_PER_BLOCK:

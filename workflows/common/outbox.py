@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from workflows.common import quiet
+
 RETRY_SECONDS = 5.0
 """Pause after a call that got no answer."""
 END_SECONDS, FILE_END_SECONDS = 60.0, 5.0
@@ -112,6 +114,6 @@ class Outbox:
             left = len(self._waiting)
             self._waiting.clear()
         if left:
-            reason = next(iter(str(self._outage).splitlines()), "")
+            reason = quiet.hide_logins(next(iter(str(self._outage).splitlines()), ""))
             with contextlib.suppress(ValueError):  # the console is closed
                 print(f"{self._server} is away: {left} results were not sent to it ({reason})", flush=True)

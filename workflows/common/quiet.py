@@ -25,6 +25,8 @@ STORAGE_FAILURES = (
 
 START_TIMED_OUT = "The worker group startup timed out"
 """Start of a message of Ray Train's, with a traceback for each try; the job ends with one line about it."""
+LOGIN = re.compile(r"://[^/\s]+@")
+"""The name and password of a server's or database's address."""
 NATIVE_LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z] \d+ \d+\]")
 """Start of a line of Ray's native code."""
 
@@ -87,6 +89,11 @@ def _hide_slow_starts() -> None:
     """Drop what the controller of a training says about starts that timed out."""
     controller = logging.getLogger("ray.train.v2._internal.execution.controller.controller")
     controller.addFilter(lambda record: START_TIMED_OUT not in record.getMessage())
+
+
+def hide_logins(text: str) -> str:
+    """A text with `***` in place of the names and passwords in the addresses of servers and databases."""
+    return LOGIN.sub("://***@", text)
 
 
 def is_storage_failure(text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ovd_models.checkpoint_info import folder_digest
 from ovd_models.errors import InputError
-from workflows.common import tracking
+from workflows.common import quiet, tracking
 from workflows.common.tracking import TrackedRun
 
 # After `tracking`, which sets what MLflow reads while it is imported.
@@ -158,7 +158,7 @@ def _as_missing(uri: str, uri_of_runs: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{uri}: not found in {uri_of_runs} ({reason})") from error
+        raise InputError(quiet.hide_logins(f"{uri}: not found in {uri_of_runs} ({reason})")) from error
 
 
 def _same_metric(tags: Mapping[str, str], metric: str) -> bool:

@@ -85,6 +85,7 @@ def page_of(experiment_id: str, server: str = SERVER) -> str:
 
 def how_to_open(uri: str, experiment_id: str) -> str:
     """How a person looks at the runs of an experiment: a server's page, or the command and the page of a database."""
+    uri = quiet.hide_logins(uri)
     if uri.startswith(("http://", "https://")):
         return page_of(experiment_id, uri)
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
@@ -106,7 +107,7 @@ def check_server(storage_uri: str) -> None:
 
 
 def _no_tracking(uri: str, error: MlflowException) -> InputError:
-    return InputError(f"{uri}: no MLflow tracking there ({str(error).splitlines()[0]})")
+    return InputError(quiet.hide_logins(f"{uri}: no MLflow tracking there ({str(error).splitlines()[0]})"))
 
 
 class MetricLogger:
@@ -174,7 +175,7 @@ def open_outbox(uri: str) -> Outbox:
     """An outbox for calls to the tracking server."""
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # warns of every attempt
     patience = outbox.END_SECONDS if uri.startswith(("http", "databricks")) else outbox.FILE_END_SECONDS
-    return Outbox(f"MLflow at {uri}", is_outage, patience)
+    return Outbox(f"MLflow at {quiet.hide_logins(uri)}", is_outage, patience)
 
 
 def is_outage(error: Exception) -> bool:
@@ -347,7 +348,7 @@ def _open(uri: str, storage_uri: str, experiment: str) -> tuple[MlflowClient, st
         except MlflowException as error:
             raise _no_tracking(uri, error) from error
         if found is None or found.lifecycle_stage != LifecycleStage.ACTIVE:
-            restore = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore"
+            restore = f"MLFLOW_TRACKING_URI={shlex.quote(quiet.hide_logins(uri))} mlflow experiments restore"
             key = "ID" if found is None else found.experiment_id
             raise InputError(
                 f"MLflow experiment {experiment!r}: deleted, expected it back (`{restore} --experiment-id {key}`) or "

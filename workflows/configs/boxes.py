@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ovd_models.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -50,6 +52,11 @@ class Run:
     strict: bool = False
     """Refuse an annotation file in which anything was mended or left out."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the seed, which numpy takes from 0 on."""
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: expected 0 or more")
 
 
 def smoke() -> Run:

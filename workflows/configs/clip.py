@@ -57,10 +57,12 @@ class Run:
         return {"optimisation": self.optimisation}
 
     def __post_init__(self) -> None:
-        """Check the buffer, and that a batch can be shared among the workers."""
+        """Check the numbers, and that a batch can be shared among the workers."""
         check_shared("batch_size", self.batch_size, self.optimisation)
         if self.optimisation.accumulate > 1:
             raise InputError("accumulate: the loss compares all pairs of a batch, expected 1; see --chunks")
+        if self.world_seed < 0:
+            raise InputError(f"world_seed: {self.world_seed}, expected 0 or more")
         if self.buffer_pairs < 1:
             raise InputError(f"buffer_pairs: {self.buffer_pairs}, expected at least 1")
         if not 1 <= self.chunks <= self.batch_size // max(1, self.optimisation.workers):

@@ -98,14 +98,21 @@ def crawler_pool(run: Run) -> Pool:
     cluster.start_ray()
     cores = cluster.cores()
     workers = run.crawlers or max(1, cores // DECODERS)
-    cpus = min(DECODERS - 0.5, (cores - 0.5) / workers)  # leaves room for a scoring model
+    # A cluster that grows may have no core yet.
+    most = cores if run.crawlers else max(cores, int(cluster.most("CPU")))
+    cpus = min(DECODERS - 0.5, (most - 0.5) / (run.crawlers or max(1, most // DECODERS)))  # leaves room for a scorer
     return Pool(workers=workers, grows=run.crawlers is None, parts_at_a_time=DECODERS, cpus=cpus)
+
+
+def most_crawlers(pool: Pool) -> int:
+    """The number of crawlers that a pool can grow to."""
+    return max(pool.workers, int(cluster.most("CPU") / pool.cpus)) if pool.grows else max(1, pool.workers)
 
 
 @contextlib.contextmanager
 def crawl_steps(run: Run, pool: Pool, *, are_files: bool) -> Iterator[CrawlSteps]:
     """The steps of every row; while the block runs, the scoring models do."""
-    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // max(1, pool.workers)))
+    fetch = dataclasses.replace(run.fetch, per_host=max(1, run.fetch.per_host // most_crawlers(pool)))
     scorers: list[Any] = []
     if uses_models(run):
         cluster.start_ray()

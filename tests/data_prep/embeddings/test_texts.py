@@ -1,5 +1,6 @@
 import json
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,21 @@ def test_a_fill_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(rows["name"].to_pylist()) == names
     assert rows.num_rows == 5
     assert torch.allclose(store.read(names, "name"), teacher.embed_names(names), atol=1e-5)
+
+
+def test_a_publication_leaves_the_files_that_others_are_writing(tmp_path: Path) -> None:
+    teacher = encoder()
+    other, store = (TextStore(str(tmp_path), teacher.teacher) for _ in range(2))
+
+    def chunks() -> Iterator[bytes]:
+        yield b"half "
+        other.fill(teacher, ["dog"])
+        yield b"and half"
+
+    store.fill(teacher, NAMES)
+    tables.write_file(str(tmp_path), "texts", store.name, "file", chunks())
+    assert Path(store.uri, "file").read_bytes() == b"half and half"
+    assert store.missing([*NAMES, "dog"], teacher.prompt_set) == []
 
 
 def test_another_teacher_width_or_prompt_set_is_told(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@ import io
 import itertools
 import math
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from reference_data import PHOTOS, needs
 from data_prep import storage
 from data_prep.pairs import dedup
 from data_prep.pairs.decode import DecodeConfig, Decoded, decode_body
-from data_prep.pairs.dedup import DECISIONS, Corpus, band_masks, first_kept, near_searches, search_cost
+from data_prep.pairs.dedup import DECISIONS, Corpus, band_masks, first_kept, near_searches, runs_of_equal, search_cost
 from data_prep.pairs.rows import LIGHT, NEW, RowNumbering
 
 KEY = "image_id"
@@ -62,6 +63,19 @@ def test_ids_and_rows_correspond_over_all_sources() -> None:
     assert ids.tolist() == list(range(NEW, NEW + 9))
     for known in (ids, ids - NEW):  # new and published
         assert [(at["source"], at["row"]) for at in order.locate(pa.array(known)).to_pylist()] == every
+
+
+def test_a_batch_is_numbered_without_going_through_all_sources() -> None:
+    class Bases(dict[str, int]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("as many steps as there are sources, for each of as many batches")
+
+        values = __iter__  # type: ignore[assignment]
+
+    order = RowNumbering(Bases(a=0, b=10, c=30), 50)
+    batch = pa.record_batch({"source": ["c", "a", "c"], "row": pa.array([1, 2, 3], pa.int64())})
+    assert order.number(batch).tolist() == [31, 2, 33]
+    assert order.number(batch.slice(0, 0)).tolist() == []
 
 
 def test_no_id_is_no_row() -> None:
@@ -378,6 +392,38 @@ def test_copies_are_found_over_many_clusters_and_batches(monkeypatch: pytest.Mon
     found = corpus(embeddings([*unit_ND.tolist(), *unit_ND.tolist()]))
     found.reject_semantic_duplicates(0.95)
     assert fates(found) == {row + 2000: row for row in range(2000)}
+
+
+@pytest.mark.parametrize("sizes", [[], [6], [1, 2, 1, 2], [2, 4], [3, 0, 3]])
+def test_runs_go_on_over_batches(sizes: list[int]) -> None:
+    rows = pa.table({"cluster": [0, 0, 1, 3, 3, 3], "id": range(6)})
+    ends = np.cumsum(sizes).tolist()
+    batches = [rows.slice(stop - size, size) for stop, size in zip(ends, sizes, strict=True)]
+    found = [run["id"].to_pylist() for run in runs_of_equal(batches, "cluster")]
+    assert found == ([[0, 1], [2], [3, 4, 5]] if sizes else [])
+
+
+def test_all_clusters_are_read_by_one_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder:
+        def __init__(self, sql: Any) -> None:
+            self.sql_connection = sql
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.sql_connection, name)
+
+        def cursor(self) -> "Recorder":
+            return Recorder(self.sql_connection.cursor())
+
+        def sql(self, query: str) -> Any:
+            queries.append(query)
+            return self.sql_connection.sql(query)
+
+    queries: list[str] = []
+    monkeypatch.setattr(dedup, "CLUSTER_ROWS", 10)
+    found = corpus(embeddings(np.random.default_rng(0).normal(size=(200, 8)).tolist()))
+    monkeypatch.setattr(found, "_sql", Recorder(found._sql))
+    found.reject_semantic_duplicates(0.95)
+    assert sum("from assigned" in query for query in queries) == 1
 
 
 def test_published_images_reject_those_of_like_meaning_even_if_they_are_alike_themselves() -> None:

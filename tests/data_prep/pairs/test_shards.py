@@ -1,5 +1,6 @@
 import io
 import json
+import pickle
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -459,3 +460,19 @@ def test_a_part_without_rows_is_not_staged(tmp_path: Path) -> None:
     staging.write_part(outcome(listed().slice(0, 0), []), Part(PARTITION, 0))
     assert list(staging.open_parts(PARTITION, 10)) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_decisions_of_a_partition_are_copied_alone() -> None:
+    count = 500_000
+    columns = [range(count), *[["near_duplicate"] * count] * 3, range(count)]
+    rows = pa.table([pa.array(column) for column in columns], schema=DECISIONS)
+    decisions = pa.Table.from_batches(rows.to_batches(max_chunksize=1 << 16))  # as they come from the corpus
+    assert shards.decisions_between(decisions, 100_000, 100_050).equals(rows.slice(100_000, 50))
+    usual, counting = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(counting)
+    try:
+        size = len(pickle.dumps(shards.decisions_between(decisions, 100_000, 100_050)))
+    finally:
+        pa.set_memory_pool(usual)
+    assert (counting.max_memory() or 0) < 1 << 20
+    assert size < 1 << 14

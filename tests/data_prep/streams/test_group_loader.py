@@ -1,6 +1,8 @@
 import io
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from data_prep import storage, tables
 from data_prep.pairs import shards
+from data_prep.streams import group_loader as group_loading
 from data_prep.streams.augmentation import FILL, Augmentation
 from data_prep.streams.collate import GroupCollate
 from data_prep.streams.group_loader import (
@@ -211,6 +214,26 @@ def test_rows_are_read_by_number_and_the_cache_is_bounded(tmp_path: Path) -> Non
         row = reader.row(uri, number)
         assert row == {key: whole[number][key] for key in row}
         assert len(reader._kept) == 1
+
+
+def test_threads_read_different_files_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class File:
+        def __init__(self, name: str) -> None:
+            self.name, self.reads = name, 0
+
+        def read_row_group(self, index: int, columns: list[str]) -> pa.Table:
+            self.reads += 1
+            together.wait(10)  # raises if they are read one after another
+            return pa.table({"caption": [f"{self.name}{index}"]})
+
+    together, files = threading.Barrier(2), {name: File(name) for name in "ab"}
+    opened = {name: (file, np.arange(3), threading.Lock()) for name, file in files.items()}
+    monkeypatch.setattr(group_loading, "open_file", opened.__getitem__)
+    reader = RowGroups(max_bytes=1 << 20)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda uri: reader.row(uri, 1), "abab"))
+    assert found == [{"caption": "a1"}, {"caption": "b1"}] * 2
+    assert [file.reads for file in files.values()] == [1, 1]
 
 
 @pytest.mark.ray

@@ -277,3 +277,31 @@ def test_waiting_threads_sleep_in_a_script_that_trains_in_its_own_process() -> N
         text=True,
     )
     assert "GOMP_SPINCOUNT = '0'" in shown.stderr  # 300,000 if nothing is set
+
+
+JOINED = """
+import json
+import os
+import ray
+from ray.cluster_utils import Cluster
+from data_prep import s3
+from workflows.common import cluster
+
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+os.environ["RAY_ADDRESS"] = nodes.address
+given = {"OMP_WAIT_POLICY": "ACTIVE", "AWS_REGION": "us-east-1", "MINE": "yes"}
+os.environ.update(given)  # as Ray does for the driver of a job
+os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": given}, "metadata": {}})
+s3.adopt("s3://bucket/ovd?endpoint_override=host:9000&scheme=http&region=eu-west-1")
+cluster.start_ray()
+names = ["AWS_ENDPOINT_URL_S3", "AWS_REGION", "OMP_WAIT_POLICY", "MINE"]
+print("found:", *ray.get(ray.remote(lambda: [os.environ.get(name) for name in names]).remote()))
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_workers_of_a_cluster_take_the_settings_of_the_uri_and_of_the_job() -> None:
+    done = subprocess.run([sys.executable, "-c", JOINED], capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert "found: http://host:9000 eu-west-1 ACTIVE yes" in done.stdout.splitlines(), done.stdout + done.stderr

@@ -427,3 +427,23 @@ def test_the_way_to_the_runs_is_a_page_or_a_command(monkeypatch: pytest.MonkeyPa
     program, *words = shlex.split(command)
     assert Path(program).is_file() and words == ["ui", "--backend-store-uri", "sqlite:////a b/mlflow.db"]
     assert page == "http://127.0.0.1:5000/#/experiments/7?workflowType=machine_learning"
+
+
+def test_no_line_shows_the_password_of_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], storage: str
+) -> None:
+    server = "http://me:s3cret@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    with pytest.raises(InputError, match=r"http://\*\*\*@127.0.0.1:9: no MLflow tracking there") as refused:
+        tracking.check_server(storage)
+    with pytest.raises(InputError, match=r"not found in http://\*\*\*@127.0.0.1:9") as missing:
+        registry.resolve_model(f"models:/{MODEL}@champion", storage)
+    outgoing = tracking.open_outbox(server)
+    monkeypatch.setattr(outgoing, "_patience", 0.1)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.02)
+    outgoing.send(lambda: MlflowClient(server).search_experiments())
+    outgoing.wait()
+    away = capsys.readouterr().out
+    assert "MLflow at http://***@127.0.0.1:9 is away: 1 results were not sent" in away
+    shown = [tracking.how_to_open(f"postgresql://{login}@host/mlflow", "7") for login in ("me:s3cret", "s3cret")]
+    assert "s3cret" not in " ".join([str(refused.value), str(missing.value), away, *shown])

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,8 @@ from workflows.common.session import Meter, Session, convert_sync_batchnorm
 from workflows.common.teacher import CodetNames
 from workflows.common.tracking import MetricLogger
 from workflows.common.training import Stage
+from workflows.configs import boxes as boxes_configs
+from workflows.configs import clip as clip_configs
 from workflows.configs import codet as codet_configs
 from workflows.reports.validation import validation_set
 
@@ -60,6 +62,7 @@ def stage_of(settings: Optimisation, folder: Path) -> Stage:
                 ({"warmup": 1.0}, "warmup"),  # ZeroDivisionError of OneCycleLR
                 ({"warmup": 1.5}, "warmup"),  # its ValueError
                 ({"workers": -1}, "workers"),
+                ({"seed": -1}, "seed: -1, expected 0 or more"),  # numpy's ValueError in a data task
                 ({"learning_rate": -1.0}, "learning_rate"),
             ]
         ),
@@ -68,6 +71,15 @@ def stage_of(settings: Optimisation, folder: Path) -> Stage:
 def test_impossible_settings_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(QUICK, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("run", "field"),
+    [(boxes_configs.smoke(), "seed"), (clip_configs.smoke(), "world_seed")],
+)
+def test_seeds_below_zero_are_refused(run: Any, field: str) -> None:
+    with pytest.raises(InputError, match=f"{field}:? -1.* expected 0 or more"):
+        dataclasses.replace(run, **{field: -1})
 
 
 # ---------------------------------------------------------------------------------------------------- schedule
