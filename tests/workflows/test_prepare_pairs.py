@@ -378,7 +378,7 @@ def test_a_crawl_that_keeps_nothing_fails_and_says_what_helps(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "nonsense"], "error: --config nonsense: unknown, expected one of smoke, web, cc3m"),
+        (["--config", "nonsense"], "error: --config nonsense: unknown, expected one of smoke, pictograms, web"),
         (["--config", "web", "--urls", "none.tsv"], "none.tsv: cannot be read, expected a URL list"),
         (["--config", "web", "--urls", "list.tsv"], "list.tsv: no column 'url', expected it among: link, caption"),
         (["--config", "web"], "--urls: missing, expected"),
