@@ -30,6 +30,7 @@ def given_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(module, "teacher_of", lambda run, *_: run.teacher)
     for module in (codet_parts, sam_parts, transfer_parts, vild_parts):
         monkeypatch.setattr(module, "prepare_world", lambda *_, **__: None)
+    monkeypatch.setattr(clip_parts, "long_trained_teacher", lambda run, _: run.teacher)
     monkeypatch.setattr(sam_parts, "transformer_teacher", lambda _: str(tmp_path / "vit"))
 
 
