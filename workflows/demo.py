@@ -198,7 +198,7 @@ def main() -> None:
         raise InputError(f"--storage {run.storage}: expected a local folder")
     serve.free_port(serve.Run().host, run.port)
     folder = Path(run.storage).absolute()
-    with locks.hold(str(folder.parent), f"demo/{folder.name}"):  # beside the folder, which is emptied
+    with locks.hold(str(folder.parent), f"demo/{folder.name}", wait_seconds=0):  # not in the folder, which is emptied
         empty_folder(folder)
         try:
             summary = run_demo(run, folder)

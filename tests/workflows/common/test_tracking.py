@@ -434,6 +434,7 @@ def test_no_line_shows_the_password_of_a_server(
 ) -> None:
     server = "http://me:s3cret@127.0.0.1:9"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(InputError, match=r"http://\*\*\*@127.0.0.1:9: no MLflow tracking there") as refused:
         tracking.check_server(storage)
     with pytest.raises(InputError, match=r"not found in http://\*\*\*@127.0.0.1:9") as missing:
