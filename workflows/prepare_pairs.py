@@ -115,8 +115,9 @@ def prepare(run: Run) -> Summary:
         digests = list(pool.map(inputs.file_digest, files))
     lists: dict[str, str] = {}
     for digest, file in zip(digests, files, strict=True):
-        if lists.setdefault(digest, file) != file:
+        if digest in lists:
             raise InputError(f"{file}: holds the same as {lists[digest]}, expected it once")
+        lists[digest] = file
     return _prepare(run, lists, are_files=bool(run.shards))
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
-from faster_coco_eval import mask as rle
 
 from data_prep import storage
 from data_prep.boxes.cleaning import Account
 from data_prep.boxes.coco import category_row
 from data_prep.boxes.entries import decode_file, inner_path, unique_entries
+from data_prep.boxes.masks import encode_pixels
 from data_prep.pictograms.world import SCENES, Style, World, encode_jpeg, join_phrases
 from ovd_models.errors import InputError
 from ovd_models.prompts import with_article
@@ -187,7 +187,6 @@ def draw_scenes(
         content = encode_jpeg(scene.pixels)
         uri = f"images/{name}/{number:06d}.jpg"
         storage.write_bytes(storage.join(storage_uri, uri), content)
-        encoded = [rle.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in scene.masks]
         yield {
             "image_id": storage.sha256(content),
             "source_id": number,
@@ -197,7 +196,7 @@ def draw_scenes(
             "boxes": scene.boxes.tolist(),
             "category_ids": (scene.labels + 1).tolist(),
             "iscrowd": [False] * len(scene.labels),
-            "masks": [entry["counts"].decode() for entry in encoded],
+            "masks": [encode_pixels(mask) for mask in scene.masks],
             "neg_category_ids": [],
             "not_exhaustive_category_ids": [],
         }

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from defusedxml import ElementTree
-from faster_coco_eval import mask as rle
 
+from data_prep.boxes.masks import encode_pixels
 from data_prep.parts import ahead
 from ovd_models.errors import InputError, as_input_error
 from ovd_models.images import open_picture
@@ -179,15 +178,11 @@ def read_voc_labels(file: Path, size: tuple[int, int]) -> list[Labelled]:
 
     with as_input_error(str(file)):
         found, names = detections_from_xml_obj(ElementTree.parse(file).getroot(), [], size)
-    masks = [None] * len(found) if found.mask is None else [encode(mask) for mask in found.mask]
+    masks: list[dict[str, Any] | None] = [None] * len(found)
+    if found.mask is not None:
+        masks = [{"size": list(mask.shape), "counts": encode_pixels(mask)} for mask in found.mask]
     rows = zip(found.xyxy.tolist(), np.asarray(found.class_id).tolist(), masks, strict=True)
     return [Labelled(names[key], [x0, y0, x1 - x0, y1 - y0], mask) for (x0, y0, x1, y1), key, mask in rows]
-
-
-def encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask [H, W] as COCO RLE."""
-    encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
 
 
 def from_labels(

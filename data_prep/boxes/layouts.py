@@ -33,7 +33,7 @@ class Part:
     """Reads it as the content of a file in COCO's format; None if `origin` is such a file."""
 
 
-@functools.cache
+@functools.cache  # the same parts again, each of which is converted once
 def find_parts(data: str, images: str = "") -> tuple[Part, ...]:
     """The training part of an annotated set and, if the set has one, its evaluation part.
 
@@ -154,7 +154,7 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], list[str], int]:
         InputError: there are no names, or their classes are not 0, 1, 2 ...
     """
     with as_input_error(str(file)):
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict):
         names = [names.get(key, names.get(str(key))) for key in range(len(names))]

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from faster_coco_eval import mask as rle
 
 from data_prep.boxes.cleaning import Fate
@@ -78,6 +80,11 @@ def encode_polygons(shape: Sequence[list[float] | float], height: int, width: in
 
 def _points(part: Sequence[float]) -> int:
     return len(set(zip(part[::2], part[1::2], strict=True)))
+
+
+def encode_pixels(mask: npt.NDArray[np.bool_]) -> str:
+    """COCO RLE counts of a mask [H, W]."""
+    return _text(rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"])
 
 
 def mask_box(counts: str, height: int, width: int) -> list[float]:

@@ -303,8 +303,10 @@ def name_objects(own: vild_configs.Run) -> Metrics:
     correct: dict[str, list[bool]] = {"base": [], "novel": []}
     rows = tables.read_table(own.storage, "boxes", f"{own.boxes}-eval").to_pylist()
     for row, image in read_box_images(own.storage, rows):
-        objects = annotated_objects(row, image.copy, categories) if image is not None else []
-        if image is not None and objects:
+        if image is None:
+            continue
+        objects = annotated_objects(row, image.copy, categories)
+        if objects:
             boxes = np.stack([entry.box for entry in objects])
             (region_ND,) = embed_regions(teacher, [np.asarray(image)], [boxes], own.crops)
             for entry, best in zip(objects, (region_ND @ text_KD.T).argmax(1).tolist(), strict=True):

@@ -128,7 +128,7 @@ def test_a_clip_is_trained_once_for_all_claims(
 ) -> None:
     config = trainings.prepared("clip", str(tmp_path))
     quick = Optimisation(steps=2, learning_rate=1e-3, workers=0)
-    monkeypatch.setattr(teachers, "prepare_captions", lambda *_: None)
+    monkeypatch.setattr(teachers, "prepare_world", lambda *_, **__: None)
     run = StudyRun(storage=str(tmp_path))
     folder = teachers.train_clip(run, 1, "clip-2", replace(config, optimisation=quick))
     assert load_clip(folder)[0].config.embed_dim == ClipConfig().embed_dim

@@ -27,14 +27,8 @@ def prepare_world(storage_uri: str, *, pairs: bool = False, other_boxes: Iterabl
     """Publish the pictogram world's tables that are missing: boxes, and on demand captions and other box sets."""
     for config in (boxes_configs.pictograms(), *other_boxes):
         prepare_boxes.prepare(replace(config, storage=storage_uri))
-    if pairs:
-        prepare_captions(storage_uri, "pictograms")
-
-
-def prepare_captions(storage_uri: str, name: str) -> None:
-    """Publish the captioned pictures of a named crawl, if they are missing."""
-    if tables.find_manifest(storage_uri, "pairs", name) is None:
-        with pictogram_site(replace(pairs_configs.CONFIGS[name](), storage=storage_uri)) as crawl:
+    if pairs and tables.find_manifest(storage_uri, "pairs", "pictograms") is None:
+        with pictogram_site(replace(pairs_configs.pictograms(), storage=storage_uri)) as crawl:
             cluster.start_ray()
             prepare_pairs.prepare(crawl)
 
@@ -63,7 +57,7 @@ def train_clip(run: StudyRun, seed: int, name: str, config: clip_configs.Run) ->
     """Train a CLIP, or find it; returns its checkpoint."""
 
     def job(own: clip_configs.Run) -> dict[str, str]:
-        prepare_captions(own.storage, own.pairs)
+        prepare_world(own.storage, pairs=True)
         return {"model": clip.train(own).model}
 
     own = replace(config, storage=run.storage, optimisation=replace(config.optimisation, seed=seed))
